@@ -1,0 +1,35 @@
+# make demo   the whole method on a miniature world, and its table
+# make test   the whole test suite
+# Both make the environment (.venv) first if need be. Another Python: make test PYTHON=/path/to/python3.12
+
+SHELL := /bin/bash
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p -c '$(SUPPORTED)' 2>/dev/null && echo $$p && break; done)
+RUN := .venv/bin/python
+PIP := $(RUN) -m pip --disable-pip-version-check --quiet install
+
+.PHONY: demo test env lint
+
+demo: env
+	@$(RUN) -m benchmarks.miniature.demo
+
+# Two workers of one thread each: right for two cores, and the suite is bound by many small tests, not by products.
+test: env
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -q
+
+lint: env
+	@$(RUN) -m ruff check .
+
+env: .venv/installed
+
+# Torch alone is resolved by pip, inside the pins: which build it is, and which CUDA packages come with it, depends on the machine.
+# Everything else is installed exactly as listed. A CUDA build of torch brings its own Triton, a CPU build none.
+.venv/installed: requirements.txt requirements-dev.txt requirements-cpu.txt requirements-cuda.txt
+	@"$(PYTHON)" -c '$(SUPPORTED)' 2>/dev/null || { echo "Steadfast needs Python 3.11, 3.12 or 3.13; found" \
+	  "'$(PYTHON)' ($$("$(PYTHON)" --version 2>&1)); name one: make $(or $(MAKECMDGOALS),env) PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@echo "Installing the pinned packages into .venv (once; a few minutes)"
+	@"$(PYTHON)" -m venv .venv
+	@$(PIP) -c requirements.txt -c requirements-cuda.txt "$$(grep '^torch==' requirements.txt)"
+	@$(PIP) --no-deps -r requirements.txt -r requirements-dev.txt
+	@$(RUN) -c 'import sys, torch; sys.exit(not torch.version.cuda)' || $(PIP) --no-deps -r requirements-cpu.txt
+	@touch $@

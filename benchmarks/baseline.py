@@ -1,0 +1,146 @@
+"""What Steadfast is measured against: the loop most people start from, and TRL's trainer, padded and packed.
+
+Both take the same tokens (`Samples`: pairs of input_ids int[L] and supervised bool[L]), the same model and initial adapter, and the
+same optimiser (AdamW at a constant rate, gradients clipped to norm 1). The plain loop is a stock model with sdpa attention, batches
+padded to their longest sample, PEFT's LoRA, the loss that the model computes from labels, and torch's AdamW.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from benchmarks.timing import StepResult
+
+Samples = Sequence[tuple[np.ndarray, np.ndarray]]
+IGNORED = -100  # the label that Hugging Face's losses leave out
+
+
+def load_adapted(model_folder: Path, adapter_folder: Path) -> PeftModel:
+    """The stock model with PEFT's adapter on it, trainable, both as saved."""
+    model = AutoModelForCausalLM.from_pretrained(model_folder, attn_implementation="sdpa")
+    return PeftModel.from_pretrained(model, adapter_folder, is_trainable=True)
+
+
+def endless(count: int, seed: int) -> Iterator[int]:
+    """0 .. count - 1 in random order, then again in another, without end."""
+    order = np.random.default_rng(seed)
+    while True:
+        yield from order.permutation(count).tolist()
+
+
+def counted(samples: Samples, loss: float, computed: int) -> StepResult:
+    """The result of a step over `samples` that ran `computed` positions through the model."""
+    lengths = [len(ids) for ids, _ in samples]
+    supervised = sum(int(mask[1:].sum()) for _, mask in samples)
+    return StepResult(loss, sum(lengths), supervised, computed - sum(lengths), sum(n * n for n in lengths))
+
+
+class PlainLoop:
+    """Stock model, padded batches, stock loss: what a page of tutorial code gives."""
+
+    def __init__(self, model: PeftModel, samples: Samples, pad_token: int, batch_size: int, lr: float, seed: int = 0):
+        self.model, self.samples, self.pad_token, self.batch_size = model.train(), samples, pad_token, batch_size
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=lr, weight_decay=0.0)
+        self.order = endless(len(samples), seed)
+
+    def step(self) -> StepResult:
+        return self.step_on([self.samples[next(self.order)] for _ in range(self.batch_size)])
+
+    def step_on(self, samples: Samples) -> StepResult:
+        batch = padded(samples, self.pad_token)
+        loss = self.model(**batch, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return counted(samples, loss.item(), batch["input_ids"].numel())
+
+
+def padded(samples: Samples, pad_token: int) -> dict[str, Tensor]:
+    """input_ids, attention_mask and labels, int64[n, longest], padded on the right."""
+    shape = len(samples), max(len(ids) for ids, _ in samples)
+    input_ids, attention_mask, labels = np.full(shape, pad_token), np.zeros(shape, np.int64), np.full(shape, IGNORED)
+    for i, (ids, supervised) in enumerate(samples):
+        input_ids[i, : len(ids)] = ids
+        attention_mask[i, : len(ids)] = 1
+        labels[i, : len(ids)] = np.where(supervised, ids, IGNORED)
+    return {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(attention_mask), "labels": torch.from_numpy(labels)}
+
+
+class Trl:
+    """TRL's SFTTrainer: its collator, its loss, its optimiser; one padded batch of 8 a step, or one best-fit-decreasing pack.
+
+    Its steps are driven one at a time, to be interleaved with others. That leaves out the logging and callbacks of `train()`.
+    """
+
+    def __init__(self, model: PeftModel, samples: Samples, tokenizer: PreTrainedTokenizerBase, settings: dict, seed: int = 0):
+        self.trainer = sft_trainer(model, samples, tokenizer, settings, seed)
+        self.trainer.create_optimizer_and_scheduler(num_training_steps=1)
+        self.model, self.optimizer = self.trainer.model.train(), self.trainer.optimizer
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.batches = self._endless_batches()
+
+    def _endless_batches(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        """TRL's batches, each with the number of its supervised tokens."""
+        loader = self.trainer.get_train_dataloader()
+        while True:
+            epoch = iter(loader)
+            while True:
+                batches, supervised = self.trainer.get_batch_samples(epoch, 1, self.trainer.args.device)
+                if not batches:
+                    break
+                yield batches[0], supervised
+
+    def step(self) -> StepResult:
+        return self.step_on(*next(self.batches))
+
+    def step_on(self, batch: dict[str, Tensor], supervised: Tensor) -> StepResult:
+        computed, samples = batch["input_ids"].numel(), samples_of(batch)
+        loss = self.trainer.training_step(self.model, batch, supervised)
+        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return counted(samples, loss.item(), computed)
+
+
+def padded_batches(batch_size: int) -> dict:
+    return {"per_device_train_batch_size": batch_size, "max_length": None}
+
+
+def packed_batches(tokens_per_pack: int) -> dict:
+    return {"per_device_train_batch_size": 1, "max_length": tokens_per_pack, "packing": True, "packing_strategy": "bfd"}
+
+
+def sft_trainer(model: PeftModel, samples: Samples, tokenizer: PreTrainedTokenizerBase, settings: dict, seed: int):
+    """An SFTTrainer over samples that are already tokens."""
+    import trl
+
+    rows = {"input_ids": [ids.tolist() for ids, _ in samples], "assistant_masks": [mask.astype(int).tolist() for _, mask in samples]}
+    args = trl.SFTConfig(
+        output_dir=tempfile.gettempdir(), lr_scheduler_type="constant", weight_decay=0.0, gradient_checkpointing=False, bf16=False,
+        use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True, seed=seed, **settings)
+    logging.getLogger("trl").setLevel(logging.ERROR)  # it says that packing wants flash attention, which a CPU has not
+    return trl.SFTTrainer(model=model, args=args, train_dataset=Dataset.from_dict(rows), processing_class=tokenizer)
+
+
+def samples_of(batch: dict[str, Tensor]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The samples inside one of TRL's batches: rows without their padding, or a pack cut where position_ids are 0."""
+    ids, labels = batch["input_ids"].numpy(), batch["labels"].numpy()
+    if "position_ids" in batch:
+        starts = np.flatnonzero(batch["position_ids"][0].numpy() == 0)[1:]
+        rows = zip(np.split(ids[0], starts), np.split(labels[0], starts), strict=True)
+    else:
+        lengths = batch["attention_mask"].sum(1).tolist()
+        rows = ((row[:n], kept[:n]) for row, kept, n in zip(ids, labels, lengths, strict=True))
+    return [(row, kept != IGNORED) for row, kept in rows]

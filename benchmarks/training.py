@@ -1,0 +1,227 @@
+"""Training throughput on a CPU: Steadfast against a plain Hugging Face loop and TRL, in real tokens per CPU-second.
+
+The setting: a Llama of 7.15 M parameters with random weights (width 256, 4 layers, vocabulary 8,192), LoRA of rank 16 on all linear
+layers, AdamW, 500 chats with a mean of 122 tokens of which 45% are supervised, about a thousand tokens a step, one thread. The chats'
+lengths are long-tailed, as those of real sets are; with `--data` they are a real set's own. Every line starts from the same weights
+and adapter and sees the same tokens, and before anything is timed its losses are compared with Steadfast's, step by step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import NormalDist
+
+import numpy as np
+import torch
+from datasets.utils import logging as datasets_logging
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
+
+from benchmarks import record, timing
+from benchmarks.baseline import PlainLoop, Samples, Trl, counted, endless, load_adapted, packed_batches, padded_batches
+from benchmarks.timing import Line, StepResult
+from trainer import config as options
+from trainer.distributed import World
+from trainer.errors import UserError
+from trainer.inputs import prepare_inputs
+from trainer.loop import train_step
+from trainer.metrics import Phases, model_size, peak_flops
+from trainer.packing import collate
+from trainer.run import build
+from trainer.staging import Counts, Work, stage
+
+VOCABULARY, CHATS, BATCH, TOKENS_PER_STEP, RANK, LEARNING_RATE = 8192, 500, 8, 1024, 16, 2e-4
+PROMPT_TOKENS, ANSWER_TOKENS, LOG_SPREAD = 62, 54, 0.8  # means of the two log-normal lengths, and the deviation of their logarithms
+SPECIAL = ["<s>", "<pad>", "<|im_start|>", "<|im_end|>"]
+TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+AGREEMENT_STEPS = 20
+AGREEMENT = {"fp32": 1e-4, "bf16": 2e-2}  # relative difference of losses, at most
+
+
+# ---------------------------------------------------------------- the setting
+
+
+@dataclass
+class Setting:
+    """A folder with model/, adapter/ and chats.jsonl, and the chats as tokens."""
+
+    folder: Path
+    tokenizer: PreTrainedTokenizerBase
+    samples: Samples
+    data: str  # where the chats come from, in words
+
+
+def make_setting(folder: Path, data: Path | None, seed: int = 0) -> Setting:
+    """Write the model, the adapter that every line starts from, and the chats; tokenize the chats independently of the trainer."""
+    if data is None:
+        chats, name = synthetic_chats(seed), "synthetic, log-normal lengths"
+        core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(SPECIAL + ["user", "assistant"] + words())}, unk_token="<s>"))
+        core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    else:
+        chats, texts = real_chats(data, seed)
+        name = f"{CHATS} of {data.name}"
+        core = byte_pair_encoding(texts)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", pad_token="<pad>", eos_token="<|im_end|>",
+                                        chat_template=TEMPLATE)
+    tokenizer.save_pretrained(folder / "model")
+    save_model(folder, seed)
+    lines = (json.dumps({"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}) for q, a in chats)
+    (folder / "chats.jsonl").write_text("\n".join(lines) + "\n")
+    return Setting(folder, tokenizer, [tokenized(tokenizer, *chat) for chat in chats], name)
+
+
+def words() -> list[str]:
+    return [f"w{i}" for i in range(VOCABULARY - len(SPECIAL) - 2)]
+
+
+def synthetic_chats(seed: int) -> list[tuple[str, str]]:
+    """Prompts and answers of random words: lengths are the quantiles of two log-normal distributions, paired at random."""
+    rng, vocabulary = np.random.default_rng(seed), np.array(words())
+    normal = np.array([NormalDist().inv_cdf((i + 0.5) / CHATS) for i in range(CHATS)])
+    factor = np.exp(LOG_SPREAD * normal - LOG_SPREAD**2 / 2)  # of mean 1
+
+    def texts(mean: float) -> list[str]:
+        lengths = np.maximum(1, (mean * rng.permutation(factor)).round().astype(int))
+        return [" ".join(rng.choice(vocabulary, n)) for n in lengths]
+
+    return list(zip(texts(PROMPT_TOKENS), texts(ANSWER_TOKENS), strict=True))
+
+
+def real_chats(path: Path, seed: int) -> tuple[list[tuple[str, str]], list[str]]:
+    """A random choice of (question, answer) from JSON lines, and the texts of all lines."""
+    if not path.is_file():
+        raise UserError(f"--data: expected a JSONL file with question and answer, found no file {path}")
+    try:
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        pairs = [(row["question"], row["answer"]) for row in rows]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--data: expected JSON lines with question and answer in {path}, found otherwise ({error})") from None
+    if len(pairs) < CHATS:
+        raise UserError(f"--data: expected at least {CHATS} lines in {path}, found {len(pairs)}")
+    chosen = np.random.default_rng(seed).choice(len(pairs), CHATS, replace=False)
+    return [pairs[i] for i in chosen], [text for pair in pairs for text in pair]
+
+
+def byte_pair_encoding(texts: list[str]) -> Tokenizer:
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    core.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False))
+    return core
+
+
+def save_model(folder: Path, seed: int) -> None:
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=2048, bos_token_id=0, pad_token_id=1, eos_token_id=3, use_cache=False))
+    model.save_pretrained(folder / "model")
+    adapter = LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
+    get_peft_model(model, adapter).save_pretrained(folder / "adapter")
+
+
+def tokenized(tokenizer: PreTrainedTokenizerBase, question: str, answer: str) -> tuple[np.ndarray, np.ndarray]:
+    """TEMPLATE in three pieces, of which the middle one is supervised: input_ids int32[L], supervised bool[L]."""
+    pieces = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n", f"{answer}<|im_end|>", "\n"
+    ids = [tokenizer(piece, add_special_tokens=False).input_ids for piece in pieces]
+    return np.array(sum(ids, []), np.int32), np.repeat([False, True, False], [len(piece) for piece in ids])
+
+
+# ---------------------------------------------------------------- the lines
+
+
+class Steadfast:
+    """The trainer's own step on the trainer's own plan of packs: what `python -m trainer.run` does between two log lines."""
+
+    def __init__(self, setting: Setting, precision: str, steps: int):
+        self.config = run_options(setting, precision, steps)
+        inputs = prepare_inputs(self.config, setting.tokenizer)
+        self.samples = inputs.samples
+        with redirect_stdout(open(os.devnull, "w")):
+            self.job, _ = build(self.config, inputs, torch.device("cpu"), World())
+        self.job.model.train()
+        self.phases = Phases(self.job.device)
+        self.works = stage(inputs.plan, inputs.samples, 0, World(), self.job.device, self.phases)
+
+    def step(self) -> StepResult:
+        work = next(self.works)
+        loss, _ = train_step(self.job, work, self.phases)
+        self.phases.read()
+        return StepResult(loss.item(), work.counts.tokens, work.counts.supervised, 0, work.counts.squared_lengths)
+
+    def step_on(self, samples: Samples) -> StepResult:
+        batch = collate([(ids, supervised, 1.0, 0) for ids, supervised in samples])
+        loss, _ = train_step(self.job, Work(0, [batch], batch.weight_sum, Counts(), []), self.phases)
+        return counted(samples, loss.item(), batch.tokens)
+
+
+def run_options(setting: Setting, precision: str, steps: int) -> options.Config:
+    folder = setting.folder
+    return options.Config(
+        output=tempfile.mkdtemp(prefix="run-", dir=folder),
+        model=options.Model(path=str(folder / "model")), lora=options.Lora(path=str(folder / "adapter")),
+        data=options.Data(train=str(folder / "chats.jsonl"), max_length=TOKENS_PER_STEP, cache=str(folder / "cache"), workers=1),
+        batch=options.Batch(tokens_per_pack=TOKENS_PER_STEP, tokens_per_step=TOKENS_PER_STEP),
+        optim=options.Optim(lr=LEARNING_RATE, schedule="constant", warmup=0, weight_decay=0.0), epochs=steps, max_steps=steps,
+        precision=precision, device="cpu", logging=options.Logging(tensorboard=False, progress=False))
+
+
+def plain_loop(setting: Setting) -> PlainLoop:
+    return PlainLoop(adapted(setting), setting.samples, setting.tokenizer.pad_token_id, BATCH, LEARNING_RATE)
+
+
+def trl(setting: Setting, batches: dict) -> Trl:
+    return Trl(adapted(setting), setting.samples, setting.tokenizer, batches | {"learning_rate": LEARNING_RATE, "max_grad_norm": 1.0})
+
+
+def adapted(setting: Setting):
+    return load_adapted(setting.folder / "model", setting.folder / "adapter")
+
+
+# ---------------------------------------------------------------- agreement
+
+
+def check_tokens(setting: Setting) -> None:
+    """The trainer's tokens and masks are those that the other lines are given."""
+    samples = Steadfast(setting, "fp32", 1).samples
+    for i, (ids, supervised) in enumerate(setting.samples):
+        if not (np.array_equal(samples[i][0], ids) and np.array_equal(samples[i][1], supervised)):
+            raise AssertionError(f"chat {i}: the trainer's tokens or mask differ from the ones the baselines get")
+
+
+def agreement(setting: Setting, precision: str, make_other: Callable[[], PlainLoop | Trl]) -> float:
+    """Largest relative difference between Steadfast's losses and another line's, over steps on the same samples from the same start."""
+    ours, other = Steadfast(setting, precision, AGREEMENT_STEPS), make_other()
+    pairs = [(ours.step_on(samples).loss, step().loss) for samples, step in same_batches(other, setting.samples)]
+    worst = max(abs(a - b) / abs(b) for a, b in pairs)
+    if not worst <= AGREEMENT[precision]:
+        raise AssertionError(f"losses of Steadfast in {precision} and {type(other).__name__} differ by {worst:.1e}, more than "
+                             f"{AGREEMENT[precision]:.0e}: {pairs}")
+    return worst
+
+
+def same_batches(other: PlainLoop | Trl, samples: Samples) -> Iterator[tuple[Samples, Callable[[], StepResult]]]:
+    """The samples of each of the other line's next batches, and its step on that batch."""
+    if isinstance(other, Trl):
+        from benchmarks.baseline import samples_of
+
+        for _ in range(AGREEMENT_STEPS):
+            batch, supervised = next(other.batches)
+            yield samples_of(batch), lambda batch=batch, supervised=supervised: other.step_on(batch, supervised)
+    else:
+        order = endless(len(samples), seed=1)
+        for _ in range(AGREEMENT_STEPS):
+            chosen = [samples[next(order)] for _ in range(BATCH)]
+            yield chosen, lambda chosen=chosen: other.step_on(chosen)

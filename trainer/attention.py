@@ -1,0 +1,107 @@
+"""Attention inside packs, for the attention modules of any transformers model.
+
+Samples lie end to end in one sequence of T tokens, and each token sees only earlier tokens of its own sample. `packed` is registered
+with transformers as an attention implementation, so stock modules call it; where one sample ends and the next begins reaches it as
+keyword arguments of the model's call. No mask is built anywhere: transformers makes none for a name it does not know.
+
+A model that is not among our families gets this implementation only if a probe shows that nothing else crosses from sample to sample.
+
+Shapes: B batch, T tokens, H heads, D head width.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from kernels.attention import packed_attention
+
+PACKED = "steadfast_packed"
+SEES_EARLIER = {"full_attention", "sliding_attention"}  # the kinds of layer that a causal window describes
+
+
+def packed(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *,
+           scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None, softcap: float | None = None,
+           cu_seqlens: Tensor | None = None, max_seqlen: int | None = None, **kwargs) -> tuple[Tensor, None]:
+    """Causal attention of query [B,H,T,D], key and value [B,Hk,T,D] -> [B,T,H,D], in the signature of transformers' interface.
+
+    `cu_seqlens[n+1]` bounds the n samples of a batch of one row. Without it each row is one sample. ValueError for what packs
+    cannot express: a mask, a cache, a layer that is not causal.
+    """
+    batch, _, tokens, _ = query.shape
+    _check(module, key.shape[2] - tokens, attention_mask, sliding_window)
+    if cu_seqlens is None:
+        cu_seqlens, max_seqlen = torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32, device=query.device), tokens
+    elif batch != 1:
+        raise ValueError(f"packed attention: expected one row with cu_seqlens, got a batch of {batch}")
+    rows = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]  # [B*T, H, D]
+    out = packed_attention(*rows, cu_seqlens, max_seqlen, scale=scaling, window=sliding_window, softcap=softcap, dropout=dropout)
+    return out.unflatten(0, (batch, tokens)), None
+
+
+def _check(module: nn.Module, cached: int, attention_mask: Tensor | None, sliding_window: int | None) -> None:
+    if attention_mask is not None or cached:
+        found = "a mask" if attention_mask is not None else f"{cached} cached tokens"
+        raise ValueError(f"packed attention: expected neither mask nor cache, got {found}; "
+                         "call model.set_attn_implementation('sdpa') for padded batches and generation")
+    if not getattr(module, "is_causal", True):
+        raise ValueError(f"packed attention: expected a causal layer, got {type(module).__name__} with is_causal=False")
+    kinds = getattr(getattr(module, "config", None), "layer_types", None)
+    kind = kinds[module.layer_idx] if kinds else "full_attention"
+    if kind not in SEES_EARLIER or (kind == "sliding_attention" and sliding_window is None):
+        raise ValueError(f"packed attention: {type(module).__name__} is {kind}, which its call does not describe")
+
+
+AttentionInterface.register(PACKED, packed)
+
+
+def refuse_mask(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    """A forward pre-hook: transformers drops the mask of a padded batch on its way to an implementation it does not know."""
+    if kwargs.get("attention_mask") is not None and module.config._attn_implementation == PACKED:
+        raise ValueError("packed attention: expected no attention_mask, got one; drop it for packed batches, or "
+                         "call model.set_attn_implementation('sdpa') for padded batches and generation")
+
+
+def is_packed(model: PreTrainedModel) -> bool:
+    """Whether `model` runs packs in one call; otherwise its samples go through it one at a time."""
+    return model.config._attn_implementation == PACKED
+
+
+def decoder(model: PreTrainedModel) -> nn.Module:
+    """The part of a causal language model that ends in the last hidden state."""
+    found = model.get_decoder()
+    return model.model if found is model else found
+
+
+@torch.no_grad()
+def fault_in_packing(model: PreTrainedModel) -> str | None:
+    """Try two samples in one pack, with our attention, against each alone with stock attention; say what is wrong, if anything.
+
+    Run for families whose code we have not read. It sees leaks (state-space layers, convolutions, dropped keyword arguments),
+    attention that the interface does not describe (biases, sinks), and positions that are not counted from position_ids.
+    """
+    run = partial(decoder(model), use_cache=False)
+    if not model._can_set_attn_implementation():
+        return "its code does not use the attention interface of transformers"
+    was_training, stock = model.training, model.config._attn_implementation
+    lengths = (7, 5)
+    ids = torch.arange(sum(lengths), device=model.device) * 7 % model.config.get_text_config().vocab_size
+    cu_seqlens = torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32, device=model.device)
+    positions = torch.cat([torch.arange(n, device=model.device) for n in lengths])
+    model.eval()
+    alone = torch.cat([run(input_ids=part[None]).last_hidden_state[0] for part in ids.split(lengths)])
+    model.set_attn_implementation(PACKED)
+    try:
+        together = run(input_ids=ids[None], position_ids=positions[None], cu_seqlens=cu_seqlens,
+                       max_seqlen=max(lengths)).last_hidden_state[0]
+    except (TypeError, ValueError) as error:  # an unknown keyword argument; what `packed` refuses
+        return str(error).splitlines()[0]
+    finally:
+        model.set_attn_implementation(stock)
+        model.train(was_training)
+    error = float((together - alone).float().norm() / alone.float().norm())
+    tolerance = 1e-3 if model.dtype == torch.float32 else 5e-2
+    return None if error < tolerance else f"samples in one pack change each other, by {error:.0%}"

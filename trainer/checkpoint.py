@@ -1,0 +1,110 @@
+"""Checkpoints that are whole or absent, and that a run goes on from bit for bit.
+
+A checkpoint is a folder `checkpoints/step-00000120`: `state.safetensors` (masters and optimiser moments) and
+`state.json` (the step, and fingerprints of the configuration and data it belongs to). It is written aside, synced to disk and renamed, so
+a kill, a crash or a full disk at any moment leaves the earlier ones as they were. The place in the data and the random states are
+not in it: both are functions of the step (`plan.py`, `loop.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+from trainer.config import Config
+from trainer.errors import UserError
+from trainer.optim import FlatAdamW
+
+# Options that may differ when a run goes on: where things go, never what is computed.
+FREE_TO_CHANGE = {"output", "resume", "logging", "checkpoint", "export", "dry_run"}
+
+
+@dataclass
+class State:
+    step: int  # optimiser steps done
+    best: float | None  # best held-out loss so far
+    stale: int  # evaluations since it was reached
+    identity: dict  # what the run computes: configuration and data
+
+
+def identity(config: Config, data_fingerprint: str, world_size: int) -> dict:
+    """What must be equal for a run to go on from a checkpoint."""
+    options = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE_TO_CHANGE}
+    return {**options, "samples": data_fingerprint, "ranks": world_size}
+
+
+def save(folder: Path, state: State, optimizer: FlatAdamW, keep: int) -> Path:
+    """Write a checkpoint and remove all but the newest `keep`. Raises UserError where the disk refuses it."""
+    final = folder / f"step-{state.step:08d}"
+    aside = folder / f".{final.name}.partial"
+    try:
+        aside.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.contiguous() for k, v in optimizer.state().items()}, aside / "state.safetensors")
+        (aside / "state.json").write_text(json.dumps(dataclasses.asdict(state)))
+        for path in (*aside.iterdir(), aside):
+            sync(path)
+        shutil.rmtree(final, ignore_errors=True)
+        aside.rename(final)
+        sync(folder)
+    except (OSError, RuntimeError) as error:  # safetensors wraps the system's errors
+        shutil.rmtree(aside, ignore_errors=True)
+        raise UserError(_refusal(error, final, newest(folder))) from None
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def load(path: Path, expected: dict, optimizer: FlatAdamW) -> State:
+    """Put the run back where it was at this checkpoint. Raises UserError if it belongs to another configuration or data."""
+    state = State(**json.loads((path / "state.json").read_text()))
+    changed = differences(state.identity, json.loads(json.dumps(expected)))
+    if changed:
+        raise UserError(f"resume: {path} was made with another configuration: {'; '.join(changed)}; "
+                        "restore these options, or start anew with another output folder")
+    optimizer.load_state(load_file(path / "state.safetensors"))
+    return state
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    return sorted(folder.glob("step-*"))
+
+
+def newest(folder: Path) -> Path | None:
+    found = checkpoints(folder)
+    return found[-1] if found else None
+
+
+def differences(saved: dict, now: dict, prefix: str = "") -> list[str]:
+    """`optim.lr was 0.001, is 0.002` for each option that is not equal."""
+    found = []
+    for key in {**saved, **now}:
+        old, new = saved.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found.append(f"{prefix}{key} was {old}, is {new}")
+    return found
+
+
+def sync(path: Path) -> None:
+    """Make a file or folder survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _refusal(error: Exception, wanted: Path, last: Path | None) -> str:
+    full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error) or "os error 28" in str(error)
+    cause = "the disk is full" if full else str(error)
+    kept = f"the last checkpoint, {last}, is whole" if last else "there is no earlier checkpoint"
+    return f"checkpoint: cannot write {wanted}: {cause}; {kept}; free space or choose another output, then resume with --resume auto"

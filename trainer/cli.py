@@ -1,0 +1,110 @@
+"""YAML and dotted overrides into a configuration dataclass; every mistake becomes one line that names the key and the remedy."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import sys
+import typing
+from pathlib import Path
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+from trainer.errors import UserError
+
+
+def parse(kind: type, argv: list[str], prog: str):
+    """An instance of the dataclass `kind` from `--config F.yaml` and `--section.key value` overrides.
+
+    Raises UserError for anything that does not fit. `--help` and `--print_config` print and exit with status 0.
+    """
+    parser = ArgumentParser(prog=prog, exit_on_error=False, description=kind.__doc__)
+    parser.add_argument("--config", action="config", help="YAML file; later options override it")
+    parser.add_class_arguments(kind, None)
+    try:
+        config = parser.instantiate(parser.parse_args(_lone_switches(kind, argv)))
+        return kind(**{f.name: getattr(config, f.name) for f in dataclasses.fields(kind)})
+    except ArgumentError as error:
+        raise UserError(_explain(str(error), kind)) from None
+    except RecursionError:
+        raise UserError("--config: a YAML file includes itself; expected plain keys and values") from None
+
+
+def known_keys(kind: type, prefix: str = "") -> dict[str, type]:
+    """Dotted name -> annotated type, of every option of a configuration dataclass."""
+    keys = {}
+    for name, annotation in typing.get_type_hints(kind).items():
+        keys[prefix + name] = annotation
+        if dataclasses.is_dataclass(annotation):
+            keys |= known_keys(annotation, f"{prefix}{name}.")
+    return keys
+
+
+def save_yaml(config, path: Path, **extra) -> None:
+    """Write a configuration, complete with defaults, and further blocks below it."""
+    path.write_text(yaml.safe_dump(dataclasses.asdict(config) | extra, sort_keys=False, width=120))
+
+
+def main(run, kind: type, prog: str, usage: str) -> int:
+    """Parse, call `run(config)`, and turn a UserError into one line on standard error. The exit status: 0, 1, or 2 for usage."""
+    if len(sys.argv) == 1:
+        print(usage, file=sys.stderr)
+        return 2
+    try:
+        config = parse(kind, sys.argv[1:], prog)
+    except UserError as error:
+        return _complain(prog, error, 2)
+    try:
+        return run(config) or 0
+    except UserError as error:
+        return _complain(prog, error, 1)
+
+
+def _complain(prog: str, error: UserError, status: int) -> int:
+    print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return status
+
+
+def _lone_switches(kind: type, argv: list[str]) -> list[str]:
+    """`--dry_run` alone means `--dry_run true`."""
+    switches = {f"--{key}" for key, annotation in known_keys(kind).items() if annotation is bool}
+    spelled = []
+    for here, following in zip(argv, [*argv[1:], "--"]):
+        spelled += [here, "true"] if here in switches and following.startswith("--") else [here]
+    return spelled
+
+
+def _explain(message: str, kind: type) -> str:
+    """jsonargparse's words, shorter, on one line, with the nearest known key where one was misspelt."""
+    message = " ".join(message.split())
+    keys = list(known_keys(kind))
+    if found := re.match(r"unrecognized arguments: (?:--)?(\S+)", message):
+        return _unknown(found[1].split("=")[0], keys)
+    if found := re.match(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message):
+        return _unknown(f"{found[1]}.{found[2]}", keys)
+    if found := re.match(r"Option '([\w.]+)' is not accepted", message):
+        return _unknown(found[1], keys)
+    if found := re.match(r"(.*?): Does not validate.*class_path '(?:[\w.]+\.)?(\w+)': Option '(\w+)", message):
+        return f"{_key(found[1])}: unknown key {found[3]!r} in a {found[2].lower()}; --help lists what it takes"
+    if found := re.match(r'(Parser key "[\w.]+"): (.*)', message):
+        return f"{_key(found[1])}: {_plain(found[2])}"
+    return _plain(message)
+
+
+def _key(words: str) -> str:
+    return words.removeprefix("Parser key").strip(' "')
+
+
+def _unknown(key: str, keys: list[str]) -> str:
+    """Prefer a key whose last part is what was typed (`lr` -> `optim.lr`), then the nearest spelling."""
+    last = key.split(".")[-1]
+    close = [k for k in keys if k.split(".")[-1] == last] or difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
+    remedy = f"did you mean {close[0]}?" if close else "--print_config shows all"
+    return f"unknown option {key}: {remedy}"
+
+
+def _plain(message: str) -> str:
+    message = re.sub(r"<class '(\w+)'>", r"\1", message).replace("typing.", "").replace("Problems parsing config", "--config")
+    return re.sub(r"Expected (?:an? )?(.*?)\. Got value: (.*)", r"expected \1, got \2", message)

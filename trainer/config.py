@@ -1,0 +1,187 @@
+"""Every option of `python -m trainer.run`, its default, and what it does. YAML sections and dotted overrides bear these names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from trainer.errors import UserError
+
+
+@dataclass
+class Source:
+    """One file, folder or hub data set, read into chat records."""
+
+    path: str  # JSON, JSONL, Parquet or CSV file; a folder written by `save_to_disk`; or a hub name
+    name: str | None = None  # how reports call it; default: the file's stem
+    format: Literal["auto", "chat", "sharegpt", "alpaca", "prompt_completion", "text"] = "auto"  # auto: told from the columns
+    columns: dict[str, str] | None = None  # ours -> the file's, e.g. {prompt: question, completion: answer}
+    split: str = "train"  # split of a hub data set or saved folder
+    subset: str | None = None  # configuration name of a hub data set
+    weight: float = 1.0  # times each sample is seen per epoch; 0.5 takes a fresh half every epoch
+    limit: int | None = None  # keep the first n records
+
+
+@dataclass
+class Data:
+    """What is trained on, and how chats become tokens."""
+
+    train: str | list[str | Source] = field(default_factory=list)  # the domain: a path, or a list of paths and sources
+    heldout: str | list[str | Source] = field(default_factory=list)  # evaluated during training, never trained on
+    heldout_share: float = 0.0  # take this share of the domain's samples as held-out instead
+    train_on: Literal["assistant", "last", "all"] = "assistant"  # supervised: every assistant turn, the last one, or every token
+    max_length: int = 2048  # tokens of one sample, at most
+    overlong: Literal["error", "drop", "truncate", "split"] = "error"  # what happens to longer samples
+    chat_template: str | None = None  # a Jinja file to use instead of the tokenizer's own template
+    workers: int = 0  # processes that tokenize; 0: one per core, at most 8
+    cache: str | None = None  # folder of tokenized data; default: the cache of `datasets`
+
+
+@dataclass
+class Replay:
+    """The general set that keeps the model's abilities, mixed with the domain."""
+
+    data: str | list[str | Source] = field(default_factory=list)  # a path, or a list of paths and sources
+    ratio: float | None = None  # share of the mix that is replay, 0 <= ratio < 1; default: every replay sample once per epoch
+    by: Literal["rows", "tokens"] = "rows"  # what the share is a share of
+
+
+@dataclass
+class Model:
+    """The model, its tokenizer, and how they are loaded."""
+
+    path: str | None = None  # folder or hub name with config, tokenizer and safetensors weights
+    config: str | None = None  # instead of `path`: a config.json (or its folder) to start from random weights
+    tokenizer: str | None = None  # folder or hub name; default: the model's own
+    patch: bool = True  # use the fused layers where the family is known
+    trust_remote_code: bool = False  # run Python code that comes with the model
+
+
+@dataclass
+class Lora:
+    """The low-rank adapter, in PEFT's terms."""
+
+    rank: int = 16
+    alpha: float = 32.0  # the update is scaled by alpha / rank (rsLoRA: alpha / sqrt(rank))
+    dropout: float = 0.0
+    targets: str | list[str] = "all-linear"  # names of linear layers, a regular expression, or all-linear (all but the head)
+    rslora: bool = False
+    dora: bool = False
+    path: str | None = None  # continue from this saved adapter instead of a new one
+
+
+@dataclass
+class Batch:
+    """Batch size, in tokens."""
+
+    tokens_per_pack: int = 4096  # capacity of one packed sequence: what a device holds at once
+    tokens_per_step: int = 16384  # capacity of one optimiser step, over all packs and ranks
+    max_documents: int = 1024  # samples in one pack, at most
+
+
+@dataclass
+class Optim:
+    """AdamW and its schedule."""
+
+    lr: float = 2e-4
+    weight_decay: float = 0.0  # on matrices only, never on norms and biases
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"  # after the warm-up
+    warmup: float = 0.03  # share of all steps (below 1) or number of steps
+    decay: float = 0.2  # wsd only: share of all steps (below 1) or number of steps in the final linear decay
+    min_lr_ratio: float = 0.1  # the schedule ends at lr times this (constant: never decays)
+    max_grad_norm: float = 1.0  # clip the gradient's norm; 0: never
+
+
+@dataclass
+class Evaluation:
+    """Held-out loss during training."""
+
+    every: int = 0  # steps between evaluations; 0: only at the end
+    patience: int = 0  # stop after this many evaluations without a better loss; 0: never
+
+
+@dataclass
+class Checkpoint:
+    """Saved states that a run resumes from, bit for bit."""
+
+    every: int = 0  # steps between checkpoints; 0: only when the run is stopped by a signal
+    keep: int = 2  # newest checkpoints kept
+
+
+@dataclass
+class Logging:
+    """Where figures go."""
+
+    every: int = 10  # steps between log lines; the device is waited for only here
+    tensorboard: bool = True
+    wandb_project: str | None = None  # needs the `logging` extra
+    progress: bool = True  # a progress bar on a terminal
+
+
+@dataclass
+class Config:
+    """Fine-tune a language model on chats: `python -m trainer.run --model.path M --data.train F.jsonl`."""
+
+    output: str = "runs/latest"  # the run folder
+    model: Model = field(default_factory=Model)
+    adapter: Literal["lora", "full"] = "lora"  # what is trained
+    lora: Lora = field(default_factory=Lora)
+    data: Data = field(default_factory=Data)
+    replay: Replay = field(default_factory=Replay)
+    batch: Batch = field(default_factory=Batch)
+    optim: Optim = field(default_factory=Optim)
+    epochs: float = 1.0
+    max_steps: int | None = None  # stop here even if epochs remain
+    seed: int = 0
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # compute; masters are fp32. auto: bf16 on a GPU that has it, else fp32
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"  # selective: every second layer
+    compile: bool = False  # torch.compile the decoder layers
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    export: Literal["adapter", "merged", "both"] = "adapter"  # what a LoRA run leaves in its folder
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    resume: Literal["auto", "never"] = "never"  # auto: go on from the newest whole checkpoint in the run folder, if any
+    logging: Logging = field(default_factory=Logging)
+    dry_run: bool = False  # validate, show samples and estimates, and stop
+
+
+def validate(config: Config) -> None:
+    """Refuse values that no run can use. Types are checked before, by the parser. Raises UserError naming the option."""
+    data, batch, optim = config.data, config.batch, config.optim
+    for source in [*_listed(data.train), *_listed(data.heldout), *_listed(config.replay.data)]:
+        weight = 1.0 if isinstance(source, str) else source.weight
+        _require(not str(source).startswith(("[", "{")), "data", "a path or a list of sources in YAML", source)
+        _require(weight > 0, "weight of a source", "above 0", weight)
+    _require(bool(data.train), "data.train", "at least one file, folder or hub data set", "none")
+    _require((config.model.path is None) != (config.model.config is None), "model.path, model.config", "exactly one of them",
+             "neither" if config.model.path is None else "both")
+    _require(data.max_length >= 2, "data.max_length", "2 tokens or more", data.max_length)
+    _require(batch.tokens_per_pack >= data.max_length, "batch.tokens_per_pack",
+             f"at least data.max_length = {data.max_length}, so that every sample fits a pack", batch.tokens_per_pack)
+    _require(batch.tokens_per_step % batch.tokens_per_pack == 0 and batch.tokens_per_step > 0, "batch.tokens_per_step",
+             f"a multiple of batch.tokens_per_pack = {batch.tokens_per_pack}", batch.tokens_per_step)
+    _require(batch.max_documents >= 1, "batch.max_documents", "1 or more", batch.max_documents)
+    _require(0 <= data.heldout_share < 1, "data.heldout_share", "0 <= share < 1", data.heldout_share)
+    _require(not (data.heldout and data.heldout_share), "data.heldout, data.heldout_share", "one of them", "both")
+    _require(config.replay.ratio is None or 0 <= config.replay.ratio < 1, "replay.ratio", "0 <= ratio < 1", config.replay.ratio)
+    _require(optim.lr > 0, "optim.lr", "above 0", optim.lr)
+    _require(optim.warmup >= 0 and optim.decay >= 0, "optim.warmup, optim.decay", "0 or more", (optim.warmup, optim.decay))
+    _require(config.seed >= 0, "seed", "0 or more", config.seed)
+    _require(config.epochs > 0, "epochs", "above 0", config.epochs)
+    _require(config.max_steps is None or config.max_steps >= 1, "max_steps", "1 or more", config.max_steps)
+    _require(config.checkpoint.keep >= 1, "checkpoint.keep", "1 or more", config.checkpoint.keep)
+    _require(config.logging.every >= 1, "logging.every", "1 or more", config.logging.every)
+    _require(not config.evaluation.patience or config.evaluation.every > 0, "evaluation.patience",
+             "evaluation.every above 0 beside it", config.evaluation.every)
+
+
+def _require(holds: bool, option: str, expected: str, found) -> None:
+    if not holds:
+        raise UserError(f"{option}: expected {expected}, got {found}")
+
+
+def _listed(sources: str | list) -> list:
+    return [sources] if isinstance(sources, str) else sources

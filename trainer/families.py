@@ -1,0 +1,209 @@
+"""Model families with fused layers: what sets each apart, and the forwards that their modules share.
+
+`patch(model)` gives instances, never classes, a new `forward`: RMSNorm, attention, gated MLP, and linear layers with adapters. Weights,
+names and classes stay, so state dicts, saving, hooks, checkpointing and stock code that looks at the model see nothing new. A forward is
+a functools.partial of a function of this file, which pickles and copies with the module. Decoder layers keep their own forward: their
+class implements activation checkpointing around it.
+
+To add a family: a row in FAMILIES, a line in the tests' list of families, and the tests say what is still different.
+
+Shapes: T tokens, W model width, H query heads, Hk key heads, D head width.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+
+from kernels.attention import backend, packed_attention
+from kernels.glu import glu
+from kernels.lora_mlp import lora_mlp
+from kernels.rms_norm import rms_norm
+from kernels.rope import apply_rope
+from trainer import lora
+from trainer.attention import is_packed
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a family's modules differ from Llama's."""
+
+    norm_offset: float = 0.0  # 1.0: norms multiply by 1 + weight
+    norm_eps: str = "variance_epsilon"  # the attribute of a norm that is its epsilon
+    activation: str = "act_fn"  # the attribute of the MLP that is its activation
+    window_in_config: bool = False  # every layer has the config's sliding window; otherwise the module's own, if any
+    softcap: bool = False  # attention logits are capped
+
+
+GEMMA = Family(norm_offset=1.0, norm_eps="eps")
+FAMILIES = {
+    "llama": Family(),
+    "mistral": Family(window_in_config=True),
+    "qwen2": Family(),
+    "qwen3": Family(),
+    "gemma": GEMMA,
+    "gemma2": Family(norm_offset=1.0, norm_eps="eps", softcap=True),
+    "gemma3_text": GEMMA,
+    "phi3": Family(activation="activation_fn", window_in_config=True),
+    "granite": Family(),
+    "olmo2": Family(),
+    "smollm3": Family(),
+}
+ACTIVATIONS = {type(ACT2FN[name]): ours for name, ours in (("silu", "silu"), ("swish", "silu"), ("gelu_pytorch_tanh", "gelu_tanh"))}
+
+
+def family_of(model: PreTrainedModel) -> Family | None:
+    """The model's row in FAMILIES; None for other families, for code that came with the model, and for attention that looks ahead."""
+    family = FAMILIES.get(model.config.model_type)
+    own_code = type(model).__module__.startswith("transformers.models.")
+    return family if own_code and not getattr(model.config, "use_bidirectional_attention", False) else None
+
+
+# ---------------------------------------------------------------- forwards
+
+
+def norm_forward(norm: nn.Module, eps: float, offset: float, x: Tensor) -> Tensor:
+    return rms_norm(x, norm.weight, eps, offset=offset)
+
+
+class AttentionTraits(NamedTuple):
+    """What one attention layer's forward needs beside its weights."""
+
+    head_dim: int
+    heads: int
+    scale: float
+    window: int | None
+    softcap: float | None
+    rope: bool
+    norm: str | None  # of queries and keys: "head" (each head alone), "width" (all heads as one vector), or none
+
+
+def attention_traits(attention: nn.Module, family: Family) -> AttentionTraits:
+    config, q_norm = attention.config, getattr(attention, "q_norm", None)
+    holder = config if family.window_in_config else attention
+    return AttentionTraits(
+        head_dim=attention.head_dim,
+        heads=config.num_attention_heads,
+        scale=attention.scaling,
+        window=getattr(holder, "sliding_window", None),
+        softcap=attention.attn_logit_softcapping if family.softcap else None,
+        rope=bool(getattr(attention, "use_rope", True)),
+        norm=None if q_norm is None else "head" if q_norm.weight.numel() == attention.head_dim else "width",
+    )
+
+
+def attention_forward(attention: nn.Module, traits: AttentionTraits, hidden_states: Tensor, position_embeddings=None,
+                      attention_mask=None, past_key_values=None, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None,
+                      **kwargs) -> tuple[Tensor, None]:
+    """Attention of a pack [1,T,W], with no transpose between projections and heads. Anything but a pack gets the class's own forward."""
+    if cu_seqlens is None or attention_mask is not None or past_key_values is not None:
+        return type(attention).forward(attention, hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask,
+                                       past_key_values=past_key_values, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, **kwargs)
+    q, k, v = project_heads(attention, traits, hidden_states.squeeze(0))
+    if traits.rope:
+        cos, sin = position_embeddings
+        q, k = apply_rope(q, k, cos.squeeze(0), sin.squeeze(0))
+    out = packed_attention(q, k, v, cu_seqlens, max_seqlen, scale=traits.scale, window=traits.window, softcap=traits.softcap,
+                           dropout=attention.attention_dropout if attention.training else 0.0)
+    return attention.o_proj(out.flatten(1)).unsqueeze(0), None
+
+
+def project_heads(attention: nn.Module, traits: AttentionTraits, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x [T,W] -> q [T,H,D], k and v [T,Hk,D], normalised where the family does so."""
+    if hasattr(attention, "qkv_proj"):
+        fused = attention.qkv_proj(x).unflatten(-1, (-1, traits.head_dim))
+        others = (fused.shape[1] - traits.heads) // 2
+        return fused.split((traits.heads, others, others), dim=1)
+    q, k, v = lora.project(x, (attention.q_proj, attention.k_proj, attention.v_proj))
+    if traits.norm == "width":
+        q, k = attention.q_norm(q), attention.k_norm(k)
+    q, k, v = (y.unflatten(-1, (-1, traits.head_dim)) for y in (q, k, v))
+    if traits.norm == "head":
+        q, k = attention.q_norm(q), attention.k_norm(k)
+    return q, k, v
+
+
+def mlp_forward(mlp: nn.Module, activation: str, x: Tensor) -> Tensor:
+    """down(activation(gate(x)) * up(x)), as one operation where the three are linear layers, adapted or not."""
+    layers = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    if lora.any_adapter(layers) and lora.fusable(layers):
+        weights, biases, loras = zip(*map(lora.projection, layers), strict=True)
+        return lora_mlp(x, weights, loras, biases, activation)
+    return mlp.down_proj(glu(mlp.gate_proj(x), mlp.up_proj(x), activation))
+
+
+def fused_mlp_forward(mlp: nn.Module, activation: str, x: Tensor) -> Tensor:
+    """The same where gate and up are one layer."""
+    gate, up = mlp.gate_up_proj(x).chunk(2, dim=-1)
+    return mlp.down_proj(glu(gate, up, activation))
+
+
+# ---------------------------------------------------------------- patching
+
+
+@dataclass
+class PatchReport:
+    """What serves each operation of a model; printed once when a run starts."""
+
+    family: str
+    backends: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return "\n".join([f"model family: {self.family}", *(f"  {op}: {serving}" for op, serving in self.backends.items())])
+
+
+def patch(model: nn.Module, enabled: bool = True) -> PatchReport:
+    """Give the modules of `model` (bare, or with an adapter already on it) their fused forwards. Patching twice changes nothing.
+
+    A family that is not in FAMILIES keeps its stock modules; only linear layers with adapters are fused there. With
+    `enabled=False` nothing is touched and the report says so.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    family = family_of(base) if enabled else None
+    counts: Counter[str] = Counter()
+    for name, module in base.named_modules():
+        kind = _patch_module(module, name.rsplit(".", 1)[-1], family) if enabled else None
+        if kind:
+            counts[kind] += 1
+    return _report(base, family, enabled, counts)
+
+
+def _patch_module(module: nn.Module, name: str, family: Family | None) -> str | None:
+    """Fuse one module, told by its class and name; returns which operation it is, None if it stays as it was."""
+    if lora.is_adapted(module):
+        module.forward = partial(lora.linear_forward, module)
+        return None if lora.why_not_fused(module) else "adapter"
+    if family is None:
+        return None
+    kind = type(module).__name__
+    if kind.endswith("RMSNorm"):
+        module.forward = partial(norm_forward, module, getattr(module, family.norm_eps), family.norm_offset)
+        return "rms_norm"
+    if name == "self_attn":
+        module.forward = partial(attention_forward, module, attention_traits(module, family))
+        return "attention"
+    if name == "mlp" and (activation := ACTIVATIONS.get(type(getattr(module, family.activation)))):
+        module.forward = partial(fused_mlp_forward if hasattr(module, "gate_up_proj") else mlp_forward, module, activation)
+        return "mlp"
+    return None
+
+
+def _report(base: PreTrainedModel, family: Family | None, enabled: bool, counts: Counter[str]) -> PatchReport:
+    why_stock = "unknown family" if enabled else "model.patch is off"
+    report = PatchReport(base.config.model_type if family else f"{base.config.model_type} ({why_stock}: stock layers)")
+    softcap = base.config.attn_logit_softcapping if family and family.softcap else None
+    serving = backend(base.device, base.dtype, softcap)
+    report.backends["attention"] = f"packed ({serving})" if is_packed(base) else "stock, one sample at a time (slow)"
+    if family:
+        for op in ("rms_norm", "attention", "mlp"):
+            report.backends[f"{op} layers"] = f"fused x {counts[op]}" if counts[op] else "stock"
+    if adapted := sum(lora.is_adapted(module) for module in base.modules()):
+        stock = adapted - counts["adapter"]
+        report.backends["adapter"] = f"fused x {counts['adapter']}" + (f", PEFT x {stock}" if stock else "")
+    return report

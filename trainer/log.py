@@ -1,0 +1,101 @@
+"""Where a run's figures go: metrics.jsonl always; TensorBoard, Weights & Biases and a progress bar where asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from trainer.config import Config
+from trainer.errors import UserError
+
+
+class Log:
+    """Writes each record, a flat dict with `kind` and `step`, everywhere. Rank 0 alone has one."""
+
+    def __init__(self, folder: Path, config: Config, total_steps: int, first_step: int):
+        self.path = folder / "metrics.jsonl"
+        keep_records(self.path, first_step)
+        self.file = self.path.open("a", buffering=1)
+        self.sinks = [sink for sink in (_tensorboard(folder, config), _wandb(folder, config)) if sink]
+        visible = config.logging.progress and sys.stderr.isatty()
+        self.bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=not visible, dynamic_ncols=True)
+
+    def write(self, record: dict) -> None:
+        self.file.write(json.dumps(record) + "\n")
+        figures = {f"{record['kind']}/{k}": v for k, v in record.items() if isinstance(v, (int, float)) and k != "step"}
+        for sink in self.sinks:
+            sink(figures, record.get("step", 0))
+        self._show(record)
+
+    def advance(self) -> None:
+        self.bar.update()
+
+    def close(self) -> None:
+        self.bar.close()
+        self.file.close()
+
+    def _show(self, record: dict) -> None:
+        line = _LINES[record["kind"]](record)
+        if self.bar.disable:
+            print(line, flush=True)
+        elif record["kind"] == "step":
+            self.bar.set_postfix_str(line.split("  ", 1)[1])
+        else:
+            self.bar.write(line)
+
+
+def keep_records(path: Path, first_step: int) -> None:
+    """Drop what an interrupted run wrote beyond the checkpoint it goes on from."""
+    if not path.exists():
+        return
+    if first_step == 0:
+        path.unlink()
+        return
+    whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
+    path.write_text("".join(f"{line}\n" for line in whole if json.loads(line).get("step", 0) <= first_step))
+
+
+def _step_line(r: dict) -> str:
+    mfu = f"  mfu {r['mfu']:.0%}" if r["mfu"] is not None else ""
+    return (f"step {r['step']}  loss {r['loss']:.4f}  lr {r['lr']:.2e}  norm {r['grad_norm']:.3f}  "
+            f"{r['tokens_per_s']:,.0f} tok/s  {r['supervised_per_s']:,.0f} supervised/s{mfu}  {r['memory_gb']:.2f} GB")
+
+
+_LINES = {
+    "step": _step_line,
+    "eval": lambda r: f"step {r['step']}  held-out loss {r['loss']:.4f} over {r['tokens']:,} supervised tokens",
+    "end": lambda r: (f"{r['reason']} after {r['steps']} steps, {r['seconds']:.1f} s, {r['tokens']:,} tokens "
+                      f"at {r['tokens_per_s']:,.0f} a second, peak memory {r['peak_memory_gb']:.2f} GB"),
+}
+
+
+def _tensorboard(folder: Path, config: Config):
+    if not config.logging.tensorboard:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(folder / "tensorboard")
+
+    def sink(figures: dict, step: int) -> None:
+        for name, value in figures.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+
+    return sink
+
+
+def _wandb(folder: Path, config: Config):
+    if config.logging.wandb_project is None:
+        return None
+    try:
+        wandb = importlib.import_module("wandb")
+    except ImportError:
+        raise UserError("logging.wandb_project: needs the package wandb, which is not installed; "
+                        "pip install 'steadfast-sft[logging]'") from None
+    run = wandb.init(project=config.logging.wandb_project, dir=folder, config=dataclasses.asdict(config))
+    return lambda figures, step: run.log(figures, step=step)

@@ -1,0 +1,242 @@
+"""The training loop: a step is packs forward and backward, one sum over ranks, one optimiser pass.
+
+The loss of a step is the weighted sum over its supervised tokens, in all packs and on all ranks, divided by their weight, which
+is known on the CPU before anything runs. The host waits for the device only at log, evaluation and checkpoint steps.
+"""
+
+from __future__ import annotations
+
+import gc
+import signal
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kernels import linear_cross_entropy
+from trainer import checkpoint
+from trainer.config import Config
+from trainer.distributed import World
+from trainer.errors import UserError
+from trainer.interrupts import Interrupts
+from trainer.log import Log
+from trainer.metrics import ModelSize, Phases, peak_flops, peak_memory_gb, synchronize
+from trainer.model import forward_hidden, head
+from trainer.optim import FlatAdamW, learning_rate
+from trainer.packing import Batch
+from trainer.plan import Plan, hash_seed
+from trainer.samples import Samples
+from trainer.staging import Counts, Work, batches, stage, supervised_weight
+
+
+@dataclass
+class Job:
+    """Everything a loop works on."""
+
+    config: Config
+    folder: Path
+    model: nn.Module
+    size: ModelSize
+    optimizer: FlatAdamW
+    samples: Samples
+    plan: Plan
+    heldout: tuple[Samples, list[np.ndarray]] | None  # samples, and the packs of their indices
+    identity: dict
+    device: torch.device
+    world: World
+    log: Log | None  # rank 0's
+
+
+@dataclass
+class Meter:
+    """Figures since the last log line; those of the device stay there until `read`."""
+
+    device: torch.device
+    phases: Phases
+    losses: list[Tensor] = field(default_factory=list)
+    norms: list[Tensor] = field(default_factory=list)
+    works: list[tuple[int, list[str]]] = field(default_factory=list)
+    counts: Counts = field(default_factory=Counts)
+    started: float = field(default_factory=time.perf_counter)
+
+    def add(self, work: Work, loss: Tensor, norm: Tensor) -> None:
+        self.losses.append(loss)
+        self.norms.append(norm)
+        self.works.append((work.step, work.sources))
+        self.counts = self.counts + work.counts
+
+
+@dataclass
+class Outcome:
+    """How a run ended."""
+
+    reason: str  # finished | max_steps | early stopping | signal
+    steps: int
+    loss: float  # mean of the last log interval
+    heldout_loss: float | None
+    signal: int | None = None
+
+
+def fit(job: Job, state: checkpoint.State) -> Outcome:
+    """Train from `state` to the end of the plan, or to an early stop or signal."""
+    every, plan = job.config.logging.every, job.plan
+    totals, begun = Counts(), time.perf_counter()
+    meter = Meter(job.device, Phases(job.device))
+    outcome = Outcome("finished" if plan.total == plan.starts[-1] else "max_steps", plan.total, float("nan"), None)
+    job.model.train()
+    with Interrupts() as interrupts, garbage_at_log_steps():
+        for work in stage(plan, job.samples, state.step, job.world, job.device, meter.phases):
+            meter.add(work, *train_step(job, work, meter.phases))
+            totals = totals + work.counts
+            state.step = work.step + 1
+            last = state.step == plan.total
+            if job.log:
+                job.log.advance()
+            if due(state.step, every) or last:
+                outcome.loss = report(job, meter)
+                gc.collect(1)
+            if job.heldout and (due(state.step, job.config.evaluation.every) or last):
+                outcome.heldout_loss = judge(job, state, meter)
+            if job.world.size == 1 or due(state.step, every):  # asking the other ranks waits for them
+                stop_early(job, state, outcome, job.world.any(interrupts.received is not None), interrupts.received)
+            if due(state.step, job.config.checkpoint.every) or outcome.signal:
+                save(job, state, meter)
+            if outcome.reason in ("signal", "early stopping"):
+                outcome.steps = state.step
+                break
+    finish(job, outcome, totals, time.perf_counter() - begun)
+    return outcome
+
+
+def stop_early(job: Job, state: checkpoint.State, outcome: Outcome, signalled: bool, number: int | None) -> None:
+    """Note in `outcome` why the run should end after this step, if it should."""
+    if signalled:
+        outcome.reason, outcome.signal = "signal", number or signal.SIGTERM
+    elif job.config.evaluation.patience and state.stale >= job.config.evaluation.patience:
+        outcome.reason = "early stopping"
+
+
+@contextmanager
+def garbage_at_log_steps():
+    """Keep the collector from walking the model's objects in the middle of steps."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
+
+
+def train_step(job: Job, work: Work, phases: Phases) -> tuple[Tensor, Tensor]:
+    """Forward, backward and update on one step's packs. Returns this rank's share of the loss, and the gradient norm."""
+    torch.manual_seed(hash_seed(job.config.seed, work.step, job.world.rank))  # dropout's draws depend on the step alone
+    total = torch.zeros((), device=job.device)
+    for batch in work.batches:
+        with phases("forward"):
+            loss = batch_loss(job.model, batch) / work.weight
+        with phases("backward"):
+            loss.backward()
+        total += loss.detach()
+    with phases("optimizer"):
+        job.world.sum(job.optimizer.gradients)
+        norm = job.optimizer.step(learning_rate(work.step, job.plan.total, job.config.optim))
+        job.optimizer.zero_grad()
+    return total, norm
+
+
+def batch_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Sum of weight * cross entropy over the supervised tokens of a pack; logits exist for those rows only, chunk by chunk."""
+    hidden = forward_hidden(model, batch)  # (T, D)
+    out = head(model)
+    return linear_cross_entropy(
+        hidden.index_select(0, batch.supervised_rows), out.weight, batch.targets, bias=out.bias, token_weight=batch.weights,
+        ignore_index=None, softcap=out.softcap, logit_scale=out.logit_scale, reduction="sum")
+
+
+@torch.no_grad()
+def heldout_loss(job: Job) -> tuple[float, int]:
+    """Mean loss over the held-out samples' supervised weight, and the number of their supervised tokens."""
+    samples, packs = job.heldout
+    job.model.eval()
+    total = torch.zeros((), device=job.device)
+    for pack in packs[job.world.rank :: job.world.size]:
+        total += sum(batch_loss(job.model, batch) for batch in batches(samples, [pack], job.device))
+    job.model.train()
+    job.world.sum([total])
+    indices = np.concatenate(packs)
+    return float(total) / supervised_weight(samples, indices), int(samples.supervised[indices].sum())
+
+
+def judge(job: Job, state: checkpoint.State, meter: Meter) -> float:
+    """Evaluate, log, and keep count of evaluations without progress."""
+    begun = time.perf_counter()
+    loss, tokens = heldout_loss(job)
+    if state.best is None or loss < state.best:
+        state.best, state.stale = loss, 0
+    else:
+        state.stale += 1
+    if job.log:
+        job.log.write({"kind": "eval", "step": state.step, "loss": loss, "tokens": tokens})
+    meter.started += time.perf_counter() - begun  # evaluation is no part of the training rates
+    return loss
+
+
+def save(job: Job, state: checkpoint.State, meter: Meter) -> None:
+    if meter.losses:
+        report(job, meter)  # refuses to save what is not finite
+    if job.world.is_main:
+        checkpoint.save(job.folder / "checkpoints", state, job.optimizer, job.config.checkpoint.keep)
+    job.world.barrier()
+    meter.started = time.perf_counter()
+
+
+def report(job: Job, meter: Meter) -> float:
+    """Wait for the device, check that the interval was finite, write its figures, start the next one. Returns the mean loss."""
+    figures = torch.stack([torch.stack(meter.losses), torch.stack(meter.norms)])
+    job.world.sum([figures[0]])
+    synchronize(job.device)
+    losses, norms = figures.tolist()
+    require_finite(job, meter, losses, norms)
+    seconds = time.perf_counter() - meter.started
+    counts = meter.counts
+    step = meter.works[-1][0] + 1
+    peak, _ = peak_flops(job.device, next(job.model.parameters()).dtype)
+    if job.log:
+        job.log.write({
+            "kind": "step", "step": step, "epoch": round(job.plan.progress(step), 4), "loss": float(np.mean(losses)),
+            "lr": learning_rate(step - 1, job.plan.total, job.config.optim), "grad_norm": float(np.mean(norms)),
+            "tokens": counts.tokens, "supervised": counts.supervised, "tokens_per_s": counts.tokens / seconds,
+            "supervised_per_s": counts.supervised / seconds, "steps_per_s": len(losses) / seconds,
+            "mfu": job.size.flops(counts.tokens, counts.supervised, counts.squared_lengths) / seconds / (peak * job.world.size),
+            "unfilled": 1 - counts.tokens / counts.capacity, "memory_gb": peak_memory_gb(job.device), "seconds": meter.phases.read(),
+        })
+    meter.losses, meter.norms, meter.works, meter.counts = [], [], [], Counts()
+    meter.started = time.perf_counter()
+    return float(np.mean(losses))
+
+
+def require_finite(job: Job, meter: Meter, losses: list[float], norms: list[float]) -> None:
+    for (step, sources), loss, norm in zip(meter.works, losses, norms):
+        if not np.isfinite(loss + norm):
+            last = checkpoint.newest(job.folder / "checkpoints")
+            raise UserError(
+                f"step {step + 1}: expected a finite loss and gradient, got loss {loss} and gradient norm {norm}; its batch holds samples "
+                f"of {', '.join(sources)}; last good checkpoint: {last or 'none'}; lower optim.lr, or look at these sources' longest samples")
+
+
+def finish(job: Job, outcome: Outcome, totals: Counts, seconds: float) -> None:
+    if job.log:
+        job.log.write({"kind": "end", "step": outcome.steps, "steps": outcome.steps, "seconds": seconds, "tokens": totals.tokens,
+                       "supervised": totals.supervised, "tokens_per_s": totals.tokens / seconds if seconds else 0.0,
+                       "peak_memory_gb": peak_memory_gb(job.device), "reason": outcome.reason})
+        job.log.close()
+
+
+def due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

@@ -1,0 +1,69 @@
+"""What a run will hold on its device, from the model's shape alone: nothing is loaded and nothing is run.
+
+Activations are those that the fused layers keep for the backward pass, per token and layer: the inputs of both norms, their
+outputs, the rotated queries and keys, the values, the attention's result, and gate and up of the MLP,
+
+    4 W + (2 H + 2 Hk) D + 2 I
+
+elements, with W model width, H query heads, Hk key heads, D head width, I MLP width. Stock layers keep about twice that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import nn
+
+from trainer.config import Config
+
+LOSS_CHUNK = 64e6  # bytes, a bound on the chunk of logits that is alive at a time
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes, by what holds them."""
+
+    weights: float
+    masters: float  # fp32 copies of trained weights of lower precision
+    gradients: float
+    moments: float  # AdamW's two
+    activations: float  # of one pack
+    loss: float
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, f.name) for f in fields(self))
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{f.name} {getattr(self, f.name) / 1e9:.2f}" for f in fields(self))
+        return f"about {self.total / 1e9:.2f} GB on the device: {parts} (of one pack)"
+
+
+def estimate(model: nn.Module, config: Config, dtype: torch.dtype) -> MemoryEstimate:
+    """`model` may live on the meta device. Trainable parameters of adapters are fp32."""
+    width = dtype.itemsize
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    adapter = config.adapter != "full"
+    frozen = sum(p.numel() for p in model.parameters()) - trained
+    return MemoryEstimate(
+        weights=frozen * width + trained * (4 if adapter else width),
+        masters=0 if adapter or width == 4 else trained * 4,
+        gradients=trained * 4,
+        moments=trained * 8,
+        activations=activation_bytes(model, config.batch.tokens_per_pack, width, config.activation_checkpointing),
+        loss=config.batch.tokens_per_pack * model.config.get_text_config().hidden_size * width * 2 + LOSS_CHUNK,
+    )
+
+
+def activation_bytes(model: nn.Module, tokens: int, width: int, checkpointing: str) -> float:
+    """Bytes kept for the backward pass of a pack of `tokens` tokens, elements `width` bytes wide."""
+    shape = model.config.get_text_config()
+    heads = shape.num_attention_heads
+    key_heads = getattr(shape, "num_key_value_heads", None) or heads
+    head_dim = getattr(shape, "head_dim", None) or shape.hidden_size // heads
+    inner = getattr(shape, "intermediate_size", None) or 4 * shape.hidden_size
+    layer = 4 * shape.hidden_size + (2 * heads + 2 * key_heads) * head_dim + 2 * inner
+    kept = {"none": shape.num_hidden_layers, "selective": (shape.num_hidden_layers + 1) // 2, "full": 1}[checkpointing]
+    inputs = shape.hidden_size * (shape.num_hidden_layers - kept)
+    return tokens * width * (kept * layer + inputs)

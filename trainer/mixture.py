@@ -1,0 +1,173 @@
+"""Which samples an epoch sees, from any number of domain and replay sources.
+
+Each source is one fixed permutation of its samples, repeated without end, and an epoch is the interval of it between
+two boundaries. Consecutive epochs take consecutive intervals: a source that gives half of itself gives the other half
+next time, every sample is seen before any is seen again, and a pool smaller than its share repeats as whole passes.
+
+    domain source i, n_i samples, weight w_i    epoch e begins at sample  b_i(e) = round(e w_i n_i)
+    replay source j, share s_j, ratio r         epoch e begins where j has given  r / (1 - r) s_j D(e)  rows or tokens
+
+where D(e) is what the domain has given before epoch e, and s_j is proportional to weight times size. Boundaries come
+from totals since the first epoch, so rounding never adds up (a source is within one sample of its share) and any epoch
+is computed directly, without those before it. Without a ratio, replay sources follow the domain's rule.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from trainer.errors import UserError
+
+
+@dataclass(frozen=True)
+class Part:
+    """A source's place in the mixture."""
+
+    name: str
+    role: Literal["domain", "replay"]
+    weight: float = 1.0  # times each sample is seen per epoch; under a ratio, weighs replay sources against each other
+
+
+@dataclass(frozen=True)
+class SourceShare:
+    """What one source gives to one epoch."""
+
+    name: str
+    role: str
+    samples: int  # that the source has
+    rows: int  # that the epoch sees
+    tokens: int
+    share_rows: float  # of the epoch
+    share_tokens: float
+    repeats: float  # passes over the source: 0.5 is half of it, 2.0 all of it twice
+
+
+class Mixture:
+    """The mix of `parts` over the epochs, decided by `seed`.
+
+    lengths[n]: tokens of each sample; sources[n]: its index into `parts`. `ratio` is the replay share of each epoch's
+    rows or tokens (`by`); None takes every replay sample `weight` times. UserError where no such mix exists.
+    """
+
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        sources: np.ndarray,
+        parts: Sequence[Part],
+        ratio: float | None = None,
+        by: Literal["rows", "tokens"] = "rows",
+        seed: int = 0,
+    ):
+        self.parts, self.ratio, self.by, self.seed = list(parts), ratio, by, seed
+        lengths, sources = np.asarray(lengths, dtype=np.int64), np.asarray(sources)
+        self.streams = [
+            _Stream(lengths, np.flatnonzero(sources == i), np.random.default_rng([seed, 0, i]))
+            for i in range(len(self.parts))
+        ]
+        self._check()
+
+    def epoch(self, epoch: int) -> np.ndarray:
+        """Indices of the samples that epoch `epoch` (from 0) sees, in a random order: int64[rows]."""
+        starts, ends = self._boundaries(epoch), self._boundaries(epoch + 1)
+        seen = [stream.between(start, end) for stream, start, end in zip(self.streams, starts, ends)]
+        return np.random.default_rng([self.seed, 1, epoch]).permutation(np.concatenate(seen))
+
+    def shares(self, epoch: int) -> list[SourceShare]:
+        """What each source gives to epoch `epoch`, in the order of the parts."""
+        starts, ends = self._boundaries(epoch), self._boundaries(epoch + 1)
+        rows = [end - start for start, end in zip(starts, ends)]
+        tokens = [stream.tokens(b) - stream.tokens(a) for stream, a, b in zip(self.streams, starts, ends)]
+        return [
+            SourceShare(
+                name=part.name,
+                role=part.role,
+                samples=stream.size,
+                rows=rows[i],
+                tokens=tokens[i],
+                share_rows=rows[i] / sum(rows),
+                share_tokens=tokens[i] / sum(tokens),
+                repeats=rows[i] / max(stream.size, 1),
+            )
+            for i, (part, stream) in enumerate(zip(self.parts, self.streams))
+        ]
+
+    def _boundaries(self, epoch: int) -> list[int]:
+        """Samples that each source has given before epoch `epoch` begins."""
+        boundaries = [_round(epoch * part.weight * stream.size) for part, stream in zip(self.parts, self.streams)]
+        if self.ratio is None:
+            return boundaries
+        domain = sum(self.streams[i].measure(boundaries[i], self.by) for i in self._indices("domain"))
+        claims = {
+            i: self.parts[i].weight * self.streams[i].measure(self.streams[i].size, self.by)
+            for i in self._indices("replay")
+        }
+        replay = self.ratio / (1 - self.ratio) * domain
+        for i, claim in claims.items():
+            boundaries[i] = self.streams[i].position(replay * claim / sum(claims.values()), self.by)
+        return boundaries
+
+    def _indices(self, role: str) -> list[int]:
+        """The sources of this role that have samples."""
+        return [i for i, part in enumerate(self.parts) if part.role == role and self.streams[i].size]
+
+    def _check(self) -> None:
+        for part in self.parts:
+            if not 0 < part.weight < math.inf:
+                raise UserError(f"source {part.name}: expected a weight above 0, got {part.weight}; "
+                                "to leave the source out, remove it")
+        domain = self._indices("domain")
+        if not domain:
+            raise UserError("data.train: expected at least one domain sample to train on, found none; "
+                            "check the path, and what was dropped")
+        largest = max(domain, key=lambda i: self.parts[i].weight * self.streams[i].size)
+        part, size = self.parts[largest], self.streams[largest].size
+        if part.weight * size < 1:
+            raise UserError(f"source {part.name}: expected at least one sample per epoch, "
+                            f"got weight {part.weight} of {size} samples; raise the weight")
+        if self.ratio is None:
+            return
+        if not 0 <= self.ratio < 1:
+            raise UserError(f"replay.ratio: expected a share of the mix, 0 <= ratio < 1, got {self.ratio}")
+        if self.ratio > 0 and not self._indices("replay"):
+            raise UserError(f"replay.ratio: expected replay samples for a share of {self.ratio}, found none; "
+                            "set replay.data, or leave the ratio out")
+
+
+class _Stream:
+    """One source's samples in an order fixed by the seed, repeated without end. A position is a number of samples."""
+
+    def __init__(self, lengths: np.ndarray, members: np.ndarray, rng: np.random.Generator):
+        self.order = rng.permutation(members).astype(np.int64)
+        self.size = len(members)
+        self.cumulative = np.concatenate([[0], np.cumsum(lengths[self.order])])  # tokens before each sample of a pass
+
+    def between(self, start: int, end: int) -> np.ndarray:
+        """The samples at positions start ... end - 1."""
+        return self.order[np.arange(start, end) % max(self.size, 1)]
+
+    def tokens(self, position: int) -> int:
+        """Tokens before `position`."""
+        passes, rest = divmod(position, max(self.size, 1))
+        return int(passes * self.cumulative[-1] + self.cumulative[rest])
+
+    def measure(self, position: int, by: str) -> int:
+        """Rows or tokens before `position`."""
+        return position if by == "rows" else self.tokens(position)
+
+    def position(self, amount: float, by: str) -> int:
+        """The position whose measure is nearest to `amount`: a sample counts once half of it is asked for."""
+        if by == "rows":
+            return _round(amount)
+        passes, rest = divmod(amount, int(self.cumulative[-1]))
+        middles = (self.cumulative[:-1] + self.cumulative[1:]) / 2
+        return int(passes) * self.size + int(np.searchsorted(middles, rest, side="right"))
+
+
+def _round(x: float) -> int:
+    """The nearest whole number, halves up."""
+    return math.floor(x + 0.5)

@@ -1,0 +1,244 @@
+"""The model and its tokenizer: loaded, run on packs up to its last hidden state, and described at its head.
+
+The head and the loss are ours (`kernels.linear_cross_entropy`), so the model's own forward is called only up to the last norm.
+
+Shapes: T tokens of a pack, n samples in it, W model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from trainer import config
+from trainer.attention import PACKED, decoder, fault_in_packing, is_packed, refuse_mask
+from trainer.errors import UserError
+from trainer.families import PatchReport, family_of, patch
+from trainer.packing import Batch
+
+__all__ = ["HeadSpec", "PatchReport", "apply_activation_checkpointing", "bare", "compute_dtype", "forward_hidden", "head", "load_model",
+           "load_tokenizer", "outline", "patch", "use_packed_attention"]
+logger = logging.getLogger(__name__)
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "tekken.json")
+
+
+# ---------------------------------------------------------------- loading
+
+
+def load_model(cfg: config.Config, device: torch.device | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the model of `cfg.model` in the compute dtype on `device`, or make it with random weights drawn with `cfg.seed`.
+
+    Weights have the compute dtype. With bf16, fp32 masters that are made from them start at the rounded values, which matters only for
+    full fine-tuning of a checkpoint that is itself fp32; precision fp32 keeps every bit. UserError says what is missing or unfit.
+    """
+    device = torch.device(device)
+    dtype, source = compute_dtype(cfg.precision, device), _source(cfg.model)
+    tokenizer = load_tokenizer(cfg.model)
+    if cfg.model.path is not None:
+        model = _load_weights(source, dtype, device, cfg.model.trust_remote_code)
+    else:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(cfg.seed)
+            model = _without_weights(cfg.model, source, dtype, device)
+    _check_vocabulary(model, tokenizer)
+    use_packed_attention(model)
+    return model, tokenizer
+
+
+def outline(cfg: config.Config) -> PreTrainedModel:
+    """The model of `cfg.model` with shapes but no memory (on the meta device), after the checks that need no weights."""
+    model = _without_weights(cfg.model, _source(cfg.model), torch.float32, torch.device("meta"))
+    _check_vocabulary(model, load_tokenizer(cfg.model))
+    return model
+
+
+def compute_dtype(precision: Literal["auto", "fp32", "bf16"], device: torch.device) -> torch.dtype:
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+
+
+def load_tokenizer(settings: config.Model) -> PreTrainedTokenizerBase:
+    """The tokenizer of `settings.tokenizer`, or the model's own. UserError where there is none."""
+    option, source = "model.tokenizer", _locate("model.tokenizer", settings.tokenizer) if settings.tokenizer else _source(settings)
+    folder = Path(source).parent if Path(source).is_file() else Path(source)
+    if folder.is_dir() and not any(next(folder.glob(pattern), None) for pattern in TOKENIZER_FILES):
+        raise UserError(f"{option}: no tokenizer in {folder}; set {option} to a folder or hub name that has one")
+    with _one_line(option, source):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
+
+
+def _source(settings: config.Model) -> str:
+    """Where the model is described: a folder with weights, a config.json, or a name on the hub."""
+    if (settings.path is None) == (settings.config is None):
+        raise UserError("model.path, model.config: expected exactly one of them, got " + ("neither" if settings.path is None else "both"))
+    if settings.path is not None:
+        source = _locate("model.path", settings.path)
+        if Path(source).exists():
+            _check_folder(Path(source))
+        return source
+    path = Path(settings.config).expanduser()
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"model.config: expected a config.json or its folder, found no file {file}")
+    return str(file.resolve())
+
+
+def _load_weights(source: str, dtype: torch.dtype, device: torch.device, trust_remote_code: bool) -> PreTrainedModel:
+    with _one_line("model.path", source):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, device_map=device if device.type == "cuda" else None, use_safetensors=True,
+            trust_remote_code=trust_remote_code, output_loading_info=True)
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(f"model.path: {source} lacks {len(missing)} weights of {type(model).__name__}, such as {missing[0]}")
+    return model
+
+
+def _without_weights(settings: config.Model, source: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The model that a config describes, with weights from the random generator (or none, on the meta device)."""
+    trust = settings.trust_remote_code
+    with _one_line("model.path" if settings.path else "model.config", source), torch.device(device):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source, trust_remote_code=trust), dtype=dtype,
+                                                trust_remote_code=trust)
+
+
+def _locate(option: str, given: str) -> str:
+    """An absolute path where there is such a file or folder; else `given`, if it may be a name on the hub."""
+    path = Path(given).expanduser()
+    if path.exists():
+        return str(path.resolve())
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", given):
+        raise UserError(f"{option}: there is no folder {given}")
+    return given
+
+
+def _check_folder(folder: Path) -> None:
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+        raise UserError(f"model.path: {folder} holds an adapter; set lora.path to it and model.path to its base model ({base})")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"model.path: expected a model folder with config.json, found none in {folder}")
+    if any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
+        return
+    if pickled := next(folder.glob("pytorch_model*.bin"), None):
+        raise UserError(
+            f"model.path: {folder} has pickled weights only ({pickled.name}), which can run code; only safetensors are loaded. "
+            "If you trust it, convert it: AutoModelForCausalLM.from_pretrained(folder, use_safetensors=False).save_pretrained(new_folder)")
+    raise UserError(f"model.path: expected model.safetensors (or its index), found none in {folder}")
+
+
+@contextmanager
+def _one_line(option: str, source: str | Path) -> Iterator[None]:
+    """Turn what the libraries raise for unreadable, unknown or unreachable models into one line."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
+        why = " ".join(str(error).split())
+        if "trust_remote_code" in why:
+            why = "it needs Python code of its own; add --model.trust_remote_code true if you trust it"
+        elif not Path(source).exists():
+            why = f"no such folder here, and not to be had from the hub under this name ({type(error).__name__})"
+        raise UserError(f"{option}: cannot load {source}: {why[:300]}") from error
+
+
+def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise UserError(f"model.tokenizer: expected at most {rows} tokens, the rows of the model's embedding, found {len(tokenizer)}; "
+                        "use the model's own tokenizer, or a config with a larger vocab_size")
+
+
+def use_packed_attention(model: PreTrainedModel) -> None:
+    """Run packs in one call; a family that we have not read has to show first that its samples stay apart."""
+    if family_of(model) is None:
+        _check_head(model)
+        if fault := fault_in_packing(model):
+            logger.warning("%s cannot run packed, its samples go through the model one at a time: %s", model.config.model_type, fault)
+            return
+    model.set_attn_implementation(PACKED)
+    decoder(model).register_forward_pre_hook(refuse_mask, with_kwargs=True)
+
+
+@torch.no_grad()
+def _check_head(model: PreTrainedModel) -> None:
+    """UserError unless `head` describes how the model makes logits of its last hidden state."""
+    ids = torch.arange(8, device=model.device)[None]
+    hidden = decoder(model)(input_ids=ids, use_cache=False).last_hidden_state
+    expected = model(input_ids=ids, use_cache=False).logits.float()
+    error = float((head(model).logits(hidden) - expected).norm() / expected.norm())
+    if not error < (1e-3 if model.dtype == torch.float32 else 5e-2):
+        raise UserError(f"model: the head of {model.config.model_type} is not a linear layer with a scale or soft cap that we know "
+                        f"(logits differ by {error:.0%}); train another model")
+
+
+# ---------------------------------------------------------------- running
+
+
+class HeadSpec(NamedTuple):
+    """logits = cap(logit_scale (hidden weight' + bias)), with cap(z) = softcap tanh(z / softcap) where softcap is set."""
+
+    weight: Tensor  # [V, W]
+    bias: Tensor | None  # [V]
+    softcap: float | None
+    logit_scale: float
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [..., W] -> logits [..., V] in fp32 or better, all of them at once: for a few tokens, not for training."""
+        raw = nn.functional.linear(hidden, self.weight, self.bias)
+        raw = raw.to(torch.promote_types(raw.dtype, torch.float32)) * self.logit_scale
+        return raw if self.softcap is None else self.softcap * torch.tanh(raw / self.softcap)
+
+
+def bare(model: nn.Module) -> PreTrainedModel:
+    """The transformers model, without PEFT's wrapper around it."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def head(model: nn.Module) -> HeadSpec:
+    """What turns the last hidden state into logits: Granite divides them, Cohere multiplies them, Gemma 2 caps them."""
+    base = bare(model)
+    settings, layer = base.config.get_text_config(), base.get_output_embeddings()
+    if type(layer) is not nn.Linear:
+        raise ValueError(f"head: expected a plain linear layer, got {type(layer).__name__}")
+    scale = (getattr(settings, "logit_scale", None) or 1.0) / (getattr(settings, "logits_scaling", None) or 1.0)
+    return HeadSpec(layer.weight, layer.bias, getattr(settings, "final_logit_softcapping", None), scale)
+
+
+def forward_hidden(model: nn.Module, batch: Batch) -> Tensor:
+    """The last hidden state [T,W] of a pack's tokens, each seeing only its own sample."""
+    base = bare(model)
+    ids, positions = batch.input_ids[None], batch.position_ids[None]
+    run = partial(decoder(base), use_cache=False)
+    if is_packed(base):
+        packed = run(input_ids=ids, position_ids=positions, cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen)
+        return packed.last_hidden_state.squeeze(0)
+    lengths = batch.cu_seqlens.diff().tolist()
+    samples = zip(ids.split(lengths, dim=1), positions.split(lengths, dim=1), strict=True)
+    return torch.cat([run(input_ids=i, position_ids=p).last_hidden_state.squeeze(0) for i, p in samples])
+
+
+def apply_activation_checkpointing(model: nn.Module, mode: Literal["none", "selective", "full"]) -> None:
+    """Keep only the inputs of every layer (full), or of every second layer (selective), and compute the rest again in the backward pass.
+
+    Works while the model is in training mode. UserError if the model's layers do not support it.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if mode != "none" and not layers:
+        raise UserError(f"activation_checkpointing: {bare(model).config.model_type} has no layers that support it; use none")
+    for i, layer in enumerate(layers):
+        layer.gradient_checkpointing = mode == "full" or (mode == "selective" and i % 2 == 0)
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)

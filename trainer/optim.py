@@ -1,0 +1,148 @@
+"""AdamW over flat fp32 masters, with clipping and the non-finite guard inside its one fused pass, and the schedules.
+
+All trainable weights live end to end in one fp32 vector per weight-decay group, their gradients in another: zeroing, norm,
+clipping, all-reduce and update are one operation each, however many layers there are. A parameter that is fp32 is a view of
+the master. One of lower precision (bf16 compute) keeps its own storage: after each pack its gradient is added to the fp32
+vector and dropped, after each step the master is rounded into it.
+
+A step whose gradient norm is not finite changes nothing, on the device and without asking the host (`found_inf`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from trainer.config import Optim
+from trainer.errors import UserError
+
+ALIGNMENT = 32  # elements: every weight starts on a 128-byte boundary, as it would in a tensor of its own
+
+
+class FlatGroup:
+    """Trainable parameters end to end in one fp32 master vector, with a gradient vector of the same layout."""
+
+    def __init__(self, parameters: list[nn.Parameter]):
+        self.parameters = parameters
+        offsets, total = [], 0
+        for p in parameters:
+            offsets.append(total)
+            total += -(-p.numel() // ALIGNMENT) * ALIGNMENT
+        device = parameters[0].device
+        self.master = nn.Parameter(torch.zeros(total, dtype=torch.float32, device=device))
+        self.master.grad = torch.zeros_like(self.master)
+        self.low: list[nn.Parameter] = []
+        self.low_masters: list[Tensor] = []
+        for p, offset in zip(parameters, offsets):
+            self._adopt(p, slice(offset, offset + p.numel()))
+
+    @torch.no_grad()
+    def _adopt(self, p: nn.Parameter, place: slice) -> None:
+        master, grad = self.master.data[place].view_as(p), self.master.grad[place].view_as(p)
+        master.copy_(p)
+        if p.dtype == torch.float32:
+            p.data, p.grad = master, grad
+            return
+        self.low.append(p)
+        self.low_masters.append(master)
+
+        def gather(parameter: nn.Parameter) -> None:
+            grad.add_(parameter.grad)
+            parameter.grad = None
+
+        p.register_post_accumulate_grad_hook(gather)
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Round the masters into the parameters of lower precision."""
+        if self.low:
+            torch._foreach_copy_(self.low, self.low_masters)
+
+
+class FlatAdamW:
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) on the trainable parameters of a model; decay on matrices only."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], settings: Optim):
+        trainable = [p for p in parameters if p.requires_grad]
+        if not trainable:
+            raise UserError("nothing to train: expected at least one trainable weight, found none; check lora.targets")
+        split = [p for p in trainable if p.ndim >= 2], [p for p in trainable if p.ndim < 2]
+        self.groups = [FlatGroup(parameters) for parameters in split if parameters]
+        self.max_norm = settings.max_grad_norm
+        self.adamw = torch.optim.AdamW(
+            [dict(params=[g.master], weight_decay=settings.weight_decay if g.parameters[0].ndim >= 2 else 0.0) for g in self.groups],
+            lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=settings.eps, fused=True,
+        )
+
+    @property
+    def gradients(self) -> list[Tensor]:
+        """The flat fp32 gradient vectors, one per group."""
+        return [g.master.grad for g in self.groups]
+
+    def zero_grad(self) -> None:
+        for gradient in self.gradients:
+            gradient.zero_()
+
+    @torch.no_grad()
+    def step(self, lr: float) -> Tensor:
+        """Clip, update, publish. Returns the gradient norm before clipping, a scalar left on the device."""
+        norm = torch.stack([torch.linalg.vector_norm(g) for g in self.gradients]).square().sum().sqrt()
+        self.adamw.found_inf = (~norm.isfinite()).float()
+        if self.max_norm > 0:
+            self.adamw.grad_scale = (norm / self.max_norm).clamp(min=1.0)  # the fused pass divides by it
+        for group in self.adamw.param_groups:
+            group["lr"] = lr
+        self.adamw.step()
+        for group in self.groups:
+            group.publish()
+        return norm
+
+    @torch.no_grad()
+    def release(self) -> None:
+        """Give every trained parameter storage of its own again, for saving. The last call."""
+        for group in self.groups:
+            for p in group.parameters:
+                if p.dtype == torch.float32:
+                    p.data, p.grad = p.data.clone(), None
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything the next step depends on, by name."""
+        tensors = {}
+        for i, group in enumerate(self.groups):
+            tensors[f"{i}.master"] = group.master.data
+            tensors |= {f"{i}.{name}": value for name, value in self.adamw.state[group.master].items()}
+        return tensors
+
+    @torch.no_grad()
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Restore what `state` gave. Raises KeyError or ValueError where the layout differs."""
+        for i, group in enumerate(self.groups):
+            saved = tensors[f"{i}.master"]
+            if saved.shape != group.master.shape:
+                raise ValueError(f"optimizer state: expected {tuple(group.master.shape)} weights in group {i}, got {tuple(saved.shape)}")
+            group.master.data.copy_(saved)
+            state = self.adamw.state[group.master]
+            for name in ("step", "exp_avg", "exp_avg_sq"):
+                state[name] = tensors[f"{i}.{name}"].to(group.master.device, copy=True)
+            group.publish()
+
+
+def learning_rate(step: int, total: int, settings: Optim) -> float:
+    """Learning rate of step 0 <= step < total: linear warm-up, then the schedule, which ends at lr * min_lr_ratio."""
+    warmup = _steps(settings.warmup, total)
+    if step < warmup:
+        return settings.lr * (step + 1) / warmup
+    if settings.schedule == "constant":
+        return settings.lr
+    start = max(warmup, total - _steps(settings.decay, total)) if settings.schedule == "wsd" else warmup
+    progress = min(1.0, max(0.0, (step + 1 - start) / max(1, total - start)))
+    remaining = 0.5 * (1 + math.cos(math.pi * progress)) if settings.schedule == "cosine" else 1 - progress
+    return settings.lr * (settings.min_lr_ratio + (1 - settings.min_lr_ratio) * remaining)
+
+
+def _steps(amount: float, total: int) -> int:
+    """A share of the run (below 1) or a number of steps, as a number of steps."""
+    return round(amount * total) if amount < 1 else round(amount)
