@@ -20,8 +20,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from benchmarks.timing import StepResult
+from trainer.metrics import ModelSize, model_size
 
 Samples = Sequence[tuple[np.ndarray, np.ndarray]]
+TrlBatch = tuple[dict[str, Tensor], Tensor]  # the model's inputs, and how many of their tokens are supervised
 IGNORED = -100  # the label that Hugging Face's losses leave out
 
 
@@ -38,11 +40,11 @@ def endless(count: int, seed: int) -> Iterator[int]:
         yield from order.permutation(count).tolist()
 
 
-def counted(samples: Samples, loss: float, computed: int) -> StepResult:
-    """The result of a step over `samples` that ran `computed` positions through the model."""
+def counted(samples: Samples, loss: float, computed: int, size: ModelSize) -> StepResult:
+    """The result of a step over `samples` that ran `computed` positions through a model of `size`."""
     lengths = [len(ids) for ids, _ in samples]
-    supervised = sum(int(mask[1:].sum()) for _, mask in samples)
-    return StepResult(loss, sum(lengths), supervised, computed - sum(lengths), sum(n * n for n in lengths))
+    tokens, supervised = sum(lengths), sum(int(mask[1:].sum()) for _, mask in samples)
+    return StepResult(loss, tokens, supervised, computed - tokens, size.flops(tokens, supervised, sum(n * n for n in lengths)))
 
 
 class PlainLoop:
@@ -51,11 +53,18 @@ class PlainLoop:
     def __init__(self, model: PeftModel, samples: Samples, pad_token: int, batch_size: int, lr: float, seed: int = 0):
         self.model, self.samples, self.pad_token, self.batch_size = model.train(), samples, pad_token, batch_size
         self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.size = model_size(model)
         self.optimizer = torch.optim.AdamW(self.trained, lr=lr, weight_decay=0.0)
         self.order = endless(len(samples), seed)
 
     def step(self) -> StepResult:
-        return self.step_on([self.samples[next(self.order)] for _ in range(self.batch_size)])
+        return self.step_on(self.next_batch())
+
+    def next_batch(self) -> Samples:
+        return [self.samples[next(self.order)] for _ in range(self.batch_size)]
+
+    def samples_of(self, batch: Samples) -> Samples:
+        return batch
 
     def step_on(self, samples: Samples) -> StepResult:
         batch = padded(samples, self.pad_token)
@@ -64,7 +73,7 @@ class PlainLoop:
         torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return counted(samples, loss.item(), batch["input_ids"].numel())
+        return counted(samples, loss.item(), batch["input_ids"].numel(), self.size)
 
 
 def padded(samples: Samples, pad_token: int) -> dict[str, Tensor]:
@@ -89,10 +98,10 @@ class Trl:
         self.trainer.create_optimizer_and_scheduler(num_training_steps=1)
         self.model, self.optimizer = self.trainer.model.train(), self.trainer.optimizer
         self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.size = model_size(model)
         self.batches = self._endless_batches()
 
-    def _endless_batches(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        """TRL's batches, each with the number of its supervised tokens."""
+    def _endless_batches(self) -> Iterator[TrlBatch]:
         loader = self.trainer.get_train_dataloader()
         while True:
             epoch = iter(loader)
@@ -103,15 +112,30 @@ class Trl:
                 yield batches[0], supervised
 
     def step(self) -> StepResult:
-        return self.step_on(*next(self.batches))
+        return self.step_on(self.next_batch())
 
-    def step_on(self, batch: dict[str, Tensor], supervised: Tensor) -> StepResult:
-        computed, samples = batch["input_ids"].numel(), samples_of(batch)
-        loss = self.trainer.training_step(self.model, batch, supervised)
+    def next_batch(self) -> TrlBatch:
+        return next(self.batches)
+
+    def samples_of(self, batch: TrlBatch) -> Samples:
+        """The samples inside: rows without their padding, or a pack cut where position_ids are 0."""
+        ids, labels = batch[0]["input_ids"].numpy(), batch[0]["labels"].numpy()
+        if "position_ids" in batch[0]:
+            starts = np.flatnonzero(batch[0]["position_ids"][0].numpy() == 0)[1:]
+            rows = zip(np.split(ids[0], starts), np.split(labels[0], starts), strict=True)
+        else:
+            lengths = batch[0]["attention_mask"].sum(1).tolist()
+            rows = ((row[:n], kept[:n]) for row, kept, n in zip(ids, labels, lengths, strict=True))
+        return [(row, kept != IGNORED) for row, kept in rows]
+
+    def step_on(self, batch: TrlBatch) -> StepResult:
+        inputs, supervised = batch
+        computed, samples = inputs["input_ids"].numel(), self.samples_of(batch)
+        loss = self.trainer.training_step(self.model, inputs, supervised)
         torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return counted(samples, loss.item(), computed)
+        return counted(samples, loss.item(), computed, self.size)
 
 
 def padded_batches(batch_size: int) -> dict:
@@ -132,15 +156,3 @@ def sft_trainer(model: PeftModel, samples: Samples, tokenizer: PreTrainedTokeniz
         use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True, seed=seed, **settings)
     logging.getLogger("trl").setLevel(logging.ERROR)  # it says that packing wants flash attention, which a CPU has not
     return trl.SFTTrainer(model=model, args=args, train_dataset=Dataset.from_dict(rows), processing_class=tokenizer)
-
-
-def samples_of(batch: dict[str, Tensor]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The samples inside one of TRL's batches: rows without their padding, or a pack cut where position_ids are 0."""
-    ids, labels = batch["input_ids"].numpy(), batch["labels"].numpy()
-    if "position_ids" in batch:
-        starts = np.flatnonzero(batch["position_ids"][0].numpy() == 0)[1:]
-        rows = zip(np.split(ids[0], starts), np.split(labels[0], starts), strict=True)
-    else:
-        lengths = batch["attention_mask"].sum(1).tolist()
-        rows = ((row[:n], kept[:n]) for row, kept, n in zip(ids, labels, lengths, strict=True))
-    return [(row, kept != IGNORED) for row, kept in rows]

@@ -14,8 +14,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
+import torch
 
 RESAMPLES = 4000
+WARMUP = 2  # steps of each line before the first round
 
 
 @dataclass(frozen=True)
@@ -25,8 +27,8 @@ class StepResult:
     loss: float
     tokens: int
     supervised: int
-    padding: int = 0
-    squared_lengths: int = 0  # sum over samples of tokens^2, which attention's FLOPs grow with
+    padding: int
+    flops: float  # useful ones, by the convention of `trainer.metrics`
 
 
 @dataclass
@@ -48,7 +50,7 @@ class Sample:
     tokens: int
     supervised: int
     padding: int
-    squared_lengths: int
+    flops: float
 
 
 @dataclass(frozen=True)
@@ -61,14 +63,14 @@ class Interval:
 
 
 def interleave(
-    lines: Sequence[Line], rounds: int, steps: int, seed: int = 0, warmup: int = 2,
+    lines: Sequence[Line], rounds: int, steps: int, seed: int = 0,
     cpu: Callable[[], float] = time.process_time, wall: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[Sample]]:
     """Run `rounds` rounds of `steps` steps of every line, in shuffled order; samples by line name, in order of rounds."""
     if len({line.name for line in lines}) < len(lines):
         raise ValueError(f"interleave: expected lines of different names, got {[line.name for line in lines]}")
     for line in lines:
-        for _ in range(warmup):
+        for _ in range(WARMUP):
             line.step()
     order = np.random.default_rng(seed)
     samples: dict[str, list[Sample]] = {line.name: [] for line in lines}
@@ -83,8 +85,21 @@ def _measure(line: Line, steps: int, cpu: Callable[[], float], wall: Callable[[]
     cpu_start, wall_start = cpu(), wall()
     done = [line.step() for _ in range(steps)]
     cpu_end, wall_end = cpu(), wall()
-    totals = {name: sum(getattr(s, name) for s in done) for name in ("tokens", "supervised", "padding", "squared_lengths")}
+    totals = {name: sum(getattr(s, name) for s in done) for name in ("tokens", "supervised", "padding", "flops")}
     return Sample(cpu_end - cpu_start, wall_end - wall_start, steps, **totals)
+
+
+def product(dtype: torch.dtype, size: int = 768) -> Line:
+    """A square matrix product: what this machine can do in the same rounds, for a line's FLOP rate to be a share of."""
+    a, b = torch.randn(2, size, size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    out = torch.empty_like(a)
+
+    def step() -> StepResult:
+        for _ in range(20):
+            torch.mm(a, b, out=out)
+        return StepResult(0.0, 0, 0, 0, 20 * 2.0 * size**3)
+
+    return Line(f"matrix product, {str(dtype).removeprefix('torch.')}", step)
 
 
 def again(line: Line) -> Line:

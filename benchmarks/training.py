@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,14 +26,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase,
 from transformers.utils import logging as transformers_logging
 
 from benchmarks import record, timing
-from benchmarks.baseline import PlainLoop, Samples, Trl, counted, endless, load_adapted, packed_batches, padded_batches
+from benchmarks.baseline import PlainLoop, Samples, Trl, counted, load_adapted, packed_batches, padded_batches
 from benchmarks.timing import Line, StepResult
 from trainer import config as options
 from trainer.distributed import World
 from trainer.errors import UserError
 from trainer.inputs import prepare_inputs
 from trainer.loop import train_step
-from trainer.metrics import Phases, model_size, peak_flops
+from trainer.metrics import Phases, model_size
 from trainer.packing import collate
 from trainer.run import build
 from trainer.staging import Counts, Work, stage
@@ -159,12 +158,13 @@ class Steadfast:
         work = next(self.works)
         loss, _ = train_step(self.job, work, self.phases)
         self.phases.read()
-        return StepResult(loss.item(), work.counts.tokens, work.counts.supervised, 0, work.counts.squared_lengths)
+        done = work.counts
+        return StepResult(loss.item(), done.tokens, done.supervised, 0, self.job.size.flops(done.tokens, done.supervised, done.squared_lengths))
 
     def step_on(self, samples: Samples) -> StepResult:
         batch = collate([(ids, supervised, 1.0, 0) for ids, supervised in samples])
         loss, _ = train_step(self.job, Work(0, [batch], batch.weight_sum, Counts(), []), self.phases)
-        return counted(samples, loss.item(), batch.tokens)
+        return counted(samples, loss.item(), batch.tokens, self.job.size)
 
 
 def run_options(setting: Setting, precision: str, steps: int) -> options.Config:
@@ -201,27 +201,97 @@ def check_tokens(setting: Setting) -> None:
             raise AssertionError(f"chat {i}: the trainer's tokens or mask differ from the ones the baselines get")
 
 
-def agreement(setting: Setting, precision: str, make_other: Callable[[], PlainLoop | Trl]) -> float:
+def agreement(setting: Setting, precision: str, other: PlainLoop | Trl) -> float:
     """Largest relative difference between Steadfast's losses and another line's, over steps on the same samples from the same start."""
-    ours, other = Steadfast(setting, precision, AGREEMENT_STEPS), make_other()
-    pairs = [(ours.step_on(samples).loss, step().loss) for samples, step in same_batches(other, setting.samples)]
+    ours, pairs = Steadfast(setting, precision, AGREEMENT_STEPS), []
+    for _ in range(AGREEMENT_STEPS):
+        batch = other.next_batch()
+        pairs.append((ours.step_on(other.samples_of(batch)).loss, other.step_on(batch).loss))
     worst = max(abs(a - b) / abs(b) for a, b in pairs)
     if not worst <= AGREEMENT[precision]:
-        raise AssertionError(f"losses of Steadfast in {precision} and {type(other).__name__} differ by {worst:.1e}, more than "
-                             f"{AGREEMENT[precision]:.0e}: {pairs}")
+        raise AssertionError(f"the losses of Steadfast in {precision} and of {type(other).__name__} differ by {worst:.1e}, more than "
+                             f"{AGREEMENT[precision]:.0e}; pairs: {pairs}")
     return worst
 
 
-def same_batches(other: PlainLoop | Trl, samples: Samples) -> Iterator[tuple[Samples, Callable[[], StepResult]]]:
-    """The samples of each of the other line's next batches, and its step on that batch."""
-    if isinstance(other, Trl):
-        from benchmarks.baseline import samples_of
+# ---------------------------------------------------------------- the suite
 
-        for _ in range(AGREEMENT_STEPS):
-            batch, supervised = next(other.batches)
-            yield samples_of(batch), lambda batch=batch, supervised=supervised: other.step_on(batch, supervised)
-    else:
-        order = endless(len(samples), seed=1)
-        for _ in range(AGREEMENT_STEPS):
-            chosen = [samples[next(order)] for _ in range(BATCH)]
-            yield chosen, lambda chosen=chosen: other.step_on(chosen)
+# the lines' names: a Hugging Face loop with batches of 8, TRL's SFTTrainer with batches of 8, and with packing
+PLAIN, TRL_PADDED, TRL_PACKED, FP32, BF16 = "plain HF loop", "TRL padded", "TRL packed", "Steadfast fp32", "Steadfast bf16"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", type=Path, help="JSONL with question and answer to draw the chats from (default: synthetic chats)")
+    parser.add_argument("--rounds", type=int, default=16, help="rounds of all lines (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=4, help="steps of each line in a round (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: %(default)s)")
+
+
+def run(arguments: argparse.Namespace) -> dict:
+    """Check, time and summarise; returns the record."""
+    if arguments.rounds < 2 or arguments.steps < 1:
+        raise UserError(f"--rounds, --steps: expected at least 2 and 1, got {arguments.rounds} and {arguments.steps}")
+    torch.set_num_threads(arguments.threads)
+    quiet()
+    with tempfile.TemporaryDirectory(prefix="steadfast-benchmark-") as folder:
+        setting = make_setting(Path(folder), arguments.data)
+        check_tokens(setting)
+        agreed = {f"{FP32} / {PLAIN}": agreement(setting, "fp32", plain_loop(setting)),
+                  f"{FP32} / {TRL_PACKED}": agreement(setting, "fp32", trl(setting, packed_batches(TOKENS_PER_STEP)))}
+        if fast_bf16():
+            agreed[f"{BF16} / {PLAIN}"] = agreement(setting, "bf16", plain_loop(setting))
+        lines = make_lines(setting, steps=2 * (timing.WARMUP + arguments.rounds * arguments.steps))
+        samples = timing.interleave(lines, arguments.rounds, arguments.steps)
+        size = model_size(adapted(setting))
+    lengths = [len(ids) for ids, _ in setting.samples]
+    conditions = {
+        "model": f"Llama, {size.parameters - size.trainable:,} parameters, random weights", "adapter": f"LoRA, rank {RANK}, all linear layers",
+        "data": setting.data, "chats": CHATS, "mean_tokens": float(np.mean(lengths)), "longest": max(lengths),
+        "supervised": sum(int(mask.sum()) for _, mask in setting.samples) / sum(lengths), "tokens_per_step": TOKENS_PER_STEP,
+        "rounds": arguments.rounds, "steps_per_round": arguments.steps}
+    return record.make("training-cpu", conditions, agreed, summary(samples), timing.raw(samples))
+
+
+def quiet() -> None:
+    """Only our own table on the terminal."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    datasets_logging.disable_progress_bar()
+
+
+def fast_bf16() -> bool:
+    """Whether the CPU has bf16 products: without them bf16 is emulated, and slow."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def make_lines(setting: Setting, steps: int) -> list[Line]:
+    plain, padded, packed = plain_loop(setting), trl(setting, padded_batches(BATCH)), trl(setting, packed_batches(TOKENS_PER_STEP))
+    ours = Line(FP32, Steadfast(setting, "fp32", steps).step)
+    lines = [Line(PLAIN, plain.step), Line(TRL_PADDED, padded.step), Line(TRL_PACKED, packed.step), ours, timing.again(ours)]
+    lines.append(timing.product(torch.float32))
+    if fast_bf16():
+        lines += [Line(BF16, Steadfast(setting, "bf16", steps).step), timing.product(torch.bfloat16)]
+    return lines
+
+
+def summary(samples: dict[str, list[timing.Sample]]) -> list[dict]:
+    """One row a line: its rates, its share of the machine's product rate (MFU), and its ratio to each baseline."""
+    rows = []
+    for name, line in samples.items():
+        if not line[0].tokens:  # a matrix product
+            continue
+        dtype = torch.bfloat16 if name == BF16 else torch.float32
+        tokens, computed = sum(s.tokens for s in line), sum(s.tokens + s.padding for s in line)
+        against = [FP32] if name.endswith("(A/A)") else [base for base in (PLAIN, TRL_PADDED, TRL_PACKED) if base != name]
+        rows.append({
+            "line": name, "tokens_per_cpu_second": asdict(timing.spread(line)),
+            "supervised_per_cpu_second": asdict(timing.spread(line, lambda s: s.supervised / s.cpu)),
+            "steps_per_cpu_second": asdict(timing.spread(line, lambda s: s.steps / s.cpu)),
+            "useful_flops": asdict(timing.spread(line, flop_rate)), "padding": 1 - tokens / computed,
+            "mfu": asdict(timing.ratio(line, samples[timing.product(dtype).name], flop_rate)),
+            "ratio": {base: asdict(timing.ratio(line, samples[base])) for base in against}})
+    return rows
+
+
+def flop_rate(sample: timing.Sample) -> float:
+    return sample.flops / sample.cpu

@@ -14,13 +14,13 @@ Why it pays. At V = 128k the logits of 8192 rows are 2 GB in bf16 and 4 GB in fp
 three products (z, ∂x, ∂W) cost 2·S·D·V FLOP each and are nearly all of the time. So the only real gains are fewer rows
 and fewer products:
 - rows whose target is `ignore_index` are left out before the first product;
-- frozen head: g_i depends on row i alone, so the forward keeps the unit gradient Wᵀg_i (S x D) and the backward is a row
-  scale: 2 products for any upstream gradient, where recomputing takes 3;
+- frozen head: g_i depends on row i alone, so the forward keeps the unit gradient Wᵀg_i (S x D) and the backward is a
+  row scale: 2 products for any upstream gradient, where recomputing takes 3;
 - trained head, sum or mean: the upstream is one number, so the gradients are made in the forward: 3 products;
 - trained head, none: the upstream is not known in the forward, so the backward computes the logits again: 4 products;
 - nothing to differentiate: 1 product.
 
-Products run in x's dtype (autocast is not consulted), statistics and the sums over chunks in fp32 (fp64 for fp64 inputs).
+Products run in x's dtype (autocast is not consulted), statistics and the sums over chunks in fp32 (fp64 for fp64).
 """
 
 from typing import NamedTuple
@@ -29,13 +29,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# One chunk of fp32 logits. Median ms on one core at S=500, D=256, V=8192, fp32 and bf16:
+# One chunk of fp32 logits. Forward + backward, best ms on one core at S=500, D=256, V=8192, fp32 / bf16:
 #   chunk           1 MB        4 MB        8 MB        16 MB       stock, full logits
-#   head frozen     62 / 17     56 / 16     54 / 15     53 / 16     59 / 22
-#   head trained    92 / 43     81 / 26     79 / 24     77 / 22     86 / 26
+#   head frozen     55 / 17     51 / 15     52 / 14     48 / 15     54 / 17
+#   head trained    84 / 39     78 / 25     76 / 22     73 / 22     82 / 23
 CPU_CHUNK_BYTES = 8 << 20
-# Each chunk reads all of W, so a wide vocabulary needs rows more than a cache-sized chunk. ms on one core, head frozen, at
-# S=512, D=1024, V=128256 in bf16 by rows: 16 -> 1694, 64 -> 850, 128 -> 752, 256 -> 690, 512 -> 710.
+# Each chunk reads all of W, so a wide vocabulary needs rows more than a cache-sized chunk. ms on one core, head frozen,
+# at S=512, D=1024, V=128256 in bf16 by rows: 16 -> 1694, 64 -> 850, 128 -> 752, 256 -> 690, 512 -> 710.
 MIN_ROWS = 256
 # An accelerator wants 2048-4096 rows a chunk.
 DEVICE_CHUNK_BYTES = 1 << 30
@@ -64,11 +64,12 @@ def statistics_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def linear_cross_entropy_reference(x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, row_weight: Tensor | None,
-                                   settings: Settings, want_x: bool, want_weight: bool, want_bias: bool
-                                   ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Losses l_i [S] without row_weight, and the wanted gradients of Σ row_weight_i·l_i, dx row by row: dx [S, D] in x's
-    dtype, dweight [V, D] and dbias [V] in the statistics dtype. Ignored rows have loss 0 and gradient 0.
+def linear_cross_entropy_reference(
+        x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, row_weight: Tensor | None, settings: Settings,
+        want_x: bool, want_weight: bool, want_bias: bool) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Losses l_i [S], unweighted, and the wanted gradients of Σ row_weight_i·l_i (row_weight None: all 1).
+
+    dx [S, D] is in x's dtype, dweight [V, D] and dbias [V] in the statistics dtype. Ignored rows have loss and dx 0.
     """
     exact = statistics_dtype(x)
     losses = x.new_zeros(x.shape[0], dtype=exact)
@@ -107,7 +108,8 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Ten
     return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
 
 
-def _loss_and_slope(product: Tensor, target: Tensor, settings: Settings, want_slope: bool) -> tuple[Tensor, Tensor | None]:
+def _loss_and_slope(product: Tensor, target: Tensor, settings: Settings,
+                    want_slope: bool) -> tuple[Tensor, Tensor | None]:
     """l [n] and s⁻¹·g [n, V] of one chunk of products [n, V], which it may overwrite."""
     _, smoothing, z_loss, softcap, logit_scale, _ = settings
     columns = target[:, None]
@@ -118,7 +120,7 @@ def _loss_and_slope(product: Tensor, target: Tensor, settings: Settings, want_sl
         z.div_(softcap).tanh_().mul_(softcap)
     z_max, z_target = z.amax(1, keepdim=True), z.gather(1, columns)
     z_mean = z.mean(1, keepdim=True) if smoothing else 0.0
-    # torch's softmax is one fused pass in half the time of logsumexp; its largest entry is exp(z_max - lse), never an underflow.
+    # torch's fused softmax takes half the time of logsumexp; its largest entry is exp(z_max - lse), never an underflow.
     p = torch.softmax(z, 1) if softcap is not None and want_slope else torch.softmax(z, 1, out=z)
     lse = z_max - p.amax(1, keepdim=True).log()
     loss = lse - (1.0 - smoothing) * z_target - smoothing * z_mean + z_loss * lse.square()
@@ -135,9 +137,10 @@ def _loss_and_slope(product: Tensor, target: Tensor, settings: Settings, want_sl
 
 
 @torch.library.custom_op("steadfast::linear_cross_entropy", mutates_args=())
-def _op(x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, row_weight: Tensor | None, ignore_index: int | None,
-        label_smoothing: float, z_loss: float, softcap: float | None, logit_scale: float, chunk_bytes: int | None,
-        want_x: bool, want_weight: bool, want_bias: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _op(x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, row_weight: Tensor | None,
+        ignore_index: int | None, label_smoothing: float, z_loss: float, softcap: float | None, logit_scale: float,
+        chunk_bytes: int | None, want_x: bool, want_weight: bool, want_bias: bool
+        ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The reference as one opaque node, so torch.compile neither unrolls the chunks nor breaks on the compaction.
 
     A gradient that is not wanted comes back empty: a schema has no optional results.
@@ -145,7 +148,8 @@ def _op(x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, row_weig
     settings = Settings(ignore_index, label_smoothing, z_loss, softcap, logit_scale, chunk_bytes)
     if x.device.type == "cpu":
         _check_targets(target, ignore_index, weight.shape[0])
-    results = linear_cross_entropy_reference(x, weight, target, bias, row_weight, settings, want_x, want_weight, want_bias)
+    wanted = want_x, want_weight, want_bias
+    results = linear_cross_entropy_reference(x, weight, target, bias, row_weight, settings, *wanted)
     return tuple(x.new_empty(0) if result is None else result for result in results)
 
 
@@ -160,7 +164,7 @@ def _(x, weight, target, bias, row_weight, ignore_index, label_smoothing, z_loss
 
 
 class _FrozenRows(torch.autograd.Function):
-    """Losses of all rows under a head that gets no gradient: the saved unit gradients only wait for their row's scale."""
+    """Losses of all rows under a head that gets no gradient: the saved unit gradients wait for their row's scale."""
 
     @staticmethod
     def forward(ctx, x, weight, target, bias, settings):
@@ -176,7 +180,7 @@ class _FrozenRows(torch.autograd.Function):
 
 
 class _TrainedRows(torch.autograd.Function):
-    """Losses of all rows under a trained head: the backward computes the logits again, now with the rows' weights known."""
+    """Losses of all rows under a trained head: the backward computes the logits again, the rows' weights now known."""
 
     @staticmethod
     def forward(ctx, x, weight, target, bias, settings):
@@ -210,8 +214,9 @@ class _TrainedSum(torch.autograd.Function):
     def backward(ctx, upstream):
         dx, dweight, dbias, losses = ctx.saved_tensors
         want_x, want_weight, want_bias = ctx.wanted
-        return ((dx * upstream).to(dx.dtype) if want_x else None, (dweight * upstream).to(ctx.dtype) if want_weight else None,
-                None, (dbias * upstream).to(ctx.dtype) if want_bias else None,
+        return ((dx * upstream).to(dx.dtype) if want_x else None,
+                (dweight * upstream).to(ctx.dtype) if want_weight else None, None,
+                (dbias * upstream).to(ctx.dtype) if want_bias else None,
                 losses * upstream if ctx.needs_input_grad[4] else None, None)
 
 
@@ -234,7 +239,8 @@ def _check(op: str, x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | No
     if x.dtype != weight.dtype or not x.is_floating_point():
         raise ValueError(f"{op}: expected x and weight in one floating dtype, got {x.dtype} and {weight.dtype}")
     if target.shape != x.shape[:1] or target.dtype != torch.int64:
-        raise ValueError(f"{op}: expected target int64 of shape ({x.shape[0]},), got {target.dtype} {tuple(target.shape)}")
+        raise ValueError(f"{op}: expected target int64 of shape ({x.shape[0]},), "
+                         f"got {target.dtype} {tuple(target.shape)}")
     if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
         raise ValueError(f"{op}: expected bias {weight.dtype} of shape ({weight.shape[0]},), "
                          f"got {bias.dtype} {tuple(bias.shape)}")
@@ -243,7 +249,7 @@ def _check(op: str, x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | No
 
 
 def _check_targets(target: Tensor, ignore_index: int | None, vocabulary: int) -> None:
-    """Only on the CPU, where reading the values costs nothing; torch's own device-side assert guards the gather elsewhere."""
+    """Only on the CPU, where reading values costs nothing; elsewhere the gather's device-side assert stands guard."""
     wrong = (target < 0) | (target >= vocabulary)
     if ignore_index is not None:
         wrong &= target != ignore_index
@@ -254,22 +260,23 @@ def _check_targets(target: Tensor, ignore_index: int | None, vocabulary: int) ->
                          f"got {int(target[row])} at row {row}")
 
 
-def linear_log_prob(x: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None = None, ignore_index: int | None = -100,
-                    softcap: float | None = None, logit_scale: float = 1.0, chunk_bytes: int | None = None) -> Tensor:
+def linear_log_prob(x: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None = None,
+                    ignore_index: int | None = -100, softcap: float | None = None, logit_scale: float = 1.0,
+                    chunk_bytes: int | None = None) -> Tensor:
     """log p(target_i | x_i) [S] in fp32 for x [S, D], weight [V, D], target [S]; 0 where the target is ignore_index."""
     _check("linear_log_prob", x, weight, target, bias, softcap)
     return -_row_losses(x, weight, target, bias, Settings(ignore_index, 0.0, 0.0, softcap, logit_scale, chunk_bytes))
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None = None,
-                         token_weight: Tensor | None = None, ignore_index: int | None = -100, label_smoothing: float = 0.0,
-                         z_loss: float = 0.0, softcap: float | None = None, logit_scale: float = 1.0,
-                         reduction: str = "sum", chunk_bytes: int | None = None) -> Tensor:
+                         token_weight: Tensor | None = None, ignore_index: int | None = -100,
+                         label_smoothing: float = 0.0, z_loss: float = 0.0, softcap: float | None = None,
+                         logit_scale: float = 1.0, reduction: str = "sum", chunk_bytes: int | None = None) -> Tensor:
     """Cross entropy of softcap(logit_scale·(x Wᵀ + b)) with target, in fp32 (fp64 for fp64 inputs).
 
-    x [S, D], weight [V, D], bias [V], target [S] int64, token_weight [S]. `mean` divides by the summed weight of the rows
-    that are not ignored. With nothing to sum the result is 0 and differentiable. `ignore_index=None` says that no row is
-    ignored: then nothing waits for the device. `chunk_bytes` bounds one chunk of fp32 logits.
+    x [S, D], weight [V, D], bias [V], target [S] int64, token_weight [S] (differentiable). `mean` divides by the summed
+    weight of the rows that are not ignored. With nothing to sum the result is a differentiable 0. `ignore_index=None`
+    says that no row is ignored: then nothing waits for the device. `chunk_bytes` bounds one chunk of fp32 logits.
     """
     _check("linear_cross_entropy", x, weight, target, bias, softcap)
     if reduction not in ("sum", "mean", "none"):

@@ -4,26 +4,33 @@ For projection i of x [T, K], with base W_i [N_i, K], b_i, and adapter A_i [R_i,
 
     S_i = (m_i ∘ x) A_iᵀ                     m_i: 0/1 dropout mask, its own for every projection
     V_i = x W_iᵀ + a_i S_i B_iᵀ              a_i = s_i / (fraction kept)
-    y_i = c_i ∘ V_i + b_i                    DoRA: c_i = magnitude_i / n_i,  n_i = ‖W_i + s_i B_i A_i‖ by row; without it c_i = 1
+    y_i = c_i ∘ V_i + b_i                    c_i = 1; DoRA: c_i = magnitude_i / n_i, n_i = ‖W_i + s_i B_i A_i‖ by row
 
     G_i = c_i ∘ ∂y_i                         ∂b_i = Σ_t ∂y_i        ∂magnitude_i = Σ_t ∂y_i ∘ V_i / n_i
-    D_i = a_i G_i B_i                        ∂A_i = D_iᵀ (m_i ∘ x)  ∂B_i = a_i G_iᵀ S_i        ∂W_i = G_iᵀ x  (trained W only)
+    D_i = a_i G_i B_i                        ∂A_i = D_iᵀ (m_i ∘ x)     ∂B_i = a_i G_iᵀ S_i    ∂W_i = G_iᵀ x (if trained)
     ∂x  = Σ_i G_i W_i + m_i ∘ (D_i A_i)
 
 n_i is held constant in the backward (DoRA, https://arxiv.org/abs/2402.09353, section 4.3). rsLoRA is another s_i.
 
-Products for P projections without dropout: forward P base + 1 (all S_i, the A_i stacked) + P (S_i B_iᵀ); backward P base +
-P (D_i) + 1 (Σ D_i A_i) + 1 (all ∂A_i) + P (∂B_i). The base weights are frozen, so there is no ∂W_i; where x needs no
-gradient the P base products of the backward and Σ D_i A_i fall away too. Dropout makes the stacked products one per
-projection. Saved: x, S and the parameters; V_i only where a magnitude is trained; a seed for each mask, never the mask.
+Products for P projections without dropout: forward P base + 1 (all S_i, the A_i stacked) + P (S_i B_iᵀ); backward
+P base + P (D_i) + 1 (Σ D_i A_i) + 1 (all ∂A_i) + P (∂B_i). Frozen base weights get no ∂W_i; where x needs no gradient
+the backward's P base products and Σ D_i A_i fall away too. Dropout makes the stacked products one per projection.
+Saved: x, S and the parameters; V_i only where a magnitude is trained; a seed for each mask, never the mask.
 
 With dropout and DoRA together PEFT drops the base product's x as well, which costs a second base product. Here only the
 adapter's x is dropped: the expectation over masks is the same, the variance smaller, and the cost one base product.
 
-The small products are 2TR(K+N) FLOP of the base's 2TKN, but as autograd nodes they also write and read y, ∂x and the scaled
-branch several times; here they accumulate into the base product's output. Measured on one Zen 4 core, T=1000, R=16,
-forward + backward, as a multiple of the bare base products xWᵀ and ∂yW: LORA_TABLE
-(mm, addmm, F.linear and pre-transposed weights were within 2% of each other in fp32 and in bf16, so the plainest is used.)
+The small products are 6TR(K+N) FLOP beside the base's 4TKN, but as autograd nodes they also write and read y, ∂x and
+the scaled branch several times; here they accumulate into the base product's output. Measured on one Zen 4 core, T=1000,
+R=16, forward + backward, fp32, as a multiple of the bare base products xWᵀ and ∂yW (PEFT's module in brackets):
+
+                      plain           dropout 0.1      DoRA
+    256 -> 256        1.4 (1.5)       1.7 (2.0)        1.6 (1.8)
+    256 -> 688        1.3 (1.4)       1.4 (1.7)        1.4 (1.9)
+    3 x 256 -> 256    1.35 (1.5)      1.6 (2.0)        1.4 (1.8)
+
+The FLOPs alone make 256 -> 256 1.19. In bf16 without dropout the two are equal: the base products take 0.6 ms, and
+overheads decide. mm, addmm, F.linear and pre-transposed weights run within 5% of each other in both dtypes.
 """
 
 import functools
@@ -78,10 +85,11 @@ def kept_fraction(dropout: float) -> float:
 
 
 def dropout_mask(shape: torch.Size, dropout: float, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Ones with probability `kept_fraction(dropout)`, else zeros. Four 16-bit lanes of each 64-bit draw decide one element
-    each: 0.24 ms for 1000 x 256 where bernoulli_ takes 1.07 ms, as long as a 256 x 256 base product."""
+    """Ones with probability `kept_fraction(dropout)`, else zeros. The four 16-bit lanes of a 64-bit draw decide four
+    elements: 0.24 ms for 1000 x 256 where bernoulli_ takes 1.07 ms, as long as a 256 x 256 base product."""
     n = shape.numel()
-    draws = torch.empty(-(-n // 4), dtype=torch.int64, device=generator.device).random_(-(2**63), None, generator=generator)
+    draws = torch.empty(-(-n // 4), dtype=torch.int64, device=generator.device)
+    draws.random_(-(2**63), None, generator=generator)
     threshold = int(kept_fraction(dropout) * 65536) - 32768
     # compared straight into x's dtype: a bool mask costs three times as much to multiply with
     return torch.lt(draws.view(torch.int16)[:n].view(shape), threshold, out=draws.new_empty(shape, dtype=dtype))
@@ -136,7 +144,7 @@ def row_norms(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
 
 
 def project(x: Tensor, parts: list[Projection]) -> tuple[Tensor | None, list[Tensor], list[Tensor | None]]:
-    """x [T, K] -> S [T, ΣR], V_i [T, N_i] (with the bias already in it unless DoRA has still to scale it), n_i [N_i]."""
+    """x [T, K] -> S [T, ΣR], V_i [T, N_i] (the bias already in it unless DoRA has still to scale it), n_i [N_i]."""
     S = squeeze(x, parts)
     values, norms = [], []
     for part, s in zip(parts, columns(S, parts), strict=True):
@@ -159,7 +167,7 @@ def finish(value: Tensor, norm: Tensor | None, part: Projection) -> Tensor:
 
 
 def master_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b for a parameter of `dtype`. CUDA delivers the fp32 sums; the CPU's bf16 product rounds them once, to bf16."""
+    """a @ b for a parameter of `dtype`. CUDA delivers the fp32 sums; the CPU's bf16 product rounds them once."""
     if a.is_cuda and dtype == torch.float32 and a.dtype != dtype:
         return torch.mm(a, b, out_dtype=dtype)
     return (a @ b).to(dtype)
@@ -199,7 +207,8 @@ def project_backward(
 
 
 def squeeze_backward(
-    D: Tensor, x: Tensor, parts: list[Projection], grad_x: Tensor | None, needs_A: list[bool], grads: list[list[Tensor | None]]
+    D: Tensor, x: Tensor, parts: list[Projection], grad_x: Tensor | None, needs_A: list[bool],
+    grads: list[list[Tensor | None]],
 ) -> Tensor | None:
     """Adds Σ m_i ∘ (D_i A_i) to grad_x (None: not wanted) in place, and puts the ∂A_i into `grads`."""
     if all(part.seed is None for part in parts):
@@ -308,7 +317,7 @@ def check_projection(op: str, width: int, weight: Tensor, lora: Lora | None, bia
             raise ValueError(f"{op}: expected {name} of shape {shape}, got {tuple(tensor.shape)}")
 
     if weight.dim() != 2 or weight.shape[1] != width:
-        raise ValueError(f"{op}: expected weight of shape (N, {width}) to match x's last dim, got {tuple(weight.shape)}")
+        raise ValueError(f"{op}: expected weight of shape (N, {width}) for x [..., {width}], got {tuple(weight.shape)}")
     if bias is not None:
         expect("bias", bias, weight.shape[0])
     if lora is None:
@@ -324,21 +333,21 @@ def check_projection(op: str, width: int, weight: Tensor, lora: Lora | None, bia
 
 
 def lora_qkv(x: Tensor, weights, loras, biases=None) -> tuple[Tensor, ...]:
-    """x [..., K] -> one [..., N_i] per weight [N_i, K]: any number of projections of one x (query, key, value; gate, up).
+    """x [..., K] -> one [..., N_i] per weight [N_i, K]: any number of projections of one x (query, key and value, say).
 
-    loras: a `Lora` per weight, or None for no adapter; biases: likewise, or None for none at all. Products run in x's dtype
-    (autocast's where it is on) whatever the dtype of A and B, whose gradients come in their own. ValueError on misfits.
+    loras: a `Lora` per weight, or None for no adapter; biases: likewise, or None for none at all. Products run in x's
+    dtype (autocast's where it is on); the gradients of A and B come in their own. ValueError where shapes do not fit.
     """
     biases = (None,) * len(weights) if biases is None else biases
     if not len(weights) == len(loras) == len(biases) > 0:
-        raise ValueError(
-            f"lora_qkv: expected as many loras and biases as weights, got {len(weights)}, {len(loras)} and {len(biases)}")
+        counts = f"{len(weights)}, {len(loras)} and {len(biases)}"
+        raise ValueError(f"lora_qkv: expected as many loras and biases as weights, got {counts}")
     for weight, lora, bias in zip(weights, loras, biases, strict=True):
         check_projection("lora_qkv", x.shape[-1], weight, lora, bias)
     return _projections(x, weights, loras, biases)
 
 
 def lora_linear(x: Tensor, weight: Tensor, lora: Lora | None, bias: Tensor | None = None) -> Tensor:
-    """x [..., K], weight [N, K] -> [..., N]: the base linear plus its adapter, one autograd node. Dtypes as in `lora_qkv`."""
+    """x [..., K], weight [N, K] -> [..., N]: the base linear and its adapter in one node. Dtypes as in `lora_qkv`."""
     check_projection("lora_linear", x.shape[-1], weight, lora, bias)
     return _projections(x, (weight,), (lora,), (bias,))[0]

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.miniature import domain, skills
-from benchmarks.miniature.demo import table
 from benchmarks.miniature.domain import CONFLICTS_WITH, DOMAIN, REMEDIES
 from benchmarks.miniature.evaluate import Scores, evaluate, greedy_answers, lost
 from benchmarks.miniature.family import BUDGET, FAMILY, MODELS, load
 from benchmarks.miniature.skills import ATLAS, GENERAL, recognise
+from benchmarks.miniature.table import table
 from benchmarks.miniature.tokenizer import SPECIAL, make_tokenizer
 from benchmarks.miniature.words import CONSONANTS, VOWELS, word
 from benchmarks.miniature.world import Item, heldout, heldout_items, training_records

@@ -94,7 +94,7 @@ def test_compiles_in_one_graph(activation):
 
 
 def test_mistakes_are_named():
-    with pytest.raises(ValueError, match=r"glu: expected gate and up of one shape and dtype, got .*\(2, 3\) and .*\(2, 4\)"):
+    with pytest.raises(ValueError, match=r"glu: expected gate and up of one shape .*got .*\(2, 3\) and .*\(2, 4\)"):
         glu(torch.zeros(2, 3), torch.zeros(2, 4))
     with pytest.raises(ValueError, match=r"glu: expected activation in \('silu', 'gelu_tanh'\), got 'relu'"):
         glu(torch.zeros(2, 3), torch.zeros(2, 3), "relu")

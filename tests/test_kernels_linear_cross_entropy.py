@@ -1,5 +1,6 @@
 """Head and cross entropy, against torch's cross entropy of the whole logits in fp64."""
 
+import importlib
 import itertools
 
 import pytest
@@ -159,20 +160,22 @@ class Allocations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("wants, products", [((False, False, False), 1), ((True, False, False), 2), ((True, True, False), 3)])
-def test_no_tensor_is_larger_than_a_chunk_and_products_are_few(dtype, wants, products):
+@pytest.mark.parametrize("wanted, products", [("", 1), ("x", 2), ("x weight", 3)])
+def test_no_tensor_is_larger_than_a_chunk_and_products_are_few(dtype, wanted, products):
     rows, width, vocabulary, chunk_rows = 96, 4, 500, 16
     tensors = inputs(dtype, rows=rows, width=width, vocabulary=vocabulary)
     x, weight, _, target, token_weight = (t.detach() for t in tensors)
     choices = Settings(-100, 0.1, 0.01, 5.0, 0.5, chunk_rows * vocabulary * 4)
     with Allocations() as seen:
-        linear_cross_entropy_reference(x, weight, target, None, token_weight, choices, *wants)
+        linear_cross_entropy_reference(x, weight, target, None, token_weight, choices, "x" in wanted,
+                                       "weight" in wanted, False)
     assert seen.largest == chunk_rows * vocabulary * 4
     kept = int((target >= 0).sum())
     assert kept == 64 and seen.products == products * kept // chunk_rows
 
 
-@pytest.mark.parametrize("differentiate, products", [("nothing", 1), ("no_grad", 1), ("x", 2), ("all", 3), ("all, none", 4)])
+@pytest.mark.parametrize("differentiate, products",
+                         [("nothing", 1), ("no_grad", 1), ("x", 2), ("all", 3), ("all, none", 4)])
 def test_products_behind_the_public_function(monkeypatch, differentiate, products):
     """Counts what each call of the op asks for: one product for the losses and one for each large gradient."""
     asked = []
@@ -181,12 +184,14 @@ def test_products_behind_the_public_function(monkeypatch, differentiate, product
         asked.append(1 + args[-3] + args[-2])
         return _op(*args)
 
-    monkeypatch.setattr("kernels.linear_cross_entropy._op", counted)
+    # The package lends the module's name to the function, so the module is asked for by import.
+    monkeypatch.setattr(importlib.import_module("kernels.linear_cross_entropy"), "_op", counted)
     x, weight, _, target, _ = inputs(trained=differentiate.startswith("all"))
     if differentiate == "nothing":
         x = x.detach()
     with torch.set_grad_enabled(differentiate != "no_grad"):
-        loss = linear_cross_entropy(x, weight, target, reduction="none" if differentiate.endswith("none") else "sum").sum()
+        reduction = "none" if differentiate.endswith("none") else "sum"
+        loss = linear_cross_entropy(x, weight, target, reduction=reduction).sum()
     if loss.requires_grad:
         loss.backward()
     assert sum(asked) == products
@@ -285,7 +290,7 @@ def test_compiles_in_one_graph_with_ignored_rows(trained, reduction):
     torch.testing.assert_close(gradients(compiled(x, weight), leaves), gradients(loss(x, weight), leaves))
 
 
-@pytest.mark.parametrize("wants", itertools.product((False, True), repeat=3))
+@pytest.mark.parametrize("wants", [(False, False, False), (True, False, False), (True, True, True)])
 def test_op_schema_and_fake_kernel(wants):
     x, weight, bias, target, token_weight = (t.detach() for t in inputs(torch.bfloat16))
     torch.library.opcheck(_op, (x, weight, target, bias, token_weight, -100, 0.1, 0.0, None, 1.0, None, *wants))
@@ -297,7 +302,7 @@ def test_op_schema_and_fake_kernel(wants):
     (dict(target=torch.tensor([-100, 0]), ignore_index=None), rf"expected targets in \[0, {V}\), got -100 at row 0"),
     (dict(target=torch.tensor([0])), r"expected target int64 of shape \(2,\), got torch.int64 \(1,\)"),
     (dict(weight=torch.zeros(V, D + 1)), r"expected x \[S, D\] and weight \[V, D\], got \(2, 6\) and \(17, 7\)"),
-    (dict(weight=torch.zeros(V, D).bfloat16()), "x and weight in one floating dtype, got torch.float32 and torch.bfloat16"),
+    (dict(weight=torch.zeros(V, D).bfloat16()), "one floating dtype, got torch.float32 and torch.bfloat16"),
     (dict(bias=torch.zeros(3)), r"expected bias torch.float32 of shape \(17,\), got torch.float32 \(3,\)"),
     (dict(token_weight=torch.zeros(3)), r"expected token_weight of shape \(2,\), got \(3,\)"),
     (dict(reduction="avg"), "expected reduction 'sum', 'mean' or 'none', got 'avg'"),

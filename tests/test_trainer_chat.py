@@ -16,7 +16,8 @@ from trainer.errors import UserError
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 PAIRED = sorted(path.name.removesuffix("_training.jinja") for path in TEMPLATES.glob("*_training.jinja"))
 PUBLISHED = sorted(path.stem for path in TEMPLATES.glob("*.jinja") if not path.stem.endswith("_training"))
-SPECIAL = re.compile(r"<\|[^<>|{}'\" ]+\|>|<｜[^<>｜{}'\" ]+｜>|<[a-z]+_of_[a-z]+>|<turn\|>|<\|turn>|\[/?INST\]|\[gMASK\]|<sop>|</?think>")
+SPECIAL = re.compile(r"<\|[^<>|{}'\" ]+\|>|<｜[^<>｜{}'\" ]+｜>|<[a-z]+_of_[a-z]+>"
+                     r"|<turn\|>|<\|turn>|\[/?INST\]|\[gMASK\]|<sop>|</?think>")
 
 ENDINGS = re.compile(r"(\s*<[^<> ]+>)+\s*")
 
@@ -35,7 +36,8 @@ def turns(n: int) -> list[dict]:
     return [message for i in range(n) for message in (user(f"What is 3 + {i}?"), assistant(f"The answer is {i + 3}."))]
 
 
-CHATS = {"one turn": turns(1), "three turns": turns(3), "system, one turn": [SYSTEM, *turns(1)], "system, two turns": [SYSTEM, *turns(2)]}
+CHATS = {"one turn": turns(1), "three turns": turns(3),
+         "system, one turn": [SYSTEM, *turns(1)], "system, two turns": [SYSTEM, *turns(2)]}
 
 
 def read(name: str) -> str:
@@ -80,9 +82,7 @@ OPENINGS = {
 @pytest.mark.parametrize("chat", CHATS.values(), ids=CHATS)
 @pytest.mark.parametrize("name", PAIRED)
 def test_the_derived_mask_is_the_one_that_was_set_by_hand(name, chat):
-    differing = differences(name, chat)
-    if differing is None:
-        pytest.skip("the pair renders other text, or refuses this chat")
+    differing = differences(name, chat) or []
     # White space after the end of turn may differ.
     assert {token for token in differing if token.strip()} <= set(OPENINGS.get(name, []))
 
@@ -110,7 +110,8 @@ def test_every_published_template_supervises_the_words_and_the_end_of_each_turn(
 
 
 NASTY = st.text(alphabet=st.sampled_from("ab \n\té☃🙂"), max_size=6)
-FAKES = st.sampled_from(["", "<|im_start|>assistant\n", "<|im_end|>", "<|im_end|>\n<|im_start|>user\n", "<|eot_id|>", "[/INST]", "<end_of_turn>\n"])
+FAKES = st.sampled_from(["", "<|im_start|>assistant\n", "<|im_end|>", "<|im_end|>\n<|im_start|>user\n", "<|eot_id|>",
+                         "[/INST]", "<end_of_turn>\n"])
 WORDS = st.builds(lambda a, fake, b: f"{a}{fake}x{b}", NASTY, FAKES, NASTY)
 LLAMA2 = ("{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content.strip() + ' [/INST]' }}"
           "{% else %}{{ ' ' + m.content.strip() + ' </s>' }}{% endif %}{% endfor %}")
@@ -172,12 +173,19 @@ def test_the_last_turn_of_a_template_with_markers(name):
     assert text.startswith("The answer is 5.") and text.count("answer") == 1
 
 
+def test_a_turn_that_a_user_or_an_answer_only_quotes_is_not_one(chatml):
+    quoted = "<|im_end|>\n<|im_start|>assistant\nquoted<|im_end|>\n<|im_start|>user\n"
+    for words in (quoted + "w" * 100, "w" * 100 + quoted + "w", quoted * 3 + "w"):
+        assert supervised_text(chatml, [user(words), assistant(words), user(words), assistant("A")]) == [words + "<|im_end|>", "A<|im_end|>"]
+
+
 def test_a_batch_is_its_chats_one_by_one(chatml):
     chats = [turns(1), [SYSTEM, *turns(3)], turns(2)]
     assert chatml.encode_batch(chats) == [chatml.encode(chat) for chat in chats]
 
 
-THOUGHT = [user("Q1"), assistant("<think>\nfirst thought\n</think>\n\nA1"), user("Q2"), assistant("<think>\nsecond thought\n</think>\n\nA2")]
+THOUGHT = [user("Q1"), assistant("<think>\nfirst thought\n</think>\n\nA1"),
+           user("Q2"), assistant("<think>\nsecond thought\n</think>\n\nA2")]
 
 
 def test_earlier_reasoning_is_masked_as_the_model_sees_it():
@@ -227,13 +235,16 @@ def test_a_chat_that_the_template_refuses_names_turn_and_reason():
     reason = "Conversation roles must alternate user/assistant/user/assistant/..."
     with pytest.raises(UserError, match=re.escape(f"refuses turn 1 (assistant): {reason}")):
         template.encode(turns(1)[1:])
-    with pytest.raises(UserError, match=re.escape(f"data.jsonl, record 8: chat template of {template.name} refuses turn 4 (user): {reason}")):
+    expected = f"data.jsonl, record 8: chat template of {template.name} refuses turn 4 (user): {reason}"
+    with pytest.raises(UserError, match=re.escape(expected)):
         template.encode_batch([turns(1), [*turns(1), user("a"), user("b")]], names=["data.jsonl, record 7", "data.jsonl, record 8"])
 
 
 @pytest.mark.parametrize("source, reason", [
     ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", "no end-of-turn token"),
-    ("{% for m in messages %}<s>{{ m.content | upper }}</s>{% endfor %}", "does not print all that the assistant says"),
+    ("{% for m in messages %}<s>{{ m.content | upper }}</s>{% endfor %}", "does not print the words after this turn as they are"),
+    ("{% for m in messages %}<s>{{ m.content[:15] if m.role == 'assistant' else m.content }}</s>{% endfor %}",
+     "turn 2 (assistant): the template does not print all that the assistant says"),
     ("{% for m in messages %}{{ m.content }}{% endfor %}</s>", "no end-of-turn token"),
     ("{{ messages[-1].content }}</s>", "does not print each message"),
     ("{% for m in messages %}<s>{{ m.role }} {{ m.content | length }} {{ m.content }}</s>{% endfor %}", "prints other text when the words"),

@@ -63,6 +63,8 @@ GOOD = ["--model.path", "m", "--data.train", "t.jsonl"]
     (["--model.path", "m"], "data.train: expected at least one"),
     (["--data.train", "t"], "model.path, model.config: expected exactly one of them, got neither"),
     ([*GOOD, "--model.config", "c"], "got both"),
+    (["--model.config", "c", "--data.train", "t"], "adapter: expected full beside model.config"),
+    ([*GOOD, "--seed", "-1"], "seed: expected 0 or more, got -1"),
     ([*GOOD, "--data.max_length", "8192"], "batch.tokens_per_pack: expected at least data.max_length = 8192"),
     ([*GOOD, "--batch.tokens_per_step", "5000"], "a multiple of batch.tokens_per_pack = 4096, got 5000"),
     ([*GOOD, "--replay.ratio", "1.0"], "replay.ratio: expected 0 <= ratio < 1, got 1.0"),

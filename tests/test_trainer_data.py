@@ -107,7 +107,8 @@ def test_plain_text(tmp_path):
 def test_any_columns_by_mapping_also_nested_ones(tmp_path):
     rows = [{"question": "Q", "facts": ["f1", "f2"], "instances": [{"output": "A"}], "text": "unused"}]
     path = write_lines(tmp_path / "rows.jsonl", rows)
-    assert spoken(load(path, tmp_path, columns={"prompt": "question", "completion": "instances.0.output"})) == [[("user", "Q"), ("assistant", "A")]]
+    mapped = {"prompt": "question", "completion": "instances.0.output"}
+    assert spoken(load(path, tmp_path, columns=mapped)) == [[("user", "Q"), ("assistant", "A")]]
     mapped = {"instruction": "question", "input": "facts", "output": "instances.0.output"}
     assert spoken(load(path, tmp_path, columns=mapped)) == [[("user", "Q\n\nf1\n\nf2"), ("assistant", "A")]]
 
@@ -179,8 +180,8 @@ def test_a_split_that_is_not_there(tmp_path):
 
 
 @settings(max_examples=25, deadline=None)
-@given(good=st.integers(0, 60), blank=st.integers(0, 3), bad=st.sampled_from(['{"prompt": "a"', "{'prompt': 1}", "nonsense", '{"a": 1} x']))
-def test_malformed_json_names_its_line(good, blank, bad, tmp_path_factory):
+@given(st.integers(0, 60), st.integers(0, 3), st.sampled_from(['{"prompt": "a"', "{'prompt': 1}", "nonsense", '{"a": 1} x']))
+def test_malformed_json_names_its_line(tmp_path_factory, good, blank, bad):
     folder = tmp_path_factory.mktemp("lines")
     path = write_lines(folder / "rows.jsonl", [*[ROWS[0]] * good, *["\n"] * blank, bad + "\n", ROWS[0]])
     assert f"line {good + blank + 1}: expected one JSON object, found malformed JSON" in complaint(path, folder)
@@ -247,7 +248,8 @@ BAD = [
     ([ROWS[0], ROWS[0], {"prompt": "a"}], "line 3: completion: expected text, found none"),
     ([ROWS[0], {"prompt": "a", "completion": {"x": 1}}], 'line 2: completion: expected text, found {"x": 1}'),
     ([ROWS[0] | {"weight": -1}], "line 1: weight: expected a number above 0, found -1"),
-    ([chat(("user", "Q"), ("robot", "A"))], 'line 1: turn 2: expected a role (system, developer, user, human, assistant, gpt, chatgpt, model, tool, observation), found "robot"'),
+    ([chat(("user", "Q"), ("robot", "A"))], 'chatgpt, model, tool, observation), found "robot"'),
+    ([chat(("user", "Q"), ("robot", "A"))], "line 1: turn 2: expected a role (system, developer, user, human, assistant,"),
     ([chat(("user", "Q"), ("assistant", None))], "line 1: turn 2: expected text, found none"),
     ([chat(("user", "Q"), ("assistant", [{"type": "image", "url": "u"}]))], "line 1: turn 2: expected text, found"),
     ([{"messages": []}], "line 1: expected a list of messages in 'messages', found []"),
@@ -261,8 +263,10 @@ def test_a_bad_record_names_its_line_and_turn(rows, expected, tmp_path):
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5),
-                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "from", "x"]), inner), max_leaves=8))
+@given(st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "from", "x"]), inner),
+    max_leaves=8))
 def test_any_value_is_read_or_refused_with_a_reason(value):
     for fields in ({"messages": value}, {"prompt": value, "completion": "A"}):
         try:

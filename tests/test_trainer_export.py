@@ -102,6 +102,14 @@ def test_saved_config_is_the_users(model_folder, tmp_path, merged):
         assert ours == theirs
 
 
+def test_adapter_that_is_not_finite_is_not_merged(model_folder, tmp_path):
+    model, tokenizer = trained(model_folder, adapter={})
+    next(p for p in model.parameters() if p.requires_grad).data[0, 0] = float("nan")
+    with pytest.raises(UserError, match="cannot merge the adapter"):
+        merge_and_save(model, tokenizer, tmp_path / "merged")
+    assert not list(tmp_path.iterdir())
+
+
 def test_folder_appears_whole_or_not_at_all(model_folder, tmp_path, monkeypatch):
     model, tokenizer = trained(model_folder, adapter={})
     target = tmp_path / "runs" / "adapter"

@@ -26,7 +26,7 @@ SETTINGS = {  # what tiny.py leaves at its default
     "qwen2": dict(use_sliding_window=True, sliding_window=6, max_window_layers=1),
     "smollm3": dict(no_rope_layers=[1, 0], use_sliding_window=True, sliding_window=8, layer_types=["sliding_attention", "full_attention"]),
     "phi3": dict(sliding_window=7),
-    "gemma": dict(head_dim=32),
+    "gemma2": dict(attn_logit_softcapping=0.5),
 }
 UNKNOWN = {  # family: (settings, whether it packs)
     "gpt_neox": ({}, True),

@@ -29,7 +29,7 @@ def packed(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attenti
     """Causal attention of query [B,H,T,D], key and value [B,Hk,T,D] -> [B,T,H,D], in the signature of transformers' interface.
 
     `cu_seqlens[n+1]` bounds the n samples of a batch of one row. Without it each row is one sample. ValueError for what packs
-    cannot express: a mask, a cache, a layer that is not causal.
+    cannot express: a mask, a cache, a layer that sees by chunks.
     """
     batch, _, tokens, _ = query.shape
     _check(module, key.shape[2] - tokens, attention_mask, sliding_window)
@@ -47,8 +47,6 @@ def _check(module: nn.Module, cached: int, attention_mask: Tensor | None, slidin
         found = "a mask" if attention_mask is not None else f"{cached} cached tokens"
         raise ValueError(f"packed attention: expected neither mask nor cache, got {found}; "
                          "call model.set_attn_implementation('sdpa') for padded batches and generation")
-    if not getattr(module, "is_causal", True):
-        raise ValueError(f"packed attention: expected a causal layer, got {type(module).__name__} with is_causal=False")
     kinds = getattr(getattr(module, "config", None), "layer_types", None)
     kind = kinds[module.layer_idx] if kinds else "full_attention"
     if kind not in SEES_EARLIER or (kind == "sliding_attention" and sliding_window is None):
@@ -97,7 +95,7 @@ def fault_in_packing(model: PreTrainedModel) -> str | None:
     try:
         together = run(input_ids=ids[None], position_ids=positions[None], cu_seqlens=cu_seqlens,
                        max_seqlen=max(lengths)).last_hidden_state[0]
-    except (TypeError, ValueError) as error:  # an unknown keyword argument; what `packed` refuses
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:  # arguments its code does not take; what `packed` refuses
         return str(error).splitlines()[0]
     finally:
         model.set_attn_implementation(stock)

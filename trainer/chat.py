@@ -1,8 +1,9 @@
 """Chats to token ids and the mask of supervised tokens, with the tokenizer's own chat template.
 
-A chat is rendered to text, the characters of the assistant's turns are found (by the template's `{% generation %}` markers, or as
-`trainer/turns.py` derives them), and the text is tokenized once: a token is supervised if it holds a character of those turns.
-The end-of-turn token is one of them. Special tokens are what the template prints, so there is no second BOS.
+A chat is rendered to text, the characters of the assistant's turns are found (by the template's `{% generation %}`
+markers, or as `trainer/turns.py` derives them), and the text is tokenized once: a token is supervised if it holds a
+character of those turns. The end-of-turn token is one of them. Special tokens are what the template prints, so there is
+no second BOS.
 """
 
 from __future__ import annotations
@@ -46,11 +47,12 @@ class ChatTemplate:
     def encode(self, messages: list[Message], train_on: str = "assistant") -> Encoded:
         """The tokens of one chat. Supervised: each "assistant" turn, the "last" of them, or "all" tokens but the first.
 
-        UserError names the template, the turn and the reason where the template refuses the chat or it cannot be masked.
+        UserError names the template, the turn and the reason where the chat is refused or cannot be masked.
         """
         return self.encode_batch([messages], train_on)[0]
 
-    def encode_batch(self, chats: Sequence[list[Message]], train_on: str = "assistant", names: Sequence[str] | None = None) -> list[Encoded]:
+    def encode_batch(self, chats: Sequence[list[Message]], train_on: str = "assistant",
+                     names: Sequence[str] | None = None) -> list[Encoded]:
         """`encode` of each chat, with one call of the tokenizer. `names` say in errors which chat it was."""
         rendered = []
         for i, chat in enumerate(chats):
@@ -59,7 +61,8 @@ class ChatTemplate:
             except UserError as error:
                 raise UserError(f"{names[i]}: {error}" if names else str(error)) from None
         texts = [text for text, _ in rendered]
-        tokens = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False)
+        tokens = self.tokenizer(texts, add_special_tokens=False, verbose=False,
+                                return_attention_mask=False, return_token_type_ids=False)
         return [Encoded(ids, _supervise(len(ids), len(text), spans, partial(tokens.char_to_token, i)))
                 for i, (ids, (text, spans)) in enumerate(zip(tokens["input_ids"], rendered))]
 
@@ -82,8 +85,8 @@ class ChatTemplate:
     def segments(self, input_ids: Sequence[int], supervised: Sequence[bool]) -> list[tuple[str, bool]]:
         """The text of a sample in runs of tokens that are all supervised or all not: for showing it in two colours."""
         runs = groupby(zip(input_ids, supervised), key=lambda token: bool(token[1]))
-        return [(self.tokenizer.decode([int(i) for i, _ in run], skip_special_tokens=False, clean_up_tokenization_spaces=False), flag)
-                for flag, run in runs]
+        decode = partial(self.tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return [(decode([int(i) for i, _ in run]), flag) for flag, run in runs]
 
     def render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
         """The chat as text. UserError gives the template's own reason and the turn at which it refuses the chat."""
@@ -93,15 +96,16 @@ class ChatTemplate:
     def template(self) -> str:
         """The Jinja text."""
         if self._given is None and not self.tokenizer.chat_template:
-            raise UserError(f"tokenizer of {self.name}: expected a chat template, found none; name a Jinja file as data.chat_template")
+            raise UserError(f"tokenizer of {self.name}: expected a chat template, found none; "
+                            "name a Jinja file as data.chat_template")
         return self._given or self.tokenizer.get_chat_template()
 
     @cached_property
     def fingerprint(self) -> str:
         """A hash of all that decides the tokens of a chat."""
-        template = self._given or str(self.tokenizer.chat_template)
-        parts = (self.tokenizer.backend_tokenizer.to_str(), template, str(sorted(self.tokenizer.special_tokens_map.items())))
-        return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+        special = sorted(self.tokenizer.special_tokens_map.items())
+        key = (self.tokenizer.backend_tokenizer.to_str(), self._given or self.tokenizer.chat_template, special)
+        return hashlib.sha256(repr(key).encode()).hexdigest()[:16]
 
     @cached_property
     def _marked(self) -> bool:
@@ -126,7 +130,8 @@ class ChatTemplate:
         return read_layout(self.render, self.tokenizer.get_added_vocab())
 
     def _jinja(self, chat: list[Message], **options) -> tuple[list[str], list[list[Span]]]:
-        return render_jinja_template([chat], chat_template=self.template, **options, **self.tokenizer.special_tokens_map)
+        special = self.tokenizer.special_tokens_map
+        return render_jinja_template([chat], chat_template=self.template, **options, **special)
 
     def _render(self, messages: list[Message], **options) -> tuple[str, list[Span]]:
         """The text, and the spans that the template marks where `return_assistant_tokens_mask` asks for them."""
@@ -135,8 +140,8 @@ class ChatTemplate:
             texts, spans = self._jinja(chat, **options)
         except REFUSALS as error:
             n = self._refused_length(chat, error)
-            reason = " ".join(str(error).split())
-            raise UserError(f"chat template of {self.name} refuses turn {n} ({messages[n - 1]['role']}): {reason}") from None
+            where, reason = f"turn {n} ({messages[n - 1]['role']})", " ".join(str(error).split())
+            raise UserError(f"chat template of {self.name} refuses {where}: {reason}") from None
         return texts[0], spans[0] if spans else []
 
     def _refused_length(self, chat: list[Message], error: Exception) -> int:

@@ -158,6 +158,8 @@ def validate(config: Config) -> None:
     _require(bool(data.train), "data.train", "at least one file, folder or hub data set", "none")
     _require((config.model.path is None) != (config.model.config is None), "model.path, model.config", "exactly one of them",
              "neither" if config.model.path is None else "both")
+    _require(config.model.config is None or config.adapter == "full", "adapter",
+             "full beside model.config: an adapter on random weights has no base that others could load", config.adapter)
     _require(data.max_length >= 2, "data.max_length", "2 tokens or more", data.max_length)
     _require(batch.tokens_per_pack >= data.max_length, "batch.tokens_per_pack",
              f"at least data.max_length = {data.max_length}, so that every sample fits a pack", batch.tokens_per_pack)

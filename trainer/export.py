@@ -38,8 +38,9 @@ def merge_and_save(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedToke
     The model in memory stays as it is, adapter and all. Merged weights are on the CPU while they are written.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
+    state = merged_state(base)
     with _whole_folder(folder) as aside:
-        base.save_pretrained(aside, state_dict=merged_state(base))
+        base.save_pretrained(aside, state_dict=state)
         tokenizer.save_pretrained(aside)
 
 
@@ -57,7 +58,10 @@ def _merged_weight(module: nn.Module) -> Tensor:
     """The layer's weight with its active adapter, by PEFT's own arithmetic: a safe merge makes a new tensor, the old one is put back."""
     layer = module.base_layer
     weight = layer.weight.data
-    module.merge(safe_merge=True)
+    try:
+        module.merge(safe_merge=True)
+    except ValueError as error:  # weights that are not finite
+        raise UserError(f"cannot merge the adapter: {error}") from error
     merged = layer.weight.data.cpu()
     layer.weight.data = weight
     module.merged_adapters.clear()
@@ -80,6 +84,7 @@ def _whole_folder(folder: Path | str) -> Iterator[Path]:
             folder.rename(old)
         aside.rename(folder)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
         raise UserError(f"cannot write {folder}: {error}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)

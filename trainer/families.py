@@ -52,7 +52,7 @@ FAMILIES = {
     "gemma3_text": GEMMA,
     "phi3": Family(activation="activation_fn", window_in_config=True),
     "granite": Family(),
-    "olmo2": Family(),
+    "olmo2": Family(),  # in bf16 the stock norms round after the weight, ours before it: as exact, not bit-equal
     "smollm3": Family(),
 }
 ACTIVATIONS = {type(ACT2FN[name]): ours for name, ours in (("silu", "silu"), ("swish", "silu"), ("gelu_pytorch_tanh", "gelu_tanh"))}

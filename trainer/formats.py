@@ -1,10 +1,10 @@
-"""Rows of a data file to records: {"messages": [{"role", "content", "extra"}, ...]} or {"text"}, with id, source and weight.
+"""Rows of a data file to records: {"messages": [{"role", "content", "extra"}, ...]} or {"text"}, id, source, weight.
 
     format              columns                                         becomes
     chat                messages: [{role, content}]                     itself
     sharegpt            conversations: [{from, value}], system?         the same turns; human is user, gpt is assistant
-    alpaca              instruction, output, input?, system?            user: instruction, blank line, input; assistant: output
-    prompt_completion   prompt, completion, system?                     user, assistant; either may be a list of messages
+    alpaca              instruction, output, input?, system?            user: instruction, input; assistant: output
+    prompt_completion   prompt, completion, system?                     user, assistant; or messages themselves
     text                text                                            plain text, every token trained on
 
 A column may be any of the file's, by mapping, and reach into nested values: {output: instances.0.output}.
@@ -29,8 +29,8 @@ OPTIONAL = ("input", "system", "id", "source", "weight")
 FIELDS = [field for fields in REQUIRED.values() for field in fields] + list(OPTIONAL)
 
 ROLES = {
-    "system": "system", "developer": "developer", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
-    "chatgpt": "assistant", "model": "assistant", "tool": "tool", "observation": "tool",
+    "system": "system", "developer": "developer", "user": "user", "human": "user", "assistant": "assistant",
+    "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "tool": "tool", "observation": "tool",
 }
 
 
@@ -46,32 +46,39 @@ class Format:
     paths: dict[str, str]
 
     def record(self, row: dict) -> dict:
-        """One record. RecordError if content is missing or empty, a role is unknown, or a weight is no positive number."""
+        """One record. RecordError: content missing or empty, an unknown role, a weight that is no positive number."""
         fields = {field: _look_up(row, path) for field, path in self.paths.items()}
-        kept = {"id": _label(fields.get("id")), "source": _label(fields.get("source")), "weight": _weight(fields.get("weight"))}
+        kept = {field: None if fields.get(field) is None else str(fields[field]) for field in ("id", "source")}
+        kept["weight"] = _weight(fields.get("weight"))
         if self.name == "text":
             return {"text": _text(fields["text"], self.paths["text"]), **kept}
         return {"messages": self._messages(fields), **kept}
 
     def _messages(self, fields: dict[str, Any]) -> list[dict]:
-        names = self.paths
-        system = [_message("system", _text(fields["system"], names["system"]))] if fields.get("system") else []
+        def text(field: str) -> str:
+            return _text(fields[field], self.paths[field])
+
+        def turns(field: str, role: str) -> list[dict]:
+            """The messages that a prompt or a completion is, or the one that it is the text of."""
+            value = fields[field]
+            first = value[0] if isinstance(value, list) and value else None
+            is_chat = isinstance(first, dict) and first.get("type") != "text"
+            return _turns(value, self.paths[field]) if is_chat else [_message(role, text(field))]
+
+        system = [_message("system", text("system"))] if fields.get("system") else []
         if self.name in ("chat", "sharegpt"):
             column, = REQUIRED[self.name]
-            return system + _turns(fields[column], names[column])
+            return system + _turns(fields[column], self.paths[column])
         if self.name == "alpaca":
-            question = _text(fields["instruction"], names["instruction"])
-            if fields.get("input"):
-                question += "\n\n" + _text(fields["input"], names["input"])
-            return system + [_message("user", question), _message("assistant", _text(fields["output"], names["output"]))]
-        return system + _turns_or_text("user", fields["prompt"], names["prompt"]) + _turns_or_text(
-            "assistant", fields["completion"], names["completion"])
+            question = text("instruction") + ("\n\n" + text("input") if fields.get("input") else "")
+            return system + [_message("user", question), _message("assistant", text("output"))]
+        return system + turns("prompt", "user") + turns("completion", "assistant")
 
 
 def choose_format(row: dict, wanted: str, columns: dict[str, str] | None) -> Format:
-    """The format `wanted`, or for "auto" the first whose columns `row` (the first of the file) has. `columns`: ours -> the file's.
+    """The format `wanted`, or for "auto" the first whose columns `row` has, the first of the file.
 
-    ValueError says which columns were expected, which were found, and how to map them.
+    `columns`: ours -> the file's. ValueError says which columns were expected, which were found, and how to map them.
     """
     columns = columns or {}
     unknown = [field for field in columns if field not in FIELDS]
@@ -106,12 +113,6 @@ def _look_up(row: Any, path: str) -> Any:
     return row
 
 
-def _turns_or_text(role: str, value: Any, column: str) -> list[dict]:
-    if isinstance(value, list) and value and isinstance(value[0], dict):
-        return _turns(value, column)
-    return [_message(role, _text(value, column))]
-
-
 def _turns(value: Any, column: str) -> list[dict]:
     """A list of messages, in either spelling: role and content, or from and value."""
     if not isinstance(value, list) or not value:
@@ -131,26 +132,25 @@ def _turns(value: Any, column: str) -> list[dict]:
 
 
 def _message(role: str, content: str, extra: dict | None = None) -> dict:
-    return {"role": role, "content": content, "extra": json.dumps(extra, ensure_ascii=False, default=str) if extra else None}
+    kept = json.dumps(extra, ensure_ascii=False, default=str) if extra else None
+    return {"role": role, "content": content, "extra": kept}
 
 
 def _text(value: Any, where: str) -> str:
-    """`value` as text: a string, a number, a list of strings (paragraphs) or of text parts. RecordError if empty or anything else."""
+    """`value` as text: a string, a number, a list of strings (paragraphs) or of text parts. RecordError: all else."""
     if isinstance(value, list) and value and all(isinstance(part, str) for part in value):
         value = "\n\n".join(value)
-    elif isinstance(value, list) and value and all(isinstance(part, dict) and part.get("type") == "text" for part in value):
+    elif isinstance(value, list) and value and all(
+            isinstance(part, dict) and part.get("type") == "text" for part in value):
         value = "".join(str(part.get("text") or "") for part in value)
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
         value = str(value)
     if value is None or isinstance(value, str) and not value.strip():
-        raise RecordError(f"{where}: expected text, found {'none' if value is None else 'an empty string'}; complete or remove the record")
+        found = "none" if value is None else "an empty string"
+        raise RecordError(f"{where}: expected text, found {found}; complete or remove the record")
     if not isinstance(value, str):
         raise RecordError(f"{where}: expected text, found {_show(value)}")
     return value
-
-
-def _label(value: Any) -> str | None:
-    return None if value is None else str(value)
 
 
 def _weight(value: Any) -> float:

@@ -31,7 +31,8 @@ class Inputs:
 def prepare_inputs(config: Config, tokenizer: PreTrainedTokenizerBase) -> Inputs:
     """Read, tokenize, mix and plan. Raises UserError for data that cannot be trained on."""
     template = ChatTemplate(tokenizer, _read_template(config.data.chat_template))
-    domain, replay = load_sources(config.data.train, "domain"), load_sources(config.replay.data, "replay")
+    domain, replay = (
+        load_sources(given, role, config.data.cache) for given, role in ((config.data.train, "domain"), (config.replay.data, "replay")))
     samples = tokenize(domain + replay, template, config.data)
     roles = ["domain"] * len(domain) + ["replay"] * len(replay)
     samples, heldout = _hold_out(config, samples, roles, template)
@@ -52,7 +53,7 @@ def _read_template(path: str | None) -> str | None:
 def _hold_out(config: Config, samples: Samples, roles: list[str], template: ChatTemplate):
     """Samples to train on, and the held-out ones with their packs: their own files, or a share of the domain."""
     if config.data.heldout:
-        return samples, _packed(config, tokenize(load_sources(config.data.heldout, "held-out"), template, config.data))
+        return samples, _packed(config, tokenize(load_sources(config.data.heldout, "held-out", config.data.cache), template, config.data))
     if not config.data.heldout_share:
         return samples, None
     is_domain = np.array([role == "domain" for role in roles])[samples.sources]

@@ -87,6 +87,8 @@ def fit(job: Job, state: checkpoint.State) -> Outcome:
     totals, begun = Counts(), time.perf_counter()
     meter = Meter(job.device, Phases(job.device))
     outcome = Outcome("finished" if plan.total == plan.starts[-1] else "max_steps", plan.total, float("nan"), None)
+    if job.heldout and state.step == 0:
+        outcome.heldout_loss = judge(job, state, meter)  # what the run has to better
     job.model.train()
     with Interrupts() as interrupts, garbage_at_log_steps():
         for work in stage(plan, job.samples, state.step, job.world, job.device, meter.phases):

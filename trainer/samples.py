@@ -1,7 +1,8 @@
 """Records to samples: tokenized once, kept on disk, cut to the maximal length by arithmetic on Arrow offsets.
 
-A sample is a window on the tokens of one record: all of them, or a part where the record is longer than `max_length`. Tokens are
-memory-mapped and never copied, so another `max_length` or another choice of what to do with longer records costs no new pass.
+A sample is a window on the tokens of one record: all of them, or a part where the record is longer than `max_length`.
+Tokens are memory-mapped and never copied, so another `max_length` or another choice of what to do with longer records
+costs no new pass.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Samples:
     """n samples. Sample i is `samples[i]`: its token ids, int32, and for each whether it is supervised."""
 
     names: list[str]  # of the sources, each different
-    over: dict[str, dict[str, int]]  # source name -> samples kept; records dropped, truncated, split; windows unsupervised; tokens_lost
+    over: dict[str, dict[str, int]]  # of each source: see `_cut`
     lengths: np.ndarray  # int64[n], tokens
     supervised: np.ndarray  # int64[n], supervised tokens that have a token before them
     weights: np.ndarray  # float32[n]
@@ -94,22 +95,23 @@ def _distinct(names: Sequence[str]) -> list[str]:
 
 
 def _tokens(source: Source, records: Dataset, template: ChatTemplate, data: Data) -> Dataset:
-    """The records' tokens, from the cache if they were made before. The key: records, tokenizer, template, options, our code."""
-    code = [Path(module.__file__).read_bytes() for module in (trainer.chat, trainer.turns)] + [Path(__file__).read_bytes()]
-    key = (records._fingerprint, template.fingerprint, data.train_on, tokenizers.__version__, transformers.__version__, code)
+    """The records' tokens, from the cache if they were made before by this code with these options."""
+    code = [Path(file).read_bytes() for file in (trainer.chat.__file__, trainer.turns.__file__, __file__)]
+    versions = (tokenizers.__version__, transformers.__version__)
+    key = (records._fingerprint, template.fingerprint, data.train_on, versions, code)
     fingerprint = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
     folder = Path(data.cache or datasets.config.HF_DATASETS_CACHE) / "tokens"
     folder.mkdir(parents=True, exist_ok=True)
     workers = data.workers or min(8, os.cpu_count() or 1)
     workers = min(workers, math.ceil(len(records) / WORTH_A_PROCESS))
+    options = {"template": template, "train_on": data.train_on, "path": source.path}
     if workers > 1:
         # The processes are the parallelism; threads within them would also not survive the fork.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     return records.map(
-        _encode, batched=True, batch_size=BATCH, with_indices=True, remove_columns=records.column_names, features=TOKENS,
-        fn_kwargs={"template": template, "train_on": data.train_on, "path": source.path}, num_proc=workers if workers > 1 else None,
-        new_fingerprint=fingerprint, cache_file_name=str(folder / f"{fingerprint}.arrow"), load_from_cache_file=True,
-        desc=f"tokenize {source.name}")
+        _encode, fn_kwargs=options, batched=True, batch_size=BATCH, with_indices=True, features=TOKENS,
+        remove_columns=records.column_names, num_proc=workers if workers > 1 else None, desc=f"tokenize {source.name}",
+        new_fingerprint=fingerprint, cache_file_name=str(folder / f"{fingerprint}.arrow"), load_from_cache_file=True)
 
 
 def _encode(batch: dict, indices: list[int], template: ChatTemplate, train_on: str, path: str) -> dict:
@@ -132,7 +134,11 @@ def _message(stored: dict) -> dict:
 
 
 def _cut(tokens: Dataset, name: str, data: Data) -> tuple[Samples, dict[str, int]]:
-    """The samples of one source, all with a supervised token, and the account of what became of its records."""
+    """The samples of one source, all with a supervised token, and what became of its records.
+
+    kept: samples; dropped, truncated, split: records longer than `max_length`; unsupervised: samples left out because
+    nothing in them is trained on; tokens_lost: by all of these together.
+    """
     columns = [tokens.data.column(column).chunks for column in ("input_ids", "supervised")]
     chunks = [(ids.values.to_numpy(), flags.values.to_numpy()) for ids, flags in zip(*columns)]
     offsets = [ids.offsets.to_numpy().astype(np.int64) for ids in columns[0]]
@@ -147,7 +153,8 @@ def _cut(tokens: Dataset, name: str, data: Data) -> tuple[Samples, dict[str, int
     if not len(keep):
         raise UserError(_nothing_left(lengths, name, data))
     weights = tokens.data.column("weight").to_numpy().astype(np.float32)[record]
-    samples = Samples([name], {}, length, supervised, weights, np.zeros(len(record), np.int16), chunks, chunk, begin).select(keep)
+    source = np.zeros(len(record), dtype=np.int16)
+    samples = Samples([name], {}, length, supervised, weights, source, chunks, chunk, begin).select(keep)
     lost = int(lengths.sum() - samples.lengths.sum())
     return samples, {"kept": len(keep), **tally, "unsupervised": len(record) - len(keep), "tokens_lost": lost}
 
@@ -157,9 +164,9 @@ def _judge_lengths(lengths: np.ndarray, name: str, data: Data) -> dict[str, int]
     long = np.flatnonzero(lengths > data.max_length)
     if len(long) and data.overlong == "error":
         raise UserError(
-            f"{name}: expected samples of at most data.max_length={data.max_length} tokens, found {len(long):,} of {len(lengths):,} that "
-            f"are longer, up to {lengths.max():,} tokens, the first is record {long[0] + 1}; raise data.max_length, or set data.overlong "
-            "to drop, truncate or split")
+            f"{name}: expected samples of at most data.max_length={data.max_length} tokens, found {len(long):,} of "
+            f"{len(lengths):,} that are longer, up to {lengths.max():,} tokens, the first is record {long[0] + 1}; "
+            "raise data.max_length, or set data.overlong to drop, truncate or split")
     done = {"drop": "dropped", "truncate": "truncated", "split": "split"}.get(data.overlong)
     return {what: len(long) if what == done else 0 for what in ("dropped", "truncated", "split")}
 
@@ -190,18 +197,20 @@ def _count_targets(chunks: list, chunk: np.ndarray, begin: np.ndarray, length: n
 
 def _nothing_left(lengths: np.ndarray, name: str, data: Data) -> str:
     """Why a source has no sample to train on."""
-    if data.overlong == "drop" and (lengths > data.max_length).all():
-        return f"{name}: all {len(lengths):,} samples are longer than data.max_length={data.max_length} and were dropped; raise data.max_length"
-    cut = (lengths > data.max_length).sum()
-    reason = f"{cut:,} of them are cut off at data.max_length={data.max_length} before the answer; raise it" if cut else \
+    n, cut, limit = len(lengths), (lengths > data.max_length).sum(), f"data.max_length={data.max_length}"
+    if data.overlong == "drop" and cut == n:
+        return f"{name}: all {n:,} samples are longer than {limit} and were dropped; raise data.max_length"
+    reason = f"{cut:,} of them are cut off at {limit} before the answer; raise it" if cut else \
         "none has an assistant turn with words; check the roles, or set data.train_on=all"
-    return f"{name}: every label is masked: found no supervised token in {len(lengths):,} samples (data.train_on={data.train_on}); {reason}"
+    return (f"{name}: every label is masked: expected supervised tokens (data.train_on={data.train_on}), "
+            f"found none in {n:,} samples; {reason}")
 
 
 def _join(parts: list[Samples], names: list[str], over: dict[str, dict[str, int]]) -> Samples:
     """The samples of all sources as one."""
     first_chunk = np.cumsum([0] + [len(part._chunks) for part in parts])
-    columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in ("lengths", "supervised", "weights", "_begin")}
+    joined = ("lengths", "supervised", "weights", "_begin")
+    columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in joined}
     return Samples(
         names, over, **columns,
         sources=np.repeat(np.arange(len(parts), dtype=np.int16), [len(part) for part in parts]),

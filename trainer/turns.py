@@ -1,17 +1,19 @@
 """Where the assistant's turns lie in a rendered chat, for any chat template.
 
-A template prints, for each turn, an opening ("<|im_start|>assistant\\n"), what the assistant said, and an end-of-turn token.
-Where it has no `{% generation %}` markers the spans are derived from two renders of the chat, whatever its number of turns:
+A template prints, for each turn, an opening ("<|im_start|>assistant\\n"), what the assistant said, and an end-of-turn
+token. Where it has no `{% generation %}` markers the spans are derived from two renders of the chat, whatever its
+number of turns:
 
-    rendered      ... <|im_end|>\\n<|im_start|>assistant\\nIt is 7.<|im_end|>\\n<|im_start|>user\\nAnd 3 + 5?<|im_end|>\\n ...
-    marked        ... the same, with a mark inside each message that stands before or after an assistant turn
+    rendered   ... <|im_end|>\\n<|im_start|>assistant\\nIt is 7.<|im_end|>\\n<|im_start|>user\\nAnd 5?<|im_end|> ...
+    marked     ... the same, with a mark inside each message that stands before or after an assistant turn
 
-The text between two marks is the rest of one known message, the assistant's turn with the template's own text around it, and
-the start of another known message. So the turn begins after the first opening in it and ends with the last end-of-turn token in
-it, whatever the assistant said: its words are never searched. The assistant's messages are rendered as they are, so templates
-that strip them, add an empty <think> block or drop earlier ones are read exactly as the model will see them.
-The derivation is checked: without its marks the marked text must equal the rendered one, and what was said must lie in the span.
-The opening and the end-of-turn token belong to the template; they are read once, from a chat of four one-character messages.
+The text between two marks is the rest of one known message, the assistant's turn with the template's own text around
+it, and the start of another known message. So the turn begins after the first opening in it and ends with the last
+end-of-turn token in it, whatever the assistant said: its words are never searched. The assistant's messages are
+rendered as they are, so templates that strip them, add an empty <think> block or drop earlier ones are read exactly as
+the model will see them. The derivation is checked: without its marks the marked text must equal the rendered one, and
+what was said must lie in the span. The opening and the end-of-turn token belong to the template; they are read once,
+from a chat of four one-character messages.
 """
 
 from __future__ import annotations
@@ -68,22 +70,23 @@ def read_layout(render: Render, added_tokens: Iterable[str]) -> Layout:
     end = _end_of_turn(between, tail, added_tokens)
     if not opening.strip() or not end:
         raise TurnError("it prints nothing between a user's words and the assistant's" if end else
-                        "it prints no end-of-turn token after the assistant's words, so the model would never learn to stop")
+                        "it prints no end-of-turn token after the assistant's words, so the model would never stop")
     closing = "" if tail.strip() else between[:between.index(end)] + end
     return Layout(opening, header if header.strip() else opening, end, closing)
 
 
 def _end_of_turn(between: str, tail: str, added_tokens: Iterable[str]) -> str:
-    """What ends each assistant turn, the last (`tail` follows it) and earlier ones (`between`) alike; or else (GLM, gpt-oss and
-    Phi-3 end the last turn in another way) the first token of its own after earlier turns; "" if there is none."""
+    """What ends the last turn (`tail` follows it) and earlier ones (`between`) alike; or else, for GLM, gpt-oss and
+    Phi-3 end the last one in another way, the first token of its own after earlier ones; or else ""."""
     ending = tail.strip()
     if ending and between.lstrip().startswith(ending):
         return ending
-    return min(((between.index(token), -len(token), token) for token in added_tokens if token in between), default=(0, 0, ""))[2]
+    found = ((between.index(token), -len(token), token) for token in added_tokens if token in between)
+    return min(found, default=(0, 0, ""))[2]
 
 
 def mark(messages: list[Message]) -> tuple[list[Message], list[int]]:
-    """The chat with a mark in the middle of each message next to an assistant turn, and the indices of those messages."""
+    """The chat with a mark in the middle of each message next to an assistant turn, and those messages' indices."""
     marked, anchors = [], []
     for i, message in enumerate(messages):
         neighbours = messages[max(i - 1, 0):i] + messages[i + 1:i + 2]
@@ -133,7 +136,7 @@ def turn_spans(messages: list[Message], text: str, render: Render, layout: Layou
 
 
 def _words(message: Message) -> list[str]:
-    """What a template must print of an assistant's message: its answer, after any reasoning, and the tools that it calls."""
+    """What a template must print of an assistant's message: the answer, after any reasoning, and the tools called."""
     calls = [call.get("function") or call for call in message.get("tool_calls") or []]
     return [message["content"].rpartition("</think>")[2].strip()] + [str(call.get("name")) for call in calls]
 

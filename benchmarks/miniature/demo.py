@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from peft import PeftModel
 
 from benchmarks.miniature.domain import DOMAIN
-from benchmarks.miniature.evaluate import Scores, evaluate, lost
+from benchmarks.miniature.evaluate import evaluate
 from benchmarks.miniature.family import FAMILY, load
 from benchmarks.miniature.skills import GENERAL
+from benchmarks.miniature.table import table
 from benchmarks.miniature.world import heldout_items, training_records, write_jsonl
 from trainer.config import Batch, Config, Data, Logging, Lora, Model, Optim
 from trainer.errors import UserError
@@ -27,25 +27,6 @@ def recipe(base: Path, domain: Path, output: Path) -> Config:
     return Config(
         output=str(output), model=Model(path=str(base)), lora=Lora(rank=16, alpha=32.0), data=Data(train=str(domain), max_length=256),
         batch=Batch(tokens_per_pack=1024, tokens_per_step=1024), optim=Optim(lr=5e-3), epochs=EPOCHS, logging=Logging(every=5))
-
-
-def table(arms: dict[str, tuple[Scores, Scores]]) -> str:
-    """One row per arm: accuracy in general and on the domain, general items lost against the first arm, then accuracy by skill."""
-    before = next(iter(arms.values()))[0]
-    rows = []
-    for arm, (general, domain) in arms.items():
-        forgotten = len(lost(before, general)) / max(1, sum(before.right))
-        figures = {"general": general.accuracy, "domain": domain.accuracy, "forgotten": forgotten} | general.by_skill | domain.by_skill
-        rows.append([arm, *(f"{value:.3f}" if name in ("general", "domain", "forgotten") else f"{value:.2f}"
-                            for name, value in figures.items())])
-    return align([["model", *figures], *rows])
-
-
-def align(rows: Sequence[Sequence[str]]) -> str:
-    """Columns of equal width: names to the left, figures to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths)))
-                     for row in rows)
 
 
 def main() -> int:

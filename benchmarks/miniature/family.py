@@ -37,7 +37,7 @@ class Member:
 
 
 FAMILY = {member.name: member for member in (
-    Member("base", width=96, feed_forward=256, layers=3, records=160_000),
+    Member("base", width=96, feed_forward=256, layers=3, records=120_000),
 )}
 
 

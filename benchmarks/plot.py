@@ -1,0 +1,112 @@
+"""Tables and pictures from records alone: `python -m benchmarks.plot` renews the README's tables and the pictures beside the records.
+
+A table goes between two markers in README.md, `<!-- benchmark: SUITE -->` and `<!-- end of benchmark -->`. With `--check` nothing is
+written: the exit status is 1 where README.md and the newest records disagree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+from benchmarks.record import RESULTS, newest
+from trainer.errors import UserError
+
+README = RESULTS.parents[1] / "README.md"
+BLOCK = re.compile(r"(<!-- benchmark: ([\w-]+) -->\n)(.*?)(<!-- end of benchmark -->)", re.DOTALL)
+OURS, OTHERS = "#1f6f8b", "#b8b8b8"
+
+
+def markdown(record: dict) -> str:
+    """The table of a record, and the conditions under it."""
+    rows = [row for row in record["summary"] if not row["line"].endswith("(A/A)")]
+    bases = [row["line"] for row in rows if not row["line"].startswith("Steadfast")]
+    head = ["line", "real tokens per CPU-second", "supervised ones", "padding", "MFU", *(f"× {base}" for base in bases)]
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
+    for row in rows:
+        rate = row["tokens_per_cpu_second"]
+        lines.append([
+            row["line"], f"{rate['value']:,.0f} ({rate['low']:,.0f}-{rate['high']:,.0f})",
+            f"{row['supervised_per_cpu_second']['value']:,.0f}", f"{row['padding']:.0%}", f"{row['mfu']['value']:.0%}",
+            *(times(row["ratio"].get(base)) for base in bases)])
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return f"{table}\n\n{conditions(record)}\n"
+
+
+def times(ratio: dict | None) -> str:
+    return f"{ratio['value']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})" if ratio else ""
+
+
+def conditions(record: dict) -> str:
+    c = record["conditions"]
+    same = next((row["ratio"] for row in record["summary"] if row["line"].endswith("(A/A)")), {})
+    aa = "".join(f" A line timed against itself: {times(ratio)}." for ratio in same.values())
+    worst = max(record["agreement"].items(), key=lambda item: item[1])
+    return (
+        f"{c['model']}; {c['adapter']}; {c['chats']} chats ({c['data']}; mean {c['mean_tokens']:.0f} tokens, {c['supervised']:.0%} supervised), "
+        f"about {c['tokens_per_step']:,} tokens a step. {record['cpu']}, {record['threads']} thread{'s' * (record['threads'] > 1)}; torch "
+        f"{record['versions']['torch']}, transformers {record['versions']['transformers']}. Medians of {c['rounds']} interleaved rounds, "
+        f"rates with their 20th and 80th percentiles, ratios with 95% intervals; MFU is the share of the same machine's matrix-product rate "
+        f"that useful work reaches.{aa} Losses agree step by step, at worst to {worst[1]:.0e} ({worst[0]}). "
+        f"`{record['command']}`, {record['time'][:10]}, commit {(record['commit'] or 'none')[:8]}{' with changes' if record['dirty'] else ''}.")
+
+
+def draw(record: dict, path: Path) -> Path:
+    """Bars of real tokens per CPU-second, slowest first, with their 20th and 80th percentiles."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = sorted((r for r in record["summary"] if not r["line"].endswith("(A/A)")), key=lambda r: -r["tokens_per_cpu_second"]["value"])
+    rates = [row["tokens_per_cpu_second"] for row in rows]
+    values = [rate["value"] for rate in rates]
+    whiskers = [[r["value"] - r["low"] for r in rates], [r["high"] - r["value"] for r in rates]]
+    figure, axes = pyplot.subplots(figsize=(8, 0.9 + 0.5 * len(rows)), layout="constrained")
+    axes.barh([row["line"] for row in rows], values, xerr=whiskers, ecolor="#555555",
+              color=[OURS if row["line"].startswith("Steadfast") else OTHERS for row in rows])
+    for i, rate in enumerate(rates):
+        axes.text(rate["high"] + 0.01 * max(values), i, f" {rate['value']:,.0f}", va="center")
+    axes.set_xlim(0, 1.15 * max(rate["high"] for rate in rates))
+    axes.set_xlabel("real tokens per CPU-second")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+    pyplot.close(figure)
+    return path
+
+
+def renew(text: str, records: dict[str, dict]) -> str:
+    """README text with the table of every marked suite written anew."""
+    def table(block: re.Match) -> str:
+        if block[2] not in records:
+            raise UserError(f"README.md: expected a record of suite {block[2]} in benchmarks/results, found none; run its benchmark first")
+        return block[1] + markdown(records[block[2]]) + block[4]
+
+    return BLOCK.sub(table, text)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.plot", description="README tables and pictures from the newest records.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where README.md differs from the records")
+    check = parser.parse_args(argv).check
+    try:
+        records = newest()
+        text = README.read_text()
+        renewed = renew(text, records)
+    except (UserError, FileNotFoundError) as error:
+        print(f"benchmarks.plot: {error}", file=sys.stderr)
+        return 2
+    if check:
+        if renewed != text:
+            print("benchmarks.plot: README.md differs from the newest records; run python -m benchmarks.plot", file=sys.stderr)
+        return int(renewed != text)
+    README.write_text(renewed)
+    for suite, record in records.items():
+        print(draw(record, RESULTS / f"{suite}.png"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,39 @@
+"""`python -m benchmarks.run SUITE`: measure, print the table, and leave the record and its picture in benchmarks/results."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything measured is made here
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from benchmarks import gsm8k, plot, record, training
+from trainer.errors import UserError
+
+SUITES = {"training": training, "gsm8k": gsm8k}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description="Measure Steadfast against its alternatives.")
+    suites = parser.add_subparsers(dest="suite", metavar="SUITE", required=True)
+    for name, suite in SUITES.items():
+        subparser = suites.add_parser(name, help=suite.__doc__.splitlines()[0], description=suite.__doc__.splitlines()[0])
+        subparser.add_argument("--results", type=Path, default=record.RESULTS, help="folder for the record and its picture")
+        suite.add_arguments(subparser)
+    arguments = parser.parse_args(argv)
+    try:
+        measured = SUITES[arguments.suite].run(arguments)
+        path = record.write(measured, arguments.results)
+    except UserError as error:
+        print(f"benchmarks.run: {error}", file=sys.stderr)
+        return 2
+    print(plot.markdown(measured))
+    print(f"record: {path}\npicture: {plot.draw(measured, arguments.results / (measured['suite'] + '.png'))}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""The baselines do what they claim: they compute the losses of their samples, and see the samples they report."""
+
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from benchmarks import baseline
+from tests import tiny
+
+
+def some_samples(count=12, seed=0):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(3, 20, count)
+    return [(rng.integers(5, 400, n).astype(np.int32), np.arange(n) >= rng.integers(0, n)) for n in lengths]
+
+
+@pytest.fixture
+def adapted(model_folder, tmp_path):
+    """Makes the same adapted model each time; its adapter is not zero."""
+    torch.manual_seed(1)
+    settings = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
+    get_peft_model(tiny.model("llama"), settings).save_pretrained(tmp_path)
+    return lambda: baseline.load_adapted(model_folder, tmp_path)
+
+
+def loss_by_hand(model, samples):
+    """Mean cross entropy over supervised tokens, one sample at a time."""
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for ids, supervised in samples:
+            ids, supervised = torch.from_numpy(ids).long(), torch.from_numpy(supervised)
+            scores = model(ids[None], use_cache=False).logits[0, :-1].log_softmax(-1)
+            total -= scores[torch.arange(len(ids) - 1), ids[1:]][supervised[1:]].sum().item()
+            count += int(supervised[1:].sum())
+    return total / count
+
+
+def test_padded():
+    batch = baseline.padded([(np.array([5, 6, 7]), np.array([False, True, True])), (np.array([8]), np.array([True]))], pad_token=2)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 2, 2]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, 6, 7], [8, -100, -100]]
+
+
+def test_endless_is_epochs_in_new_orders():
+    drawn = list(islice(baseline.endless(5, seed=0), 15))
+    epochs = [drawn[i : i + 5] for i in (0, 5, 10)]
+    assert all(sorted(epoch) == list(range(5)) for epoch in epochs) and len({tuple(epoch) for epoch in epochs}) > 1
+
+
+def test_plain_loop_trains_on_the_losses_of_its_samples(adapted):
+    line = baseline.PlainLoop(adapted(), some_samples(), pad_token=2, batch_size=4, lr=1e-2)
+    batch = line.next_batch()
+    expected = loss_by_hand(adapted(), batch)
+    done = line.step_on(batch)
+    assert done.loss == pytest.approx(expected, rel=1e-5)
+    lengths = [len(ids) for ids, _ in batch]
+    assert (done.tokens, done.padding) == (sum(lengths), 4 * max(lengths) - sum(lengths))
+    assert done.supervised == sum(int(mask[1:].sum()) for _, mask in batch)
+    assert line.step_on(batch).loss < done.loss
+
+
+@pytest.mark.parametrize("batches", [baseline.padded_batches(4), baseline.packed_batches(48)], ids=["padded", "packed"])
+def test_trl_sees_its_samples_and_gives_their_loss(adapted, batches):
+    samples = some_samples()
+    line = baseline.Trl(adapted(), samples, tiny.tokenizer(), batches | {"learning_rate": 1e-2})
+    before = loss_by_hand(adapted(), samples)
+    batch = line.next_batch()
+    seen = line.samples_of(batch)
+    assert line.step_on(batch).loss == pytest.approx(loss_by_hand(adapted(), seen), rel=1e-5)
+    epoch = [seen]
+    while sum(map(len, epoch)) < len(samples):
+        epoch.append(line.samples_of(line.next_batch()))
+    ours = sorted((ids.tolist(), mask[1:].tolist()) for ids, mask in samples)
+    assert sorted((ids.tolist(), mask[1:].tolist()) for part in epoch for ids, mask in part) == ours
+    for _ in range(15):
+        done = line.step()
+    assert done.tokens > 0 and (done.padding == 0) == ("packing" in batches)
+    assert loss_by_hand(line.model.eval(), samples) < before

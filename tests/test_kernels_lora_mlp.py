@@ -1,0 +1,166 @@
+"""lora_mlp against the plain formula, torch's gradcheck and three PEFT modules."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
+
+from kernels.lora import Lora, dropout_mask, kept_fraction
+from kernels.lora_mlp import lora_mlp
+from tests.test_kernels_lora import DOUBLE, assert_same, formula, lora_of, make, peft_linear, relative, trained
+
+ACT = {"silu": F.silu, "gelu_tanh": lambda g: F.gelu(g, approximate="tanh")}
+
+
+def make_mlp(width=4, inner=6, out=4, ranks=(2, 3, 1), **options):
+    """(weights, biases, loras) of gate, up and down; rank 0 is no adapter."""
+    sizes = ((inner, width), (inner, width), (out, inner))
+    made = [make(n, k, r=max(r, 1), **options) for (n, k), r in zip(sizes, ranks, strict=True)]
+    weights, biases, loras = zip(*made, strict=True)
+    return weights, biases, tuple(lora if r else None for lora, r in zip(loras, ranks, strict=True))
+
+
+def plain(x, weights, loras, biases, activation="silu", masks=(None, None, None)):
+    gate, up = (formula(x, weights[i], loras[i], biases[i], masks[i]).to(x.dtype) for i in (0, 1))
+    return formula(ACT[activation](gate) * up, weights[2], loras[2], biases[2], masks[2]).to(x.dtype)
+
+
+def adapters(loras):
+    return [lora for lora in loras if lora is not None]
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_gradcheck(activation, dropout):
+    weights, biases, loras = make_mlp(dropout=dropout, base_grad=True)
+    x = torch.randn(2, 2, 4, dtype=DOUBLE, requires_grad=True)
+
+    def op(*_):
+        torch.manual_seed(1)
+        return lora_mlp(x, weights, loras, biases, activation)
+
+    assert torch.autograd.gradcheck(op, [x, *trained(*weights, *biases, *loras)])
+
+
+@given(
+    tokens=st.sampled_from([1, 2, 7]), width=st.sampled_from([1, 5, 16]), inner=st.sampled_from([1, 7, 33]),
+    ranks=st.tuples(*[st.sampled_from([0, 1, 4])] * 3), dora=st.booleans(), bias=st.booleans(), x_grad=st.booleans(),
+    activation=st.sampled_from(["silu", "gelu_tanh"]),
+)
+@settings(max_examples=50, deadline=None)
+def test_any_mlp_equals_the_formula(tokens, width, inner, ranks, dora, bias, x_grad, activation):
+    weights, biases, loras = make_mlp(width, inner, 3, ranks, dora=dora)
+    biases = biases if bias else (None,) * 3
+    x = torch.randn(tokens, width, dtype=DOUBLE, requires_grad=x_grad)
+    inputs = trained(x, *adapters(loras))
+    ours, theirs = (op(x, weights, loras, biases, activation) for op in (lora_mlp, plain))
+    if inputs:
+        assert_same([ours], [theirs], inputs)
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("config", [{}, {"use_dora": True}])
+def test_equals_peft(config):
+    gate, up, down = modules = [peft_linear(n, k, True, **config) for n, k in ((7, 6), (7, 6), (5, 7))]
+    x = torch.randn(2, 5, 6, dtype=DOUBLE, requires_grad=True)
+    loras = [lora_of(module) for module in modules]
+    ours = lora_mlp(x, [m.base_layer.weight for m in modules], loras, [m.base_layer.bias for m in modules])
+    assert_same([ours], [down(F.silu(gate(x)) * up(x))], trained(x, *loras))
+
+
+def test_dropout_masks_x_twice_and_h():
+    weights, biases, loras = make_mlp(dropout=0.4)
+    x = torch.randn(5, 4, dtype=DOUBLE, requires_grad=True)
+    torch.manual_seed(3)
+    masks = [
+        dropout_mask(torch.Size((5, k)), 0.4, DOUBLE, torch.Generator().manual_seed(int(torch.randint(2**62, ()))))
+        / kept_fraction(0.4) for k in (4, 4, 6)]
+    torch.manual_seed(3)
+    ours = lora_mlp(x, weights, loras, biases)
+    assert_same([ours], [plain(x, weights, loras, biases, masks=masks)], trained(x, *loras))
+
+
+def test_checkpoint_replays_the_masks():
+    weights, biases, loras = make_mlp(dropout=0.5)
+    x = torch.randn(9, 4, dtype=DOUBLE, requires_grad=True)
+    runs = []
+    for run in (lora_mlp, lambda *args: checkpoint(lora_mlp, *args, use_reentrant=False)):
+        torch.manual_seed(5)
+        y = run(x, weights, loras, biases)
+        torch.randn(3)
+        runs.append((y, *torch.autograd.grad(y.square().sum(), trained(x, *loras))))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_bf16_with_fp32_masters(dora):
+    weights, biases, loras = make_mlp(64, 96, 64, (8, 8, 8), dora=dora, dtype=torch.bfloat16, master=torch.float32)
+    x, upstream = (torch.randn(50, 64).bfloat16() for _ in range(2))
+    inputs = [x.requires_grad_(), *trained(*loras)]
+
+    def run(op, cast):
+        leaves = [t.detach().to(cast or t.dtype).requires_grad_() for t in inputs]
+        it = iter(leaves[1:])
+        ls = [Lora(next(it), next(it), lora.scaling, 0.0, next(it) if dora else None) for lora in loras]
+        ws, bs = ([t.to(cast or t.dtype) for t in ts] for ts in (weights, biases))
+        y = op(leaves[0], ws, ls, bs)
+        return [y, *torch.autograd.grad(y, leaves, upstream.to(y.dtype))]
+
+    exact, stock, ours = run(plain, DOUBLE), run(plain, None), run(lora_mlp, None)
+    for mine, other, truth in zip(ours, stock, exact, strict=True):
+        assert mine.dtype == other.dtype
+        assert relative(mine, truth) <= 2 * relative(other, truth) + 1e-6
+
+
+def test_autocast_matches_bf16_inputs():
+    weights, biases, loras = make_mlp(16, 32, 16, dtype=torch.float32)
+    x = torch.randn(9, 16, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = lora_mlp(x, weights, loras, biases)
+        grads = torch.autograd.grad(inside.float().square().sum(), trained(x, *loras))
+    outside = lora_mlp(x.bfloat16(), [w.bfloat16() for w in weights], loras, [b.bfloat16() for b in biases])
+    assert inside.dtype == torch.bfloat16 and torch.equal(inside, outside)
+    expected = torch.autograd.grad(outside.float().square().sum(), trained(x, *loras))
+    assert all(torch.equal(a, b) for a, b in zip(grads, expected, strict=True))
+
+
+def test_repeatable_and_inputs_unchanged():
+    weights, biases, loras = make_mlp(17, 33, 13, dora=True, dropout=0.1, dtype=torch.float32)
+    x, upstream = torch.randn(29, 17, requires_grad=True), torch.randn(29, 13)
+    inputs = trained(x, *loras)
+    everything = (*inputs, *weights, *biases, upstream)
+    before = [t.detach().clone() for t in everything]
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        y = lora_mlp(x, weights, loras, biases)
+        runs.append((y, *torch.autograd.grad(y, inputs, upstream)))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, everything, strict=True))
+
+
+def test_saves_x_gate_up_and_the_narrow_products():
+    weights, biases, loras = make_mlp(16, 40, 16, (2, 3, 4), dtype=torch.float32)
+    x = torch.randn(50, 16, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        lora_mlp(x, weights, loras, biases)
+    parameters = {t.data_ptr() for t in (*weights, *biases, *(t for lora in loras for t in lora[:2]))}
+    assert sum(t.numel() for t in saved if t.data_ptr() not in parameters) == 50 * (16 + 40 + 40 + 2 + 3 + 4)
+
+
+@pytest.mark.parametrize("sizes, words", [
+    (((6, 4), (5, 4), (4, 6)), r"gate and up of one shape, got \(6, 4\) and \(5, 4\)"),
+    (((6, 4), (6, 4), (4, 5)), r"weight of shape \(N, 6\).*got \(4, 5\)"),
+    (((6, 3), (6, 3), (4, 6)), r"weight of shape \(N, 4\).*got \(6, 3\)"),
+])
+def test_misfits_are_named(sizes, words):
+    with pytest.raises(ValueError, match="lora_mlp: expected " + words):
+        lora_mlp(torch.zeros(2, 4), [torch.zeros(size) for size in sizes], (None,) * 3)
+
+
+def test_unknown_activation():
+    with pytest.raises(ValueError, match="lora_mlp: expected activation in .*got 'relu'"):
+        lora_mlp(torch.zeros(2, 4), [torch.zeros(4, 4)] * 3, (None,) * 3, activation="relu")

@@ -1,0 +1,107 @@
+"""Data files to rows, each with its place in the file: JSON, JSON lines, CSV and Parquet."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+
+from trainer.errors import UserError
+
+Row = tuple[str, dict]  # where it stands ("line 7"), and its columns
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """The rows of a file of one of SUFFIXES, one by one. UserError names the line that cannot be read."""
+    return SUFFIXES[path.suffix](path)
+
+
+def _json_lines(path: Path) -> Iterator[Row]:
+    with path.open("rb") as file:
+        for n, line in enumerate(file, 1):
+            line = line.removeprefix(b"\xef\xbb\xbf") if n == 1 else line
+            if line.strip():
+                yield f"line {n}", _columns(_parse(line.rstrip(), path, n), path, f"line {n}")
+
+
+def _json(path: Path) -> Iterator[Row]:
+    """An array of records; {"data": [...]}; an object of records by id; one record; or JSON lines under this name."""
+    text = path.read_bytes()
+    if not text.strip():
+        return
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":
+            yield from _json_lines(path)
+            return
+        content = _parse(text, path)
+    except UnicodeDecodeError:
+        content = _parse(text, path)
+    for n, row in enumerate(_records(content), 1):
+        yield f"record {n}", _columns(row, path, f"record {n}")
+
+
+def _records(content: Any) -> list:
+    if isinstance(content, dict) and isinstance(content.get("data"), list):
+        return content["data"]
+    if isinstance(content, dict) and content and all(isinstance(value, dict) for value in content.values()):
+        return [{"id": key} | value for key, value in content.items()]
+    return content if isinstance(content, list) else [content]
+
+
+def _parse(text: bytes, path: Path, line: int = 1) -> Any:
+    """The value of JSON that begins at `line`."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        place, reason = line + error.lineno - 1, f"malformed JSON: {error.msg} at column {error.colno}"
+        raise UserError(f"{path}, line {place}: expected one JSON object, found {reason}") from None
+    except UnicodeDecodeError as error:
+        place, byte = line + text[:error.start].count(b"\n"), text[error.start]
+        raise UserError(f"{path}, line {place}: expected UTF-8 text, found byte {byte:#x}; convert the file") from None
+
+
+def _columns(row: Any, path: Path, place: str) -> dict:
+    if not isinstance(row, dict):
+        found = json.dumps(row, ensure_ascii=False)[:60]
+        raise UserError(f"{path}, {place}: expected an object with columns, found {found}")
+    return row
+
+
+def _csv(path: Path) -> Iterator[Row]:
+    """Every value a string, as it stands."""
+    csv.field_size_limit(2**31 - 1)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, strict=True)
+        try:
+            names = next(reader, [])
+            for values in filter(None, reader):
+                place = f"line {reader.line_num}"
+                if len(values) != len(names):
+                    raise UserError(f"{path}, {place}: expected {len(names)} values, found {len(values)}")
+                yield place, dict(zip(names, values))
+        except csv.Error as error:
+            raise UserError(f"{path}, line {reader.line_num}: expected comma-separated values: {error}") from None
+        except UnicodeDecodeError:
+            raise UserError(f"{path}, after line {reader.line_num}: expected UTF-8 text; convert the file") from None
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            batches = (batch.to_pylist() for batch in file.iter_batches(1000))
+            for n, row in enumerate(chain.from_iterable(batches), 1):
+                yield f"record {n}", row
+    except pyarrow.ArrowException as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: expected a Parquet file, found one that cannot be read: {reason}") from None
+
+
+SUFFIXES = {".json": _json, ".jsonl": _json_lines, ".csv": _csv, ".parquet": _parquet}
