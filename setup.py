@@ -39,7 +39,11 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=[f"{top}{rest}" for top in ("kernels", "trainer", "synth", "benchmarks") for rest in ("", ".*")]),
-    package_data={"trainer": ["*.jinja"], "benchmarks": ["results/*.json"], "benchmarks.miniature": ["**/*.json", "**/*.jinja", "**/*.safetensors"]},
+    package_data={
+        "trainer": ["*.jinja"],
+        "benchmarks": ["results/*.json"],
+        "benchmarks.miniature": ["**/*.json", "**/*.jinja", "**/*.safetensors"],
+    },
     install_requires=REQUIRES,
     extras_require=EXTRAS,
 )

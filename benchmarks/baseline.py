@@ -84,7 +84,8 @@ def padded(samples: Samples, pad_token: int) -> dict[str, Tensor]:
         input_ids[i, : len(ids)] = ids
         attention_mask[i, : len(ids)] = 1
         labels[i, : len(ids)] = np.where(supervised, ids, IGNORED)
-    return {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(attention_mask), "labels": torch.from_numpy(labels)}
+    arrays = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 class Trl:

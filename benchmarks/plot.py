@@ -44,13 +44,14 @@ def conditions(record: dict) -> str:
     same = next((row["ratio"] for row in record["summary"] if row["line"].endswith("(A/A)")), {})
     aa = "".join(f" A line timed against itself: {times(ratio)}." for ratio in same.values())
     worst = max(record["agreement"].items(), key=lambda item: item[1])
+    commit = (record["commit"] or "none")[:8] + (" with changes" if record["dirty"] else "")
     return (
-        f"{c['model']}; {c['adapter']}; {c['chats']} chats ({c['data']}; mean {c['mean_tokens']:.0f} tokens, {c['supervised']:.0%} supervised), "
-        f"about {c['tokens_per_step']:,} tokens a step. {record['cpu']}, {record['threads']} thread{'s' * (record['threads'] > 1)}; torch "
-        f"{record['versions']['torch']}, transformers {record['versions']['transformers']}. Medians of {c['rounds']} interleaved rounds, "
-        f"rates with their 20th and 80th percentiles, ratios with 95% intervals; MFU is the share of the same machine's matrix-product rate "
-        f"that useful work reaches.{aa} Losses agree step by step, at worst to {worst[1]:.0e} ({worst[0]}). "
-        f"`{record['command']}`, {record['time'][:10]}, commit {(record['commit'] or 'none')[:8]}{' with changes' if record['dirty'] else ''}.")
+        f"{c['model']}; {c['adapter']}; {c['chats']} chats ({c['data']}; mean {c['mean_tokens']:.0f} tokens, "
+        f"{c['supervised']:.0%} supervised), about {c['tokens_per_step']:,} tokens a step. {record['cpu']}, {record['threads']} "
+        f"thread{'s' * (record['threads'] > 1)}; torch {record['versions']['torch']}, transformers "
+        f"{record['versions']['transformers']}. Medians of {c['rounds']} interleaved rounds, rates with their 20th and 80th percentiles, ratios with 95% intervals; MFU is the share of this machine's "
+        f"matrix-product rate that useful work reaches.{aa} Losses agree step by step, at worst to {worst[1]:.0e} ({worst[0]}). "
+        f"`{record['command']}`, {record['time'][:10]}, commit {commit}.")
 
 
 def draw(record: dict, path: Path) -> Path:

@@ -10,7 +10,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ VERSIONS = ("torch", "triton", "transformers", "peft", "trl", "datasets", "numpy
 def make(suite: str, conditions: dict, agreement: dict[str, float], summary: list[dict], raw: dict[str, list[dict]]) -> dict:
     """The record of a run that ends now, on this machine and this state of the code."""
     return {
-        "suite": suite, "time": datetime.now(timezone.utc).isoformat(timespec="seconds"), **code(), "command": command(), **machine(),
+        "suite": suite, "time": datetime.now(UTC).isoformat(timespec="seconds"), **code(), "command": command(), **machine(),
         "versions": versions(), "conditions": conditions, "agreement": agreement, "summary": summary, "raw": raw,
     }
 

@@ -66,6 +66,7 @@ def make_setting(folder: Path, data: Path | None, seed: int = 0) -> Setting:
         chats, name = synthetic_chats(seed), "synthetic, log-normal lengths"
         core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(SPECIAL + ["user", "assistant"] + words())}, unk_token="<s>"))
         core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        core.add_special_tokens(SPECIAL)
     else:
         chats, texts = real_chats(data, seed)
         name = f"{CHATS} of {data.name}"
@@ -159,7 +160,8 @@ class Steadfast:
         loss, _ = train_step(self.job, work, self.phases)
         self.phases.read()
         done = work.counts
-        return StepResult(loss.item(), done.tokens, done.supervised, 0, self.job.size.flops(done.tokens, done.supervised, done.squared_lengths))
+        flops = self.job.size.flops(done.tokens, done.supervised, done.squared_lengths)
+        return StepResult(loss.item(), done.tokens, done.supervised, 0, flops)
 
     def step_on(self, samples: Samples) -> StepResult:
         batch = collate([(ids, supervised, 1.0, 0) for ids, supervised in samples])
@@ -245,11 +247,13 @@ def run(arguments: argparse.Namespace) -> dict:
         size = model_size(adapted(setting))
     lengths = [len(ids) for ids, _ in setting.samples]
     conditions = {
-        "model": f"Llama, {size.parameters - size.trainable:,} parameters, random weights", "adapter": f"LoRA, rank {RANK}, all linear layers",
-        "data": setting.data, "chats": CHATS, "mean_tokens": float(np.mean(lengths)), "longest": max(lengths),
+        "model": f"Llama, {size.parameters - size.trainable:,} parameters, random weights",
+        "adapter": f"LoRA, rank {RANK}, all linear layers", "data": setting.data, "chats": CHATS,
+        "mean_tokens": float(np.mean(lengths)), "longest": max(lengths),
         "supervised": sum(int(mask.sum()) for _, mask in setting.samples) / sum(lengths), "tokens_per_step": TOKENS_PER_STEP,
         "rounds": arguments.rounds, "steps_per_round": arguments.steps}
-    return record.make("training-cpu", conditions, agreed, summary(samples), timing.raw(samples))
+    suite = "training-cpu" if arguments.data is None else f"training-cpu-{arguments.data.stem}"
+    return record.make(suite, conditions, agreed, summary(samples), timing.raw(samples))
 
 
 def quiet() -> None:

@@ -16,8 +16,8 @@ Measured on one Zen 4 core against one F.scaled_dot_product_attention call per d
 backward, time over SDPA's (below 1 is faster):
 
     documents of a pack     8 of 60-197    30 of 15-60    2 of 500    1 of 2000
-    fp32                       0.7             0.5           0.9         1.1-1.2
-    bf16                       0.4             0.4           0.6         0.9-1.0
+    fp32                       0.75            0.6           0.8          1.1
+    bf16                       0.4             0.4           0.6          0.8-1.0
 
 One SDPA call on unequal documents padded to a common length takes 1.2 to 2 times as long as a call per document.
 
@@ -279,7 +279,7 @@ def check_backward_offsets(tokens: int, documents: int, heads: int, head_dim: in
     if size >= 2**31:
         raise ValueError(
             f"packed_attention: expected (tokens + 128 * documents) * heads * head_dim < 2**31, got {size} "
-            f"({tokens} tokens, {documents} documents, {heads} heads of {head_dim}); put fewer tokens or documents in a pack")
+            f"({tokens} tokens, {documents} documents, {heads} heads of {head_dim}); pack fewer tokens or documents")
 
 
 def packed_attention(

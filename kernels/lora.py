@@ -21,16 +21,16 @@ With dropout and DoRA together PEFT drops the base product's x as well, which co
 adapter's x is dropped: the expectation over masks is the same, the variance smaller, and the cost one base product.
 
 The small products are 6TR(K+N) FLOP beside the base's 4TKN, but as autograd nodes they also write and read y, ∂x and
-the scaled branch several times; here they accumulate into the base product's output. Measured on one Zen 4 core, T=1000,
-R=16, forward + backward, fp32, as a multiple of the bare base products xWᵀ and ∂yW (PEFT's module in brackets):
+the scaled branch several times; here they accumulate into the base product's output. Measured on one Zen 4 core with
+T=1000, R=16: forward + backward, fp32, as a multiple of the bare base products xWᵀ and ∂yW (PEFT's module in brackets):
 
                       plain           dropout 0.1      DoRA
-    256 -> 256        1.4 (1.5)       1.7 (2.0)        1.6 (1.8)
-    256 -> 688        1.3 (1.4)       1.4 (1.7)        1.4 (1.9)
-    3 x 256 -> 256    1.35 (1.5)      1.6 (2.0)        1.4 (1.8)
+    256 -> 256        1.33 (1.43)     1.60 (1.88)      1.49 (1.64)
+    256 -> 688        1.26 (1.40)     1.33 (1.45)      1.38 (1.80)
+    3 x 256 -> 256    1.28 (1.37)     1.58 (1.91)      1.38 (1.63)
+    the same, bf16    1.55 (1.83)     2.69 (4.15)      2.14 (2.86)
 
-The FLOPs alone make 256 -> 256 1.19. In bf16 without dropout the two are equal: the base products take 0.6 ms, and
-overheads decide. mm, addmm, F.linear and pre-transposed weights run within 5% of each other in both dtypes.
+The FLOPs alone make 256 -> 256 1.19. mm, F.linear and pre-transposed weights run within 5% of each other.
 """
 
 import functools

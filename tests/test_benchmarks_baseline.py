@@ -14,7 +14,7 @@ from tests import tiny
 def some_samples(count=12, seed=0):
     rng = np.random.default_rng(seed)
     lengths = rng.integers(3, 20, count)
-    return [(rng.integers(5, 400, n).astype(np.int32), np.arange(n) >= rng.integers(0, n)) for n in lengths]
+    return [(rng.integers(5, 250, n).astype(np.int32), np.arange(n) >= rng.integers(0, n)) for n in lengths]
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """The embedded world: answers are right, splits are disjoint, shares are as stated, and the committed models live in it."""
 
+import json
 import re
 from collections import Counter
 from random import Random
@@ -10,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.miniature import domain, skills
+from benchmarks.miniature import demo, domain, pretrain, skills
 from benchmarks.miniature.domain import CONFLICTS_WITH, DOMAIN, REMEDIES
 from benchmarks.miniature.evaluate import Scores, evaluate, greedy_answers, lost
-from benchmarks.miniature.family import BUDGET, FAMILY, MODELS, load
+from benchmarks.miniature.family import BUDGET, FAMILY, MODELS, Member, load
 from benchmarks.miniature.skills import ATLAS, GENERAL, recognise
 from benchmarks.miniature.table import table
 from benchmarks.miniature.tokenizer import SPECIAL, make_tokenizer
@@ -285,3 +286,30 @@ def test_answers_do_not_depend_on_the_batch(base):
     questions = [item.instruction for item in heldout_items(GENERAL, 3, seed=4)]
     together, alone = greedy_answers(*base, questions, 16), greedy_answers(*base, questions, 16, batch_size=1)
     assert together == alone
+
+
+# ---------------------------------------------------------------- commands
+
+
+def test_demo_prints_both_rows_and_where_the_page_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "EPOCHS", 0.2)
+    monkeypatch.setattr(demo, "ITEMS", (heldout_items(GENERAL, 4), heldout_items(DOMAIN, 4)))
+    assert demo.main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    base, tuned = (next(line for line in lines if re.match(rf"{arm} +\d", line)) for arm in ("base", "domain only"))
+    assert float(base.split()[1]) > 0.8 and float(tuned.split()[4]) > 0  # a fifth of an epoch is enough to forget something
+    assert "runs/demo/report.html" in lines[-1] and (tmp_path / "runs/demo/report.html").stat().st_size > 1000
+
+
+def test_pretraining_goes_through_both_stages_and_leaves_a_half_precision_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "TUNING_RECORDS", 100)
+    made = pretrain.pretrain(Member("infant", width=32, feed_forward=48, layers=1, records=300), tmp_path / "work")
+    pretrain.commit(*load(made), tmp_path / "infant")
+    reading, tuning, saved = ((load(folder)[0]) for folder in (tmp_path / "work/reading/model", made, tmp_path / "infant"))
+    assert not torch.equal(reading.lm_head.weight, tuning.lm_head.weight)
+    for name, weight in tuning.state_dict().items():
+        assert torch.equal(saved.state_dict()[name], weight.half().float()), name
+    rows = [[json.loads(line) for line in (tmp_path / f"work/{stage}/metrics.jsonl").open()] for stage in ("reading", "tuning")]
+    share = [next(row["supervised"] / row["tokens"] for row in stage if row["kind"] == "end") for stage in rows]
+    assert share[0] > 0.95 and share[1] < 0.4  # whole chats, then answers only

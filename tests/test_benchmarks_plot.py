@@ -20,8 +20,9 @@ def row(line, rate, **ratio):
 @pytest.fixture
 def kept():
     return {
-        "suite": "training-cpu", "time": "2026-11-21T10:00:00+00:00", "commit": "0123456789", "dirty": True, "command": "python -m x",
-        "cpu": "Some CPU", "threads": 1, "versions": {"torch": "2.13.0", "transformers": "5.19.0"}, "agreement": {"a / b": 1e-6, "c / d": 2e-5},
+        "suite": "training-cpu", "time": "2026-11-21T10:00:00+00:00", "commit": "0123456789", "dirty": True,
+        "command": "python -m x", "cpu": "Some CPU", "threads": 1, "versions": {"torch": "2.13.0", "transformers": "5.19.0"},
+        "agreement": {"a / b": 1e-6, "c / d": 2e-5},
         "conditions": {"model": "Llama", "adapter": "LoRA", "chats": 500, "data": "synthetic", "mean_tokens": 122.4, "supervised": 0.45,
                        "tokens_per_step": 1024, "rounds": 16},
         "summary": [row("plain HF loop", 1000), row("Steadfast fp32", 4500, plain_HF_loop=4.5),

@@ -16,7 +16,7 @@ def made(suite="training-cpu", time="2026-11-21T10:00:00+00:00", commit="0123456
 
 def test_says_everything_about_the_run():
     kept = made()
-    assert {"suite", "time", "commit", "dirty", "command", "device", "cpu", "threads", "versions", "conditions", "summary", "raw"} <= set(kept)
+    assert {"suite", "time", "commit", "dirty", "command", "device", "cpu", "threads", "versions", "conditions", "summary"} <= set(kept)
     assert kept["threads"] == 1 and kept["versions"]["torch"].startswith("2.") and kept["raw"] == {"x": [{"cpu": 1.0}]}
     assert kept["command"].startswith("python -m benchmarks.run")
 

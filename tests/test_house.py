@@ -122,10 +122,12 @@ def test_ranges_of_setup_contain_the_pins():
 
 
 def test_the_distribution_holds_four_packages_and_their_data(tmp_path):
-    done = subprocess.run([sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     built = {str(path.relative_to(tmp_path / "lib")) for path in (tmp_path / "lib").rglob("*") if path.is_file()}
-    data = [path for top in ("trainer", "benchmarks/miniature") for suffix in ("jinja", "safetensors") for path in (ROOT / top).rglob(f"*.{suffix}")]
+    folders, suffixes = (ROOT / "trainer", ROOT / "benchmarks/miniature"), ("jinja", "safetensors")
+    data = [path for folder in folders for suffix in suffixes for path in folder.rglob(f"*.{suffix}")]
     expected = {name_of(path) for path in FILES + data if not name_of(path).startswith("tests/")}
     assert expected <= built
     assert {name.partition("/")[0] for name in built} == {"kernels", "trainer", "synth", "benchmarks"}

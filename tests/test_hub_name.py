@@ -127,7 +127,7 @@ def test_public_functions():
     import kernels
     import kernels.glu
     import kernels.lora_mlp
-    import kernels.rms_norm  # noqa: F401
+    import kernels.rms_norm
 
     names = ["Lora", "apply_rope", "glu", "linear_cross_entropy", "linear_log_prob", "lora_linear", "lora_mlp", "lora_qkv",
              "packed_attention", "rms_norm"]

@@ -246,7 +246,7 @@ def test_backend_names(monkeypatch):
 
 def test_offsets_of_the_varlen_backward():
     check_backward_offsets(tokens=2**19 - 129, documents=1, heads=32, head_dim=128)
-    with pytest.raises(ValueError, match=r"2\*\*31, got 2147483648 .*fewer tokens"):
+    with pytest.raises(ValueError, match=r"2\*\*31, got 2147483648 .*pack fewer tokens"):
         check_backward_offsets(tokens=2**19 - 128, documents=1, heads=32, head_dim=100)
 
 

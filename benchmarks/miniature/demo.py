@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import torch
 from peft import PeftModel
+from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.miniature.domain import DOMAIN
 from benchmarks.miniature.evaluate import evaluate
-from benchmarks.miniature.family import FAMILY, load
+from benchmarks.miniature.family import FAMILY, THREADS, load
 from benchmarks.miniature.skills import GENERAL
 from benchmarks.miniature.table import table
 from benchmarks.miniature.world import heldout_items, training_records, write_jsonl
@@ -17,19 +19,21 @@ from trainer.config import Batch, Config, Data, Logging, Lora, Model, Optim
 from trainer.errors import UserError
 from trainer.run import train
 
-ROWS, EPOCHS = 600, 6
+ROWS, EPOCHS = 600, 8
 RUN = Path("runs/demo")
 ITEMS = heldout_items(GENERAL, 80), heldout_items(DOMAIN, 80)
 
 
 def recipe(base: Path, domain: Path, output: Path) -> Config:
-    """LoRA on every linear layer. The learning rate suits a model a ten-thousandth the size of those that 2e-4 suits."""
+    """LoRA on every linear layer, some eight chats a step. A model this small wants a rate 25 times that of a large one."""
     return Config(
         output=str(output), model=Model(path=str(base)), lora=Lora(rank=16, alpha=32.0), data=Data(train=str(domain), max_length=256),
-        batch=Batch(tokens_per_pack=1024, tokens_per_step=1024), optim=Optim(lr=5e-3), epochs=EPOCHS, logging=Logging(every=5))
+        batch=Batch(tokens_per_pack=256, tokens_per_step=256), optim=Optim(lr=5e-3), epochs=EPOCHS, logging=Logging(every=100))
 
 
 def main() -> int:
+    torch.set_num_threads(THREADS)
+    disable_progress_bar()
     base = FAMILY["base"].folder
     model, tokenizer = load(base)
     arms = {"base": tuple(evaluate(model, tokenizer, items) for items in ITEMS)}

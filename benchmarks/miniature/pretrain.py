@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.miniature.domain import DOMAIN
 from benchmarks.miniature.evaluate import evaluate
-from benchmarks.miniature.family import FAMILY, Member, load
+from benchmarks.miniature.family import FAMILY, THREADS, Member, load
 from benchmarks.miniature.skills import GENERAL
 from benchmarks.miniature.tokenizer import make_tokenizer
 from benchmarks.miniature.world import heldout_items, training_records, write_jsonl
@@ -51,6 +51,7 @@ def commit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: P
 
 
 def main() -> None:
+    torch.set_num_threads(THREADS)
     for name in sys.argv[1:] or FAMILY:
         member = FAMILY[name]
         commit(*load(pretrain(member, Path("runs/miniature") / name)), member.folder)
