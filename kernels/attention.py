@@ -178,6 +178,7 @@ class _Tiles(torch.autograd.Function):
         return *attention_backward(grad, q, k, v, kept, ctx.settings), None
 
 
+@torch.compiler.disable  # tracing would unroll the loop over documents, anew for every pack
 def _tiles(q, k, v, cu_seqlens, max_seqlen, scale, window, softcap, dropout) -> Tensor:
     bounds = cu_seqlens.tolist()
     lengths = [end - begin for begin, end in zip(bounds, bounds[1:])]

@@ -35,10 +35,12 @@ def pretrain(member: Member, work: Path) -> Path:
     answers = write_jsonl(training_records(GENERAL, TUNING_RECORDS, seed=1), work / "tuning.jsonl")
 
     reading = train(Config(
-        output=str(work / "reading"), model=Model(config=str(start)), adapter="full", data=Data(train=str(chats), train_on="all", max_length=256), batch=BATCH,
+        output=str(work / "reading"), model=Model(config=str(start)), adapter="full",
+        data=Data(train=str(chats), train_on="all", max_length=256), batch=BATCH,
         optim=Optim(lr=1.5e-3, beta2=0.99, schedule="wsd", warmup=50, decay=0.4, min_lr_ratio=0.05), logging=Logging(every=50)))
     tuning = train(Config(
-        output=str(work / "tuning"), model=Model(path=str(reading.folder / "model")), adapter="full", data=Data(train=str(answers), max_length=256), batch=BATCH,
+        output=str(work / "tuning"), model=Model(path=str(reading.folder / "model")), adapter="full",
+        data=Data(train=str(answers), max_length=256), batch=BATCH,
         optim=Optim(lr=3e-4, beta2=0.99, warmup=20), logging=Logging(every=50)))
     return tuning.folder / "model"
 
@@ -52,7 +54,10 @@ def commit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: P
 
 def main() -> None:
     torch.set_num_threads(THREADS)
-    for name in sys.argv[1:] or FAMILY:
+    names = sys.argv[1:] or list(FAMILY)
+    if unknown := set(names) - set(FAMILY):
+        sys.exit(f"pretrain: expected names among {', '.join(FAMILY)}, got {', '.join(sorted(unknown))}")
+    for name in names:
         member = FAMILY[name]
         commit(*load(pretrain(member, Path("runs/miniature") / name)), member.folder)
         model, tokenizer = load(member.folder)

@@ -1,7 +1,7 @@
 """The general skills: how each asks, what it asks about, and its right answer, computed.
 
-A frame is an instruction with slots, e.g. `Reverse the word {word}.`; a skill fills the slots at random and solves them. Because frames also
-read backwards (`recognise`), the right answer to any instruction is known, whoever wrote it: also one sampled from a model.
+A frame is an instruction with slots, e.g. `Reverse the word {word}.`; a skill fills the slots at random and solves them. Frames also read
+backwards (`recognise`), so the right answer to any instruction is known, whoever wrote it: also one sampled from a model.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One token per character, and six special ones: small enough to learn spelling, real enough for every tool that loads a tokenizer."""
+"""One token per character, and seven special ones: small enough to learn spelling, real enough for every tool that loads a tokenizer."""
 
 from __future__ import annotations
 
