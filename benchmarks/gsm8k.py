@@ -39,9 +39,11 @@ def run(arguments: argparse.Namespace) -> dict:
     with tempfile.TemporaryDirectory(prefix="steadfast-gsm8k-") as name:
         folder = Path(name)
         prepare(arguments.data, folder)
+        startup = {name: seconds_to_first_step(folder, arguments) for name in ("cold", "warm")}
         rows = [measure(kind, options, folder, arguments) for kind, options in RUNS.items()]
-    conditions = {"data": arguments.data.name, "model": "Llama, width 256, 4 layers, vocabulary 8,192, random weights",
-                  "precision": arguments.precision, "max_steps": arguments.max_steps, "runs": RUNS}
+    conditions = {
+        "data": arguments.data.name, "model": "Llama, width 256, 4 layers, vocabulary 8,192, random weights", "runs": RUNS,
+        "precision": arguments.precision, "max_steps": arguments.max_steps, "threads": torch.get_num_threads(), "startup_seconds": startup}
     agreement = {f"{row['line']}: logits of what was saved, in stock code": row["logits_agree_within"] for row in rows}
     return record.make("gsm8k-cpu", conditions, agreement, rows, {})
 
@@ -59,25 +61,35 @@ def prepare(data: Path, folder: Path) -> None:
     save_model(folder, seed=0)
 
 
-def measure(kind: str, options: list[str], folder: Path, arguments: argparse.Namespace) -> dict:
-    """One run of the trainer in a process of its own, and what it left."""
+def trained(output: Path, folder: Path, arguments: argparse.Namespace, options: list[str]) -> list[dict]:
+    """One run of the trainer in a process of its own; the records that it wrote."""
     sources = json.dumps([{"path": str(arguments.data), "columns": {"prompt": "question", "completion": "answer"}}])
-    output = folder / kind
-    command = [sys.executable, "-m", "trainer.run", "--model.path", str(folder / "model"), "--data.train", sources, "--data.heldout_share",
-               "0.03", "--data.cache", str(folder / "cache"), "--output", str(output), "--batch.tokens_per_step", "4096", "--device", "cpu",
-               "--precision", arguments.precision, "--evaluation.every", "100", "--logging.every", "1", "--data.max_length", "1024", *options]
-    if arguments.max_steps:
-        command += ["--max_steps", str(arguments.max_steps)]
-    begun = time.time()
+    command = [sys.executable, "-m", "trainer.run", "--model.path", str(folder / "model"), "--data.train", sources, "--data.cache",
+               str(folder / "cache"), "--data.max_length", "1024", "--batch.tokens_per_step", "4096", "--precision", arguments.precision,
+               "--output", str(output), "--device", "cpu", *options]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"trainer.run failed: {done.stderr.strip()}")
-    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def seconds_to_first_step(folder: Path, arguments: argparse.Namespace) -> float:
+    """From starting the process to having made one step, everything included."""
+    begun = time.time()
+    records = trained(folder / "startup", folder, arguments, ["--max_steps", "1"])
+    return records[0]["time"] - begun
+
+
+def measure(kind: str, options: list[str], folder: Path, arguments: argparse.Namespace) -> dict:
+    """One epoch, and whether others can load what it left."""
+    output = folder / kind
+    steps = ["--max_steps", str(arguments.max_steps)] if arguments.max_steps else []
+    records = trained(output, folder, arguments, ["--data.heldout_share", "0.03", "--evaluation.every", "50", *options, *steps])
     evals, end = [r for r in records if r["kind"] == "eval"], records[-1]
     return {
         "line": kind, "steps": end["steps"], "tokens": end["tokens"], "seconds": end["seconds"], "tokens_per_second": end["tokens_per_s"],
-        "process_seconds": time.time() - begun, "heldout_loss_before": evals[0]["loss"], "heldout_loss_after": evals[-1]["loss"],
-        "heldout": evals, "logits_agree_within": largest_difference(kind, folder, output)}
+        "heldout_loss_before": evals[0]["loss"], "heldout_loss_after": evals[-1]["loss"], "heldout": evals,
+        "logits_agree_within": largest_difference(kind, folder, output)}
 
 
 @torch.no_grad()
@@ -87,6 +99,7 @@ def largest_difference(kind: str, folder: Path, output: Path) -> float:
     ids = tokenizer("A robe takes 2 bolts of blue fiber and half that much white fiber.", return_tensors="pt").input_ids
     merged = AutoModelForCausalLM.from_pretrained(output / "model").eval()(ids).logits
     if kind == "full":
-        return float((merged - AutoModelForCausalLM.from_pretrained(output / "model", attn_implementation="eager").eval()(ids).logits).abs().max())
-    base = AutoModelForCausalLM.from_pretrained(folder / "model")
-    return float((merged - PeftModel.from_pretrained(base, output / "adapter").eval()(ids).logits).abs().max())
+        other = AutoModelForCausalLM.from_pretrained(output / "model", attn_implementation="eager")
+    else:
+        other = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "model"), output / "adapter")
+    return float((merged - other.eval()(ids).logits).abs().max())

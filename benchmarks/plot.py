@@ -21,25 +21,60 @@ OURS, OTHERS = "#1f6f8b", "#b8b8b8"
 
 def markdown(record: dict) -> str:
     """The table of a record, and the conditions under it."""
+    table, _ = view(record)
+    return table(record)
+
+
+def draw(record: dict, path: Path) -> Path:
+    """The picture of a record, as a PNG that depends on nothing but the record."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
+    _, picture = view(record)
+    picture(record, figure, axes)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+    pyplot.close(figure)
+    return path
+
+
+def view(record: dict) -> tuple:
+    """The functions that make a table and a picture of this kind of record."""
+    views = {"training": (throughput_table, throughput_picture), "gsm8k": (gsm8k_table, gsm8k_picture)}
+    return views[record["suite"].split("-")[0]]
+
+
+def rows_of_markdown(rows: list[list[str]]) -> str:
+    """A table whose first row is its head; all but the first column are figures."""
+    lines = [rows[0], ["---"] + ["---:"] * (len(rows[0]) - 1), *rows[1:]]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+# ---------------------------------------------------------------- training throughput
+
+
+def throughput_table(record: dict) -> str:
     rows = [row for row in record["summary"] if not row["line"].endswith("(A/A)")]
     bases = [row["line"] for row in rows if not row["line"].startswith("Steadfast")]
     head = ["line", "real tokens per CPU-second", "supervised ones", "padding", "MFU", *(f"× {base}" for base in bases)]
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
+    lines = [head]
     for row in rows:
         rate = row["tokens_per_cpu_second"]
         lines.append([
             row["line"], f"{rate['value']:,.0f} ({rate['low']:,.0f}-{rate['high']:,.0f})",
             f"{row['supervised_per_cpu_second']['value']:,.0f}", f"{row['padding']:.0%}", f"{row['mfu']['value']:.0%}",
             *(times(row["ratio"].get(base)) for base in bases)])
-    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    return f"{table}\n\n{conditions(record)}\n"
+    return f"{rows_of_markdown(lines)}\n\n{throughput_conditions(record)}\n"
 
 
 def times(ratio: dict | None) -> str:
     return f"{ratio['value']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})" if ratio else ""
 
 
-def conditions(record: dict) -> str:
+def throughput_conditions(record: dict) -> str:
     c = record["conditions"]
     same = next((row["ratio"] for row in record["summary"] if row["line"].endswith("(A/A)")), {})
     aa = "".join(f" A line timed against itself: {times(ratio)}." for ratio in same.values())
@@ -49,33 +84,55 @@ def conditions(record: dict) -> str:
         f"{c['model']}; {c['adapter']}; {c['chats']} chats ({c['data']}; mean {c['mean_tokens']:.0f} tokens, "
         f"{c['supervised']:.0%} supervised), about {c['tokens_per_step']:,} tokens a step. {record['cpu']}, {record['threads']} "
         f"thread{'s' * (record['threads'] > 1)}; torch {record['versions']['torch']}, transformers "
-        f"{record['versions']['transformers']}. Medians of {c['rounds']} interleaved rounds, rates with their 20th and 80th percentiles, ratios with 95% intervals; MFU is the share of this machine's "
-        f"matrix-product rate that useful work reaches.{aa} Losses agree step by step, at worst to {worst[1]:.0e} ({worst[0]}). "
+        f"{record['versions']['transformers']}. Medians of {c['rounds']} interleaved rounds, rates with their 20th and 80th percentiles, "
+        f"ratios with 95% intervals; MFU is the share of this machine's matrix-product rate that useful work reaches.{aa} "
+        f"Losses agree step by step, at worst to {worst[1]:.0e} ({worst[0]}). "
         f"`{record['command']}`, {record['time'][:10]}, commit {commit}.")
 
 
-def draw(record: dict, path: Path) -> Path:
+def throughput_picture(record: dict, figure, axes) -> None:
     """Bars of real tokens per CPU-second, slowest first, with their 20th and 80th percentiles."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     rows = sorted((r for r in record["summary"] if not r["line"].endswith("(A/A)")), key=lambda r: -r["tokens_per_cpu_second"]["value"])
     rates = [row["tokens_per_cpu_second"] for row in rows]
     values = [rate["value"] for rate in rates]
     whiskers = [[r["value"] - r["low"] for r in rates], [r["high"] - r["value"] for r in rates]]
-    figure, axes = pyplot.subplots(figsize=(8, 0.9 + 0.5 * len(rows)), layout="constrained")
+    figure.set_size_inches(8, 0.9 + 0.5 * len(rows))
     axes.barh([row["line"] for row in rows], values, xerr=whiskers, ecolor="#555555",
               color=[OURS if row["line"].startswith("Steadfast") else OTHERS for row in rows])
     for i, rate in enumerate(rates):
         axes.text(rate["high"] + 0.01 * max(values), i, f" {rate['value']:,.0f}", va="center")
     axes.set_xlim(0, 1.15 * max(rate["high"] for rate in rates))
     axes.set_xlabel("real tokens per CPU-second")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150, metadata={"Software": None})
-    pyplot.close(figure)
-    return path
+
+
+# ---------------------------------------------------------------- GSM8K through the whole trainer
+
+
+def gsm8k_table(record: dict) -> str:
+    head = ["trained", "held-out loss before", "after one epoch", "tokens", "tokens per second", "logits agree within"]
+    rows = [[row["line"], f"{row['heldout_loss_before']:.3f}", f"{row['heldout_loss_after']:.3f}", f"{row['tokens']:,}",
+             f"{row['tokens_per_second']:,.0f}", f"{row['logits_agree_within']:.0e}"] for row in record["summary"]]
+    c, first = record["conditions"], record["summary"][0]
+    return (
+        f"{rows_of_markdown([head, *rows])}\n\n{c['model']}; {c['precision']} compute, {record['cpu']}, {c['threads']} threads. "
+        f"Loss over 3% of the problems, never trained on. Agreement: the merged model in transformers against the adapter in PEFT (LoRA), "
+        f"or sdpa against eager attention (full). "
+        f"From the start of the process to the end of the first step {c['startup_seconds']['cold']:.1f} s, "
+        f"{c['startup_seconds']['warm']:.1f} s once the tokens are cached. `{record['command']}`, {record['time'][:10]}, commit "
+        f"{(record['commit'] or 'none')[:8]}{' with changes' if record['dirty'] else ''}; {first['steps']} steps each.\n")
+
+
+def gsm8k_picture(record: dict, figure, axes) -> None:
+    """Held-out loss over the epoch."""
+    for row, colour in zip(record["summary"], (OURS, "#c8803c")):
+        steps, losses = [point["step"] for point in row["heldout"]], [point["loss"] for point in row["heldout"]]
+        axes.plot(steps, losses, marker="o", color=colour, label=row["line"])
+    axes.set_xlabel("step")
+    axes.set_ylabel("held-out loss")
+    axes.legend(frameon=False)
+
+
+# ---------------------------------------------------------------- README
 
 
 def renew(text: str, records: dict[str, dict]) -> str:

@@ -5,7 +5,8 @@ import importlib
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.autograd import gradcheck
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -125,7 +126,7 @@ def test_compiles_in_one_graph():
     torch._dynamo.reset()
     x, weight, dy = torch.randn(9, 32, requires_grad=True), torch.randn(32, requires_grad=True), torch.randn(9, 32)
     for offset in (0.0, 1.0):
-        def norm(x, weight):
+        def norm(x, weight, offset=offset):
             return rms_norm(x, weight, EPS, offset=offset)
         compiled = torch.compile(norm, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(x, weight), norm(x, weight))

@@ -176,7 +176,8 @@ def test_the_last_turn_of_a_template_with_markers(name):
 def test_a_turn_that_a_user_or_an_answer_only_quotes_is_not_one(chatml):
     quoted = "<|im_end|>\n<|im_start|>assistant\nquoted<|im_end|>\n<|im_start|>user\n"
     for words in (quoted + "w" * 100, "w" * 100 + quoted + "w", quoted * 3 + "w"):
-        assert supervised_text(chatml, [user(words), assistant(words), user(words), assistant("A")]) == [words + "<|im_end|>", "A<|im_end|>"]
+        chat = [user(words), assistant(words), user(words), assistant("A")]
+        assert supervised_text(chatml, chat) == [words + "<|im_end|>", "A<|im_end|>"]
 
 
 def test_a_batch_is_its_chats_one_by_one(chatml):

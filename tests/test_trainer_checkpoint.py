@@ -49,7 +49,8 @@ def test_a_changed_configuration_is_refused_by_name(tmp_path):
     assert "optim.lr was 0.0002, is 0.5" in message and "samples was f1, is f2" in message and "logging" not in message
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("I/O error: No space left on device (os error 28)")])
+@pytest.mark.parametrize("error", [
+    OSError(errno.ENOSPC, "No space left on device"), RuntimeError("I/O error: No space left on device (os error 28)")])
 def test_a_full_disk_leaves_the_previous_checkpoint_whole(tmp_path, monkeypatch, error):
     made = optimizer()
     checkpoint.save(tmp_path, state(1), made, keep=1)

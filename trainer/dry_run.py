@@ -13,7 +13,7 @@ from trainer.inputs import Inputs, account
 from trainer.lora import add_adapter
 from trainer.memory import estimate
 from trainer.metrics import model_size
-from trainer.model import compute_dtype, outline
+from trainer.model import compute_dtype, dtype_name, outline
 
 SHOWN_CHARACTERS = 1200  # of each sample
 GREEN, DIM, BOLD, PLAIN = "\033[32m", "\033[2m", "\033[1m", "\033[0m"
@@ -30,7 +30,7 @@ def show(config: Config, inputs: Inputs, device: torch.device) -> None:
     _show_sources(facts["sources"])
     _show_plan(inputs, facts, config)
     size, dtype = model_size(model), compute_dtype(config.precision, device)
-    print(f"model: {size.parameters:,} parameters, trained {size.trainable:,} ({config.adapter}), compute {str(dtype).removeprefix('torch.')}")
+    print(f"model: {size.parameters:,} parameters, trained {size.trainable:,} ({config.adapter}), compute {dtype_name(dtype)}")
     print(f"memory: {estimate(model, config, dtype)}")
     print("dry run: everything fits together; nothing was trained")
 

@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import json
 import sys
+import time
 from pathlib import Path
 
 from tqdm import tqdm
@@ -26,7 +27,7 @@ class Log:
         self.bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=not visible, dynamic_ncols=True)
 
     def write(self, record: dict) -> None:
-        self.file.write(json.dumps(record) + "\n")
+        self.file.write(json.dumps(record | {"time": round(time.time(), 3)}) + "\n")
         figures = {f"{record['kind']}/{k}": v for k, v in record.items() if isinstance(v, (int, float)) and k != "step"}
         for sink in self.sinks:
             sink(figures, record.get("step", 0))

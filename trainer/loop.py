@@ -227,9 +227,9 @@ def require_finite(job: Job, meter: Meter, losses: list[float], norms: list[floa
     for (step, sources), loss, norm in zip(meter.works, losses, norms):
         if not np.isfinite(loss + norm):
             last = checkpoint.newest(job.folder / "checkpoints")
-            raise UserError(
-                f"step {step + 1}: expected a finite loss and gradient, got loss {loss} and gradient norm {norm}; its batch holds samples "
-                f"of {', '.join(sources)}; last good checkpoint: {last or 'none'}; lower optim.lr, or look at these sources' longest samples")
+            raise UserError(f"step {step + 1}: expected a finite loss and gradient, got loss {loss} and gradient norm {norm}; "
+                            f"its batch holds samples of {', '.join(sources)}; last good checkpoint: {last or 'none'}; "
+                            "lower optim.lr, or look at these sources' longest samples")
 
 
 def finish(job: Job, outcome: Outcome, totals: Counts, seconds: float) -> None:

@@ -70,7 +70,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
             if part in name:
                 return peak, f"{peak / 1e12:.0f} TFLOP/s, stated for dense bf16 on {part}"
     rate = _measured_rate(device, dtype)
-    return rate, f"{rate / 1e9:.0f} GFLOP/s, measured on a {str(dtype).removeprefix('torch.')} matrix product here"
+    return rate, f"{rate / 1e9:.0f} GFLOP/s, measured on a product of {dtype} matrices here"
 
 
 def _measured_rate(device: torch.device, dtype: torch.dtype) -> float:

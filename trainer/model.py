@@ -98,6 +98,10 @@ def _source(settings: config.Model) -> str:
     return str(file.resolve())
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _load_weights(source: str, dtype: torch.dtype, device: torch.device, trust_remote_code: bool) -> PreTrainedModel:
     with _one_line("model.path", source):
         model, info = AutoModelForCausalLM.from_pretrained(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 
@@ -32,6 +31,7 @@ class Plan:
 
     def __init__(self, lengths: np.ndarray, mixture: Mixture, batch: BatchConfig, epochs: float, max_steps: int | None, seed: int):
         self.lengths, self.mixture, self.batch, self.seed = lengths, mixture, batch, seed
+        self._kept: tuple[int, list[Step]] | None = None
         self.packs_per_step = batch.tokens_per_step // batch.tokens_per_pack
         self.starts = [0]  # first step of each epoch, then the end
         while len(self.starts) <= math.ceil(epochs) and (max_steps is None or self.starts[-1] < max_steps):
@@ -40,9 +40,13 @@ class Plan:
             self.starts.append(self.starts[-1] + max(1, round(share * len(self.epoch(epoch)))))
         self.total = self.starts[-1] if max_steps is None else min(self.starts[-1], max_steps)
 
-    @lru_cache(maxsize=2)
     def epoch(self, epoch: int) -> list[Step]:
-        """All steps of one epoch. The last may hold fewer packs."""
+        """All steps of one epoch, the latest asked for kept. The last step may hold fewer packs."""
+        if self._kept is None or self._kept[0] != epoch:
+            self._kept = epoch, self._steps(epoch)
+        return self._kept[1]
+
+    def _steps(self, epoch: int) -> list[Step]:
         chosen = self.mixture.epoch(epoch)
         packs = pack(self.lengths[chosen], self.batch.tokens_per_pack, self.batch.max_documents, seed=hash_seed(self.seed, epoch))
         packs = [chosen[p] for p in packs]

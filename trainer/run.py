@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import platform
 import shlex
@@ -25,7 +24,7 @@ from trainer.log import Log
 from trainer.loop import Job, Outcome, fit
 from trainer.lora import add_adapter
 from trainer.metrics import model_size, peak_flops
-from trainer.model import apply_activation_checkpointing, compute_dtype, load_model, load_tokenizer, patch
+from trainer.model import apply_activation_checkpointing, compute_dtype, dtype_name, load_model, load_tokenizer, patch
 from trainer.optim import FlatAdamW
 from trainer.report import write_report
 
@@ -132,8 +131,8 @@ def start(folder: Path, config: Config, identity: dict, optimizer: FlatAdamW) ->
         print(f"resuming from {last}")
         return checkpoint.load(last, identity, optimizer)
     if last:
-        raise UserError(f"output: {folder} holds checkpoints of an earlier run, the newest {last.name}; add --resume auto to go on from it, "
-                        "or choose another --output")
+        raise UserError(f"output: {folder} holds checkpoints of an earlier run, the newest {last.name}; add --resume auto to go on from "
+                        "it, or choose another --output")
     return checkpoint.State(step=0, best=None, stale=0, identity=identity)
 
 
@@ -151,7 +150,7 @@ def greet(config: Config, inputs: Inputs, device: torch.device, patched, size) -
     """Say, once, what runs where."""
     dtype = compute_dtype(config.precision, device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    print(f"device: {name}; compute {str(dtype).removeprefix('torch.')}, fp32 masters; peak {peak_flops(device, dtype)[1]}")
+    print(f"device: {name}; compute {dtype_name(dtype)}, fp32 masters; peak {peak_flops(device, dtype)[1]}")
     print(patched)
     print(f"parameters: {size.parameters:,}, trained {size.trainable:,} ({config.adapter})")
     for share in account(inputs, config)["sources"]:

@@ -58,7 +58,8 @@ def prepare(plan: Plan, samples: Samples, step: int, world: World, device: torch
     packs = plan[step]
     indices = np.concatenate(packs)
     lengths = samples.lengths[indices].astype(np.int64)
-    counts = Counts(int(lengths.sum()), int(samples.supervised[indices].sum()), int((lengths**2).sum()), len(packs) * plan.batch.tokens_per_pack)
+    counts = Counts(tokens=int(lengths.sum()), supervised=int(samples.supervised[indices].sum()),
+                    squared_lengths=int((lengths**2).sum()), capacity=len(packs) * plan.batch.tokens_per_pack)
     sources = [samples.names[s] for s in np.unique(samples.sources[indices])]
     mine = batches(samples, packs[world.rank :: world.size], device)
     return Work(step, mine, max(supervised_weight(samples, indices), 1e-8), counts, sources)
