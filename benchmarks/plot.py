@@ -43,7 +43,8 @@ def draw(record: dict, path: Path) -> Path:
 
 def view(record: dict) -> tuple:
     """The functions that make a table and a picture of this kind of record."""
-    views = {"training": (throughput_table, throughput_picture), "gsm8k": (gsm8k_table, gsm8k_picture)}
+    views = {"training": (throughput_table, throughput_picture), "gsm8k": (gsm8k_table, gsm8k_picture),
+             "miniature": (miniature_table, miniature_picture)}
     return views[record["suite"].split("-")[0]]
 
 
@@ -130,6 +131,28 @@ def gsm8k_picture(record: dict, figure, axes) -> None:
     axes.set_xlabel("step")
     axes.set_ylabel("held-out loss")
     axes.legend(frameon=False)
+
+
+# ---------------------------------------------------------------- the miniature
+
+
+def miniature_table(record: dict) -> str:
+    columns, c = ("general", "domain", "forgotten"), record["conditions"]
+    rows = [[row["line"], *(f"{row[column]:.3f}" for column in columns)] for row in record["summary"]]
+    return (
+        f"{rows_of_markdown([['model', *columns], *rows])}\n\nExact match of greedy answers to {c['items']['general']} general and "
+        f"{c['items']['domain']} domain items, all held out. Forgotten: share of the base's right general answers that are wrong now. "
+        f"{c['domain_rows']} domain chats, {c['epochs']} epochs, LoRA; {c['seconds']:.0f} s with both evaluations, "
+        f"{record['threads']} thread. `{record['command']}`, {record['time'][:10]}, commit {(record['commit'] or 'none')[:8]}"
+        f"{' with changes' if record['dirty'] else ''}.\n")
+
+
+def miniature_picture(record: dict, figure, axes) -> None:
+    """General against domain accuracy, one point an arm."""
+    for row in record["summary"]:
+        axes.plot(row["domain"], row["general"], "o", markersize=9, color=OURS, clip_on=False)
+        axes.annotate(row["line"], (row["domain"], row["general"]), xytext=(8, 8), textcoords="offset points")
+    axes.set(xlabel="domain accuracy", ylabel="general accuracy", xlim=(0, 1.15), ylim=(0, 1.1))
 
 
 # ---------------------------------------------------------------- README

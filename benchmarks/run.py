@@ -11,9 +11,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything measured is made here
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from benchmarks import gsm8k, plot, record, training
+from benchmarks.miniature import demo
 from trainer.errors import UserError
 
-SUITES = {"training": training, "gsm8k": gsm8k}
+SUITES = {"training": training, "gsm8k": gsm8k, "miniature": demo}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -55,7 +55,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_a_lora_run_leaves_an_adapter_that_stock_peft_loads(model_folder, chats, tmp_path):
     result = run(model_folder, chats, tmp_path / "run", "--epochs", "3", "--data.heldout_share", "0.1", "--evaluation.every", "5",
-                 "--export", "both")
+                 "--export", "both", "--logging.tensorboard", "true")
     folder = result.folder
     losses = [r["loss"] for r in records(folder, "eval")]
     assert losses[-1] < losses[0] - 0.3 and result.heldout_loss == losses[-1] and result.reason == "finished"
@@ -64,6 +64,7 @@ def test_a_lora_run_leaves_an_adapter_that_stock_peft_loads(model_folder, chats,
     assert {"forward", "backward", "optimizer", "data"} <= set(steps[0]["seconds"])
     for name in ("config.yaml", "data.json", "report.html"):
         assert (folder / name).stat().st_size > 100
+    assert any((folder / "tensorboard").iterdir())
     tokenizer = AutoTokenizer.from_pretrained(folder / "adapter")
     ids = tokenizer("What is 3 + 4?", return_tensors="pt").input_ids
     stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), folder / "adapter").eval()
@@ -111,6 +112,13 @@ def test_activation_checkpointing_changes_no_figure(model_folder, chats, tmp_pat
     assert one == two
 
 
+def test_compiled_layers_give_the_same_losses(model_folder, chats, tmp_path):
+    for name, extra in (("eager", []), ("compiled", ["--compile"])):
+        run(model_folder, chats, tmp_path / name, "--max_steps", "4", "--logging.every", "1", *extra)
+    one, two = ([r["loss"] for r in records(tmp_path / name, "step")] for name in ("eager", "compiled"))
+    assert one == pytest.approx(two, rel=1e-4)
+
+
 def test_early_stopping_once_memorising_sets_in(model_folder, tmp_path):
     few = write_chats(tmp_path / "few.jsonl", QUESTIONS[:8])
     others = write_chats(tmp_path / "others.jsonl", [(q, "No. " + a) for q, a in QUESTIONS[60:80]])
@@ -151,6 +159,7 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
     raise AssertionError("the run did not get there in time")
 
 
+KILLS = int(os.environ.get("STEADFAST_KILLS", "2"))  # more of them by hand: each costs a start
 LONG = ("--epochs", "40", "--checkpoint.every", "3", "--lora.dropout", "0.1", "--data.heldout_share", "0.1", "--evaluation.every", "10")
 
 
@@ -164,7 +173,7 @@ def uninterrupted(model_folder, chats, tmp_path_factory):
 
 def test_kill_nine_and_resume_is_bitwise_equal(model_folder, chats, tmp_path, uninterrupted):
     folder, total = tmp_path / "run", records(uninterrupted, "end")[0]["steps"]
-    for cut in sorted(random.Random(0).sample(range(5, total - 5), 2)):
+    for cut in sorted(random.Random(0).sample(range(5, total - 5), KILLS)):
         process = start(model_folder, chats, folder, *LONG, "--resume", "auto")
         wait_for_step(folder, cut, process)
         process.send_signal(signal.SIGKILL)

@@ -31,7 +31,7 @@ def show(config: Config, inputs: Inputs, device: torch.device) -> None:
     _show_plan(inputs, facts, config)
     size, dtype = model_size(model), compute_dtype(config.precision, device)
     print(f"model: {size.parameters:,} parameters, trained {size.trainable:,} ({config.adapter}), compute {dtype_name(dtype)}")
-    print(f"memory: {estimate(model, config, dtype)}")
+    print(f"memory: {estimate(model, config, dtype, device)}")
     print("dry run: everything fits together; nothing was trained")
 
 

@@ -5,7 +5,8 @@ outputs, the rotated queries and keys, the values, the attention's result, and g
 
     4 W + (2 H + 2 Hk) D + 2 I
 
-elements, with W model width, H query heads, Hk key heads, D head width, I MLP width. Stock layers keep about twice that.
+elements, with W model width, H query heads, Hk key heads, D head width, I MLP width, and on a CPU at most KEEP H D more: attention's
+probabilities. Stock layers keep about twice that.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import nn
 
+from kernels.attention import KEEP
 from trainer.config import Config
 
 LOSS_CHUNK = 64e6  # bytes, a bound on the chunk of logits that is alive at a time
@@ -40,7 +42,7 @@ class MemoryEstimate:
         return f"about {self.total / 1e9:.2f} GB on the device: {parts} (of one pack)"
 
 
-def estimate(model: nn.Module, config: Config, dtype: torch.dtype) -> MemoryEstimate:
+def estimate(model: nn.Module, config: Config, dtype: torch.dtype, device: torch.device) -> MemoryEstimate:
     """`model` may live on the meta device. Trainable parameters of adapters are fp32."""
     width = dtype.itemsize
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -51,19 +53,20 @@ def estimate(model: nn.Module, config: Config, dtype: torch.dtype) -> MemoryEsti
         masters=0 if adapter or width == 4 else trained * 4,
         gradients=trained * 4,
         moments=trained * 8,
-        activations=activation_bytes(model, config.batch.tokens_per_pack, width, config.activation_checkpointing),
+        activations=activation_bytes(model, config.batch.tokens_per_pack, width, config.activation_checkpointing, device),
         loss=config.batch.tokens_per_pack * model.config.get_text_config().hidden_size * width * 2 + LOSS_CHUNK,
     )
 
 
-def activation_bytes(model: nn.Module, tokens: int, width: int, checkpointing: str) -> float:
+def activation_bytes(model: nn.Module, tokens: int, width: int, checkpointing: str, device: torch.device) -> float:
     """Bytes kept for the backward pass of a pack of `tokens` tokens, elements `width` bytes wide."""
     shape = model.config.get_text_config()
     heads = shape.num_attention_heads
     key_heads = getattr(shape, "num_key_value_heads", None) or heads
     head_dim = getattr(shape, "head_dim", None) or shape.hidden_size // heads
     inner = getattr(shape, "intermediate_size", None) or 4 * shape.hidden_size
-    layer = 4 * shape.hidden_size + (2 * heads + 2 * key_heads) * head_dim + 2 * inner
+    probabilities = KEEP * heads * head_dim if device.type == "cpu" else 0
+    layer = 4 * shape.hidden_size + (2 * heads + 2 * key_heads) * head_dim + 2 * inner + probabilities
     kept = {"none": shape.num_hidden_layers, "selective": (shape.num_hidden_layers + 1) // 2, "full": 1}[checkpointing]
     inputs = shape.hidden_size * (shape.num_hidden_layers - kept)
     return tokens * width * (kept * layer + inputs)

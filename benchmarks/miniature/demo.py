@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
+import shutil
 import sys
+import time
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 from transformers.utils.logging import disable_progress_bar
 
+from benchmarks import record
 from benchmarks.miniature.domain import DOMAIN
-from benchmarks.miniature.evaluate import evaluate
+from benchmarks.miniature.evaluate import Scores, evaluate
 from benchmarks.miniature.family import FAMILY, THREADS, load
 from benchmarks.miniature.skills import GENERAL
-from benchmarks.miniature.table import table
+from benchmarks.miniature.table import figures, table
 from benchmarks.miniature.world import heldout_items, training_records, write_jsonl
 from trainer.config import Batch, Config, Data, Logging, Lora, Model, Optim
 from trainer.errors import UserError
@@ -31,22 +35,43 @@ def recipe(base: Path, domain: Path, output: Path) -> Config:
         batch=Batch(tokens_per_pack=256, tokens_per_step=256), optim=Optim(lr=5e-3), epochs=EPOCHS, logging=Logging(every=100))
 
 
-def main() -> int:
+def measure() -> dict[str, tuple[Scores, Scores]]:
+    """General and domain scores of each arm. UserError where the run cannot be made."""
     torch.set_num_threads(THREADS)
     disable_progress_bar()
     base = FAMILY["base"].folder
     model, tokenizer = load(base)
     arms = {"base": tuple(evaluate(model, tokenizer, items) for items in ITEMS)}
+    shutil.rmtree(RUN, ignore_errors=True)
     domain = write_jsonl(training_records(DOMAIN, ROWS, seed=0), RUN / "domain.jsonl")
+    run = train(recipe(base, domain, RUN))
+    tuned = PeftModel.from_pretrained(model, run.folder / "adapter")
+    return arms | {"domain only": tuple(evaluate(tuned, tokenizer, items) for items in ITEMS)}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The suite has no options yet."""
+
+
+def run(_: argparse.Namespace) -> dict:
+    """The demo as a suite of `python -m benchmarks.run`: its record, with every item's outcome."""
+    begun = time.perf_counter()
+    arms = measure()
+    conditions = {"items": {name: len(items) for name, items in zip(("general", "domain"), ITEMS)}, "domain_rows": ROWS, "epochs": EPOCHS,
+                  "seconds": time.perf_counter() - begun}
+    raw = {arm: [{"items": name, "right": "".join("01"[right] for right in scores.right)}
+                 for name, scores in zip(("general", "domain"), both)] for arm, both in arms.items()}
+    return record.make("miniature-cpu", conditions, {}, figures(arms), raw)
+
+
+def main() -> int:
     try:
-        run = train(recipe(base, domain, RUN))
+        arms = measure()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    tuned = PeftModel.from_pretrained(model, run.folder / "adapter")
-    arms["domain only"] = tuple(evaluate(tuned, tokenizer, items) for items in ITEMS)
     print(f"\nAccuracy on held-out items; forgotten: share of the base's right general answers that are wrong now.\n\n{table(arms)}\n")
-    print(f"How the run went: {run.folder / 'report.html'}")
+    print(f"How the run went: {RUN / 'report.html'}")
     return 0
 
 

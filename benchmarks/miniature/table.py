@@ -7,15 +7,20 @@ from collections.abc import Sequence
 from benchmarks.miniature.evaluate import Scores, lost
 
 
-def table(arms: dict[str, tuple[Scores, Scores]]) -> str:
+def figures(arms: dict[str, tuple[Scores, Scores]]) -> list[dict]:
     """One row per arm, from its (general, domain) scores. Forgotten: share of what the first arm has right that this one has wrong."""
     first = next(iter(arms.values()))[0]
-    rows = []
-    for arm, (general, domain) in arms.items():
-        forgotten = len(lost(first, general)) / max(1, sum(first.right))
-        summary = [f"{figure:.3f}" for figure in (general.accuracy, domain.accuracy, forgotten)]
-        rows.append([arm, *summary, *(f"{figure:.2f}" for figure in (*general.by_skill.values(), *domain.by_skill.values()))])
-    return align([["model", "general", "domain", "forgotten", *general.by_skill, *domain.by_skill], *rows])
+    return [{
+        "line": arm, "general": general.accuracy, "domain": domain.accuracy,
+        "forgotten": len(lost(first, general)) / max(1, sum(first.right)), "by_skill": general.by_skill | domain.by_skill,
+    } for arm, (general, domain) in arms.items()]
+
+
+def table(arms: dict[str, tuple[Scores, Scores]]) -> str:
+    rows = figures(arms)
+    columns = ("general", "domain", "forgotten")
+    shown = [[row["line"], *(f"{row[c]:.3f}" for c in columns), *(f"{mark:.2f}" for mark in row["by_skill"].values())] for row in rows]
+    return align([["model", *columns, *rows[0]["by_skill"]], *shown])
 
 
 def align(rows: Sequence[Sequence[str]]) -> str:
