@@ -10,7 +10,7 @@ import typing
 from pathlib import Path
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from trainer.errors import UserError
 
@@ -24,7 +24,12 @@ def parse(kind: type, argv: list[str], prog: str):
     parser.add_argument("--config", action="config", help="YAML file; later options override it")
     parser.add_class_arguments(kind, None)
     try:
-        config = parser.instantiate(parser.parse_args(_lone_switches(kind, argv)))
+        for here, following in zip(argv, [*argv[1:], ""]):
+            if here == "--config" or here.startswith("--config="):
+                _check_yaml(Path(here.partition("=")[2] or following))
+        parsed = parser.parse_args(_lone_switches(kind, argv))
+        _check_sections(kind, parsed)
+        config = parser.instantiate(parsed)
         return kind(**{f.name: getattr(config, f.name) for f in dataclasses.fields(kind)})
     except ArgumentError as error:
         raise UserError(_explain(str(error), kind)) from None
@@ -74,6 +79,41 @@ def _lone_switches(kind: type, argv: list[str]) -> list[str]:
     for here, following in zip(argv, [*argv[1:], "--"]):
         spelled += [here, "true"] if here in switches and following.startswith("--") else [here]
     return spelled
+
+
+def _check_yaml(path: Path) -> None:
+    """Refuse a file that is not keys and values, or gives a key twice, of which YAML would keep the last in silence."""
+    try:
+        top = yaml.compose(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config: cannot read {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config: {path} is no YAML: {error}") from None
+    if not isinstance(top, yaml.MappingNode):
+        found = "nothing" if top is None else {"!!seq": "a list"}.get(top.tag.replace("tag:yaml.org,2002:", "!!"), "a lone value")
+        raise UserError(f"--config: expected keys and values in {path}, found {found}; --print_config shows how they look")
+    _check_keys(top, path)
+
+
+def _check_keys(node: yaml.Node, path: Path) -> None:
+    if isinstance(node, yaml.MappingNode):
+        seen = {}
+        for key, value in node.value:
+            line = key.start_mark.line + 1
+            if key.value in seen:
+                raise UserError(f"--config: {path}, line {line}: {key.value} was given before, on line {seen[key.value]}; keep one of them")
+            seen[key.value] = line
+            _check_keys(value, path)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            _check_keys(value, path)
+
+
+def _check_sections(kind: type, parsed: Namespace) -> None:
+    """A section is keys and values, which the parser does not check."""
+    for key, annotation in known_keys(kind).items():
+        if dataclasses.is_dataclass(annotation) and not isinstance(parsed.get(key), Namespace):
+            raise UserError(f"{key}: expected a section of options, such as {key}.{next(iter(known_keys(annotation)))}, got {parsed.get(key)}")
 
 
 def _explain(message: str, kind: type) -> str:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from trainer.errors import UserError
 
+MANY = 100_000  # passes over the data: more are a slip of the keyboard, and would take minutes to plan
 
 @dataclass
 class Source:
@@ -154,7 +155,9 @@ def validate(config: Config) -> None:
     for source in [*_listed(data.train), *_listed(data.heldout), *_listed(config.replay.data)]:
         weight = 1.0 if isinstance(source, str) else source.weight
         _require(not str(source).startswith(("[", "{")), "data", "a path or a list of sources in YAML", source)
-        _require(weight > 0, "weight of a source", "above 0", weight)
+        limit = None if isinstance(source, str) else source.limit
+        _require(0 < weight <= MANY, "weight of a source", f"above 0, at most {MANY:,}", weight)
+        _require(limit is None or limit >= 1, "limit of a source", "1 or more records", limit)
     _require(bool(data.train), "data.train", "at least one file, folder or hub data set", "none")
     _require((config.model.path is None) != (config.model.config is None), "model.path, model.config", "exactly one of them",
              "neither" if config.model.path is None else "both")
@@ -172,7 +175,7 @@ def validate(config: Config) -> None:
     _require(optim.lr > 0, "optim.lr", "above 0", optim.lr)
     _require(optim.warmup >= 0 and optim.decay >= 0, "optim.warmup, optim.decay", "0 or more", (optim.warmup, optim.decay))
     _require(config.seed >= 0, "seed", "0 or more", config.seed)
-    _require(config.epochs > 0, "epochs", "above 0", config.epochs)
+    _require(0 < config.epochs <= MANY, "epochs", f"above 0, at most {MANY:,}; to end after some steps, set max_steps", config.epochs)
     _require(config.max_steps is None or config.max_steps >= 1, "max_steps", "1 or more", config.max_steps)
     _require(config.checkpoint.keep >= 1, "checkpoint.keep", "1 or more", config.checkpoint.keep)
     _require(config.logging.every >= 1, "logging.every", "1 or more", config.logging.every)

@@ -46,13 +46,13 @@ class Format:
     paths: dict[str, str]
 
     def record(self, row: dict) -> dict:
-        """One record. RecordError: content missing or empty, an unknown role, a weight that is no positive number."""
+        """One record. RecordError: content missing, empty or no Unicode, an unknown role, a weight that is no positive number."""
         fields = {field: _look_up(row, path) for field, path in self.paths.items()}
         kept = {field: None if fields.get(field) is None else str(fields[field]) for field in ("id", "source")}
         kept["weight"] = _weight(fields.get("weight"))
         if self.name == "text":
-            return {"text": _text(fields["text"], self.paths["text"]), **kept}
-        return {"messages": self._messages(fields), **kept}
+            return _unicode({"text": _text(fields["text"], self.paths["text"]), **kept})
+        return _unicode({"messages": self._messages(fields), **kept})
 
     def _messages(self, fields: dict[str, Any]) -> list[dict]:
         def text(field: str) -> str:
@@ -151,6 +151,16 @@ def _text(value: Any, where: str) -> str:
     if not isinstance(value, str):
         raise RecordError(f"{where}: expected text, found {_show(value)}")
     return value
+
+
+def _unicode(record: dict) -> dict:
+    """`record`, unless a JSON escape in it stands for half a character, as in a text cut between \\ud83d and \\ude00."""
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])
+        raise RecordError(f"expected Unicode text, found {half}, half of a surrogate pair; complete or remove the record") from None
+    return record
 
 
 def _weight(value: Any) -> float:

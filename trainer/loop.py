@@ -216,7 +216,7 @@ def report(job: Job, meter: Meter) -> float:
             "tokens": counts.tokens, "supervised": counts.supervised, "tokens_per_s": counts.tokens / seconds,
             "supervised_per_s": counts.supervised / seconds, "steps_per_s": len(losses) / seconds,
             "mfu": job.size.flops(counts.tokens, counts.supervised, counts.squared_lengths) / seconds / (peak * job.world.size),
-            "unfilled": 1 - counts.tokens / counts.capacity, "memory_gb": peak_memory_gb(job.device), "seconds": meter.phases.read(),
+            "unfilled": 1 - counts.tokens / counts.capacity, "memory_gb": peak_memory_gb(job.device), "seconds": {name: spent / len(losses) for name, spent in meter.phases.read().items()},
         })
     meter.losses, meter.norms, meter.works, meter.counts = [], [], [], Counts()
     meter.started = time.perf_counter()

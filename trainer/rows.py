@@ -42,7 +42,7 @@ def _json(path: Path) -> Iterator[Row]:
             yield from _json_lines(path)
             return
         content = _parse(text, path)
-    except UnicodeDecodeError:
+    except (ValueError, RecursionError):
         content = _parse(text, path)
     for n, row in enumerate(_records(content), 1):
         yield f"record {n}", _columns(row, path, f"record {n}")
@@ -66,6 +66,8 @@ def _parse(text: bytes, path: Path, line: int = 1) -> Any:
     except UnicodeDecodeError as error:
         place, byte = line + text[:error.start].count(b"\n"), text[error.start]
         raise UserError(f"{path}, line {place}: expected UTF-8 text, found byte {byte:#x}; convert the file") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets a thousand deep
+        raise UserError(f"{path}, line {line}: expected one JSON object, found what cannot be read: {error}") from None
 
 
 def _columns(row: Any, path: Path, place: str) -> dict:
@@ -82,6 +84,8 @@ def _csv(path: Path) -> Iterator[Row]:
         reader = csv.reader(file, strict=True)
         try:
             names = next(reader, [])
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise UserError(f"{path}, line 1: expected columns of different names, found '{twice[0]}' more than once; rename one")
             for values in filter(None, reader):
                 place = f"line {reader.line_num}"
                 if len(values) != len(names):

@@ -141,7 +141,7 @@ def open_folder(folder: Path, config: Config) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "datasets", "tokenizers")}
         cli.save_yaml(config, folder / "config.yaml", versions={"python": platform.python_version(), **versions},
-                      command=shlex.join(sys.argv))
+                      command=shlex.join(sys.orig_argv))
     except OSError as error:
         raise UserError(f"output: cannot write the run folder {folder}: {error.strerror}; choose another --output") from None
 
