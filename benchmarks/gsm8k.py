@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> dict:
     with tempfile.TemporaryDirectory(prefix="steadfast-gsm8k-") as name:
         folder = Path(name)
         prepare(arguments.data, folder)
-        startup = {name: seconds_to_first_step(folder, arguments) for name in ("cold", "warm")}
+        startup = {name: seconds_to_first_step(folder / name, folder, arguments) for name in ("cold", "warm")}
         rows = [measure(kind, options, folder, arguments) for kind, options in RUNS.items()]
     conditions = {
         "data": arguments.data.name, "model": "Llama, width 256, 4 layers, vocabulary 8,192, random weights", "runs": RUNS,
@@ -73,10 +73,10 @@ def trained(output: Path, folder: Path, arguments: argparse.Namespace, options: 
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
-def seconds_to_first_step(folder: Path, arguments: argparse.Namespace) -> float:
+def seconds_to_first_step(output: Path, folder: Path, arguments: argparse.Namespace) -> float:
     """From starting the process to having made one step, everything included."""
     begun = time.time()
-    records = trained(folder / "startup", folder, arguments, ["--max_steps", "1"])
+    records = trained(output, folder, arguments, ["--max_steps", "1"])
     return records[0]["time"] - begun
 
 

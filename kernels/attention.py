@@ -264,8 +264,10 @@ def backend(device: torch.device, dtype: torch.dtype, softcap: float | None = No
     dropout flash-attn 2, both together the tiles."""
     if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16) or (softcap is not None and dropout):
         return "tiles"
-    hopper = torch.cuda.get_device_capability(device)[0] == 9
-    if hopper and not dropout and INSTALLED["flash_attn_interface"]:
+    generation = torch.cuda.get_device_capability(device)[0]
+    if generation < 8:  # flash kernels begin with Ampere
+        return "tiles"
+    if generation == 9 and not dropout and INSTALLED["flash_attn_interface"]:
         return "flash_attn 3"
     if INSTALLED["flash_attn"]:
         return "flash_attn 2"

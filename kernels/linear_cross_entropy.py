@@ -52,12 +52,12 @@ class Settings(NamedTuple):
     chunk_bytes: int | None
 
 
-def rows_per_chunk(weight: Tensor, chunk_bytes: int | None) -> int:
+def rows_per_chunk(vocabulary: int, dtype: torch.dtype, device_type: str, chunk_bytes: int | None = None) -> int:
     """Rows whose logits in the statistics dtype fill `chunk_bytes`; the default keeps at least MIN_ROWS."""
-    row_bytes = weight.shape[0] * statistics_dtype(weight).itemsize
+    row_bytes = vocabulary * torch.promote_types(dtype, torch.float32).itemsize
     if chunk_bytes is not None:
         return max(1, chunk_bytes // row_bytes)
-    return max(MIN_ROWS, (CPU_CHUNK_BYTES if weight.device.type == "cpu" else DEVICE_CHUNK_BYTES) // row_bytes)
+    return max(MIN_ROWS, (CPU_CHUNK_BYTES if device_type == "cpu" else DEVICE_CHUNK_BYTES) // row_bytes)
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
@@ -79,7 +79,7 @@ def linear_cross_entropy_reference(
     # The one place that reads the device: how many rows are left is known to the host only after a sync.
     kept = None if settings.ignore_index is None else (target != settings.ignore_index).nonzero()[:, 0]
     count = x.shape[0] if kept is None else kept.shape[0]
-    step = max(1, min(rows_per_chunk(weight, settings.chunk_bytes), count))
+    step = max(1, min(rows_per_chunk(weight.shape[0], weight.dtype, weight.device.type, settings.chunk_bytes), count))
     buffer = x.new_empty(step, weight.shape[0])
     for start in range(0, count, step):
         stop = min(start + step, count)

@@ -215,8 +215,9 @@ def squeeze_backward(
         if grad_x is not None:
             grad_x.addmm_(D, stacked_A(parts, x.dtype))
         if any(needs_A):
-            rows = (D.t() @ x).split([part.A.shape[0] for part in parts if part.A is not None])
             adapted = [i for i, part in enumerate(parts) if part.A is not None]
+            stack = master_product(D.t(), x, parts[adapted[0]].A.dtype)
+            rows = stack.split([parts[i].A.shape[0] for i in adapted])
             for i, grad_A in zip(adapted, rows, strict=True):
                 grads[i][2] = grad_A.to(parts[i].A.dtype) if needs_A[i] else None
         return grad_x

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from trainer import checkpoint
@@ -24,7 +25,7 @@ def optimizer(seed: int = 0) -> FlatAdamW:
 
 
 def state(step: int, **identity) -> State:
-    return State(step=step, best=1.5, stale=2, identity=identity)
+    return State(step=step, loss=1.25, heldout_loss=1.75, best=1.5, stale=2, identity=identity)
 
 
 def test_round_trip_and_keep_last(tmp_path):
@@ -41,16 +42,17 @@ def test_round_trip_and_keep_last(tmp_path):
 
 def test_a_changed_configuration_is_refused_by_name(tmp_path):
     config = Config(data=Data(train="a.jsonl"))
-    checkpoint.save(tmp_path, State(1, None, 0, checkpoint.identity(config, "f1", 1)), optimizer(), keep=1)
-    config.optim.lr, config.logging.every = 0.5, 99
+    checkpoint.save(tmp_path, State(checkpoint.identity(config, 1, samples="f1"), step=1), optimizer(), keep=1)
+    config.optim.lr, config.logging.every, config.data.workers = 0.5, 99, 7
     with pytest.raises(UserError) as raised:
-        checkpoint.load(checkpoint.newest(tmp_path), checkpoint.identity(config, "f2", 1), optimizer())
+        checkpoint.load(checkpoint.newest(tmp_path), checkpoint.identity(config, 1, samples="f2"), optimizer())
     message = str(raised.value)
-    assert "optim.lr was 0.0002, is 0.5" in message and "samples was f1, is f2" in message and "logging" not in message
+    assert "optim.lr was 0.0002, is 0.5" in message and "samples was f1, is f2" in message
+    assert "logging" not in message and "workers" not in message
 
 
 @pytest.mark.parametrize("error", [
-    OSError(errno.ENOSPC, "No space left on device"), RuntimeError("I/O error: No space left on device (os error 28)")])
+    OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error: No space left on device (os error 28)")])
 def test_a_full_disk_leaves_the_previous_checkpoint_whole(tmp_path, monkeypatch, error):
     made = optimizer()
     checkpoint.save(tmp_path, state(1), made, keep=1)

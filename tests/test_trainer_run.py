@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trainer.cli import parse
 from trainer.config import Config
 from trainer.errors import UserError
+from trainer.inputs import prepare_inputs
 from trainer.run import train
 
 QUESTIONS = [(f"What is {a} + {b}?", f"{a} + {b} = {a + b}. The answer is {a + b}.") for a in range(12) for b in range(10)]
@@ -200,6 +202,56 @@ def test_a_signal_saves_and_the_run_goes_on(model_folder, chats, tmp_path, numbe
     result = run(model_folder, chats, folder, *LONG, "--checkpoint.every", "0", "--resume", "auto")
     assert result.reason == "finished"
     assert all(torch.equal(t, weights(folder)[n]) for n, t in weights(uninterrupted).items())
+
+
+def test_a_run_killed_after_its_last_checkpoint_is_finished_by_resuming(model_folder, chats, tmp_path):
+    options = ("--max_steps", "4", "--checkpoint.every", "2", "--data.heldout_share", "0.1")
+    whole = run(model_folder, chats, tmp_path / "whole", *options)
+    cut = tmp_path / "cut"
+    run(model_folder, chats, cut, *options)
+    shutil.rmtree(cut / "adapter")  # as if killed before the export
+    result = run(model_folder, chats, cut, *options, "--resume", "auto")
+    assert (result.steps, result.loss, result.heldout_loss) == (whole.steps, whole.loss, whole.heldout_loss)
+    assert all(torch.equal(t, weights(cut)[n]) for n, t in weights(tmp_path / "whole").items())
+
+
+def test_an_early_stop_is_not_trained_past_by_resuming(model_folder, tmp_path):
+    few, others = write_chats(tmp_path / "few.jsonl", QUESTIONS[:8]), write_chats(tmp_path / "others.jsonl", [("x", "y z")] * 4)
+    options = ("--data.heldout", str(others), "--epochs", "300", "--optim.lr", "2e-2", "--optim.schedule", "constant",
+               "--evaluation.every", "2", "--evaluation.patience", "1", "--checkpoint.every", "1")
+    stopped = run(model_folder, few, tmp_path / "run", *options)
+    before = weights(tmp_path / "run")
+    again = run(model_folder, few, tmp_path / "run", *options, "--resume", "auto")
+    assert stopped.reason == again.reason == "early stopping" and stopped.steps == again.steps < 300
+    assert all(torch.equal(t, before[n]) for n, t in weights(tmp_path / "run").items())
+
+
+def test_a_folder_with_a_finished_run_is_not_overwritten(model_folder, chats, tmp_path):
+    run(model_folder, chats, tmp_path / "run", "--max_steps", "1")
+    kept = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    for resume in ("never", "auto"):
+        assert "holds the adapter of a finished run" in refused(model_folder, chats, tmp_path / "run", "--resume", resume)
+    assert "finished run" in refused(model_folder, chats, tmp_path / "run", "--dry_run")
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == kept
+
+
+def test_another_base_is_refused_on_resume(model_folder, chats, tmp_path):
+    base = shutil.copytree(model_folder, tmp_path / "base")
+    options = ("--max_steps", "4", "--checkpoint.every", "2")
+    run(base, chats, tmp_path / "run", *options)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    torch.nn.init.normal_(model.model.norm.weight)
+    model.save_pretrained(base)
+    assert "base_weights was" in refused(base, chats, tmp_path / "run", *options, "--resume", "auto")
+
+
+def test_parts_of_a_record_are_held_out_together(model_folder, tmp_path):
+    rows = [(f"Count {i}.", f"record {i} " * 30) for i in range(20)]
+    config = parse(Config, arguments(model_folder, write_chats(tmp_path / "long.jsonl", rows), tmp_path / "run", "--data.overlong", "split",
+                                     "--data.max_length", "64", "--data.heldout_share", "0.3"), "trainer.run")
+    inputs = prepare_inputs(config, AutoTokenizer.from_pretrained(model_folder))
+    trained, held = set(inputs.samples.records), set(inputs.heldout[0].records)
+    assert len(held) == 6 and len(trained) == 14 and not trained & held and len(inputs.samples) > 30
 
 
 def test_two_ranks_give_the_losses_of_one(model_folder, chats, tmp_path):

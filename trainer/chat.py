@@ -34,11 +34,11 @@ class Encoded(NamedTuple):
 
 
 class ChatTemplate:
-    """A tokenizer with its chat template, or with the Jinja text `template` in its place."""
+    """A tokenizer with its chat template, or with the Jinja text `template` in its place, which errors call `name`."""
 
-    def __init__(self, tokenizer, template: str | None = None):
+    def __init__(self, tokenizer, template: str | None = None, name: str | None = None):
         self.tokenizer = tokenizer
-        self.name = tokenizer.name_or_path or type(tokenizer).__name__
+        self.name = name or tokenizer.name_or_path or type(tokenizer).__name__
         if not tokenizer.is_fast:
             raise UserError(f"tokenizer of {self.name}: expected a fast tokenizer (tokenizer.json), found a slow one, "
                             "which does not tell where its tokens lie in the text; convert it")
@@ -138,10 +138,14 @@ class ChatTemplate:
         chat = [_as_parts(message) for message in messages] if self._in_parts else messages
         try:
             texts, spans = self._jinja(chat, **options)
+        except jinja2.TemplateSyntaxError as error:
+            raise UserError(f"chat template of {self.name}, line {error.lineno}: expected Jinja, found an error: {error.message}; "
+                            "mend it, or name another as data.chat_template") from None
         except REFUSALS as error:
             n = self._refused_length(chat, error)
             where, reason = f"turn {n} ({messages[n - 1]['role']})", " ".join(str(error).split())
-            raise UserError(f"chat template of {self.name} refuses {where}: {reason}") from None
+            raise UserError(f"chat template of {self.name} refuses {where}: {reason}; "
+                            "mend the chat, or name another template as data.chat_template") from None
         return texts[0], spans[0] if spans else []
 
     def _refused_length(self, chat: list[Message], error: Exception) -> int:

@@ -16,6 +16,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from trainer.config import Config
@@ -23,21 +24,26 @@ from trainer.errors import UserError
 from trainer.optim import FlatAdamW
 
 # Options that may differ when a run goes on: where things go, never what is computed.
-FREE_TO_CHANGE = {"output", "resume", "logging", "checkpoint", "export", "dry_run"}
+FREE_TO_CHANGE = {"output", "resume", "logging", "checkpoint", "export", "dry_run", "data.workers", "data.cache"}
 
 
 @dataclass
 class State:
-    step: int  # optimiser steps done
-    best: float | None  # best held-out loss so far
-    stale: int  # evaluations since it was reached
-    identity: dict  # what the run computes: configuration and data
+    identity: dict  # what the run computes: configuration, data, base model
+    step: int = 0  # optimiser steps done
+    loss: float | None = None  # mean training loss of the last log interval
+    heldout_loss: float | None = None  # of the last evaluation
+    best: float | None = None  # the lowest of them
+    stale: int = 0  # evaluations since it was reached
 
 
-def identity(config: Config, data_fingerprint: str, world_size: int) -> dict:
-    """What must be equal for a run to go on from a checkpoint."""
-    options = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE_TO_CHANGE}
-    return {**options, "samples": data_fingerprint, "ranks": world_size}
+def identity(config: Config, world_size: int, **fingerprints: str | None) -> dict:
+    """What must be equal for a run to go on from a checkpoint: options, ranks, and the fingerprints of what they point to."""
+    options = dataclasses.asdict(config)
+    for name in FREE_TO_CHANGE:
+        *section, last = name.split(".")
+        (options[section[0]] if section else options).pop(last)
+    return {**options, **fingerprints, "ranks": world_size}
 
 
 def save(folder: Path, state: State, optimizer: FlatAdamW, keep: int) -> Path:
@@ -53,7 +59,7 @@ def save(folder: Path, state: State, optimizer: FlatAdamW, keep: int) -> Path:
         shutil.rmtree(final, ignore_errors=True)
         aside.rename(final)
         sync(folder)
-    except (OSError, RuntimeError) as error:  # safetensors wraps the system's errors
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise UserError(_refusal(error, final, newest(folder))) from None
     for old in checkpoints(folder)[:-keep]:
@@ -62,13 +68,17 @@ def save(folder: Path, state: State, optimizer: FlatAdamW, keep: int) -> Path:
 
 
 def load(path: Path, expected: dict, optimizer: FlatAdamW) -> State:
-    """Put the run back where it was at this checkpoint. Raises UserError if it belongs to another configuration or data."""
-    state = State(**json.loads((path / "state.json").read_text()))
+    """Put the run back where it was at this checkpoint. Raises UserError if it is damaged, or belongs to another configuration or data."""
+    try:
+        state = State(**json.loads((path / "state.json").read_text()))
+        tensors = load_file(path / "state.safetensors")
+    except (OSError, ValueError, TypeError, SafetensorError) as error:  # damaged after it was written, or of another version
+        raise UserError(f"resume: cannot read the checkpoint {path}: {error}; remove it to go on from the one before") from None
     changed = differences(state.identity, json.loads(json.dumps(expected)))
     if changed:
         raise UserError(f"resume: {path} was made with another configuration: {'; '.join(changed)}; "
                         "restore these options, or start anew with another output folder")
-    optimizer.load_state(load_file(path / "state.safetensors"))
+    optimizer.load_state(tensors)
     return state
 
 

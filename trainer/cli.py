@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
+import errno
 import re
+import signal
 import sys
 import typing
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from trainer.errors import UserError
+
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}  # a disk that is full, or not ours to write on
+RECORDED = ("versions", "command")  # blocks of a run's own config.yaml that are no options: read over when it is given back
 
 
 def parse(kind: type, argv: list[str], prog: str):
@@ -23,10 +31,11 @@ def parse(kind: type, argv: list[str], prog: str):
     parser = ArgumentParser(prog=prog, exit_on_error=False, description=kind.__doc__)
     parser.add_argument("--config", action="config", help="YAML file; later options override it")
     parser.add_class_arguments(kind, None)
+    for record in RECORDED:
+        parser.add_argument(f"--{record}", type=Any, help=argparse.SUPPRESS)
     try:
-        for here, following in zip(argv, [*argv[1:], ""]):
-            if here == "--config" or here.startswith("--config="):
-                _check_yaml(Path(here.partition("=")[2] or following))
+        for path in _config_files(argv):
+            _check_yaml(path)
         parsed = parser.parse_args(_lone_switches(kind, argv))
         _check_sections(kind, parsed)
         config = parser.instantiate(parsed)
@@ -53,7 +62,10 @@ def save_yaml(config, path: Path, **extra) -> None:
 
 
 def main(run, kind: type, prog: str, usage: str) -> int:
-    """Parse, call `run(config)`, and turn a UserError into one line on standard error. The exit status: 0, 1, or 2 for usage."""
+    """Parse, call `run(config)`, and turn a UserError, or a disk that refuses, into one line on standard error.
+
+    Returns the exit status: that of `run`, 1 for an error, 2 for usage, 130 after Ctrl-C.
+    """
     if len(sys.argv) == 1:
         print(usage, file=sys.stderr)
         return 2
@@ -63,8 +75,14 @@ def main(run, kind: type, prog: str, usage: str) -> int:
         return _complain(prog, error, 2)
     try:
         return run(config) or 0
+    except KeyboardInterrupt:  # in a run's start or end, or a second one
+        return _complain(prog, UserError("interrupted at once; what was saved before is whole"), 128 + signal.SIGINT)
     except UserError as error:
         return _complain(prog, error, 1)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        return _complain(prog, UserError(f"{error.filename or 'output'}: {error.strerror}; free space, or choose another folder"), 1)
 
 
 def _complain(prog: str, error: UserError, status: int) -> int:
@@ -81,14 +99,26 @@ def _lone_switches(kind: type, argv: list[str]) -> list[str]:
     return spelled
 
 
+def _config_files(argv: list[str]) -> Iterator[Path]:
+    """The files given by `--config F` or `--config=F`."""
+    for here, following in zip(argv, [*argv[1:], ""]):
+        option, _, value = here.partition("=")
+        if option == "--config" and (value or following):
+            yield Path(value or following)
+
+
 def _check_yaml(path: Path) -> None:
     """Refuse a file that is not keys and values, or gives a key twice, of which YAML would keep the last in silence."""
     try:
         top = yaml.compose(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"--config: cannot read {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config: {path} is no YAML: {error}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"--config: expected UTF-8 text in {path}, found byte {error.object[error.start]:#x}; convert the file") from None
+    except yaml.MarkedYAMLError as error:
+        raise UserError(f"--config: {path}, line {error.problem_mark.line + 1}: expected YAML: {error.problem}") from None
+    except yaml.YAMLError as error:  # characters that YAML does not allow
+        raise UserError(f"--config: expected YAML in {path}: {error}") from None
     if not isinstance(top, yaml.MappingNode):
         found = "nothing" if top is None else {"!!seq": "a list"}.get(top.tag.replace("tag:yaml.org,2002:", "!!"), "a lone value")
         raise UserError(f"--config: expected keys and values in {path}, found {found}; --print_config shows how they look")
@@ -113,12 +143,13 @@ def _check_sections(kind: type, parsed: Namespace) -> None:
     """A section is keys and values, which the parser does not check."""
     for key, annotation in known_keys(kind).items():
         if dataclasses.is_dataclass(annotation) and not isinstance(parsed.get(key), Namespace):
-            raise UserError(f"{key}: expected a section of options, such as {key}.{next(iter(known_keys(annotation)))}, got {parsed.get(key)}")
+            example = next(iter(known_keys(annotation, f"{key}.")))
+            raise UserError(f"{key}: expected a section of options, such as {example}, got {parsed.get(key)}")
 
 
 def _explain(message: str, kind: type) -> str:
     """jsonargparse's words, shorter, on one line, with the nearest known key where one was misspelt."""
-    message = " ".join(message.split())
+    message = re.sub(r"<class '(\w+)'>", r"\1", " ".join(message.split()))
     keys = list(known_keys(kind))
     if found := re.match(r"unrecognized arguments: (?:--)?(\S+)", message):
         return _unknown(found[1].split("=")[0], keys)
@@ -126,8 +157,18 @@ def _explain(message: str, kind: type) -> str:
         return _unknown(f"{found[1]}.{found[2]}", keys)
     if found := re.match(r"Option '([\w.]+)' is not accepted", message):
         return _unknown(found[1], keys)
-    if found := re.match(r"(.*?): Does not validate.*class_path '(?:[\w.]+\.)?(\w+)': Option '(\w+)", message):
+    entry = r"(.*?): Does not validate.*class_path '(?:[\w.]+\.)?(\w+)': "  # the option, and what it is a list of
+    if found := re.match(entry + r"Option '(\w+)", message):
         return f"{_key(found[1])}: unknown key {found[3]!r} in a {found[2].lower()}; --help lists what it takes"
+    if found := re.match(entry + r"the following arguments are required: (\w+)", message):
+        return f"{_key(found[1])}: expected {found[3]} in every {found[2].lower()} of the list, found one without"
+    if found := re.match(entry + r'Parser key "(\w+)": (.*?) Given value type', message):
+        return f"{_key(found[1])}: {found[3]} of a {found[2].lower()}: {_plain(found[4])}"
+    if found := re.match(r"(.*?): Does not validate.* Subtypes: \[(\w+), NoneType\] .* Given value: (.*)", message):
+        return f"{_key(found[1])}: expected {found[2]} or null, got {found[3]}"
+    if found := re.match(r'Parser key "(\w+)": Unable to load config', message):
+        example = next(key for key in keys if key.startswith(f"{found[1]}."))
+        return f"{found[1]}: expected its options one by one, as in --{example}; --help lists them"
     if found := re.match(r'(Parser key "[\w.]+"): (.*)', message):
         return f"{_key(found[1])}: {_plain(found[2])}"
     return _plain(message)
@@ -146,5 +187,6 @@ def _unknown(key: str, keys: list[str]) -> str:
 
 
 def _plain(message: str) -> str:
-    message = re.sub(r"<class '(\w+)'>", r"\1", message).replace("typing.", "").replace("Problems parsing config", "--config")
+    message = message.replace("typing.", "").replace("Problems parsing config", "--config")
+    message = re.sub(r"Literal\[(.*?)\]", r"one of \1", message)
     return re.sub(r"Expected (?:an? )?(.*?)\. Got value: (.*)", r"expected \1, got \2", message)

@@ -158,6 +158,7 @@ def validate(config: Config) -> None:
         limit = None if isinstance(source, str) else source.limit
         _require(0 < weight <= MANY, "weight of a source", f"above 0, at most {MANY:,}", weight)
         _require(limit is None or limit >= 1, "limit of a source", "1 or more records", limit)
+    _require(bool(config.output.strip()), "output", "a folder", "none")
     _require(bool(data.train), "data.train", "at least one file, folder or hub data set", "none")
     _require((config.model.path is None) != (config.model.config is None), "model.path, model.config", "exactly one of them",
              "neither" if config.model.path is None else "both")
@@ -174,11 +175,20 @@ def validate(config: Config) -> None:
     _require(config.replay.ratio is None or 0 <= config.replay.ratio < 1, "replay.ratio", "0 <= ratio < 1", config.replay.ratio)
     _require(optim.lr > 0, "optim.lr", "above 0", optim.lr)
     _require(optim.warmup >= 0 and optim.decay >= 0, "optim.warmup, optim.decay", "0 or more", (optim.warmup, optim.decay))
-    _require(config.seed >= 0, "seed", "0 or more", config.seed)
+    _require(0 <= optim.beta1 < 1 and 0 <= optim.beta2 < 1, "optim.beta1, optim.beta2", "0 <= beta < 1", (optim.beta1, optim.beta2))
+    _require(optim.eps > 0, "optim.eps", "above 0", optim.eps)
+    _require(optim.weight_decay >= 0, "optim.weight_decay", "0 or more", optim.weight_decay)
+    _require(0 <= optim.min_lr_ratio <= 1, "optim.min_lr_ratio", "0 <= ratio <= 1", optim.min_lr_ratio)
+    _require(optim.max_grad_norm >= 0, "optim.max_grad_norm", "above 0, or 0 for no clipping", optim.max_grad_norm)
+    _require(0 <= config.seed < 2**63, "seed", "0 <= seed < 2^63", config.seed)
     _require(0 < config.epochs <= MANY, "epochs", f"above 0, at most {MANY:,}; to end after some steps, set max_steps", config.epochs)
     _require(config.max_steps is None or config.max_steps >= 1, "max_steps", "1 or more", config.max_steps)
+    _require(data.workers >= 0, "data.workers", "0 or more", data.workers)
+    _require(config.checkpoint.every >= 0, "checkpoint.every", "0 or more", config.checkpoint.every)
     _require(config.checkpoint.keep >= 1, "checkpoint.keep", "1 or more", config.checkpoint.keep)
     _require(config.logging.every >= 1, "logging.every", "1 or more", config.logging.every)
+    _require(config.evaluation.every >= 0 and config.evaluation.patience >= 0, "evaluation.every, evaluation.patience", "0 or more",
+             (config.evaluation.every, config.evaluation.patience))
     _require(not config.evaluation.patience or config.evaluation.every > 0, "evaluation.patience",
              "evaluation.every above 0 beside it", config.evaluation.every)
 

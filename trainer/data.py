@@ -74,7 +74,7 @@ def _load(source: Source, cache: str | None) -> Dataset:
     try:
         return Dataset.from_generator(records, features=Features(body | KEPT), cache_dir=cache, fingerprint=fingerprint)
     except datasets.exceptions.DatasetGenerationError as error:
-        if isinstance(error.__cause__, UserError):
+        if isinstance(error.__cause__, (UserError, OSError)):
             raise error.__cause__ from None
         raise
 

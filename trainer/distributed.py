@@ -8,12 +8,18 @@ flat gradient vectors of all ranks is the whole of synchronisation, and a rank m
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from trainer.errors import UserError
+
+PATIENCE = timedelta(hours=12)  # ranks wait while rank 0 tokenizes, saves or merges
 
 
 @dataclass(frozen=True)
@@ -38,26 +44,28 @@ class World:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
 
-    def any(self, flag: bool) -> bool:
-        """True where any rank's flag is."""
+    def largest(self, number: int) -> int:
+        """The largest of the ranks' numbers."""
         if self.size == 1:
-            return flag
-        votes: list[bool] = [False] * self.size
-        dist.all_gather_object(votes, flag)
-        return any(votes)
+            return number
+        numbers: list[int] = [0] * self.size
+        dist.all_gather_object(numbers, number)
+        return max(numbers)
 
-    @contextmanager
-    def main_first(self):
-        """Rank 0 goes through the block before the others, which then find its caches."""
-        if self.size > 1 and not self.is_main:
-            dist.barrier()
-        yield
-        if self.size > 1 and self.is_main:
-            dist.barrier()
-
-    def barrier(self) -> None:
+    def on_main(self, work: Callable[[], object]) -> None:
+        """Run `work` on rank 0 while the others wait. A UserError there is raised on every rank, so that none waits for ever."""
+        error: str | None = None
+        if self.is_main:
+            try:
+                work()
+            except UserError as raised:
+                error = str(raised)
         if self.size > 1:
-            dist.barrier()
+            box = [error]
+            dist.broadcast_object_list(box, src=0)
+            error = box[0]
+        if error is not None:
+            raise UserError(error)
 
 
 @contextmanager
@@ -70,7 +78,7 @@ def world(device_type: str):
     here = World(int(os.environ["RANK"]), size, int(os.environ.get("LOCAL_RANK", "0")))
     if device_type == "cuda":
         torch.cuda.set_device(here.local_rank)
-    dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=PATIENCE)
     try:
         yield here
     finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -30,7 +29,8 @@ class Inputs:
 
 def prepare_inputs(config: Config, tokenizer: PreTrainedTokenizerBase) -> Inputs:
     """Read, tokenize, mix and plan. Raises UserError for data that cannot be trained on."""
-    template = ChatTemplate(tokenizer, _read_template(config.data.chat_template))
+    _check_cache(config.data.cache)
+    template = ChatTemplate(tokenizer, _read_template(config.data.chat_template), config.data.chat_template)
     domain, replay = (
         load_sources(given, role, config.data.cache) for given, role in ((config.data.train, "domain"), (config.replay.data, "replay")))
     samples = tokenize(domain + replay, template, config.data)
@@ -42,12 +42,26 @@ def prepare_inputs(config: Config, tokenizer: PreTrainedTokenizerBase) -> Inputs
     return Inputs(samples, mixture, plan, template, heldout)
 
 
+def _check_cache(path: str | None) -> None:
+    try:
+        if path is not None:
+            Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"data.cache: cannot make the folder {path}: {error.strerror}; choose another") from None
+
+
 def _read_template(path: str | None) -> str | None:
     if path is None:
         return None
     if not Path(path).is_file():
         raise UserError(f"data.chat_template: expected a file with a Jinja template, found no file {path}")
-    return Path(path).read_text()
+    try:
+        template = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data.chat_template: cannot read {path}: {error}") from None
+    if not template.strip():
+        raise UserError(f"data.chat_template: expected a Jinja template, found nothing in {path}; leave it out to use the tokenizer's own")
+    return template
 
 
 def _hold_out(config: Config, samples: Samples, roles: list[str], template: ChatTemplate):
@@ -57,13 +71,14 @@ def _hold_out(config: Config, samples: Samples, roles: list[str], template: Chat
     if not config.data.heldout_share:
         return samples, None
     is_domain = np.array([role == "domain" for role in roles])[samples.sources]
-    domain = np.random.default_rng(config.seed).permutation(np.flatnonzero(is_domain))
+    pairs = np.stack([samples.sources, samples.records])
+    record = np.unique(pairs, axis=1, return_inverse=True)[1].ravel()  # a number for each record, over all sources
+    domain = np.random.default_rng(config.seed).permutation(np.unique(record[is_domain]))
     count = max(1, round(config.data.heldout_share * len(domain)))
     if count >= len(domain):
-        raise UserError(f"data.heldout_share: {config.data.heldout_share} of {len(domain)} samples leaves nothing to train on")
-    chosen = np.sort(domain[:count])
-    rest = np.setdiff1d(np.arange(len(samples.lengths)), chosen)
-    return samples.select(rest), _packed(config, samples.select(chosen))
+        raise UserError(f"data.heldout_share: {config.data.heldout_share} of {len(domain)} records leaves nothing to train on")
+    chosen = np.isin(record, domain[:count])  # all parts of a record that was split go the same way
+    return samples.select(np.flatnonzero(~chosen)), _packed(config, samples.select(np.flatnonzero(chosen)))
 
 
 def _packed(config: Config, samples: Samples) -> tuple[Samples, list[np.ndarray]]:
@@ -83,7 +98,3 @@ def account(inputs: Inputs, config: Config) -> dict:
         "sources": sources, "lengths": samples.lengths.tolist(), "pack_fill": fills, "tokens_per_pack": config.batch.tokens_per_pack,
         "packing_efficiency": sum(fills) / (len(fills) * config.batch.tokens_per_pack),
     }
-
-
-def save_account(path: Path, contents: dict) -> None:
-    path.write_text(json.dumps(contents))

@@ -22,7 +22,7 @@ class Log:
         self.path = folder / "metrics.jsonl"
         keep_records(self.path, first_step)
         self.file = self.path.open("a", buffering=1)
-        self.sinks = [sink for sink in (_tensorboard(folder, config), _wandb(folder, config)) if sink]
+        self.sinks = [sink for sink in (_tensorboard(folder, config, first_step), _wandb(folder, config)) if sink]
         visible = config.logging.progress and sys.stderr.isatty()
         self.bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=not visible, dynamic_ncols=True)
 
@@ -57,8 +57,10 @@ def keep_records(path: Path, first_step: int) -> None:
     if first_step == 0:
         path.unlink()
         return
-    whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
-    path.write_text("".join(f"{line}\n" for line in whole if json.loads(line).get("step", 0) <= first_step))
+    records = ((line, json.loads(line)) for line in path.read_text().splitlines() if line.endswith("}"))
+    aside = path.with_suffix(".partial")
+    aside.write_text("".join(f"{line}\n" for line, r in records if r["step"] <= first_step and r["kind"] != "end"))
+    aside.replace(path)
 
 
 def _step_line(r: dict) -> str:
@@ -75,12 +77,12 @@ _LINES = {
 }
 
 
-def _tensorboard(folder: Path, config: Config):
+def _tensorboard(folder: Path, config: Config, first_step: int):
     if not config.logging.tensorboard:
         return None
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(folder / "tensorboard")
+    writer = SummaryWriter(folder / "tensorboard", purge_step=first_step + 1)
 
     def sink(figures: dict, step: int) -> None:
         for name, value in figures.items():

@@ -7,7 +7,6 @@ is known on the CPU before anything runs. The host waits for the device only at 
 from __future__ import annotations
 
 import gc
-import signal
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -45,7 +44,6 @@ class Job:
     samples: Samples
     plan: Plan
     heldout: tuple[Samples, list[np.ndarray]] | None  # samples, and the packs of their indices
-    identity: dict
     device: torch.device
     world: World
     log: Log | None  # rank 0's
@@ -62,6 +60,7 @@ class Meter:
     works: list[tuple[int, list[str]]] = field(default_factory=list)
     counts: Counts = field(default_factory=Counts)
     started: float = field(default_factory=time.perf_counter)
+    aside: float = 0.0  # seconds of the whole run spent on evaluating and saving
 
     def add(self, work: Work, loss: Tensor, norm: Tensor) -> None:
         self.losses.append(loss)
@@ -71,55 +70,55 @@ class Meter:
 
 
 @dataclass
-class Outcome:
-    """How a run ended."""
+class Ending:
+    """Why a run ended."""
 
     reason: str  # finished | max_steps | early stopping | signal
-    steps: int
-    loss: float  # mean of the last log interval
-    heldout_loss: float | None
     signal: int | None = None
 
 
-def fit(job: Job, state: checkpoint.State) -> Outcome:
-    """Train from `state` to the end of the plan, or to an early stop or signal."""
-    every, plan = job.config.logging.every, job.plan
-    totals, begun = Counts(), time.perf_counter()
+def fit(job: Job, state: checkpoint.State) -> Ending:
+    """Train on from `state`, which is kept up to date, to the end of the plan, or to an early stop or signal."""
+    every, plan, last = job.config.logging.every, job.plan, job.plan.total
+    totals, begun, received = Counts(), time.perf_counter(), None
     meter = Meter(job.device, Phases(job.device))
-    outcome = Outcome("finished" if plan.total == plan.starts[-1] else "max_steps", plan.total, float("nan"), None)
     if job.heldout and state.step == 0:
-        outcome.heldout_loss = judge(job, state, meter)  # what the run has to better
+        evaluate(job, state, meter)  # what the run has to better
     job.model.train()
     with Interrupts() as interrupts, garbage_at_log_steps():
         for work in stage(plan, job.samples, state.step, job.world, job.device, meter.phases):
+            if received or out_of_patience(job, state):
+                break
             meter.add(work, *train_step(job, work, meter.phases))
             totals = totals + work.counts
             state.step = work.step + 1
-            last = state.step == plan.total
             if job.log:
                 job.log.advance()
-            if due(state.step, every) or last:
-                outcome.loss = report(job, meter)
+            if due(state.step, every) or state.step == last:
+                report(job, state, meter)
                 gc.collect(1)
-            if job.heldout and (due(state.step, job.config.evaluation.every) or last):
-                outcome.heldout_loss = judge(job, state, meter)
-            if job.world.size == 1 or due(state.step, every):  # asking the other ranks waits for them
-                stop_early(job, state, outcome, job.world.any(interrupts.received is not None), interrupts.received)
-            if due(state.step, job.config.checkpoint.every) or outcome.signal:
+            if job.heldout and (due(state.step, job.config.evaluation.every) or state.step == last):
+                evaluate(job, state, meter)
+            if state.step < last and (job.world.size == 1 or due(state.step, every)):  # asking the other ranks waits for them
+                received = job.world.largest(interrupts.received or 0)
+            if due(state.step, job.config.checkpoint.every) or received:
                 save(job, state, meter)
-            if outcome.reason in ("signal", "early stopping"):
-                outcome.steps = state.step
-                break
-    finish(job, outcome, totals, time.perf_counter() - begun)
-    return outcome
+    ending = ended(job, state, received)
+    finish(job, state, ending, totals, time.perf_counter() - begun, meter.aside)
+    return ending
 
 
-def stop_early(job: Job, state: checkpoint.State, outcome: Outcome, signalled: bool, number: int | None) -> None:
-    """Note in `outcome` why the run should end after this step, if it should."""
-    if signalled:
-        outcome.reason, outcome.signal = "signal", number or signal.SIGTERM
-    elif job.config.evaluation.patience and state.stale >= job.config.evaluation.patience:
-        outcome.reason = "early stopping"
+def out_of_patience(job: Job, state: checkpoint.State) -> bool:
+    patience = job.config.evaluation.patience
+    return patience > 0 and state.stale >= patience
+
+
+def ended(job: Job, state: checkpoint.State, received: int | None) -> Ending:
+    if received:
+        return Ending("signal", received)
+    if state.step < job.plan.total:
+        return Ending("early stopping")
+    return Ending("finished" if job.plan.total == job.plan.starts[-1] else "max_steps")
 
 
 @contextmanager
@@ -175,52 +174,58 @@ def heldout_loss(job: Job) -> tuple[float, int]:
     return float(total) / supervised_weight(samples, indices), int(samples.supervised[indices].sum())
 
 
-def judge(job: Job, state: checkpoint.State, meter: Meter) -> float:
-    """Evaluate, log, and keep count of evaluations without progress."""
+def evaluate(job: Job, state: checkpoint.State, meter: Meter) -> None:
+    """Held-out loss into the log and `state`, with a count of evaluations since the best one. Raises UserError if it is not finite."""
+    synchronize(job.device)  # steps still under way are not evaluation's time
     begun = time.perf_counter()
     loss, tokens = heldout_loss(job)
+    if not np.isfinite(loss):
+        raise UserError(f"step {state.step}: expected a finite held-out loss, got {loss}; lower optim.lr, or look at the held-out samples")
+    state.heldout_loss = loss
     if state.best is None or loss < state.best:
         state.best, state.stale = loss, 0
     else:
         state.stale += 1
     if job.log:
         job.log.write({"kind": "eval", "step": state.step, "loss": loss, "tokens": tokens})
-    meter.started += time.perf_counter() - begun  # evaluation is no part of the training rates
-    return loss
+    spent = time.perf_counter() - begun
+    meter.started += spent  # no part of the training rates
+    meter.aside += spent
 
 
 def save(job: Job, state: checkpoint.State, meter: Meter) -> None:
     if meter.losses:
-        report(job, meter)  # refuses to save what is not finite
-    if job.world.is_main:
-        checkpoint.save(job.folder / "checkpoints", state, job.optimizer, job.config.checkpoint.keep)
-    job.world.barrier()
+        report(job, state, meter)  # refuses to save what is not finite
+    begun = time.perf_counter()
+    folder, keep = job.folder / "checkpoints", job.config.checkpoint.keep
+    job.world.on_main(lambda: checkpoint.save(folder, state, job.optimizer, keep))
     meter.started = time.perf_counter()
+    meter.aside += meter.started - begun
 
 
-def report(job: Job, meter: Meter) -> float:
-    """Wait for the device, check that the interval was finite, write its figures, start the next one. Returns the mean loss."""
+def report(job: Job, state: checkpoint.State, meter: Meter) -> None:
+    """Wait for the device, check that the interval was finite, write its figures, start the next one."""
     figures = torch.stack([torch.stack(meter.losses), torch.stack(meter.norms)])
     job.world.sum([figures[0]])
     synchronize(job.device)
     losses, norms = figures.tolist()
     require_finite(job, meter, losses, norms)
-    seconds = time.perf_counter() - meter.started
-    counts = meter.counts
-    step = meter.works[-1][0] + 1
+    seconds, counts, steps = time.perf_counter() - meter.started, meter.counts, len(losses)
+    phases = {name: spent / steps for name, spent in meter.phases.read().items()}
+    flops = job.size.flops(counts.tokens, counts.supervised, counts.squared_lengths)
     peak, _ = peak_flops(job.device, next(job.model.parameters()).dtype)
+    state.loss = float(np.mean(losses))
     if job.log:
         job.log.write({
-            "kind": "step", "step": step, "epoch": round(job.plan.progress(step), 4), "loss": float(np.mean(losses)),
-            "lr": learning_rate(step - 1, job.plan.total, job.config.optim), "grad_norm": float(np.mean(norms)),
+            "kind": "step", "step": state.step, "epoch": round(job.plan.progress(state.step), 4), "loss": state.loss,
+            "lr": learning_rate(state.step - 1, job.plan.total, job.config.optim), "grad_norm": float(np.mean(norms)),
             "tokens": counts.tokens, "supervised": counts.supervised, "tokens_per_s": counts.tokens / seconds,
-            "supervised_per_s": counts.supervised / seconds, "steps_per_s": len(losses) / seconds,
-            "mfu": job.size.flops(counts.tokens, counts.supervised, counts.squared_lengths) / seconds / (peak * job.world.size),
-            "unfilled": 1 - counts.tokens / counts.capacity, "memory_gb": peak_memory_gb(job.device), "seconds": {name: spent / len(losses) for name, spent in meter.phases.read().items()},
+            "supervised_per_s": counts.supervised / seconds, "steps_per_s": steps / seconds,
+            "mfu": None if flops is None else flops / seconds / (peak * job.world.size),
+            "unfilled": 1 - counts.tokens / counts.capacity, "memory_gb": peak_memory_gb(job.device), "seconds": phases,
         })
     meter.losses, meter.norms, meter.works, meter.counts = [], [], [], Counts()
     meter.started = time.perf_counter()
-    return float(np.mean(losses))
 
 
 def require_finite(job: Job, meter: Meter, losses: list[float], norms: list[float]) -> None:
@@ -232,11 +237,13 @@ def require_finite(job: Job, meter: Meter, losses: list[float], norms: list[floa
                             "lower optim.lr, or look at these sources' longest samples")
 
 
-def finish(job: Job, outcome: Outcome, totals: Counts, seconds: float) -> None:
+def finish(job: Job, state: checkpoint.State, ending: Ending, totals: Counts, seconds: float, aside: float) -> None:
+    """The record of the whole run: rates over the seconds that were not spent on evaluating and saving."""
     if job.log:
-        job.log.write({"kind": "end", "step": outcome.steps, "steps": outcome.steps, "seconds": seconds, "tokens": totals.tokens,
-                       "supervised": totals.supervised, "tokens_per_s": totals.tokens / seconds if seconds else 0.0,
-                       "peak_memory_gb": peak_memory_gb(job.device), "reason": outcome.reason})
+        training = max(seconds - aside, 1e-9)
+        job.log.write({"kind": "end", "step": state.step, "steps": state.step, "seconds": seconds, "tokens": totals.tokens,
+                       "supervised": totals.supervised, "tokens_per_s": totals.tokens / training,
+                       "peak_memory_gb": peak_memory_gb(job.device), "reason": ending.reason})
         job.log.close()
 
 

@@ -113,7 +113,8 @@ def _load_adapter(model: PreTrainedModel, path: str) -> PeftModel:
         if strange:  # PEFT loads what fits and leaves the rest as it was
             raise ValueError(f"{len(strange)} tensors are in one but not in the other, such as {min(strange)}")
         return adapted
-    except (ValueError, RuntimeError, OSError, KeyError, TypeError, SafetensorError) as error:  # another model's shapes or names; a file cut short
+    # Another model's shapes or names, an unknown kind of adapter, a file cut short.
+    except (ValueError, RuntimeError, OSError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"lora.path: the adapter in {folder} does not fit this model: {' '.join(str(error).split())[:300]}") from error
 
 

@@ -6,7 +6,7 @@ outputs, the rotated queries and keys, the values, the attention's result, and g
     4 W + (2 H + 2 Hk) D + 2 I
 
 elements, with W model width, H query heads, Hk key heads, D head width, I MLP width, and on a CPU at most KEEP H D more: attention's
-probabilities. Stock layers keep about twice that.
+probabilities. Stock layers, DoRA and norms of queries and keys keep up to three quarters more.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ import torch
 from torch import nn
 
 from kernels.attention import KEEP
+from kernels.linear_cross_entropy import rows_per_chunk
 from trainer.config import Config
-
-LOSS_CHUNK = 64e6  # bytes, a bound on the chunk of logits that is alive at a time
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,16 @@ def estimate(model: nn.Module, config: Config, dtype: torch.dtype, device: torch
         gradients=trained * 4,
         moments=trained * 8,
         activations=activation_bytes(model, config.batch.tokens_per_pack, width, config.activation_checkpointing, device),
-        loss=config.batch.tokens_per_pack * model.config.get_text_config().hidden_size * width * 2 + LOSS_CHUNK,
+        loss=loss_bytes(model, config.batch.tokens_per_pack, width, device),
     )
+
+
+def loss_bytes(model: nn.Module, tokens: int, width: int, device: torch.device) -> float:
+    """Bytes that the loss holds: two rows a token, a chunk of logits in fp32 and in the compute dtype, and a trained head's gradient."""
+    head = model.get_output_embeddings().weight
+    rows = min(tokens, rows_per_chunk(head.shape[0], torch.float32, device.type))
+    gradient = head.numel() * 4 if head.requires_grad else 0
+    return 2 * tokens * head.shape[1] * width + rows * head.shape[0] * (4 + width) + gradient
 
 
 def activation_bytes(model: nn.Module, tokens: int, width: int, checkpointing: str, device: torch.device) -> float:

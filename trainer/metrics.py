@@ -20,7 +20,7 @@ from torch import nn
 
 # Dense bf16 product rates that the makers state, FLOP/s.
 STATED_PEAK = {
-    "H200": 989e12, "H100": 989e12, "H800": 989e12, "B200": 2250e12, "GB200": 2250e12, "A100": 312e12, "A800": 312e12,
+    "H200": 989e12, "H100": 989e12, "H800": 989e12, "B200": 2250e12, "A100": 312e12, "A800": 312e12,
     "L40S": 362e12, "RTX 4090": 165e12, "RTX 5090": 210e12, "MI300X": 1307e12,
 }
 
@@ -35,10 +35,13 @@ class ModelSize:
     trained_matrices: int
     head: int  # V * D
     head_trained: bool
+    experts: bool  # routes tokens to experts, of which the convention says nothing
     attention_width: int  # sum over layers of heads * head_dim; a window is not taken into account
 
-    def flops(self, tokens: int, supervised: int, squared_lengths: int) -> float:
-        """FLOP of a training step over `tokens` real tokens, `supervised` rows and sum(len^2) = `squared_lengths`."""
+    def flops(self, tokens: int, supervised: int, squared_lengths: int) -> float | None:
+        """FLOP of a training step over `tokens` real tokens, `supervised` rows and sum(len^2) = `squared_lengths`; None with experts."""
+        if self.experts:
+            return None
         matrices = (4 * self.frozen_matrices + 6 * self.trained_matrices) * tokens
         head = (6 if self.head_trained else 4) * self.head * supervised
         return matrices + head + 6 * squared_lengths * self.attention_width
@@ -57,7 +60,9 @@ def model_size(model: nn.Module) -> ModelSize:
     return ModelSize(
         parameters=sum(p.numel() for p in weights), trainable=sum(p.numel() for p in weights if p.requires_grad),
         frozen_matrices=counts[False], trained_matrices=counts[True], head=head.weight.numel(),
-        head_trained=head.weight.requires_grad, attention_width=config.num_hidden_layers * config.num_attention_heads * width,
+        head_trained=head.weight.requires_grad,
+        experts=any(getattr(config, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts")),
+        attention_width=config.num_hidden_layers * config.num_attention_heads * width,
     )
 
 

@@ -7,6 +7,7 @@ Shapes: T tokens of a pack, n samples in it, W model width, V vocabulary.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import re
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -33,7 +36,7 @@ from trainer.packing import Batch
 __all__ = ["HeadSpec", "PatchReport", "apply_activation_checkpointing", "bare", "compute_dtype", "forward_hidden", "head", "load_model",
            "load_tokenizer", "outline", "patch", "use_packed_attention"]
 logger = logging.getLogger(__name__)
-TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "tekken.json")
+TOKENIZER_FILES = ("tokenizer.*", "vocab*", "*.model", "*.tiktoken", "tekken.json")  # not tokenizer_config.json, which has no tokens
 
 
 # ---------------------------------------------------------------- loading
@@ -68,7 +71,7 @@ def outline(cfg: config.Config) -> PreTrainedModel:
 
 def compute_dtype(precision: Literal["auto", "fp32", "bf16"], device: torch.device) -> torch.dtype:
     if precision == "auto":
-        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
 
 
@@ -98,6 +101,18 @@ def _source(settings: config.Model) -> str:
     return str(file.resolve())
 
 
+def weights_fingerprint(settings: config.Model) -> str | None:
+    """What tells one set of base weights from another without reading them: names, sizes and times of a folder's files, or the
+    hub's commit. None for random weights, which the seed decides."""
+    if settings.path is None:
+        return None
+    folder = Path(settings.path).expanduser()
+    if not folder.is_dir():
+        return getattr(AutoConfig.from_pretrained(settings.path, trust_remote_code=settings.trust_remote_code), "_commit_hash", None)
+    files = sorted(folder.glob("*.safetensors"))
+    return hashlib.sha256(repr([(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]).encode()).hexdigest()[:16]
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -106,7 +121,11 @@ def _load_weights(source: str, dtype: torch.dtype, device: torch.device, trust_r
     with _one_line("model.path", source):
         model, info = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, device_map=device if device.type == "cuda" else None, use_safetensors=True,
-            trust_remote_code=trust_remote_code, output_loading_info=True)
+            trust_remote_code=trust_remote_code, output_loading_info=True, ignore_mismatched_sizes=True)
+    if unfit := sorted(info["mismatched_keys"]):
+        name, found, expected = unfit[0]
+        raise UserError(f"model.path: {len(unfit)} weights in {source} do not fit its config.json: expected {tuple(expected)} for {name}, "
+                        f"found {tuple(found)}")
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"model.path: {source} lacks {len(missing)} weights of {type(model).__name__}, such as {missing[0]}")
     return model
@@ -147,16 +166,20 @@ def _check_folder(folder: Path) -> None:
 
 @contextmanager
 def _one_line(option: str, source: str | Path) -> Iterator[None]:
-    """Turn what the libraries raise for unreadable, unknown or unreachable models into one line."""
+    """Turn what the libraries raise for unreadable, unknown or unreachable models into one line, without their warnings before it."""
+    verbosity = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
     try:
         yield
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
-        why = " ".join(str(error).split())
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, SafetensorError, StrictDataclassError) as error:
+        why = " ".join(str(error).split()).partition(" Model type should be one of ")[0]
         if "trust_remote_code" in why:
             why = "it needs Python code of its own; add --model.trust_remote_code true if you trust it"
         elif not Path(source).exists():
             why = f"no such folder here, and not to be had from the hub under this name ({type(error).__name__})"
         raise UserError(f"{option}: cannot load {source}: {why[:300]}") from error
+    finally:
+        transformers.utils.logging.set_verbosity(verbosity)
 
 
 def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

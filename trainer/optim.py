@@ -96,8 +96,7 @@ class FlatAdamW:
         for group in self.adamw.param_groups:
             group["lr"] = lr
         self.adamw.step()
-        for group in self.groups:
-            group.publish()
+        self.publish()
         return norm
 
     @torch.no_grad()
@@ -107,6 +106,11 @@ class FlatAdamW:
             for p in group.parameters:
                 if p.dtype == torch.float32:
                     p.data, p.grad = p.data.clone(), None
+
+    def publish(self) -> None:
+        """Round every master into its parameter of lower precision; fp32 parameters are their masters."""
+        for group in self.groups:
+            group.publish()
 
     def state(self) -> dict[str, Tensor]:
         """Everything the next step depends on, by name."""
@@ -127,7 +131,7 @@ class FlatAdamW:
             state = self.adamw.state[group.master]
             for name in ("step", "exp_avg", "exp_avg_sq"):
                 state[name] = tensors[f"{i}.{name}"].to(group.master.device, copy=True)
-            group.publish()
+        self.publish()
 
 
 def learning_rate(step: int, total: int, settings: Optim) -> float:

@@ -43,6 +43,7 @@ class Samples:
     supervised: np.ndarray  # int64[n], supervised tokens that have a token before them
     weights: np.ndarray  # float32[n]
     sources: np.ndarray  # int16[n], index into `names`
+    records: np.ndarray  # int64[n], the record of its source that the sample comes from
     _chunks: list[tuple[np.ndarray, np.ndarray]]  # token ids and flags of consecutive records, memory-mapped
     _chunk: np.ndarray  # int32[n], index into `_chunks`
     _begin: np.ndarray  # int64[n], where the sample begins in its chunk
@@ -57,7 +58,7 @@ class Samples:
 
     def select(self, indices: np.ndarray) -> Samples:
         """The samples at `indices`, in that order; `over` still tells of the whole."""
-        arrays = ("lengths", "supervised", "weights", "sources", "_chunk", "_begin")
+        arrays = ("lengths", "supervised", "weights", "sources", "records", "_chunk", "_begin")
         return replace(self, **{name: getattr(self, name)[indices] for name in arrays})
 
     @cached_property
@@ -154,7 +155,7 @@ def _cut(tokens: Dataset, name: str, data: Data) -> tuple[Samples, dict[str, int
         raise UserError(_nothing_left(lengths, name, data))
     weights = tokens.data.column("weight").to_numpy().astype(np.float32)[record]
     source = np.zeros(len(record), dtype=np.int16)
-    samples = Samples([name], {}, length, supervised, weights, source, chunks, chunk, begin).select(keep)
+    samples = Samples([name], {}, length, supervised, weights, source, record, chunks, chunk, begin).select(keep)
     lost = int(lengths.sum() - samples.lengths.sum())
     return samples, {"kept": len(keep), **tally, "unsupervised": len(record) - len(keep), "tokens_lost": lost}
 
@@ -209,7 +210,7 @@ def _nothing_left(lengths: np.ndarray, name: str, data: Data) -> str:
 def _join(parts: list[Samples], names: list[str], over: dict[str, dict[str, int]]) -> Samples:
     """The samples of all sources as one."""
     first_chunk = np.cumsum([0] + [len(part._chunks) for part in parts])
-    joined = ("lengths", "supervised", "weights", "_begin")
+    joined = ("lengths", "supervised", "weights", "records", "_begin")
     columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in joined}
     return Samples(
         names, over, **columns,

@@ -27,6 +27,7 @@ BATCH = Batch(tokens_per_pack=1024, tokens_per_step=1024)  # some 30 chats a ste
 
 def pretrain(member: Member, work: Path) -> Path:
     """Both stages, under `work`; returns the folder of the finished model."""
+    shutil.rmtree(work, ignore_errors=True)
     start = work / "start"
     tokenizer = make_tokenizer()
     tokenizer.save_pretrained(start)
