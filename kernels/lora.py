@@ -21,7 +21,7 @@ With dropout and DoRA together PEFT drops the base product's x as well, which co
 adapter's x is dropped: the expectation over masks is the same, the variance smaller, and the cost one base product.
 
 The small products are 6TR(K+N) FLOP beside the base's 4TKN, but as autograd nodes they also write and read y, ∂x and
-the scaled branch several times; here they accumulate into the base product's output. Measured on one Zen 4 core with
+the scaled branch several times; here they accumulate into the base product's output. Measured on one Zen 5 core with
 T=1000, R=16: forward + backward, fp32, as a multiple of the bare base products xWᵀ and ∂yW (PEFT's module in brackets):
 
                       plain           dropout 0.1      DoRA

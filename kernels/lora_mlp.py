@@ -11,7 +11,7 @@ Products without dropout: forward 3 base + 5 small (the stacked S_g, S_u; S_g B_
 3 base + 10 small (down: D_d, D_d A_d, ∂A_d, ∂B_d; gate and up: D_g, D_u, one Σ D_i A_i, one stacked ∂A, ∂B_g, ∂B_u).
 
 Saved: x, g, u and the narrow S (with DoRA the unscaled V in the place of g and u). h, as wide as g, is made again in
-the backward; separate nodes keep act(g) and h beside them. Measured on one Zen 4 core, T=1000, 256 -> 688 -> 256, R=16,
+the backward; separate nodes keep act(g) and h beside them. Measured on one Zen 5 core, T=1000, 256 -> 688 -> 256, R=16,
 fp32, forward + backward, as a multiple of the bare base products (PEFT's modules in brackets): plain 1.26 (1.41),
 dropout 0.1 1.44 (1.70), DoRA 1.37 (1.65).
 """

@@ -61,7 +61,8 @@ def test_phases_add_up():
 
 def test_records_beyond_the_checkpoint_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(json.dumps({"kind": "step", "step": s}) + "\n" for s in (10, 20, 30)) + '{"kind": "st')
+    whole = [{"kind": "step", "step": s} for s in (10, 20, 30)] + [{"kind": "end", "step": 20}]
+    path.write_text("".join(json.dumps(r) + "\n" for r in whole) + '{"kind": "step", "step": 20, "seconds": {"data": 0.1}')
     keep_records(path, 20)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [10, 20]
     keep_records(path, 0)

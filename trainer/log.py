@@ -7,6 +7,7 @@ import importlib
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
@@ -57,10 +58,19 @@ def keep_records(path: Path, first_step: int) -> None:
     if first_step == 0:
         path.unlink()
         return
-    records = ((line, json.loads(line)) for line in path.read_text().splitlines() if line.endswith("}"))
+    kept = [r for r in _whole_records(path) if r["step"] <= first_step and r["kind"] != "end"]
     aside = path.with_suffix(".partial")
-    aside.write_text("".join(f"{line}\n" for line, r in records if r["step"] <= first_step and r["kind"] != "end"))
+    aside.write_text("".join(json.dumps(record) + "\n" for record in kept))
     aside.replace(path)
+
+
+def _whole_records(path: Path) -> Iterator[dict]:
+    """The file's records, but for lines that a kill cut short."""
+    for line in path.read_text().splitlines():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            continue
 
 
 def _step_line(r: dict) -> str:

@@ -103,6 +103,8 @@ def fit(job: Job, state: checkpoint.State) -> Ending:
                 received = job.world.largest(interrupts.received or 0)
             if due(state.step, job.config.checkpoint.every) or received:
                 save(job, state, meter)
+    if meter.losses:
+        report(job, state, meter)  # an early stop comes between log steps
     ending = ended(job, state, received)
     finish(job, state, ending, totals, time.perf_counter() - begun, meter.aside)
     return ending

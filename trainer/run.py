@@ -45,7 +45,7 @@ The two commonest commands:
 First, see what would be trained on, with masks, lengths and memory:      add --dry_run
 Train all weights instead of an adapter:                                  add --adapter full
 Go on after an interruption:                                              add --resume auto
-Several GPUs:                             torchrun --nproc-per-node 8 -m trainer.run ...
+Several GPUs:                             torchrun --nproc-per-node 4 -m trainer.run ...
 
 --help lists every option; --print_config prints them as YAML with their values."""
 
