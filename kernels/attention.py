@@ -34,7 +34,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.lora import autocast_input, draw_seed, dropout_mask, kept_fraction, without_autocast
+from kernels._autocast import autocast_input, without_autocast
+from kernels._dropout import draw_seed, dropout_mask, kept_fraction
 
 # Rows in a tile: 64 and 192 are within 10% either way, 512 up to a third slower on short documents.
 BLOCK = 128

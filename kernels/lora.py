@@ -33,13 +33,15 @@ T=1000, R=16: forward + backward, fp32, as a multiple of the bare base products 
 The FLOPs alone make 256 -> 256 1.19. mm, F.linear and pre-transposed weights run within 5% of each other.
 """
 
-import functools
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from kernels._autocast import autocast_input, without_autocast
+from kernels._dropout import draw_seed, dropout_mask, kept_fraction
 
 # Rows of W whose fp32 copy is alive at once while DoRA's row norms are taken: 4 MB.
 NORM_CHUNK_BYTES = 4 << 20
@@ -72,27 +74,6 @@ N_TENSORS = 5
 
 
 # The torch reference: plain functions on tensors, which autograd Functions here and in lora_mlp string together.
-
-
-def draw_seed(dropout: float) -> int | None:
-    """A seed from the global CPU generator, so that activation checkpointing and resuming replay the same masks."""
-    return int(torch.randint(2**62, ())) if dropout else None
-
-
-def kept_fraction(dropout: float) -> float:
-    """1 - dropout in steps of 2⁻¹⁶, the resolution of `dropout_mask`."""
-    return min(max(round((1 - dropout) * 65536), 1), 65535) / 65536 if dropout else 1.0
-
-
-def dropout_mask(shape: torch.Size, dropout: float, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Ones with probability `kept_fraction(dropout)`, else zeros. The four 16-bit lanes of a 64-bit draw decide four
-    elements: 0.24 ms for 1000 x 256 where bernoulli_ takes 1.07 ms, as long as a 256 x 256 base product."""
-    n = shape.numel()
-    draws = torch.empty(-(-n // 4), dtype=torch.int64, device=generator.device)
-    draws.random_(-(2**63), None, generator=generator)
-    threshold = int(kept_fraction(dropout) * 65536) - 32768
-    # compared straight into x's dtype: a bool mask costs three times as much to multiply with
-    return torch.lt(draws.view(torch.int16)[:n].view(shape), threshold, out=draws.new_empty(shape, dtype=dtype))
 
 
 def masked(x: Tensor, part: Projection) -> tuple[Tensor, Tensor | None]:
@@ -252,27 +233,6 @@ def projections(settings, tensors) -> list[Projection]:
 
 def by_projection(flags) -> list[tuple[bool, ...]]:
     return [tuple(flags[i:i + N_TENSORS]) for i in range(0, len(flags), N_TENSORS)]
-
-
-def without_autocast(method):
-    """Runs an autograd Function's forward or backward in the dtypes it is given: the public op has cast x already."""
-
-    @functools.wraps(method)
-    def run(ctx, first, *rest):
-        if not torch.is_autocast_enabled(first.device.type):
-            return method(ctx, first, *rest)
-        with torch.autocast(first.device.type, enabled=False):
-            return method(ctx, first, *rest)
-
-    return run
-
-
-def autocast_input(x: Tensor) -> Tensor:
-    """x in the dtype that autocast, where it is on, gives to products (it leaves fp64 alone)."""
-    device = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return x
-    return x.to(torch.get_autocast_dtype(device))
 
 
 class _Projections(torch.autograd.Function):

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels._autocast import autocast_input, without_autocast
 from kernels.glu import ACTIVATIONS, glu_backward_reference, glu_reference
 from kernels.lora import (
-    autocast_input,
     by_projection,
     check_projection,
     finish,
@@ -30,7 +30,6 @@ from kernels.lora import (
     project,
     project_backward,
     projections,
-    without_autocast,
 )
 
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
+from kernels._dropout import dropout_mask, kept_fraction
 from kernels.attention import BACKENDS, backend, check_backward_offsets, packed_attention
-from kernels.lora import dropout_mask, kept_fraction
 
 DOUBLE = torch.float64
 MODULE = sys.modules["kernels.attention"]

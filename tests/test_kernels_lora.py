@@ -9,7 +9,8 @@ from peft import LoraConfig
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch.utils.checkpoint import checkpoint
 
-from kernels.lora import Lora, dropout_mask, kept_fraction, lora_linear, lora_qkv
+from kernels._dropout import dropout_mask, kept_fraction
+from kernels.lora import Lora, lora_linear, lora_qkv
 
 DOUBLE = torch.float64
 

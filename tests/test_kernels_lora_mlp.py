@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
-from kernels.lora import Lora, dropout_mask, kept_fraction
+from kernels._dropout import dropout_mask, kept_fraction
+from kernels.lora import Lora
 from kernels.lora_mlp import lora_mlp
 from tests.test_kernels_lora import DOUBLE, assert_same, formula, lora_of, make, peft_linear, relative, trained
 
