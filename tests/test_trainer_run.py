@@ -280,6 +280,13 @@ def test_a_dry_run_shows_everything_and_trains_nothing(model_folder, chats, tmp_
     assert not (tmp_path / "run").exists()
 
 
+def test_held_out_samples_that_are_trained_on_are_pointed_out(model_folder, chats, tmp_path, capsys):
+    run(model_folder, chats, tmp_path / "run", "--dry_run", "--data.heldout", str(chats))
+    assert "held out: 120 samples" in (shown := capsys.readouterr().out) and "WARNING: 120 of them are also trained on" in shown
+    run(model_folder, chats, tmp_path / "run", "--dry_run", "--data.heldout_share", "0.1")
+    assert "held out: 12 samples" in (shown := capsys.readouterr().out) and "WARNING" not in shown
+
+
 def mistake(model_folder, chats, tmp_path, *more) -> str:
     """What a run in a process of its own says, which must be one line on standard error and status 1."""
     done = subprocess.run([sys.executable, "-m", "trainer.run", *arguments(model_folder, chats, tmp_path / "run", *more)],

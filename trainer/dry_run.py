@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from trainer.config import Config
-from trainer.inputs import Inputs, account
+from trainer.inputs import Inputs, account, heldout_line
 from trainer.lora import add_adapter
 from trainer.memory import estimate
 from trainer.metrics import model_size
@@ -66,5 +66,6 @@ def _show_plan(inputs: Inputs, facts: dict, config: Config) -> None:
     print(f"lengths: median {middle}, 10% below {low}, 10% above {high}, longest {lengths.max()} of {config.data.max_length} allowed")
     print(f"packing: {len(facts['pack_fill'])} packs of {facts['tokens_per_pack']} tokens in the first epoch, "
           f"{facts['packing_efficiency']:.1%} full, no padding")
-    heldout = f", {len(inputs.heldout[0].lengths)} samples held out" if inputs.heldout else ""
-    print(f"plan: {inputs.plan.total} steps of {inputs.plan.packs_per_step} packs over {config.epochs:g} epochs{heldout}")
+    if inputs.heldout:
+        print(heldout_line(inputs))
+    print(f"plan: {inputs.plan.total} steps of {inputs.plan.packs_per_step} packs, {inputs.plan.progress(inputs.plan.total):.3g} epochs")

@@ -81,6 +81,14 @@ def _hold_out(config: Config, samples: Samples, roles: list[str], template: Chat
     return samples.select(np.flatnonzero(~chosen)), _packed(config, samples.select(np.flatnonzero(chosen)))
 
 
+def heldout_line(inputs: Inputs) -> str:
+    """How much is held out, and how much of that is trained on all the same."""
+    held, known = inputs.heldout[0], {hash(inputs.samples[i][0].tobytes()) for i in range(len(inputs.samples))}
+    shared = sum(hash(held[i][0].tobytes()) in known for i in range(len(held)))
+    warning = f"; WARNING: {shared:,} of them are also trained on, so their loss says nothing about new text" if shared else ""
+    return f"held out: {len(held):,} samples, {int(held.supervised.sum()):,} supervised tokens{warning}"
+
+
 def _packed(config: Config, samples: Samples) -> tuple[Samples, list[np.ndarray]]:
     return samples, pack(samples.lengths, config.batch.tokens_per_pack, config.batch.max_documents, seed=0)
 

@@ -15,7 +15,7 @@ from trainer.config import Config, validate
 from trainer.distributed import World, world
 from trainer.dry_run import show
 from trainer.errors import UserError
-from trainer.inputs import Inputs, account, prepare_inputs
+from trainer.inputs import Inputs, account, heldout_line, prepare_inputs
 from trainer.log import Log
 from trainer.loop import Job, fit
 from trainer.lora import add_adapter
@@ -158,6 +158,8 @@ def greet(config: Config, facts: dict, inputs: Inputs, device: torch.device, pat
     for share in facts["sources"]:
         print(f"{share['role']} {share['name']}: {share['samples']:,} samples, {share['share_rows']:.1%} of rows, "
               f"{share['share_tokens']:.1%} of tokens; dropped {share['dropped']}, truncated {share['truncated']}, split {share['split']}")
+    if inputs.heldout:
+        print(heldout_line(inputs))
     print(f"plan: {inputs.plan.total} steps of {inputs.plan.packs_per_step} packs of {config.batch.tokens_per_pack} tokens", flush=True)
 
 
