@@ -183,7 +183,7 @@ def test_kill_nine_and_resume_is_bitwise_equal(model_folder, chats, tmp_path, un
     process = start(model_folder, chats, folder, *LONG, "--resume", "auto")
     output = process.communicate()[0]
     assert process.returncode == 0, output
-    assert "resuming from" in output
+    assert "resuming from step" in output
     for name, tensor in weights(uninterrupted).items():
         assert torch.equal(tensor, weights(folder)[name]), name
     figures = [[(r["step"], r["loss"]) for r in records(f, "eval")] for f in (folder, uninterrupted)]

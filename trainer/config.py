@@ -101,7 +101,7 @@ class Evaluation:
     """Held-out loss during training."""
 
     every: int = 0  # steps between evaluations; 0: only at the end
-    patience: int = 0  # stop after this many evaluations without a better loss; 0: never
+    patience: int = 0  # stop after this many evaluations without a better loss, with the weights as they then are; 0: never
 
 
 @dataclass

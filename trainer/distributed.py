@@ -44,13 +44,12 @@ class World:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
 
-    def largest(self, number: int) -> int:
-        """The largest of the ranks' numbers."""
-        if self.size == 1:
-            return number
-        numbers: list[int] = [0] * self.size
-        dist.all_gather_object(numbers, number)
-        return max(numbers)
+    def gather(self, number: int) -> list[int]:
+        """Every rank's number, on every rank."""
+        numbers = [number] * self.size
+        if self.size > 1:
+            dist.all_gather_object(numbers, number)
+        return numbers
 
     def on_main(self, work: Callable[[], object]) -> None:
         """Run `work` on rank 0 while the others wait. A UserError there is raised on every rank, so that none waits for ever."""

@@ -51,9 +51,8 @@ class Job:
 
 @dataclass
 class Meter:
-    """Figures since the last log line; those of the device stay there until `read`."""
+    """Figures since the last log line; those of the device stay there until `report` reads them."""
 
-    device: torch.device
     phases: Phases
     losses: list[Tensor] = field(default_factory=list)
     norms: list[Tensor] = field(default_factory=list)
@@ -81,7 +80,7 @@ def fit(job: Job, state: checkpoint.State) -> Ending:
     """Train on from `state`, which is kept up to date, to the end of the plan, or to an early stop or signal."""
     every, plan, last = job.config.logging.every, job.plan, job.plan.total
     totals, begun, received = Counts(), time.perf_counter(), None
-    meter = Meter(job.device, Phases(job.device))
+    meter = Meter(Phases(job.device))
     if job.heldout and state.step == 0:
         evaluate(job, state, meter)  # what the run has to better
     job.model.train()
@@ -100,7 +99,7 @@ def fit(job: Job, state: checkpoint.State) -> Ending:
             if job.heldout and (due(state.step, job.config.evaluation.every) or state.step == last):
                 evaluate(job, state, meter)
             if state.step < last and (job.world.size == 1 or due(state.step, every)):  # asking the other ranks waits for them
-                received = job.world.largest(interrupts.received or 0)
+                received = max(job.world.gather(interrupts.received or 0))
             if due(state.step, job.config.checkpoint.every) or received:
                 save(job, state, meter)
     if meter.losses:

@@ -126,7 +126,7 @@ def build(config: Config, inputs: Inputs, device: torch.device, ranks: World) ->
     identity = checkpoint.identity(config, ranks.size, samples=inputs.samples.fingerprint, heldout_samples=heldout,
                                    base_weights=weights_fingerprint(config.model))
     state = start(output, config, identity, optimizer)
-    if ranks.largest(state.step) != state.step:
+    if len(set(ranks.gather(state.step))) > 1:  # all ranks see it, so all stop
         raise UserError(f"resume: ranks found different checkpoints in {output}; expected one folder that all of them see")
     facts = account(inputs, config) | {
         "model": {"path": config.model.path or config.model.config, "family": patched.family, "parameters": size.parameters,
@@ -135,6 +135,8 @@ def build(config: Config, inputs: Inputs, device: torch.device, ranks: World) ->
     log = None
     if ranks.is_main:
         greet(config, facts, inputs, device, patched)
+        if state.step:
+            print(f"resuming from step {state.step}")
         log = Log(output, config, inputs.plan.total, state.step)
     return Job(config, output, model, size, optimizer, inputs.samples, inputs.plan, inputs.heldout, device, ranks, log), state
 
@@ -144,7 +146,6 @@ def start(output: Path, config: Config, identity: dict, optimizer: FlatAdamW) ->
     last = checkpoint.newest(output / "checkpoints")
     if config.resume == "never" or last is None:
         return checkpoint.State(identity)
-    print(f"resuming from {last}")
     return checkpoint.load(last, identity, optimizer)
 
 

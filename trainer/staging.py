@@ -1,4 +1,4 @@
-"""A step's packs, collated on the CPU and copied to the device while the step before them runs."""
+"""A step's packs, collated on the CPU and queued for the device ahead of the step before them."""
 
 from __future__ import annotations
 
