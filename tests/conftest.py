@@ -1,4 +1,7 @@
-"""One thread per test process (two run at once), no network, and deterministic arithmetic."""
+"""One thread per test process (two run at once), no network, and deterministic arithmetic.
+
+Without a GPU Triton's kernels run in its interpreter, which has to be asked for before they are imported.
+"""
 
 import os
 
@@ -8,7 +11,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from kernels import _launch
 from tests import tiny
+from tests.interpreter import mend_bf16
+
+if _launch.INTERPRETED:
+    mend_bf16()
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
-from kernels.glu import ACTIVATIONS, glu
+from kernels.glu import ACTIVATIONS, glu, glu_backward, glu_forward
+from tests.kernels import DEVICE, DTYPES, assert_as_exact_as_torch, runs_triton, triton_mode
 
 
 def stock(gate, up, activation):
@@ -95,7 +96,55 @@ def test_compiles_in_one_graph(activation):
 
 
 def test_mistakes_are_named():
-    with pytest.raises(ValueError, match=r"glu: expected gate and up of one shape .*got .*\(2, 3\) and .*\(2, 4\)"):
+    with pytest.raises(ValueError, match=r"glu: expected gate and up of one shape, dtype and device, got .*\(2, 3\) on cpu and .*\(2, 4\)"):
         glu(torch.zeros(2, 3), torch.zeros(2, 4))
     with pytest.raises(ValueError, match=r"glu: expected activation in \('silu', 'gelu_tanh'\), got 'relu'"):
         glu(torch.zeros(2, 3), torch.zeros(2, 3), "relu")
+
+
+# ---------------------------------------------------------------- Triton
+
+
+@runs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(0, 4), (1, 1), (3, 31), (2, 3, 511), (2, 513), (1, 4099)])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_kernels_are_as_exact_as_torch(activation, shape, dtype):
+    inputs = [torch.randn(shape, dtype=torch.float64).mul(4).requires_grad_() for _ in range(2)]
+    assert_as_exact_as_torch(lambda g, u: glu(g, u, activation), lambda g, u: stock(g, u, activation), inputs, dtype)
+
+
+@runs_triton
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_kernels_take_views_and_huge_gates(activation):
+    fused = torch.randn(5, 14, device=DEVICE)
+    fused[0, :4] = torch.tensor([-3e4, -100.0, 100.0, 3e4])
+    gate, up = fused.requires_grad_().chunk(2, -1)
+    with triton_mode():
+        y = glu(gate, up, activation)
+        dfused, = torch.autograd.grad(y.sum(), fused)
+    torch.testing.assert_close(y, stock(gate, up, activation))
+    torch.testing.assert_close(dfused, torch.autograd.grad(stock(gate, up, activation).sum(), fused)[0])
+
+
+@runs_triton
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_backward_hands_out_y_again(activation):
+    dy, gate, up = (torch.randn(3, 33, device=DEVICE) for _ in range(3))
+    with triton_mode():
+        again = glu_backward(dy, gate, up, activation, True)[2]
+        assert torch.equal(again, glu_forward(gate, up, activation))
+        assert glu_backward(dy, gate, up, activation, False)[2].numel() == 0
+
+
+@runs_triton
+def test_kernels_compile_in_one_graph():
+    torch._dynamo.reset()
+    gate, up, dy = (torch.randn(4, 8, device=DEVICE, requires_grad=True) for _ in range(3))
+    with triton_mode():
+        ours = torch.compile(glu, fullgraph=True, backend="aot_eager")(gate, up)
+        gradients = torch.autograd.grad(ours, (gate, up), dy)
+        torch.library.opcheck(glu_forward.node, (gate.detach(), up.detach(), "silu"))
+        torch.library.opcheck(glu_backward.node, (dy.detach(), gate.detach(), up.detach(), "silu", True))
+    torch.testing.assert_close(ours, stock(gate, up, "silu"))
+    torch.testing.assert_close(gradients, torch.autograd.grad(stock(gate, up, "silu"), (gate, up), dy))
