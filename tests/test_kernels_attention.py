@@ -5,12 +5,11 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from kernels._dropout import dropout_mask, kept_fraction
 from kernels.attention import BACKENDS, backend, check_backward_offsets, packed_attention
+from tests.kernels import given, settings, st
 
 DOUBLE = torch.float64
 MODULE = sys.modules["kernels.attention"]

@@ -5,12 +5,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
 from kernels.glu import ACTIVATIONS, glu, glu_backward, glu_forward
-from tests.kernels import DEVICE, DTYPES, assert_as_exact_as_torch, runs_triton, triton_mode
+from tests.kernels import DEVICE, DTYPES, assert_as_exact_as_torch, given, runs_triton, settings, st, triton_mode
 
 
 def stock(gate, up, activation):

@@ -6,13 +6,12 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.autograd import gradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from kernels.linear_cross_entropy import Settings, _op, linear_cross_entropy, linear_cross_entropy_reference, linear_log_prob
+from tests.kernels import given, settings, st
 
 S, D, V = 13, 6, 17
 ROW = V * 8  # bytes of one fp64 row of logits

@@ -3,14 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from peft import LoraConfig
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch.utils.checkpoint import checkpoint
 
 from kernels._dropout import dropout_mask, kept_fraction
 from kernels.lora import Lora, lora_linear, lora_qkv
+from tests.kernels import given, settings, st
 
 DOUBLE = torch.float64
 

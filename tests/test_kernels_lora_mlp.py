@@ -3,13 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from kernels._dropout import dropout_mask, kept_fraction
 from kernels.lora import Lora
 from kernels.lora_mlp import lora_mlp
+from tests.kernels import given, settings, st
 from tests.test_kernels_lora import DOUBLE, assert_same, formula, lora_of, make, peft_linear, relative, trained
 
 ACT = {"silu": F.silu, "gelu_tanh": lambda g: F.gelu(g, approximate="tanh")}

@@ -5,13 +5,12 @@ import importlib
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.autograd import gradcheck
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from kernels.rms_norm import rms_norm
+from tests.kernels import given, settings, st
 
 EPS = 1e-5
 

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.autograd import gradcheck
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb as apply_partial_rotary_pos_emb
 
 from kernels.rope import apply_rope
+from tests.kernels import given, settings, st
 
 
 def inputs(lead=(7,), query_heads=4, key_heads=2, width=8, rotary=8, dtype=torch.float64):
