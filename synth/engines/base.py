@@ -1,0 +1,113 @@
+"""The interface of an engine: complete these token ids; score these choices; how likely are these tokens.
+
+Requests stream in and results stream out, in any order, each bearing its request's key. An engine keeps as many in flight as it can use.
+What a result holds depends on its request alone where `EngineInfo.deterministic` says so, never on order or batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Literal, NamedTuple, Protocol
+
+Key = tuple  # what a request is for, e.g. (item, sample); anything that pickles and compares
+
+
+class Prompt(NamedTuple):
+    """What a model is given: token ids, for an engine that holds the model; the chat itself, for a server that renders it."""
+
+    token_ids: tuple[int, ...] | None
+    messages: tuple[dict, ...] | None = None
+
+
+class Sampling(NamedTuple):
+    """How a completion is drawn. Temperature 0 is greedy. Generation ends at any of `stop_ids`, which is not part of the text."""
+
+    temperature: float
+    top_p: float
+    max_tokens: int
+    stop_ids: tuple[int, ...] = ()
+
+
+class CompletionRequest(NamedTuple):
+    key: Key
+    prompt: Prompt
+    sampling: Sampling
+    seed: int
+
+
+class Completion(NamedTuple):
+    key: Key
+    text: str  # special tokens shown, so that leaked ones can be seen
+    tokens: int  # generated, the one that stopped it included
+    finish: Literal["stop", "length"]
+    logprob: float | None  # of all generated tokens, at temperature 1 and top_p 1; None where a server does not tell
+    prompt_tokens: int
+
+
+class ChoiceRequest(NamedTuple):
+    """Which of `choices` (short texts of one token each, e.g. digits) comes next."""
+
+    key: Key
+    prompt: Prompt
+    choices: tuple[str, ...]
+
+
+class Choice(NamedTuple):
+    key: Key
+    probabilities: tuple[float, ...]  # of the choices in their order, before they are normalised
+    prompt_tokens: int
+
+    @property
+    def mass(self) -> float:
+        """What the choices have together: near 1 where the model answers in the form that was asked for."""
+        return sum(self.probabilities)
+
+
+class LikelihoodRequest(NamedTuple):
+    """How likely `continuation` is after the prompt."""
+
+    key: Key
+    prompt: Prompt
+    continuation: tuple[int, ...]
+
+
+class Likelihood(NamedTuple):
+    key: Key
+    logprob: float  # of the continuation's tokens together
+    tokens: int
+
+
+class EngineInfo(NamedTuple):
+    """What the manifest says of an engine."""
+
+    name: str  # "vllm 0.32.0 (cpu, float32)"
+    model: str
+    fingerprint: str  # of weights and tokenizer; of a server: what it says it serves
+    deterministic: bool  # equal requests give equal results in any batch
+
+
+class EngineError(Exception):
+    """A request, or the whole engine, that failed for good: `key` is None for the whole engine. The message is one line."""
+
+    def __init__(self, message: str, key: Key | None = None):
+        super().__init__(message)
+        self.key = key
+
+
+class Failure(NamedTuple):
+    """In place of a result: this one request cannot be served (too long for the context, refused by the server)."""
+
+    key: Key
+    reason: str
+
+
+class Engine(Protocol):
+    info: EngineInfo
+
+    def complete(self, requests: Iterable[CompletionRequest]) -> Iterator[Completion | Failure]: ...
+
+    def choose(self, requests: Iterable[ChoiceRequest]) -> Iterator[Choice | Failure]: ...
+
+    def likelihood(self, requests: Iterable[LikelihoodRequest]) -> Iterator[Likelihood | Failure]: ...
+
+    def close(self) -> None: ...
