@@ -8,6 +8,7 @@ no second BOS.
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import re
 from collections.abc import Sequence
@@ -34,10 +35,14 @@ class Encoded(NamedTuple):
 
 
 class ChatTemplate:
-    """A tokenizer with its chat template, or with the Jinja text `template` in its place, which errors call `name`."""
+    """A tokenizer with its chat template, or with the Jinja text `template` in its place, which errors call `name`.
 
-    def __init__(self, tokenizer, template: str | None = None, name: str | None = None):
+    A template that prints today's date prints `date` instead, where one is given.
+    """
+
+    def __init__(self, tokenizer, template: str | None = None, name: str | None = None, date: datetime.date | None = None):
         self.tokenizer = tokenizer
+        self.date = date
         self.name = name or tokenizer.name_or_path or type(tokenizer).__name__
         if not tokenizer.is_fast:
             raise UserError(f"tokenizer of {self.name}: expected a fast tokenizer (tokenizer.json), found a slow one, "
@@ -131,6 +136,8 @@ class ChatTemplate:
 
     def _jinja(self, chat: list[Message], **options) -> tuple[list[str], list[list[Span]]]:
         special = self.tokenizer.special_tokens_map
+        if self.date is not None:
+            options["strftime_now"] = self.date.strftime
         return render_jinja_template([chat], chat_template=self.template, **options, **special)
 
     def _render(self, messages: list[Message], **options) -> tuple[str, list[Span]]:

@@ -20,12 +20,13 @@ class Prompt(NamedTuple):
 
 
 class Sampling(NamedTuple):
-    """How a completion is drawn. Temperature 0 is greedy. Generation ends at any of `stop_ids`, which is not part of the text."""
+    """How a completion is drawn. Temperature 0 is greedy. Generation ends at any of the stops, which are not part of the text."""
 
     temperature: float
     top_p: float
     max_tokens: int
     stop_ids: tuple[int, ...] = ()
+    stop_texts: tuple[str, ...] = ()
 
 
 class CompletionRequest(NamedTuple):
