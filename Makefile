@@ -1,6 +1,8 @@
 # make demo   the whole method on a miniature world, and its table
 # make test   the whole test suite
-# Both make the environment (.venv) first if need be. Another Python: make test PYTHON=/path/to/python3.12
+# make gpu    what needs a GPU: kernels' tests and times, one whole step compiled and captured; under nine minutes, one JSON
+# The first two make the environment (.venv) if need be. make gpu takes .venv where there is one, else python3, whatever it has.
+# Another Python: make test PYTHON=/path/to/python3.12
 
 SHELL := /bin/bash
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
@@ -8,7 +10,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p -c '
 RUN := .venv/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check --quiet install
 
-.PHONY: demo test env lint
+.PHONY: demo test env lint gpu
 
 demo: env
 	@$(RUN) -m benchmarks.miniature.demo
@@ -16,6 +18,9 @@ demo: env
 # Two workers of one thread each: right for two cores, and the suite is bound by many small tests, not by products.
 test: env
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -q
+
+gpu:
+	@"$(if $(filter command environment,$(firstword $(origin PYTHON))),$(PYTHON),$(or $(wildcard $(RUN)),python3))" -m benchmarks.gpu $(ARGS)
 
 lint: env
 	@$(RUN) -m ruff check .

@@ -25,6 +25,8 @@ import kernels
 from kernels._launch import SHARED_MEMORY, Recorded, recording, triton
 
 BUDGETS = Path(__file__).parents[1] / "tests" / "budgets.json"
+README = Path(kernels.__file__).parent / "README.md"
+BLOCK = re.compile(r"(?<=<!-- budgets -->\n).*?(?=<!-- end of budgets -->)", re.DOTALL)
 POINTERS = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64", torch.int32: "*i32", torch.uint8: "*u8",
     torch.int8: "*i8", torch.bool: "*i1",
@@ -159,13 +161,26 @@ def check_budgets() -> int:
     return len(wrong)
 
 
+def table(budgets: dict) -> str:
+    """The budgets as a table: "registers / shared KiB" of every kernel on every part; empty where launches on a part take other forms."""
+    lines = [["kernel", *SHARED_MEMORY], ["---"] + ["---:"] * len(SHARED_MEMORY)]
+    for name, by_part in budgets.items():
+        cells = (by_part.get(part) for part in SHARED_MEMORY)
+        lines.append([name, *("" if cell is None else f"{cell['registers']} / {cell['shared'] / 1024:.3g}" for cell in cells)])
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
 def write_budgets() -> None:
-    """Writes what is measured now as the budgets that tests hold kernels to."""
+    """Writes what is measured now as the budgets that tests hold kernels to, and their table in kernels/README.md."""
     budgets: dict[str, dict[str, dict[str, int]]] = {}
     for name, part, result in measure_all():
         kept = {key: result[key] for key in ("registers", "spills", "shared")}
         budgets.setdefault(name, {})[part] = kept | {key: result[key] for key in ("dots", "HGMMA") if result.get(key)}
-    BUDGETS.write_text(json.dumps(dict(sorted(budgets.items())), indent=1) + "\n")
+    budgets = dict(sorted(budgets.items()))
+    # a line for each kernel and part
+    text = json.dumps({name: {part: json.dumps(kept) for part, kept in by_part.items()} for name, by_part in budgets.items()}, indent=1)
+    BUDGETS.write_text(re.sub(r'"(\{.*?\})"', lambda found: found[1].replace('\\"', '"'), text) + "\n")
+    README.write_text(BLOCK.sub(lambda _: table(budgets), README.read_text()))
 
 
 if __name__ == "__main__":

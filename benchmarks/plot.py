@@ -11,6 +11,7 @@ import re
 import sys
 from pathlib import Path
 
+from benchmarks import kernels, predict
 from benchmarks.record import RESULTS, newest
 from trainer.errors import UserError
 
@@ -44,8 +45,9 @@ def draw(record: dict, path: Path) -> Path:
 def view(record: dict) -> tuple:
     """The functions that make a table and a picture of this kind of record."""
     views = {"training": (throughput_table, throughput_picture), "gsm8k": (gsm8k_table, gsm8k_picture),
-             "miniature": (miniature_table, miniature_picture)}
-    return views[record["suite"].split("-")[0]]
+             "miniature": (miniature_table, miniature_picture), "kernels": (kernels.markdown, kernels_picture),
+             "kernels-predicted": (prediction_table, prediction_picture), "gpu": (gpu_table, gpu_picture)}
+    return views.get(record["suite"]) or views[record["suite"].split("-")[0]]
 
 
 def rows_of_markdown(rows: list[list[str]]) -> str:
@@ -153,6 +155,49 @@ def miniature_picture(record: dict, figure, axes) -> None:
         axes.plot(row["domain"], row["general"], "o", markersize=9, color=OURS, clip_on=False)
         axes.annotate(row["line"], (row["domain"], row["general"]), xytext=(8, 8), textcoords="offset points")
     axes.set(xlabel="domain accuracy", ylabel="general accuracy", xlim=(0, 1.15), ylim=(0, 1.1))
+
+
+# ---------------------------------------------------------------- kernels
+
+
+def prediction_table(record: dict) -> str:
+    """Of the first model, beside what the newest record of a GPU measured."""
+    return predict.markdown(record, predict.newest_measured(), (record["conditions"]["models"][0]["name"],))
+
+
+def prediction_picture(record: dict, figure, axes) -> None:
+    """Predicted milliseconds of the first model's operations on every part, on a logarithmic axis."""
+    model, parts = record["conditions"]["models"][0]["name"], [part["name"] for part in record["conditions"]["parts"]]
+    rows = [row for row in record["summary"] if row["model"] == model][::-1]
+    figure.set_size_inches(8, 1 + 0.45 * len(rows))
+    for i, (part, colour) in enumerate(zip(parts, (OURS, "#c8803c", OTHERS))):
+        axes.barh([j + 0.27 * (1 - i) for j in range(len(rows))], [sum(row["ms"][part].values()) for row in rows], 0.25, color=colour,
+                  label=part)
+    axes.set_yticks(range(len(rows)), [row["operation"] for row in rows])
+    axes.set(xscale="log", xlabel=f"predicted ms, forward and backward, {model}")
+    axes.legend(frameon=False)
+
+
+def kernels_picture(record: dict, figure, axes) -> None:
+    """How many times as long as ours every other line of the first model's operations takes."""
+    model = record["conditions"]["models"][0]["name"]
+    rows = [row for row in record["summary"] if row["model"] == model and row["ms"] and kernels.OURS in row["ratio"]][::-1]
+    figure.set_size_inches(8, 1 + 0.25 * len(rows))
+    axes.barh([f"{row['operation']}: {row['line']}" for row in rows], [row["ratio"][kernels.OURS]["value"] for row in rows], color=OTHERS)
+    axes.axvline(1, color=OURS)
+    axes.set_xlabel(f"time over Steadfast's, {model}, {record['device']}")
+
+
+def gpu_table(record: dict) -> str:
+    """The outcome of each part of `make gpu`, then the kernels' table."""
+    rows = [["part", "outcome"], *([name, f"{part['outcome']} ({part.get('seconds', 0):.0f} s)"] for name, part in record["parts"].items())]
+    inside = record["parts"].get("kernels", {}).get("record")
+    return rows_of_markdown(rows) + "\n" + (f"\n{kernels.markdown(inside)}" if inside else "")
+
+
+def gpu_picture(record: dict, figure, axes) -> None:
+    if inside := record["parts"].get("kernels", {}).get("record"):
+        kernels_picture(inside, figure, axes)
 
 
 # ---------------------------------------------------------------- README

@@ -18,7 +18,8 @@ import torch
 from trainer.errors import UserError
 
 RESULTS = Path(__file__).parent / "results"
-VERSIONS = ("torch", "triton", "transformers", "peft", "trl", "datasets", "numpy")
+VERSIONS = ("torch", "triton", "transformers", "peft", "trl", "datasets", "numpy", "bitsandbytes", "flash-attn", "liger-kernel",
+            "cut-cross-entropy")
 
 
 def make(suite: str, conditions: dict, agreement: dict[str, float], summary: list[dict], raw: dict[str, list[dict]]) -> dict:
@@ -44,7 +45,9 @@ def code(root: Path = RESULTS.parents[1]) -> dict:
 
 def command() -> str:
     """How to run it again."""
-    return shlex.join(["python", "-m", "benchmarks.run", *sys.argv[1:]])
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    module = spec.name if spec and spec.name.startswith("benchmarks.") else "benchmarks.run"
+    return shlex.join(["python", "-m", module, *sys.argv[1:]])
 
 
 def machine() -> dict:

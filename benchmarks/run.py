@@ -10,11 +10,11 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything measured is made here
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from benchmarks import gsm8k, plot, record, training
+from benchmarks import gsm8k, kernels, plot, record, training
 from benchmarks.miniature import demo
 from trainer.errors import UserError
 
-SUITES = {"training": training, "gsm8k": gsm8k, "miniature": demo}
+SUITES = {"training": training, "gsm8k": gsm8k, "miniature": demo, "kernels": kernels}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"benchmarks.run: {error}", file=sys.stderr)
         return 2
-    print(plot.markdown(measured))
+    print(getattr(SUITES[arguments.suite], "report", plot.markdown)(measured))
     print(f"record: {path}\npicture: {plot.draw(measured, arguments.results / (measured['suite'] + '.png'))}")
     return 0
 

@@ -27,7 +27,7 @@ def _checked(mode: str) -> str:
     return mode
 
 
-_mode = _checked(os.environ.get("KERNELS_BACKEND", "auto"))
+_mode = os.environ.get("KERNELS_BACKEND", "auto")  # checked where it is first asked for, so that importing this never fails
 
 
 @contextlib.contextmanager
@@ -41,14 +41,20 @@ def backend_mode(mode: str) -> Iterator[None]:
         _mode = before
 
 
+def mode() -> str:
+    """KERNELS_BACKEND as it stands."""
+    return _mode
+
+
 def serving(device: torch.device, dtype: torch.dtype) -> str:
-    """"triton" or "reference"; ValueError where KERNELS_BACKEND=triton cannot be had."""
+    """"triton" or "reference"; ValueError where KERNELS_BACKEND is none of MODES, or is triton and that cannot be had."""
     if _mode == "reference" or dtype not in DTYPES:
         return "reference"
     if device.type == "meta":
         return "triton" if _launch.is_recording() else "reference"
     if _mode == "auto":
         return "triton" if device.type == "cuda" and _launch.triton is not None and not _launch.INTERPRETED else "reference"
+    _checked(_mode)
     if _launch.triton is None:
         raise ValueError("KERNELS_BACKEND=triton: expected Triton to be installed, found none; install it, or use KERNELS_BACKEND=auto")
     if device.type != "cuda" and not _launch.INTERPRETED:

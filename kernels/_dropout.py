@@ -1,17 +1,38 @@
-"""Dropout masks that are drawn again in the backward instead of kept: a seed from the global generator decides each."""
+"""Dropout masks that are made again in the backward instead of kept: a seed from torch's default generator decides each.
+
+The torch form draws from a generator that the seed starts. The Triton form has no state: element (row, column) of mask number `stream` is
+
+    lane column % 8 of Philox4x32(key = seed, counter = (column // 8, row's high half, row's low half, stream)) < 2¹⁶ · fraction kept
+
+so any kernel, whatever its tiles, can make any part of a mask where it needs it. Philox with 7 rounds passes BigCrush (Salmon et al.,
+"Parallel random numbers: as easy as 1, 2, 3", SC11, table 2); its four 32-bit words are eight lanes of 16 bits, and none is wasted. A
+thread that loads eight neighbours of a row holds the draw that decides them, so no value changes threads; and the first two of the rounds
+multiply per row and per column, not per element. Counted in sm_90's machine code: 6 to 7 instructions an element.
+"""
 
 import torch
 from torch import Tensor
 
+from kernels._dispatch import operator, triton_serves
+from kernels._launch import ANY, Launch, cdiv, constexpr, jit, launch, pick, tl
 
-def draw_seed(dropout: float) -> int | None:
-    """A seed from the global CPU generator, so that activation checkpointing and resuming replay the same masks."""
-    return int(torch.randint(2**62, ())) if dropout else None
+RESOLUTION = 1 << 16  # of the fraction kept
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """A seed, int64 [], from `device`'s default generator. It stays there: torch.compile traces the draw, a captured graph draws anew in
+    every replay, and activation checkpointing, which restores the generator, draws it again."""
+    return torch.randint(2**62, (), device=device)
+
+
+def lanes_kept(dropout: float) -> int:
+    """How many of 2¹⁶ values of a lane keep their element: 2¹⁶ exactly where nothing is dropped."""
+    return min(max(round((1 - dropout) * RESOLUTION), 1), RESOLUTION - 1) if dropout else RESOLUTION
 
 
 def kept_fraction(dropout: float) -> float:
-    """1 - dropout in steps of 2⁻¹⁶, the resolution of `dropout_mask`."""
-    return min(max(round((1 - dropout) * 65536), 1), 65535) / 65536 if dropout else 1.0
+    """1 - dropout in steps of 2⁻¹⁶, the resolution of the masks."""
+    return lanes_kept(dropout) / RESOLUTION
 
 
 def dropout_mask(shape: torch.Size, dropout: float, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
@@ -20,6 +41,63 @@ def dropout_mask(shape: torch.Size, dropout: float, dtype: torch.dtype, generato
     n = shape.numel()
     draws = torch.empty(-(-n // 4), dtype=torch.int64, device=generator.device)
     draws.random_(-(2**63), None, generator=generator)
-    threshold = int(kept_fraction(dropout) * 65536) - 32768
+    threshold = lanes_kept(dropout) - RESOLUTION // 2
     # compared straight into x's dtype: a bool mask costs three times as much to multiply with
     return torch.lt(draws.view(torch.int16)[:n].view(shape), threshold, out=draws.new_empty(shape, dtype=dtype))
+
+
+# ---------------------------------------------------------------- Triton
+
+
+@jit
+def philox(key, c0, c1, c2, c3):
+    """Four uint32 words of Philox4x32-7 for a 64-bit key; the uint32 counters may be of any shapes that broadcast together.
+
+    One 64-bit product gives both halves that a round needs, where tl.philox multiplies twice.
+    """
+    k0, k1 = (key & 0xFFFFFFFF).to(tl.uint32), (key >> 32).to(tl.uint32)
+    for _ in tl.static_range(7):
+        p0, p2 = c0.to(tl.uint64) * 0xD2511F53, c2.to(tl.uint64) * 0xCD9E8D57
+        c0, c1, c2, c3 = (p2 >> 32).to(tl.uint32) ^ c1 ^ k0, p2.to(tl.uint32), (p0 >> 32).to(tl.uint32) ^ c3 ^ k1, p0.to(tl.uint32)
+        k0 += 0x9E3779B9
+        k1 += 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@jit
+def kept(key, stream, rows, column, lanes, BLOCK: constexpr):
+    """Which of columns [column, column + BLOCK) of the int64 `rows` are kept, [rows, BLOCK]; column and BLOCK are multiples of 8."""
+    octets = (column // 8 + tl.arange(0, BLOCK // 8)).to(tl.uint32)[None, :]
+    low, high = rows.to(tl.uint32)[:, None], (rows >> 32).to(tl.uint32)[:, None]
+    w0, w1, w2, w3 = philox(key, octets, high, low, stream)
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+    return tl.reshape(tl.join(words & 0xFFFF, words >> 16), [rows.shape[0], BLOCK]) < lanes
+
+
+@jit
+def _mask_kernel(mask, seed, stream, lanes, T, K, BLOCK_M: constexpr, BLOCK_K: constexpr):
+    """mask [T, K] of ones and zeros."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = tl.program_id(1) * BLOCK_K
+    columns = first + tl.arange(0, BLOCK_K)
+    keep = kept(tl.load(seed), stream, rows, first, lanes, BLOCK_K)
+    tl.store(mask + rows[:, None] * K + columns[None, :], keep.to(tl.float32), mask=(rows < T)[:, None] & (columns < K)[None, :])
+
+
+MASK = {(ANY, None): Launch({"BLOCK_M": 16, "BLOCK_K": 256}, 4)}
+
+
+@operator(lambda x, seed, stream, dropout: x.new_empty(x.shape))
+def draw_mask(x: Tensor, seed: Tensor, stream: int, dropout: float) -> Tensor:
+    """Mask number `stream` of a seed, ones and zeros in x's dtype, for x [T, K]: what the backend that serves x drops elsewhere too."""
+    if not triton_serves(x):
+        return dropout_mask(x.shape, dropout, x.dtype, torch.Generator(x.device).manual_seed(int(seed) + stream))
+    mask = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    (T, K), how = x.shape, pick(MASK, x.shape[1], x.device)
+    grid = cdiv(T, how.blocks["BLOCK_M"]), cdiv(K, how.blocks["BLOCK_K"])
+    launch(_mask_kernel, grid, how, mask, seed, stream, lanes_kept(dropout), T, K)
+    return mask
+
+
+AOT = {"dropout mask": lambda: draw_mask(torch.empty(8192, 4096, dtype=torch.bfloat16, device="meta"),
+                                         torch.empty((), dtype=torch.int64, device="meta"), 0, 0.05)}

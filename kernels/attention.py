@@ -21,11 +21,9 @@ backward, time over SDPA's (below 1 is faster):
 
 One SDPA call on unequal documents padded to a common length takes 1.2 to 2 times as long as a call per document.
 
-On a GPU a variable-length flash kernel does it in one launch: `backend` says which. Where none fits, the tiles serve.
+On a GPU a variable-length flash kernel does it in one launch: `_attention_gpu.backend` says which. Where none fits, the tiles serve.
 """
 
-import functools
-import importlib.util
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -34,14 +32,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels._attention_gpu import HEAD_DIMS, backend, gpu_attention, host_bounds
 from kernels._autocast import autocast_input, without_autocast
-from kernels._dropout import draw_seed, dropout_mask, kept_fraction
+from kernels._dispatch import operator
+from kernels._dropout import dropout_mask, kept_fraction
 
 # Rows in a tile: 64 and 192 are within 10% either way, 512 up to a third slower on short documents.
 BLOCK = 128
 # Probabilities saved, in multiples of q's size: to about 400 tokens a document at 64 a head. Recomputing costs 20%.
 KEEP = 4
-INSTALLED = {name: importlib.util.find_spec(name) is not None for name in ("flash_attn", "flash_attn_interface")}
 
 
 class Settings(NamedTuple):
@@ -179,111 +178,63 @@ class _Tiles(torch.autograd.Function):
         return *attention_backward(grad, q, k, v, kept, ctx.settings), None
 
 
-@torch.compiler.disable  # tracing would unroll the loop over documents, anew for every pack
-def _tiles(q, k, v, cu_seqlens, max_seqlen, scale, window, softcap, dropout) -> Tensor:
-    bounds = cu_seqlens.tolist()
+# Under torch.compile the tiles are one opaque node each way, since their number depends on the pack. Nothing is kept for the backward.
+
+
+def _settings(q: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, window: int | None, softcap: float | None, dropout: float,
+              seed: Tensor | None) -> Settings:
+    """ValueError where cu_seqlens does not fit."""
+    bounds = host_bounds(cu_seqlens)
     lengths = [end - begin for begin, end in zip(bounds, bounds[1:])]
     if bounds[0] != 0 or bounds[-1] != q.shape[0] or min(lengths) < 0:
         raise ValueError(f"packed_attention: expected cu_seqlens to rise from 0 to {q.shape[0]}, got {bounds}")
     if max(lengths) > max_seqlen:
         raise ValueError(f"packed_attention: expected documents of max_seqlen {max_seqlen} or less, got {max(lengths)}")
-    return _Tiles.apply(q, k, v, Settings(bounds, scale, window, softcap, dropout, draw_seed(dropout)))
+    return Settings(bounds, scale, window, softcap, dropout, None if seed is None else int(seed))
 
 
-# GPU backends: one launch each, no host synchronisation.
+@operator(lambda q, *rest: torch.empty_like(q, memory_format=torch.contiguous_format))
+def attention_tiles(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, window: int | None, softcap: float | None,
+    dropout: float, seed: Tensor | None,
+) -> Tensor:
+    """o [T, Hq, D]; seed: int64 on the CPU, for dropout."""
+    return attention_forward(q, k, v, _settings(q, cu_seqlens, max_seqlen, scale, window, softcap, dropout, seed), False)[0]
 
 
-def _varlen_attn(q, k, v, cu_seqlens, max_seqlen, scale, window, softcap, dropout) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    return varlen_attn(
-        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale,
-        window_size=(-1 if window is None else window - 1, 0), enable_gqa=q.shape[1] != k.shape[1])
+def _fake_gradients(grad, q, k, v, *rest):
+    dk, dv = (t.new_empty(t.transpose(0, 1).shape).transpose(0, 1) for t in (k, v))
+    return torch.empty_like(q, memory_format=torch.contiguous_format), dk, dv
 
 
-def _flash_attn_2(q, k, v, cu_seqlens, max_seqlen, scale, window, softcap, dropout) -> Tensor:
-    from flash_attn import flash_attn_varlen_func
-
-    return flash_attn_varlen_func(
-        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p=dropout, softmax_scale=scale, causal=True,
-        window_size=(-1 if window is None else window - 1, 0), softcap=softcap or 0.0,
-        deterministic=torch.are_deterministic_algorithms_enabled())
-
-
-def _flash_attn_3(q, k, v, cu_seqlens, max_seqlen, scale, window, softcap, dropout) -> Tensor:
-    from flash_attn_interface import flash_attn_varlen_func
-
-    out = flash_attn_varlen_func(
-        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, softmax_scale=scale, causal=True,
-        window_size=(-1 if window is None else window - 1, 0), softcap=softcap or 0.0,
-        deterministic=torch.are_deterministic_algorithms_enabled())
-    return out[0] if isinstance(out, tuple) else out  # early releases return (out, lse)
+@operator(_fake_gradients)
+def attention_tiles_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, window: int | None,
+    softcap: float | None, dropout: float, seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """∂q, ∂k, ∂v, from probabilities computed again."""
+    return attention_backward(grad, q, k, v, [], _settings(q, cu_seqlens, max_seqlen, scale, window, softcap, dropout, seed))
 
 
-@functools.lru_cache(maxsize=2)
-def _flex_block_mask(cu_seqlens: Tensor, tokens: int, window: int | None):
-    """Which blocks a pack needs: made once per pack and kind of layer, since layers get the same cu_seqlens object."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    positions = torch.arange(tokens, device=cu_seqlens.device, dtype=torch.int32)
-    document = torch.searchsorted(cu_seqlens, positions, right=True)
-
-    def visible(b, h, i, j):
-        near = (i >= j) if window is None else (i >= j) & (i - j < window)
-        return near & (document[i] == document[j])
-
-    return create_block_mask(visible, None, None, tokens, tokens, device=cu_seqlens.device)
+def _keep_inputs(ctx, inputs, output):
+    q, k, v, cu_seqlens, *ctx.options, seed = inputs
+    ctx.save_for_backward(q, k, v, cu_seqlens, seed)
 
 
-@functools.cache
-def _compiled_flex_attention():
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=True)
+def _node_backward(ctx, grad):
+    q, k, v, cu_seqlens, seed = ctx.saved_tensors
+    return *attention_tiles_backward.node(grad, q, k, v, cu_seqlens, *ctx.options, seed), *[None] * 7
 
 
-def _flex_attention(q, k, v, cu_seqlens, max_seqlen, scale, window, softcap, dropout) -> Tensor:
-    def capped(score, b, h, i, j):
-        return softcap * torch.tanh(score / softcap)
-
-    q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
-    blocks = _flex_block_mask(cu_seqlens, q.shape[2], window)
-    out = _compiled_flex_attention()(
-        q, k, v, score_mod=None if softcap is None else capped, block_mask=blocks, scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1])
-    return out[0].transpose(0, 1)
+attention_tiles.node.register_autograd(_node_backward, setup_context=_keep_inputs)
 
 
-BACKENDS = {
-    "tiles": _tiles, "varlen_attn": _varlen_attn, "flash_attn 2": _flash_attn_2, "flash_attn 3": _flash_attn_3,
-    "flex_attention": _flex_attention,
-}
-
-
-def backend(device: torch.device, dtype: torch.dtype, softcap: float | None = None, dropout: float = 0.0) -> str:
-    """Which of BACKENDS serves: flash kernels want CUDA and 16 bits, a softcap wants flash-attn or FlexAttention,
-    dropout flash-attn 2, both together the tiles."""
-    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16) or (softcap is not None and dropout):
-        return "tiles"
-    generation = torch.cuda.get_device_capability(device)[0]
-    if generation < 8:  # flash kernels begin with Ampere
-        return "tiles"
-    if generation == 9 and not dropout and INSTALLED["flash_attn_interface"]:
-        return "flash_attn 3"
-    if INSTALLED["flash_attn"]:
-        return "flash_attn 2"
-    if dropout:
-        return "tiles"
-    return "varlen_attn" if softcap is None else "flex_attention"
-
-
-def check_backward_offsets(tokens: int, documents: int, heads: int, head_dim: int) -> None:
-    """ValueError where flash-attn 2's varlen backward (torch's varlen_attn too) would overflow its 32-bit offsets."""
-    size = (tokens + 128 * documents) * heads * (-(-head_dim // 32) * 32)
-    if size >= 2**31:
-        raise ValueError(
-            f"packed_attention: expected (tokens + 128 * documents) * heads * head_dim < 2**31, got {size} "
-            f"({tokens} tokens, {documents} documents, {heads} heads of {head_dim}); pack fewer tokens or documents")
+def _tiles(q, k, v, cu_seqlens, max_seqlen, scale, window, softcap, dropout) -> Tensor:
+    # from the global CPU generator, so that activation checkpointing and resuming draw the same masks; the host needs its value
+    seed = torch.randint(2**62, (), device="cpu") if dropout else None
+    if torch.compiler.is_compiling():
+        return attention_tiles(q, k, v, cu_seqlens, max_seqlen, scale, window, softcap, dropout, seed)
+    return _Tiles.apply(q, k, v, _settings(q, cu_seqlens, max_seqlen, scale, window, softcap, dropout, seed))
 
 
 def packed_attention(
@@ -310,11 +261,16 @@ def packed_attention(
         raise ValueError(f"packed_attention: expected softcap > 0, got {softcap}")
     if not 0 <= dropout < 1:
         raise ValueError(f"packed_attention: expected dropout in [0, 1), got {dropout}")
+    if not q.device == k.device == v.device == cu_seqlens.device:
+        got = ", ".join(str(t.device) for t in (q, k, v, cu_seqlens))
+        raise ValueError(f"packed_attention: expected q, k, v and cu_seqlens on one device, got them on {got}")
     q, k, v = map(autocast_input, (q, k, v))
-    name = backend(q.device, q.dtype, softcap, dropout)
-    if name in ("varlen_attn", "flash_attn 2") and torch.is_grad_enabled():
-        check_backward_offsets(q.shape[0], len(cu_seqlens) - 1, q.shape[1], q.shape[2])
+    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
+        raise ValueError(f"packed_attention: expected q, k, v of one floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     scale = q.shape[2] ** -0.5 if scale is None else scale
     # a window that spans the longest document hides nothing
     window = None if window is not None and window >= max_seqlen else window
-    return BACKENDS[name](q, k, v, cu_seqlens, max_seqlen, scale, window, softcap, dropout)
+    name = backend(q.device, q.dtype, softcap, dropout)
+    if name == "tiles" or not q.shape[0] or q.shape[2] not in HEAD_DIMS:
+        return _tiles(q, k, v, cu_seqlens, max_seqlen, scale, window, softcap, dropout)
+    return gpu_attention(name, q, k, v, cu_seqlens, max_seqlen, scale, window, softcap, dropout)

@@ -109,7 +109,7 @@ def _grid(rows: int, N: int, how: Launch) -> tuple[int, int]:
 def glu_forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """y, dense, in gate's dtype, from the backend that serves gate."""
     if not triton_serves(gate):
-        return glu_reference(gate, up, activation)
+        return glu_reference(gate, up, activation).contiguous()  # permuted inputs give permuted results
     y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     g, u = rows_of(gate), rows_of(up)
     how = pick(LAUNCH, g.shape[1], gate.device)
@@ -126,7 +126,7 @@ def glu_backward(dy: Tensor, gate: Tensor, up: Tensor, activation: str, with_y: 
     """∂g, ∂u and, `with_y`, y again (else an empty tensor), from the backend that serves gate."""
     if not triton_serves(gate):
         y = glu_reference(gate, up, activation) if with_y else gate.new_empty(0)
-        return *glu_backward_reference(dy, gate, up, activation), y
+        return *(t.contiguous() for t in (*glu_backward_reference(dy, gate, up, activation), y)),
     dgate, dup = (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2))
     y = torch.empty(gate.shape if with_y else 0, dtype=gate.dtype, device=gate.device)
     d, g, u = rows_of(dy), rows_of(gate), rows_of(up)

@@ -11,26 +11,28 @@ For projection i of x [T, K], with base W_i [N_i, K], b_i, and adapter A_i [R_i,
     ∂x  = Σ_i G_i W_i + m_i ∘ (D_i A_i)
 
 n_i is held constant in the backward (DoRA, https://arxiv.org/abs/2402.09353, section 4.3). rsLoRA is another s_i.
-
-Products for P projections without dropout: forward P base + 1 (all S_i, the A_i stacked) + P (S_i B_iᵀ); backward
-P base + P (D_i) + 1 (Σ D_i A_i) + 1 (all ∂A_i) + P (∂B_i). Frozen base weights get no ∂W_i; where x needs no gradient
-the backward's P base products and Σ D_i A_i fall away too. Dropout makes the stacked products one per projection.
-Saved: x, S and the parameters; V_i only where a magnitude is trained; a seed for each mask, never the mask.
+Saved: x, S and the parameters; V_i only where a magnitude is trained; a seed, never a mask. An NF4 weight is made dense
+just before each product that reads it.
 
 With dropout and DoRA together PEFT drops the base product's x as well, which costs a second base product. Here only the
 adapter's x is dropped: the expectation over masks is the same, the variance smaller, and the cost one base product.
 
-The small products are 6TR(K+N) FLOP beside the base's 4TKN, but as autograd nodes they also write and read y, ∂x and
-the scaled branch several times; here they accumulate into the base product's output. Measured on one Zen 5 core with
-T=1000, R=16: forward + backward, fp32, as a multiple of the bare base products xWᵀ and ∂yW (PEFT's module in brackets):
+On a GPU, for P projections with adapters of rank 256 or less (kernels/_lora_passes.py):
 
-                      plain           dropout 0.1      DoRA
-    256 -> 256        1.33 (1.43)     1.60 (1.88)      1.49 (1.64)
-    256 -> 688        1.26 (1.40)     1.33 (1.45)      1.38 (1.80)
-    3 x 256 -> 256    1.28 (1.37)     1.58 (1.91)      1.38 (1.63)
-    the same, bf16    1.55 (1.83)     2.69 (4.15)      2.14 (2.86)
+    forward     P base products, 1 launch for all S_i and everything else of the V_i (DoRA: + P row norms, + P scalings)
+    backward    P base products, 1 launch for all D_i and ∂x's other half, 1 for all ∂A_i and ∂B_i, 1 that sums them
 
-The FLOPs alone make 256 -> 256 1.19. mm, F.linear and pre-transposed weights run within 5% of each other.
+so no narrow product is a launch of its own and none is made twice. Up to 3 projections go together, fewer from rank 128
+on. Frozen base weights get no ∂W_i; where x needs no gradient the P products, where A or B needs none its share falls away.
+
+Overhead over the base products, forward + backward, T=8192, bf16, R=16, dropout 0.05, on an H200 (4.8 TB/s, 750 TFLOP/s),
+from the bytes moved and, where it outlasts them, from the mask's 6 to 7 instructions an element. Predicted, not measured:
+
+    Llama-3.1-8B      4096 -> 4096    q, k, v    gate and up    14336 -> 4096    the MLP    all seven
+    overhead             11.7%         12.2%        6.7%            7.5%          7.0%        8.0%
+    without dropout      11.7%          9.9%        6.7%            7.5%          7.0%        7.7%
+
+Elsewhere, and for larger ranks, kernels/_lora_reference.py serves, whose docstring has what was measured on a CPU.
 """
 
 from typing import NamedTuple
@@ -41,10 +43,23 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels._autocast import autocast_input, without_autocast
-from kernels._dropout import draw_seed, dropout_mask, kept_fraction
+from kernels._dispatch import triton_serves
+from kernels._dora import finish, finish_backward
+from kernels._dropout import draw_seed, lanes_kept
+from kernels._lora_passes import MAX_RANK, lora_backward, lora_forward, lora_gradients
+from kernels._lora_reference import (
+    Projection,
+    dense,
+    gain,
+    master_product,
+    norms_of,
+    project_backward_reference,
+    project_reference,
+)
+from kernels.nf4 import Nf4
 
-# Rows of W whose fp32 copy is alive at once while DoRA's row norms are taken: 4 MB.
-NORM_CHUNK_BYTES = 4 << 20
+N_TENSORS = 5  # of a projection that may want a gradient: the first five of Projection
+NF4_TENSORS = 5  # the first five of Nf4
 
 
 class Lora(NamedTuple):
@@ -57,196 +72,169 @@ class Lora(NamedTuple):
     magnitude: Tensor | None = None
 
 
-class Projection(NamedTuple):
-    """One projection as the backward needs it: five tensors (A, B None: no adapter), then what is no tensor."""
-
-    weight: Tensor
-    bias: Tensor | None
-    A: Tensor | None
-    B: Tensor | None
-    magnitude: Tensor | None
-    scaling: float
-    dropout: float
-    seed: int | None
+# ---------------------------------------------------------------- base products by torch, the rest by the passes
 
 
-N_TENSORS = 5
+def fuses(x: Tensor, parts: list[Projection]) -> bool:
+    """Whether the passes serve."""
+    return triton_serves(x) and all(part.A is None or part.A.shape[0] <= MAX_RANK for part in parts)
 
 
-# The torch reference: plain functions on tensors, which autograd Functions here and in lora_mlp string together.
-
-
-def masked(x: Tensor, part: Projection) -> tuple[Tensor, Tensor | None]:
-    """(m ∘ x, m); (x, None) without dropout."""
-    if part.seed is None:
-        return x, None
-    mask = dropout_mask(x.shape, part.dropout, x.dtype, torch.Generator(x.device).manual_seed(part.seed))
-    return x * mask, mask
-
-
-def gain(part: Projection) -> float:
-    """a_i: the scaling over the fraction that dropout keeps."""
-    return part.scaling / kept_fraction(part.dropout)
-
-
-def columns(S: Tensor | None, parts: list[Projection]) -> list[Tensor | None]:
-    """The views of S [T, ΣR] that belong to each projection; None where it has no adapter."""
-    views, start = [], 0
-    for part in parts:
-        width = 0 if part.A is None else part.A.shape[0]
-        views.append(S[:, start:start + width] if part.A is not None else None)
-        start += width
-    return views
-
-
-def stacked_A(parts: list[Projection], dtype: torch.dtype) -> Tensor:
-    """All A_i above one another, [ΣR, K], in the dtype of the products."""
-    stack = [part.A.to(dtype) for part in parts if part.A is not None]
-    return stack[0] if len(stack) == 1 else torch.cat(stack)
-
-
-def squeeze(x: Tensor, parts: list[Projection]) -> Tensor | None:
-    """S [T, ΣR] of x [T, K]: one product, or one per projection where x is dropped."""
+def adapters(parts: list[Projection]) -> tuple[list[Projection], tuple]:
+    """The projections that have one, and what all passes want to know of them: seed, gains, mask numbers, thresholds."""
     adapted = [part for part in parts if part.A is not None]
-    if not adapted:
-        return None
-    if all(part.seed is None for part in adapted):
-        return x @ stacked_A(adapted, x.dtype).t()
-    return torch.cat([masked(x, part)[0] @ part.A.to(x.dtype).t() for part in adapted], 1)
+    seed = next((part.seed for part in adapted if part.seed is not None), None)
+    lanes = [lanes_kept(part.dropout) for part in adapted]
+    return adapted, (seed, [gain(part) for part in adapted], [part.stream for part in adapted], lanes)
 
 
-def row_norms(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-    """n [N] = ‖W + s B A‖ by row, in fp32 (fp64 for fp64), a few rows at a time: the sum never exists whole."""
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    A, B = A.to(dtype), B.to(dtype)
-    rows = max(1, NORM_CHUNK_BYTES // (weight.shape[1] * dtype.itemsize))
-    chunks = zip(weight.split(rows), B.split(rows), strict=True)
-    return torch.cat([torch.addmm(w.to(dtype), b, A, alpha=scaling).norm(dim=1) for w, b in chunks])
-
-
-def project(x: Tensor, parts: list[Projection]) -> tuple[Tensor | None, list[Tensor], list[Tensor | None]]:
-    """x [T, K] -> S [T, ΣR], V_i [T, N_i] (the bias already in it unless DoRA has still to scale it), n_i [N_i]."""
-    S = squeeze(x, parts)
-    values, norms = [], []
-    for part, s in zip(parts, columns(S, parts), strict=True):
-        dora = part.magnitude is not None
-        bias = None if part.bias is None or dora else part.bias.to(x.dtype)
-        value = F.linear(x, part.weight.to(x.dtype), bias)
-        if s is not None:
-            value.addmm_(s, part.B.to(x.dtype).t(), alpha=gain(part))
-        values.append(value)
-        norms.append(row_norms(part.weight, part.A, part.B, part.scaling) if dora else None)
+def project_fused(x: Tensor, parts: list[Projection]) -> tuple[Tensor | None, list[Tensor], list[Tensor | None]]:
+    """What `project_reference` returns; S [T, P * block_r]."""
+    adapted, drawn = adapters(parts)
+    S, under, values, norms = None, iter(()), [], []
+    if adapted:
+        biases = [None if part.magnitude is not None else part.bias for part in adapted]
+        S, lows = lora_forward(x, [part.A for part in adapted], [part.B for part in adapted], biases, *drawn)
+        under = iter(lows)
+    for part in parts:
+        weight = dense(part.weight, x.dtype)
+        if part.A is None:
+            values.append(F.linear(x, weight, None if part.bias is None else part.bias.to(x.dtype)))
+        else:
+            values.append(next(under).addmm_(x, weight.t()))
+        norms.append(norms_of(part, weight))
     return S, values, norms
 
 
-def finish(value: Tensor, norm: Tensor | None, part: Projection) -> Tensor:
+def input_gradient(G: list[Tensor], parts: list[Projection], need_x: bool, needs: list[tuple[bool, ...]]):
+    """∂x [T, K] (None unless need_x) and D [T, P * block_r] (None where nobody wants it)."""
+    adapted, drawn = adapters(parts)
+    grad_x, D = None, None
+    if adapted and (need_x or any(need[2] for need in needs)):
+        mine = [g for g, part in zip(G, parts, strict=True) if part.A is not None]
+        D, low = lora_backward(mine, [part.A for part in adapted], [part.B for part in adapted], *drawn, need_x)
+        grad_x = low if need_x else None
+    for g, part in zip(G, parts, strict=True) if need_x else ():
+        weight = dense(part.weight, g.dtype)
+        grad_x = g @ weight if grad_x is None else grad_x.addmm_(g, weight)
+    return grad_x, D
+
+
+def parameter_gradients(G: list[Tensor], x: Tensor, S: Tensor | None, D: Tensor | None, parts: list[Projection],
+                        needs: list[tuple[bool, ...]], grads: list[list[Tensor | None]]) -> None:
+    """Into `grads` the gradients of each projection's weight, A and B where `needs` wants them."""
+    adapted, drawn = adapters(parts)
+    places = [i for i, part in enumerate(parts) if part.A is not None]
+    need_A, need_B = ([needs[i][k] for i in places] for k in (2, 3))
+    if any(need_A + need_B):
+        ranks = [part.A.shape[0] for part in adapted]
+        flat = lora_gradients(x, [G[i] for i in places], S, D, ranks, need_A, need_B, *drawn)
+        wanted = [(i, 2) for i, need in zip(places, need_A) if need] + [(i, 3) for i, need in zip(places, need_B) if need]
+        for (i, k), grad in zip(wanted, flat.split([parts[i][k].numel() for i, k in wanted]), strict=True):
+            grads[i][k] = grad.view(parts[i][k].shape).to(parts[i][k].dtype)
+    for g, part, need, grad in zip(G, parts, needs, grads, strict=True):
+        if need[0]:
+            grad[0] = master_product(g.t(), x, part.weight.dtype)
+
+
+# ---------------------------------------------------------------- either form
+
+
+def project(x: Tensor, parts: list[Projection], fused: bool) -> tuple[Tensor | None, list[Tensor], list[Tensor | None]]:
+    """x [T, K] -> S, V_i [T, N_i] (the bias already in it unless DoRA has still to scale it), n_i [N_i]."""
+    return project_fused(x, parts) if fused else project_reference(x, parts)
+
+
+def finished(value: Tensor, norm: Tensor | None, part: Projection) -> Tensor:
     """y of V: V itself, or c ∘ V + b with DoRA."""
-    if norm is None:
-        return value
-    y = (value * (part.magnitude / norm)).to(value.dtype)
-    return y if part.bias is None else y.add_(part.bias.to(y.dtype))
+    return value if norm is None else finish(value, part.magnitude, norm, part.bias)
 
 
-def master_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b for a parameter of `dtype`. CUDA delivers the fp32 sums; the CPU's bf16 product rounds them once."""
-    if a.is_cuda and dtype == torch.float32 and a.dtype != dtype:
-        return torch.mm(a, b, out_dtype=dtype)
-    return (a @ b).to(dtype)
+def finished_backward(
+    grads_y: list[Tensor], values: list[Tensor | None], norms: list[Tensor | None], parts: list[Projection],
+    needs: list[tuple[bool, ...]],
+) -> tuple[list[Tensor], list[list[Tensor | None]]]:
+    """G_i, and for every projection its five tensors' gradients, so far those of bias and magnitude; `needs` says which are wanted."""
+    G, grads = [], []
+    for grad_y, value, norm, part, need in zip(grads_y, values, norms, parts, needs, strict=True):
+        grad = [None] * N_TENSORS
+        if norm is None:
+            if need[1]:
+                grad[1] = grad_y.sum(0, dtype=part.bias.dtype)
+        else:
+            grad_y, sums = finish_backward(grad_y, value if need[4] else None, part.magnitude, norm, need[1])
+            for k, row in zip([k for k in (4, 1) if need[k]], sums, strict=True):
+                grad[k] = row.to(part[k].dtype)
+        G.append(grad_y)
+        grads.append(grad)
+    return G, grads
 
 
 def project_backward(
     grads_y: list[Tensor], x: Tensor, S: Tensor | None, values: list[Tensor | None], norms: list[Tensor | None],
-    parts: list[Projection], need_x: bool, needs: list[tuple[bool, ...]],
+    parts: list[Projection], need_x: bool, needs: list[tuple[bool, ...]], fused: bool,
 ) -> tuple[Tensor | None, list[list[Tensor | None]]]:
-    """∂x and, for every projection, the gradients of its five tensors; `needs` says which of them are wanted."""
-    grad_x, grads = None, []
-    D = None if S is None else torch.empty_like(S)
-    for grad_y, value, norm, part, s, d, need in zip(
-        grads_y, values, norms, parts, columns(S, parts), columns(D, parts), needs, strict=True
-    ):
-        need_weight, need_bias, need_A, need_B, need_magnitude = need
-        grad = [None] * N_TENSORS
-        grads.append(grad)
-        if need_bias:
-            grad[1] = grad_y.sum(0, dtype=part.bias.dtype)
-        if need_magnitude:
-            grad[4] = ((grad_y * value).sum(0, dtype=norm.dtype) / norm).to(part.magnitude.dtype)
-        G = grad_y if norm is None else (grad_y * (part.magnitude / norm)).to(x.dtype)
-        if need_weight:
-            grad[0] = master_product(G.t(), x, part.weight.dtype)
-        if need_x:
-            weight = part.weight.to(x.dtype)
-            grad_x = G @ weight if grad_x is None else grad_x.addmm_(G, weight)
-        if need_B:
-            # (SᵀG)ᵀ rather than GᵀS: the tall operand on the right is a third faster on the CPU
-            grad[3] = master_product(s.t(), G, part.B.dtype).t().mul_(gain(part))
-        if d is not None and (need_A or need_x):
-            torch.mm(G, part.B.to(x.dtype), out=d).mul_(gain(part))
-    if S is not None:
-        grad_x = squeeze_backward(D, x, parts, grad_x, [need[2] for need in needs], grads)
+    """∂x and, for every projection, the gradients of its five tensors."""
+    G, grads = finished_backward(grads_y, values, norms, parts, needs)
+    if not fused:
+        return project_backward_reference(G, x, S, parts, need_x, needs, grads), grads
+    grad_x, D = input_gradient(G, parts, need_x, needs)
+    parameter_gradients(G, x, S, D, parts, needs, grads)
     return grad_x, grads
 
 
-def squeeze_backward(
-    D: Tensor, x: Tensor, parts: list[Projection], grad_x: Tensor | None, needs_A: list[bool],
-    grads: list[list[Tensor | None]],
-) -> Tensor | None:
-    """Adds Σ m_i ∘ (D_i A_i) to grad_x (None: not wanted) in place, and puts the ∂A_i into `grads`."""
-    if all(part.seed is None for part in parts):
-        if grad_x is not None:
-            grad_x.addmm_(D, stacked_A(parts, x.dtype))
-        if any(needs_A):
-            adapted = [i for i, part in enumerate(parts) if part.A is not None]
-            stack = master_product(D.t(), x, parts[adapted[0]].A.dtype)
-            rows = stack.split([parts[i].A.shape[0] for i in adapted])
-            for i, grad_A in zip(adapted, rows, strict=True):
-                grads[i][2] = grad_A.to(parts[i].A.dtype) if needs_A[i] else None
-        return grad_x
-    for part, d, need_A, grad in zip(parts, columns(D, parts), needs_A, grads, strict=True):
-        if d is None:
-            continue
-        dropped, mask = masked(x, part)
-        if grad_x is not None:
-            grad_dropped = d @ part.A.to(x.dtype)
-            grad_x = grad_x.add_(grad_dropped) if mask is None else grad_x.addcmul_(grad_dropped, mask)
-        if need_A:
-            grad[2] = master_product(d.t(), dropped, part.A.dtype)
-    return grad_x
+# ---------------------------------------------------------------- autograd: flat tensors in, flat gradients out
 
 
-# What both autograd Functions share: flat tensors in, flat gradients out.
-
-
-def flatten(weights, loras, biases) -> tuple[list[tuple], list[Tensor | None]]:
-    """Per projection (scaling, dropout, seed), and all tensors in one flat list."""
-    settings, tensors = [], []
+def flatten(x: Tensor, weights, loras, biases) -> tuple[Tensor | None, list[tuple], list[Tensor | None]]:
+    """The masks' seed; per projection (scaling, dropout, an NF4 weight without its tensors); all tensors in one flat list,
+    N_TENSORS for each projection and then those of the NF4 weights."""
+    settings, tensors, codes = [], [], []
     for weight, lora, bias in zip(weights, loras, biases, strict=True):
-        settings.append((1.0, 0.0, None) if lora is None else (lora.scaling, lora.dropout, draw_seed(lora.dropout)))
+        frozen = None
+        if isinstance(weight, Nf4):
+            codes += weight[:NF4_TENSORS]
+            frozen, weight = Nf4(*[None] * NF4_TENSORS, *weight[NF4_TENSORS:]), None
+        settings.append((1.0, 0.0, frozen) if lora is None else (lora.scaling, lora.dropout, frozen))
         tensors += [weight, bias, *((None, None, None) if lora is None else (lora.A, lora.B, lora.magnitude))]
-    return settings, tensors
+    seed = draw_seed(x.device) if any(dropout for _, dropout, _ in settings) else None
+    return seed, settings, tensors + codes
 
 
-def projections(settings, tensors) -> list[Projection]:
+def projections(seed: Tensor | None, settings, tensors) -> list[Projection]:
     """The inverse of `flatten`."""
-    return [Projection(*tensors[N_TENSORS * i:N_TENSORS * (i + 1)], *setting) for i, setting in enumerate(settings)]
+    codes, parts = iter(tensors[N_TENSORS * len(settings):]), []
+    for i, (scaling, dropout, frozen) in enumerate(settings):
+        weight, *others = tensors[N_TENSORS * i:N_TENSORS * (i + 1)]
+        if frozen is not None:
+            weight = Nf4(*[next(codes) for _ in range(NF4_TENSORS)], *frozen[NF4_TENSORS:])
+        parts.append(Projection(weight, *others, scaling, dropout, seed if dropout else None, i))
+    return parts
 
 
-def by_projection(flags) -> list[tuple[bool, ...]]:
-    return [tuple(flags[i:i + N_TENSORS]) for i in range(0, len(flags), N_TENSORS)]
+def by_projection(flags, count: int) -> list[tuple[bool, ...]]:
+    return [tuple(flags[N_TENSORS * i:N_TENSORS * (i + 1)]) for i in range(count)]
+
+
+def flat_gradients(grads: list[list[Tensor | None]], count: int) -> list[Tensor | None]:
+    """For `count` tensors as `flatten` lays them out: NF4 weights get none."""
+    flat = [g for grad in grads for g in grad]
+    return flat + [None] * (count - len(flat))
 
 
 class _Projections(torch.autograd.Function):
     @staticmethod
     @without_autocast
-    def forward(ctx, x, settings, *tensors):
-        parts = projections(settings, tensors)
-        S, values, norms = project(x.reshape(-1, x.shape[-1]), parts)
-        outputs = [finish(value, norm, part) for value, norm, part in zip(values, norms, parts, strict=True)]
+    def forward(ctx, x, seed, settings, *tensors):
+        parts = projections(seed, settings, tensors)
+        rows = x.reshape(-1, x.shape[-1])
+        ctx.settings, ctx.fused = settings, fuses(rows, parts)
+        S, values, norms = project(rows, parts, ctx.fused)
+        outputs = [finished(value, norm, part) for value, norm, part in zip(values, norms, parts, strict=True)]
 
-        needs = by_projection(ctx.needs_input_grad[2:])
+        needs = by_projection(ctx.needs_input_grad[3:], len(parts))
         kept = [value if need[4] else None for value, need in zip(values, needs, strict=True)]
-        ctx.save_for_backward(x, S, *kept, *norms, *tensors)
-        ctx.settings = settings
+        ctx.save_for_backward(x, seed, S, *kept, *norms, *tensors)
         return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in outputs)
 
     @staticmethod
@@ -254,31 +242,39 @@ class _Projections(torch.autograd.Function):
     @without_autocast
     def backward(ctx, *grads_y):
         count = len(ctx.settings)
-        x, S, *rest = ctx.saved_tensors
+        x, seed, S, *rest = ctx.saved_tensors
         values, norms, tensors = rest[:count], rest[count:2 * count], rest[2 * count:]
         grad_x, grads = project_backward(
             [grad.reshape(-1, grad.shape[-1]) for grad in grads_y], x.reshape(-1, x.shape[-1]), S, values, norms,
-            projections(ctx.settings, tensors), ctx.needs_input_grad[0], by_projection(ctx.needs_input_grad[2:]),
+            projections(seed, ctx.settings, tensors), ctx.needs_input_grad[0], by_projection(ctx.needs_input_grad[3:], count), ctx.fused,
         )
-        return None if grad_x is None else grad_x.view(x.shape), None, *(g for grad in grads for g in grad)
+        return None if grad_x is None else grad_x.view(x.shape), None, None, *flat_gradients(grads, len(tensors))
 
 
 def _projections(x, weights, loras, biases) -> tuple[Tensor, ...]:
-    if all(lora is None for lora in loras):
+    if all(lora is None for lora in loras) and not any(isinstance(weight, Nf4) for weight in weights):
         return tuple(F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
-    settings, tensors = flatten(weights, loras, biases)
-    return _Projections.apply(autocast_input(x), settings, *tensors)
+    seed, settings, tensors = flatten(x, weights, loras, biases)
+    return _Projections.apply(autocast_input(x), seed, settings, *tensors)
 
 
-def check_projection(op: str, width: int, weight: Tensor, lora: Lora | None, bias: Tensor | None) -> None:
-    """ValueError unless weight [N, width], bias [N], A [R, width], B [N, R], magnitude [N] fit each other."""
+def check_input(op: str, x: Tensor) -> None:
+    if x.dim() == 0 or not x.dtype.is_floating_point:
+        raise ValueError(f"{op}: expected x floating and of shape (..., K), got {x.dtype} {tuple(x.shape)}")
+
+
+def check_projection(op: str, x: Tensor, width: int, weight: Tensor | Nf4, lora: Lora | None, bias: Tensor | None) -> None:
+    """ValueError unless weight [N, width], bias [N], A [R, width], B [N, R], magnitude [N] fit, are floating and on x's device."""
 
     def expect(name: str, tensor: Tensor, *shape: int):
         if tensor.shape != shape:
             raise ValueError(f"{op}: expected {name} of shape {shape}, got {tuple(tensor.shape)}")
+        if not tensor.dtype.is_floating_point or tensor.device != x.device:
+            raise ValueError(f"{op}: expected {name} floating and on {x.device} like x, got {tensor.dtype} on {tensor.device}")
 
-    if weight.dim() != 2 or weight.shape[1] != width:
+    if len(weight.shape) != 2 or weight.shape[1] != width:
         raise ValueError(f"{op}: expected weight of shape (N, {width}) for x [..., {width}], got {tuple(weight.shape)}")
+    expect("weight", weight, *weight.shape)
     if bias is not None:
         expect("bias", bias, weight.shape[0])
     if lora is None:
@@ -296,19 +292,43 @@ def check_projection(op: str, width: int, weight: Tensor, lora: Lora | None, bia
 def lora_qkv(x: Tensor, weights, loras, biases=None) -> tuple[Tensor, ...]:
     """x [..., K] -> one [..., N_i] per weight [N_i, K]: any number of projections of one x (query, key and value, say).
 
-    loras: a `Lora` per weight, or None for no adapter; biases: likewise, or None for none at all. Products run in x's
-    dtype (autocast's where it is on); the gradients of A and B come in their own. ValueError where shapes do not fit.
+    weights: dense, or `Nf4`, frozen; loras: a `Lora` per weight, or None for no adapter; biases: likewise, or None for none
+    at all. Products run in x's dtype (autocast's where it is on); the gradients of A and B come in their own. ValueError
+    where shapes, dtypes or devices do not fit.
     """
     biases = (None,) * len(weights) if biases is None else biases
     if not len(weights) == len(loras) == len(biases) > 0:
         counts = f"{len(weights)}, {len(loras)} and {len(biases)}"
         raise ValueError(f"lora_qkv: expected as many loras and biases as weights, got {counts}")
+    check_input("lora_qkv", x)
     for weight, lora, bias in zip(weights, loras, biases, strict=True):
-        check_projection("lora_qkv", x.shape[-1], weight, lora, bias)
+        check_projection("lora_qkv", x, x.shape[-1], weight, lora, bias)
     return _projections(x, weights, loras, biases)
 
 
-def lora_linear(x: Tensor, weight: Tensor, lora: Lora | None, bias: Tensor | None = None) -> Tensor:
+def lora_linear(x: Tensor, weight: Tensor | Nf4, lora: Lora | None, bias: Tensor | None = None) -> Tensor:
     """x [..., K], weight [N, K] -> [..., N]: the base linear and its adapter in one node. Dtypes as in `lora_qkv`."""
-    check_projection("lora_linear", x.shape[-1], weight, lora, bias)
+    check_input("lora_linear", x)
+    check_projection("lora_linear", x, x.shape[-1], weight, lora, bias)
     return _projections(x, (weight,), (lora,), (bias,))[0]
+
+
+def _aot(rank: int, dora: bool = False, N: tuple[int, ...] = (4096,), T: int = 8192, K: int = 4096) -> None:
+    def empty(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, *weights = (empty(rows, K, dtype=torch.bfloat16) for rows in (T, *N))
+    loras = [Lora(empty(rank, K), empty(n, rank), 2.0, 0.05, empty(n) if dora else None) for n in N]
+    parts, needs = projections(*flatten(x, weights, loras, [None] * len(N))), [(False, False, True, True, dora)] * len(N)
+    S, values, norms = project(x, parts, fuses(x, parts))
+    ys = [finished(value, norm, part) for value, norm, part in zip(values, norms, parts)]
+    project_backward(ys, x, S, values, norms, parts, True, needs, fuses(x, parts))
+
+
+# Llama-3.1-8B's o; q, k and v
+AOT = {
+    "lora_linear r16 dora": lambda: _aot(16, dora=True),
+    "lora_qkv r16": lambda: _aot(16, N=(4096, 1024, 1024)),
+    "lora_qkv r64": lambda: _aot(64, N=(4096, 1024, 1024)),
+    "lora_linear r256 dora": lambda: _aot(256, dora=True),
+}

@@ -15,7 +15,6 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from kernels import _launch
-from tests import tiny
 from tests.interpreter import mend_bf16
 
 if _launch.INTERPRETED:
@@ -30,10 +29,14 @@ def fixed_arithmetic():
 
 @pytest.fixture(scope="session")
 def tokenizer():
+    from tests import tiny  # transformers: the kernels' tests run without it
+
     return tiny.tokenizer()
 
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
     """A small Llama with random weights, its tokenizer and chat template, saved the way hub models are."""
+    from tests import tiny
+
     return tiny.save_model(tmp_path_factory.mktemp("model"), "llama")

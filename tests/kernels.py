@@ -4,6 +4,8 @@ On a machine with a GPU the compiled kernels run there; elsewhere Triton's inter
 """
 
 import contextlib
+import functools
+import inspect
 
 import pytest
 import torch
@@ -20,10 +22,22 @@ except ImportError:  # the GPU check runs wherever torch, Triton and pytest are
     class st:
         """Stands in for hypothesis.strategies: any strategy of any arguments."""
 
-        integers = floats = booleans = sampled_from = lists = tuples = data = permutations = staticmethod(lambda *args, **kwargs: None)
+        booleans = data = floats = integers = just = lists = none = permutations = sampled_from = tuples = staticmethod(
+            lambda *args, **kwargs: None)
 
     def given(*args, **kwargs):
-        return lambda test: pytest.mark.skip(reason="needs hypothesis")(lambda: None)
+        """Skips the test by name; what hypothesis would have given is taken from its signature, fixtures stay."""
+
+        def absent(test):
+            @functools.wraps(test)
+            def skipped(**_): ...
+
+            names = [name for name in inspect.signature(test).parameters if name not in kwargs]
+            names = names[:len(names) - len(args)]
+            skipped.__signature__ = inspect.Signature([inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names])
+            return pytest.mark.skip(reason="needs hypothesis")(skipped)
+
+        return absent
 
     def settings(*args, **kwargs):
         return lambda test: test

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from kernels._dropout import dropout_mask, kept_fraction
-from kernels.attention import BACKENDS, backend, check_backward_offsets, packed_attention
+from kernels.attention import attention_tiles, attention_tiles_backward, packed_attention
 from tests.kernels import given, settings, st
 
 DOUBLE = torch.float64
@@ -88,9 +88,9 @@ def test_equals_eager_document_by_document(options, heads, lengths, probabilitie
 
 
 @given(
-    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=8).filter(sum), groups=st.sampled_from([1, 2, 3]),
-    kv_heads=st.sampled_from([1, 2]), dim=st.sampled_from([1, 3, 8]), window=st.none() | st.integers(1, 50),
-    softcap=st.none() | st.just(3.0), block=st.sampled_from([1, 7, 16, 128]), keep=st.sampled_from([0, 2, 10**9]),
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=8), groups=st.sampled_from([1, 2, 3]),
+    kv_heads=st.sampled_from([1, 2]), dim=st.sampled_from([1, 3, 8]), window=st.sampled_from([None, 1, 2, 5, 16, 39, 50]),
+    softcap=st.sampled_from([None, 3.0]), block=st.sampled_from([1, 7, 16, 128]), keep=st.sampled_from([0, 2, 10**9]),
 )
 @settings(max_examples=60, deadline=None)
 def test_any_packing_equals_eager(lengths, groups, kv_heads, dim, window, softcap, block, keep):
@@ -214,39 +214,40 @@ def test_memory_is_linear_in_a_long_document():
     assert sum(saved) <= 3 * q.numel()
 
 
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_flex_attention_sees_what_the_tiles_see(monkeypatch):
-    from torch.nn.attention.flex_attention import flex_attention
-
-    monkeypatch.setattr(MODULE, "_compiled_flex_attention", lambda: flex_attention)
-    q, k, v, cu_seqlens, longest = pack([60, 1, 70], (4, 2), 16, torch.float32, grad=False)
-    for window in (None, 9):
-        flexed = BACKENDS["flex_attention"](q, k, v, cu_seqlens, longest, 0.25, window, 2.0, 0.0)
-        torch.testing.assert_close(flexed, eager(q, k, v, cu_seqlens, longest, 0.25, window, 2.0), rtol=1e-5, atol=1e-5)
+# ---------------------------------------------------------------- torch.compile
 
 
-def test_backend_names(monkeypatch):
-    cuda, cpu, bf16 = torch.device("cuda"), torch.device("cpu"), torch.bfloat16
-    installed, capability = dict.fromkeys(("flash_attn", "flash_attn_interface"), False), [(9, 0)]
-    monkeypatch.setattr(MODULE, "INSTALLED", installed)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[0])
-    assert backend(cpu, bf16) == backend(cuda, torch.float32) == backend(cuda, bf16, 50.0, 0.1) == "tiles"
-    assert backend(cuda, bf16) == "varlen_attn"
-    assert backend(cuda, bf16, 50.0) == "flex_attention"
-    assert backend(cuda, bf16, None, 0.1) == "tiles"
-    installed["flash_attn"] = True
-    assert backend(cuda, bf16) == backend(cuda, bf16, 50.0) == backend(cuda, bf16, None, 0.1) == "flash_attn 2"
-    installed["flash_attn_interface"] = True
-    assert backend(cuda, bf16) == backend(cuda, bf16, 50.0) == "flash_attn 3"
-    assert backend(cuda, bf16, None, 0.1) == "flash_attn 2"
-    capability[0] = (8, 0)
-    assert backend(cuda, bf16) == "flash_attn 2"
+@pytest.mark.parametrize("options", [{}, {"window": 3, "softcap": 2.0, "scale": 0.4}])
+def test_compiles_in_one_graph_for_packs_of_any_kind(options):
+    torch._dynamo.reset()
+    compiled = torch.compile(packed_attention, fullgraph=True, backend="aot_eager")
+    for lengths in ([5, 7], [9, 3, 140], [1], [64] * 4):
+        q, k, v, *rest = pack(lengths, (4, 2), 8)
+        assert_same(compiled(q, k, v, *rest, **options), eager(q, k, v, *rest, **options), [q, k, v])
 
 
-def test_offsets_of_the_varlen_backward():
-    check_backward_offsets(tokens=2**19 - 129, documents=1, heads=32, head_dim=128)
-    with pytest.raises(ValueError, match=r"2\*\*31, got 2147483648 .*pack fewer tokens"):
-        check_backward_offsets(tokens=2**19 - 128, documents=1, heads=32, head_dim=100)
+def test_a_compiled_pack_draws_masks_from_the_generator_and_again_in_the_backward():
+    torch._dynamo.reset()
+    compiled = torch.compile(packed_attention, fullgraph=True, backend="aot_eager")
+    q, k, v, *rest = pack([70, 9], (2, 1))
+    outcomes = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        y = compiled(q, k, v, *rest, dropout=0.4)
+        outcomes.append((y, *torch.autograd.grad(y.square().sum(), (q, k, v))))
+    assert all(torch.equal(a, b) for a, b in zip(*outcomes[:2], strict=True)) and not torch.equal(outcomes[1][0], outcomes[2][0])
+    torch.manual_seed(3)
+    y = packed_attention(q, k, v, *rest, dropout=0.4)
+    for mine, other in zip(outcomes[0], (y, *torch.autograd.grad(y.square().sum(), (q, k, v))), strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize("options", [(None, None, 0.0, None), (3, 2.0, 0.4, torch.tensor(7))])
+def test_the_nodes_are_what_they_claim_to_be(options):
+    q, k, v, cu_seqlens, longest = pack([5, 0, 130], (4, 2))
+    torch.library.opcheck(attention_tiles.node, (q, k, v, cu_seqlens, longest, 0.3, *options))
+    q, k, v = (t.detach() for t in (q, k, v))
+    torch.library.opcheck(attention_tiles_backward.node, (torch.randn_like(q), q, k, v, cu_seqlens, longest, 0.3, *options))
 
 
 @pytest.mark.parametrize("change, words", [
@@ -260,10 +261,15 @@ def test_offsets_of_the_varlen_backward():
     (dict(window=0), "window >= 1, got 0"),
     (dict(softcap=0.0), "softcap > 0, got 0.0"),
     (dict(dropout=1.0), r"dropout in \[0, 1\), got 1.0"),
+    (dict(qkv_dtypes=(torch.float32, torch.bfloat16, torch.bfloat16)), "q, k, v of one floating dtype, got torch.float32, torch.bfloat16"),
+    (dict(qkv_dtypes=[torch.int64] * 3), "q, k, v of one floating dtype, got torch.int64"),
+    (dict(kv_device="meta"), "q, k, v and cu_seqlens on one device, got them on cpu, meta, meta, cpu"),
 ])
 def test_misfits_are_named(change, words):
     made = dict(q=(8, 4, 4), k=(8, 2, 4), v=(8, 2, 4), cu_seqlens=[0, 3, 8], max_seqlen=5, dtype=torch.int32) | change
-    q, k, v = (torch.zeros(made.pop(name)) for name in "qkv")
+    dtypes, elsewhere = made.pop("qkv_dtypes", [torch.float32] * 3), made.pop("kv_device", "cpu")
+    q, k, v = (torch.zeros(made.pop(name), dtype=dtype, device=device)
+               for name, dtype, device in zip("qkv", dtypes, ("cpu", elsewhere, elsewhere)))
     cu_seqlens = torch.tensor(made.pop("cu_seqlens"), dtype=made.pop("dtype"))
     with pytest.raises(ValueError, match="packed_attention: expected " + words):
         packed_attention(q, k, v, cu_seqlens, made.pop("max_seqlen"), **made)

@@ -5,11 +5,24 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from kernels._dropout import dropout_mask, kept_fraction
 from kernels.lora import Lora
 from kernels.lora_mlp import lora_mlp
-from tests.kernels import given, settings, st
-from tests.test_kernels_lora import DOUBLE, assert_same, formula, lora_of, make, peft_linear, relative, trained
+from kernels.nf4 import dequantize_nf4
+from tests.kernels import DEVICE, DTYPES, assert_as_exact_as_torch, given, runs_triton, settings, st, to, triton_mode
+from tests.test_kernels_lora import (
+    DOUBLE,
+    FORMS,
+    Counted,
+    assert_same,
+    formula,
+    lora_of,
+    make,
+    masks,
+    nf4,
+    peft_linear,
+    relative,
+    trained,
+)
 
 ACT = {"silu": F.silu, "gelu_tanh": lambda g: F.gelu(g, approximate="tanh")}
 
@@ -74,12 +87,10 @@ def test_dropout_masks_x_twice_and_h():
     weights, biases, loras = make_mlp(dropout=0.4)
     x = torch.randn(5, 4, dtype=DOUBLE, requires_grad=True)
     torch.manual_seed(3)
-    masks = [
-        dropout_mask(torch.Size((5, k)), 0.4, DOUBLE, torch.Generator().manual_seed(int(torch.randint(2**62, ()))))
-        / kept_fraction(0.4) for k in (4, 4, 6)]
+    drawn = masks([x, x, torch.empty(5, 6, dtype=DOUBLE)], 0.4)
     torch.manual_seed(3)
     ours = lora_mlp(x, weights, loras, biases)
-    assert_same([ours], [plain(x, weights, loras, biases, masks=masks)], trained(x, *loras))
+    assert_same([ours], [plain(x, weights, loras, biases, masks=drawn)], trained(x, *loras))
 
 
 def test_checkpoint_replays_the_masks():
@@ -164,3 +175,143 @@ def test_misfits_are_named(sizes, words):
 def test_unknown_activation():
     with pytest.raises(ValueError, match="lora_mlp: expected activation in .*got 'relu'"):
         lora_mlp(torch.zeros(2, 4), [torch.zeros(4, 4)] * 3, (None,) * 3, activation="relu")
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_compiles_in_one_graph(dora):
+    torch._dynamo.reset()
+    weights, biases, loras = make_mlp(8, 12, 8, dora=dora, dropout=0.3, dtype=torch.float32)
+    x = torch.randn(2, 5, 8, requires_grad=True)
+    runs = []
+    for op in (lora_mlp, torch.compile(lora_mlp, fullgraph=True, backend="aot_eager")):
+        torch.manual_seed(1)
+        y = op(x, weights, loras, biases)
+        runs.append((y, *torch.autograd.grad(y.square().sum(), trained(x, *loras))))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_nf4_weights_give_what_their_dense_forms_give(form):
+    weights, biases, loras = make_mlp(16, 64, 16, dropout=0.2, dtype=torch.float32)
+    frozen = [nf4(weight) for weight in weights]
+    x = torch.randn(9, 16, requires_grad=True)
+    runs = []
+    with form():
+        for ws in (frozen, [dequantize_nf4(weight) for weight in frozen]):
+            torch.manual_seed(1)
+            y = lora_mlp(x, ws, loras, biases)
+            runs.append((y, *torch.autograd.grad(y.sum(), trained(x, *loras))))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_only_the_down_adapter_wants_gradients():
+    weights, biases, loras = make_mlp(dropout=0.0)
+    loras = [None, None, loras[2]]
+    x = torch.randn(5, 4, dtype=DOUBLE)
+    assert_same([lora_mlp(x, weights, loras, biases)], [plain(x, weights, loras, biases)], trained(*loras[2]))
+
+
+# ---------------------------------------------------------------- Triton
+
+
+def kernel_case(T, width, inner, out, ranks, dropout=0.0, dora=False, bias=True, frozen="W"):
+    """Inputs in fp64, and ours and stock as functions of them: x, then W, bias, A, B, magnitude and mask of each projection."""
+    sizes = ((inner, width), (inner, width), (out, inner))
+
+    def wants(letter, *shape, scale=1.0):
+        return torch.randn(shape, dtype=DOUBLE).mul(scale).requires_grad_(letter not in frozen)
+
+    with triton_mode():
+        torch.manual_seed(7)
+        drawn = masks([torch.empty(T, k, device=DEVICE) for _, k in sizes], dropout)
+    inputs = [wants("x", T, width)]
+    for (n, k), r, mask in zip(sizes, ranks, drawn, strict=True):
+        inputs += [wants("W", n, k, scale=k**-0.5), wants("b", n) if bias else None]
+        inputs += [wants("A", r, k, scale=k**-0.5), wants("B", n, r, scale=r**-0.5)] if r else [None, None]
+        inputs += [torch.rand(n, dtype=DOUBLE).add(0.5).requires_grad_() if dora and r else None, mask.cpu().double() if r else None]
+
+    def opened(tensors, p):
+        parts = [tensors[i:i + 6] for i in range(0, 18, 6)]
+        return ([t[0] for t in parts], [Lora(t[2], t[3], 1.7, p, t[4]) if t[2] is not None else None for t in parts], [t[1] for t in parts],
+                [t[5] for t in parts])
+
+    def ours(x, *tensors):
+        torch.manual_seed(7)
+        return lora_mlp(x, *opened(tensors, dropout)[:3])
+
+    def stock(x, *tensors):
+        weights, loras, biases, multipliers = opened(tensors, 0.0)
+        return plain(x, weights, loras, biases, masks=multipliers)
+
+    return ours, stock, inputs
+
+
+CASES = {
+    "one token": (1, 65, 129, 67, (17, 16, 33), 0.3),
+    "plain": (37, 40, 33, 17, (4, 16, 5)),
+    "dropout": (37, 40, 33, 17, (4, 3, 5), 0.3),
+    "dora": (19, 31, 33, 17, (4, 3, 5), 0.3, True),
+    "down without adapter": (19, 24, 33, 17, (4, 3, 0), 0.3),
+    "only down": (19, 24, 33, 17, (0, 0, 3), 0.3, False, True, "Wxb"),
+    "down beyond the passes' ranks": (9, 24, 20, 17, (4, 3, 260), 0.3),
+    "trained base": (19, 24, 33, 17, (4, 3, 5), 0.0, False, True, ""),
+    "no tokens": (0, 8, 9, 7, (4, 3, 5), 0.3),
+}
+
+
+@runs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_are_as_exact_as_torch(name, dtype):
+    assert_as_exact_as_torch(*kernel_case(*CASES[name]), dtype)
+
+
+@runs_triton
+def test_kernels_save_x_gate_up_and_the_narrow_products():
+    ours, _, inputs = kernel_case(50, 16, 40, 16, (2, 3, 4), 0.3)
+    tensors, saved = to(inputs, torch.float32), []
+    with triton_mode(), torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        ours(*tensors)
+    parameters = {t.data_ptr() for t in tensors[1:] if t is not None}
+    assert sum(t.numel() for t in saved if t.data_ptr() not in parameters) == 50 * (16 + 40 + 40 + 3 * 16) + 1
+
+
+@runs_triton
+def test_products_and_launches_are_as_few_as_the_docstring_says(monkeypatch):
+    ours, _, inputs = kernel_case(37, 8, 16, 8, (2, 3, 4), 0.3, bias=False)
+    tensors = to(inputs, torch.float32)
+    wanted = [t for t in tensors if t is not None and t.requires_grad]
+    with triton_mode(), Counted(monkeypatch) as counted:
+        y = ours(*tensors)
+        assert (counted.products, counted.launches) == (3, 3)
+        torch.autograd.grad(y, wanted, torch.ones_like(y))
+        assert (counted.products, counted.launches) == (6, 3 + 5)  # and two sums where T is cut into slices
+
+
+@runs_triton
+def test_kernels_compile_in_one_graph():
+    torch._dynamo.reset()
+    ours, _, inputs = kernel_case(9, 16, 20, 12, (2, 3, 4), 0.3)
+    tensors = to(inputs, torch.float32)
+    weights, biases = tensors[1::6], tensors[2::6]
+    loras = [Lora(A, B, 1.7, 0.3) for A, B in zip(tensors[3::6], tensors[4::6])]
+    runs = []
+    with triton_mode():
+        for op in (lora_mlp, torch.compile(lora_mlp, fullgraph=True, backend="aot_eager")):
+            torch.manual_seed(7)
+            y = op(tensors[0], weights, loras, biases)
+            runs.append((y, *torch.autograd.grad(y.sum(), trained(tensors[0], *loras))))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@runs_triton
+def test_kernels_replay_masks_under_checkpointing():
+    ours, _, inputs = kernel_case(9, 16, 20, 12, (2, 3, 4), 0.3)
+    tensors = to(inputs, torch.float32)
+    wanted = [t for t in tensors if t is not None and t.requires_grad]
+    runs = []
+    with triton_mode():
+        for run in (ours, lambda *args: checkpoint(ours, *args, use_reentrant=False)):
+            y = run(*tensors)
+            runs.append((y, *torch.autograd.grad(y.square().sum(), wanted)))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))

@@ -3,11 +3,13 @@
 import pytest
 import torch
 from torch.autograd import gradcheck
+from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb as apply_partial_rotary_pos_emb
 
-from kernels.rope import apply_rope
-from tests.kernels import given, settings, st
+from kernels import _launch
+from kernels.rope import apply_rope, rope
+from tests.kernels import DEVICE, DTYPES, assert_as_exact_as_torch, given, runs_triton, settings, st, to, triton_mode
 
 
 def inputs(lead=(7,), query_heads=4, key_heads=2, width=8, rotary=8, dtype=torch.float64):
@@ -116,7 +118,29 @@ def test_compiles_in_one_graph(rotary):
     torch.testing.assert_close(*(torch.autograd.grad(turned, (q, k), upstream) for turned in (ours, theirs)))
 
 
-def test_wrong_shapes_are_named():
+def test_results_are_dense_as_the_compiler_is_told():
+    """Also those of permuted heads, such as attention's gradients."""
+    q, k, cos, sin, _ = inputs(dtype=torch.float32)
+    q, k = (x.detach().transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k))
+    for inverse in (False, True):
+        assert all(x.is_contiguous() for x in rope(q, k, cos, sin, None, inverse))
+        torch.library.opcheck(rope.node, (q, k, cos, sin, None, inverse))
+
+
+def test_positions_choose_rows_of_a_cache():
+    """Samples of 3 and 4 tokens in one pack, each counted from 0; the cache has more rows than are used."""
+    q, k, cos, sin, _ = inputs()
+    positions = torch.tensor([0, 1, 2, 0, 1, 2, 3])
+    for index in (positions, positions.int()):
+        ours, theirs = apply_rope(q, k, cos, sin, index), apply_rope(q, k, cos[positions], sin[positions])
+        assert all(map(torch.equal, ours, theirs))
+        upstream = [torch.randn_like(x) for x in ours]
+        assert all(map(torch.equal, *(torch.autograd.grad(turned, (q, k), upstream) for turned in (ours, theirs))))
+    none = torch.zeros(0, dtype=torch.long)
+    assert apply_rope(q[:0], k[:0], cos, sin, none)[0].shape == (0, 4, 8)
+
+
+def test_mistakes_are_named():
     q, k, cos, sin, _ = inputs()
     with pytest.raises(ValueError, match=r"apply_rope: expected q \[..., T, H, Dh\] .*got \(7, 4, 8\) and \(5, 8\)"):
         apply_rope(q, k, cos[:5], sin[:5])
@@ -124,3 +148,136 @@ def test_wrong_shapes_are_named():
         apply_rope(q, k, cos, sin[..., :4])
     with pytest.raises(ValueError, match="even Dr <= Dh"):
         apply_rope(q, k, cos.repeat(1, 2), sin.repeat(1, 2))
+    with pytest.raises(ValueError, match="expected q and k to differ in heads alone"):
+        apply_rope(q[None], k, cos, sin)
+    with pytest.raises(ValueError, match="expected floating q, k, cos and sin on one device, got .*float64 on cpu, .* on meta"):
+        apply_rope(q, k.to("meta"), cos, sin)
+    with pytest.raises(ValueError, match="expected floating q, k, cos and sin on one device, got .*int64 on cpu"):
+        apply_rope(q, k, cos.long(), sin)
+
+
+def test_mistaken_positions_are_named():
+    q, k, cos, sin, _ = inputs()
+    positions = torch.arange(7)
+    with pytest.raises(ValueError, match=r"apply_rope: expected position_ids in \[0, 5\), the rows of cos, got 0 to 6"):
+        apply_rope(q, k, cos[:5], sin[:5], positions)
+    with pytest.raises(ValueError, match="got -1 to 5"):
+        apply_rope(q, k, cos, sin, positions - 1)
+    with pytest.raises(ValueError, match=r"expected int position_ids \[T\] on cpu .* got torch.float32 on cpu"):
+        apply_rope(q, k, cos, sin, positions.float())
+    with pytest.raises(ValueError, match=r"expected int position_ids \[T\] on cpu .* got torch.int64 on meta"):
+        apply_rope(q, k, cos, sin, positions.to("meta"))
+    with pytest.raises(ValueError, match=r"expected q \[..., T, H, Dh\]"):
+        apply_rope(q, k, cos, sin, positions[:5])
+
+
+# ---------------------------------------------------------------- Triton
+
+
+def stock_heads(q, k, cos, sin):
+    """The formula for [..., T, H, Dh], op by op as transformers has it."""
+    rotary = cos.shape[-1]
+
+    def one(x):
+        turning, rest = x.split((rotary, x.shape[-1] - rotary), -1)
+        a, b = turning.chunk(2, -1)
+        return torch.cat((turning * cos.unsqueeze(-2) + torch.cat((-b, a), -1) * sin.unsqueeze(-2), rest), -1)
+
+    return one(q), one(k)
+
+
+@runs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens, heads, width, rotary", [
+    (0, (2, 1), 4, 4), (1, (1, 1), 2, 2), (7, (4, 2), 16, 16), (33, (3, 1), 12, 8), (5, (7, 7), 10, 2), (9, (2, 1), 130, 66),
+    (3, (2, 1), 256, 256), (2, (1, 2), 260, 64),
+])
+def test_kernels_are_as_exact_as_torch(tokens, heads, width, rotary, dtype):
+    assert_as_exact_as_torch(apply_rope, stock_heads, list(inputs((tokens,), *heads, width, rotary)[:4]), dtype)
+
+
+@runs_triton
+def test_kernels_take_leading_dims_shared_angles_and_huge_heads():
+    q, k, cos, sin, _ = inputs((3, 5))
+    q.data[0, 0] *= 1e30
+    apart = torch.cat((sin, sin), -1)[..., :8]  # rows further apart than those of cos
+    for angles in ((cos, sin), (cos[:1], sin[:1]), (cos[1], sin[1]), (cos, apart), (cos.mT.contiguous().mT, sin)):
+        assert_as_exact_as_torch(apply_rope, stock_heads, [q, k, *angles], torch.float32)
+
+
+@runs_triton
+@pytest.mark.parametrize("rotary", [8, 4])
+def test_kernels_take_views_and_fp32_angles_beside_bf16(rotary):
+    """Heads of one fused projection, of a transposed batch, and the expanded upstream that a sum makes."""
+    fused = torch.randn(7, 8, 8, device=DEVICE).bfloat16().requires_grad_()
+    _, _, cos, sin, _ = to(inputs(rotary=rotary), torch.float32)
+    for q, k in ((fused[:, :4], fused[:, 4:6]), (fused.transpose(0, 1)[:7, :3], fused.transpose(0, 1)[:7, 3:]),
+                 (fused.transpose(1, 2)[..., :4, :], fused.transpose(1, 2)[..., 4:, :])):
+        with triton_mode():
+            ours = apply_rope(q, k, cos, sin)
+            gradient, = torch.autograd.grad([x.sum() for x in ours], fused)
+        theirs = apply_rope(q, k, cos, sin)
+        assert [x.dtype for x in ours] == [torch.bfloat16] * 2
+        torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(gradient, torch.autograd.grad([x.sum() for x in theirs], fused)[0])
+
+
+@runs_triton
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_kernels_take_positions(dtype):
+    q, k, cos, sin, _ = to(inputs(), torch.float32)
+    positions = torch.tensor([0, 1, 2, 0, 1, 6, 3], dtype=dtype, device=DEVICE)
+    with triton_mode():
+        ours = apply_rope(q, k, cos, sin, positions)
+        found = torch.autograd.grad([x.square().sum() for x in ours], (q, k))
+    theirs = stock_heads(q, k, cos[positions.long()], sin[positions.long()])
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(found, torch.autograd.grad([x.square().sum() for x in theirs], (q, k)))
+
+
+@runs_triton
+def test_kernels_refuse_or_mark_positions_that_are_not_there():
+    q, k, cos, sin, _ = to(inputs(), torch.float32)
+    positions = torch.tensor([0, 1, 7, 0, 1, -1, 3], device=DEVICE)
+    with triton_mode():
+        if DEVICE.type == "cpu":
+            with pytest.raises(ValueError, match="got -1 to 7"):
+                apply_rope(q, k, cos, sin, positions)
+        else:
+            for x in apply_rope(q, k, cos, sin, positions):
+                assert torch.equal(x.isnan().all(-1).all(-1), (positions < 0) | (positions > 6))
+
+
+@pytest.mark.skipif(_launch.triton is None, reason="needs Triton")
+def test_one_launch_each_way():
+    q, k = (torch.empty(64, heads, 128, dtype=torch.bfloat16, device="meta") for heads in (32, 8))
+    cos = torch.empty(64, 128, dtype=torch.bfloat16, device="meta")
+    for inverse in (False, True):
+        with _launch.recording("sm_90") as launches:
+            rope(q, k, cos, cos, None, inverse)
+        assert len(launches) == 1
+
+
+@runs_triton
+def test_kernels_under_checkpointing():
+    q, k, cos, sin, _ = to(inputs(), torch.float32)
+    with triton_mode():
+        expected = torch.autograd.grad([x.square().sum() for x in apply_rope(q, k, cos, sin)], (q, k))
+        again = checkpoint(apply_rope, q, k, cos, sin, use_reentrant=False)
+        assert all(map(torch.equal, torch.autograd.grad([x.square().sum() for x in again], (q, k)), expected))
+
+
+@runs_triton
+@pytest.mark.parametrize("cached", [False, True])
+def test_kernels_compile_in_one_graph(cached):
+    torch._dynamo.reset()
+    q, k, cos, sin, _ = to(inputs(rotary=4), torch.float32)
+    positions = torch.arange(7, device=DEVICE).flip(0) if cached else None
+    with triton_mode():
+        ours = torch.compile(apply_rope, fullgraph=True, backend="aot_eager")(q, k, cos, sin, positions)
+        theirs = apply_rope(q, k, cos, sin, positions)
+        torch.testing.assert_close(ours, theirs)
+        upstream = [torch.randn_like(x) for x in ours]
+        torch.testing.assert_close(*(torch.autograd.grad(turned, (q, k), upstream) for turned in (ours, theirs)))
+        for inverse in (False, True):
+            torch.library.opcheck(rope.node, (q.detach(), k.detach(), cos, sin, positions, inverse))

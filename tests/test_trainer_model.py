@@ -3,8 +3,13 @@
 import copy
 import json
 import logging
+import os
 import pickle
+import subprocess
+import sys
+from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +18,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from kernels import _dispatch, _launch
 from tests import tiny
+from tests.kernels import triton_mode
+from trainer import families
 from trainer.attention import PACKED, is_packed
 from trainer.config import Config, Model
 from trainer.errors import UserError
@@ -106,7 +114,7 @@ def test_families_are_tested():
     assert set(FAMILIES) == set(tiny.FAMILIES)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "olmo2"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gemma3_text", "olmo2"])
 def test_bf16_is_as_exact_as_stock_bf16(family):
     batch = pack()
     exact_model = unlike_initial(tiny.model(family, dtype=torch.float64))
@@ -230,18 +238,116 @@ def test_patching_twice_is_patching_once():
     assert torch.equal(our_logits(model, batch), expected)
 
 
-def test_report_says_what_serves_each_operation():
-    fused = str(patch(ready(tiny.model("qwen3"))))
-    assert "rms_norm layers: fused x 9" in fused and "attention layers: fused x 2" in fused and "mlp layers: fused x 2" in fused
+COVERED = {  # what operations serve two layers and a last norm
+    "llama": dict(rms_norm=3, add_rms_norm=2, rope=2, glu=2),
+    "phi3": dict(rms_norm=3, add_rms_norm=2, rope=2, glu=2),
+    "qwen3": dict(rms_norm=3, add_rms_norm=2, qk_norm_rope=2, glu=2),
+    "gemma3_text": dict(rms_norm=7, add_rms_norm=2, qk_norm_rope=2, glu=2),
+    "granite": dict(rms_norm=5, rope=2, glu=2),
+    "olmo2": dict(rms_norm=9, rope=2, glu=2),
+    "smollm3": dict(rms_norm=3, add_rms_norm=2, rope=1, glu=2),  # one layer without positions
+}
+
+
+@pytest.mark.parametrize("family", COVERED)
+def test_report_counts_the_operations_that_run(family, monkeypatch):
+    """Every operation of the report is called as often as it says in one forward, from the backend that it says."""
+    calls = Counter()
+
+    def counted(op, original):
+        def call(*args, **kwargs):
+            calls["rope" if op == "apply_rope" else op] += 1
+            return original(*args, **kwargs)
+        return call
+
+    for op in ("rms_norm", "add_rms_norm", "qk_norm_rope", "apply_rope", "glu"):
+        monkeypatch.setattr(families, op, counted(op, getattr(families, op)))
+    model = ready(tiny.model(family, **SETTINGS.get(family, {})))
+    report = patch(model)
+    forward_hidden(model, pack())
+    assert calls == COVERED[family]
+    assert report.backends == {"attention": "packed (tiles)", "linear cross entropy": "reference",
+                               **{op: f"reference x {n}" for op, n in COVERED[family].items()}}
+    assert f"  add_rms_norm: reference x {calls['add_rms_norm']}\n" in str(report) or not calls["add_rms_norm"]
+
+
+def test_report_says_what_stays_stock():
     relu = ready(tiny.model("llama", hidden_act="relu"))
-    assert patch(relu).backends["mlp layers"] == "stock"
+    assert patch(relu).backends["glu"] == "stock"
+    dropping = ready(tiny.model("phi3", resid_pdrop=0.1))
+    assert "add_rms_norm" not in patch(dropping).backends and "forward" not in vars(dropping.model.layers[0])
     off = ready(tiny.model("llama"))
-    assert "model.patch is off" in str(patch(off, enabled=False))
-    assert "forward" not in vars(off.model.layers[0].mlp)
+    report = patch(off, enabled=False)
+    assert "model.patch is off" in str(report) and report.backends.keys() == {"attention", "linear cross entropy"}
+    assert not any("forward" in vars(module) for module in off.modules())
 
 
-def test_compiled_layers_equal_eager_ones():
-    model, batch = ready(tiny.model("llama")), pack()
+@pytest.mark.skipif(not _launch.INTERPRETED, reason="needs Triton's interpreter")
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "phi3"])
+def test_models_run_on_the_kernels(family):
+    settings, batch = SETTINGS.get(family, {}), pack((5, 1, 7))
+    stock, ours = (unlike_initial(tiny.model(family, **settings)) for _ in range(2))
+    expected = stock_logits(stock, batch)
+    with triton_mode():
+        report = patch(ready(ours))
+        found = our_logits(ours, batch)
+        gradient = gradients(ours, found)
+    assert report.backends["rms_norm"].startswith("triton x ") and report.backends["linear cross entropy"] == "triton"
+    assert relative_error(found, expected) < 1e-5
+    for name, true in gradients(stock, expected).items():
+        assert relative_error(gradient[name], true) < 1e-4, name
+
+
+@pytest.mark.parametrize("mode, interpreted, message", [
+    ("fast", False, "KERNELS_BACKEND: expected one of auto, triton, reference, got 'fast'"),
+    ("triton", False, "KERNELS_BACKEND=triton: expected a tensor on a GPU, got one on cpu; use KERNELS_BACKEND=auto"),
+])
+def test_backend_that_cannot_be_had_is_one_line(mode, interpreted, message, monkeypatch):
+    if _launch.triton is None and mode == "triton":
+        message = "KERNELS_BACKEND=triton: expected Triton to be installed"
+    monkeypatch.setattr(_dispatch, "_mode", mode)
+    monkeypatch.setattr(_launch, "INTERPRETED", interpreted)
+    with pytest.raises(UserError, match=message) as caught:
+        patch(tiny.model("llama"))
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_backend_fails_where_it_is_used_not_on_import():
+    done = subprocess.run([sys.executable, "-c", "import kernels"], env=os.environ | {"KERNELS_BACKEND": "fast"}, capture_output=True,
+                          text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+def test_hidden_states_of_a_patched_model_are_those_of_the_stock_one(family):
+    """transformers collects them with hooks on decoder layers, installed at the first call that asks."""
+    model, ids = tiny.model(family), torch.arange(24).view(2, 12)
+    expected = model(input_ids=ids, output_hidden_states=True).hidden_states
+    patch(ready(model))
+    for fresh in (model, pickle.loads(pickle.dumps(patched_in_training(family)))):
+        found = fresh.eval()(input_ids=ids, output_hidden_states=True).hidden_states
+        assert len(found) == len(expected) == 3
+        for mine, true in zip(found, expected):
+            assert relative_error(mine, true) < 1e-5
+
+
+def test_hooks_on_norms_that_an_operation_covers():
+    """The norm of a layer and those of queries and keys are covered by larger operations, unless someone watches or replaces them."""
+    model, batch = ready(tiny.model("qwen3")), pack()
+    patch(model)
+    expected, calls = our_logits(model, batch), Counter()
+    layer = model.model.layers[1]
+    for name, norm in (("stream", layer.post_attention_layernorm), ("q", layer.self_attn.q_norm), ("k", layer.self_attn.k_norm)):
+        norm.register_forward_hook(lambda *_, name=name: calls.update([name]))
+    assert torch.equal(our_logits(model, batch), expected)
+    assert calls == {"stream": 1, "q": 1, "k": 1}
+    model.model.layers[0].post_attention_layernorm = torch.nn.Identity()
+    assert not torch.equal(our_logits(model, batch), expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_compiled_layers_equal_eager_ones(family):
+    model, batch = ready(tiny.model(family)), pack()
     patch(model)
     expected = gradients(model, our_logits(model, batch))
     model.zero_grad()
@@ -254,15 +360,15 @@ def test_compiled_layers_equal_eager_ones():
 # ---------------------------------------------------------------- activation checkpointing
 
 
-def patched_in_training(**overrides):
-    model = ready(tiny.model("llama", **overrides)).train()
+def patched_in_training(family="llama", **overrides):
+    model = ready(tiny.model(family, **overrides)).train()
     patch(model)
     return model
 
 
-def gradients_and_calls(mode):
+def gradients_and_calls(mode, family):
     """Gradients under an activation checkpointing mode, and how often MLPs ran."""
-    model, calls = patched_in_training(num_hidden_layers=4), []
+    model, calls = patched_in_training(family, num_hidden_layers=4), []
     apply_activation_checkpointing(model, mode)
     for layer in model.model.layers:
         layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -270,9 +376,10 @@ def gradients_and_calls(mode):
 
 
 @pytest.mark.parametrize("mode, runs", [("none", 4), ("selective", 6), ("full", 8)])
-def test_checkpointing_recomputes_and_changes_nothing(mode, runs):
-    expected, _ = gradients_and_calls("none")
-    found, ran = gradients_and_calls(mode)
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_checkpointing_recomputes_and_changes_nothing(mode, runs, family):
+    expected, _ = gradients_and_calls("none", family)
+    found, ran = gradients_and_calls(mode, family)
     assert ran == runs
     for name, gradient in expected.items():
         assert torch.equal(found[name], gradient), name

@@ -72,6 +72,14 @@ class Lora:
 
 
 @dataclass
+class Quantization:
+    """The base of a QLoRA run: bitsandbytes' NF4 in blocks of 64 weights. A checkpoint that is in NF4 already stays as it is."""
+
+    double_quant: bool = True  # the blocks' scales in 8 bits too: 4.1 bits a weight instead of 4.5
+    skip: list[str] = field(default_factory=list)  # linear layers that stay dense, by the last parts of their names; the head always does
+
+
+@dataclass
 class Batch:
     """Batch size, in tokens."""
 
@@ -85,6 +93,7 @@ class Optim:
     """AdamW and its schedule."""
 
     lr: float = 2e-4
+    name: Literal["adamw", "adamw_8bit"] = "adamw"  # adamw_8bit: moments of matrices in a byte each (bitsandbytes), 2 bytes instead of 8
     weight_decay: float = 0.0  # on matrices only, never on norms and biases
     beta1: float = 0.9
     beta2: float = 0.999
@@ -128,8 +137,9 @@ class Config:
 
     output: str = "runs/latest"  # the run folder
     model: Model = field(default_factory=Model)
-    adapter: Literal["lora", "full"] = "lora"  # what is trained
+    adapter: Literal["lora", "qlora", "full"] = "lora"  # what is trained; qlora: an adapter on a base in 4 bits (needs the `quant` extra)
     lora: Lora = field(default_factory=Lora)
+    quantization: Quantization = field(default_factory=Quantization)
     data: Data = field(default_factory=Data)
     replay: Replay = field(default_factory=Replay)
     batch: Batch = field(default_factory=Batch)
@@ -141,7 +151,7 @@ class Config:
     activation_checkpointing: Literal["none", "selective", "full"] = "none"  # selective: every second layer
     compile: bool = False  # torch.compile the decoder layers
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    export: Literal["adapter", "merged", "both"] = "adapter"  # what a LoRA run leaves in its folder
+    export: Literal["adapter", "merged", "both"] = "adapter"  # what a run with an adapter leaves in its folder; merged is dense
     evaluation: Evaluation = field(default_factory=Evaluation)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     resume: Literal["auto", "never"] = "never"  # auto: go on from the newest whole checkpoint in the run folder, if any

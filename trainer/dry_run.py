@@ -22,7 +22,7 @@ GREEN, DIM, BOLD, PLAIN = "\033[32m", "\033[2m", "\033[1m", "\033[0m"
 def show(config: Config, inputs: Inputs, device: torch.device) -> None:
     """Print the page. Raises UserError for whatever would have stopped the run."""
     model = outline(config)
-    if config.adapter == "lora":
+    if config.adapter != "full":
         with torch.device("meta"):
             model = add_adapter(model, config.lora)
     _show_samples(inputs, config.seed)

@@ -1,9 +1,9 @@
 """Model families with fused layers: what sets each apart, and the forwards that their modules share.
 
-`patch(model)` gives instances, never classes, a new `forward`: RMSNorm, attention, gated MLP, and linear layers with adapters. Weights,
-names and classes stay, so state dicts, saving, hooks, checkpointing and stock code that looks at the model see nothing new. A forward is
-a functools.partial of a function of this file, which pickles and copies with the module. Decoder layers keep their own forward: their
-class implements activation checkpointing around it.
+`patch(model)` gives instances, never classes, a new `forward`: RMSNorm, attention, gated MLP, decoder layers, and linear layers with
+adapters. Weights, names and classes stay, so state dicts, saving, hooks, checkpointing (which is around a layer's forward, in its class's
+`__call__`) and stock code that looks at the model see nothing new. A forward is a functools.partial of a function of this file, which
+pickles and copies with the module. Where one operation covers a norm, the norm's module does not run; one with hooks does.
 
 To add a family: a row in FAMILIES, a line in the tests' list of families, and the tests say what is still different.
 
@@ -20,14 +20,18 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from kernels._dispatch import serving
 from kernels.attention import backend, packed_attention
 from kernels.glu import glu
 from kernels.lora_mlp import lora_mlp
-from kernels.rms_norm import rms_norm
+from kernels.qk_norm_rope import qk_norm_rope
+from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rope import apply_rope
 from trainer import lora
 from trainer.attention import is_packed
+from trainer.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -39,8 +43,11 @@ class Family:
     activation: str = "act_fn"  # the attribute of the MLP that is its activation
     window_in_config: bool = False  # every layer has the config's sliding window; otherwise the module's own, if any
     softcap: bool = False  # attention logits are capped
+    # the norm that is taken of the residual stream right after attention has joined it; None leaves layers their own forward
+    stream_norm: str | None = "post_attention_layernorm"
 
 
+BEFORE_MLP = "pre_feedforward_layernorm"  # of layers that also normalise what attention and MLP give
 GEMMA = Family(norm_offset=1.0, norm_eps="eps")
 FAMILIES = {
     "llama": Family(),
@@ -48,11 +55,11 @@ FAMILIES = {
     "qwen2": Family(),
     "qwen3": Family(),
     "gemma": GEMMA,
-    "gemma2": Family(norm_offset=1.0, norm_eps="eps", softcap=True),
-    "gemma3_text": GEMMA,
+    "gemma2": Family(norm_offset=1.0, norm_eps="eps", softcap=True, stream_norm=BEFORE_MLP),
+    "gemma3_text": Family(norm_offset=1.0, norm_eps="eps", stream_norm=BEFORE_MLP),
     "phi3": Family(activation="activation_fn", window_in_config=True),
-    "granite": Family(),
-    "olmo2": Family(),  # in bf16 the stock norms round after the weight, ours before it: as exact, not bit-equal
+    "granite": Family(stream_norm=None),  # a factor on what joins
+    "olmo2": Family(stream_norm=None),  # in bf16 the stock norms round after the weight, ours before it: as exact, not bit-equal
     "smollm3": Family(),
 }
 ACTIVATIONS = {type(ACT2FN[name]): ours for name, ours in (("silu", "silu"), ("swish", "silu"), ("gelu_pytorch_tanh", "gelu_tanh"))}
@@ -70,6 +77,32 @@ def family_of(model: PreTrainedModel) -> Family | None:
 
 def norm_forward(norm: nn.Module, eps: float, offset: float, x: Tensor) -> Tensor:
     return rms_norm(x, norm.weight, eps, offset=offset)
+
+
+class NormSettings(NamedTuple):
+    eps: float
+    offset: float
+
+
+def coverable(norm: nn.Module) -> NormSettings | None:
+    """The settings of a norm that a larger operation may cover: it has our forward, and no hook waits for it."""
+    hooks = norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks
+    forward = norm.forward
+    return None if hooks or not isinstance(forward, partial) or forward.func is not norm_forward else NormSettings(*forward.args[1:])
+
+
+def layer_forward(layer: nn.Module, stream_norm: str, hidden_states: Tensor, *args, **kwargs) -> Tensor:
+    """A decoder layer in which attention joins the residual stream, and the stream is normalised for the MLP, in one operation."""
+    norm = getattr(layer, stream_norm)
+    settings = coverable(norm)
+    if args or settings is None:
+        return type(layer).forward(layer, hidden_states, *args, **kwargs)
+    attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **kwargs)
+    if stream_norm == BEFORE_MLP:
+        attended = layer.post_attention_layernorm(attended)
+    normed, stream = add_rms_norm(attended, hidden_states, norm.weight, settings.eps, offset=settings.offset)
+    out = layer.mlp(normed)
+    return stream + (layer.post_feedforward_layernorm(out) if stream_norm == BEFORE_MLP else out)
 
 
 class AttentionTraits(NamedTuple):
@@ -106,16 +139,14 @@ def attention_forward(attention: nn.Module, traits: AttentionTraits, hidden_stat
         return type(attention).forward(attention, hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask,
                                        past_key_values=past_key_values, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, **kwargs)
     q, k, v = project_heads(attention, traits, hidden_states.squeeze(0))
-    if traits.rope:
-        cos, sin = position_embeddings
-        q, k = apply_rope(q, k, cos.squeeze(0), sin.squeeze(0))
+    q, k = position_heads(attention, traits, q, k, position_embeddings)
     out = packed_attention(q, k, v, cu_seqlens, max_seqlen, scale=traits.scale, window=traits.window, softcap=traits.softcap,
                            dropout=attention.attention_dropout if attention.training else 0.0)
     return attention.o_proj(out.flatten(1)).unsqueeze(0), None
 
 
 def project_heads(attention: nn.Module, traits: AttentionTraits, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x [T,W] -> q [T,H,D], k and v [T,Hk,D], normalised where the family does so."""
+    """x [T,W] -> q [T,H,D], k and v [T,Hk,D], normalised where the family takes all heads as one vector."""
     if hasattr(attention, "qkv_proj"):
         fused = attention.qkv_proj(x).unflatten(-1, (-1, traits.head_dim))
         others = (fused.shape[1] - traits.heads) // 2
@@ -123,10 +154,18 @@ def project_heads(attention: nn.Module, traits: AttentionTraits, x: Tensor) -> t
     q, k, v = lora.project(x, (attention.q_proj, attention.k_proj, attention.v_proj))
     if traits.norm == "width":
         q, k = attention.q_norm(q), attention.k_norm(k)
-    q, k, v = (y.unflatten(-1, (-1, traits.head_dim)) for y in (q, k, v))
+    return tuple(y.unflatten(-1, (-1, traits.head_dim)) for y in (q, k, v))
+
+
+def position_heads(attention: nn.Module, traits: AttentionTraits, q: Tensor, k: Tensor, position_embeddings) -> tuple[Tensor, Tensor]:
+    """q [T,H,D] and k [T,Hk,D], normalised head by head where the family does so, then turned by their positions where the layer does."""
+    cos, sin = (x.squeeze(0) for x in position_embeddings) if traits.rope else (None, None)
     if traits.norm == "head":
+        settings = coverable(attention.q_norm)
+        if traits.rope and settings is not None and settings == coverable(attention.k_norm):
+            return qk_norm_rope(q, k, attention.q_norm.weight, attention.k_norm.weight, cos, sin, settings.eps, offset=settings.offset)
         q, k = attention.q_norm(q), attention.k_norm(k)
-    return q, k, v
+    return apply_rope(q, k, cos, sin) if traits.rope else (q, k)
 
 
 def mlp_forward(mlp: nn.Module, activation: str, x: Tensor) -> Tensor:
@@ -149,7 +188,7 @@ def fused_mlp_forward(mlp: nn.Module, activation: str, x: Tensor) -> Tensor:
 
 @dataclass
 class PatchReport:
-    """What serves each operation of a model; printed once when a run starts."""
+    """Which backend serves each operation of a model, and how many of its modules use it; printed once when a run starts."""
 
     family: str
     backends: dict[str, str] = field(default_factory=dict)
@@ -162,48 +201,64 @@ def patch(model: nn.Module, enabled: bool = True) -> PatchReport:
     """Give the modules of `model` (bare, or with an adapter already on it) their fused forwards. Patching twice changes nothing.
 
     A family that is not in FAMILIES keeps its stock modules; only linear layers with adapters are fused there. With
-    `enabled=False` nothing is touched and the report says so.
+    `enabled=False` nothing is touched and the report says so. UserError if KERNELS_BACKEND asks for what cannot be had.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     family = family_of(base) if enabled else None
+    try:
+        served = serving(base.device, base.dtype)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     counts: Counter[str] = Counter()
     for name, module in base.named_modules():
-        kind = _patch_module(module, name.rsplit(".", 1)[-1], family) if enabled else None
-        if kind:
-            counts[kind] += 1
-    return _report(base, family, enabled, counts)
+        if enabled:
+            counts.update(_patch_module(module, name.rsplit(".", 1)[-1], family))
+    return _report(base, family, enabled, served, counts)
 
 
-def _patch_module(module: nn.Module, name: str, family: Family | None) -> str | None:
-    """Fuse one module, told by its class and name; returns which operation it is, None if it stays as it was."""
+def _patch_module(module: nn.Module, name: str, family: Family | None) -> dict[str, int]:
+    """Fuse one module, told by its class and name; returns how many operations of each kind that adds to the model, or takes away."""
     if lora.is_adapted(module):
         module.forward = partial(lora.linear_forward, module)
-        return None if lora.why_not_fused(module) else "adapter"
+        return {} if lora.why_not_fused(module) else {"adapter": 1}
     if family is None:
-        return None
-    kind = type(module).__name__
-    if kind.endswith("RMSNorm"):
+        return {}
+    if type(module).__name__.endswith("RMSNorm"):
         module.forward = partial(norm_forward, module, getattr(module, family.norm_eps), family.norm_offset)
-        return "rms_norm"
+        return {"rms_norm": 1}
     if name == "self_attn":
-        module.forward = partial(attention_forward, module, attention_traits(module, family))
-        return "attention"
+        traits = attention_traits(module, family)
+        module.forward = partial(attention_forward, module, traits)
+        if traits.rope and traits.norm == "head":
+            return {"qk_norm_rope": 1, "rms_norm": -2}
+        return {"rope": int(traits.rope)}
     if name == "mlp" and (activation := ACTIVATIONS.get(type(getattr(module, family.activation)))):
         module.forward = partial(fused_mlp_forward if hasattr(module, "gate_up_proj") else mlp_forward, module, activation)
-        return "mlp"
-    return None
+        return {"glu": 1}
+    if isinstance(module, GradientCheckpointingLayer) and _joins_plainly(module, family):
+        module.forward = partial(layer_forward, module, family.stream_norm)
+        return {"add_rms_norm": 1, "rms_norm": -1}
+    return {}
 
 
-def _report(base: PreTrainedModel, family: Family | None, enabled: bool, counts: Counter[str]) -> PatchReport:
+def _joins_plainly(layer: nn.Module, family: Family) -> bool:
+    """Whether attention joins the residual stream as it is; Phi-3's dropout there is off in every checkpoint we know."""
+    return family.stream_norm is not None and not getattr(getattr(layer, "resid_attn_dropout", None), "p", 0.0)
+
+
+def _report(base: PreTrainedModel, family: Family | None, enabled: bool, served: str, counts: Counter[str]) -> PatchReport:
     why_stock = "unknown family" if enabled else "model.patch is off"
     report = PatchReport(base.config.model_type if family else f"{base.config.model_type} ({why_stock}: stock layers)")
     softcap = base.config.attn_logit_softcapping if family and family.softcap else None
-    serving = backend(base.device, base.dtype, softcap)
-    report.backends["attention"] = f"packed ({serving})" if is_packed(base) else "stock, one sample at a time (slow)"
+    attention = backend(base.device, base.dtype, softcap, getattr(base.config, "attention_dropout", 0.0))
+    report.backends["attention"] = f"packed ({attention})" if is_packed(base) else "stock, one sample at a time (slow)"
     if family:
-        for op in ("rms_norm", "attention", "mlp"):
-            report.backends[f"{op} layers"] = f"fused x {counts[op]}" if counts[op] else "stock"
+        for op in ("rms_norm", "add_rms_norm", "qk_norm_rope", "rope", "glu"):
+            if counts[op]:
+                report.backends[op] = f"{served} x {counts[op]}"
+        report.backends.setdefault("glu", "stock")
     if adapted := sum(lora.is_adapted(module) for module in base.modules()):
         stock = adapted - counts["adapter"]
-        report.backends["adapter"] = f"fused x {counts['adapter']}" + (f", PEFT x {stock}" if stock else "")
+        report.backends["adapter"] = f"{served} x {counts['adapter']}" + (f", PEFT x {stock}" if stock else "")
+    report.backends["linear cross entropy"] = served
     return report

@@ -53,5 +53,7 @@ def leave(output: Path, config: Config, model: nn.Module, tokenizer: PreTrainedT
             save_adapter(model, output / "adapter", tokenizer)
         if full or config.export in ("merged", "both"):
             merge_and_save(model, tokenizer, output / "model")
+            if config.adapter == "qlora":
+                print("model: the adapter merged into the dequantised weights that it was trained on")
     write_report(output)
     print(f"report: {output / 'report.html'}")

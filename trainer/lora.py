@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora.layer import Linear as AdaptedLinear
+from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.variants import DoraLinearVariant
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -24,8 +25,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from kernels.lora import Lora, lora_linear, lora_qkv
+from kernels.nf4 import Nf4
 from trainer import config
 from trainer.errors import UserError
+from trainer.quantization import is_quantized, nf4_of, why_not_nf4
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +70,7 @@ def _check_targets(model: PreTrainedModel, settings: config.Lora) -> None:
             raise UserError(f"lora.targets: {name} is the head, which takes no adapter; leave it out of {settings.targets!r}")
         if not isinstance(module, (nn.Linear, Conv1D)):
             raise UserError(f"lora.targets: expected linear layers, but {settings.targets!r} matches {name}, a {type(module).__name__}")
-        rows, columns = module.weight.shape
+        rows, columns = module.weight.shape if isinstance(module, Conv1D) else (module.out_features, module.in_features)
         if settings.rank > min(rows, columns):
             raise UserError(f"lora.rank: expected at most {min(rows, columns)}, the smaller side of {name} ({rows} x {columns}), "
                             f"got {settings.rank}")
@@ -122,30 +125,37 @@ def _load_adapter(model: PreTrainedModel, path: str) -> PeftModel:
 
 
 class Projection(NamedTuple):
-    """The tensors of one linear layer: weight [N,K], bias [N], and its adapter."""
+    """The tensors of one linear layer: weight [N,K], dense or in 4 bits, bias [N], and its adapter."""
 
-    weight: Tensor
+    weight: Tensor | Nf4
     bias: Tensor | None
     lora: Lora | None
 
 
 def is_adapted(module: nn.Module) -> bool:
-    return isinstance(module, AdaptedLinear)
+    return isinstance(module, AdaptedLinear) or _is_adapted_4bit(module)
+
+
+def _is_adapted_4bit(module: nn.Module) -> bool:
+    """PEFT has a class of its own for adapters on 4-bit layers, in a file that needs bitsandbytes."""
+    return isinstance(module, LoraLayer) and type(module).__name__ == "Linear4bit"
 
 
 def any_adapter(modules: Sequence[nn.Module]) -> bool:
-    return any(isinstance(m, AdaptedLinear) for m in modules)
+    return any(map(is_adapted, modules))
 
 
 def why_not_fused(module: nn.Module) -> str | None:
     """Why a linear layer, adapted or not, has to run its own forward just now; None if `projection` says all there is."""
-    if type(module) is nn.Linear:
-        return "hooks on a linear layer" if _hooked(module) else None
-    if type(module) is not AdaptedLinear:
+    if type(module) is nn.Linear or is_quantized(module):
+        return "hooks on a linear layer" if _hooked(module) else why_not_nf4(module)
+    if type(module) is not AdaptedLinear and not _is_adapted_4bit(module):
         return f"{type(module).__name__} is not a plain linear layer"
     base, active = module.base_layer, module.active_adapters
-    if type(base) is not nn.Linear or module.fan_in_fan_out:
+    if (type(base) is not nn.Linear and not is_quantized(base)) or module.fan_in_fan_out:
         return f"the adapted layer is a {type(base).__name__}"
+    if reason := why_not_nf4(base):
+        return reason
     if module.disable_adapters or module.merged:
         return "the adapter is " + ("disabled" if module.disable_adapters else "merged")
     if len(active) != 1 or active[0] not in module.lora_A:
@@ -159,22 +169,34 @@ def why_not_fused(module: nn.Module) -> str | None:
     return "hooks on an adapted layer" if any(map(_hooked, (module, base, module.lora_A[name], module.lora_B[name]))) else None
 
 
+def stock_layers(model: nn.Module, patched: bool) -> list[nn.Module]:
+    """The linear layers, without their adapters, whose weights our fused operations are not alone to read: they run their own forward,
+    or PEFT takes DoRA's first magnitudes from them."""
+    adapted = [module for module in model.modules() if is_adapted(module)]
+    fused = {module.base_layer for module in adapted if patched and not why_not_fused(module) and not module.lora_variant}
+    return [module for module in model.modules() if isinstance(module, nn.Linear) and module not in fused]
+
+
 def _hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
 def projection(module: nn.Module) -> Projection:
     """Read the tensors of a layer for which `why_not_fused` has nothing to say."""
-    if type(module) is nn.Linear:
-        return Projection(module.weight, module.bias, None)
+    if not is_adapted(module):
+        return Projection(_weight(module), module.bias, None)
     name = module.active_adapters[0]
     dropout = module.lora_dropout[name]
     magnitude = module.lora_magnitude_vector[name].weight if name in module.lora_variant else None
     base = module.base_layer
-    return Projection(base.weight, base.bias, Lora(
+    return Projection(_weight(base), base.bias, Lora(
         module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name],
         dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0, magnitude,
     ))
+
+
+def _weight(layer: nn.Module) -> Tensor | Nf4:
+    return nf4_of(layer) if is_quantized(layer) else layer.weight
 
 
 @functools.cache  # once per reason, however many layers and steps
@@ -199,7 +221,7 @@ def project(x: Tensor, modules: Sequence[nn.Module]) -> tuple[Tensor, ...]:
     return lora_qkv(x, weights, loras, biases)
 
 
-def linear_forward(module: AdaptedLinear, x: Tensor, *args, **kwargs) -> Tensor:
+def linear_forward(module: nn.Module, x: Tensor, *args, **kwargs) -> Tensor:
     """The forward of one adapted layer; extra arguments are PEFT's, for its own forward."""
     if args or kwargs or not fusable((module,)):
         return type(module).forward(module, x, *args, **kwargs)

@@ -16,19 +16,23 @@ from dataclasses import dataclass, fields
 import torch
 from torch import nn
 
+from kernels._dispatch import serving
 from kernels.attention import KEEP
 from kernels.linear_cross_entropy import rows_per_chunk
 from trainer.config import Config
+from trainer.model import bare
+from trainer.optim import in_8bit
+from trainer.quantization import AdamW8bit, bytes_per_weight, to_quantize
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
     """Bytes, by what holds them."""
 
-    weights: float
+    weights: float  # of a base in 4 bits: its codes and scales, and its largest layer made dense
     masters: float  # fp32 copies of trained weights of lower precision
     gradients: float
-    moments: float  # AdamW's two
+    moments: float  # AdamW's two, with the scales of 8-bit ones
     activations: float  # of one pack
     loss: float
 
@@ -42,27 +46,42 @@ class MemoryEstimate:
 
 
 def estimate(model: nn.Module, config: Config, dtype: torch.dtype, device: torch.device) -> MemoryEstimate:
-    """`model` may live on the meta device. Trainable parameters of adapters are fp32."""
+    """`model` may live on the meta device, where it is dense. Trainable parameters of adapters are fp32."""
     width = dtype.itemsize
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    trained = sum(p.numel() for p in trainable)
     adapter = config.adapter != "full"
-    frozen = sum(p.numel() for p in model.parameters()) - trained
     return MemoryEstimate(
-        weights=frozen * width + trained * (4 if adapter else width),
+        weights=frozen_bytes(model, config, width) + trained * (4 if adapter else width),
         masters=0 if adapter or width == 4 else trained * 4,
         gradients=trained * 4,
-        moments=trained * 8,
+        moments=sum(p.numel() * (AdamW8bit.BYTES if in_8bit(p, config.optim) else 8) for p in trainable),
         activations=activation_bytes(model, config.batch.tokens_per_pack, width, config.activation_checkpointing, device),
-        loss=loss_bytes(model, config.batch.tokens_per_pack, width, device),
+        loss=loss_bytes(model, config.batch.tokens_per_pack, dtype, device),
     )
 
 
-def loss_bytes(model: nn.Module, tokens: int, width: int, device: torch.device) -> float:
-    """Bytes that the loss holds: two rows a token, a chunk of logits in fp32 and in the compute dtype, and a trained head's gradient."""
+def frozen_bytes(model: nn.Module, config: Config, width: int) -> float:
+    """Bytes of the weights that are not trained: dense ones, and with QLoRA those in 4 bits and room to make the largest dense."""
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    layers = to_quantize(bare(model), config.quantization.skip) if config.adapter == "qlora" else []
+    sizes = [layer.weight.numel() for layer in layers]
+    packed = sum(sizes) * bytes_per_weight(config.quantization.double_quant)
+    return (frozen - sum(sizes)) * width + packed + max(sizes, default=0) * width
+
+
+def loss_bytes(model: nn.Module, tokens: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Bytes that the loss holds: two rows a token, a chunk of logits (the reference keeps it in fp32 too), and a trained head's fp32
+    gradient; rounding that takes the chunk's place."""
     head = model.get_output_embeddings().weight
-    rows = min(tokens, rows_per_chunk(head.shape[0], torch.float32, device.type))
-    gradient = head.numel() * 4 if head.requires_grad else 0
-    return 2 * tokens * head.shape[1] * width + rows * head.shape[0] * (4 + width) + gradient
+    vocabulary, width = head.shape
+    rows = rows_per_chunk(vocabulary, dtype, device.type)
+    if head.requires_grad and device.type == "cuda":
+        rows = max(rows, width)
+    held = dtype.itemsize if serving(device, dtype) == "triton" else 4 + dtype.itemsize
+    rounded = head.numel() * dtype.itemsize if head.requires_grad else 0
+    logits = max(min(tokens, rows) * vocabulary * held, rounded)
+    return 2 * tokens * width * dtype.itemsize + logits + (head.numel() * 4 if head.requires_grad else 0)
 
 
 def activation_bytes(model: nn.Module, tokens: int, width: int, checkpointing: str, device: torch.device) -> float:

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from trainer.quantization import elements
+
 # Dense bf16 product rates that the makers state, FLOP/s.
 STATED_PEAK = {
     "H200": 989e12, "H100": 989e12, "H800": 989e12, "B200": 2250e12, "A100": 312e12, "A800": 312e12,
@@ -55,10 +57,10 @@ def model_size(model: nn.Module) -> ModelSize:
     for module in model.modules():
         weight = module._parameters.get("weight")  # of the module itself: a wrapper may show its inner layer's
         if weight is not None and weight.ndim == 2 and not isinstance(module, nn.Embedding) and module is not head:
-            counts[weight.requires_grad] += weight.numel()
+            counts[weight.requires_grad] += elements(weight)
     weights = list(model.parameters())
     return ModelSize(
-        parameters=sum(p.numel() for p in weights), trainable=sum(p.numel() for p in weights if p.requires_grad),
+        parameters=sum(map(elements, weights)), trainable=sum(p.numel() for p in weights if p.requires_grad),
         frozen_matrices=counts[False], trained_matrices=counts[True], head=head.weight.numel(),
         head_trained=head.weight.requires_grad,
         experts=any(getattr(config, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts")),

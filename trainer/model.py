@@ -24,10 +24,10 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from trainer import config
+from trainer import config, quantization
 from trainer.attention import PACKED, decoder, fault_in_packing, is_packed, refuse_mask
 from trainer.errors import UserError
 from trainer.families import PatchReport, family_of, patch
@@ -46,13 +46,14 @@ def load_model(cfg: config.Config, device: torch.device | str) -> tuple[PreTrain
     """Load the model of `cfg.model` in the compute dtype on `device`, or make it with random weights drawn with `cfg.seed`.
 
     Weights have the compute dtype. With bf16, fp32 masters that are made from them start at the rounded values, which matters only for
-    full fine-tuning of a checkpoint that is itself fp32; precision fp32 keeps every bit. UserError says what is missing or unfit.
+    full fine-tuning of a checkpoint that is itself fp32; precision fp32 keeps every bit. A QLoRA base has its linear layers in 4 bits.
+    UserError says what is missing or unfit.
     """
     device = torch.device(device)
     dtype, source = compute_dtype(cfg.precision, device), _source(cfg.model)
     tokenizer = load_tokenizer(cfg.model)
     if cfg.model.path is not None:
-        model = _load_weights(source, dtype, device, cfg.model.trust_remote_code)
+        model = _load_weights(cfg, source, dtype, device)
     else:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(cfg.seed)
@@ -64,7 +65,10 @@ def load_model(cfg: config.Config, device: torch.device | str) -> tuple[PreTrain
 
 def outline(cfg: config.Config) -> PreTrainedModel:
     """The model of `cfg.model` with shapes but no memory (on the meta device), after the checks that need no weights."""
-    model = _without_weights(cfg.model, _source(cfg.model), torch.float32, torch.device("meta"))
+    source = _source(cfg.model)
+    if cfg.model.path is not None:
+        _quantized_settings(cfg, source, torch.float32)
+    model = _without_weights(cfg.model, source, torch.float32, torch.device("meta"))
     _check_vocabulary(model, load_tokenizer(cfg.model))
     return model
 
@@ -117,17 +121,29 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _load_weights(source: str, dtype: torch.dtype, device: torch.device, trust_remote_code: bool) -> PreTrainedModel:
+def _quantized_settings(cfg: config.Config, source: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """How from_pretrained is to quantise the model: not at all, unless it is for QLoRA and dense as yet. UserError where it cannot be."""
+    with _one_line("model.path", source):
+        found = AutoConfig.from_pretrained(source, trust_remote_code=cfg.model.trust_remote_code)
+    if quantization.check_checkpoint(source, found, cfg.adapter) or cfg.adapter != "qlora":
+        return None
+    return quantization.loading_settings(cfg.quantization, _without_weights(cfg.model, source, dtype, torch.device("meta")), dtype)
+
+
+def _load_weights(cfg: config.Config, source: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    quantized = _quantized_settings(cfg, source, dtype)
     with _one_line("model.path", source):
         model, info = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, device_map=device if device.type == "cuda" else None, use_safetensors=True,
-            trust_remote_code=trust_remote_code, output_loading_info=True, ignore_mismatched_sizes=True)
+            trust_remote_code=cfg.model.trust_remote_code, output_loading_info=True, ignore_mismatched_sizes=True,
+            **({} if quantized is None else {"quantization_config": quantized}))
     if unfit := sorted(info["mismatched_keys"]):
         name, found, expected = unfit[0]
         raise UserError(f"model.path: {len(unfit)} weights in {source} do not fit its config.json: expected {tuple(expected)} for {name}, "
                         f"found {tuple(found)}")
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"model.path: {source} lacks {len(missing)} weights of {type(model).__name__}, such as {missing[0]}")
+    quantization.prepare(model, dtype)
     return model
 
 

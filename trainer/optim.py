@@ -1,9 +1,9 @@
 """AdamW over flat fp32 masters, with clipping and the non-finite guard inside its one fused pass, and the schedules.
 
 All trainable weights live end to end in one fp32 vector per weight-decay group, their gradients in another: zeroing, norm,
-clipping, all-reduce and update are one operation each, however many layers there are. A parameter that is fp32 is a view of
-the master. One of lower precision (bf16 compute) keeps its own storage: after each pack its gradient is added to the fp32
-vector and dropped, after each step the master is rounded into it.
+clipping, all-reduce and update are one operation each, however many layers there are. (With 8-bit moments, matrices large enough
+for them are a vector of their own.) A parameter that is fp32 is a view of the master. One of lower precision (bf16 compute) keeps
+its own storage: after each pack its gradient is added to the fp32 vector and dropped, after each step the master is rounded into it.
 
 A step whose gradient norm is not finite changes nothing, on the device and without asking the host (`found_inf`).
 """
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from trainer.config import Optim
 from trainer.errors import UserError
+from trainer.quantization import AdamW8bit
 
 ALIGNMENT = 32  # elements: every weight starts on a 128-byte boundary, as it would in a tensor of its own
 
@@ -25,12 +26,12 @@ ALIGNMENT = 32  # elements: every weight starts on a 128-byte boundary, as it wo
 class FlatGroup:
     """Trainable parameters end to end in one fp32 master vector, with a gradient vector of the same layout."""
 
-    def __init__(self, parameters: list[nn.Parameter]):
+    def __init__(self, parameters: list[nn.Parameter], alignment: int = ALIGNMENT):
         self.parameters = parameters
         offsets, total = [], 0
         for p in parameters:
             offsets.append(total)
-            total += -(-p.numel() // ALIGNMENT) * ALIGNMENT
+            total += -(-p.numel() // alignment) * alignment
         device = parameters[0].device
         self.master = nn.Parameter(torch.zeros(total, dtype=torch.float32, device=device))
         self.master.grad = torch.zeros_like(self.master)
@@ -62,6 +63,34 @@ class FlatGroup:
             torch._foreach_copy_(self.low, self.low_masters)
 
 
+class FusedAdamW:
+    """torch's AdamW on one flat fp32 vector; clipping and the guard happen inside its one pass."""
+
+    STATE = ("step", "exp_avg", "exp_avg_sq")
+
+    def __init__(self, master: nn.Parameter, weight_decay: float, settings: Optim):
+        self.master = master
+        self.adamw = torch.optim.AdamW([master], lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=settings.eps,
+                                       weight_decay=weight_decay, fused=True)
+
+    def step(self, lr: float, finite: Tensor, divisor: Tensor | None) -> None:
+        """Update with the gradient / divisor, or change nothing where `finite`, a scalar on the device, is not."""
+        self.adamw.found_inf, self.adamw.grad_scale = (~finite).float(), divisor
+        self.adamw.param_groups[0]["lr"] = lr
+        self.adamw.step()
+
+    def state(self) -> dict[str, Tensor]:
+        return dict(self.adamw.state[self.master])
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        self.adamw.state[self.master].update({name: tensors[name].to(self.master.device, copy=True) for name in self.STATE})
+
+
+def in_8bit(p: Tensor, settings: Optim) -> bool:
+    """Whether the moments of a parameter take a byte each."""
+    return settings.name == "adamw_8bit" and p.ndim >= 2 and p.numel() >= AdamW8bit.SMALLEST
+
+
 class FlatAdamW:
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101) on the trainable parameters of a model; decay on matrices only."""
 
@@ -69,13 +98,14 @@ class FlatAdamW:
         trainable = [p for p in parameters if p.requires_grad]
         if not trainable:
             raise UserError("nothing to train: expected at least one trainable weight, found none; check lora.targets")
-        split = [p for p in trainable if p.ndim >= 2], [p for p in trainable if p.ndim < 2]
-        self.groups = [FlatGroup(parameters) for parameters in split if parameters]
+        large = [p for p in trainable if in_8bit(p, settings)]
+        matrices = [p for p in trainable if p.ndim >= 2 and not in_8bit(p, settings)]
+        vectors = [p for p in trainable if p.ndim < 2]
+        in_bytes = [FlatGroup(large, AdamW8bit.BLOCK)] if large else []  # aligned, so that no two weights share a scale
+        self.groups = in_bytes + [FlatGroup(parameters) for parameters in (matrices, vectors) if parameters]
         self.max_norm = settings.max_grad_norm
-        self.adamw = torch.optim.AdamW(
-            [dict(params=[g.master], weight_decay=settings.weight_decay if g.parameters[0].ndim >= 2 else 0.0) for g in self.groups],
-            lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=settings.eps, fused=True,
-        )
+        self.updates = [(AdamW8bit if group in in_bytes else FusedAdamW)(
+            group.master, settings.weight_decay if group.parameters[0].ndim >= 2 else 0.0, settings) for group in self.groups]
 
     @property
     def gradients(self) -> list[Tensor]:
@@ -90,12 +120,10 @@ class FlatAdamW:
     def step(self, lr: float) -> Tensor:
         """Clip, update, publish. Returns the gradient norm before clipping, a scalar left on the device."""
         norm = torch.stack([torch.linalg.vector_norm(g) for g in self.gradients]).square().sum().sqrt()
-        self.adamw.found_inf = (~norm.isfinite()).float()
-        if self.max_norm > 0:
-            self.adamw.grad_scale = (norm / self.max_norm).clamp(min=1.0)  # the fused pass divides by it
-        for group in self.adamw.param_groups:
-            group["lr"] = lr
-        self.adamw.step()
+        finite = norm.isfinite()
+        divisor = (norm / self.max_norm).clamp(min=1.0) if self.max_norm > 0 else None
+        for update in self.updates:
+            update.step(lr, finite, divisor)
         self.publish()
         return norm
 
@@ -115,22 +143,19 @@ class FlatAdamW:
     def state(self) -> dict[str, Tensor]:
         """Everything the next step depends on, by name."""
         tensors = {}
-        for i, group in enumerate(self.groups):
-            tensors[f"{i}.master"] = group.master.data
-            tensors |= {f"{i}.{name}": value for name, value in self.adamw.state[group.master].items()}
+        for i, (group, update) in enumerate(zip(self.groups, self.updates)):
+            tensors |= {f"{i}.master": group.master.data} | {f"{i}.{name}": value for name, value in update.state().items()}
         return tensors
 
     @torch.no_grad()
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Restore what `state` gave. Raises KeyError or ValueError where the layout differs."""
-        for i, group in enumerate(self.groups):
+        for i, (group, update) in enumerate(zip(self.groups, self.updates)):
             saved = tensors[f"{i}.master"]
             if saved.shape != group.master.shape:
                 raise ValueError(f"optimizer state: expected {tuple(group.master.shape)} weights in group {i}, got {tuple(saved.shape)}")
             group.master.data.copy_(saved)
-            state = self.adamw.state[group.master]
-            for name in ("step", "exp_avg", "exp_avg_sq"):
-                state[name] = tensors[f"{i}.{name}"].to(group.master.device, copy=True)
+            update.load_state({name: tensors[f"{i}.{name}"] for name in update.STATE})
         self.publish()
 
 

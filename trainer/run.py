@@ -10,7 +10,7 @@ import datasets
 import torch
 import transformers
 
-from trainer import checkpoint, cli, folder
+from trainer import checkpoint, cli, folder, lora, quantization
 from trainer.config import Config, validate
 from trainer.distributed import World, world
 from trainer.dry_run import show
@@ -18,7 +18,6 @@ from trainer.errors import UserError
 from trainer.inputs import Inputs, account, heldout_line, prepare_inputs
 from trainer.log import Log
 from trainer.loop import Job, fit
-from trainer.lora import add_adapter
 from trainer.metrics import model_size, peak_flops
 from trainer.model import (
     PatchReport,
@@ -43,7 +42,7 @@ The two commonest commands:
   python -m trainer.run --model.path my-model --data.train domain.jsonl --replay.data general.jsonl --replay.ratio 0.5
 
 First, see what would be trained on, with masks, lengths and memory:      add --dry_run
-Train all weights instead of an adapter:                                  add --adapter full
+Hold the base in 4 bits (QLoRA), or train all weights:                    add --adapter qlora, or --adapter full
 Go on after an interruption:                                              add --resume auto
 Several GPUs:                             torchrun --nproc-per-node 4 -m trainer.run ...
 
@@ -76,6 +75,7 @@ def main() -> int:
 def train(config: Config) -> RunResult | None:
     """The whole run: returns its result, or None after a dry run. Raises UserError for anything the user can mend."""
     validate(config)
+    quantization.require(config)
     device = choose_device(config.device)
     folder.refuse_used(Path(config.output), config.resume)
     with world(device.type) as ranks:
@@ -111,9 +111,11 @@ def build(config: Config, inputs: Inputs, device: torch.device, ranks: World) ->
     """Model, adapter, patches, optimiser and run folder; from the newest checkpoint where the run goes on from one."""
     model, _ = load_model(config, device)
     torch.manual_seed(config.seed)
-    if config.adapter == "lora":
-        model = add_adapter(model, config.lora)
+    if config.adapter != "full":
+        model = lora.add_adapter(model, config.lora)
     patched = patch(model, config.model.patch)
+    quantization.refuse_misread(lora.stock_layers(model, config.model.patch))
+    patched.backends |= quantization.describe(model)
     apply_activation_checkpointing(model, config.activation_checkpointing)
     optimizer = FlatAdamW(model.parameters(), config.optim)
     ranks.broadcast([group.master.data for group in optimizer.groups])
@@ -124,7 +126,7 @@ def build(config: Config, inputs: Inputs, device: torch.device, ranks: World) ->
     output, size = Path(config.output), model_size(model)
     heldout = inputs.heldout[0].fingerprint if inputs.heldout else None
     identity = checkpoint.identity(config, ranks.size, samples=inputs.samples.fingerprint, heldout_samples=heldout,
-                                   base_weights=weights_fingerprint(config.model))
+                                   base_weights=weights_fingerprint(config.model), quantizer=quantization.version(config))
     state = start(output, config, identity, optimizer)
     if len(set(ranks.gather(state.step))) > 1:  # all ranks see it, so all stop
         raise UserError(f"resume: ranks found different checkpoints in {output}; expected one folder that all of them see")

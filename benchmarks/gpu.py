@@ -1,0 +1,231 @@
+"""`make gpu`: everything that needs a GPU, in under nine minutes on one card, into one JSON.
+
+tests        every tests/test_kernels_*.py, with real kernels in real bf16
+compile      one whole training step under torch.compile, without a break in the graph
+capture      the same as a CUDA graph
+throughput   real tokens a second beside a plain Hugging Face loop
+kernels      times of every operation beside plain torch, torch.compile and the libraries that are installed
+
+It runs from a checkout under any Python that has torch, Triton and pytest; a part that lacks something is skipped by name. Each part is
+a process of its own (the tests one for each file), with a time after which it is ended. The JSON is written anew after each part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+TOTAL = 520.0  # seconds
+TEST_PROCESSES = 8
+FAILURES_KEPT = 40  # failed tests whose message is written down
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part, the most seconds it may take, and the packages it needs."""
+
+    name: str
+    seconds: float
+    needs: tuple[str, ...] = field(default=())
+
+
+# The last one gets whatever is left, and keeps what it has measured when its time is over.
+PARTS = (
+    Part("tests", 220, ("pytest", "triton")), Part("compile", 90, ("transformers", "peft")), Part("capture", 40, ("transformers", "peft")),
+    Part("throughput", 50, ("transformers", "peft")), Part("kernels", TOTAL, ("triton",)),
+)
+
+
+class Processes:
+    """The processes under way: each in a group of its own, ended with all that it started."""
+
+    def __init__(self):
+        self.running: set[subprocess.Popen] = set()
+        self.over = False
+
+    def run(self, words: list[str], seconds: float, log: Path) -> int | None:
+        """The exit status of a Python command, None if its time ran out; its output goes to `log`."""
+        if self.over:
+            return None
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        with log.open("w") as file:
+            process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=environment,
+                                       start_new_session=True)
+        self.running.add(process)
+        try:
+            return process.wait(max(seconds, 0.0))
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            self.end(process)
+
+    def end(self, process: subprocess.Popen) -> None:
+        with contextlib.suppress(ProcessLookupError):  # it ended just now
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        self.running.discard(process)
+
+    def end_all(self) -> None:
+        self.over = True
+        for process in list(self.running):
+            self.end(process)
+
+
+# ---------------------------------------------------------------- the parts
+
+
+def run_tests(processes: Processes, seconds: float, folder: Path) -> dict:
+    """Each file's counts, the names and messages of what failed, and why tests were skipped."""
+    files, deadline = sorted((ROOT / "tests").glob("test_kernels_*.py")), time.monotonic() + seconds
+
+    def run_file(file: Path) -> tuple[str, dict]:
+        report, log = folder / f"{file.stem}.xml", folder / f"{file.stem}.log"
+        words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", str(file.relative_to(ROOT)), f"--junitxml={report}"]
+        begun = time.monotonic()
+        status = processes.run(words, deadline - begun, log)
+        found = read_report(report) if report.exists() else {"tests": 0, "output": tail(log)}
+        return file.name, found | {"status": status, "seconds": round(time.monotonic() - begun, 1)}
+
+    with ThreadPoolExecutor(TEST_PROCESSES) as pool:
+        by_file = dict(pool.map(run_file, files))
+    ended = [name for name, found in by_file.items() if found["status"] is None]
+    failed = [name for name, found in by_file.items() if found["status"] not in (0, 5, None)]  # 5: nothing to run
+    outcome = "failed: " + ", ".join(failed) if failed else "out of time: " + ", ".join(ended) if ended else "passed"
+    return {"outcome": outcome, "files": by_file}
+
+
+def read_report(path: Path) -> dict:
+    """Counts, failures and reasons to skip, of pytest's JUnit file."""
+    suite = next(ElementTree.parse(path).getroot().iter("testsuite"))
+    counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
+    failures, skips = {}, {}
+    for case in suite.iter("testcase"):
+        for kind in ("failure", "error"):
+            if (fault := case.find(kind)) is not None and len(failures) < FAILURES_KEPT:
+                failures[case.get("name")] = (fault.get("message") or "").strip()[:300]
+        if (skip := case.find("skipped")) is not None:
+            why = skip.get("message", "")
+            skips[why] = skips.get(why, 0) + 1
+    return counts | {"failed": failures, "skipped_because": skips}
+
+
+def run_check(name: str, processes: Processes, seconds: float, folder: Path) -> dict:
+    """One of `benchmarks.whole_step`'s."""
+    out, log = folder / f"{name}.json", folder / f"{name}.log"
+    status = processes.run(["-m", "benchmarks.whole_step", name, "--out", str(out)], seconds, log)
+    found = json.loads(out.read_text()) if out.exists() else {"output": tail(log)}
+    outcome = "out of time" if status is None else "passed" if found.get("passed") else "failed: " + found.get("error", "see the record")
+    return {"outcome": outcome, **found}
+
+
+def run_kernels(processes: Processes, seconds: float, folder: Path) -> dict:
+    """The record of `benchmarks.kernels`, as far as it came; a case that is under way when the budget is over is given 30 seconds."""
+    out, log = folder / "kernels.json", folder / "kernels.log"
+    status = processes.run(["-m", "benchmarks.kernels", "--out", str(out), "--budget", str(seconds - 30)], seconds, log)
+    if not out.exists():
+        return {"outcome": "out of time" if status is None else "failed", "output": tail(log)}
+    measured = json.loads(out.read_text())
+    wrong = [f"{r['operation']}, {r['model']}: {r['line']} {r['outcome']}" for r in measured["summary"]
+             if r["line"] == "Steadfast" and r["outcome"] not in ("timed", "out of memory")]
+    outcome = "failed: " + "; ".join(wrong) if wrong or status not in (0, None) else "out of time" if status is None else "passed"
+    return {"outcome": outcome, "record": measured, "output": tail(log)}
+
+
+def tail(log: Path, characters: int = 4000) -> str:
+    return log.read_text(errors="replace")[-characters:] if log.exists() else ""
+
+
+def run_part(part: Part, processes: Processes, seconds: float, folder: Path) -> dict:
+    if absent := [name for name in part.needs if importlib.util.find_spec(name) is None]:
+        return {"outcome": f"skipped: {', '.join(absent)} not installed"}
+    if seconds < 20:
+        return {"outcome": "skipped: no time left"}
+    runner = {"tests": run_tests, "kernels": run_kernels}.get(part.name) or partial(run_check, part.name)
+    try:
+        return runner(processes, seconds, folder)
+    except (OSError, ValueError, KeyError, ElementTree.ParseError) as error:  # what it left behind cannot be read
+        return {"outcome": f"failed: {type(error).__name__}: {error}"}
+
+
+def finite(value):
+    """The same, with figures that JSON has no form for as words."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# ---------------------------------------------------------------- the command
+
+
+def why_not() -> str | None:
+    """What is missing for any of it."""
+    if importlib.util.find_spec("torch") is None:
+        return f"expected torch, found none in {sys.executable}"
+    import torch
+
+    if not torch.cuda.is_available():
+        return f"expected a GPU that torch can use, found none (torch {torch.__version__} in {sys.executable})"
+    return None
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="make gpu", description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results", help="folder for the JSON (default: %(default)s)")
+    parser.add_argument("--parts", nargs="+", choices=[part.name for part in PARTS], default=[part.name for part in PARTS])
+    parser.add_argument("--total", type=float, default=TOTAL, help="seconds for all of it (default: %(default)s)")
+    arguments = parser.parse_args(argv)
+    if fault := why_not():
+        print(f"make gpu: {fault}", file=sys.stderr)
+        return 2
+    from benchmarks import record
+
+    begun, processes = time.monotonic(), Processes()
+    made = record.make("gpu", {"total_seconds": arguments.total}, {}, [], {}) | {"parts": {}}
+    parts = [part for part in PARTS if part.name in arguments.parts]
+    made["parts"] = {part.name: {"outcome": "not begun"} for part in parts}
+    path = record.write(made, arguments.results)
+
+    def interrupted(number, frame):
+        processes.end_all()
+        sys.exit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, interrupted)
+    try:
+        with tempfile.TemporaryDirectory(prefix="steadfast-gpu-") as folder:
+            for part in parts:
+                left = arguments.total - (time.monotonic() - begun)
+                started = time.monotonic()
+                made["parts"][part.name] = {"outcome": "interrupted"}
+                found = finite(run_part(part, processes, min(part.seconds, left), Path(folder)))
+                made["parts"][part.name] = found | {"seconds": round(time.monotonic() - started, 1)}
+                record.write(made, arguments.results)
+                print(f"{part.name}: {found['outcome']} ({time.monotonic() - started:.0f} s)", flush=True)
+    finally:
+        processes.end_all()
+        record.write(made, arguments.results)
+        print(f"record: {path}")
+    outcomes = [part["outcome"] for part in made["parts"].values()]
+    return 0 if all(o == "passed" or o.startswith("skipped") for o in outcomes) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,304 @@
+"""One whole training step of a patched Llama with LoRA: forward, fused loss, backward, update.
+
+compile      the loss and its backward compile into one graph without a break, and agree with eager
+capture      the step is captured as a CUDA graph; replayed on other packs it gives the losses of an eager run, and draws new masks
+throughput   real tokens a second, beside a stock model with padded batches, PEFT and sdpa, from the same weights on the same samples
+
+It needs torch, Triton, transformers, peft and numpy: `python -m benchmarks.whole_step CHECK --out FILE`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks import timing
+from benchmarks.gpu_timing import free, peak_mib, reason
+from benchmarks.predict import MODELS, RANK, Model
+from benchmarks.timing import Line, StepResult
+from kernels import linear_cross_entropy
+from trainer.packing import Batch, collate
+
+SMALL = Model("small", 256, 704, 8, 4, 32, 2048, 2)  # for the checks
+ROUNDS, STEPS, SAMPLES, MICRO_BATCH = 8, 2, 16, 8
+AGREEMENT = {torch.bfloat16: 2e-2, torch.float32: 1e-4}  # relative difference of losses, at most
+Samples = list[tuple[np.ndarray, np.ndarray]]
+
+
+# ---------------------------------------------------------------- a model and its data
+
+
+def make_model(size: Model, device: torch.device, dtype: torch.dtype, dropout: float = 0.0) -> nn.Module:
+    """A Llama of this size with random weights and a LoRA adapter, as transformers and PEFT make them; the adapter is fp32."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=size.vocabulary, hidden_size=size.width, intermediate_size=size.mlp, num_hidden_layers=size.layers,
+        num_attention_heads=size.heads, num_key_value_heads=size.kv_heads, head_dim=size.head_dim, use_cache=False,
+        max_position_embeddings=8192, tie_word_embeddings=False)
+    with torch.device(device):
+        base = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    adapter = LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=2 * RANK, lora_dropout=dropout, target_modules="all-linear")
+    model = get_peft_model(base, adapter)
+    for p in trained(model):
+        p.data = p.data.float()
+        nn.init.normal_(p, std=0.02)  # B is zero at first, which would hide an adapter's faults
+    return model.train()
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def optimizer_of(model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(trained(model), lr=1e-3, fused=True, capturable=device.type == "cuda")
+
+
+def random_samples(lengths: list[int], vocabulary: int, seed: int) -> Samples:
+    """Random tokens, the second half of each sample supervised."""
+    rng = np.random.default_rng(seed)
+    return [(rng.integers(vocabulary, size=n), np.arange(n) >= n // 2) for n in lengths]
+
+
+def long_tailed(count: int, mean: float, longest: int, seed: int) -> list[int]:
+    """Log-normal lengths, as those of chats are."""
+    spread = 0.8
+    drawn = mean * np.exp(spread * np.random.default_rng(seed).standard_normal(count) - spread**2 / 2)
+    return np.clip(drawn.round().astype(int), 16, longest).tolist()
+
+
+def packed(samples: Samples, device: torch.device) -> Batch:
+    return collate([(ids, supervised, 1.0, 0) for ids, supervised in samples]).to(device)
+
+
+def patched(model: nn.Module) -> nn.Module:
+    from trainer.model import bare, patch, use_packed_attention
+
+    use_packed_attention(bare(model))
+    patch(model)
+    return model
+
+
+def packed_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Mean over the supervised tokens, as the trainer has it (`trainer.loop.batch_loss`)."""
+    from trainer.model import forward_hidden, head
+
+    hidden, out = forward_hidden(model, batch), head(model)
+    return linear_cross_entropy(hidden.index_select(0, batch.supervised_rows), out.weight, batch.targets, token_weight=batch.weights,
+                                ignore_index=None, reduction="sum") / batch.weight_sum
+
+
+def relative(value: float, other: float) -> float:
+    return abs(value - other) / abs(other)
+
+
+# ---------------------------------------------------------------- torch.compile
+
+
+def check_compile(device: torch.device, dtype: torch.dtype, size: Model = SMALL, backend: str = "inductor",
+                  packs: tuple[list[int], ...] = ([70, 5, 130], [9, 200, 64, 31])) -> dict:
+    """Packs of different shapes: values and gradients of the compiled loss beside the eager one's. A break in the graph is an error."""
+    model = patched(make_model(size, device, dtype))
+    compiled = torch.compile(lambda batch: packed_loss(model, batch), fullgraph=True, backend=backend)
+    differences, begun = {"loss": 0.0, "gradients": 0.0}, time.perf_counter()
+    for seed, lengths in enumerate(packs):
+        batch = packed(random_samples(lengths, size.vocabulary, seed), device)
+        outcomes = []
+        for loss_of in (compiled, lambda batch: packed_loss(model, batch)):
+            loss = loss_of(batch)
+            outcomes.append((loss.item(), torch.cat([g.flatten() for g in torch.autograd.grad(loss, trained(model))])))
+        (loss, gradient), (true_loss, true_gradient) = outcomes
+        differences["loss"] = max(differences["loss"], relative(loss, true_loss))
+        differences["gradients"] = max(differences["gradients"], float((gradient - true_gradient).norm() / true_gradient.norm()))
+    passed = differences["loss"] <= AGREEMENT[dtype] and differences["gradients"] <= 5 * AGREEMENT[dtype]
+    return {"passed": passed, "differences": differences, "seconds": time.perf_counter() - begun}
+
+
+# ---------------------------------------------------------------- CUDA graphs
+
+
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> Tensor:
+    loss = packed_loss(model, batch)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.detach()
+
+
+def same_shapes(count: int, vocabulary: int, device: torch.device) -> list[Batch]:
+    """Packs of other documents but equal shapes, which is what a captured graph can be given. All say one longest document."""
+    lengths = ([200, 56, 128], [100, 156, 128], [60, 130, 194], [128, 128, 128])
+    batches = [packed(random_samples(lengths[i % len(lengths)], vocabulary, i), device) for i in range(count)]
+    rows = min(len(batch.targets) for batch in batches)
+    return [dataclasses.replace(
+        batch, max_seqlen=256, weight_sum=float(rows),
+        **{name: getattr(batch, name)[:rows] for name in ("supervised_rows", "targets", "weights")}) for batch in batches]
+
+
+def fill(static: Batch, batch: Batch) -> None:
+    for name in ("input_ids", "position_ids", "cu_seqlens", "supervised_rows", "targets", "weights"):
+        getattr(static, name).copy_(getattr(batch, name))
+
+
+def captured_step(model: nn.Module, optimizer: torch.optim.Optimizer, static: Batch, warm_up: list[Batch]):
+    """A CUDA graph of `train_step` on `static`, after steps on `warm_up`; and the loss that each replay writes."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for batch in warm_up:
+            fill(static, batch)
+            train_step(model, optimizer, static)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = train_step(model, optimizer, static)
+    return graph, loss
+
+
+def check_capture(device: torch.device, dtype: torch.dtype, size: Model = SMALL, warm: int = 3, steps: int = 8) -> dict:
+    """Losses of captured steps beside those of an eager run on the same packs; and, with dropout, of two replays of one step."""
+    batches = same_shapes(warm + steps, size.vocabulary, device)
+    model = patched(make_model(size, device, dtype))
+    optimizer = optimizer_of(model, device)
+    eager = [train_step(model, optimizer, batch).item() for batch in batches]
+    model = patched(make_model(size, device, dtype))
+    static = copy.deepcopy(batches[0])
+    graph, loss = captured_step(model, optimizer_of(model, device), static, batches[:warm])
+    replayed = []
+    for batch in batches[warm:]:
+        fill(static, batch)
+        graph.replay()
+        replayed.append(loss.item())
+    worst = max(relative(a, b) for a, b in zip(replayed, eager[warm:], strict=True))
+    redrawn = masks_are_redrawn(device, dtype, size, batches)
+    return {"passed": worst <= AGREEMENT[dtype] and redrawn, "difference": worst, "masks_redrawn": redrawn, "eager": eager[warm:],
+            "replayed": replayed}
+
+
+def masks_are_redrawn(device: torch.device, dtype: torch.dtype, size: Model, batches: list[Batch]) -> bool:
+    """Whether replays of one step at learning rate 0 give different losses."""
+    model = patched(make_model(size, device, dtype, dropout=0.3))
+    optimizer = torch.optim.AdamW(trained(model), lr=0.0, weight_decay=0.0, fused=True, capturable=True)
+    static = copy.deepcopy(batches[0])
+    graph, loss = captured_step(model, optimizer, static, batches[:2])
+    fill(static, batches[0])
+    losses = []
+    for _ in range(3):
+        graph.replay()
+        losses.append(loss.item())
+    return len(set(losses)) == 3
+
+
+# ---------------------------------------------------------------- throughput
+
+
+class Packs:
+    """Our step: all samples of a step in one pack."""
+
+    def __init__(self, model: nn.Module, device: torch.device, stream: list[Samples], size):
+        self.model, self.optimizer = patched(model), optimizer_of(model, device)
+        self.works, self.size, self.at = [(samples, packed(samples, device)) for samples in stream], size, -1
+
+    def step(self) -> StepResult:
+        self.at = (self.at + 1) % len(self.works)
+        samples, batch = self.works[self.at]
+        loss = train_step(self.model, self.optimizer, batch)
+        return counted(samples, loss.item(), batch.tokens, self.size)
+
+
+class Padded:
+    """The plain loop: micro-batches padded to their longest sample, the model's own loss, gradients accumulated over the step."""
+
+    def __init__(self, model: nn.Module, device: torch.device, stream: list[Samples], size):
+        self.model, self.optimizer, self.device = model, optimizer_of(model, device), device
+        self.works, self.size, self.at = stream, size, -1
+
+    def step(self) -> StepResult:
+        self.at = (self.at + 1) % len(self.works)
+        samples = self.works[self.at]
+        supervised, loss, computed = sum(int(mask[1:].sum()) for _, mask in samples), 0.0, 0
+        for start in range(0, len(samples), MICRO_BATCH):
+            batch = padded(samples[start:start + MICRO_BATCH], self.device)
+            part = self.model(**batch, use_cache=False, num_items_in_batch=supervised).loss
+            part.backward()
+            loss, computed = loss + part.detach(), computed + batch["input_ids"].numel()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return counted(samples, float(loss), computed, self.size)
+
+
+def padded(samples: Samples, device: torch.device) -> dict[str, Tensor]:
+    longest = max(len(ids) for ids, _ in samples)
+    ids, mask, labels = (np.full((len(samples), longest), fill) for fill in (0, 0, -100))
+    for i, (tokens, supervised) in enumerate(samples):
+        ids[i, : len(tokens)], mask[i, : len(tokens)] = tokens, 1
+        labels[i, : len(tokens)] = np.where(supervised, tokens, -100)
+    return {name: torch.from_numpy(a).to(device) for name, a in (("input_ids", ids), ("attention_mask", mask), ("labels", labels))}
+
+
+def counted(samples: Samples, loss: float, computed: int, size) -> StepResult:
+    lengths = [len(ids) for ids, _ in samples]
+    tokens, supervised = sum(lengths), sum(int(mask[1:].sum()) for _, mask in samples)
+    return StepResult(loss, tokens, supervised, computed - tokens, size.flops(tokens, supervised, sum(n * n for n in lengths)))
+
+
+def throughput(device: torch.device, dtype: torch.dtype, shape: Model = MODELS[-1], mean: int = 400, rounds: int = ROUNDS) -> dict:
+    """Tokens a second of both, in interleaved rounds; first their losses on the same steps, and the memory each needs."""
+    from trainer.metrics import model_size
+
+    stream = [random_samples(long_tailed(SAMPLES, mean, 4 * mean, seed), shape.vocabulary, seed) for seed in range(8)]
+    plain, ours = (make_model(shape, device, dtype) for _ in range(2))
+    size = model_size(plain)
+    lines = {"plain HF loop": Padded(plain, device, stream, size), "Steadfast": Packs(ours, device, stream, size)}
+    losses, memory = {}, {}
+    for name, line in lines.items():
+        losses[name] = [line.step().loss for _ in range(2)]
+        free()
+        memory[name] = peak_mib(line.step)
+    difference = max(relative(a, b) for a, b in zip(*losses.values(), strict=True))
+    samples = timing.interleave([Line(name, line.step) for name, line in lines.items()], rounds, STEPS)
+    rates = {name: asdict(timing.spread(line, lambda s: s.tokens / s.wall)) for name, line in samples.items()}
+    ratio = timing.ratio(samples["Steadfast"], samples["plain HF loop"], lambda s: s.tokens / s.wall)
+    return {"passed": difference <= AGREEMENT[dtype], "difference": difference, "model": shape.name, "tokens_per_second": rates,
+            "ratio": asdict(ratio), "padding": {name: sum(s.padding for s in line) / sum(s.padding + s.tokens for s in line)
+                                                for name, line in samples.items()},
+            "flops_per_second": {name: asdict(timing.spread(line, lambda s: s.flops / s.wall)) for name, line in samples.items()},
+            "step_mib": memory, "raw": timing.raw(samples)}
+
+
+# ---------------------------------------------------------------- the command
+
+CHECKS = {"compile": check_compile, "capture": check_capture, "throughput": throughput}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.whole_step", description=__doc__.splitlines()[0])
+    parser.add_argument("check", choices=CHECKS)
+    parser.add_argument("--out", type=Path, required=True, help="file for the outcome, as JSON")
+    arguments = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("benchmarks.whole_step: expected a GPU, found none", file=sys.stderr)
+        return 2
+    try:
+        outcome = CHECKS[arguments.check](torch.device("cuda"), torch.bfloat16)
+    except Exception as error:  # the outcome of a check, which the caller writes down
+        outcome = {"passed": False, "error": reason(error)}
+        print(f"benchmarks.whole_step: {arguments.check}: {error}", file=sys.stderr)
+    arguments.out.write_text(json.dumps(outcome, indent=1) + "\n")
+    return 0 if outcome["passed"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

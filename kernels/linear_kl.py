@@ -1,0 +1,250 @@
+"""Two heads and the divergence of what they predict in one op: the S x V logits never exist, only one chunk of rows at a time.
+
+For row i with weight w_i, student hidden state x_i under the head (W, b) and reference hidden state y_i under (W', b'):
+
+    u_i = W x_i + b        u'_i = W' y_i + b'        d_i = divergence of softmax(logits(u_i)) and softmax(logits(u'_i))
+    sum:   L = Σ w_i d_i        mean: L = Σ w_i d_i / Σ w_i        none: w_i d_i
+    g_i = ∂d_i/∂u_i                                    kernels/_kl_rows.py has the divergences, their gradients and the row pass
+    ∂L/∂x_i = w_i·Wᵀg_i          ∂L/∂W = Σ w_i·g_i x_iᵀ          ∂L/∂b = Σ w_i·g_i
+
+The reference gives no gradient: not to y, W' or b', nor, where both sides share one trained head, to W through u'. (A
+regulariser pulls the student towards the reference, never the reference towards the student.)
+
+Products of 2·S·D·V FLOP each, as in `linear_cross_entropy` with one more for the reference; a shared head makes both sides'
+in one call, on a chunk of the student's rows stacked on the reference's, and so reads W once for the two:
+- rows outside `keep` are left out before the first product;
+- frozen head: g_i depends on row i alone, so the forward keeps the unit gradient Wᵀg_i (S x D) and the backward is a row
+  scale: 3 products for any upstream gradient;
+- trained head, sum or mean: the upstream is one number, so the gradients are made in the forward: 4 products;
+- trained head, none: the backward computes both sides again: 6 products;
+- nothing to differentiate: 2 products.
+
+Memory: one chunk of both sides' logits, of `chunk_bytes` as `linear_cross_entropy` counts them, g written over the student's;
+beside it what is returned or kept: S x D, and V x D in fp32 for a trained head. Launches per chunk on a GPU: one
+row kernel, 1 or 2 head products, then one for each gradient, and where the head is shared the copy that stacks the rows.
+
+Predicted on an H200 at 8192 x 4096 x 128256 in bf16 (11.6 ms a product at 75% of 989 TFLOP/s, memory at 4.8 TB/s): frozen head
+34.8 + 2.2 (rows: 10·S·V bytes; Jensen-Shannon 3.1) = 37 ms; trained head 46.4 + 2.2 + up to 2 for the sums of ∂W = 51 ms.
+
+Best ms on one core, forward + backward at S=500, D=256, V=8192, one shared frozen head (one product: 20 / 4):
+                              forward      reverse      Jensen-Shannon
+    fp32 / bf16               78 / 31      80 / 32      88 / 41
+    the same, full logits     78 / 33      82 / 35      110 / 63
+
+Products run in x's dtype (autocast is not consulted), statistics and the sums over chunks in fp32 (fp64 for fp64).
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kernels._autocast import without_autocast
+from kernels._cross_entropy_rows import new_logits, statistics_dtype
+from kernels._dispatch import operator
+from kernels._kl_rows import DIVERGENCES, Rule, kl_rows
+from kernels.linear_cross_entropy import add_product, rows_per_chunk
+
+REDUCTIONS = ("sum", "mean", "none")
+
+
+def _fake_chunks(x, weight, x_ref, weight_ref, bias, bias_ref, row_weight, keep, divergence, beta, softcap, logit_scale, temperature,
+                 chunk_bytes, want_x, want_weight, want_bias):
+    exact = statistics_dtype(x)
+    return (x.new_empty(x.shape[0], dtype=exact), x.new_empty(x.shape if want_x else 0),
+            weight.new_empty(weight.shape if want_weight else 0, dtype=exact),
+            weight.new_empty(weight.shape[0] if want_bias else 0, dtype=exact))
+
+
+@operator(_fake_chunks)
+def linear_kl_chunks(
+        x: Tensor, weight: Tensor, x_ref: Tensor, weight_ref: Tensor | None, bias: Tensor | None, bias_ref: Tensor | None,
+        row_weight: Tensor | None, keep: Tensor | None, divergence: str, beta: float, softcap: float | None, logit_scale: float,
+        temperature: float, chunk_bytes: int | None, want_x: bool, want_weight: bool, want_bias: bool
+        ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Divergences d_i [S], unweighted, and the gradients of Σ row_weight_i·d_i (row_weight None: all 1).
+
+    weight_ref None: one head, weight and bias, for both sides. dx [S, D] is in x's dtype, dweight [V, D] and dbias [V] in the
+    statistics dtype; one that is not wanted is empty. Rows outside `keep` have divergence and dx 0.
+    """
+    exact, V = statistics_dtype(x), weight.shape[0]
+    rule = Rule(divergence, beta, softcap, logit_scale, temperature)
+    losses = x.new_zeros(x.shape[0], dtype=exact)
+    dx = x.new_zeros(x.shape if want_x else 0)
+    dweight = weight.new_empty(weight.shape if want_weight else 0, dtype=exact)  # written by the first chunk
+    dbias = weight.new_zeros(V if want_bias else 0, dtype=exact)
+    # The one place that reads the device: how many rows are left is known to the host only after a sync.
+    kept = None if keep is None else keep.nonzero()[:, 0]
+    count = x.shape[0] if kept is None else kept.shape[0]
+    if not count:
+        dweight.zero_()
+    step = max(1, min(rows_per_chunk(2 * V, x.dtype, x.device.type, chunk_bytes), count))
+    buffer = new_logits(2 * step, V, x)
+    for start in range(0, count, step):
+        stop = min(start + step, count)
+        rows, n = slice(start, stop) if kept is None else kept[start:stop], stop - start
+        x_rows, student, reference = x[rows], buffer[:n], buffer[n:2 * n]
+        if weight_ref is None:
+            _product(torch.cat([x_rows, x_ref[rows]]), weight, bias, out=buffer[:2 * n])
+        else:
+            _product(x_rows, weight, bias, out=student)
+            _product(x_ref[rows], weight_ref, bias_ref, out=reference)
+        scale = None if row_weight is None else row_weight[rows].contiguous()  # an upstream may be one number, expanded
+        losses[rows] = kl_rows(student, reference, scale, rule, want_x or want_weight or want_bias)
+        if want_bias:
+            dbias += student.sum(0, dtype=exact)
+        if want_x:
+            dx[rows] = student @ weight
+        if want_weight:
+            add_product(dweight, student.t(), x_rows, start)
+    return losses, dx, dweight, dbias
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
+
+
+class _FrozenRows(torch.autograd.Function):
+    """Divergences of all rows under a head that gets no gradient: the saved unit gradients wait for their row's scale."""
+
+    @staticmethod
+    @without_autocast
+    def forward(ctx, x, weight, x_ref, weight_ref, bias, bias_ref, keep, rule, chunk_bytes, want_x):
+        losses, unit, _, _ = linear_kl_chunks(x, weight, x_ref, weight_ref, bias, bias_ref, None, keep, *rule, chunk_bytes,
+                                              want_x, False, False)
+        ctx.save_for_backward(unit)
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        unit, = ctx.saved_tensors
+        return (unit * upstream[:, None]).to(unit.dtype), *(None,) * 9
+
+
+class _TrainedRows(torch.autograd.Function):
+    """Divergences of all rows under a trained head: the backward computes the logits again, the rows' weights now known."""
+
+    @staticmethod
+    @without_autocast
+    def forward(ctx, x, weight, x_ref, weight_ref, bias, bias_ref, keep, rule, chunk_bytes):
+        ctx.save_for_backward(x, weight, x_ref, weight_ref, bias, bias_ref, keep)
+        ctx.rule, ctx.chunk_bytes = rule, chunk_bytes
+        return linear_kl_chunks(x, weight, x_ref, weight_ref, bias, bias_ref, None, keep, *rule, chunk_bytes, False, False, False)[0]
+
+    @staticmethod
+    @once_differentiable
+    @without_autocast
+    def backward(ctx, upstream):
+        *tensors, keep = ctx.saved_tensors
+        wanted = _wanted(ctx)
+        _, *gradients = linear_kl_chunks(*tensors, upstream, keep, *ctx.rule, ctx.chunk_bytes, *wanted)
+        return *_in_place(gradients, wanted, tensors[1].dtype), None, None, None
+
+
+class _TrainedSum(torch.autograd.Function):
+    """Σ row_weight_i·d_i under a trained head: all gradients are made in the forward, the backward scales them."""
+
+    @staticmethod
+    @without_autocast
+    def forward(ctx, x, weight, x_ref, weight_ref, bias, bias_ref, keep, rule, chunk_bytes, row_weight):
+        ctx.wanted, ctx.dtype = _wanted(ctx), weight.dtype
+        losses, *gradients = linear_kl_chunks(x, weight, x_ref, weight_ref, bias, bias_ref, row_weight, keep, *rule, chunk_bytes,
+                                              *ctx.wanted)
+        ctx.save_for_backward(losses, *gradients)
+        return losses.dot(row_weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        losses, dx, *gradients = ctx.saved_tensors
+        scaled = [(dx * upstream).to(dx.dtype), *(g * upstream for g in gradients)]
+        drow_weight = losses * upstream if ctx.needs_input_grad[9] else None
+        return *_in_place(scaled, ctx.wanted, ctx.dtype), None, None, None, drow_weight
+
+
+def _wanted(ctx) -> tuple[bool, bool, bool]:
+    """Whether x, weight and bias want a gradient."""
+    return ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[4]
+
+
+def _in_place(gradients, wanted: tuple[bool, bool, bool], dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+    """The gradients of x, weight and bias where a Function's first six inputs expect them."""
+    dx, dweight, dbias = (g if want else None for g, want in zip(gradients, wanted, strict=True))
+    return dx, None if dweight is None else dweight.to(dtype), None, None, None if dbias is None else dbias.to(dtype), None
+
+
+def _check(x, weight, x_ref, weight_ref, bias, bias_ref, token_weight, keep, rule: Rule, reduction: str) -> None:
+    def expect(right: bool, expected: str, got: str) -> None:
+        if not right:
+            raise ValueError(f"linear_kl: expected {expected}, got {got}")
+
+    def vector(name: str, tensor: Tensor | None, length: int, dtype: torch.dtype | None) -> None:
+        if tensor is not None:
+            expect(tensor.shape == (length,) and tensor.dtype == (dtype or tensor.dtype) and tensor.device == x.device,
+                   f"{name} {dtype or ''} of shape ({length},) on {x.device}".replace("  ", " "),
+                   f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}")
+
+    head_ref = weight if weight_ref is None else weight_ref
+    expect(x.dim() == weight.dim() == 2 and x.shape[1] == weight.shape[1], "x [S, D] and weight [V, D]",
+           f"{tuple(x.shape)} and {tuple(weight.shape)}")
+    expect(x_ref.dim() == head_ref.dim() == 2 and x_ref.shape == (x.shape[0], head_ref.shape[1]) and head_ref.shape[0] == weight.shape[0],
+           f"x_ref ({x.shape[0]}, D') and the reference's weight ({weight.shape[0]}, D')",
+           f"{tuple(x_ref.shape)} and {tuple(head_ref.shape)}")
+    kinds = {(t.dtype, t.device) for t in (x, weight, x_ref, head_ref)}
+    expect(len(kinds) == 1 and x.is_floating_point(), "x, weight, x_ref and weight_ref in one floating dtype on one device",
+           ", ".join(f"{t.dtype} on {t.device}" for t in (x, weight, x_ref, head_ref)))
+    expect(weight_ref is not None or bias_ref is None, "no bias_ref where both sides share one head", "bias_ref without weight_ref")
+    vector("bias", bias, weight.shape[0], x.dtype)
+    vector("bias_ref", bias_ref, weight.shape[0], x.dtype)
+    vector("token_weight", token_weight, x.shape[0], None)
+    vector("keep", keep, x.shape[0], torch.bool)
+    expect(rule.divergence in DIVERGENCES, f"divergence in {DIVERGENCES}", repr(rule.divergence))
+    expect(0 < rule.beta < 1, 'beta between 0 and 1 (for the limits: "forward" and "reverse")', str(rule.beta))
+    expect(rule.softcap is None or rule.softcap > 0, "softcap > 0 or None", str(rule.softcap))
+    expect(rule.temperature > 0, "temperature > 0", str(rule.temperature))
+    expect(reduction in REDUCTIONS, f"reduction in {REDUCTIONS}", repr(reduction))
+
+
+def linear_kl(x: Tensor, weight: Tensor, x_ref: Tensor, weight_ref: Tensor | None = None, *, divergence: str = "forward",
+              beta: float = 0.5, bias: Tensor | None = None, bias_ref: Tensor | None = None, token_weight: Tensor | None = None,
+              keep: Tensor | None = None, softcap: float | None = None, logit_scale: float = 1.0, temperature: float = 1.0,
+              reduction: str = "sum", chunk_bytes: int | None = None) -> Tensor:
+    """Divergence, in nats and fp32 (fp64 for fp64 inputs), of the student x Wᵀ + b from the reference x_ref W'ᵀ + b'.
+
+    x [S, D], weight [V, D], bias [V]; x_ref [S, D'], weight_ref [V, D'], bias_ref [V], of which none gets a gradient; without
+    weight_ref both sides use weight and bias. divergence: "forward" KL(reference‖student), "reverse" KL(student‖reference), or
+    "jensen_shannon" with weight beta on KL(reference‖mixture). Logits are softcap·tanh(logit_scale·u/softcap)/temperature on
+    both sides; the loss is not multiplied by temperature². token_weight [S] is differentiable. `keep` [S] bool drops the rows
+    where it is False (without it nothing waits for the device); `mean` divides by the summed weight of those kept. With nothing
+    to sum the result is a differentiable 0. `chunk_bytes` bounds one chunk of both sides' logits.
+    """
+    rule = Rule(divergence, beta, softcap, logit_scale, temperature)
+    _check(x, weight, x_ref, weight_ref, bias, bias_ref, token_weight, keep, rule, reduction)
+    exact = statistics_dtype(x)
+    x_ref, weight_ref, bias_ref = (None if t is None else t.detach() for t in (x_ref, weight_ref, bias_ref))
+    inputs = x, weight, x_ref, weight_ref, bias, bias_ref, keep, rule, chunk_bytes
+    row_weight = x.new_ones(x.shape[0], dtype=exact) if token_weight is None else token_weight.to(exact)
+    trained = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
+    if trained and reduction != "none":
+        loss = _TrainedSum.apply(*inputs, row_weight)
+    else:
+        rows = _TrainedRows.apply(*inputs) if trained else _FrozenRows.apply(*inputs, torch.is_grad_enabled() and x.requires_grad)
+        loss = rows * row_weight if reduction == "none" else rows.dot(row_weight)
+    if reduction != "mean":
+        return loss
+    total = (row_weight if keep is None else row_weight.masked_fill(~keep, 0.0)).sum()
+    return loss / torch.where(total == 0, 1.0, total)
+
+
+def _aot(divergence: str, trained: bool, softcap: float | None = None):
+    """Llama-3.1-8B's head, one chunk of rows."""
+    x, x_ref, weight = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in ((1024, 4096), (1024, 4096), (128256, 4096)))
+    row_weight = torch.empty(1024, device="meta") if trained else None
+    linear_kl_chunks(x, weight, x_ref, None, None, None, row_weight, None, divergence, 0.5, softcap, 1.0, 1.0, None, True, trained, False)
+
+
+AOT = {
+    "linear_kl forward": lambda: _aot("forward", False),
+    "linear_kl reverse": lambda: _aot("reverse", True),
+    "linear_kl jensen_shannon softcap": lambda: _aot("jensen_shannon", True, 30.0),
+}
