@@ -1,7 +1,7 @@
 """Tables and pictures from records alone: `python -m benchmarks.plot` renews the README's tables and the pictures beside the records.
 
-A table goes between two markers in README.md, `<!-- benchmark: SUITE -->` and `<!-- end of benchmark -->`. With `--check` nothing is
-written: the exit status is 1 where README.md and the newest records disagree.
+A table goes between two markers in README.md or kernels/README.md, `<!-- benchmark: SUITE -->` (predictions of all models: `SUITE in full`)
+and `<!-- end of benchmark -->`. With `--check` nothing is written: the exit status is 1 where a page and the newest records disagree.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from benchmarks import kernels, predict
 from benchmarks.record import RESULTS, newest
 from trainer.errors import UserError
 
-README = RESULTS.parents[1] / "README.md"
-BLOCK = re.compile(r"(<!-- benchmark: ([\w-]+) -->\n)(.*?)(<!-- end of benchmark -->)", re.DOTALL)
+ROOT = RESULTS.parents[1]
+PAGES = (ROOT / "README.md", ROOT / "kernels" / "README.md")
+BLOCK = re.compile(r"(<!-- benchmark: ([\w-]+)( in full)? -->\n)(.*?)(<!-- end of benchmark -->)", re.DOTALL)
 OURS, OTHERS = "#1f6f8b", "#b8b8b8"
 
 
@@ -208,7 +209,8 @@ def renew(text: str, records: dict[str, dict]) -> str:
     def table(block: re.Match) -> str:
         if block[2] not in records:
             raise UserError(f"README.md: expected a record of suite {block[2]} in benchmarks/results, found none; run its benchmark first")
-        return block[1] + markdown(records[block[2]]) + block[4]
+        record = records[block[2]]
+        return block[1] + (predict.markdown(record, predict.newest_measured()) if block[3] else markdown(record)) + block[5]
 
     return BLOCK.sub(table, text)
 
@@ -219,16 +221,18 @@ def main(argv: list[str] | None = None) -> int:
     check = parser.parse_args(argv).check
     try:
         records = newest()
-        text = README.read_text()
-        renewed = renew(text, records)
+        texts = {page: page.read_text() for page in PAGES}
+        renewed = {page: renew(text, records) for page, text in texts.items()}
     except (UserError, FileNotFoundError) as error:
         print(f"benchmarks.plot: {error}", file=sys.stderr)
         return 2
     if check:
-        if renewed != text:
-            print("benchmarks.plot: README.md differs from the newest records; run python -m benchmarks.plot", file=sys.stderr)
-        return int(renewed != text)
-    README.write_text(renewed)
+        for page in PAGES:
+            if renewed[page] != texts[page]:
+                print(f"benchmarks.plot: {page.name} differs from the newest records; run python -m benchmarks.plot", file=sys.stderr)
+        return int(renewed != texts)
+    for page, text in renewed.items():
+        page.write_text(text)
     for suite, record in records.items():
         print(draw(record, RESULTS / f"{suite}.png"))
     return 0

@@ -53,7 +53,7 @@ def test_renew_touches_only_what_is_marked(kept):
 def test_check_finds_a_readme_that_disagrees(kept, tmp_path, monkeypatch, capsys):
     readme = tmp_path / "README.md"
     readme.write_text("<!-- benchmark: training-cpu -->\n<!-- end of benchmark -->\n")
-    monkeypatch.setattr(plot, "README", readme)
+    monkeypatch.setattr(plot, "PAGES", (readme,))
     monkeypatch.setattr(plot, "RESULTS", tmp_path)
     monkeypatch.setattr(plot, "newest", lambda: record.newest(tmp_path))
     (tmp_path / "one.json").write_text(json.dumps(kept))
@@ -66,7 +66,7 @@ def test_check_finds_a_readme_that_disagrees(kept, tmp_path, monkeypatch, capsys
 
 
 def test_the_committed_readme_agrees_with_the_committed_records():
-    if plot.README.exists():
+    if plot.PAGES[0].exists():
         assert plot.main(["--check"]) == 0
 
 
