@@ -42,7 +42,7 @@ setup(
     package_data={
         "trainer": ["*.jinja"],
         "benchmarks": ["results/*.json"],
-        "benchmarks.miniature": ["**/*.json", "**/*.jinja", "**/*.safetensors"],
+        "benchmarks.miniature": ["*.txt", "**/*.json", "**/*.jinja", "**/*.safetensors"],
     },
     install_requires=REQUIRES,
     extras_require=EXTRAS,

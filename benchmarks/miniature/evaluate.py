@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.miniature.world import Item
 
@@ -55,10 +55,15 @@ def greedy_answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, i
     model.eval()
     answers = []
     for start in range(0, len(instructions), batch_size):
-        chats = [[{"role": "user", "content": text}] for text in instructions[start : start + batch_size]]
-        prompts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, padding=True, padding_side="left",
-                                                return_tensors="pt", return_dict=True).to(model.device)
+        prompts = chat_prompts(tokenizer, instructions[start : start + batch_size]).to(model.device)
         tokens = model.generate(**prompts, do_sample=False, max_new_tokens=max_new_tokens, use_cache=True,
                                 pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
         answers += tokenizer.batch_decode(tokens[:, prompts.input_ids.shape[1] :], skip_special_tokens=True)
     return answers
+
+
+def chat_prompts(tokenizer: PreTrainedTokenizerBase, instructions: Sequence[str]) -> BatchEncoding:
+    """Each instruction as a user's turn with the assistant's turn opened, padded on the left."""
+    chats = [[{"role": "user", "content": text}] for text in instructions]
+    return tokenizer.apply_chat_template(chats, add_generation_prompt=True, padding=True, padding_side="left", return_tensors="pt",
+                                         return_dict=True)
