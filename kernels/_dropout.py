@@ -89,7 +89,8 @@ MASK = {(ANY, None): Launch({"BLOCK_M": 16, "BLOCK_K": 256}, 4)}
 
 @operator(lambda x, seed, stream, dropout: x.new_empty(x.shape))
 def draw_mask(x: Tensor, seed: Tensor, stream: int, dropout: float) -> Tensor:
-    """Mask number `stream` of a seed, ones and zeros in x's dtype, for x [T, K]: what the backend that serves x drops elsewhere too."""
+    """Mask number `stream` of a seed, ones and zeros in x's dtype, for x [T, K]: what the backend that serves x drops elsewhere too.
+    The torch form has to read the seed; on a GPU (fp64, KERNELS_BACKEND=reference) it waits for it."""
     if not triton_serves(x):
         return dropout_mask(x.shape, dropout, x.dtype, torch.Generator(x.device).manual_seed(int(seed) + stream))
     mask = torch.empty(x.shape, dtype=x.dtype, device=x.device)

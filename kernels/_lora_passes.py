@@ -13,10 +13,10 @@ wherever they are needed (kernels/_dropout.py); A and B are read as they are, fp
 
 Predicted for an H200 (4.8 TB/s; base products of 366 µs at 750 TFLOP/s) at T=8192, K=N=4096, R=16, bf16, in µs beside the base products:
 
-                                            forward                                 backward                                 sum
-    these passes                            x, Y⁰: 134 MB, 28                       G, X⁰, then x, G: 268 MB, 58              86
-    one product of [x | S] with [W | aB]    x: 67 MB, 14; 1.6% more product: 6      3% more product: 11; ∂x twice, x, G: 58   89
-    eager                                   dropped x, mask, branch, sum: 0.6 GB, 130     0.8 GB, 160                        290
+                                          forward                                        backward                                 sum
+    these passes                          x, Y⁰: 134 MB, 28                              G, X⁰, then x, G: 268 MB, 58              86
+    one product of [x | S] and [W | aB]   x: 67 MB, 14; 1.6% more of the product: 6      3% more of it: 11; ∂x twice, x, G: 58     89
+    eager                                 dropped x, mask, branch, sum: 0.6 GB, 130      0.8 GB, 160                              290
 
 The augmented product (second line; exact too) never moves Y⁰ and gets D as columns of ∂x. But it wants x written into a wider buffer by
 whoever makes it, weights stored so that nobody else can use them as they are, and a library that multiplies K + R columns as well as K.

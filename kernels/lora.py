@@ -20,10 +20,12 @@ adapter's x is dropped: the expectation over masks is the same, the variance sma
 On a GPU, for P projections with adapters of rank 256 or less (kernels/_lora_passes.py):
 
     forward     P base products, 1 launch for all S_i and everything else of the V_i (DoRA: + P row norms, + P scalings)
-    backward    P base products, 1 launch for all D_i and ∂x's other half, 1 for all ∂A_i and ∂B_i, 1 that sums them
+    backward    P base products, 1 launch for all D_i and ∂x's other half, 1 for all ∂A_i and ∂B_i, 1 that sums them (DoRA: + P
+                for the G_i and the sums over t, + P that sum those)
 
-so no narrow product is a launch of its own and none is made twice. Up to 3 projections go together, fewer from rank 128
-on. Frozen base weights get no ∂W_i; where x needs no gradient the P products, where A or B needs none its share falls away.
+so no narrow product is a launch of its own and none is made twice. Up to 3 projections go together, fewer above rank 64 (32
+on smaller GPUs). Frozen base weights get no ∂W_i; where x needs no gradient the P products, where A or B needs none its share
+falls away.
 
 Overhead over the base products, forward + backward, T=8192, bf16, R=16, dropout 0.05, on an H200 (4.8 TB/s, 750 TFLOP/s),
 from the bytes moved and, where it outlasts them, from the mask's 6 to 7 instructions an element. Predicted, not measured:
@@ -32,7 +34,7 @@ from the bytes moved and, where it outlasts them, from the mask's 6 to 7 instruc
     overhead             11.7%         12.2%        6.7%            7.5%          7.0%        8.0%
     without dropout      11.7%          9.9%        6.7%            7.5%          7.0%        7.7%
 
-Elsewhere, and for larger ranks, kernels/_lora_reference.py serves, whose docstring has what was measured on a CPU.
+Elsewhere, and for a call with a rank above 256, kernels/_lora_reference.py serves; what was measured on a CPU stands there.
 """
 
 from typing import NamedTuple
