@@ -43,7 +43,8 @@ def test_make_takes_the_environment_or_python3_and_makes_none(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHON", "MAKEFLAGS")}
 
     def command(*words):
-        return subprocess.run(["make", "--no-print-directory", "-n", "gpu", *words], cwd=tmp_path, capture_output=True, text=True, env=environment).stdout.split()
+        command = ["make", "--no-print-directory", "-n", "gpu", *words]  # no word of the make that may run this
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment).stdout.split()
 
     assert command()[0] == '"python3"' and not (tmp_path / ".venv").exists()
     assert command("PYTHON=/opt/python")[0] == '"/opt/python"'
