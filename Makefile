@@ -2,6 +2,7 @@
 # make test   the whole test suite
 # make gpu    what needs a GPU: kernels' tests and times, one whole step compiled and captured; under nine minutes, one JSON
 # The first two make the environment (.venv) if need be. make gpu takes .venv where there is one, else python3, whatever it has.
+# make vllm   on a machine with an NVIDIA GPU: vLLM for python -m synth.run (on a CPU it is part of the environment)
 # Another Python: make test PYTHON=/path/to/python3.12
 
 SHELL := /bin/bash
@@ -10,7 +11,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p -c '
 RUN := .venv/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check --quiet install
 
-.PHONY: demo test env lint gpu
+.PHONY: demo test env lint gpu vllm
 
 demo: env
 	@$(RUN) -m benchmarks.miniature.demo
@@ -22,6 +23,11 @@ test: env
 gpu:
 	@"$(if $(filter command environment,$(firstword $(origin PYTHON))),$(PYTHON),$(or $(wildcard $(RUN)),python3))" -m benchmarks.gpu $(ARGS)
 
+# vLLM on a GPU is some gigabytes more, which only synthesis needs. On a CPU it is part of the environment.
+vllm: env
+	@if $(RUN) -c 'import sys, torch; sys.exit(not torch.version.cuda)'; then $(PIP) --no-deps -r requirements-synth-cuda.txt; \
+	  else echo "torch here is a CPU build: its vLLM is installed already"; fi
+
 lint: env
 	@$(RUN) -m ruff check .
 
@@ -29,12 +35,13 @@ env: .venv/installed
 
 # Torch alone is resolved by pip, inside the pins: which build it is, and which CUDA packages come with it, depends on the machine.
 # Everything else is installed exactly as listed. A CUDA build of torch brings its own Triton, a CPU build none.
-.venv/installed: requirements.txt requirements-dev.txt requirements-cpu.txt requirements-cuda.txt
+.venv/installed: requirements.txt requirements-dev.txt requirements-cpu.txt requirements-cuda.txt \
+  requirements-synth.txt requirements-synth-cpu.txt
 	@"$(PYTHON)" -c '$(SUPPORTED)' 2>/dev/null || { echo "Steadfast needs Python 3.11, 3.12 or 3.13; found" \
 	  "'$(PYTHON)' ($$("$(PYTHON)" --version 2>&1)); name one: make $(or $(MAKECMDGOALS),env) PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@echo "Installing the pinned packages into .venv (once; a few minutes)"
 	@"$(PYTHON)" -m venv .venv
 	@$(PIP) -c requirements.txt -c requirements-cuda.txt "$$(grep '^torch==' requirements.txt)"
-	@$(PIP) --no-deps -r requirements.txt -r requirements-dev.txt
-	@$(RUN) -c 'import sys, torch; sys.exit(not torch.version.cuda)' || $(PIP) --no-deps -r requirements-cpu.txt
+	@$(PIP) --no-deps -r requirements.txt -r requirements-dev.txt -r requirements-synth.txt
+	@$(RUN) -c 'import sys, torch; sys.exit(not torch.version.cuda)' || $(PIP) --no-deps -r requirements-cpu.txt -r requirements-synth-cpu.txt
 	@touch $@

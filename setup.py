@@ -22,7 +22,7 @@ REQUIRES = [
 ]
 
 EXTRAS = {
-    "synth": ["vllm"],
+    "synth": ["vllm>=0.32,<0.33", "openai>=3.50", "datasketch>=2.0", "py3langid>=0.4", "scikit-learn>=1.8"],
     "quant": ["bitsandbytes>=0.50"],
     "flash": ["flash-attn>=2.8"],
     "eval": ["lm-eval>=0.4.9"],
@@ -41,6 +41,7 @@ setup(
     packages=find_packages(include=[f"{top}{rest}" for top in ("kernels", "trainer", "synth", "benchmarks") for rest in ("", ".*")]),
     package_data={
         "trainer": ["*.jinja"],
+        "synth": ["*.jinja", "*.txt"],
         "benchmarks": ["results/*.json"],
         "benchmarks.miniature": ["*.txt", "**/*.json", "**/*.jinja", "**/*.safetensors"],
     },

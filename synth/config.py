@@ -34,6 +34,14 @@ class Model:
 
 
 @dataclass
+class Probe:
+    """A look at what the base asks before it is sampled in earnest."""
+
+    samples: int = 128  # at each temperature
+    temperature: list[float] = field(default_factory=lambda: [0.7, 1.0, 1.3])
+
+
+@dataclass
 class System:
     """One system prompt among those that items are sampled under."""
 
@@ -52,6 +60,7 @@ class Instruct:
     turns: list[float] = field(default_factory=lambda: [1.0])  # shares of items with 1, 2, 3 ... user turns
     systems: list[System] = field(default_factory=lambda: [System()])
     languages: dict[str, float] = field(default_factory=dict)  # wanted shares by ISO code, reached by weights; none: as they come
+    fresh: int = 1000  # samples apart, at temperature 1 and top_p 1, that the report compares the pool with
 
 
 @dataclass
@@ -78,6 +87,7 @@ class Respond:
     top_p: float = 0.98
     max_tokens: int = 2048
     greedy_self: bool = True  # the base's greedy answer is a candidate too
+    base_likelihood: bool = True  # how likely every answer is under the base: what select.rule likeliest needs
 
 
 @dataclass
@@ -86,7 +96,7 @@ class Judge:
 
     rubric: str | None = None  # a text file with {instruction} and {response} in it, in place of our own rubric from 1 to 5
     score: Literal["expect", "paper"] = "expect"  # mean of the digit's distribution; or justify, then score on the last line
-    exclude_self: bool = True  # no model judges its own answers
+    exclude_self: bool = True  # no model judges its own answers, as long as there is another judge
     normalise: bool = True  # every judge's scores to the same mean and spread before they are averaged
     max_tokens: int = 512  # paper: of the justification
     pairwise: bool = False  # also compare the two best in both orders
@@ -102,6 +112,15 @@ class Select:
 
 
 @dataclass
+class Report:
+    """The page about a pool."""
+
+    sample: int = 2000  # at most this many instructions of each kind are compared
+    embeddings: bool = True  # also by the base's own embeddings: loads it once more, with transformers
+    topics: int = 12  # groups that instructions are sorted into
+
+
+@dataclass
 class Config:
     """Rebuild a model's own instruction distribution, and write a replay set: `python -m synth.run --base.path M`."""
 
@@ -112,11 +131,13 @@ class Config:
     preset: Literal["plus", "paper"] = "plus"  # paper: arXiv 2506.09428 to the letter
     stages: list[Literal["probe", "instruct", "clean", "respond", "judge", "select", "report"]] = field(
         default_factory=lambda: list(STAGES))  # which of them this call runs
+    probe: Probe = field(default_factory=Probe)
     instruct: Instruct = field(default_factory=Instruct)
     clean: Clean = field(default_factory=Clean)
     respond: Respond = field(default_factory=Respond)
     judge: Judge = field(default_factory=Judge)
     select: Select = field(default_factory=Select)
+    report: Report = field(default_factory=Report)
     format: Literal["jsonl", "parquet"] = "jsonl"  # of the replay set
     date: str = "2025-01-01"  # what templates that print today's date are told
     seed: int = 0
@@ -131,7 +152,7 @@ def settled(config: Config) -> Config:
         config, judges=judges,
         instruct=dataclasses.replace(config.instruct, temperature=[1.0], top_p=[0.98], turns=[1.0]),
         clean=dataclasses.replace(config.clean, duplicates="keep"),
-        respond=dataclasses.replace(config.respond, samples=3, greedy_self=False),
+        respond=dataclasses.replace(config.respond, samples=3, greedy_self=False, base_likelihood=False),
         judge=dataclasses.replace(config.judge, score="paper", exclude_self=False, normalise=False),
         select=dataclasses.replace(config.select, rule="max", floor=0.0))
 
@@ -157,6 +178,13 @@ def validate(config: Config) -> None:
             _require(len(model.price) == 2 and min(model.price) >= 0, f"{option}: price", "two numbers, 0 or more", model.price)
     names = [name_of(model) for model in (config.base, *config.responders)]
     _require(len(set(names)) == len(names), "responders: name", "names that differ from each other and the base's", names)
+    by_name = {}
+    for model in (config.base, *config.responders, *config.judges):
+        other = by_name.setdefault(name_of(model), model)
+        _require(dataclasses.astuple(other) == dataclasses.astuple(model), "judges: name",
+                 f"the same settings wherever {name_of(model)} stands", "two models of that name")
+    _require(config.probe.samples >= 1 and bool(config.probe.temperature), "probe.samples, probe.temperature", "1 or more of each",
+             (config.probe.samples, config.probe.temperature))
     _require(1 <= instruct.count <= MANY, "instruct.count", f"1 to {MANY:,}", instruct.count)
     _require(bool(instruct.temperature) and min(instruct.temperature) >= 0, "instruct.temperature", "0 or more", instruct.temperature)
     _require(bool(instruct.top_p) and all(0 < p <= 1 for p in instruct.top_p), "instruct.top_p", "above 0, at most 1", instruct.top_p)
@@ -170,6 +198,9 @@ def validate(config: Config) -> None:
     _require(0 <= clean.embedding_similarity <= 1, "clean.embedding_similarity", "0 to 1", clean.embedding_similarity)
     _require(clean.ngram >= 1, "clean.ngram", "1 or more", clean.ngram)
     duplicate_rule(clean.duplicates)
+    _require(instruct.fresh >= 0, "instruct.fresh", "0 or more", instruct.fresh)
+    _require(select.rule != "likeliest" or respond.base_likelihood or config.preset == "paper", "respond.base_likelihood",
+             "true, for select.rule likeliest", False)
     _require(respond.samples >= 1, "respond.samples", "1 or more", respond.samples)
     _require(respond.temperature >= 0 and 0 < respond.top_p <= 1, "respond.temperature, respond.top_p", "0 or more, and above 0 to 1",
              (respond.temperature, respond.top_p))

@@ -38,6 +38,13 @@ class PreQuery(NamedTuple):
     rest: str  # the end of the template's text, which the tokens do not hold and the model may write first: remove it
 
 
+class Answering(NamedTuple):
+    """A prompt after which the model's answer begins, with nothing between."""
+
+    token_ids: tuple[int, ...]
+    rest: str  # the end of the template's text, which is one token with what follows: an answer begins with it
+
+
 class Stops(NamedTuple):
     """What ends a turn."""
 
@@ -81,9 +88,36 @@ class Format:
         """The prompt for an answer to a chat that ends with a user's turn, with whatever opens the model's reasoning."""
         return tuple(self._ids(self.template.render([*_system(system), *messages], add_generation_prompt=True)))
 
-    def words(self, text: str) -> tuple[int, ...]:
-        """Token ids of plain text, as the continuation of a prompt."""
-        return tuple(self._ids(text))
+    def answering(self, messages: Sequence[Message], system: str | None = None) -> Answering:
+        """The prompt after which the first token of an answer comes: past the reasoning and the channel's mark that precede it.
+
+        Reasoning is closed in the template's own way, as it prints a last turn without any; where it has none, after an empty line.
+        """
+        opened, closed, cut, rest = self._answer_opening
+        text = self.template.render([*_system(system), *messages], add_generation_prompt=True)
+        ids = self._ids(text[:len(text) - len(opened)] + closed)
+        return Answering(tuple(ids[:len(ids) - cut]), rest)
+
+    @functools.cached_property
+    def _answer_opening(self) -> tuple[str, str, int, str]:
+        """How `answering` ends the prompt: the text to take off it, the text to put there, the tokens to cut then, and their text."""
+        user, assistant = {"role": "user", "content": ASKED}, {"role": "assistant", "content": SAID}
+        last = self.template.render([user, assistant, user, assistant]).rpartition(ASKED)[2].partition(SAID)[0]
+        shared = len(commonprefix([self._prompt, last]))
+        opened, closed = self._prompt[shared:], last[shared:]
+        if opened and "</think>" not in closed:  # the template prints no reasoning, or forgets it
+            opened, closed = "", "\n</think>\n\n" if self._opens_reasoning else ""
+        text = self._prompt[:len(self._prompt) - len(opened)] + closed
+        ids = self._ids(text)
+        kept = min(_common_length(ids, self._ids(text + digit)) for digit in "12345AB")
+        before = self._text(ids[:kept])
+        return opened, closed, len(ids) - kept, text[len(before):] if text.startswith(before) else ""
+
+    def continuation(self, text: str) -> tuple[int, ...]:
+        """Token ids of an answer, and of the end of its turn, as what follows `response`; what that opens already is not said again."""
+        end = self._first_special(self._parts[3])
+        opened = REASONING if self._opens_reasoning else ""
+        return (*self._ids(text.removeprefix(opened)), self.response_stops.ids[0] if end is None else end)
 
     # ---------------------------------------------------------------- stops
 
@@ -113,9 +147,14 @@ class Format:
         """What a generated turn says, reasoning included: all of it, or what follows the mark of the final channel; None without one."""
         mark = re.sub(r"</?think>", "", self._written).strip()
         _, found, said = text.rpartition(mark) if mark else ("", REASONING, text)
-        reasoning = self._prompt.rpartition(REASONING)
-        opened = REASONING if reasoning[1] and "</think>" not in reasoning[2] else ""
+        opened = REASONING if self._opens_reasoning else ""
         return opened + said if found else None
+
+    @functools.cached_property
+    def _opens_reasoning(self) -> bool:
+        """Whether the prompt for an answer ends inside the model's thoughts."""
+        _, opened, thoughts = self._prompt.rpartition(REASONING)
+        return bool(opened) and "</think>" not in thoughts
 
     @functools.cached_property
     def _prompt(self) -> str:

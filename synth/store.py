@@ -7,42 +7,64 @@ alone counts what was spent, and differs between runs.
 
 from __future__ import annotations
 
+import itertools
 import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from trainer.errors import UserError
 
 VERSION = 1
 SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE models (name TEXT PRIMARY KEY, engine TEXT, fingerprint TEXT, deterministic INTEGER, settings TEXT) WITHOUT ROWID;
+-- Who answers under a name: a name keeps its engine and weights for the life of the pool.
+CREATE TABLE models (name TEXT PRIMARY KEY, engine TEXT, path TEXT, fingerprint TEXT, deterministic INTEGER) WITHOUT ROWID;
 -- What is sampled: planned before anything is generated.
 CREATE TABLE items (id INTEGER PRIMARY KEY, temperature REAL, top_p REAL, system TEXT, turns INTEGER);
 -- Turns of an item in order: 0 the user's, 1 the assistant's, 2 the user's ... The last one is the user's and is the instruction.
 CREATE TABLE turns (item INTEGER, position INTEGER, text TEXT, tokens INTEGER, finish TEXT, logprob REAL, seed INTEGER,
                     PRIMARY KEY (item, position)) WITHOUT ROWID;
+-- Samples apart: what the base asks with nothing in its way (temperature 1, top_p 1), which the report compares the pool with.
+CREATE TABLE fresh (id INTEGER PRIMARY KEY, text TEXT, tokens INTEGER, finish TEXT, logprob REAL, seed INTEGER);
 -- Why an item is out, by the earliest stage that found it.
 CREATE TABLE drops (item INTEGER PRIMARY KEY, stage TEXT, reason TEXT, detail TEXT);
 -- What `clean` found out about an item: its language, its group of near-duplicates, and the weight it has after that.
 CREATE TABLE traits (item INTEGER PRIMARY KEY, language TEXT, grp INTEGER, weight REAL);
 CREATE TABLE responses (item INTEGER, model TEXT, sample INTEGER, text TEXT, tokens INTEGER, finish TEXT, logprob REAL,
-                        base_logprob REAL, seed INTEGER, reason TEXT, PRIMARY KEY (item, model, sample)) WITHOUT ROWID;
--- sample -1 is a greedy answer. A score that could not be read is NULL, with its reason.
+                        base_logprob REAL, base_tokens INTEGER, seed INTEGER, reason TEXT, PRIMARY KEY (item, model, sample)) WITHOUT ROWID;
+-- sample -1 is a greedy answer. An answer that cannot be used has its reason. base_logprob: of the answer and its end, under the base,
+-- which reads it as base_tokens tokens. A score that could not be read is NULL, with its reason.
 CREATE TABLE scores (item INTEGER, model TEXT, sample INTEGER, judge TEXT, score REAL, mass REAL, text TEXT, seed INTEGER, reason TEXT,
                      PRIMARY KEY (item, model, sample, judge)) WITHOUT ROWID;
 -- Pairwise judgements: the share of the judge's choice that the first-shown answer has.
 CREATE TABLE comparisons (item INTEGER, model TEXT, sample INTEGER, other_model TEXT, other_sample INTEGER, judge TEXT, preference REAL,
                           mass REAL, reason TEXT, PRIMARY KEY (item, model, sample, other_model, other_sample, judge)) WITHOUT ROWID;
+-- What the judges say together: the mean of their scores, NULL where one of them is missing, and how far they are apart.
+CREATE TABLE ratings (item INTEGER, model TEXT, sample INTEGER, value REAL, disagreement REAL, judges INTEGER,
+                      PRIMARY KEY (item, model, sample)) WITHOUT ROWID;
 CREATE TABLE selection (item INTEGER PRIMARY KEY, model TEXT, sample INTEGER, value REAL, rejected_model TEXT, rejected_sample INTEGER,
                         rejected_value REAL);
-CREATE TABLE usage (stage TEXT, model TEXT, requests INTEGER, prompt_tokens INTEGER, tokens INTEGER, seconds REAL, cost REAL,
+CREATE TABLE usage (stage TEXT, model TEXT, requests INTEGER, prompt_tokens INTEGER, tokens INTEGER, seconds REAL, busy REAL, cost REAL,
                     PRIMARY KEY (stage, model)) WITHOUT ROWID;
 """
-TABLES = ("meta", "models", "items", "turns", "drops", "traits", "responses", "scores", "comparisons", "selection")
+TABLES = ("meta", "models", "items", "turns", "fresh", "drops", "traits", "responses", "scores", "comparisons", "ratings", "selection")
+# Which items are answered and judged. `select` drops some of them later, and may change its mind.
+CLEAN = "id NOT IN (SELECT item FROM drops WHERE stage IN ('instruct', 'clean'))"
+
+
+class Chat(NamedTuple):
+    """An item as it is asked: the system prompt it was sampled under (None: the template's own), and turns that end with the user's."""
+
+    item: int
+    system: str | None
+    messages: tuple[dict, ...]
+
+    @property
+    def instruction(self) -> str:
+        return self.messages[-1]["content"]
 
 
 class Pool:
@@ -121,13 +143,24 @@ class Pool:
     def select(self, query: str, *values) -> list[tuple]:
         return self.connection.execute(query, values).fetchall()
 
-    def spend(self, stage: str, model: str, requests: int, prompt_tokens: int, tokens: int, seconds: float, cost: float = 0.0) -> None:
-        """Adds to what a stage has spent on a model."""
+    def spend(self, stage: str, model: str, requests: int, prompt_tokens: int, tokens: int, seconds: float, busy: float = 0.0,
+              cost: float = 0.0) -> None:
+        """Adds to what a stage has spent on a model; `busy` are the seconds in which the engine itself was at work."""
         self.connection.execute(
-            "INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET requests = requests + excluded.requests, "
+            "INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET requests = requests + excluded.requests, "
             "prompt_tokens = prompt_tokens + excluded.prompt_tokens, tokens = tokens + excluded.tokens, "
-            "seconds = seconds + excluded.seconds, cost = cost + excluded.cost",
-            (stage, model, requests, prompt_tokens, tokens, seconds, cost))
+            "seconds = seconds + excluded.seconds, busy = busy + excluded.busy, cost = cost + excluded.cost",
+            (stage, model, requests, prompt_tokens, tokens, seconds, busy, cost))
+
+    def chats(self, where: str = CLEAN) -> Iterator[Chat]:
+        """Items whose instruction is there, in the order of their numbers, with all their turns; `where` is a condition on `items`."""
+        rows = self.connection.execute(
+            f"SELECT id, system, items.turns, text FROM items JOIN turns ON item = id WHERE {where} ORDER BY id, position")
+        for (item, system, turns), found in itertools.groupby(rows, key=lambda row: row[:3]):
+            texts = [text for *_, text in found]
+            if len(texts) == 2 * turns - 1:
+                roles = itertools.cycle(("user", "assistant"))
+                yield Chat(item, system, tuple({"role": role, "content": text} for role, text in zip(roles, texts)))
 
     def dump(self) -> dict[str, list[tuple]]:
         """Every row of every table but `usage`, in a fixed order: equal for equal settings."""

@@ -80,13 +80,14 @@ def test_kernels_stand_on_torch_alone():
 
 def test_every_third_party_import_is_pinned_or_an_extra():
     """What trainer, synth and kernels import is pinned for users; benchmarks and tests may also use the development pins."""
-    runtime = pins("requirements.txt", "requirements-cpu.txt")
+    runtime, synthesis = pins("requirements.txt", "requirements-cpu.txt"), pins("requirements-synth.txt")
     optional = {Requirement(r).name.replace("-", "_") for group, rs in extras().items() if group != "dev" for r in rs}
     optional |= {"flash_attn_interface"}  # the import name of flash-attn 3
     distributions = packages_distributions()
     for path in FILES:
         top = path.relative_to(ROOT).parts[0]
-        pinned = runtime if top in ("kernels", "trainer", "synth") else runtime | pins("requirements-dev.txt")
+        pinned = runtime if top in ("kernels", "trainer") else runtime | synthesis
+        pinned = pinned if top in ("kernels", "trainer", "synth") else pinned | pins("requirements-dev.txt")
         for name in imported(path.read_text()) - set(sys.stdlib_module_names) - set(MAY_IMPORT) - optional:
             owners = {canonicalize_name(d) for d in distributions.get(name, [name])}
             assert owners & set(pinned), f"{name_of(path)} imports {name}, which no requirements file of {top}/ pins"
@@ -113,6 +114,13 @@ def test_pins_need_no_resolution():
     assert checked > len(pinned) // 2, "most of the pinned packages should be installed here: run `make env`"
 
 
+def test_synthesis_is_pinned_beside_the_rest_for_a_cpu_and_for_cuda():
+    for build in ("cpu", "cuda"):
+        assert pins("requirements.txt", "requirements-dev.txt", "requirements-synth.txt", f"requirements-synth-{build}.txt")
+    for name, wanted in pins("requirements-synth.txt").items():
+        assert version(name) == wanted, "run `make env`"
+
+
 def test_ranges_of_setup_contain_the_pins():
     pinned = pins("requirements.txt", "requirements-dev.txt", "requirements-cpu.txt")
     tree = ast.parse((ROOT / "setup.py").read_text())
@@ -137,8 +145,8 @@ def test_an_unsupported_python_is_refused_in_one_line(tmp_path):
     old = tmp_path / "python3.8"
     old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.8.1 && exit 0\nexit 1\n')
     old.chmod(0o755)
-    for name in ("Makefile", "requirements.txt", "requirements-dev.txt", "requirements-cpu.txt", "requirements-cuda.txt"):
-        (tmp_path / name).write_text((ROOT / name).read_text())
+    for path in (ROOT / "Makefile", *ROOT.glob("requirements*.txt")):
+        (tmp_path / path.name).write_text(path.read_text())
     done = subprocess.run(["make", "test", f"PYTHON={old}"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode != 0
     assert "needs Python 3.11, 3.12 or 3.13" in done.stderr and "Python 3.8.1" in done.stderr

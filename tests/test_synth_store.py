@@ -31,7 +31,7 @@ def test_every_table_is_dumped_but_what_was_spent(tmp_path):
 
 
 def test_dumps_do_not_depend_on_the_order_of_writing(tmp_path):
-    answers = [(i, "base", s, "text", 3, "stop", -1.5, None, 7, None) for i in range(3) for s in range(2)]
+    answers = [(i, "base", s, "text", 3, "stop", -1.5, None, None, 7, None) for i in range(3) for s in range(2)]
     dumps = []
     for name, rows in (("a", answers), ("b", answers[::-1])):
         with Pool(tmp_path / name) as pool:
@@ -77,8 +77,8 @@ def test_what_was_spent_adds_up(tmp_path):
     with Pool(tmp_path / "pool") as pool:
         for _ in range(2):
             with pool.transaction():
-                pool.spend("judge", "m", 1, 10, 5, 0.5, 0.25)
-        assert pool.select("SELECT * FROM usage") == [("judge", "m", 2, 20, 10, 1.0, 0.5)]
+                pool.spend("judge", "m", 1, 10, 5, 0.5, 0.25, 0.125)
+        assert pool.select("SELECT * FROM usage") == [("judge", "m", 2, 20, 10, 1.0, 0.5, 0.25)]
 
 
 def test_changed_settings_are_named(tmp_path):
@@ -107,7 +107,7 @@ def test_a_full_disk_is_one_line_and_the_pool_stays(tmp_path):
     with Pool(tmp_path / "pool") as pool:
         with pool.transaction():
             pool.insert("items", [ITEM])
-        pool.connection.execute("PRAGMA max_page_count = 40")
+        pool.connection.execute("PRAGMA max_page_count = 60")
         with pytest.raises(UserError, match="cannot be written .*what was saved before is whole"), pool.transaction():
             pool.insert("turns", [(i, 0, "x" * 500, 1, "stop", -1.0, 1) for i in range(2000)])
         assert pool.select("SELECT count(*) FROM turns") == [(0,)] and pool.select("SELECT * FROM items") == [ITEM]

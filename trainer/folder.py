@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import platform
@@ -35,12 +36,20 @@ def open_run(output: Path, config: Config, facts: dict) -> None:
     """Make the folder; write config.yaml, with versions and the command, and data.json, the account of the data."""
     try:
         output.mkdir(parents=True, exist_ok=True)
-        versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "datasets", "tokenizers")}
-        cli.save_yaml(config, output / "config.yaml", versions={"python": platform.python_version(), **versions},
+        cli.save_yaml(config, output / "config.yaml", versions=versions("torch", "transformers", "peft", "datasets", "tokenizers"),
                       command=shlex.join(sys.orig_argv))
         (output / "data.json").write_text(json.dumps(facts))
     except OSError as error:
         raise UserError(f"output: cannot write the run folder {output}: {error.strerror}; choose another --output") from None
+
+
+def versions(*names: str) -> dict[str, str]:
+    """Of Python and of these distributions, where they are installed."""
+    found = {"python": platform.python_version()}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def leave(output: Path, config: Config, model: nn.Module, tokenizer: PreTrainedTokenizerBase, ending: Ending) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Literal, NamedTuple, Protocol
 
+from trainer.errors import UserError
+
 Key = tuple  # what a request is for, e.g. (item, sample); anything that pickles and compares
 
 
@@ -78,6 +80,18 @@ class Likelihood(NamedTuple):
     tokens: int
 
 
+class EmbeddingRequest(NamedTuple):
+    """Where the model puts a text: the mean over its tokens of the last layer's hidden states."""
+
+    key: Key
+    token_ids: tuple[int, ...]
+
+
+class Embedding(NamedTuple):
+    key: Key
+    vector: tuple[float, ...]  # of length 1
+
+
 class EngineInfo(NamedTuple):
     """What the manifest says of an engine."""
 
@@ -87,12 +101,8 @@ class EngineInfo(NamedTuple):
     deterministic: bool  # equal requests give equal results in any batch
 
 
-class EngineError(Exception):
-    """A request, or the whole engine, that failed for good: `key` is None for the whole engine. The message is one line."""
-
-    def __init__(self, message: str, key: Key | None = None):
-        super().__init__(message)
-        self.key = key
+class EngineError(UserError):
+    """An engine that failed for good: it does not start, its process died, its server is down. The message is one line."""
 
 
 class Failure(NamedTuple):
@@ -110,5 +120,11 @@ class Engine(Protocol):
     def choose(self, requests: Iterable[ChoiceRequest]) -> Iterator[Choice | Failure]: ...
 
     def likelihood(self, requests: Iterable[LikelihoodRequest]) -> Iterator[Likelihood | Failure]: ...
+
+    def embed(self, requests: Iterable[EmbeddingRequest]) -> Iterator[Embedding | Failure]: ...  # transformers alone; others raise EngineError
+
+    def busy(self) -> float: ...  # seconds so far in which the model itself was at work, as a mean over processes
+
+    def cost(self) -> float: ...  # what a server's price makes of its work so far
 
     def close(self) -> None: ...
