@@ -59,10 +59,10 @@ def plan(config: Config, item: int) -> Item:
 def sample_turns(run: Run, worker: Worker, position: int) -> None:
     """The turns at `position` that are missing: of items that are not out, and have all turns before it."""
     missing = [item for item, in run.pool.select(
-        "SELECT id FROM items WHERE items.turns > ? AND id NOT IN (SELECT item FROM drops) "
+        "SELECT id FROM items WHERE 2 * items.turns - 1 > ? AND id NOT IN (SELECT item FROM drops) "
         "AND id NOT IN (SELECT item FROM turns WHERE position = ?) "
         "AND (? = 0 OR id IN (SELECT item FROM turns WHERE position = ?)) ORDER BY id",
-        position // 2, position, position, position - 1)]
+        position, position, position, position - 1)]
     if missing:
         asking = Asking(run, position)
         worker.complete(asking.requests(missing), len(missing), asking.write)
