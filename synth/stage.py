@@ -23,7 +23,7 @@ from synth.prefix import Format, load_format
 from synth.store import Pool
 from trainer import config as trainer_config
 from trainer.errors import UserError
-from trainer.model import load_tokenizer
+from trainer.source import load_tokenizer
 
 BATCH = 256  # results of one transaction
 SECONDS = 2.0  # or as many as came in this time

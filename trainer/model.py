@@ -8,23 +8,16 @@ Shapes: T tokens of a pack, n samples in it, W model width, V vocabulary.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-import transformers
-from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trainer import config, quantization
@@ -32,11 +25,11 @@ from trainer.attention import PACKED, decoder, fault_in_packing, is_packed, refu
 from trainer.errors import UserError
 from trainer.families import PatchReport, family_of, patch
 from trainer.packing import Batch
+from trainer.source import load_tokenizer, one_line, source_of
 
 __all__ = ["HeadSpec", "PatchReport", "apply_activation_checkpointing", "bare", "compute_dtype", "forward_hidden", "head", "load_model",
            "load_tokenizer", "outline", "patch", "use_packed_attention"]
 logger = logging.getLogger(__name__)
-TOKENIZER_FILES = ("tokenizer.*", "vocab*", "*.model", "*.tiktoken", "tekken.json")  # not tokenizer_config.json, which has no tokens
 
 
 # ---------------------------------------------------------------- loading
@@ -50,7 +43,7 @@ def load_model(cfg: config.Config, device: torch.device | str) -> tuple[PreTrain
     UserError says what is missing or unfit.
     """
     device = torch.device(device)
-    dtype, source = compute_dtype(cfg.precision, device), _source(cfg.model)
+    dtype, source = compute_dtype(cfg.precision, device), source_of(cfg.model)
     tokenizer = load_tokenizer(cfg.model)
     if cfg.model.path is not None:
         model = _load_weights(cfg, source, dtype, device)
@@ -65,7 +58,7 @@ def load_model(cfg: config.Config, device: torch.device | str) -> tuple[PreTrain
 
 def outline(cfg: config.Config) -> PreTrainedModel:
     """The model of `cfg.model` with shapes but no memory (on the meta device), after the checks that need no weights."""
-    source = _source(cfg.model)
+    source = source_of(cfg.model)
     if cfg.model.path is not None:
         _quantized_settings(cfg, source, torch.float32)
     model = _without_weights(cfg.model, source, torch.float32, torch.device("meta"))
@@ -77,32 +70,6 @@ def compute_dtype(precision: Literal["auto", "fp32", "bf16"], device: torch.devi
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-
-
-def load_tokenizer(settings: config.Model) -> PreTrainedTokenizerBase:
-    """The tokenizer of `settings.tokenizer`, or the model's own. UserError where there is none."""
-    option, source = "model.tokenizer", _locate("model.tokenizer", settings.tokenizer) if settings.tokenizer else _source(settings)
-    folder = Path(source).parent if Path(source).is_file() else Path(source)
-    if folder.is_dir() and not any(next(folder.glob(pattern), None) for pattern in TOKENIZER_FILES):
-        raise UserError(f"{option}: no tokenizer in {folder}; set {option} to a folder or hub name that has one")
-    with _one_line(option, source):
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
-
-
-def _source(settings: config.Model) -> str:
-    """Where the model is described: a folder with weights, a config.json, or a name on the hub."""
-    if (settings.path is None) == (settings.config is None):
-        raise UserError("model.path, model.config: expected exactly one of them, got " + ("neither" if settings.path is None else "both"))
-    if settings.path is not None:
-        source = _locate("model.path", settings.path)
-        if Path(source).exists():
-            _check_folder(Path(source))
-        return source
-    path = Path(settings.config).expanduser()
-    file = path / "config.json" if path.is_dir() else path
-    if not file.is_file():
-        raise UserError(f"model.config: expected a config.json or its folder, found no file {file}")
-    return str(file.resolve())
 
 
 def weights_fingerprint(settings: config.Model) -> str | None:
@@ -123,7 +90,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def _quantized_settings(cfg: config.Config, source: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
     """How from_pretrained is to quantise the model: not at all, unless it is for QLoRA and dense as yet. UserError where it cannot be."""
-    with _one_line("model.path", source):
+    with one_line("model.path", source):
         found = AutoConfig.from_pretrained(source, trust_remote_code=cfg.model.trust_remote_code)
     if quantization.check_checkpoint(source, found, cfg.adapter) or cfg.adapter != "qlora":
         return None
@@ -132,7 +99,7 @@ def _quantized_settings(cfg: config.Config, source: str, dtype: torch.dtype) -> 
 
 def _load_weights(cfg: config.Config, source: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     quantized = _quantized_settings(cfg, source, dtype)
-    with _one_line("model.path", source):
+    with one_line("model.path", source):
         model, info = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, device_map=device if device.type == "cuda" else None, use_safetensors=True,
             trust_remote_code=cfg.model.trust_remote_code, output_loading_info=True, ignore_mismatched_sizes=True,
@@ -150,52 +117,9 @@ def _load_weights(cfg: config.Config, source: str, dtype: torch.dtype, device: t
 def _without_weights(settings: config.Model, source: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The model that a config describes, with weights from the random generator (or none, on the meta device)."""
     trust = settings.trust_remote_code
-    with _one_line("model.path" if settings.path else "model.config", source), torch.device(device):
+    with one_line("model.path" if settings.path else "model.config", source), torch.device(device):
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source, trust_remote_code=trust), dtype=dtype,
                                                 trust_remote_code=trust)
-
-
-def _locate(option: str, given: str) -> str:
-    """An absolute path where there is such a file or folder; else `given`, if it may be a name on the hub."""
-    path = Path(given).expanduser()
-    if path.exists():
-        return str(path.resolve())
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", given):
-        raise UserError(f"{option}: there is no folder {given}")
-    return given
-
-
-def _check_folder(folder: Path) -> None:
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
-        raise UserError(f"model.path: {folder} holds an adapter; set lora.path to it and model.path to its base model ({base})")
-    if not (folder / "config.json").is_file():
-        raise UserError(f"model.path: expected a model folder with config.json, found none in {folder}")
-    if any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
-        return
-    if pickled := next(folder.glob("pytorch_model*.bin"), None):
-        raise UserError(
-            f"model.path: {folder} has pickled weights only ({pickled.name}), which can run code; only safetensors are loaded. "
-            "If you trust it, convert it: AutoModelForCausalLM.from_pretrained(folder, use_safetensors=False).save_pretrained(new_folder)")
-    raise UserError(f"model.path: expected model.safetensors (or its index), found none in {folder}")
-
-
-@contextmanager
-def _one_line(option: str, source: str | Path) -> Iterator[None]:
-    """Turn what the libraries raise for unreadable, unknown or unreachable models into one line, without their warnings before it."""
-    verbosity = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity_error()
-    try:
-        yield
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, SafetensorError, StrictDataclassError) as error:
-        why = " ".join(str(error).split()).partition(" Model type should be one of ")[0]
-        if "trust_remote_code" in why:
-            why = "it needs Python code of its own; add --model.trust_remote_code true if you trust it"
-        elif not Path(source).exists():
-            why = f"no such folder here, and not to be had from the hub under this name ({type(error).__name__})"
-        raise UserError(f"{option}: cannot load {source}: {why[:300]}") from error
-    finally:
-        transformers.utils.logging.set_verbosity(verbosity)
 
 
 def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
