@@ -18,7 +18,7 @@ demo: env
 
 # Two workers of one thread each: right for two cores, and the suite is bound by many small tests, not by products.
 test: env
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -q
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadgroup -q
 
 gpu:
 	@"$(if $(filter command environment,$(firstword $(origin PYTHON))),$(PYTHON),$(or $(wildcard $(RUN)),python3))" -m benchmarks.gpu $(ARGS)

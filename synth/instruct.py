@@ -34,10 +34,10 @@ def instruct(run: Run) -> None:
     run.settle("instruct", dataclasses.asdict(config.instruct))
     if run.done("instruct"):
         return
-    if not run.pool.select("SELECT 1 FROM items LIMIT 1"):
-        with run.pool.transaction():
-            run.pool.insert("items", map(plan, itertools.repeat(config), range(config.instruct.count)))
     with run.at_work("instruct", run.base) as worker:
+        if not run.pool.select("SELECT 1 FROM items LIMIT 1"):
+            with run.pool.transaction():
+                run.pool.insert("items", map(plan, itertools.repeat(config), range(config.instruct.count)))
         sample_fresh(run, worker)
         for position in range(2 * len(config.instruct.turns) - 1):
             sample_turns(run, worker, position)

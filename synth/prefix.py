@@ -88,30 +88,41 @@ class Format:
         """The prompt for an answer to a chat that ends with a user's turn, with whatever opens the model's reasoning."""
         return tuple(self._ids(self.template.render([*_system(system), *messages], add_generation_prompt=True)))
 
-    def answering(self, messages: Sequence[Message], system: str | None = None) -> Answering:
-        """The prompt after which the first token of an answer comes: past the reasoning and the channel's mark that precede it.
+    def answering(self, messages: Sequence[Message], answers: Sequence[str], system: str | None = None) -> Answering:
+        """The prompt after which the first token of one of `answers` comes: past the reasoning and the channel's mark that precede it.
 
         Reasoning is closed in the template's own way, as it prints a last turn without any; where it has none, after an empty line.
         """
-        opened, closed, cut, rest = self._answer_opening
+        opened, closed = self._answer_opening
         text = self.template.render([*_system(system), *messages], add_generation_prompt=True)
-        ids = self._ids(text[:len(text) - len(opened)] + closed)
+        ids, (cut, rest) = self._ids(text[:len(text) - len(opened)] + closed), self._shared_with(tuple(answers))
         return Answering(tuple(ids[:len(ids) - cut]), rest)
 
     @functools.cached_property
-    def _answer_opening(self) -> tuple[str, str, int, str]:
-        """How `answering` ends the prompt: the text to take off it, the text to put there, the tokens to cut then, and their text."""
+    def _answer_opening(self) -> tuple[str, str]:
+        """How `answering` ends the prompt for a response: the text to take off it, and the text to put there."""
         user, assistant = {"role": "user", "content": ASKED}, {"role": "assistant", "content": SAID}
         last = self.template.render([user, assistant, user, assistant]).rpartition(ASKED)[2].partition(SAID)[0]
         shared = len(commonprefix([self._prompt, last]))
         opened, closed = self._prompt[shared:], last[shared:]
         if opened and "</think>" not in closed:  # the template prints no reasoning, or forgets it
             opened, closed = "", "\n</think>\n\n" if self._opens_reasoning else ""
-        text = self._prompt[:len(self._prompt) - len(opened)] + closed
-        ids = self._ids(text)
-        kept = min(_common_length(ids, self._ids(text + digit)) for digit in "12345AB")
-        before = self._text(ids[:kept])
-        return opened, closed, len(ids) - kept, text[len(before):] if text.startswith(before) else ""
+        return opened, closed
+
+    def _shared_with(self, answers: tuple[str, ...]) -> tuple[int, str]:
+        """How many of the prompt's last tokens are others once one of `answers` follows, and the text of those."""
+        if answers not in self._cuts:
+            opened, closed = self._answer_opening
+            text = self._prompt[:len(self._prompt) - len(opened)] + closed
+            ids = self._ids(text)
+            kept = min(_common_length(ids, self._ids(text + answer)) for answer in answers)
+            before = self._text(ids[:kept])
+            self._cuts[answers] = len(ids) - kept, text[len(before):] if text.startswith(before) else ""
+        return self._cuts[answers]
+
+    @functools.cached_property
+    def _cuts(self) -> dict[tuple[str, ...], tuple[int, str]]:
+        return {}
 
     def continuation(self, text: str) -> tuple[int, ...]:
         """Token ids of an answer, and of the end of its turn, as what follows `response`; what that opens already is not said again."""

@@ -68,8 +68,12 @@ def check_models(run) -> None:
 @contextmanager
 def sole_owner(folder: Path) -> Iterator[None]:
     """Keep a second run out of the folder for as long as this one works in it; a kill frees it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")
+    except OSError as error:
+        raise UserError(f"output: cannot write the folder {folder}: {error.strerror}; choose another output") from None
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -31,6 +31,8 @@ TELL = 10.0  # seconds between two lines about how far a stage is
 # What a model's results depend on. The rest of its options say where it runs and how fast.
 IDENTITY = ("path", "dtype", "max_length", "tensor_parallel", "batch_invariant")
 
+MADE = {"pool": "items", "instruct": "items", "respond": "responses", "judge": "scores"}  # where what a stage makes is kept
+
 
 class Totals(NamedTuple):
     """What was done: `results` count failures too."""
@@ -68,12 +70,19 @@ class Run:
         return self._formats[name]
 
     def tokenizer(self, model: Model) -> PreTrainedTokenizerBase:
-        return load_tokenizer(trainer_config.Model(path=model.path, trust_remote_code=model.trust_remote_code))
+        try:
+            return load_tokenizer(trainer_config.Model(path=model.path, trust_remote_code=model.trust_remote_code))
+        except UserError as error:  # in the trainer's terms
+            raise UserError(str(error).replace("model.path", f"path of {name_of(model)}")
+                            .replace("model.tokenizer", f"tokenizer of {name_of(model)}")) from None
 
     # ---------------------------------------------------------------- stages
 
     def settle(self, stage: str, settings: dict[str, Any]) -> None:
-        """Keep a stage's settings at its first call; UserError where a later call has others."""
+        """Keep a stage's settings; UserError where a later call has others, once there is something that was made with them."""
+        if stage in MADE and not self.pool.select(f"SELECT 1 FROM {MADE[stage]} LIMIT 1"):
+            with self.pool.transaction():
+                self.pool.forget(stage)
         self.pool.settle(stage, settings, "go on with those, or choose another output")
 
     def require(self, stage: str) -> None:

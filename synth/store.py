@@ -134,6 +134,10 @@ class Pool:
             changed = next(name for name in sorted(kept.keys() | settings.keys()) if kept.get(name) != settings.get(name))
             raise UserError(f"{key}.{changed}: this pool was made with {kept.get(changed)!r}, found {settings.get(changed)!r}; {remedy}")
 
+    def forget(self, key: str) -> None:
+        """Drop a stage's settings: nothing was made with them."""
+        self.connection.execute("DELETE FROM meta WHERE key = ?", (f"settings.{key}",))
+
     def insert(self, table: str, rows: Iterable[Sequence]) -> None:
         """Rows of a table, in the order of its columns; the caller has opened a transaction."""
         rows = list(rows)

@@ -118,8 +118,8 @@ def fill(run: Run, chats: Sequence[str | Sequence[str]], responses: Mapping[str,
          likelihoods: Mapping[tuple, float] | None = None, done: Iterable[str] = ("probe", "instruct", "clean", "respond")) -> None:
     """Items, their turns and their answers, as the stages before would leave them.
 
-    `chats[i]`: the instruction of item i, or all its turns. `responses[model][i]`: its answers to item i; an Exception is one that cannot be
-    used, for that reason; sample numbers count from 0. `likelihoods[item, model, sample]`: log-probability per token under the base.
+    `chats[i]`: the instruction of item i, or all its turns. `responses[model][i]`: its answers to item i; an Exception is one that cannot
+    be used, for that reason; sample numbers count from 0. `likelihoods[item, model, sample]`: log-probability per token under the base.
     """
     chats = [[chat] if isinstance(chat, str) else list(chat) for chat in chats]
     with run.pool.transaction():

@@ -166,3 +166,25 @@ def test_the_generation_config_knows_more_ends(tmp_path, tokenizer):
     format = load_format(str(tmp_path), tokenizer, "2025-01-01")
     assert {3, 7, tokenizer.eos_token_id} <= set(format.response_stops.ids) and {3, 7} <= set(format.user_stops.ids)
     assert load_format("nowhere", tokenizer, "2025-01-01").eos_ids == ()
+
+
+@pytest.mark.parametrize("history", [[], [QUESTION, ANSWER]], ids=["first turn", "second turn"])
+@pytest.mark.parametrize("answers", ["12345", "AB"])
+@pytest.mark.parametrize("name", NAMES)
+def test_an_answers_first_token_comes_where_the_template_prints_it(name, history, answers):
+    """The tokens of a chat whose last turn is one character are the prompt, and then that: reasoning is closed, the channel marked."""
+    format = make(name)
+    token_ids, rest = format.answering([*history, QUESTION], answers)
+    if name.startswith("deepseek"):  # it opens thoughts in its prompt, and prints none in its last turn
+        assert (token_ids, rest) == ((*format.response([*history, QUESTION]), *tokens(format, "\n</think>\n\n")), "")
+        return
+    for answer in answers:
+        whole = format.template.render([*history, QUESTION, {"role": "assistant", "content": answer}])
+        ids = tokens(format, whole)
+        assert tuple(ids[:len(token_ids)]) == token_ids
+        assert format.tokenizer.decode(ids[len(token_ids):]).startswith(rest + answer)
+
+
+def test_a_system_prompt_stands_before_an_answer():
+    token_ids, rest = make("llama3").answering([QUESTION], "12345", "Be brief.")
+    assert "Be brief." in make("llama3").tokenizer.decode(token_ids) and rest == ""

@@ -22,7 +22,8 @@ class Prompt(NamedTuple):
 
 
 class Sampling(NamedTuple):
-    """How a completion is drawn. Temperature 0 is greedy. Generation ends at any of the stops, which are not part of the text."""
+    """How a completion is drawn. Temperature 0 is greedy. It ends at any of the stops and at the model's own ends of sequence, and its text
+    holds none of them."""
 
     temperature: float
     top_p: float
@@ -121,7 +122,7 @@ class Engine(Protocol):
 
     def likelihood(self, requests: Iterable[LikelihoodRequest]) -> Iterator[Likelihood | Failure]: ...
 
-    def embed(self, requests: Iterable[EmbeddingRequest]) -> Iterator[Embedding | Failure]: ...  # transformers alone; others raise EngineError
+    def embed(self, requests: Iterable[EmbeddingRequest]) -> Iterator[Embedding | Failure]: ...  # transformers alone; others: EngineError
 
     def busy(self) -> float: ...  # seconds so far in which the model itself was at work, as a mean over processes
 

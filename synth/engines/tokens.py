@@ -1,0 +1,79 @@
+"""What engines that hold a model share: which prompts they can take, where texts end, and how a choice is spelt in tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from synth.engines.base import EngineError
+
+LONGEST = 32_768  # tokens of context, unless max_length asks for more
+BEFORE = 8  # tokens of the prompt that a continuation is decoded with, as sentencepiece drops a text's first space
+
+
+def unfit(ids: Sequence[int] | None, limit: int, vocabulary: int) -> str | None:
+    """Why a prompt cannot be served; None where it can. At least one token of the context must be left."""
+    if ids is None:
+        return "a prompt without token ids, which this engine needs"
+    if not ids:
+        return "empty prompt"
+    if len(ids) >= limit:
+        return f"prompt of {len(ids):,} tokens, context of {limit:,}"
+    if min(ids) < 0 or max(ids) >= vocabulary:
+        return f"token id {next(i for i in ids if not 0 <= i < vocabulary)} outside the vocabulary of {vocabulary:,}"
+    return None
+
+
+def scored(prompt: Sequence[int] | None, continuation: Sequence[int], limit: int, vocabulary: int) -> str | None:
+    """Why a continuation's likelihood cannot be had; None where it can."""
+    if prompt and not continuation:
+        return "empty continuation"
+    return unfit(prompt, limit, vocabulary) or unfit((*prompt, *continuation), limit, vocabulary)
+
+
+def written(tokenizer, prompt: Sequence[int], ids: Sequence[int]) -> str:
+    """The text that `ids` add to a prompt, special tokens shown."""
+    before = list(prompt[-BEFORE:])
+    start, whole = _decode(tokenizer, before), _decode(tokenizer, before + list(ids))
+    return whole[len(start):] if whole.startswith(start) else _decode(tokenizer, ids)
+
+
+def _decode(tokenizer, ids: Sequence[int]) -> str:
+    return tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def ends(folder, tokenizer) -> tuple[int, ...]:
+    """Ends of sequence: the tokenizer's, and those that generation_config.json and config.json name."""
+    from transformers import GenerationConfig
+
+    found = {tokenizer.eos_token_id}
+    try:
+        more = GenerationConfig.from_pretrained(folder).eos_token_id
+        found.update(more if isinstance(more, list) else [more])
+    except OSError:  # a model without the file
+        pass
+    return tuple(sorted(found - {None}))
+
+
+class Spellings:
+    """The tokens whose text is a choice, with or without spaces around it: "4" is also " 4" and "\\n4" where there are such tokens."""
+
+    def __init__(self, tokenizer, vocabulary: int, model: str):
+        self.tokenizer, self.vocabulary, self.model, self._known = tokenizer, vocabulary, model, {}
+
+    def __call__(self, choices: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
+        """The token ids of each choice. EngineError where one has none."""
+        if choices not in self._known:
+            self._known[choices] = self._find(choices)
+        return self._known[choices]
+
+    def _find(self, choices: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
+        found: dict[str, list[int]] = {choice.strip(): [] for choice in choices}
+        for start in range(0, min(self.vocabulary, len(self.tokenizer)), 10_000):
+            ids = range(start, min(start + 10_000, self.vocabulary, len(self.tokenizer)))
+            for i, text in zip(ids, self.tokenizer.batch_decode([[i] for i in ids], clean_up_tokenization_spaces=False)):
+                if (text := text.strip()) in found:
+                    found[text].append(i)
+        if missing := [choice for choice in choices if not found[choice.strip()]]:
+            raise EngineError(f"{self.model}: expected one token for each of {', '.join(choices)}, found none for {missing[0]!r}; "
+                              "use judge.score paper with this judge")
+        return tuple(tuple(found[choice.strip()]) for choice in choices)
