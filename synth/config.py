@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -71,7 +72,9 @@ class Clean:
     max_characters: int = 20_000
     max_repetition: float = 0.6  # share of an instruction that is one repeated phrase
     languages: list[str] = field(default_factory=list)  # ISO codes to keep; none: all
-    duplicates: str = "cap:5"  # near-duplicates: "keep", "cap:k" (k of a group stay), "weight" (a group weighs as one) or "drop"
+    # Near-duplicates: "keep", "cap:k" (k of a group stay), "cap:p%" (p percent of all items, but at least 5), "weight" (a group weighs as
+    # one) or "drop". A cap that does not grow with the pool is a de-duplication where the pool is large, and narrows what it stands for.
+    duplicates: str = "cap:0.2%"
     similarity: float = 0.8  # Jaccard similarity of 5-grams from which two instructions are near-duplicates
     contamination: list[str] = field(default_factory=list)  # evaluation files whose items must not be in the pool
     ngram: int = 13  # words in a row that an item may not share with an evaluation item (all of it, where it is shorter)
@@ -212,12 +215,14 @@ def validate(config: Config) -> None:
     _require(0 <= config.seed < 2**63, "seed", "0 <= seed < 2^63", config.seed)
 
 
-def duplicate_rule(text: str) -> tuple[str, int]:
-    """("cap", k), ("keep", 0), ("weight", 0) or ("drop", 0) from the option's text. UserError for anything else."""
-    rule, _, count = text.partition(":")
-    if rule == "cap" and count.isdecimal() and int(count) >= 1:
-        return rule, int(count)
-    _require(text in ("keep", "weight", "drop"), "clean.duplicates", "keep, cap:k with k of 1 or more, weight, or drop", text)
+def duplicate_rule(text: str) -> tuple[str, float]:
+    """("cap", k), ("cap", share below 1), ("keep", 0), ("weight", 0) or ("drop", 0) from the option's text. UserError for anything else."""
+    if match := re.fullmatch(r"cap:(\d*\.?\d+)(%?)", text):
+        count = float(match[1]) / 100 if match[2] else float(match[1])
+        if 0 < count < 1 if match[2] else count >= 1 and count.is_integer():
+            return "cap", count
+    _require(text in ("keep", "weight", "drop"), "clean.duplicates",
+             "keep, cap:k with k of 1 or more, cap:p% with p above 0 and below 100, weight, or drop", text)
     return text, 0
 
 

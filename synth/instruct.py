@@ -31,7 +31,8 @@ class Item(NamedTuple):
 
 def instruct(run: Run) -> None:
     config = run.config
-    run.settle("instruct", dataclasses.asdict(config.instruct))
+    # the wanted languages are reached by weights, which `clean` gives
+    run.settle("instruct", {key: value for key, value in dataclasses.asdict(config.instruct).items() if key != "languages"})
     if run.done("instruct"):
         return
     with run.at_work("instruct", run.base) as worker:

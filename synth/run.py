@@ -49,11 +49,20 @@ def synthesise(config: Config) -> None:
 
         with Pool(folder / "pool.sqlite") as pool:
             run = Run(config, pool, say=lambda line: print(line, flush=True))
+            check_languages(config)
             check_models(run)
             run.settle("pool", {"base": identity(run.base), "seed": config.seed, "date": config.date})
             cli.save_yaml(config, folder / "config.yaml", versions=versions(*NAMED), command=" ".join(sys.argv))
             for stage in (stage for stage in STAGES if stage in wanted):
                 getattr(importlib.import_module(f"synth.{stage}"), stage)(run)
+
+
+def check_languages(config: Config) -> None:
+    if config.clean.languages or config.instruct.languages:
+        from synth import language
+
+        language.check_codes("clean.languages", config.clean.languages)
+        language.check_shares("instruct.languages", config.instruct.languages)
 
 
 def check_models(run) -> None:

@@ -48,12 +48,14 @@ def test_what_no_run_can_use_is_named(config, message):
         validate(config)
 
 
-@pytest.mark.parametrize(("text", "rule"), [("cap:3", ("cap", 3)), ("keep", ("keep", 0)), ("weight", ("weight", 0)), ("drop", ("drop", 0))])
+@pytest.mark.parametrize(("text", "rule"), [
+    ("cap:3", ("cap", 3)), ("cap:0.5%", ("cap", 0.005)), ("cap:.2%", ("cap", 0.002)), ("keep", ("keep", 0)), ("weight", ("weight", 0)),
+    ("drop", ("drop", 0))])
 def test_duplicate_rules(text, rule):
     assert duplicate_rule(text) == rule
 
 
-@pytest.mark.parametrize("text", ["cap", "cap:0", "cap:x", "none", ""])
+@pytest.mark.parametrize("text", ["cap", "cap:0", "cap:x", "cap:1.5", "cap:0%", "cap:100%", "cap:2%%", "none", ""])
 def test_other_duplicate_rules_are_refused(text):
     with pytest.raises(UserError, match="clean.duplicates: expected keep, cap:k"):
         duplicate_rule(text)

@@ -82,12 +82,12 @@ def serve(held: Held, inbox: queue.SimpleQueue, connection: Connection) -> None:
     while True:
         results = []
         while not held.live or not inbox.empty():
-            job, requests = inbox.get()  # a job that gives no requests is given up
+            number, requests = inbox.get()
+            if number != job:  # what is left of the job before is given up
+                held.abort()
+                job, results = number, []
             try:
-                if requests is None:
-                    held.abort()
-                else:
-                    results += [failure for request in requests if (failure := held.add(request))]
+                results += [failure for request in requests if (failure := held.add(request))]
             except EngineError as error:
                 held.abort()
                 connection.send(("refused", job, str(error)))

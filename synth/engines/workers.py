@@ -125,9 +125,9 @@ class Workers:
                         raise RuntimeError("an engine does one job at a time, and another one has begun")
         finally:
             if job == self.job and any(shard.at_hand for shard in self.shards):
+                self.job += 1  # what is left is of no use any more
                 for shard in self.shards:
-                    shard.at_hand = 0
-                    self._send(shard, (job, None))
+                    self._send(shard, (self.job, []))
 
     def _fill(self, job: int, source: Iterator) -> None:
         """Give every worker as many requests as it wants to have at hand, the idlest first."""
