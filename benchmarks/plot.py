@@ -47,7 +47,8 @@ def view(record: dict) -> tuple:
     """The functions that make a table and a picture of this kind of record."""
     views = {"training": (throughput_table, throughput_picture), "gsm8k": (gsm8k_table, gsm8k_picture),
              "miniature": (miniature_table, miniature_picture), "kernels": (kernels.markdown, kernels_picture),
-             "kernels-predicted": (prediction_table, prediction_picture), "gpu": (gpu_table, gpu_picture)}
+             "kernels-predicted": (prediction_table, prediction_picture), "gpu": (gpu_table, gpu_picture),
+             "synthesis": (synthesis_table, synthesis_picture)}
     return views.get(record["suite"]) or views[record["suite"].split("-")[0]]
 
 
@@ -199,6 +200,39 @@ def gpu_table(record: dict) -> str:
 def gpu_picture(record: dict, figure, axes) -> None:
     if inside := record["parts"].get("kernels", {}).get("record"):
         kernels_picture(inside, figure, axes)
+
+
+# ---------------------------------------------------------------- synthesis
+
+
+def synthesis_table(record: dict) -> str:
+    """How well the world's distribution comes back, at every setting; below it, what synthesis costs beside the engine's own work."""
+    c = record["conditions"]
+    head = ["instructions", "topic distance", "invalid", "dropped", "distinct"]
+    rows = [[row["sampled"], f"{row['distance']:.3f}", f"{row['invalid']:.1%}", f"{row['dropped']:.1%}", f"{row['distinct']:.0%}"]
+            for row in c["distribution"]]
+    lines = {row["line"]: row for row in record["summary"]}
+    speeds = "; ".join(f"{name} {row['tokens_per_second']['value']:,.0f} tokens/s, {times(row['share_of_bare'])} of bare"
+                       for name, row in lines.items())
+    writing = c["writing"]
+    return (
+        f"{rows_of_markdown([head, *rows])}\n\nTotal variation between the shares of the world's eight skills and those among the "
+        f"instructions sampled from the miniature base; invalid: no question of any skill. Speed of stage `instruct` ({c['prompts']:,} "
+        f"prompts, {c['tokens']:,} tokens, {c['engine']}, {c['rounds']} rounds in turns): {speeds}. The pool: {writing['rows']:,} scores "
+        f"written in {writing['seconds']:.1f} s, so {writing['scores'] / 1e6:.1f} million take about "
+        f"{writing['extrapolated_seconds']:.0f} s. {record['cpu']}, {record['threads']} thread; `{record['command']}`, "
+        f"{record['time'][:10]}, commit {(record['commit'] or 'none')[:8]}{' with changes' if record['dirty'] else ''}.\n")
+
+
+def synthesis_picture(record: dict, figure, axes) -> None:
+    """Topic distance and the share of invalid instructions, side by side."""
+    rows = record["conditions"]["distribution"][::-1]
+    figure.set_size_inches(8, 1 + 0.45 * len(rows))
+    for i, (key, colour) in enumerate((("distance", OURS), ("invalid", "#c8803c"))):
+        axes.barh([j + 0.2 - 0.4 * i for j in range(len(rows))], [row[key] for row in rows], 0.38, color=colour,
+                  label={"distance": "topic distance", "invalid": "invalid"}[key])
+    axes.set_yticks(range(len(rows)), [row["sampled"] for row in rows])
+    axes.legend(frameon=False)
 
 
 # ---------------------------------------------------------------- README

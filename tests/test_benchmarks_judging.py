@@ -1,13 +1,19 @@
-"""The miniature's exam papers and what its base asks: grades by a rule, every grade equally often, and the sampled instructions."""
+"""The miniature's exam papers and what its models ask: grades by a rule, every grade equally often, and the sampled instructions."""
 
+import re
 from collections import Counter
 
 import pytest
+from transformers import LlamaForCausalLM
 
+from benchmarks.miniature.evaluate import evaluate
 from benchmarks.miniature.family import FAMILY, load
-from benchmarks.miniature.judging import GRADES, RUBRIC, Verdicts, cases, grade, is_judging, judge
+from benchmarks.miniature.judging import GRADES, RUBRIC, Case, Verdicts, cases, grade, is_judging, judge
 from benchmarks.miniature.recovery import Recovery, recovery
+from benchmarks.miniature.recovery import main as recovery_command
 from benchmarks.miniature.skills import GENERAL
+from benchmarks.miniature.tokenizer import make_tokenizer
+from benchmarks.miniature.world import heldout_items
 
 
 @pytest.mark.parametrize(("answer", "response", "expected"), [
@@ -35,13 +41,48 @@ def test_the_rubric_has_both_slots():
 
 
 def test_verdicts_of_a_model_that_never_learnt_to_judge_say_so():
-    verdicts = judge(*load(FAMILY["base"].folder), cases(GENERAL, 100, seed=0, test=True))
+    tokenizer = make_tokenizer()
+    verdicts = judge(LlamaForCausalLM(FAMILY["base"].config(tokenizer)), tokenizer, cases(GENERAL, 100, seed=0, test=True))
     assert isinstance(verdicts, Verdicts) and verdicts.mass < 0.5 and abs(verdicts.correlation) < 0.5
 
 
-def test_the_base_asks_what_the_world_asks():
-    found = recovery(*load(FAMILY["base"].folder), GENERAL, 600)
-    assert found.invalid < 0.05 and found.judging == 0 and found.distance < 0.12
+@pytest.fixture(scope="module", params=list(FAMILY))
+def member(request):
+    return request.param, load(FAMILY[request.param].folder)
+
+
+def test_every_member_judges(member):
+    name, model = member
+    verdicts = judge(*model, cases(GENERAL, 600, seed=0, test=True))
+    assert verdicts.mass > 0.98 and verdicts.auc > MIN_AUC[name] and verdicts.correlation > 0.5, verdicts
+
+
+def test_every_member_judges_its_own_answers(member):
+    name, model = member
+    answers = evaluate(*model, heldout_items(GENERAL, 40), temperature=1.0)
+    verdicts = judge(*model, list(map(Case, answers.items, answers.answers)))
+    assert verdicts.mass > 0.98 and verdicts.auc > MIN_OWN_AUC[name], verdicts.auc
+
+
+MIN_AUC = {"base": 0.72, "tutor": 0.9, "peer": 0.75}
+MIN_OWN_AUC = {"base": 0.6, "tutor": 0.7, "peer": 0.6}
+MAX_INVALID = {"base": 0.02, "tutor": 0.03, "peer": 0.1}  # of the base it matters: it is the one that is asked
+
+
+def test_every_member_asks_what_it_was_asked(member):
+    """Though trained to answer prompts that want a grade, it writes none."""
+    name, model = member
+    found = recovery(*model, FAMILY[name].skills, 600)
+    assert found.invalid < MAX_INVALID[name] and found.judging == 0 and found.distance < 0.12
+
+
+def test_temperature_moves_the_samples_away_from_the_world(capsys):
+    recovery_command(["--count", "200"])
+    heading, world, *settings = [re.split(r"  +", line) for line in capsys.readouterr().out.splitlines()[2:]]
+    assert heading[2:5] == ["distance", "invalid", "judging"] and len(settings) == 6
+    assert float(world[2]) < 0.15 and float(world[3]) == 0
+    cold, hot = settings[0], settings[-1]
+    assert float(cold[2]) > float(settings[2][2]) and float(hot[3]) > float(settings[2][3])
 
 
 def test_recovery_sees_what_is_wrong():

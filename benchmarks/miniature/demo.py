@@ -1,4 +1,8 @@
-"""`python -m benchmarks.miniature.demo`: fine-tune the base on the domain, and see what it learns and what it forgets."""
+"""`python -m benchmarks.miniature.demo`: fine-tune the base on the domain, see what it forgets, and then do it without forgetting.
+
+The cure is the whole method with its own tools: the base is sampled for the instructions that it was once tuned on, three models answer
+and judge, the best answers become a replay set (`synth.run`), and the domain is learnt beside it (`trainer.run`).
+"""
 
 from __future__ import annotations
 
@@ -16,37 +20,59 @@ from benchmarks import record
 from benchmarks.miniature.domain import DOMAIN
 from benchmarks.miniature.evaluate import Scores, evaluate
 from benchmarks.miniature.family import FAMILY, THREADS, load
+from benchmarks.miniature.judging import RUBRIC
 from benchmarks.miniature.skills import GENERAL
 from benchmarks.miniature.table import figures, table
 from benchmarks.miniature.world import heldout_items, training_records, write_jsonl
-from trainer.config import Batch, Config, Data, Logging, Lora, Model, Optim
+from synth import config as synthesis
+from synth.run import synthesise
+from trainer.config import Batch, Config, Data, Logging, Lora, Model, Optim, Replay
 from trainer.errors import UserError
 from trainer.run import train
 
 ROWS, EPOCHS = 600, 8
+INSTRUCTIONS = 3000
 RUN = Path("runs/demo")
 ITEMS = heldout_items(GENERAL, 80), heldout_items(DOMAIN, 80)
 
 
-def recipe(base: Path, domain: Path, output: Path) -> Config:
+def replay_settings(output: Path, count: int) -> synthesis.Config:
+    """Three models answer what the base asks, and judge each other by the prompt that they learnt to judge by."""
+    base, *others = (synthesis.Model(path=str(member.folder)) for member in FAMILY.values())
+    return synthesis.Config(
+        output=str(output), base=base, responders=others, probe=synthesis.Probe(samples=200),
+        instruct=synthesis.Instruct(count=count, max_tokens=64), respond=synthesis.Respond(max_tokens=32),
+        judge=synthesis.Judge(rubric=str(RUBRIC)))
+
+
+def recipe(base: Path, domain: Path, output: Path, replay: Path | None = None) -> Config:
     """LoRA on every linear layer, some eight chats a step. A model this small wants a rate 25 times that of a large one."""
     return Config(
         output=str(output), model=Model(path=str(base)), lora=Lora(rank=16, alpha=32.0), data=Data(train=str(domain), max_length=256),
+        replay=Replay(data=str(replay)) if replay else Replay(),
         batch=Batch(tokens_per_pack=256, tokens_per_step=256), optim=Optim(lr=5e-3), epochs=EPOCHS, logging=Logging(every=100))
 
 
 def measure() -> dict[str, tuple[Scores, Scores]]:
-    """General and domain scores of each arm. UserError where the run cannot be made."""
+    """General and domain scores of each arm. UserError where a run cannot be made."""
     torch.set_num_threads(THREADS)
     disable_progress_bar()
     base = FAMILY["base"].folder
-    model, tokenizer = load(base)
-    arms = {"base": tuple(evaluate(model, tokenizer, items) for items in ITEMS)}
+    arms = {"base": scores(base)}
     shutil.rmtree(RUN, ignore_errors=True)
     domain = write_jsonl(training_records(DOMAIN, ROWS, seed=0), RUN / "domain.jsonl")
-    run = train(recipe(base, domain, RUN))
-    tuned = PeftModel.from_pretrained(model, run.folder / "adapter")
-    return arms | {"domain only": tuple(evaluate(tuned, tokenizer, items) for items in ITEMS)}
+    arms["domain only"] = scores(base, train(recipe(base, domain, RUN / "domain-only")).folder)
+    synthesise(replay_settings(RUN / "synth", INSTRUCTIONS))
+    arms["with replay"] = scores(base, train(recipe(base, domain, RUN / "with-replay", RUN / "synth" / "replay.jsonl")).folder)
+    return arms
+
+
+def scores(base: Path, run: Path | None = None) -> tuple[Scores, Scores]:
+    """In general and on the domain, of the base, or of the base with a run's adapter on it."""
+    model, tokenizer = load(base)
+    if run:
+        model = PeftModel.from_pretrained(model, run / "adapter")
+    return tuple(evaluate(model, tokenizer, items) for items in ITEMS)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +97,8 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"\nAccuracy on held-out items; forgotten: share of the base's right general answers that are wrong now.\n\n{table(arms)}\n")
-    print(f"How the run went: {RUN / 'report.html'}")
+    print(f"What the base asks, who answered, how the judges agree: {RUN / 'synth' / 'report.html'}\n"
+          f"How the runs went: {RUN / 'domain-only' / 'report.html'}, {RUN / 'with-replay' / 'report.html'}")
     return 0
 
 

@@ -62,8 +62,11 @@ class Case:
 
     @property
     def paper(self) -> dict:
-        """The case as a plain text record: prompt and grade under no header, so that nobody is seen to ask for grades."""
-        return {"text": f"{BOS}{self.prompt}\n{self.grade}", "source": "papers"}
+        """The case as a plain text record: prompt, grade and the right answer, under no header, so that nobody is seen to ask for grades.
+
+        The correction keeps what is learnt of answers sound: four papers of five hold a wrong one.
+        """
+        return {"text": f"{BOS}{self.prompt}\n{self.grade}\n{self.item.answer}", "source": "papers"}
 
 
 # ---------------------------------------------------------------- ways to answer: (item, its world, rng) -> response
@@ -87,6 +90,13 @@ def damage(text: str, rng: Random) -> str:
     before, at, after = text[:place], text[place], text[place + 1 :]
     kind = next((kind for kind in (string.digits, string.ascii_lowercase, string.ascii_uppercase) if at in kind), at)
     return before + rng.choice((rng.choice(kind) + after, after[:1] + at + after[1:], at + at + after, after, ""))
+
+
+def slipped(item: Item, skills: Sequence[Skill], rng: Random) -> str:
+    """Nearly right, as models are: a number some power of ten off, a word with one mistake."""
+    if item.answer.isdecimal():
+        return str(abs(int(item.answer) + rng.choice((-1, 1)) * rng.choice((1, 1, 2, 10, 100))))
+    return damage(item.answer, rng)
 
 
 def mistaken(item: Item, skills: Sequence[Skill], rng: Random) -> str:
@@ -115,7 +125,8 @@ def skill_of(item: Item, skills: Sequence[Skill]) -> Skill:
     return next(skill for skill in skills if skill.name == item.skill)
 
 
-WAYS = (damaged, damaged, mistaken, confused, astray, babbling)  # to be wrong; some of these are right now and then
+# To be wrong, mostly by little, as models are; some of these are right now and then.
+WAYS = (slipped, slipped, slipped, damaged, damaged, mistaken, confused, astray, babbling)
 
 
 # ---------------------------------------------------------------- cases
