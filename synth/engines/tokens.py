@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 from synth.engines.base import EngineError
@@ -32,9 +33,14 @@ def scored(prompt: Sequence[int] | None, continuation: Sequence[int], limit: int
 
 def written(tokenizer, prompt: Sequence[int], ids: Sequence[int]) -> str:
     """The text that `ids` add to a prompt, special tokens shown."""
-    before = list(prompt[-BEFORE:])
-    start, whole = _decode(tokenizer, before), _decode(tokenizer, before + list(ids))
+    before = tuple(prompt[-BEFORE:])
+    start, whole = _before(tokenizer, before), _decode(tokenizer, (*before, *ids))
     return whole[len(start):] if whole.startswith(start) else _decode(tokenizer, ids)
+
+
+@functools.lru_cache(maxsize=1_000)  # prompts of one kind end alike
+def _before(tokenizer, ids: tuple[int, ...]) -> str:
+    return _decode(tokenizer, ids)
 
 
 def _decode(tokenizer, ids: Sequence[int]) -> str:

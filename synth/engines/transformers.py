@@ -1,8 +1,8 @@
 """transformers in this process, which a worker is: for small models, and for what vLLM cannot be installed for.
 
-A request gives the same bits in any batch on a CPU in fp32, because no batch is ever padded. Completions grow in a wave: all its rows have
-the same length, one token is added to each, and then requests whose prompts have just that length join. What scores prompts runs in batches
-of equal length. Linear layers get rows enough that each is summed as it would be among many; random numbers come from a request's own seed.
+On one CPU thread in fp32 a request gives the same bits in any batch, because no batch is ever padded. Completions grow in a wave: all its
+rows have the same length, one token is added to each, and then requests whose prompts have just that length join. What scores prompts runs
+in batches of equal length. Torch is made to compute each row as it would among others, and random numbers come from a request's own seed.
 
 Shapes: n rows, T tokens, V vocabulary, W width.
 """
@@ -65,7 +65,9 @@ class Transformers:
     def __init__(self, opening: Opening):
         model, folder, trust = opening.model, opening.folder, opening.model.trust_remote_code
         self.path, self.device = model.path, torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+        config, threads = AutoConfig.from_pretrained(folder, trust_remote_code=trust), torch.get_num_threads()
+        if self.device.type == "cpu":
+            rows_do_not_depend_on_the_batch(threads)
         self.model = _load(opening, config, self.device)
         self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
         own = getattr(config.get_text_config(), "max_position_embeddings", None) or LONGEST
@@ -75,10 +77,8 @@ class Transformers:
         self.ends, self.spellings = {*ends(folder, self.tokenizer)}, Spellings(self.tokenizer, self.vocabulary, model.path)
         self.keeps = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         dtype = str(self.model.dtype).removeprefix("torch.")
-        if self.device.type == "cpu":
-            rows_do_not_depend_on_the_batch(torch.get_num_threads())
         self.ready = Ready(f"transformers {version('transformers')} ({self.device.type}, {dtype})",
-                           self.device.type == "cpu" and self.model.dtype == torch.float32, DEPTH)
+                           self.device.type == "cpu" and self.model.dtype == torch.float32 and threads == 1, DEPTH)
         self.abort()
 
     @property
@@ -301,17 +301,32 @@ def _load(opening: Opening, config, device: torch.device) -> PreTrainedModel:
 
 
 def rows_do_not_depend_on_the_batch(threads: int) -> None:
-    """A product on a CPU sums few rows in another order than many, and rows are shared out among threads: it always gets enough of them."""
+    """Make torch on a CPU compute every row as it would among others. To be called before a model is built, which may keep the functions.
+
+    A product sums few rows in another order than many, shares rows out among threads, and goes another way for rows that do not lie side by
+    side: it always gets enough rows, in one block. Functions go through memory 64 numbers at a time, and compute what is left at the end in
+    another way: nothing is left. (Where threads share the numbers out, there is an end for each of them: only one thread is exact.)
+    """
     product, least = torch.nn.functional.linear, 4 if threads == 1 else 16 * threads
 
     def linear(x, weight, bias=None):
         rows = x.numel() // max(1, x.shape[-1])
-        if rows >= least or not rows:
-            return product(x, weight, bias)
-        padded = torch.cat([x.reshape(rows, -1), x.new_zeros(least - rows, x.shape[-1])])
-        return product(padded, weight, bias)[:rows].reshape(*x.shape[:-1], -1)
+        block = x.reshape(rows, x.shape[-1]).contiguous()
+        if 0 < rows < least:
+            block = torch.cat([block, x.new_zeros(least - rows, x.shape[-1])])
+        return product(block, weight, bias)[:rows].reshape(*x.shape[:-1], weight.shape[0])
 
     torch.nn.functional.linear = linear
+    for module, name in ((torch.nn.functional, "silu"), (torch.nn.functional, "gelu"), (torch, "tanh"), (torch, "sigmoid")):
+        setattr(module, name, _without_rest(getattr(module, name)))
+
+
+def _without_rest(function):
+    def padded(x, **options):
+        whole = torch.nn.functional.pad(x.reshape(-1), (0, -x.numel() % 64))
+        return function(whole, **options)[:x.numel()].reshape(x.shape)
+
+    return padded
 
 
 def _extensible(cache: Cache) -> bool:

@@ -6,6 +6,7 @@ split its sums over threads (VLLM_CPU_ATTN_SPLIT_KV=0), and prompts are not spli
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -17,8 +18,21 @@ from vllm.exceptions import VLLMValidationError
 from vllm.inputs import TokensPrompt
 from vllm.platforms import current_platform
 from vllm.sampling_params import MAX_LOGPROB_TOKEN_IDS, RequestOutputKind
+from vllm.v1.engine.logprobs import LogprobsProcessor
+from vllm.v1.outputs import LogprobsLists, LogprobsTensors
+from vllm.v1.sample.sampler import Sampler
 
-from synth.engines.base import Choice, ChoiceRequest, Completion, CompletionRequest, EngineError, Failure, Likelihood, LikelihoodRequest
+from synth.engines.base import (
+    Choice,
+    ChoiceRequest,
+    Completion,
+    CompletionRequest,
+    EngineError,
+    Failure,
+    Likelihood,
+    LikelihoodRequest,
+    Sampling,
+)
 from synth.engines.tokens import LONGEST, Spellings, ends, scored, unfit, written
 from synth.engines.worker import Opening, Ready
 
@@ -42,7 +56,7 @@ class Vllm:
         self.ready = Ready(f"vllm {_version()} ({current_platform.device_type}, {dtype})",
                            dtype == "float32" if cpu else model.batch_invariant,
                            2 * self.engine.vllm_config.scheduler_config.max_num_seqs)
-        self.asked, self.count = {}, 0
+        self.asked, self.count, self.known = {}, 0, {}
 
     @property
     def live(self) -> int:
@@ -70,13 +84,19 @@ class Vllm:
     # ---------------------------------------------------------------- requests
 
     def _completion(self, request: CompletionRequest) -> tuple[Sequence[int], SamplingParams, str | None]:
-        ids, how = request.prompt.token_ids, request.sampling
-        wrong = unfit(ids, self.limit, self.vocabulary)
-        texts = list(how.stop_texts)  # looked for in the text as it grows; without them it is decoded once, at the end
-        return ids, SamplingParams(
-            temperature=how.temperature, top_p=how.top_p, max_tokens=how.max_tokens, seed=request.seed, logprobs=0, flat_logprobs=True,
-            stop_token_ids=sorted({*how.stop_ids, *self.ends}), stop=texts or None, detokenize=bool(texts), skip_special_tokens=False,
-            spaces_between_special_tokens=False, output_kind=RequestOutputKind.FINAL_ONLY), wrong
+        params = copy.copy(self._sampling(request.sampling))
+        params.seed = request.seed
+        return request.prompt.token_ids, params, unfit(request.prompt.token_ids, self.limit, self.vocabulary)
+
+    def _sampling(self, how: Sampling) -> SamplingParams:
+        """vLLM's words for how a completion is drawn. Stop texts are looked for as the text grows; without them, it is decoded last."""
+        if how not in self.known:
+            texts = list(how.stop_texts)
+            self.known[how] = SamplingParams(
+                temperature=how.temperature, top_p=how.top_p, max_tokens=how.max_tokens, seed=0, logprobs=0,
+                stop_token_ids=sorted({*how.stop_ids, *self.ends}), stop=texts or None, detokenize=bool(texts), skip_special_tokens=False,
+                spaces_between_special_tokens=False, output_kind=RequestOutputKind.FINAL_ONLY, skip_clone=True)
+        return self.known[how]
 
     def _choice(self, request: ChoiceRequest) -> tuple[Sequence[int], SamplingParams, str | None]:
         ids, spelt = request.prompt.token_ids, [i for spelling in self.spellings(request.choices) for i in spelling]
@@ -128,6 +148,7 @@ def _on_gpu(opening: Opening) -> dict:
 
 def _on_cpu(opening: Opening) -> dict:
     rows_do_not_depend_on_the_batch()
+    sums_alone()
     dtype = "float32" if opening.model.dtype == "auto" else opening.model.dtype
     context = _context(opening)
     return dict(dtype=dtype, enforce_eager=True, enable_chunked_prefill=False, max_num_batched_tokens=max(4_096, context),
@@ -152,6 +173,33 @@ def _cache(opening: Opening, context: int, dtype: str) -> int:
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     token = 2 * config.num_hidden_layers * heads * width * (4 if dtype == "float32" else 2)
     return min(max(SEQUENCES * context * token, LEAST_CACHE), psutil.virtual_memory().available // (2 * opening.shards))
+
+
+def sums_alone() -> None:
+    """Where the log-probs of no tokens but the sampled ones are asked for, keep their sum, and make neither ranks nor a list of each: for a
+    small model that is a seventh of the time. On a CPU alone: it reaches into vLLM 0.32, and no GPU has run it."""
+    gather, update, cut = Sampler.gather_logprobs, LogprobsProcessor._update_sample_logprobs, LogprobsLists.slice_request
+
+    def gather_logprobs(logprobs, num_logprobs, token_ids):
+        if num_logprobs:
+            return gather(logprobs, num_logprobs, token_ids)
+        return LogprobsTensors(token_ids[:, None].int(), logprobs.gather(-1, token_ids[:, None]), token_ids.new_zeros(len(token_ids)))
+
+    def slice_request(self, req_idx, num_positions):
+        if self.logprobs.shape[1] > 1 or self.cu_num_generated_tokens is not None:
+            return cut(self, req_idx, num_positions)
+        return LogprobsLists(None, self.logprobs[req_idx:req_idx + num_positions], None)
+
+    def _update_sample_logprobs(self, logprobs_lists):
+        if self.num_logprobs:
+            update(self, logprobs_lists)
+        else:
+            for row in logprobs_lists.logprobs:
+                self.cumulative_logprob += row.item(0)
+
+    Sampler.gather_logprobs = staticmethod(gather_logprobs)
+    LogprobsLists.slice_request = slice_request
+    LogprobsProcessor._update_sample_logprobs = _update_sample_logprobs
 
 
 def rows_do_not_depend_on_the_batch() -> None:

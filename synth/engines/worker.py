@@ -108,7 +108,8 @@ def main() -> None:
     try:
         held = open_model(opening)
         gc.collect()
-        gc.freeze()  # what a model is made of is not looked at again
+        gc.freeze()  # what a model is made of is not looked at again,
+        gc.set_threshold(20_000, 20, 50)  # and what requests are made of not at every step
         connection.send(("ready", held.ready))
         serve(held, inbox, connection)
     except EngineError as error:
