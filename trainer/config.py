@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -80,6 +81,20 @@ class Quantization:
 
 
 @dataclass
+class Retention:
+    """What else holds forgetting down, beside replay. The base is the model as it is before training, without any adapter."""
+
+    kl: float = 0.0  # weight of the divergence from the base, in nats per token, beside the loss; 0.3 is a good start
+    kl_on: Literal["replay", "all"] = "replay"  # the rows whose tokens it counts
+    kl_tokens: Literal["supervised", "all"] = "supervised"  # of those rows: the tokens that are trained on, or prompts too
+    kl_direction: Literal["forward", "reverse", "js"] = "forward"  # KL(base || model), KL(model || base), Jensen-Shannon
+    weighting: Literal["none", "dft", "stm", "flow"] = "none"  # what improbable tokens weigh: trainer/weighting.py has each one's source
+    weighting_on: Literal["domain", "all"] = "domain"  # the rows whose tokens it weighs
+    stm_threshold: float = 2.5  # stm only: perplexity of a token under the base above which it is not learnt from
+    l2: float = 0.0  # trained weights decay by lr times this a step towards where they began: the base's, or a new adapter's A and B = 0
+
+
+@dataclass
 class Batch:
     """Batch size, in tokens."""
 
@@ -142,6 +157,7 @@ class Config:
     quantization: Quantization = field(default_factory=Quantization)
     data: Data = field(default_factory=Data)
     replay: Replay = field(default_factory=Replay)
+    retention: Retention = field(default_factory=Retention)
     batch: Batch = field(default_factory=Batch)
     optim: Optim = field(default_factory=Optim)
     epochs: float = 1.0
@@ -184,6 +200,7 @@ def validate(config: Config) -> None:
     _require(not (data.heldout and data.heldout_share), "data.heldout, data.heldout_share", "one of them", "both")
     _require(config.replay.ratio is None or 0 <= config.replay.ratio < 1, "replay.ratio", "0 <= ratio < 1", config.replay.ratio)
     _require(optim.lr > 0, "optim.lr", "above 0", optim.lr)
+    _validate_retention(config)
     _require(optim.warmup >= 0 and optim.decay >= 0, "optim.warmup, optim.decay", "0 or more", (optim.warmup, optim.decay))
     _require(0 <= optim.beta1 < 1 and 0 <= optim.beta2 < 1, "optim.beta1, optim.beta2", "0 <= beta < 1", (optim.beta1, optim.beta2))
     _require(optim.eps > 0, "optim.eps", "above 0", optim.eps)
@@ -201,6 +218,20 @@ def validate(config: Config) -> None:
              (config.evaluation.every, config.evaluation.patience))
     _require(not config.evaluation.patience or config.evaluation.every > 0, "evaluation.patience",
              "evaluation.every above 0 beside it", config.evaluation.every)
+
+
+def _validate_retention(config: Config) -> None:
+    held, lr, finite = config.retention, config.optim.lr, sys.float_info.max
+    _require(0 <= held.kl <= finite, "retention.kl", "0 or more", held.kl)
+    _require(0 <= held.l2 <= finite, "retention.l2", "0 or more", held.l2)
+    _require(held.l2 * lr <= 1, "retention.l2", f"at most 1 / optim.lr = {1 / lr:g}, at which a step goes all the way back", held.l2)
+    _require(1 < held.stm_threshold <= finite, "retention.stm_threshold", "a perplexity above 1", held.stm_threshold)
+    needs_base = [name for name, on in (("kl", held.kl), ("l2", held.l2), ("weighting", held.weighting in ("stm", "flow"))) if on]
+    _require(not needs_base or config.model.config is None, f"retention.{needs_base[0] if needs_base else ''}",
+             "model.path beside it: random weights are no base to hold to", "model.config")
+    on_replay = held.kl > 0 and held.kl_on == "replay"
+    _require(not on_replay or (bool(config.replay.data) and config.replay.ratio != 0), "retention.kl",
+             "replay rows to count it on (replay.data, and a replay.ratio that is not 0), or retention.kl_on=all", "none")
 
 
 def _require(holds: bool, option: str, expected: str, found) -> None:

@@ -49,9 +49,8 @@ def load_sources(sources: str | list[str | Source], default_name: str, cache: st
 
 def _load(source: Source, cache: str | None) -> Dataset:
     """The records of one source, read now or in an earlier run."""
-    opened = _open(source)
-    found = rows.read_rows(opened) if isinstance(opened, Path) else (
-        (f"record {n}", row) for n, row in enumerate(opened, 1))
+    opened = open_source(source)
+    found = rows_of(opened)
     first = next(found, None)
     if first is None or source.limit == 0:
         raise UserError(f"{source.path}: expected records, found an empty data set; check the file and limit")
@@ -79,8 +78,13 @@ def _load(source: Source, cache: str | None) -> Dataset:
         raise
 
 
-def _open(source: Source) -> Path | Dataset:
-    """The file of a source, or its saved or hub data set."""
+def rows_of(opened: Path | Dataset) -> Iterator[rows.Row]:
+    """The rows of an opened source as they stand, each with its place there."""
+    return rows.read_rows(opened) if isinstance(opened, Path) else ((f"record {n}", row) for n, row in enumerate(opened, 1))
+
+
+def open_source(source: Source) -> Path | Dataset:
+    """The file of a source, or its saved or hub data set. UserError where there is none."""
     path = Path(source.path).expanduser()
     if path.is_dir():
         return _load_folder(source, path)

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import torch
 
+from trainer import retention
 from trainer.config import Config
 from trainer.inputs import Inputs, account, heldout_line
 from trainer.lora import add_adapter
@@ -30,6 +31,8 @@ def show(config: Config, inputs: Inputs, device: torch.device) -> None:
     _show_sources(facts["sources"])
     _show_plan(inputs, facts, config)
     size, dtype = model_size(model), compute_dtype(config.precision, device)
+    for line in retention.describe(config.retention, config.adapter, size.parameters * dtype.itemsize):
+        print(line)
     print(f"model: {size.parameters:,} parameters, trained {size.trainable:,} ({config.adapter}), compute {dtype_name(dtype)}")
     print(f"memory: {estimate(model, config, dtype, device)}")
     print("dry run: everything fits together; nothing was trained")

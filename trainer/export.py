@@ -29,7 +29,7 @@ def save_adapter(model: PeftModel, folder: Path | str, tokenizer: PreTrainedToke
 
     The adapter names its base model as it was loaded: an absolute path, or a name on the hub.
     """
-    with _whole_folder(folder) as aside:
+    with whole_folder(folder) as aside:
         model.save_pretrained(aside)
         if tokenizer is not None:
             tokenizer.save_pretrained(aside)
@@ -44,7 +44,7 @@ def merge_and_save(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedToke
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     state = merged_state(base)
     shell = _dense_shell(base) if quantized_layers(base) else base
-    with _whole_folder(folder) as aside:
+    with whole_folder(folder) as aside:
         shell.save_pretrained(aside, state_dict=state)
         tokenizer.save_pretrained(aside)
 
@@ -102,7 +102,7 @@ def _merged_nf4(module: nn.Module) -> Tensor:
 
 
 @contextmanager
-def _whole_folder(folder: Path | str) -> Iterator[Path]:
+def whole_folder(folder: Path | str) -> Iterator[Path]:
     """Yield an empty folder to write into; afterwards it takes the place of `folder`. UserError if the disk does not take it."""
     folder = Path(folder)
     aside, old = (folder.with_name(f".{folder.name}.{what}") for what in ("partial", "old"))

@@ -47,7 +47,7 @@ class Format:
 
     def record(self, row: dict) -> dict:
         """One record. RecordError: content missing, empty or no Unicode, an unknown role, a weight that is no positive number."""
-        fields = {field: _look_up(row, path) for field, path in self.paths.items()}
+        fields = {field: look_up(row, path) for field, path in self.paths.items()}
         kept = {field: None if fields.get(field) is None else str(fields[field]) for field in ("id", "source")}
         kept["weight"] = _weight(fields.get("weight"))
         if self.name == "text":
@@ -85,7 +85,7 @@ def choose_format(row: dict, wanted: str, columns: dict[str, str] | None) -> For
     if unknown:
         raise ValueError(f"columns: expected the names of fields ({', '.join(FIELDS)}), found {', '.join(unknown)}; "
                          "write {prompt: <column of the file>, completion: <column of the file>}")
-    absent = [path for path in columns.values() if path not in row and _look_up(row, path) is None]
+    absent = [path for path in columns.values() if path not in row and look_up(row, path) is None]
     if absent:
         raise ValueError(f"columns: expected {', '.join(absent)} in the file, found the columns {', '.join(row)}")
     paths = {field: columns.get(field, field) for field in FIELDS if field in columns or field in row}
@@ -99,7 +99,7 @@ def choose_format(row: dict, wanted: str, columns: dict[str, str] | None) -> For
                      "map them, as in columns: {prompt: question, completion: answer}")
 
 
-def _look_up(row: Any, path: str) -> Any:
+def look_up(row: Any, path: str) -> Any:
     """The value at a column, or at a dotted path of keys and list indices; None if there is none."""
     if isinstance(row, dict) and path in row:
         return row[path]

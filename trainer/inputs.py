@@ -30,7 +30,7 @@ class Inputs:
 def prepare_inputs(config: Config, tokenizer: PreTrainedTokenizerBase) -> Inputs:
     """Read, tokenize, mix and plan. Raises UserError for data that cannot be trained on."""
     _check_cache(config.data.cache)
-    template = ChatTemplate(tokenizer, _read_template(config.data.chat_template), config.data.chat_template)
+    template = ChatTemplate(tokenizer, read_template(config.data.chat_template), config.data.chat_template)
     domain, replay = (
         load_sources(given, role, config.data.cache) for given, role in ((config.data.train, "domain"), (config.replay.data, "replay")))
     samples = tokenize(domain + replay, template, config.data)
@@ -50,7 +50,8 @@ def _check_cache(path: str | None) -> None:
         raise UserError(f"data.cache: cannot make the folder {path}: {error.strerror}; choose another") from None
 
 
-def _read_template(path: str | None) -> str | None:
+def read_template(path: str | None) -> str | None:
+    """The Jinja text of a file, if one is named. UserError where it is not one."""
     if path is None:
         return None
     if not Path(path).is_file():

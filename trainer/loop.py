@@ -24,12 +24,14 @@ from trainer.errors import UserError
 from trainer.interrupts import Interrupts
 from trainer.log import Log
 from trainer.metrics import ModelSize, Phases, peak_flops, peak_memory_gb, synchronize
-from trainer.model import forward_hidden, head
+from trainer.model import HeadSpec, forward_hidden, head, supervised_hidden
 from trainer.optim import FlatAdamW, learning_rate
 from trainer.packing import Batch
 from trainer.plan import Plan, hash_seed
+from trainer.retention import Retention
 from trainer.samples import Samples
 from trainer.staging import Counts, Work, batches, stage, supervised_weight
+from trainer.weighting import own_probability
 
 
 @dataclass
@@ -47,6 +49,7 @@ class Job:
     device: torch.device
     world: World
     log: Log | None  # rank 0's
+    retention: Retention | None = None
 
 
 @dataclass
@@ -56,6 +59,7 @@ class Meter:
     phases: Phases
     losses: list[Tensor] = field(default_factory=list)
     norms: list[Tensor] = field(default_factory=list)
+    divergences: list[Tensor] = field(default_factory=list)  # from the base, of steps that count it
     works: list[tuple[int, list[str]]] = field(default_factory=list)
     counts: Counts = field(default_factory=Counts)
     started: float = field(default_factory=time.perf_counter)
@@ -64,6 +68,8 @@ class Meter:
     def add(self, work: Work, loss: Tensor, norm: Tensor) -> None:
         self.losses.append(loss)
         self.norms.append(norm)
+        if work.divergence is not None:
+            self.divergences.append(work.divergence)
         self.works.append((work.step, work.sources))
         self.counts = self.counts + work.counts
 
@@ -85,7 +91,7 @@ def fit(job: Job, state: checkpoint.State) -> Ending:
         evaluate(job, state, meter)  # what the run has to better
     job.model.train()
     with Interrupts() as interrupts, garbage_at_log_steps():
-        for work in stage(plan, job.samples, state.step, job.world, job.device, meter.phases):
+        for work in stage(plan, job.samples, state.step, job.world, job.device, meter.phases, job.retention):
             if received or out_of_patience(job, state):
                 break
             meter.add(work, *train_step(job, work, meter.phases))
@@ -136,14 +142,25 @@ def garbage_at_log_steps():
 
 
 def train_step(job: Job, work: Work, phases: Phases) -> tuple[Tensor, Tensor]:
-    """Forward, backward and update on one step's packs. Returns this rank's share of the loss, and the gradient norm."""
+    """Forward, backward and update on one step's packs. Returns this rank's share of the loss, and the gradient norm.
+
+    A divergence from the base adds to the gradient, not to the loss that is returned; this rank's share of it goes into `work`.
+    """
     torch.manual_seed(hash_seed(job.config.seed, work.step, job.world.rank))  # dropout's draws depend on the step alone
     total = torch.zeros((), device=job.device)
+    held = job.retention if work.counted_weight > 0 else None
+    work.divergence = torch.zeros((), device=job.device) if held else None
     for batch in work.batches:
+        reference = held.look_up(batch, phases) if held else None
         with phases("forward"):
-            loss = batch_loss(job.model, batch) / work.weight
+            hidden, out = forward_hidden(job.model, batch), head(job.model)
+            loss = objective = cross_entropy(out, hidden.index_select(0, batch.supervised_rows), batch) / work.weight
+            if reference is not None:
+                divergence = held.divergence(out, hidden, batch, reference) / work.counted_weight
+                objective = loss + held.settings.kl * divergence
+                work.divergence += divergence.detach()
         with phases("backward"):
-            loss.backward()
+            objective.backward()
         total += loss.detach()
     with phases("optimizer"):
         job.world.sum(job.optimizer.gradients)
@@ -154,11 +171,16 @@ def train_step(job: Job, work: Work, phases: Phases) -> tuple[Tensor, Tensor]:
 
 def batch_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Sum of weight * cross entropy over the supervised tokens of a pack; logits exist for those rows only, chunk by chunk."""
-    hidden = forward_hidden(model, batch)  # (T, D)
-    out = head(model)
-    return linear_cross_entropy(
-        hidden.index_select(0, batch.supervised_rows), out.weight, batch.targets, bias=out.bias, token_weight=batch.weights,
-        ignore_index=None, softcap=out.softcap, logit_scale=out.logit_scale, reduction="sum")
+    return cross_entropy(head(model), supervised_hidden(model, batch), batch)
+
+
+def cross_entropy(out: HeadSpec, hidden: Tensor, batch: Batch) -> Tensor:
+    """The same of hidden states [S, D]. Tokens that the batch calls tempered weigh their own probability too."""
+    fixed = {"bias": out.bias, "ignore_index": None, "softcap": out.softcap, "logit_scale": out.logit_scale}
+    if batch.tempered is None:
+        return linear_cross_entropy(hidden, out.weight, batch.targets, token_weight=batch.weights, reduction="sum", **fixed)
+    losses = linear_cross_entropy(hidden, out.weight, batch.targets, reduction="none", **fixed)
+    return losses.dot((batch.weights * own_probability(losses, batch.tempered)).to(losses.dtype))
 
 
 @torch.no_grad()
@@ -207,25 +229,29 @@ def save(job: Job, state: checkpoint.State, meter: Meter) -> None:
 def report(job: Job, state: checkpoint.State, meter: Meter) -> None:
     """Wait for the device, check that the interval was finite, write its figures, start the next one."""
     figures = torch.stack([torch.stack(meter.losses), torch.stack(meter.norms)])
-    job.world.sum([figures[0]])
+    divergence = torch.stack(meter.divergences).mean() if meter.divergences else None
+    job.world.sum([figures[0]] if divergence is None else [figures[0], divergence])
     synchronize(job.device)
     losses, norms = figures.tolist()
     require_finite(job, meter, losses, norms)
     seconds, counts, steps = time.perf_counter() - meter.started, meter.counts, len(losses)
     phases = {name: spent / steps for name, spent in meter.phases.read().items()}
     flops = job.size.flops(counts.tokens, counts.supervised, counts.squared_lengths)
+    if flops is not None:
+        flops += job.size.base_flops(counts.base_tokens, counts.base_supervised, counts.base_squared_lengths)
     peak, _ = peak_flops(job.device, next(job.model.parameters()).dtype)
     state.loss = float(np.mean(losses))
     if job.log:
         job.log.write({
             "kind": "step", "step": state.step, "epoch": round(job.plan.progress(state.step), 4), "loss": state.loss,
+            **({} if divergence is None else {"kl": float(divergence)}),
             "lr": learning_rate(state.step - 1, job.plan.total, job.config.optim), "grad_norm": float(np.mean(norms)),
             "tokens": counts.tokens, "supervised": counts.supervised, "tokens_per_s": counts.tokens / seconds,
             "supervised_per_s": counts.supervised / seconds, "steps_per_s": steps / seconds,
             "mfu": None if flops is None else flops / seconds / (peak * job.world.size),
             "unfilled": 1 - counts.tokens / counts.capacity, "memory_gb": peak_memory_gb(job.device), "seconds": phases,
         })
-    meter.losses, meter.norms, meter.works, meter.counts = [], [], [], Counts()
+    meter.losses, meter.norms, meter.divergences, meter.works, meter.counts = [], [], [], [], Counts()
     meter.started = time.perf_counter()
 
 

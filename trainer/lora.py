@@ -11,7 +11,8 @@ from __future__ import annotations
 import functools
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -156,8 +157,9 @@ def why_not_fused(module: nn.Module) -> str | None:
         return f"the adapted layer is a {type(base).__name__}"
     if reason := why_not_nf4(base):
         return reason
-    if module.disable_adapters or module.merged:
-        return "the adapter is " + ("disabled" if module.disable_adapters else "merged")
+    disabled = module.disable_adapters and not getattr(module, "switched_off", False)
+    if disabled or module.merged:
+        return "the adapter is " + ("disabled" if disabled else "merged")
     if len(active) != 1 or active[0] not in module.lora_A:
         return f"expected one active adapter, found {', '.join(active) or 'none'}"
     name = active[0]
@@ -167,6 +169,27 @@ def why_not_fused(module: nn.Module) -> str | None:
     if module.lora_B[name].bias is not None:
         return "the adapter has a bias"
     return "hooks on an adapted layer" if any(map(_hooked, (module, base, module.lora_A[name], module.lora_B[name]))) else None
+
+
+def adapted_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers with an adapter, of whatever kind."""
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]
+
+
+@contextmanager
+def switched_off(layers: Sequence[nn.Module]) -> Iterator[None]:
+    """The base alone for a while, fused where it was, so that it is the very base that the adapter is trained on.
+
+    PEFT's `disable_adapter` also takes the adapter's parameters out of the gradient and puts them back, which training cannot have in the
+    middle of a step. So only its flag is set, and `switched_off` beside it for the fused forwards, which step aside for the flag alone.
+    """
+    for layer in layers:
+        layer._disable_adapters = layer.switched_off = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = layer.switched_off = False
 
 
 def stock_layers(model: nn.Module, patched: bool) -> list[nn.Module]:
@@ -185,6 +208,8 @@ def projection(module: nn.Module) -> Projection:
     """Read the tensors of a layer for which `why_not_fused` has nothing to say."""
     if not is_adapted(module):
         return Projection(_weight(module), module.bias, None)
+    if module.disable_adapters:
+        return Projection(_weight(module.base_layer), module.base_layer.bias, None)
     name = module.active_adapters[0]
     dropout = module.lora_dropout[name]
     magnitude = module.lora_magnitude_vector[name].weight if name in module.lora_variant else None

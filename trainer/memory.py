@@ -29,8 +29,8 @@ from trainer.quantization import AdamW8bit, bytes_per_weight, to_quantize
 class MemoryEstimate:
     """Bytes, by what holds them."""
 
-    weights: float  # of a base in 4 bits: its codes and scales, and its largest layer made dense
-    masters: float  # fp32 copies of trained weights of lower precision
+    weights: float  # of a base in 4 bits: its codes and scales, and its largest layer made dense; with retention.kl, a full model's copy
+    masters: float  # fp32 copies of trained weights of lower precision; with retention.l2, of those that training began with
     gradients: float
     moments: float  # AdamW's two, with the scales of 8-bit ones
     activations: float  # of one pack
@@ -51,9 +51,10 @@ def estimate(model: nn.Module, config: Config, dtype: torch.dtype, device: torch
     trainable = [p for p in model.parameters() if p.requires_grad]
     trained = sum(p.numel() for p in trainable)
     adapter = config.adapter != "full"
+    copied = sum(p.numel() for p in model.parameters()) if config.retention.kl and not adapter else 0  # the base
     return MemoryEstimate(
-        weights=frozen_bytes(model, config, width) + trained * (4 if adapter else width),
-        masters=0 if adapter or width == 4 else trained * 4,
+        weights=frozen_bytes(model, config, width) + trained * (4 if adapter else width) + copied * width,
+        masters=(0 if adapter or width == 4 else trained * 4) + (trained * 4 if config.retention.l2 else 0),
         gradients=trained * 4,
         moments=sum(p.numel() * (AdamW8bit.BYTES if in_8bit(p, config.optim) else 8) for p in trainable),
         activations=activation_bytes(model, config.batch.tokens_per_pack, width, config.activation_checkpointing, device),

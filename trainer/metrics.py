@@ -2,7 +2,9 @@
 
 FLOP convention (a step of T real tokens, S supervised rows): matrices of frozen weights 4 P T (forward, and the gradient of
 the input), trained ones 6 P T; the head 4 V D S frozen, 6 V D S trained; causal attention 6 * sum(len^2) * heads * head_dim a
-layer. Padding, recomputation and ignored rows through the head count nothing: only useful work does.
+layer. Padding, recomputation and ignored rows through the head count nothing: only useful work does. Where a base is read beside the
+model (`trainer/retention.py`), its forward counts a third of a full training step over the samples that it reads, head included; the
+model's own logits, which the divergence makes again, count once.
 """
 
 from __future__ import annotations
@@ -47,6 +49,11 @@ class ModelSize:
         matrices = (4 * self.frozen_matrices + 6 * self.trained_matrices) * tokens
         head = (6 if self.head_trained else 4) * self.head * supervised
         return matrices + head + 6 * squared_lengths * self.attention_width
+
+    def base_flops(self, tokens: int, supervised: int, squared_lengths: int) -> float:
+        """FLOP of the base's forward over so much: without adapters, and without gradients."""
+        matrices = 2 * (self.frozen_matrices or self.trained_matrices) * tokens
+        return matrices + 2 * self.head * supervised + 2 * squared_lengths * self.attention_width
 
 
 def model_size(model: nn.Module) -> ModelSize:

@@ -28,7 +28,7 @@ from trainer.packing import Batch
 from trainer.source import load_tokenizer, one_line, source_of
 
 __all__ = ["HeadSpec", "PatchReport", "apply_activation_checkpointing", "bare", "compute_dtype", "forward_hidden", "head", "load_model",
-           "load_tokenizer", "outline", "patch", "use_packed_attention"]
+           "load_tokenizer", "outline", "patch", "supervised_hidden", "use_packed_attention"]
 logger = logging.getLogger(__name__)
 
 
@@ -196,6 +196,11 @@ def forward_hidden(model: nn.Module, batch: Batch) -> Tensor:
     lengths = batch.cu_seqlens.diff().tolist()
     samples = zip(ids.split(lengths, dim=1), positions.split(lengths, dim=1), strict=True)
     return torch.cat([run(input_ids=i, position_ids=p).last_hidden_state.squeeze(0) for i, p in samples])
+
+
+def supervised_hidden(model: nn.Module, batch: Batch) -> Tensor:
+    """The last hidden state [S,W] of the pack's supervised rows, which are all that a head needs."""
+    return forward_hidden(model, batch).index_select(0, batch.supervised_rows)
 
 
 def apply_activation_checkpointing(model: nn.Module, mode: Literal["none", "selective", "full"]) -> None:

@@ -103,7 +103,7 @@ class FlatAdamW:
         vectors = [p for p in trainable if p.ndim < 2]
         in_bytes = [FlatGroup(large, AdamW8bit.BLOCK)] if large else []  # aligned, so that no two weights share a scale
         self.groups = in_bytes + [FlatGroup(parameters) for parameters in (matrices, vectors) if parameters]
-        self.max_norm = settings.max_grad_norm
+        self.max_norm, self.l2, self.starts = settings.max_grad_norm, 0.0, []
         self.updates = [(AdamW8bit if group in in_bytes else FusedAdamW)(
             group.master, settings.weight_decay if group.parameters[0].ndim >= 2 else 0.0, settings) for group in self.groups]
 
@@ -116,12 +116,23 @@ class FlatAdamW:
         for gradient in self.gradients:
             gradient.zero_()
 
+    def hold(self, l2: float) -> None:
+        """From now on every step first decays all weights towards what they are now, by lr * l2: decoupled L2 (Loshchilov and Hutter) with
+        a centre other than 0, the L2-SP of Li et al., arXiv 1802.01483. Costs 4 bytes a trained weight.
+
+        Of an adapter these are A and B, each towards its start, B's being 0. The distance itself, the norm of the product s B A, would have
+        to be made for every layer at every step; where B is near 0 so is the product, and A near its start keeps the two in proportion.
+        """
+        self.l2, self.starts = l2, [group.master.data.clone() for group in self.groups] if l2 else []
+
     @torch.no_grad()
     def step(self, lr: float) -> Tensor:
         """Clip, update, publish. Returns the gradient norm before clipping, a scalar left on the device."""
         norm = torch.stack([torch.linalg.vector_norm(g) for g in self.gradients]).square().sum().sqrt()
         finite = norm.isfinite()
         divisor = (norm / self.max_norm).clamp(min=1.0) if self.max_norm > 0 else None
+        for group, start in zip(self.groups, self.starts):
+            group.master.data.lerp_(start, lr * self.l2 * finite.float())
         for update in self.updates:
             update.step(lr, finite, divisor)
         self.publish()

@@ -132,6 +132,10 @@ class Batch:
     source: torch.Tensor  # int16[n]
     tokens: int  # T
     weight_sum: float  # sum of weights, on the host, so that normalising a step needs no synchronisation
+    tempered: torch.Tensor | None = None  # bool[S], targets whose loss is weighted by its own probability (trainer/weighting.py)
+    counted: torch.Tensor | None = None  # int64[K], the t at which a divergence from the base counts (trainer/retention.py)
+    counted_weights: torch.Tensor | None = None  # float32[K], the weight of each one's sample
+    reference: Batch | None = None  # the samples of those alone, a pack for the base
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
@@ -141,7 +145,8 @@ class Batch:
 
     def _map(self, move) -> Batch:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: move(value) for name, value in values.items() if isinstance(value, torch.Tensor)})
+        return replace(self, **{name: move(value) for name, value in values.items() if isinstance(value, torch.Tensor)},
+                       **{name: value._map(move) for name, value in values.items() if isinstance(value, Batch)})
 
 
 def collate(samples: Sequence[tuple[np.ndarray, np.ndarray, float, int]]) -> Batch:

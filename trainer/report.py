@@ -159,6 +159,10 @@ def facts(run: Run) -> list[Fact]:
         found.append(Fact("Held-out loss", number(heldout[best]), f"best, at step {number(at)}"))
     elif run.steps:
         found.append(Fact("Training loss", number(loss[-1]), "at the last logged step"))
+    nats = _column(run.steps, "kl")
+    nats = nats[np.isfinite(nats)]
+    if len(nats):
+        found.append(Fact("From the base", number(nats[-1]), "nats per counted token, when last logged"))
     rate, supervised_rate, mfu = (_typical(run, key) for key in ("tokens_per_s", "supervised_per_s", "mfu"))
     if rate is not None:
         note = f"median; {compact(supervised_rate)} supervised" if supervised_rate is not None else "median"
@@ -219,6 +223,7 @@ def plots(run: Run) -> list[Plot]:
     made = []
     if run.steps:
         made += [_loss(run), _learning_rate(run), _throughput(run)]
+        made += [_divergence(run)] if np.isfinite(_column(run.steps, "kl")).any() else []
     if run.data.get("lengths"):
         made.append(_lengths(np.array(run.data["lengths"])))
     if run.data.get("pack_fill") and run.data.get("tokens_per_pack"):
@@ -259,6 +264,18 @@ def _loss(run: Run) -> Plot:
         page.legend(axes)
 
     return plot("loss", "Loss", f"Bold: mean over {window} log lines." if window > 1 else "", draw)
+
+
+def _divergence(run: Run) -> Plot:
+    step, nats = _column(run.steps, "step"), _column(run.steps, "kl")
+
+    def draw(axes: Axes, theme: Theme) -> None:
+        axes.plot(step, nats, marker=_marker(nats), color=theme.series[0])
+        axes.set_ylim(bottom=0)
+        axes.set_ylabel("nats per counted token")
+        _step_axis(axes)
+
+    return plot("divergence", "Divergence from the base", "A part of the objective, beside the loss and before its weight.", draw)
 
 
 def _learning_rate(run: Run) -> Plot:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import datasets
 import torch
 import transformers
 
-from trainer import checkpoint, cli, folder, lora, quantization
+from trainer import checkpoint, cli, folder, lora, quantization, retention, weighting
 from trainer.config import Config, validate
 from trainer.distributed import World, world
 from trainer.dry_run import show
@@ -117,15 +117,19 @@ def build(config: Config, inputs: Inputs, device: torch.device, ranks: World) ->
     quantization.refuse_misread(lora.stock_layers(model, config.model.patch))
     patched.backends |= quantization.describe(model)
     apply_activation_checkpointing(model, config.activation_checkpointing)
+    fingerprint, roles = inputs.samples.fingerprint, [part.role for part in inputs.mixture.parts]
+    samples, told = weighting.reweighted(inputs.samples, config, model, roles, device, ranks)
+    inputs, held = replace(inputs, samples=samples), retention.prepare(config.retention, model, roles)
     optimizer = FlatAdamW(model.parameters(), config.optim)
     ranks.broadcast([group.master.data for group in optimizer.groups])
     optimizer.publish()
+    optimizer.hold(config.retention.l2)
     if config.compile:
         compile_layers(model)
 
     output, size = Path(config.output), model_size(model)
     heldout = inputs.heldout[0].fingerprint if inputs.heldout else None
-    identity = checkpoint.identity(config, ranks.size, samples=inputs.samples.fingerprint, heldout_samples=heldout,
+    identity = checkpoint.identity(config, ranks.size, samples=fingerprint, heldout_samples=heldout,
                                    base_weights=weights_fingerprint(config.model), quantizer=quantization.version(config))
     state = start(output, config, identity, optimizer)
     if len(set(ranks.gather(state.step))) > 1:  # all ranks see it, so all stop
@@ -137,10 +141,13 @@ def build(config: Config, inputs: Inputs, device: torch.device, ranks: World) ->
     log = None
     if ranks.is_main:
         greet(config, facts, inputs, device, patched)
+        if told:
+            print(told, flush=True)
         if state.step:
             print(f"resuming from step {state.step}")
         log = Log(output, config, inputs.plan.total, state.step)
-    return Job(config, output, model, size, optimizer, inputs.samples, inputs.plan, inputs.heldout, device, ranks, log), state
+    return Job(config, output, model, size, optimizer, inputs.samples, inputs.plan, inputs.heldout, device, ranks, log,
+               held), state
 
 
 def start(output: Path, config: Config, identity: dict, optimizer: FlatAdamW) -> checkpoint.State:
@@ -161,6 +168,8 @@ def greet(config: Config, facts: dict, inputs: Inputs, device: torch.device, pat
     for share in facts["sources"]:
         print(f"{share['role']} {share['name']}: {share['samples']:,} samples, {share['share_rows']:.1%} of rows, "
               f"{share['share_tokens']:.1%} of tokens; dropped {share['dropped']}, truncated {share['truncated']}, split {share['split']}")
+    for line in retention.describe(config.retention, config.adapter, model["parameters"] * dtype.itemsize):
+        print(line)
     if inputs.heldout:
         print(heldout_line(inputs))
     print(f"plan: {inputs.plan.total} steps of {inputs.plan.packs_per_step} packs of {config.batch.tokens_per_pack} tokens", flush=True)

@@ -61,6 +61,27 @@ class Samples:
         arrays = ("lengths", "supervised", "weights", "sources", "records", "_chunk", "_begin")
         return replace(self, **{name: getattr(self, name)[indices] for name in arrays})
 
+    def weighted(self, indices: np.ndarray, factors: np.ndarray) -> Samples:
+        """The same samples, those at `indices` weighing so many times as much."""
+        weights = self.weights.copy()
+        weights[indices] *= factors
+        return replace(self, weights=weights)
+
+    def supervising(self, indices: np.ndarray, keep: np.ndarray) -> Samples:
+        """The same samples; of the supervised tokens of those at `indices`, one after the other, only those that `keep` marks still are.
+
+        Costs a byte in memory for each token of all samples: flags are no longer those on disk.
+        """
+        flags = [np.array(own) for _, own in self._chunks]
+        supervised, done = self.supervised.copy(), 0
+        for i in indices:
+            window = flags[self._chunk[i]][self._begin[i] + 1 : self._begin[i] + self.lengths[i]]  # nothing precedes the first token
+            places = np.flatnonzero(window)
+            kept = keep[done : done + len(places)]
+            window[places[~kept]] = 0
+            supervised[i], done = kept.sum(), done + len(places)
+        return replace(self, supervised=supervised, _chunks=[(ids, own) for (ids, _), own in zip(self._chunks, flags)])
+
     @cached_property
     def fingerprint(self) -> str:
         """A hash of the tokens, flags and weights of the samples in their order, however many processes made them."""

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from trainer.distributed import World
 from trainer.metrics import Phases
 from trainer.packing import Batch, collate
 from trainer.plan import Plan, Step
+from trainer.retention import Retention
 from trainer.samples import Samples
 
 
@@ -23,10 +25,12 @@ class Counts:
     supervised: int = 0
     squared_lengths: int = 0
     capacity: int = 0  # tokens that the packs could have held
+    base_tokens: int = 0  # that the base reads beside the model
+    base_supervised: int = 0
+    base_squared_lengths: int = 0
 
     def __add__(self, other: Counts) -> Counts:
-        return Counts(self.tokens + other.tokens, self.supervised + other.supervised,
-                      self.squared_lengths + other.squared_lengths, self.capacity + other.capacity)
+        return Counts(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(self)))
 
 
 @dataclass
@@ -38,14 +42,17 @@ class Work:
     weight: float
     counts: Counts
     sources: list[str]
+    counted_weight: float = 0.0  # of the targets that a divergence from the base counts
+    divergence: Tensor | None = field(default=None, compare=False)  # this rank's share of it, once the step has run; None: none counted
 
 
-def stage(plan: Plan, samples: Samples, first: int, world: World, device: torch.device, phases: Phases) -> Iterator[Work]:
+def stage(plan: Plan, samples: Samples, first: int, world: World, device: torch.device, phases: Phases,
+          retention: Retention | None = None) -> Iterator[Work]:
     """The work of steps first .. total - 1 for this rank, each one's copy started before the step before it runs."""
     upcoming = None
     for step in range(first, plan.total):
         with phases("data"):
-            following = prepare(plan, samples, step, world, device)
+            following = prepare(plan, samples, step, world, device, retention)
         if upcoming:
             yield upcoming
         upcoming = following
@@ -53,25 +60,38 @@ def stage(plan: Plan, samples: Samples, first: int, world: World, device: torch.
         yield upcoming
 
 
-def prepare(plan: Plan, samples: Samples, step: int, world: World, device: torch.device) -> Work:
+def prepare(plan: Plan, samples: Samples, step: int, world: World, device: torch.device, retention: Retention | None = None) -> Work:
     """Collate this rank's packs of a step; count the whole step."""
     packs = plan[step]
     indices = np.concatenate(packs)
-    lengths = samples.lengths[indices].astype(np.int64)
-    counts = Counts(tokens=int(lengths.sum()), supervised=int(samples.supervised[indices].sum()),
-                    squared_lengths=int((lengths**2).sum()), capacity=len(packs) * plan.batch.tokens_per_pack)
+    counted = indices[retention.counted[samples.sources[indices]]] if retention else indices[:0]
+    targets = retention.targets(samples, counted) if retention else samples.supervised[counted]
+    counts = Counts(*totals(samples, indices, samples.supervised[indices]), len(packs) * plan.batch.tokens_per_pack,
+                    *totals(samples, counted, targets))
     sources = [samples.names[s] for s in np.unique(samples.sources[indices])]
-    mine = batches(samples, packs[world.rank :: world.size], device)
-    return Work(step, mine, max(supervised_weight(samples, indices), 1e-8), counts, sources)
+    mine = batches(samples, packs[world.rank :: world.size], device, retention.collate if retention else collate)
+    weight = max(supervised_weight(samples, indices), 1e-8)
+    return Work(step, mine, weight, counts, sources, counted_weight=weight_of(samples, counted, targets))
+
+
+def totals(samples: Samples, indices: np.ndarray, targets: np.ndarray) -> tuple[int, int, int]:
+    """Tokens, targets and sum(len^2) of these samples, of which each has so many targets."""
+    lengths = samples.lengths[indices].astype(np.int64)
+    return int(lengths.sum()), int(targets.sum()), int((lengths**2).sum())
 
 
 def supervised_weight(samples: Samples, indices: np.ndarray) -> float:
     """Sum of the weights of the supervised tokens of these samples."""
-    return float((samples.supervised[indices] * samples.weights[indices].astype(np.float64)).sum())
+    return weight_of(samples, indices, samples.supervised[indices])
 
 
-def batches(samples: Samples, packs: Step, device: torch.device) -> list[Batch]:
-    collated = (collate([(*samples[i], samples.weights[i], samples.sources[i]) for i in pack]) for pack in packs)
+def weight_of(samples: Samples, indices: np.ndarray, targets: np.ndarray) -> float:
+    return float((targets * samples.weights[indices].astype(np.float64)).sum())
+
+
+def batches(samples: Samples, packs: Step, device: torch.device, lay: Callable[[list[tuple]], Batch] = collate) -> list[Batch]:
+    """The packs on the device, each laid out by `lay`."""
+    collated = (lay([(*samples[i], samples.weights[i], samples.sources[i]) for i in pack]) for pack in packs)
     if device.type == "cpu":
         return list(collated)
     return [batch.pin_memory().to(device, non_blocking=True) for batch in collated]

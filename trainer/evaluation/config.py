@@ -1,0 +1,148 @@
+"""Every option of `python -m trainer.evaluate`, its default, and what it does. YAML sections and dotted overrides bear these names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Literal
+
+from trainer.config import Model
+from trainer.errors import UserError
+
+QUOTED = "a pattern in quotes, as YAML takes what follows a # for a comment"
+Metric = Literal["auto", "exact", "choice", "regex", "logprob"]
+
+
+@dataclass
+class Items:
+    """One file of items with known answers, or of held-out text, and how it is scored."""
+
+    path: str  # JSON, JSONL, Parquet or CSV file; a folder written by `save_to_disk`; or a hub name
+    name: str | None = None  # how reports call it; default: the file's stem
+    # exact: the answer equals what is generated; choice: the likeliest of several; regex: what a pattern finds in both; logprob: of text
+    metric: Metric = "auto"  # auto: data.metric, and if that is auto too, told from the columns
+    columns: dict[str, str] | None = None  # ours -> the file's: prompt, answer, choices, messages, text, input, system, id
+    regex: str = ""  # a pattern with a group, searched in what is generated; default: data.regex
+    answer_regex: str | None = None  # the same for the file's answers; default: as regex; "" takes an answer as it stands
+    take: Literal["first", "last"] = "first"  # which match of the pattern counts
+    ignore_case: bool = False  # compare without regard to case
+    ignore_punctuation: bool = False  # compare without punctuation
+    choice_by: Literal["sum", "characters", "tokens"] = "sum"  # decides by the log-prob of a choice, or that per character or token
+    split: str = "train"  # split of a hub data set or saved folder
+    subset: str | None = None  # configuration name of a hub data set
+    limit: int | None = None  # the first n items
+
+
+@dataclass
+class Data:
+    """What is asked, and how it becomes tokens."""
+
+    general: str | list[str | Items] = field(default_factory=list)  # what the model could do before: a path, or a list of paths and items
+    domain: str | list[str | Items] = field(default_factory=list)  # what it was tuned for
+    metric: Metric = "auto"  # of files that do not name theirs
+    regex: str = ""  # of files that do not name theirs, e.g. '#### (-?[\d,.]+)' for GSM8K
+    chat: bool = True  # ask through the chat template; false: the prompt's bare text, a space, and the answer
+    chat_template: str | None = None  # a Jinja file to use instead of the tokenizer's own template
+    overlong: Literal["error", "drop", "truncate"] = "error"  # held-out texts longer than a pack or the model's context
+
+
+@dataclass
+class Base:
+    """What the model is compared with. With an adapter it is the adapter's own base, unless another is named."""
+
+    path: str | None = None  # folder or hub name
+    tokenizer: str | None = None  # folder or hub name; default: the base's own
+
+
+@dataclass
+class Generation:
+    """Answers are the likeliest next token, again and again, until the model ends its turn."""
+
+    engine: Literal["transformers", "vllm"] = "transformers"  # vllm: faster, in a process of its own (needs the `synth` extra)
+    max_tokens: int = 256  # an answer that is not done by then is cut off, and reports count it
+    stop: list[str] = field(default_factory=list)  # an answer also ends before any of these texts
+    batch: int = 64  # prompts that transformers answers together
+
+
+@dataclass
+class Scoring:
+    """Log-probs of given answers, and the divergence from the base over them."""
+
+    tokens_per_pack: int = 8192  # capacity of one packed sequence, and the longest sample
+    kl_tokens: int = 20_000  # answer tokens per role over which KL(base || model) is measured, at most; the host keeps a vector of each
+
+
+@dataclass
+class Statistics:
+    """Intervals."""
+
+    confidence: float = 0.95  # of all intervals
+    bootstrap: int = 2000  # resamples of the items
+    seed: int = 0
+
+
+@dataclass
+class Harness:
+    """Settings of lm-evaluation-harness, for `tasks`."""
+
+    role: Literal["general", "domain"] = "general"  # what the tasks stand for
+    limit: int | None = None  # the first n documents of each task
+    fewshot: int | None = None  # examples before each question; default: the task's own
+    batch: int = 16  # sequences in one call of the model
+    chat: bool = False  # ask through the chat template
+
+
+@dataclass
+class Config:
+    """Score a model, beside its base: `python -m trainer.evaluate --adapter A --data.general F.jsonl --data.domain G.jsonl`."""
+
+    output: str = "runs/evaluation"  # the folder for results.jsonl, results.json and report.html
+    model: Model = field(default_factory=Model)  # model.path may be left out where an adapter names its base
+    adapter: str | None = None  # folder of a LoRA adapter on the model
+    other_base: bool = False  # put the adapter on model.path although adapter_config.json names another base
+    four_bit: bool = False  # hold the model in 4 bits, as a QLoRA run does (needs the `quant` extra)
+    base: Base = field(default_factory=Base)
+    data: Data = field(default_factory=Data)
+    generation: Generation = field(default_factory=Generation)
+    scoring: Scoring = field(default_factory=Scoring)
+    statistics: Statistics = field(default_factory=Statistics)
+    tasks: str | list[str] = field(default_factory=list)  # of lm-evaluation-harness, by name: a list, or a,b,c (needs the `eval` extra)
+    task_folder: str | None = None  # task files (YAML) beside those that come with the library
+    harness: Harness = field(default_factory=Harness)
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU that has it, else fp32
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+
+
+def validate(config: Config) -> None:
+    """Refuse values that no evaluation can use. Types are checked before, by the parser. Raises UserError naming the option."""
+    data, scoring, statistics = config.data, config.scoring, config.statistics
+    _require(bool(config.output.strip()), "output", "a folder", "none")
+    _require(bool(data.general or data.domain or config.tasks), "data.general, data.domain, tasks", "an item file or a task", "none")
+    _require(data.regex is not None, "data.regex", QUOTED, data.regex)
+    keys = ", ".join(key.name for key in fields(Items))
+    for role, given in (("general", data.general), ("domain", data.domain)):
+        for items in [given] if isinstance(given, str) else given:
+            written = not str(items).startswith(("[", "{"))  # what could not be read as a list of items is a string
+            _require(written, f"data.{role}", f"a path, or a list of items in YAML with the keys {keys}", items)
+            pattern = "" if isinstance(items, str) else items.regex
+            _require(pattern is not None, f"data.{role}: regex", QUOTED, pattern)
+            limit = None if isinstance(items, str) else items.limit
+            _require(limit is None or limit >= 1, f"data.{role}: limit", "1 or more items", limit)
+    _require(config.model.config is None, "model.config", "trained weights, as model.path", "a configuration without weights")
+    _require(config.model.path is not None or config.adapter is not None, "model.path", "a model, or an adapter that names its base",
+             "neither")
+    _require(not config.other_base or config.adapter is not None, "other_base", "an adapter beside it", "none")
+    _require(config.generation.max_tokens >= 1, "generation.max_tokens", "1 or more", config.generation.max_tokens)
+    _require(config.generation.batch >= 1, "generation.batch", "1 or more", config.generation.batch)
+    _require(scoring.tokens_per_pack >= 2, "scoring.tokens_per_pack", "2 tokens or more", scoring.tokens_per_pack)
+    _require(scoring.kl_tokens >= 0, "scoring.kl_tokens", "0 or more", scoring.kl_tokens)
+    _require(0 < statistics.confidence < 1, "statistics.confidence", "0 < confidence < 1", statistics.confidence)
+    _require(statistics.bootstrap >= 100, "statistics.bootstrap", "100 resamples or more", statistics.bootstrap)
+    _require(0 <= statistics.seed < 2**63, "statistics.seed", "0 <= seed < 2^63", statistics.seed)
+    _require(config.harness.limit is None or config.harness.limit >= 1, "harness.limit", "1 or more documents", config.harness.limit)
+    _require(config.harness.fewshot is None or config.harness.fewshot >= 0, "harness.fewshot", "0 or more", config.harness.fewshot)
+    _require(config.harness.batch >= 1, "harness.batch", "1 or more", config.harness.batch)
+
+
+def _require(holds: bool, option: str, expected: str, found) -> None:
+    if not holds:
+        raise UserError(f"{option}: expected {expected}, got {found}")
