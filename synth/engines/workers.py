@@ -24,6 +24,7 @@ from synth.config import Model
 from synth.engines.base import EmbeddingRequest, EngineError, EngineInfo
 from synth.engines.files import fingerprint, locate, parameters
 from synth.engines.worker import Opening, Ready
+from trainer.errors import shortened, telling
 
 CHUNK = 64  # requests of one message
 SMALL = 200_000_000  # parameters up to which one thread per worker is fastest on a CPU
@@ -253,21 +254,5 @@ def explain(model: Model, kind: str, error: str, text: str, log: Path) -> str:
     """One line from what an engine raised: the cause and the remedy where we know them, its own words, and where the rest is."""
     for pattern, cause, remedy in REMEDIES:
         if re.search(pattern, f"{error} {text}"):
-            return f"{model.path}: {kind}: {cause} ({_short(text) or error}); try {remedy}; see {log}"
-    return f"{model.path}: {kind} failed: {error}: {_short(text)}; see {log}"
-
-
-def telling(log: Path) -> str:
-    """The last line of a log that names an error; else its last line."""
-    with contextlib.suppress(OSError):
-        with log.open("rb") as file:
-            file.seek(max(0, log.stat().st_size - 100_000))
-            lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
-        errors = [line for line in lines if re.search(r"error|exception|fatal|killed|abort|fault", line, re.IGNORECASE)]
-        return _short((errors or lines or [""])[-1])
-    return ""
-
-
-def _short(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= 240 else text[:237] + "..."
+            return f"{model.path}: {kind}: {cause} ({shortened(text) or error}); try {remedy}; see {log}"
+    return f"{model.path}: {kind} failed: {error}: {shortened(text)}; see {log}"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,7 @@ import torch
 from transformers import AutoConfig, GenerationConfig
 
 from trainer import config as training
-from trainer.errors import UserError
+from trainer.errors import UserError, telling
 from trainer.evaluation.config import Config
 from trainer.evaluation.generation import Answer, answer_of, end_tokens
 from trainer.evaluation.items import ItemFile
@@ -109,15 +108,8 @@ def _run(job: dict, log: Path) -> list[list[list[int]]]:
             done = subprocess.run([sys.executable, "-m", "trainer.evaluation.vllm", str(given), str(made)], stdin=subprocess.DEVNULL,
                                   stdout=file, stderr=subprocess.STDOUT, env=os.environ | QUIET | {"PYTHONPATH": path})
         if done.returncode:
-            raise UserError(f"generation.engine: vllm failed on {job['options']['model']}: {_telling(log)}; see {log}, or use transformers")
+            raise UserError(f"generation.engine: vllm failed on {job['options']['model']}: {telling(log)}; see {log}, or use transformers")
         return json.loads(made.read_text())
-
-
-def _telling(log: Path) -> str:
-    """The last line of a log that names an error; else its last line."""
-    lines = [" ".join(line.split()) for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if re.search(r"error|exception|killed", line, re.IGNORECASE)]
-    return (errors or lines or ["it said nothing"])[-1][:240]
 
 
 # ---------------------------------------------------------------- in the other process
