@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import dataclass, field
 from typing import Literal
@@ -144,6 +145,7 @@ class Logging:
     tensorboard: bool = True
     wandb_project: str | None = None  # needs the `logging` extra
     progress: bool = True  # a progress bar on a terminal
+    profile: str | None = None  # FIRST-LAST, e.g. 20-25: watch step 20 for waits of the host, trace 21 to 25, write profile/
 
 
 @dataclass
@@ -214,6 +216,7 @@ def validate(config: Config) -> None:
     _require(config.checkpoint.every >= 0, "checkpoint.every", "0 or more", config.checkpoint.every)
     _require(config.checkpoint.keep >= 1, "checkpoint.keep", "1 or more", config.checkpoint.keep)
     _require(config.logging.every >= 1, "logging.every", "1 or more", config.logging.every)
+    profiled_steps(config.logging.profile)
     _require(config.evaluation.every >= 0 and config.evaluation.patience >= 0, "evaluation.every, evaluation.patience", "0 or more",
              (config.evaluation.every, config.evaluation.patience))
     _require(not config.evaluation.patience or config.evaluation.every > 0, "evaluation.patience",
@@ -232,6 +235,16 @@ def _validate_retention(config: Config) -> None:
     on_replay = held.kl > 0 and held.kl_on == "replay"
     _require(not on_replay or (bool(config.replay.data) and config.replay.ratio != 0), "retention.kl",
              "replay rows to count it on (replay.data, and a replay.ratio that is not 0), or retention.kl_on=all", "none")
+
+
+def profiled_steps(given: str | None) -> range | None:
+    """The steps of `logging.profile`, counted from 1 as log lines are. (20:25 would be the number 1225 to YAML.)"""
+    if given is None:
+        return None
+    match = re.fullmatch(r"(\d{1,9})-(\d{1,9})", given)
+    _require(bool(match) and 1 <= int(match[1]) < int(match[2]), "logging.profile",
+             "FIRST-LAST, two steps with 1 <= FIRST < LAST, as in 20-25", given)
+    return range(int(match[1]), int(match[2]) + 1)
 
 
 def _require(holds: bool, option: str, expected: str, found) -> None:

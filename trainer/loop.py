@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from kernels import linear_cross_entropy
 from trainer import checkpoint
-from trainer.config import Config
+from trainer.config import Config, profiled_steps
 from trainer.distributed import World
 from trainer.errors import UserError
 from trainer.interrupts import Interrupts
@@ -28,6 +28,7 @@ from trainer.model import HeadSpec, forward_hidden, head, supervised_hidden
 from trainer.optim import FlatAdamW, learning_rate
 from trainer.packing import Batch
 from trainer.plan import Plan, hash_seed
+from trainer.profile import profiling
 from trainer.retention import Retention
 from trainer.samples import Samples
 from trainer.staging import Counts, Work, batches, stage, supervised_weight
@@ -90,7 +91,9 @@ def fit(job: Job, state: checkpoint.State) -> Ending:
     if job.heldout and state.step == 0:
         evaluate(job, state, meter)  # what the run has to better
     job.model.train()
-    with Interrupts() as interrupts, garbage_at_log_steps():
+    steps = profiled_steps(job.config.logging.profile) if job.world.is_main else None
+    with (Interrupts() as interrupts, garbage_at_log_steps(),
+          profiling(steps, job.folder, job.device, meter.phases, state.step) as profile):
         for work in stage(plan, job.samples, state.step, job.world, job.device, meter.phases, job.retention):
             if received or out_of_patience(job, state):
                 break
@@ -108,6 +111,7 @@ def fit(job: Job, state: checkpoint.State) -> Ending:
                 received = max(job.world.gather(interrupts.received or 0))
             if due(state.step, job.config.checkpoint.every) or received:
                 save(job, state, meter)
+            profile(state.step)
     if meter.losses:
         report(job, state, meter)  # an early stop comes between log steps
     ending = ended(job, state, received)

@@ -14,7 +14,7 @@ import resource
 import sys
 import time
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -118,12 +118,14 @@ class Phases:
 
     def __init__(self, device: torch.device):
         self.cuda = device.type == "cuda"
+        self.label = nullcontext  # or torch.profiler.record_function, while a trace is taken
         self.spans: list[tuple[str, object, object]] = []
 
     @contextmanager
     def __call__(self, name: str):
         start = self._now()
-        yield
+        with self.label(name):
+            yield
         self.spans.append((name, start, self._now()))
 
     def _now(self):

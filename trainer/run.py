@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from trainer import checkpoint, cli, folder, lora, quantization, retention, weighting
-from trainer.config import Config, validate
+from trainer.config import Config, profiled_steps, validate
 from trainer.distributed import World, world
 from trainer.dry_run import show
 from trainer.errors import UserError
@@ -30,6 +30,7 @@ from trainer.model import (
     weights_fingerprint,
 )
 from trainer.optim import FlatAdamW
+from trainer.profile import require_within
 
 USAGE = """\
 usage: python -m trainer.run --model.path MODEL --data.train FILE [--section.option value ...]
@@ -84,6 +85,7 @@ def train(config: Config) -> RunResult | None:
             ranks.on_main(lambda: prepare_inputs(config, tokenizer))  # the others then find its caches
         inputs = prepare_inputs(config, tokenizer)
         require_work_for_all(inputs, ranks)
+        require_within(profiled_steps(config.logging.profile), inputs.plan.total)
         if config.dry_run:
             ranks.on_main(lambda: show(config, inputs, device))
             return None
