@@ -85,7 +85,7 @@ class Clean:
 class Respond:
     """Answers to the instructions that were kept."""
 
-    samples: int = 3  # answers of each model to each instruction
+    samples: int = 3  # sampled answers of each model to each instruction; 0: the greedy one alone
     temperature: float = 1.0
     top_p: float = 0.98
     max_tokens: int = 2048
@@ -109,8 +109,12 @@ class Judge:
 class Select:
     """Which answer to each instruction goes into the replay set."""
 
-    rule: Literal["max", "likeliest"] = "likeliest"  # the best; or the likeliest under the base of those near the best
-    within: float = 0.5  # likeliest: points below the best that still count as near
+    # max: the best; agreed: of those near the best what most say word for word, then the likeliest under the base; likeliest: the likeliest
+    # of those near the best, however many say it; first: the first of `among`, judged or not
+    rule: Literal["max", "agreed", "likeliest", "first"] = "agreed"
+    among: list[str] = field(default_factory=list)  # candidates: a model's name, or one answer, as name:0 or name:greedy; none: all
+    score: Literal["mean", "mode"] = "mean"  # of the distribution over the digits; mode: the likeliest digit, as the paper's integers
+    within: float = 0.5  # agreed, likeliest: points below the best that still count as near
     floor: float = 0.0  # instructions whose best answer scores less are dropped
 
 
@@ -157,7 +161,7 @@ def settled(config: Config) -> Config:
         clean=dataclasses.replace(config.clean, duplicates="keep"),
         respond=dataclasses.replace(config.respond, samples=3, greedy_self=False, base_likelihood=False),
         judge=dataclasses.replace(config.judge, score="paper", exclude_self=False, normalise=False),
-        select=dataclasses.replace(config.select, rule="max", floor=0.0))
+        select=dataclasses.replace(config.select, rule="max", score="mean", floor=0.0))
 
 
 def name_of(model: Model) -> str:
@@ -202,9 +206,13 @@ def validate(config: Config) -> None:
     _require(clean.ngram >= 1, "clean.ngram", "1 or more", clean.ngram)
     duplicate_rule(clean.duplicates)
     _require(instruct.fresh >= 0, "instruct.fresh", "0 or more", instruct.fresh)
-    _require(select.rule != "likeliest" or respond.base_likelihood or config.preset == "paper", "respond.base_likelihood",
-             "true, for select.rule likeliest", False)
-    _require(respond.samples >= 1, "respond.samples", "1 or more", respond.samples)
+    _require(select.rule not in ("agreed", "likeliest") or respond.base_likelihood or config.preset == "paper", "respond.base_likelihood",
+             f"true, for select.rule {select.rule}", False)
+    _require(respond.samples >= (not respond.greedy_self), "respond.samples", "1 or more; 0 beside respond.greedy_self true",
+             respond.samples)
+    _require(respond.samples >= 1 or not config.responders, "respond.samples", "1 or more, for responders", respond.samples)
+    _require(select.score == "mean" or config.judge.score == "expect", "select.score", "mean, beside judge.score paper", select.score)
+    _require(select.rule != "first" or not config.judge.pairwise, "select.rule", "max or likeliest, beside judge.pairwise", select.rule)
     _require(respond.temperature >= 0 and 0 < respond.top_p <= 1, "respond.temperature, respond.top_p", "0 or more, and above 0 to 1",
              (respond.temperature, respond.top_p))
     for option, value in (("instruct.max_tokens", instruct.max_tokens), ("respond.max_tokens", respond.max_tokens),

@@ -21,7 +21,7 @@ from synth.ratings import panel, rate
 from synth.rubric import DIGITS, LETTERS, PAIRWISE, asked, fill, rubric
 from synth.stage import Run, identity, usable
 from synth.store import CLEAN, Chat
-from synth.verdicts import NO_MASS, NO_SCORE, expected_score, parsed_score, preference
+from synth.verdicts import NO_MASS, NO_SCORE, expected_score, likeliest_score, parsed_score, preference
 
 PAGE = 4000  # answers read from the pool at a time
 
@@ -48,7 +48,7 @@ def settle(run: Run) -> None:
     options, text = run.config.judge, rubric(run.config.judge)
     length = {"max_tokens": options.max_tokens} if options.score == "paper" else {}
     run.settle("judge", {"judges": [identity(model) for model in run.config.judges], "score": options.score, **length,
-                         "exclude_self": options.exclude_self, "rubric": hashlib.sha256(text.encode()).hexdigest()[:16]})
+                         "rubric": hashlib.sha256(text.encode()).hexdigest()[:16]})
     if run.pool.get("rubric") is None:
         with run.pool.transaction():
             run.pool.set("rubric", text)
@@ -123,8 +123,8 @@ class Scoring(Judging):
         if isinstance(result, Failure):
             return None, None, None, seed, result.reason
         if isinstance(result, Choice):
-            score = expected_score(result.probabilities)
-            return score, finite(result.mass), None, seed, NO_MASS if score is None else None
+            score, digit = expected_score(result.probabilities), likeliest_score(result.probabilities)
+            return score, finite(result.mass), digit and str(digit), seed, NO_MASS if score is None else None
         said = self.format.answer(result.text) if self.format else result.text
         reason = usable(result, None) or (None if said is not None else "no answer in its final channel")
         score = None if reason else parsed_score(said)

@@ -36,6 +36,11 @@ def panel(config: Config) -> dict[str, tuple[str, ...]]:
     return {author: others[author] if config.judge.exclude_self and others[author] else tuple(sorted({*judges})) for author in authors}
 
 
+def given(config: Config) -> str:
+    """SQL: what a judge says of an answer, in `scores` called s."""
+    return "s.score" if config.select.score == "mean" else "CAST(s.text AS REAL)"
+
+
 # ---------------------------------------------------------------- a common scale
 
 
@@ -105,8 +110,11 @@ def _effects(row: np.ndarray, column: np.ndarray, means: np.ndarray, count: np.n
 
 def scales_of(run: Run) -> dict[str, Scale]:
     """The scale of every judge that gave a score; the scores as they are without `judge.normalise`."""
-    cells = [Cell(*row) for row in run.pool.select(
-        "SELECT judge, model, count(score), total(score), total(score * score) FROM scores WHERE score IS NOT NULL GROUP BY judge, model")]
+    judges, score = panel(run.config), given(run.config)
+    found = (Cell(*row) for row in run.pool.select(
+        f"SELECT judge, model, count({score}), total({score}), total({score} * {score}) FROM scores AS s WHERE {score} IS NOT NULL "
+        "GROUP BY judge, model"))
+    cells = [cell for cell in found if cell.judge in judges.get(cell.author, ())]
     if not cells:
         return {}
     fitted = fit(cells)
@@ -141,7 +149,7 @@ def _ratings(run: Run, scales: dict[str, Scale]) -> Iterator[Rating]:
     judges, normalise, missing = panel(run.config), run.config.judge.normalise, 0
     # the plus keeps the answers in the order of their keys, with no sorting
     found = run.pool.connection.execute(
-        "SELECT r.item, r.model, r.sample, s.judge, s.score FROM responses AS r LEFT JOIN scores AS s "
+        f"SELECT r.item, r.model, r.sample, s.judge, {given(run.config)} FROM responses AS r LEFT JOIN scores AS s "
         "ON s.item = r.item AND s.model = r.model AND s.sample = r.sample "
         f"WHERE r.reason IS NULL AND +r.item IN (SELECT id FROM items WHERE {CLEAN}) ORDER BY r.item, r.model, r.sample")
     for key, rows in itertools.groupby(found, key=lambda row: row[:3]):

@@ -1,24 +1,28 @@
 """Stage `select`: which answer to each instruction goes into the replay set, and which one it is to be preferred to.
 
-The best-rated one; or, of those within `select.within` points of the best, the one most likely under the base, per token (GRAPE, arXiv
-2502.04194): it moves the model least. Where the two best were compared, the one preferred over both orders and all judges. Cheap, and done
-anew at every call: only this stage's own drops, ratings and choices change.
+The best-rated one; or, of those within `select.within` points of the best, the one that most of them say word for word (self-consistency,
+Wang et al., arXiv 2203.11171) and, of several, the most likely under the base, per token (GRAPE, arXiv 2502.04194): it moves the model
+least. Where answers are long no two are alike, and likelihood alone decides. Where the two best were compared, the one preferred over both orders and all judges. Or the first
+of those named, which needs no judge: a single answer, or the greedy one. Cheap, and done anew at every call: only this stage's own drops,
+ratings and choices change, so one pool gives replay sets of every rule.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from synth import seeds
-from synth.config import Config
+from synth.config import Config, name_of
 from synth.export import export
 from synth.judge import settle
 from synth.ratings import rate
+from synth.respond import GREEDY
 from synth.stage import Run
 from synth.store import CLEAN
+from trainer.errors import UserError
 
 EQUAL = 1e-9  # points within which two ratings are the same
 NO_ANSWER, NO_JUDGEMENT, LOW, NO_WEIGHT = "no usable answer", "no complete judgement", "below the floor", "weight 0"
@@ -51,21 +55,27 @@ class Decision(NamedTuple):
 
 
 def select(run: Run) -> None:
-    run.require("judge")
-    settle(run)
+    judged = run.config.select.rule != "first"
+    run.require("judge" if judged else "respond")
+    if judged:
+        settle(run)
+    order = Among(run)
     with run.pool.transaction():
         run.pool.set("done.select", False)
         run.pool.connection.execute("DELETE FROM drops WHERE stage = 'select'")
         run.pool.connection.execute("DELETE FROM selection")
-        scales = rate(run)
+        scales = rate(run) if judged else unrated(run)
         preferred = preferences(run) if run.config.judge.pairwise else {}
         chosen, dropped = [], []
         for item, weight, answers in candidates(run):
-            reason, detail = drop_reason(answers, weight, run.config.select.floor)
+            answers = sorted(filter(order.has, answers), key=order)
+            reason, detail = drop_reason(answers, weight, run.config.select.floor if judged else None)
             if reason:
                 dropped.append((item, "select", reason, detail))
-            else:
+            elif judged:
                 chosen.append((item, *choose(run.config, item, answers, preferred.get(item)).row))
+            else:
+                chosen.append((item, *Decision(answers[0], None).row))
         run.pool.insert("selection", chosen)
         run.pool.insert("drops", dropped)
     tell(run)
@@ -78,8 +88,8 @@ def tell(run: Run) -> None:
     reasons = run.pool.select("SELECT reason, count(*) FROM drops WHERE stage = 'select' GROUP BY reason ORDER BY reason")
     answers, complete = run.pool.select("SELECT count(*), count(value) FROM ratings")[0]
     out = "".join(f", {count:,} {reason}" for reason, count in reasons)
-    run.say(f"select: {kept:,} items chosen, {pairs:,} with a rejected answer{out}; {answers - complete:,} of {answers:,} answers "
-            "lack a judge's score and were left out")
+    left_out = f"{answers - complete:,} of {answers:,} answers lack a judge's score and were left out" if answers else "nothing was judged"
+    run.say(f"select: {kept:,} items chosen, {pairs:,} with a rejected answer{out}; {left_out}")
 
 
 # ---------------------------------------------------------------- what there is to choose from
@@ -99,12 +109,44 @@ def candidates(run: Run) -> Iterator[tuple[int, float, list[Answer]]]:
                              for _, _, model, sample, text, value, logprob, tokens in rows if model is not None]
 
 
-def drop_reason(answers: Sequence[Answer], weight: float, floor: float) -> tuple[str | None, str | None]:
-    """Why an item is out, and a figure; (None, None) where it stays."""
+class Among:
+    """Which answers `select.among` names, and their order. UserError for a name or a number that the pool does not have."""
+
+    def __init__(self, run: Run):
+        named, config = run.config.select.among, run.config
+        self.models = [name_of(model) for model in (config.base, *config.responders)]
+        samples = {model: list(range(config.respond.samples)) for model in self.models}
+        if config.respond.greedy_self:
+            samples[name_of(config.base)].append(GREEDY)
+        every = {f"{model}:{'greedy' if k == GREEDY else k}": (model, k) for model in self.models for k in samples[model]}
+        keys = []
+        for name in named or self.models:
+            if name not in every and name not in samples:
+                raise UserError(f"select.among: expected names among {', '.join([*self.models, *every])}, got {name}")
+            keys += [every[name]] if name in every else [(name, k) for k in samples[name]]
+        self.place = {key: place for place, key in reversed(list(enumerate(keys)))}
+
+    def has(self, answer: Answer) -> bool:
+        return answer.key in self.place
+
+    def __call__(self, answer: Answer) -> int:
+        return self.place[answer.key]
+
+
+def unrated(run: Run) -> dict:
+    """No ratings, and no judges' scales: nobody was asked."""
+    run.pool.connection.execute("DELETE FROM ratings")
+    return {}
+
+
+def drop_reason(answers: Sequence[Answer], weight: float, floor: float | None) -> tuple[str | None, str | None]:
+    """Why an item is out, and a figure; (None, None) where it stays. Without a floor nobody has to have judged the answers."""
     if weight <= 0:
         return NO_WEIGHT, None
     if not answers:
         return NO_ANSWER, None
+    if floor is None:
+        return None, None
     best = max((answer.value for answer in answers if answer.value is not None), default=None)
     if best is None:
         return NO_JUDGEMENT, None
@@ -147,12 +189,17 @@ def choose(config: Config, item: int, answers: Sequence[Answer], preferred: tupl
 
 
 def by_rule(config: Config, item: int, rated: Sequence[Answer]) -> Answer:
-    """max: the best. likeliest: the likeliest near the best; the best, where the base could read none of those. Ties by the seed."""
+    """max: the best. Else, near the best: agreed: what most say, then the likeliest of it; likeliest: the likeliest.
+
+    The best, where the base could read none of those. Ties by the seed.
+    """
     best = max(answer.value for answer in rated)
-    if config.select.rule == "likeliest":
-        near = [answer for answer in rated if answer.value >= best - config.select.within - EQUAL and answer.likelihood is not None]
-        if near:
-            return min(near, key=lambda answer: (-answer.likelihood, lot(config, item, answer)))
+    if config.select.rule != "max":
+        near = [answer for answer in rated if answer.value >= best - config.select.within - EQUAL]
+        said = Counter(answer.text if config.select.rule == "agreed" else None for answer in near)
+        read = [answer for answer in near if answer.likelihood is not None]
+        if read:
+            return min(read, key=lambda answer: (-said[answer.text], -answer.likelihood, lot(config, item, answer)))
     return min((answer for answer in rated if answer.value >= best - EQUAL), key=lambda answer: lot(config, item, answer))
 
 

@@ -36,7 +36,8 @@ CREATE TABLE traits (item INTEGER PRIMARY KEY, language TEXT, grp INTEGER, weigh
 CREATE TABLE responses (item INTEGER, model TEXT, sample INTEGER, text TEXT, tokens INTEGER, finish TEXT, logprob REAL,
                         base_logprob REAL, base_tokens INTEGER, seed INTEGER, reason TEXT, PRIMARY KEY (item, model, sample)) WITHOUT ROWID;
 -- sample -1 is a greedy answer. An answer that cannot be used has its reason. base_logprob: of the answer and its end, under the base,
--- which reads it as base_tokens tokens. A score that could not be read is NULL, with its reason.
+-- which reads it as base_tokens tokens. A score that could not be read is NULL, with its reason. text: what the judge wrote, or the
+-- likeliest digit where score is the mean of their distribution.
 CREATE TABLE scores (item INTEGER, model TEXT, sample INTEGER, judge TEXT, score REAL, mass REAL, text TEXT, seed INTEGER, reason TEXT,
                      PRIMARY KEY (item, model, sample, judge)) WITHOUT ROWID;
 -- Pairwise judgements: the share of the judge's choice that the first-shown answer has.

@@ -31,6 +31,11 @@ def expected_score(probabilities: Sequence[float]) -> float | None:
     return None if mass is None else math.fsum(grade * p for grade, p in enumerate(probabilities, 1)) / mass
 
 
+def likeliest_score(probabilities: Sequence[float]) -> int | None:
+    """What the judge would say if it had to say one of 1, 2, ... n: the likeliest, the lowest of several; None without mass."""
+    return None if total(probabilities) is None else 1 + max(range(len(probabilities)), key=probabilities.__getitem__)
+
+
 def preference(probabilities: Sequence[float]) -> float | None:
     """The first choice's share of two; None without mass."""
     mass = total(probabilities)

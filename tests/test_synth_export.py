@@ -109,7 +109,8 @@ def test_the_manifest_by_hand(tmp_path):
     tokens = {model: sum(len(text) + 1 for text in said) for model, said in texts.items()}
     assert found["shares"] == {model: {"rows": pytest.approx(len(said) / 3), "tokens": pytest.approx(tokens[model] / sum(tokens.values()))}
                                for model, said in texts.items()}
-    assert found["settings"]["select"] == {"rule": "max", "within": 0.5, "floor": 0.0} and "output" not in found["settings"]
+    assert found["settings"]["select"] == {"rule": "max", "among": [], "score": "mean", "within": 0.5, "floor": 0.0}
+    assert "output" not in found["settings"]
     assert found["rubric"] == run.pool.get("rubric") and {"torch", "transformers", "python"} <= found["versions"].keys()
     assert found["judges"]["base"]["factor"] == 1.0 and found["judges"]["base"]["varies"] is True
 

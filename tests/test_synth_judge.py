@@ -105,7 +105,7 @@ def test_scores_have_their_mass_and_what_has_none_its_reason(tmp_path, monkeypat
     judge(run)
     rows = run.pool.select("SELECT item, score, mass, text, seed, reason FROM scores ORDER BY item")
     seed = [seeds.seed(0, "judge", "base", item, "base", 0) for item in range(3)]
-    assert rows[0][1:3] == (pytest.approx((0.05 + 0.4 + 1.25) / 0.4), pytest.approx(0.4)) and rows[0][3:] == (None, seed[0], None)
+    assert rows[0][1:3] == (pytest.approx((0.05 + 0.4 + 1.25) / 0.4), pytest.approx(0.4)) and rows[0][3:] == ("5", seed[0], None)
     assert rows[1] == (1, None, 0.0, None, seed[1], NO_MASS)
     assert rows[2] == (2, None, None, None, seed[2], "prompt of 600 tokens, longer than the context of 512")
 
@@ -298,7 +298,6 @@ def test_answers_come_before_scores(tmp_path):
 
 
 @pytest.mark.parametrize(("change", "name"), [({"judge": Judge(score="paper")}, "judge.max_tokens"),
-                                              ({"judge": Judge(exclude_self=False)}, "judge.exclude_self"),
                                               ({"judges": [Model(BASE, name="base")]}, "judge.judges")])
 def test_changed_settings_are_refused(tmp_path, monkeypatch, change, name):
     run, _ = finished(tmp_path, monkeypatch)

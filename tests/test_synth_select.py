@@ -157,9 +157,94 @@ def test_selection_waits_for_judges_and_refuses_other_ones(tmp_path):
     with pytest.raises(UserError, match="expected stage judge to have ended"):
         select(run)
     score(run, {(0, "base", 0, "base"): 3})
-    run.config.judge.exclude_self = False
-    with pytest.raises(UserError, match="judge.exclude_self: this pool was made with True"):
+    run.config.judge.score = "paper"
+    with pytest.raises(UserError, match="judge.max_tokens: this pool was made with None"):
         select(run)
+
+
+def test_own_verdicts_may_be_left_out_later_and_asked_for_later(tmp_path):
+    """Scores of all judges hold those of the others: only what is missing has to be asked for."""
+    scores = {(0, "base", 0, "base"): 5, (0, "base", 0, "other"): 1, (0, "other", 0, "base"): 2, (0, "other", 0, "other"): 4}
+    run = judged_run(tmp_path / "a", scores, judge=Judge(exclude_self=False, normalise=False))
+    select(run)
+    assert [row[0] for row in ratings(run).values()] == [3, 3]
+    run.config.judge.exclude_self = True
+    select(run)
+    assert [row[0] for row in ratings(run).values()] == [1, 2]
+    del scores[0, "base", 0, "base"], scores[0, "other", 0, "other"]
+    run = judged_run(tmp_path / "b", scores, judge=Judge(normalise=False))
+    select(run)
+    run.config.judge.exclude_self = False
+    with pytest.raises(UserError, match="found 2 missing; run stage judge first"):
+        select(run)
+
+
+def test_own_verdicts_that_are_left_out_do_not_move_the_scales(tmp_path):
+    scores = {(item, author, 0, judge): item % 2 + 2 + (author == judge) * 2 for item in range(4) for author in ("base", "other")
+              for judge in ("base", "other")}
+    whole = judged_run(tmp_path / "a", scores, judge=Judge(exclude_self=False))
+    whole.config.judge.exclude_self = True
+    part = judged_run(tmp_path / "b", {key: value for key, value in scores.items() if key[1] != key[3]}, judge=Judge())
+    with whole.pool.transaction(), part.pool.transaction():
+        assert rate(whole) == rate(part)
+    assert ratings(whole) == ratings(part)
+
+
+def test_integers_are_the_likeliest_digits(tmp_path):
+    """The mean prefers the first answer, the likeliest digit the second."""
+    run = judged_run(tmp_path, {(0, "base", 0, "other"): 3.9, (0, "base", 1, "other"): 3.6}, judge=Judge(normalise=False))
+    run.pool.connection.execute("UPDATE scores SET text = CASE sample WHEN 0 THEN '4' ELSE '5' END")
+    run.config.select = Select(rule="max")
+    select(run)
+    assert selection(run)[0][:3] == ("base", 0, 3.9)
+    run.config.select = Select(rule="max", score="mode")
+    select(run)
+    assert selection(run)[0][:3] == ("base", 1, 5.0)
+
+
+# ---------------------------------------------------------------- candidates
+
+
+@pytest.mark.parametrize(("among", "chosen"), [
+    ([], ("other", 1)), (["base"], ("base", 1)), (["base:0"], ("base", 0)), (["base:greedy"], ("base", -1)),
+    (["base:0", "other:0"], ("other", 0)), (["other"], ("other", 1))])
+def test_only_the_named_answers_are_candidates(tmp_path, among, chosen):
+    run = four_answers(tmp_path)
+    run.config.select = Select(rule="max", among=among)
+    select(run)
+    assert selection(run)[0][:2] == chosen
+
+
+@pytest.mark.parametrize(("among", "chosen"), [([], ("base", 0)), (["other", "base"], ("other", 0)), (["base:greedy"], ("base", -1)),
+                                               (["base:1", "base"], ("base", 1))])
+def test_the_first_answer_needs_no_judge(tmp_path, among, chosen):
+    run = four_answers(tmp_path, judged=False)
+    said = []
+    run.say = said.append
+    run.config.select = Select(rule="first", among=among)
+    select(run)
+    assert selection(run)[0][:3] == (*chosen, None) and ratings(run) == {}
+    assert said[0] == "select: 1 items chosen, 0 with a rejected answer; nothing was judged"
+
+
+def test_a_candidate_that_the_pool_does_not_have_is_refused(tmp_path):
+    run = four_answers(tmp_path)
+    run.config.select.among = ["base:7"]
+    with pytest.raises(UserError, match="select.among: expected names among base, other, base:0, base:1, base:2, base:greedy, other:0, "
+                                        "other:1, other:2, got base:7"):
+        select(run)
+
+
+def four_answers(tmp_path, judged=True):
+    """Two answers and a greedy one of the base, two of another model, each better than the one before."""
+    run = make_run(tmp_path, ["base", "other"])
+    fill(run, ["a?"], {"base": [["b", "c"]], "other": [["d", "e"]]})
+    run.pool.connection.execute("INSERT INTO responses SELECT item, model, -1, 'g', tokens, finish, logprob, base_logprob, base_tokens, "
+                                "seed, reason FROM responses WHERE model = 'base' AND sample = 0")
+    if judged:
+        keys = [("base", -1), ("base", 0), ("base", 1), ("other", 0), ("other", 1)]
+        score(run, {(0, *key, judge): place + 0.1 for place, key in enumerate(keys) for judge in ("base", "other") if judge != key[0]})
+    return run
 
 
 def test_ratings_take_out_what_judges_differ_by(tmp_path):
@@ -193,6 +278,15 @@ def test_the_best_or_the_likeliest_near_it():
     assert by_rule(config("likeliest", within=0.6), 0, [A, B, C]) == C
     assert by_rule(config("likeliest", within=0.0), 0, [A, B, C]) == A
     assert choose(config("likeliest"), 0, [A, B, C, D]).chosen == B
+
+
+def test_of_those_near_the_best_what_most_say_wins():
+    """Alone, c is likelier than b; two that say b outweigh that, and what they say is judged well enough. Far below, nobody is asked."""
+    again, far = B._replace(model="y", sample=2), [Answer("z", k, "d", 1.0, -0.1) for k in range(3)]
+    assert by_rule(config("agreed", within=0.6), 0, [A, B, C]) == C
+    assert by_rule(config("agreed", within=0.6), 0, [A, B, C, again, *far]) in (B, again)
+    assert by_rule(config("likeliest", within=0.6), 0, [A, B, C, again]) == C
+    assert by_rule(config("agreed", within=0.0), 0, [A, B, C, again]) == A
 
 
 def test_where_the_base_read_none_of_the_near_ones_the_best_is_taken():

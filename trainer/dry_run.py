@@ -4,11 +4,12 @@ how packs fill, how long the run is, what it holds in memory."""
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from trainer import retention
+from trainer import base_states, retention
 from trainer.config import Config
 from trainer.inputs import Inputs, account, heldout_line
 from trainer.lora import add_adapter
@@ -33,6 +34,9 @@ def show(config: Config, inputs: Inputs, device: torch.device) -> None:
     size, dtype = model_size(model), compute_dtype(config.precision, device)
     for line in retention.describe(config.retention, config.adapter, size.parameters * dtype.itemsize):
         print(line)
+    if config.retention.stores_base:
+        held = retention.prepare(config.retention, model, [part.role for part in inputs.mixture.parts])
+        print(base_states.announce(Path(config.output), base_states.layout(held, inputs.samples, inputs.plan, dtype)))
     print(f"model: {size.parameters:,} parameters, trained {size.trainable:,} ({config.adapter}), compute {dtype_name(dtype)}")
     print(f"memory: {estimate(model, config, dtype, device)}")
     print("dry run: everything fits together; nothing was trained")

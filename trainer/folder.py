@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from trainer import checkpoint, cli
+from trainer import base_states, checkpoint, cli
 from trainer.config import Config
 from trainer.errors import UserError
 from trainer.export import merge_and_save, save_adapter
@@ -58,6 +58,7 @@ def leave(output: Path, config: Config, model: nn.Module, tokenizer: PreTrainedT
     if ending.signal:
         print(f"stopped by signal {ending.signal}; go on with the same command and --resume auto", file=sys.stderr)
     else:
+        base_states.discard(output)
         if not full and config.export in ("adapter", "both"):
             save_adapter(model, output / "adapter", tokenizer)
         if full or config.export in ("merged", "both"):

@@ -34,7 +34,7 @@ class MemoryEstimate:
     gradients: float
     moments: float  # AdamW's two, with the scales of 8-bit ones
     activations: float  # of one pack
-    loss: float
+    loss: float  # with a stored base, its states too: those of one step and of the next, if every token is counted
 
     @property
     def total(self) -> float:
@@ -51,14 +51,17 @@ def estimate(model: nn.Module, config: Config, dtype: torch.dtype, device: torch
     trainable = [p for p in model.parameters() if p.requires_grad]
     trained = sum(p.numel() for p in trainable)
     adapter = config.adapter != "full"
-    copied = sum(p.numel() for p in model.parameters()) if config.retention.kl and not adapter else 0  # the base
+    stored, out = config.retention.stores_base, model.get_output_embeddings()
+    base = (out if stored else model).parameters() if config.retention.kl and not adapter else ()
+    copied = sum(p.numel() for p in base)
+    states = 2 * config.batch.tokens_per_step * out.weight.shape[1] * width if stored else 0
     return MemoryEstimate(
         weights=frozen_bytes(model, config, width) + trained * (4 if adapter else width) + copied * width,
         masters=(0 if adapter or width == 4 else trained * 4) + (trained * 4 if config.retention.l2 else 0),
         gradients=trained * 4,
         moments=sum(p.numel() * (AdamW8bit.BYTES if in_8bit(p, config.optim) else 8) for p in trainable),
         activations=activation_bytes(model, config.batch.tokens_per_pack, width, config.activation_checkpointing, device),
-        loss=loss_bytes(model, config.batch.tokens_per_pack, dtype, device),
+        loss=loss_bytes(model, config.batch.tokens_per_pack, dtype, device) + states,
     )
 
 

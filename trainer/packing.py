@@ -136,6 +136,7 @@ class Batch:
     counted: torch.Tensor | None = None  # int64[K], the t at which a divergence from the base counts (trainer/retention.py)
     counted_weights: torch.Tensor | None = None  # float32[K], the weight of each one's sample
     reference: Batch | None = None  # the samples of those alone, a pack for the base
+    base_states: torch.Tensor | None = None  # instead of it, [K, W]: what the base made of it before (trainer/base_states.py)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
@@ -149,8 +150,8 @@ class Batch:
                        **{name: value._map(move) for name, value in values.items() if isinstance(value, Batch)})
 
 
-def collate(samples: Sequence[tuple[np.ndarray, np.ndarray, float, int]]) -> Batch:
-    """Lay samples (input_ids int32[len], supervised bool[len], weight, source) end to end, in the order given.
+def collate(samples: Sequence[tuple]) -> Batch:
+    """Lay samples (input_ids int32[len], supervised bool[len], weight, source, ...) end to end, in the order given.
 
     A sample's first token is never a target: nothing precedes it. S may be 0. ValueError without samples, or with an
     empty one.

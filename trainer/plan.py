@@ -60,6 +60,15 @@ class Plan:
         place = self.place(step)
         return self.epoch(place.epoch)[place.step]
 
+    def seen(self) -> np.ndarray:
+        """The samples that the steps see, ascending: int64[n]."""
+        last, found = self.place(self.total - 1), np.zeros(len(self.lengths), dtype=bool)
+        for epoch in range(last.epoch):
+            found[self.mixture.epoch(epoch)] = True
+        for step in self.epoch(last.epoch)[: last.step + 1]:
+            found[np.concatenate(step)] = True
+        return np.flatnonzero(found)
+
     def progress(self, done: int) -> float:
         """Epochs completed once the first `done` steps are."""
         place = self.place(done - 1)

@@ -11,13 +11,14 @@ is Learning without Forgetting (Li and Hoiem, arXiv 1606.09282).
 The base is what training starts from. With an adapter it is the same weights with the adapter switched off, also where training goes on
 from a saved adapter; full fine-tuning keeps a frozen second copy. It runs without gradients, on the counted samples of a pack alone,
 and leaves one row of hidden states per counted token, which lives as long as the pack. Both heads and the divergence are one operation
-(`kernels.linear_kl`), so logits never exist in full.
+(`kernels.linear_kl`), so logits never exist in full. With `retention.base: stored` it runs before the first step, and the rows come
+from a file (`trainer/base_states.py`).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,7 +67,8 @@ def frozen_copy(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model).requires_grad_(False).eval()
     except torch.OutOfMemoryError:
         raise UserError("retention.kl: expected room on the device for a second, frozen copy of the model, which full fine-tuning needs, "
-                        "found too little; train an adapter, whose base is the model itself, or set retention.kl to 0") from None
+                        "found too little; set retention.base to stored, train an adapter, whose base is the model itself, or set "
+                        "retention.kl to 0") from None
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,8 @@ class Retention:
     base: Base | None  # None: no divergence is asked for
     counted: np.ndarray  # bool[sources], those whose tokens the divergence counts
     tempered: np.ndarray  # bool[sources], those whose losses are weighted by their own probability (DFT)
+    stored: Callable[[Sequence[int]], Tensor] | None = None  # the base's hidden states of these samples [K, W]; None: it runs in each step
+    kept_head: HeadSpec | None = None  # the base's, where that of `base.model` is trained
 
     def targets(self, samples: Samples, indices: np.ndarray) -> np.ndarray:
         """How many tokens of each of these samples the divergence counts: int64[n]."""
@@ -92,8 +96,11 @@ class Retention:
         if len(rows):
             weights = np.array([sample[2] for sample in samples], dtype=np.float32)
             batch.counted, batch.counted_weights = torch.from_numpy(rows), torch.from_numpy(weights[_sample_of(rows, batch)])
-            batch.reference = collate(held)
-            batch.reference.counted = torch.from_numpy(self._counted_rows(batch.reference))
+            if self.stored:
+                batch.base_states = self.stored([sample[4] for sample in held])
+            else:
+                batch.reference = collate(held)
+                batch.reference.counted = torch.from_numpy(self._counted_rows(batch.reference))
         return batch
 
     def _counted_rows(self, batch: Batch) -> np.ndarray:
@@ -107,13 +114,13 @@ class Retention:
     def look_up(self, batch: Batch, phases: Phases) -> Tensor | None:
         """The base's hidden states [K, W] at the counted rows, in their order; None where there are none."""
         if batch.reference is None:
-            return None
+            return batch.base_states
         with phases("base"):
             return self.base.hidden(batch.reference, batch.reference.counted)
 
     def divergence(self, out: HeadSpec, hidden: Tensor, batch: Batch, reference: Tensor) -> Tensor:
         """Sum of weight * divergence over the counted rows of hidden [T, W]. A frozen head serves both sides."""
-        theirs = head(self.base.model)
+        theirs = self.kept_head or head(self.base.model)
         other = (None, None) if theirs.weight is out.weight else (theirs.weight, theirs.bias)
         return linear_kl(
             hidden.index_select(0, batch.counted), out.weight, reference, other[0], divergence=DIVERGENCES[self.settings.kl_direction],
@@ -131,10 +138,16 @@ def prepare(settings: config.Retention, model: nn.Module, roles: Sequence[str]) 
     kl, dft = settings.kl > 0, settings.weighting == "dft"
     if not kl and not dft:
         return None
-    base = Base(model if isinstance(model, PeftModel) else frozen_copy(model)) if kl else None
+    stored, adapter = settings.stores_base, isinstance(model, PeftModel)
+    base = Base(model if stored or adapter else frozen_copy(model)) if kl else None
+    kept_head = _copied(head(model)) if stored and not adapter else None
     nowhere = np.zeros(len(roles), dtype=bool)
     return Retention(settings, base, chosen(roles, settings.kl_on) if kl else nowhere,
-                     chosen(roles, settings.weighting_on) if dft else nowhere)
+                     chosen(roles, settings.weighting_on) if dft else nowhere, kept_head=kept_head)
+
+
+def _copied(out: HeadSpec) -> HeadSpec:
+    return out._replace(weight=out.weight.detach().clone(), bias=None if out.bias is None else out.bias.detach().clone())
 
 
 def _where(settings: config.Retention) -> str:
@@ -153,6 +166,7 @@ def describe(settings: config.Retention, adapter: str, copy_bytes: float) -> lis
         name = {"forward": "KL(base || model)", "reverse": "KL(model || base)", "js": "Jensen-Shannon divergence from the base"}
         where = f"a frozen second copy of the model, {copy_bytes / 1e9:.3g} GB" if adapter == "full" else \
             "the model with its adapter switched off"
+        where = "read once and kept on disk" if settings.stores_base else where
         lines.append(f"retention: {settings.kl:g} {name[settings.kl_direction]} on {_where(settings)}; the base is {where}")
     if settings.weighting != "none":
         lines.append(f"retention: tokens of {settings.weighting_on} rows weighted by {settings.weighting.upper()}")

@@ -10,7 +10,7 @@ import datasets
 import torch
 import transformers
 
-from trainer import checkpoint, cli, folder, lora, quantization, retention, weighting
+from trainer import base_states, checkpoint, cli, folder, lora, quantization, retention, weighting
 from trainer.config import Config, profiled_steps, validate
 from trainer.distributed import World, world
 from trainer.dry_run import show
@@ -126,13 +126,14 @@ def build(config: Config, inputs: Inputs, device: torch.device, ranks: World) ->
     ranks.broadcast([group.master.data for group in optimizer.groups])
     optimizer.publish()
     optimizer.hold(config.retention.l2)
-    if config.compile:
-        compile_layers(model)
-
     output, size = Path(config.output), model_size(model)
     heldout = inputs.heldout[0].fingerprint if inputs.heldout else None
     identity = checkpoint.identity(config, ranks.size, samples=fingerprint, heldout_samples=heldout,
                                    base_weights=weights_fingerprint(config.model), quantizer=quantization.version(config))
+    if config.retention.stores_base:  # while the model is still the base, which a checkpoint would end
+        held = base_states.store(held, samples, inputs.plan, output, identity, device, ranks)
+    if config.compile:
+        compile_layers(model)
     state = start(output, config, identity, optimizer)
     if len(set(ranks.gather(state.step))) > 1:  # all ranks see it, so all stop
         raise UserError(f"resume: ranks found different checkpoints in {output}; expected one folder that all of them see")

@@ -56,6 +56,10 @@ class Samples:
         window = slice(self._begin[i], self._begin[i] + self.lengths[i])
         return ids[window], flags[window].view(np.bool_)
 
+    def piece(self, i: int) -> tuple[np.ndarray, np.ndarray, float, int, int]:
+        """What a pack is made of: token ids, flags, weight, source, and which sample it is."""
+        return *self[i], self.weights[i], self.sources[i], i
+
     def select(self, indices: np.ndarray) -> Samples:
         """The samples at `indices`, in that order; `over` still tells of the whole."""
         arrays = ("lengths", "supervised", "weights", "sources", "records", "_chunk", "_begin")

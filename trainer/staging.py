@@ -25,7 +25,7 @@ class Counts:
     supervised: int = 0
     squared_lengths: int = 0
     capacity: int = 0  # tokens that the packs could have held
-    base_tokens: int = 0  # that the base reads beside the model
+    base_tokens: int = 0  # that the base reads beside the model, in the step itself
     base_supervised: int = 0
     base_squared_lengths: int = 0
 
@@ -66,8 +66,9 @@ def prepare(plan: Plan, samples: Samples, step: int, world: World, device: torch
     indices = np.concatenate(packs)
     counted = indices[retention.counted[samples.sources[indices]]] if retention else indices[:0]
     targets = retention.targets(samples, counted) if retention else samples.supervised[counted]
+    read = counted[:0] if retention and retention.stored else counted  # what is stored meets only the head
     counts = Counts(*totals(samples, indices, samples.supervised[indices]), len(packs) * plan.batch.tokens_per_pack,
-                    *totals(samples, counted, targets))
+                    *totals(samples, read, targets))
     sources = [samples.names[s] for s in np.unique(samples.sources[indices])]
     mine = batches(samples, packs[world.rank :: world.size], device, retention.collate if retention else collate)
     weight = max(supervised_weight(samples, indices), 1e-8)
@@ -75,7 +76,7 @@ def prepare(plan: Plan, samples: Samples, step: int, world: World, device: torch
 
 
 def totals(samples: Samples, indices: np.ndarray, targets: np.ndarray) -> tuple[int, int, int]:
-    """Tokens, targets and sum(len^2) of these samples, of which each has so many targets."""
+    """Tokens of these samples, so many targets, and sum(len^2)."""
     lengths = samples.lengths[indices].astype(np.int64)
     return int(lengths.sum()), int(targets.sum()), int((lengths**2).sum())
 
@@ -91,7 +92,7 @@ def weight_of(samples: Samples, indices: np.ndarray, targets: np.ndarray) -> flo
 
 def batches(samples: Samples, packs: Step, device: torch.device, lay: Callable[[list[tuple]], Batch] = collate) -> list[Batch]:
     """The packs on the device, each laid out by `lay`."""
-    collated = (lay([(*samples[i], samples.weights[i], samples.sources[i]) for i in pack]) for pack in packs)
+    collated = (lay([samples.piece(i) for i in pack]) for pack in packs)
     if device.type == "cpu":
         return list(collated)
     return [batch.pin_memory().to(device, non_blocking=True) for batch in collated]
