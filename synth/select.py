@@ -2,9 +2,9 @@
 
 The best-rated one; or, of those within `select.within` points of the best, the one that most of them say word for word (self-consistency,
 Wang et al., arXiv 2203.11171) and, of several, the most likely under the base, per token (GRAPE, arXiv 2502.04194): it moves the model
-least. Where answers are long no two are alike, and likelihood alone decides. Where the two best were compared, the one preferred over both orders and all judges. Or the first
-of those named, which needs no judge: a single answer, or the greedy one. Cheap, and done anew at every call: only this stage's own drops,
-ratings and choices change, so one pool gives replay sets of every rule.
+least. Where answers are long no two are alike, and likelihood alone decides. Where the two best were compared, the one preferred over both
+orders and all judges. Or the first of those named, which needs no judge: a single answer, or the greedy one. Cheap, and done anew at every
+call: only this stage's own drops, ratings and choices change, so one pool gives replay sets of every rule.
 """
 
 from __future__ import annotations
