@@ -35,6 +35,9 @@ class State:
     heldout_loss: float | None = None  # of the last evaluation
     best: float | None = None  # the lowest of them
     stale: int = 0  # evaluations since it was reached
+    measured: dict | None = None  # the last measurement of general and domain items (trainer/watch.py)
+    kept: dict | None = None  # that of the state whose weights are kept
+    missed: int = 0  # measurements in a row, in the second half, that missed the floor and came no nearer to it
 
 
 def identity(config: Config, world_size: int, **fingerprints: str | None) -> dict:
@@ -90,6 +93,21 @@ def checkpoints(folder: Path) -> list[Path]:
 def newest(folder: Path) -> Path | None:
     found = checkpoints(folder)
     return found[-1] if found else None
+
+
+def kept_steps(folder: Path) -> set[int]:
+    """The steps whose kept weights checkpoints refer to."""
+    states = [json.loads((path / "state.json").read_text()) for path in checkpoints(folder)]
+    return {state["kept"]["step"] for state in states if state.get("kept")}
+
+
+def remove_all_but(folder: Path, steps: set[int]) -> None:
+    """Remove the folders step-* of all other steps, and `folder` itself once it is empty."""
+    for path in folder.glob("step-*"):
+        if int(path.name.removeprefix("step-")) not in steps:
+            shutil.rmtree(path)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def differences(saved: dict, now: dict, prefix: str = "") -> list[str]:

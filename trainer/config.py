@@ -10,6 +10,8 @@ from typing import Literal
 from trainer.errors import UserError
 
 MANY = 100_000  # passes over the data: more are a slip of the keyboard, and would take minutes to plan
+Metric = Literal["auto", "exact", "choice", "regex", "logprob"]
+
 
 @dataclass
 class Source:
@@ -23,6 +25,26 @@ class Source:
     subset: str | None = None  # configuration name of a hub data set
     weight: float = 1.0  # times each sample is seen per epoch; 0.5 takes a fresh half every epoch
     limit: int | None = None  # keep the first n records
+
+
+@dataclass
+class Items:
+    """One file of items with known answers, or of held-out text, and how it is scored."""
+
+    path: str  # JSON, JSONL, Parquet or CSV file; a folder written by `save_to_disk`; or a hub name
+    name: str | None = None  # how reports call it; default: the file's stem
+    # exact: the answer equals what is generated; choice: the likeliest of several; regex: what a pattern finds in both; logprob: of text
+    metric: Metric = "auto"  # auto: that of the section, and if that is auto too, told from the columns
+    columns: dict[str, str] | None = None  # ours -> the file's: prompt, answer, choices, messages, text, input, system, id
+    regex: str = ""  # a pattern with a group, searched in what is generated; default: that of the section
+    answer_regex: str | None = None  # the same for the file's answers; default: as regex; "" takes an answer as it stands
+    take: Literal["first", "last"] = "first"  # which match of the pattern counts
+    ignore_case: bool = False  # compare without regard to case
+    ignore_punctuation: bool = False  # compare without punctuation
+    choice_by: Literal["sum", "characters", "tokens"] = "sum"  # decides by the log-prob of a choice, or that per character or token
+    split: str = "train"  # split of a hub data set or saved folder
+    subset: str | None = None  # configuration name of a hub data set
+    limit: int | None = None  # the first n items
 
 
 @dataclass
@@ -94,6 +116,14 @@ class Retention:
     weighting_on: Literal["domain", "all"] = "domain"  # the rows whose tokens it weighs
     stm_threshold: float = 2.5  # stm only: perplexity of a token under the base above which it is not learnt from
     l2: float = 0.0  # trained weights decay by lr times this a step towards where they began: the base's, or a new adapter's A and B = 0
+    items: str | list[str | Items] = field(default_factory=list)  # general items, scored in the run as trainer.evaluate scores them
+    domain_items: str | list[str | Items] = field(default_factory=list)  # items of what the model is tuned for, scored beside them
+    metric: Metric = "auto"  # of item files that do not name theirs
+    regex: str = ""  # of item files that do not name theirs, e.g. '#### (-?[\d,.]+)'
+    max_tokens: int = 256  # of a generated answer
+    every: int = 0  # steps between measurements; 0: only before the first step and after the last
+    floor: float | None = None  # export the best measured state that answers this share of the general items that the base does; 0.95, say
+    patience: int = 3  # stop after this many measurements in a row, in the second half, that miss the floor and come no nearer; 0: never
 
     @property
     def stores_base(self) -> bool:
@@ -234,12 +264,18 @@ def _validate_retention(config: Config) -> None:
     _require(0 <= held.l2 <= finite, "retention.l2", "0 or more", held.l2)
     _require(held.l2 * lr <= 1, "retention.l2", f"at most 1 / optim.lr = {1 / lr:g}, at which a step goes all the way back", held.l2)
     _require(1 < held.stm_threshold <= finite, "retention.stm_threshold", "a perplexity above 1", held.stm_threshold)
-    needs_base = [name for name, on in (("kl", held.kl), ("l2", held.l2), ("weighting", held.weighting in ("stm", "flow"))) if on]
+    needs_base = [name for name, on in (("kl", held.kl), ("l2", held.l2), ("weighting", held.weighting in ("stm", "flow")),
+                                        ("items", held.items)) if on]
     _require(not needs_base or config.model.config is None, f"retention.{needs_base[0] if needs_base else ''}",
              "model.path beside it: random weights are no base to hold to", "model.config")
     on_replay = held.kl > 0 and held.kl_on == "replay"
     _require(not on_replay or (bool(config.replay.data) and config.replay.ratio != 0), "retention.kl",
              "replay rows to count it on (replay.data, and a replay.ratio that is not 0), or retention.kl_on=all", "none")
+    for name, asked in (("domain_items", held.domain_items), ("every", held.every), ("floor", held.floor is not None)):
+        _require(bool(held.items) or not asked, f"retention.{name}", "general items to score, as retention.items, beside it", "none")
+    _require(held.floor is None or 0 < held.floor <= 1, "retention.floor", "a share of the base's accuracy, 0 < floor <= 1", held.floor)
+    _require(held.every >= 0 and held.patience >= 0, "retention.every, retention.patience", "0 or more", (held.every, held.patience))
+    _require(held.max_tokens >= 1, "retention.max_tokens", "1 or more", held.max_tokens)
 
 
 def profiled_steps(given: str | None) -> range | None:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -44,12 +45,12 @@ class World:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
 
-    def gather(self, number: int) -> list[int]:
-        """Every rank's number, on every rank."""
-        numbers = [number] * self.size
+    def gather(self, value: Any) -> list:
+        """Every rank's number, or anything else that can be pickled, on every rank."""
+        values = [value] * self.size
         if self.size > 1:
-            dist.all_gather_object(numbers, number)
-        return numbers
+            dist.all_gather_object(values, value)
+        return values
 
     def on_main(self, work: Callable[[], object]) -> None:
         """Run `work` on rank 0 while the others wait. A UserError there is raised on every rank, so that none waits for ever."""

@@ -32,6 +32,7 @@ from trainer.profile import profiling
 from trainer.retention import Retention
 from trainer.samples import Samples
 from trainer.staging import Counts, Work, batches, stage, supervised_weight
+from trainer.watch import Watch
 from trainer.weighting import own_probability
 
 
@@ -51,6 +52,7 @@ class Job:
     world: World
     log: Log | None  # rank 0's
     retention: Retention | None = None
+    watch: Watch | None = None
 
 
 @dataclass
@@ -79,7 +81,7 @@ class Meter:
 class Ending:
     """Why a run ended."""
 
-    reason: str  # finished | max_steps | early stopping | signal
+    reason: str  # finished | max_steps | early stopping | floor | signal
     signal: int | None = None
 
 
@@ -90,6 +92,8 @@ def fit(job: Job, state: checkpoint.State) -> Ending:
     meter = Meter(Phases(job.device))
     if job.heldout and state.step == 0:
         evaluate(job, state, meter)  # what the run has to better
+    if job.watch and state.step == 0:
+        measure(job, state, meter)
     job.model.train()
     steps = profiled_steps(job.config.logging.profile) if job.world.is_main else None
     with (Interrupts() as interrupts, garbage_at_log_steps(),
@@ -107,6 +111,8 @@ def fit(job: Job, state: checkpoint.State) -> Ending:
                 gc.collect(1)
             if job.heldout and (due(state.step, job.config.evaluation.every) or state.step == last):
                 evaluate(job, state, meter)
+            if job.watch and (due(state.step, job.config.retention.every) or state.step == last or out_of_patience(job, state)):
+                measure(job, state, meter)
             if state.step < last and (job.world.size == 1 or due(state.step, every)):  # asking the other ranks waits for them
                 received = max(job.world.gather(interrupts.received or 0))
             if due(state.step, job.config.checkpoint.every) or received:
@@ -121,14 +127,18 @@ def fit(job: Job, state: checkpoint.State) -> Ending:
 
 def out_of_patience(job: Job, state: checkpoint.State) -> bool:
     patience = job.config.evaluation.patience
-    return patience > 0 and state.stale >= patience
+    return (patience > 0 and state.stale >= patience) or floor_given_up(job, state)
+
+
+def floor_given_up(job: Job, state: checkpoint.State) -> bool:
+    return job.watch is not None and job.watch.given_up(state)
 
 
 def ended(job: Job, state: checkpoint.State, received: int | None) -> Ending:
     if received:
         return Ending("signal", received)
     if state.step < job.plan.total:
-        return Ending("early stopping")
+        return Ending("floor" if floor_given_up(job, state) else "early stopping")
     return Ending("finished" if job.plan.total == job.plan.starts[-1] else "max_steps")
 
 
@@ -220,6 +230,18 @@ def evaluate(job: Job, state: checkpoint.State, meter: Meter) -> None:
     meter.aside += spent
 
 
+def measure(job: Job, state: checkpoint.State, meter: Meter) -> None:
+    """Score general and domain items into the log and `state`, on rank 0, and keep the weights where they are the best so far."""
+    synchronize(job.device)
+    begun = time.perf_counter()
+    loss = heldout_loss(job)[0] if job.heldout and job.watch.wants_loss else None
+    job.world.on_main(lambda: job.watch.measure(state, job.optimizer, loss, job.plan.total, job.log))
+    state.measured, state.kept, state.missed = job.world.gather((state.measured, state.kept, state.missed))[0]
+    spent = time.perf_counter() - begun
+    meter.started += spent
+    meter.aside += spent
+
+
 def save(job: Job, state: checkpoint.State, meter: Meter) -> None:
     if meter.losses:
         report(job, state, meter)  # refuses to save what is not finite
@@ -271,10 +293,10 @@ def require_finite(job: Job, meter: Meter, losses: list[float], norms: list[floa
 def finish(job: Job, state: checkpoint.State, ending: Ending, totals: Counts, seconds: float, aside: float) -> None:
     """The record of the whole run: rates over the seconds that were not spent on evaluating and saving."""
     if job.log:
-        training = max(seconds - aside, 1e-9)
+        training, kept = max(seconds - aside, 1e-9), {"kept": state.kept["step"]} if state.kept else {}
         job.log.write({"kind": "end", "step": state.step, "steps": state.step, "seconds": seconds, "tokens": totals.tokens,
                        "supervised": totals.supervised, "tokens_per_s": totals.tokens / training,
-                       "peak_memory_gb": peak_memory_gb(job.device), "reason": ending.reason})
+                       "peak_memory_gb": peak_memory_gb(job.device), "reason": ending.reason, **kept})
         job.log.close()
 
 

@@ -28,6 +28,7 @@ class Run:
     name: str
     steps: list[dict] = field(default_factory=list)  # by step, one each
     evaluations: list[dict] = field(default_factory=list)
+    retention: list[dict] = field(default_factory=list)  # measurements of general and domain items
     end: dict | None = None  # None: the run was killed, or goes on
     unreadable: int = 0  # lines of metrics.jsonl, torn by a kill
     data: dict = field(default_factory=dict)
@@ -64,7 +65,7 @@ def write_report(run_folder: Path) -> None:
     run = read_run(Path(run_folder))
     page.write(
         Path(run_folder) / "report.html", TEMPLATE, plots(run),
-        run=run, outcome=outcome(run), facts=facts(run), phases=phases(run), model=model_table(run),
+        run=run, outcome=outcome(run), exported=exported_state(run), facts=facts(run), phases=phases(run), model=model_table(run),
     )
 
 
@@ -102,7 +103,7 @@ def _read_mapping(path: Path, parse, parse_error: type[Exception]) -> dict:
 def _read_metrics(path: Path, run: Run) -> None:
     """Fill in steps, evaluations and end. A resumed run logs some steps again: a line undoes those of later steps."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    logged = {"step": run.steps, "eval": run.evaluations}
+    logged = {"step": run.steps, "eval": run.evaluations, "retention": run.retention}
     for line in filter(str.strip, lines):
         try:
             record = json.loads(line)
@@ -139,14 +140,27 @@ def outcome(run: Run) -> str:
             "finished": f"Finished {counted}{in_time}.",
             "max_steps": f"Stopped at its limit of {counted}{in_time}.",
             "early stopping": f"Stopped early after {counted}{in_time}: the held-out loss no longer fell.",
+            "floor": f"Stopped after {counted}{in_time}: the general items stayed below the floor.",
             "signal": f"Stopped by a signal after {counted}{in_time}; checkpoint.resume: auto goes on from there.",
         }.get(run.end.get("reason"), f"Ended after {counted}{in_time}: {run.end.get('reason', 'no reason given')}.")
+    exported = exported_state(run)
+    if exported and "held" in exported:
+        ended += (f" The state after step {number(exported['step'])} is exported, "
+                  + ("the best that holds the floor." if exported["held"] else "the nearest to the floor, which none holds."))
     name, records = ("Held-out", run.evaluations) if len(run.evaluations) > 1 else ("Training", run.steps)
     if len(records) < 2:
         return ended
     first, last = _column(records, "loss")[[0, -1]]
     verb = "fell" if last < first else "rose" if last > first else "went"
     return f"{ended} {name} loss {verb} from {number(first)} to {number(last)}."
+
+
+def exported_state(run: Run) -> dict | None:
+    """The measurement of what the run left; None where it measured nothing or has not ended."""
+    if not run.end or not run.retention:
+        return None
+    wanted = run.end.get("kept", run.retention[-1]["step"])
+    return next((record for record in run.retention if record["step"] == wanted), None)
 
 
 def facts(run: Run) -> list[Fact]:
@@ -163,6 +177,11 @@ def facts(run: Run) -> list[Fact]:
     nats = nats[np.isfinite(nats)]
     if len(nats):
         found.append(Fact("From the base", number(nats[-1]), "nats per counted token, when last logged"))
+    exported = exported_state(run) or {}
+    for role in ("general", "domain"):
+        if role in exported:
+            base = percent(exported[f"{role}_base"])
+            found.append(Fact(f"{role.capitalize()} items", percent(exported[role]), f"answered right; by the base {base}"))
     rate, supervised_rate, mfu = (_typical(run, key) for key in ("tokens_per_s", "supervised_per_s", "mfu"))
     if rate is not None:
         note = f"median; {compact(supervised_rate)} supervised" if supervised_rate is not None else "median"
@@ -224,6 +243,9 @@ def plots(run: Run) -> list[Plot]:
     if run.steps:
         made += [_loss(run), _learning_rate(run), _throughput(run)]
         made += [_divergence(run)] if np.isfinite(_column(run.steps, "kl")).any() else []
+    if run.retention:
+        made += [draw(run) for draw, keys in ((_retention, ("general", "domain")), (_moved, ("general_kl", "domain_kl")))
+                 if any(key in record for record in run.retention for key in keys)]
     if run.data.get("lengths"):
         made.append(_lengths(np.array(run.data["lengths"])))
     if run.data.get("pack_fill") and run.data.get("tokens_per_pack"):
@@ -276,6 +298,44 @@ def _divergence(run: Run) -> Plot:
         _step_axis(axes)
 
     return plot("divergence", "Divergence from the base", "A part of the objective, beside the loss and before its weight.", draw)
+
+
+def _retention(run: Run) -> Plot:
+    step, floor = _column(run.retention, "step"), run.retention[0].get("floor")
+
+    def draw(axes: Axes, theme: Theme) -> None:
+        for i, role in enumerate(("general", "domain")):
+            share = 100 * _column(run.retention, role)
+            if np.isfinite(share).any():
+                ends = 100 * np.array([record[f"{role}_interval"] for record in run.retention])
+                axes.fill_between(step, *ends.T, color=theme.series[i], alpha=0.15, linewidth=0)
+                axes.plot(step, share, marker=_marker(share), color=theme.series[i], label=role)
+        if floor is not None:
+            lowest = 100 * floor * run.retention[0]["general_base"]
+            axes.axhline(lowest, color=theme.series[0], linestyle="--", linewidth=1.2, label="floor")
+        axes.set_ylim(-2, 102)
+        axes.set_ylabel("items answered right, %")
+        _step_axis(axes)
+        page.legend(axes)
+
+    return plot("retention", "Kept and learnt", "Bands: the intervals of the accuracies." + (
+        f" The floor is {percent(floor)} of the base's general accuracy." if floor is not None else ""), draw)
+
+
+def _moved(run: Run) -> Plot:
+    step = _column(run.retention, "step")
+
+    def draw(axes: Axes, theme: Theme) -> None:
+        for i, role in enumerate(("general", "domain")):
+            nats = _column(run.retention, f"{role}_kl")
+            if np.isfinite(nats).any():
+                axes.plot(step, nats, marker=_marker(nats), color=theme.series[i], label=role)
+        axes.set_ylim(bottom=0)
+        axes.set_ylabel("nats per answer token")
+        _step_axis(axes)
+        page.legend(axes)
+
+    return plot("retention_kl", "KL(base || model)", "Over the right answers to the items.", draw)
 
 
 def _learning_rate(run: Run) -> Plot:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,11 +11,12 @@ import datasets
 import torch
 import transformers
 
-from trainer import base_states, checkpoint, cli, folder, lora, quantization, retention, weighting
+from trainer import base_states, checkpoint, cli, folder, lora, quantization, retention, watch, weighting
 from trainer.config import Config, profiled_steps, validate
 from trainer.distributed import World, world
 from trainer.dry_run import show
 from trainer.errors import UserError
+from trainer.evaluation.items import ItemFile
 from trainer.inputs import Inputs, account, heldout_line, prepare_inputs
 from trainer.log import Log
 from trainer.loop import Job, fit
@@ -60,6 +62,14 @@ class RunResult:
     heldout_loss: float | None
     reason: str
     signal: int | None = None
+    retention: dict | None = None  # of runs with retention.items: the measurement of what is exported, or of the last state if stopped
+
+    @property
+    def status(self) -> int:
+        """The exit status of the command."""
+        if self.signal:
+            return 128 + self.signal
+        return watch.FLOOR_MISSED if self.retention and not self.retention.get("held", True) else 0
 
 
 def main() -> int:
@@ -68,7 +78,7 @@ def main() -> int:
             transformers.utils.logging.disable_progress_bar()
             datasets.disable_progress_bars()
         result = train(config)
-        return 128 + result.signal if result and result.signal else 0
+        return result.status if result else 0
 
     return cli.main(run, Config, "trainer.run", USAGE)
 
@@ -79,6 +89,7 @@ def train(config: Config) -> RunResult | None:
     quantization.require(config)
     device = choose_device(config.device)
     folder.refuse_used(Path(config.output), config.resume)
+    items = watch.read(config)
     with world(device.type) as ranks:
         tokenizer = load_tokenizer(config.model)
         if ranks.size > 1:
@@ -89,11 +100,17 @@ def train(config: Config) -> RunResult | None:
         if config.dry_run:
             ranks.on_main(lambda: show(config, inputs, device))
             return None
-        job, state = build(config, inputs, device, ranks)
+        job, state = build(config, inputs, device, ranks, items)
         ending = fit(job, state)
+        kept = None if ending.signal else job.watch
+        if kept:
+            ranks.on_main(lambda: kept.restore(state, job.optimizer))
         job.optimizer.release()
         ranks.on_main(lambda: folder.leave(job.folder, config, job.model, tokenizer, ending))
-    return RunResult(job.folder, state.step, state.loss, state.heldout_loss, ending.reason, ending.signal)
+        if kept:
+            ranks.on_main(kept.clean)
+    return RunResult(job.folder, state.step, state.loss, state.heldout_loss, ending.reason, ending.signal,
+                     kept.exported(state) if kept else state.measured)
 
 
 def require_work_for_all(inputs: Inputs, ranks: World) -> None:
@@ -109,7 +126,8 @@ def choose_device(wanted: str) -> torch.device:
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def build(config: Config, inputs: Inputs, device: torch.device, ranks: World) -> tuple[Job, checkpoint.State]:
+def build(config: Config, inputs: Inputs, device: torch.device, ranks: World,
+          items: Sequence[ItemFile] = ()) -> tuple[Job, checkpoint.State]:
     """Model, adapter, patches, optimiser and run folder; from the newest checkpoint where the run goes on from one."""
     model, _ = load_model(config, device)
     torch.manual_seed(config.seed)
@@ -120,6 +138,7 @@ def build(config: Config, inputs: Inputs, device: torch.device, ranks: World) ->
     patched.backends |= quantization.describe(model)
     apply_activation_checkpointing(model, config.activation_checkpointing)
     fingerprint, roles = inputs.samples.fingerprint, [part.role for part in inputs.mixture.parts]
+    watched = watch.prepare(config, items, model, inputs.template, ranks)
     samples, told = weighting.reweighted(inputs.samples, config, model, roles, device, ranks)
     inputs, held = replace(inputs, samples=samples), retention.prepare(config.retention, model, roles)
     optimizer = FlatAdamW(model.parameters(), config.optim)
@@ -129,7 +148,8 @@ def build(config: Config, inputs: Inputs, device: torch.device, ranks: World) ->
     output, size = Path(config.output), model_size(model)
     heldout = inputs.heldout[0].fingerprint if inputs.heldout else None
     identity = checkpoint.identity(config, ranks.size, samples=fingerprint, heldout_samples=heldout,
-                                   base_weights=weights_fingerprint(config.model), quantizer=quantization.version(config))
+                                   base_weights=weights_fingerprint(config.model), quantizer=quantization.version(config),
+                                   items=watch.fingerprint(items))
     if config.retention.stores_base:  # while the model is still the base, which a checkpoint would end
         held = base_states.store(held, samples, inputs.plan, output, identity, device, ranks)
     if config.compile:
@@ -144,13 +164,13 @@ def build(config: Config, inputs: Inputs, device: torch.device, ranks: World) ->
     log = None
     if ranks.is_main:
         greet(config, facts, inputs, device, patched)
-        if told:
-            print(told, flush=True)
+        for line in [*([told] if told else []), *(watched.describe() if watched else [])]:
+            print(line, flush=True)
         if state.step:
             print(f"resuming from step {state.step}")
         log = Log(output, config, inputs.plan.total, state.step)
     return Job(config, output, model, size, optimizer, inputs.samples, inputs.plan, inputs.heldout, device, ranks, log,
-               held), state
+               held, watched), state
 
 
 def start(output: Path, config: Config, identity: dict, optimizer: FlatAdamW) -> checkpoint.State:

@@ -5,31 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from trainer.config import Model
+from trainer.config import Items, Metric, Model
 from trainer.errors import UserError
 
 QUOTED = "a pattern in quotes, as YAML takes what follows a # for a comment"
-Metric = Literal["auto", "exact", "choice", "regex", "logprob"]
-
-
-@dataclass
-class Items:
-    """One file of items with known answers, or of held-out text, and how it is scored."""
-
-    path: str  # JSON, JSONL, Parquet or CSV file; a folder written by `save_to_disk`; or a hub name
-    name: str | None = None  # how reports call it; default: the file's stem
-    # exact: the answer equals what is generated; choice: the likeliest of several; regex: what a pattern finds in both; logprob: of text
-    metric: Metric = "auto"  # auto: data.metric, and if that is auto too, told from the columns
-    columns: dict[str, str] | None = None  # ours -> the file's: prompt, answer, choices, messages, text, input, system, id
-    regex: str = ""  # a pattern with a group, searched in what is generated; default: data.regex
-    answer_regex: str | None = None  # the same for the file's answers; default: as regex; "" takes an answer as it stands
-    take: Literal["first", "last"] = "first"  # which match of the pattern counts
-    ignore_case: bool = False  # compare without regard to case
-    ignore_punctuation: bool = False  # compare without punctuation
-    choice_by: Literal["sum", "characters", "tokens"] = "sum"  # decides by the log-prob of a choice, or that per character or token
-    split: str = "train"  # split of a hub data set or saved folder
-    subset: str | None = None  # configuration name of a hub data set
-    limit: int | None = None  # the first n items
 
 
 @dataclass
