@@ -9,7 +9,9 @@ base has read each sample in other company.
     bytes = counted tokens of the samples that the run sees x W x bytes of an element        W = 4096 in bf16: 8,192 a token
 
 The 64 largest log-probabilities of a token with their ids would take 384, and leave out the rest of the vocabulary; hidden states are
-exact. It costs disk space, and one pass is all it saves when each sample is seen once: it pays for full fine-tuning, or over epochs.
+exact. A step then costs 1.02 times one without divergence, where a live base makes it 1.37 (CPU-seconds; a Llama of 0.4 million parameters,
+LoRA, all rows counted, 2,048 tokens a step; full fine-tuning 1.02 and 1.36). The pass before it is no saving where each sample is seen
+once; there the gain is full fine-tuning's memory.
 
 The file lies in the run folder, named after all that decides what the run computes, and goes when the run has finished. It is written aside
 and renamed, so it is whole or absent: a resumed run finds it, or makes it again, and does so before it loads its checkpoint, while the
@@ -118,9 +120,14 @@ def store(held: Retention, samples: Samples, plan: Plan, folder: Path, identity:
 
 def reader(path: Path, rows: Layout) -> Callable[[Sequence[int]], Tensor]:
     """What gives the rows [K, W] of samples, one after the other, from the file."""
-    mapped = torch.from_file(str(path), shared=False, size=rows.file_bytes // rows.dtype.itemsize, dtype=rows.dtype).view(-1, rows.width)
+    mapped = np.asarray(np.memmap(path, np.uint8, mode="r")).reshape(-1, rows.row_bytes)  # read-only: it may be larger than the memory
     first, counts = rows.first, rows.counts
-    return lambda indices: torch.cat([mapped[first[i] : first[i] + counts[i]] for i in indices])
+
+    def read(indices: Sequence[int]) -> Tensor:
+        found = np.concatenate([mapped[first[i] : first[i] + counts[i]] for i in indices])
+        return torch.from_numpy(found).view(rows.dtype)
+
+    return read
 
 
 def discard(folder: Path) -> None:
