@@ -48,7 +48,7 @@ def view(record: dict) -> tuple:
     views = {"training": (throughput_table, throughput_picture), "gsm8k": (gsm8k_table, gsm8k_picture),
              "miniature": (miniature_table, miniature_picture), "kernels": (kernels.markdown, kernels_picture),
              "kernels-predicted": (prediction_table, prediction_picture), "gpu": (gpu_table, gpu_picture),
-             "synthesis": (synthesis_table, synthesis_picture)}
+             "synthesis": (synthesis_table, synthesis_picture), "compare": (compare_table, compare_picture)}
     return views.get(record["suite"]) or views[record["suite"].split("-")[0]]
 
 
@@ -233,6 +233,41 @@ def synthesis_picture(record: dict, figure, axes) -> None:
                   label={"distance": "topic distance", "invalid": "invalid"}[key])
     axes.set_yticks(range(len(rows)), [row["sampled"] for row in rows])
     axes.legend(frameon=False)
+
+
+# ---------------------------------------------------------------- one commit against another
+
+
+def compare_table(record: dict) -> str:
+    """How many times as fast as the other commit, what is noise, and what that makes of it."""
+    c = record["conditions"]
+    here, there = (record["commit"] or "none")[:8] + " with changes" * bool(record["dirty"]), c["other"][:8]
+    rows = [["case", f"{here}, CPU-ms a step", f"{there}, CPU-ms a step", f"speed, × {there}", f"A/A {here[:8]}", f"A/A {there}",
+             "results differ by", "outcome"]]
+    for row in record["summary"]:
+        ms = [f"{row['cpu_ms'][side]['value']:.3g}" for side in ("this", "other")]
+        apart = f"{row['results_differ']:.0e}" if row["results_differ"] else "0"
+        rows.append([row["line"], *ms, times(row["ratio"]["other"]), *map(times, row["same"].values()), apart, row["outcome"]])
+    left_out = "".join(f" Left out: {case} ({why})." for case, why in c["left_out"].items())
+    return (
+        f"{rows_of_markdown(rows)}\n\nMedians of {c['rounds']} interleaved rounds, each side in processes of its own, started "
+        f"{c['starts']} times; ratios with {c['confidence']:.0%} intervals. A/A: a commit's second process over its first. Slower or "
+        f"faster: the interval excludes 1, and the ratio is further from 1 than the interval of either A/A reaches.{left_out} "
+        f"{record['cpu']}, {record['threads']} thread{'s' * (record['threads'] > 1)}; `{record['command']}`, {record['time'][:10]}.\n")
+
+
+def compare_picture(record: dict, figure, axes) -> None:
+    """The ratio of every case with its interval, over those of the A/As."""
+    rows = record["summary"][::-1]
+    figure.set_size_inches(8, 1 + 0.35 * len(rows))
+    for i, row in enumerate(rows):
+        ratio = row["ratio"]["other"]
+        for same, place in zip(row["same"].values(), (i + 0.18, i - 0.18)):
+            axes.barh(place, same["high"] - same["low"], 0.3, left=same["low"], color=OTHERS)
+        axes.errorbar(ratio["value"], i, xerr=[[ratio["value"] - ratio["low"]], [ratio["high"] - ratio["value"]]], fmt="o", color=OURS)
+    axes.axvline(1, color="#555555", linewidth=0.8)
+    axes.set_yticks(range(len(rows)), [row["line"] for row in rows])
+    axes.set_xlabel(f"speed over that of {record['conditions']['other'][:8]} (grey: each commit over itself)")
 
 
 # ---------------------------------------------------------------- README

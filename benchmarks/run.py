@@ -1,4 +1,7 @@
-"""`python -m benchmarks.run SUITE`: measure, print the table, and leave the record and its picture in benchmarks/results."""
+"""`python -m benchmarks.run SUITE`: measure, print the table, and leave the record and its picture in benchmarks/results.
+
+`python -m benchmarks.run --compare REV` measures this checkout against another commit; the exit status is 1 where something got slower.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,11 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything measured is made here
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from benchmarks import gsm8k, kernels, plot, record, synthesis, training
+from benchmarks import compare, gsm8k, kernels, plot, record, synthesis, training
 from benchmarks.miniature import demo
 from trainer.errors import UserError
 
-SUITES = {"training": training, "gsm8k": gsm8k, "miniature": demo, "kernels": kernels, "synthesis": synthesis}
+SUITES = {"training": training, "gsm8k": gsm8k, "miniature": demo, "kernels": kernels, "synthesis": synthesis, "compare": compare}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
         subparser = suites.add_parser(name, help=suite.__doc__.splitlines()[0], description=suite.__doc__.splitlines()[0])
         subparser.add_argument("--results", type=Path, default=record.RESULTS, help="folder for the record and its picture")
         suite.add_arguments(subparser)
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args(spelled_out(sys.argv[1:] if argv is None else argv))
     try:
         measured = SUITES[arguments.suite].run(arguments)
         path = record.write(measured, arguments.results)
@@ -33,7 +36,16 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     print(getattr(SUITES[arguments.suite], "report", plot.markdown)(measured))
     print(f"record: {path}\npicture: {plot.draw(measured, arguments.results / (measured['suite'] + '.png'))}")
-    return 0
+    return getattr(SUITES[arguments.suite], "status", lambda record: 0)(measured)
+
+
+def spelled_out(argv: list[str]) -> list[str]:
+    """`--compare REV` anywhere means the suite `compare REV`."""
+    for i, word in enumerate(argv):
+        if word == "--compare" or word.startswith("--compare="):
+            rev = argv[i + 1 : i + 2] if word == "--compare" else [word.partition("=")[2]]
+            return ["compare", *rev, *argv[:i], *argv[i + (2 if word == "--compare" else 1) :]]
+    return argv
 
 
 if __name__ == "__main__":
