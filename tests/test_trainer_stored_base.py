@@ -4,6 +4,7 @@ import copy
 import errno
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections import namedtuple
@@ -228,6 +229,22 @@ def test_a_killed_run_goes_on_bit_for_bit(model_folder, chats, tmp_path, monkeyp
     assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     figures = [[(r["step"], r["loss"], r["kl"]) for r in records(tmp_path / side, "step")] for side in ("whole", "cut")]
     assert figures[0] == figures[1] and len(figures[0]) == 8
+
+
+def test_a_run_that_a_signal_stops_keeps_its_file(model_folder, chats, tmp_path, monkeypatch, capsys):
+    options = ("--retention.base", "stored", "--max_steps", "4")
+
+    def stopped_after_step_two(job, work, phases):
+        if work.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(job, work, phases)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "train_step", stopped_after_step_two)
+        assert run(model_folder, chats, tmp_path / "run", *options).signal == signal.SIGTERM
+    assert len(stored_files(tmp_path / "run")) == 1
+    run(model_folder, chats, tmp_path / "run", *options, "--resume", "auto")
+    assert "the base's hidden states are those in" in capsys.readouterr().out and not stored_files(tmp_path / "run")
 
 
 def test_what_another_run_stored_is_not_read(model_folder, chats, tmp_path, monkeypatch):
