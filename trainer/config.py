@@ -69,6 +69,10 @@ class Replay:
     data: str | list[str | Source] = field(default_factory=list)  # a path, or a list of paths and sources
     ratio: float | None = None  # share of the mix that is replay, 0 <= ratio < 1; default: every replay sample once per epoch
     by: Literal["rows", "tokens"] = "rows"  # what the share is a share of
+    auto: bool = False  # choose the ratio, and retention.kl, by short probe runs: the least replay that holds retention.floor
+    auto_shares: list[float] = field(default_factory=lambda: [0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.83])  # ratios to choose from, rising
+    auto_kl: list[float] = field(default_factory=lambda: [0.0, 0.3, 1.0])  # weights of the KL to the base to choose from, rising
+    auto_part: float = 0.25  # of the run's passes over the domain that a probe makes, with the whole schedule
 
 
 @dataclass
@@ -238,6 +242,8 @@ def validate(config: Config) -> None:
     _require(config.replay.ratio is None or 0 <= config.replay.ratio < 1, "replay.ratio", "0 <= ratio < 1", config.replay.ratio)
     _require(optim.lr > 0, "optim.lr", "above 0", optim.lr)
     _validate_retention(config)
+    if config.replay.auto:
+        _validate_auto(config)
     _require(optim.warmup >= 0 and optim.decay >= 0, "optim.warmup, optim.decay", "0 or more", (optim.warmup, optim.decay))
     _require(0 <= optim.beta1 < 1 and 0 <= optim.beta2 < 1, "optim.beta1, optim.beta2", "0 <= beta < 1", (optim.beta1, optim.beta2))
     _require(optim.eps > 0, "optim.eps", "above 0", optim.eps)
@@ -276,6 +282,19 @@ def _validate_retention(config: Config) -> None:
     _require(held.floor is None or 0 < held.floor <= 1, "retention.floor", "a share of the base's accuracy, 0 < floor <= 1", held.floor)
     _require(held.every >= 0 and held.patience >= 0, "retention.every, retention.patience", "0 or more", (held.every, held.patience))
     _require(held.max_tokens >= 1, "retention.max_tokens", "1 or more", held.max_tokens)
+
+
+def _validate_auto(config: Config) -> None:
+    replay, held = config.replay, config.retention
+    _require(held.floor is not None, "replay.auto", "retention.floor, and retention.items to hold it on, beside it", "no floor")
+    _require(bool(replay.data), "replay.auto", "replay rows to take a share of, as replay.data, beside it", "none")
+    _require(replay.ratio is None, "replay.auto, replay.ratio", "one of them: replay.auto chooses it from replay.auto_shares", "both")
+    _require(held.kl == 0, "replay.auto, retention.kl", "one of them: replay.auto chooses it from replay.auto_kl", "both")
+    for name, values, top in (("auto_shares", replay.auto_shares, 1), ("auto_kl", replay.auto_kl, sys.float_info.max)):
+        rising = bool(values) and sorted(set(values)) == values and values[0] >= 0 and values[-1] < top
+        _require(rising and (name == "auto_kl" or values[0] > 0), f"replay.{name}",
+                 "shares above 0 and below 1, rising" if name == "auto_shares" else "weights of 0 or more, rising", values)
+    _require(0 < replay.auto_part <= 1, "replay.auto_part", "0 < part <= 1", replay.auto_part)
 
 
 def profiled_steps(given: str | None) -> range | None:

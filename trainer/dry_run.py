@@ -37,6 +37,8 @@ def show(config: Config, inputs: Inputs, device: torch.device) -> None:
     if config.retention.stores_base:
         held = retention.prepare(config.retention, model, [part.role for part in inputs.mixture.parts])
         print(base_states.announce(Path(config.output), base_states.layout(held, inputs.samples, inputs.plan, dtype)))
+    if config.replay.auto:
+        print("replay.auto: the mixture above is without a ratio; probes choose it, and retention.kl, when the run starts")
     print(f"model: {size.parameters:,} parameters, trained {size.trainable:,} ({config.adapter}), compute {dtype_name(dtype)}")
     print(f"memory: {estimate(model, config, dtype, device)}")
     print("dry run: everything fits together; nothing was trained")

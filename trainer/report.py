@@ -32,6 +32,7 @@ class Run:
     end: dict | None = None  # None: the run was killed, or goes on
     unreadable: int = 0  # lines of metrics.jsonl, torn by a kill
     data: dict = field(default_factory=dict)
+    auto: dict = field(default_factory=dict)  # the probes that chose the replay, if any (trainer/auto.py)
     config_text: str = ""
     versions: dict = field(default_factory=dict)
     command: str = ""
@@ -65,7 +66,8 @@ def write_report(run_folder: Path) -> None:
     run = read_run(Path(run_folder))
     page.write(
         Path(run_folder) / "report.html", TEMPLATE, plots(run),
-        run=run, outcome=outcome(run), exported=exported_state(run), facts=facts(run), phases=phases(run), model=model_table(run),
+        run=run, outcome=outcome(run), exported=exported_state(run), facts=facts(run), cost_of_probes=cost_of_probes(run),
+        phases=phases(run), model=model_table(run),
     )
 
 
@@ -80,7 +82,7 @@ def read_run(folder: Path) -> Run:
     for source in data.get("sources", []):
         samples, rows = source.get("samples"), source.get("rows_per_epoch")
         source["passes"] = rows / samples if samples and rows is not None else None
-    run = Run(folder.resolve().name, data=data)
+    run = Run(folder.resolve().name, data=data, auto=_read_mapping(folder / "auto.json", json.loads, json.JSONDecodeError))
     run.versions, command = config.pop("versions", None) or {}, config.pop("command", "")
     run.command = command if isinstance(command, str) else " ".join(map(str, command))
     run.config_text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True) if config else ""
@@ -222,6 +224,14 @@ def phases(run: Run) -> list[Phase]:
     if whole > 1.005 * in_steps:
         total["evaluation, saving"] = whole - in_steps
     return [Phase(name, seconds, seconds / whole) for name, seconds in total.items()]
+
+
+def cost_of_probes(run: Run) -> str:
+    """What choosing the replay cost, beside the run."""
+    probes = run.auto.get("probes", [])
+    tokens, seconds = (sum(probe[name] for probe in probes) for name in ("tokens", "seconds"))
+    of_run = f", {percent(tokens / run.end['tokens'])} of the run's" if run.end and run.end.get("tokens") else ""
+    return f"{len(probes)} probes: {compact(tokens)} tokens{of_run}, in {duration(seconds)}."
 
 
 def model_table(run: Run) -> dict[str, str]:

@@ -11,7 +11,7 @@ import datasets
 import torch
 import transformers
 
-from trainer import base_states, checkpoint, cli, folder, lora, quantization, retention, watch, weighting
+from trainer import auto, base_states, checkpoint, cli, folder, lora, quantization, retention, watch, weighting
 from trainer.config import Config, profiled_steps, validate
 from trainer.distributed import World, world
 from trainer.dry_run import show
@@ -45,6 +45,7 @@ The two commonest commands:
   python -m trainer.run --model.path my-model --data.train domain.jsonl --replay.data general.jsonl --replay.ratio 0.5
 
 First, see what would be trained on, with masks, lengths and memory:      add --dry_run
+Keep what it knows, with as little replay as that takes:                  add --replay.auto --retention.items F --retention.floor 0.95
 Hold the base in 4 bits (QLoRA), or train all weights:                    add --adapter qlora, or --adapter full
 Go on after an interruption:                                              add --resume auto
 Several GPUs:                             torchrun --nproc-per-node 4 -m trainer.run ...
@@ -91,18 +92,32 @@ def train(config: Config) -> RunResult | None:
     folder.refuse_used(Path(config.output), config.resume)
     items = watch.read(config)
     with world(device.type) as ranks:
-        tokenizer = load_tokenizer(config.model)
-        if ranks.size > 1:
-            ranks.on_main(lambda: prepare_inputs(config, tokenizer))  # the others then find its caches
-        inputs = prepare_inputs(config, tokenizer)
-        require_work_for_all(inputs, ranks)
-        require_within(profiled_steps(config.logging.profile), inputs.plan.total)
-        if config.dry_run:
-            ranks.on_main(lambda: show(config, inputs, device))
-            return None
-        job, state = build(config, inputs, device, ranks, items)
-        ending = fit(job, state)
-        kept = None if ending.signal else job.watch
+        if config.replay.auto and not config.dry_run:
+            try:
+                config = auto.choose(config, lambda probe: run_one(probe, items, device, ranks, leave=False), ranks)
+            except auto.Stopped as stopped:
+                if ranks.is_main:
+                    print(f"stopped by signal {stopped.result.signal} in a probe; go on with the same command and --resume auto",
+                          file=sys.stderr)
+                return stopped.result
+        return run_one(config, items, device, ranks)
+
+
+def run_one(config: Config, items: Sequence[ItemFile], device: torch.device, ranks: World, leave: bool = True) -> RunResult | None:
+    """Train once. A probe does not `leave` what it trained."""
+    tokenizer = load_tokenizer(config.model)
+    if ranks.size > 1:
+        ranks.on_main(lambda: prepare_inputs(config, tokenizer))  # the others then find its caches
+    inputs = prepare_inputs(config, tokenizer)
+    require_work_for_all(inputs, ranks)
+    require_within(profiled_steps(config.logging.profile), inputs.plan.total)
+    if config.dry_run:
+        ranks.on_main(lambda: show(config, inputs, device))
+        return None
+    job, state = build(config, inputs, device, ranks, items)
+    ending = fit(job, state)
+    kept = None if ending.signal else job.watch
+    if leave:
         if kept:
             ranks.on_main(lambda: kept.restore(state, job.optimizer))
         job.optimizer.release()
