@@ -1,6 +1,7 @@
 # make demo   the whole method on a miniature world, and its table
 # make test   the whole test suite
 # make gpu    what needs a GPU: kernels' tests and times, one whole step compiled and captured; under nine minutes, one JSON
+# make docs-check   fails where a README's table differs from the newest records (python -m benchmarks.plot writes them anew)
 # The first two make the environment (.venv) if need be. make gpu takes .venv where there is one, else python3, whatever it has.
 # make vllm   on a machine with an NVIDIA GPU: vLLM for python -m synth.run (on a CPU it is part of the environment)
 # Another Python: make test PYTHON=/path/to/python3.12
@@ -11,7 +12,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p -c '
 RUN := .venv/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check --quiet install
 
-.PHONY: demo test env lint gpu vllm
+.PHONY: demo test env lint docs-check gpu vllm
 
 demo: env
 	@$(RUN) -m benchmarks.miniature.demo
@@ -30,6 +31,9 @@ vllm: env
 
 lint: env
 	@$(RUN) -m ruff check .
+
+docs-check: env
+	@$(RUN) -m benchmarks.plot --check
 
 env: .venv/installed
 

@@ -1,15 +1,17 @@
-"""What Steadfast is measured against: the loop most people start from, and TRL's trainer, padded and packed.
+"""What Steadfast is measured against: the loop most people start from, the best that stock parts make of it, and TRL's trainer.
 
-Both take the same tokens (`Samples`: pairs of input_ids int[L] and supervised bool[L]), the same model and initial adapter, and the
+All take the same tokens (`Samples`: pairs of input_ids int[L] and supervised bool[L]), the same model and initial adapter, and the
 same optimiser (AdamW at a constant rate, gradients clipped to norm 1). The plain loop is a stock model with sdpa attention, batches
-padded to their longest sample, PEFT's LoRA, the loss that the model computes from labels, and torch's AdamW.
+padded to their longest sample, PEFT's LoRA, the loss that the model computes from labels, and torch's AdamW. Its other forms change one
+thing each: batches of like lengths; packs told apart by position ids; torch.compile; gradient checkpointing. TRL pads, or packs.
 """
 
 from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,8 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, DataCollatorWithFlattening, PreTrainedTokenizerBase
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from benchmarks.timing import StepResult
 from trainer.metrics import ModelSize, model_size
@@ -47,33 +50,97 @@ def counted(samples: Samples, loss: float, computed: int, size: ModelSize) -> St
     return StepResult(loss, tokens, supervised, computed - tokens, size.flops(tokens, supervised, sum(n * n for n in lengths)))
 
 
-class PlainLoop:
-    """Stock model, padded batches, stock loss: what a page of tutorial code gives."""
+# ---------------------------------------------------------------- a plain loop, and its other forms
 
-    def __init__(self, model: PeftModel, samples: Samples, pad_token: int, batch_size: int, lr: float, seed: int = 0):
-        self.model, self.samples, self.pad_token, self.batch_size = model.train(), samples, pad_token, batch_size
+
+class PlainLoop:
+    """Stock model and stock loss: what a page of tutorial code gives. `batches` says which samples a step sees, `lay` how they lie."""
+
+    def __init__(self, model: PeftModel, samples: Samples, lr: float, batches: Iterator[list[int]],
+                 lay: Callable[[Samples], dict[str, Tensor]]):
+        self.model, self.samples, self.batches, self.lay = model.train(), samples, batches, lay
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.size = model_size(model)
         self.optimizer = torch.optim.AdamW(self.trained, lr=lr, weight_decay=0.0)
-        self.order = endless(len(samples), seed)
 
     def step(self) -> StepResult:
         return self.step_on(self.next_batch())
 
     def next_batch(self) -> Samples:
-        return [self.samples[next(self.order)] for _ in range(self.batch_size)]
+        return [self.samples[i] for i in next(self.batches)]
 
     def samples_of(self, batch: Samples) -> Samples:
         return batch
 
     def step_on(self, samples: Samples) -> StepResult:
-        batch = padded(samples, self.pad_token)
+        batch = self.lay(samples)
         loss = self.model(**batch, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return counted(samples, loss.item(), batch["input_ids"].numel(), self.size)
+
+
+def padded_loop(model: PeftModel, samples: Samples, pad_token: int, batch_size: int, lr: float, seed: int = 0) -> PlainLoop:
+    """Batches in random order, padded to their longest sample."""
+    return PlainLoop(model, samples, lr, drawn(len(samples), batch_size, seed), lambda batch: padded(batch, pad_token))
+
+
+def grouped_loop(model: PeftModel, samples: Samples, pad_token: int, batch_size: int, lr: float, seed: int = 0) -> PlainLoop:
+    """The same with batches of like lengths, as transformers' Trainer groups them."""
+    lengths = [len(ids) for ids, _ in samples]
+    return PlainLoop(model, samples, lr, grouped(lengths, batch_size, seed), lambda batch: padded(batch, pad_token))
+
+
+def packed_loop(model: PeftModel, samples: Samples, tokens: int, lr: float, seed: int = 0) -> PlainLoop:
+    """Samples end to end in one row, told apart by position ids alone, as transformers' own collator lays them."""
+    return PlainLoop(model, samples, lr, filled([len(ids) for ids, _ in samples], tokens, seed), flattened)
+
+
+def compiled(loop: PlainLoop, backend: str = "inductor") -> PlainLoop:
+    """The same under torch.compile, for batches of any shape."""
+    loop.model.compile(dynamic=True, backend=backend)
+    return loop
+
+
+def checkpointed(loop: PlainLoop) -> PlainLoop:
+    """The same with every layer's activations computed again in the backward."""
+    loop.model.gradient_checkpointing_enable({"use_reentrant": False})
+    return loop
+
+
+def drawn(count: int, batch_size: int, seed: int) -> Iterator[list[int]]:
+    order = endless(count, seed)
+    while True:
+        yield [next(order) for _ in range(batch_size)]
+
+
+def grouped(lengths: list[int], batch_size: int, seed: int) -> Iterator[list[int]]:
+    """Batches of like lengths, these in random order: without it, steps side by side would all be long ones, or short ones."""
+    draw, order = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
+    while True:
+        epoch = get_length_grouped_indices(lengths, batch_size, generator=draw)
+        batches = [epoch[i : i + batch_size] for i in range(0, len(epoch) - batch_size + 1, batch_size)]
+        yield from (batches[i] for i in order.permutation(len(batches)))
+
+
+def filled(lengths: list[int], tokens: int, seed: int) -> Iterator[list[int]]:
+    """Samples in random order, as many as fit into `tokens`; one that is longer than that has a row of its own."""
+    pack: list[int] = []
+    for i in endless(len(lengths), seed):
+        if pack and sum(lengths[j] for j in pack) + lengths[i] > tokens:
+            yield pack
+            pack = []
+        pack.append(i)
+
+
+FLATTEN = DataCollatorWithFlattening()
+
+
+def flattened(samples: Samples) -> dict[str, Tensor]:
+    """input_ids, labels and position_ids, int64[1, sum of lengths]; the positions of every sample begin at 0."""
+    return dict(FLATTEN([{"input_ids": ids, "labels": np.where(supervised, ids, IGNORED)} for ids, supervised in samples]))
 
 
 def padded(samples: Samples, pad_token: int) -> dict[str, Tensor]:
@@ -88,6 +155,16 @@ def padded(samples: Samples, pad_token: int) -> dict[str, Tensor]:
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
+# ---------------------------------------------------------------- TRL, and what needs a GPU
+
+
+def missing(package: str, device: torch.device) -> str | None:
+    """Why a line of a package whose kernels are written for GPUs cannot be had, or None."""
+    if find_spec(package) is None:
+        return f"{package.replace('_', '-')} is not installed"
+    return None if device.type == "cuda" else "its kernels need a GPU"
+
+
 class Trl:
     """TRL's SFTTrainer: its collator, its loss, its optimiser; one padded batch of 8 a step, or one best-fit-decreasing pack.
 
@@ -96,6 +173,10 @@ class Trl:
 
     def __init__(self, model: PeftModel, samples: Samples, tokenizer: PreTrainedTokenizerBase, settings: dict, seed: int = 0):
         self.trainer = sft_trainer(model, samples, tokenizer, settings, seed)
+        if self.trainer.args.use_liger_kernel:  # which `train()` would do
+            from transformers.integrations.liger import apply_liger_kernel
+
+            apply_liger_kernel(self.trainer.model, self.trainer.args.liger_kernel_config)
         self.trainer.create_optimizer_and_scheduler(num_training_steps=1)
         self.model, self.optimizer = self.trainer.model.train(), self.trainer.optimizer
         self.trained = [p for p in model.parameters() if p.requires_grad]

@@ -63,7 +63,7 @@ def rows_of_markdown(rows: list[list[str]]) -> str:
 
 def throughput_table(record: dict) -> str:
     rows = [row for row in record["summary"] if not row["line"].endswith("(A/A)")]
-    bases = [row["line"] for row in rows if not row["line"].startswith("Steadfast")]
+    bases = [row["line"] for row in rows if any(row["line"] in other["ratio"] for other in rows)]
     head = ["line", "real tokens per CPU-second", "supervised ones", "padding", "MFU", *(f"× {base}" for base in bases)]
     lines = [head]
     for row in rows:
@@ -84,6 +84,7 @@ def throughput_conditions(record: dict) -> str:
     same = next((row["ratio"] for row in record["summary"] if row["line"].endswith("(A/A)")), {})
     aa = "".join(f" A line timed against itself: {times(ratio)}." for ratio in same.values())
     worst = max(record["agreement"].items(), key=lambda item: item[1])
+    left_out = "".join(f" No line of {name}: {why}." for name, why in c.get("left_out", {}).items())
     commit = (record["commit"] or "none")[:8] + (" with changes" if record["dirty"] else "")
     return (
         f"{c['model']}; {c['adapter']}; {c['chats']} chats ({c['data']}; mean {c['mean_tokens']:.0f} tokens, "
@@ -91,7 +92,7 @@ def throughput_conditions(record: dict) -> str:
         f"thread{'s' * (record['threads'] > 1)}; torch {record['versions']['torch']}, transformers "
         f"{record['versions']['transformers']}. Medians of {c['rounds']} interleaved rounds, rates with their 20th and 80th percentiles, "
         f"ratios with 95% intervals; MFU is the share of this machine's matrix-product rate that useful work reaches.{aa} "
-        f"Losses agree step by step, at worst to {worst[1]:.0e} ({worst[0]}). "
+        f"Losses agree step by step, at worst to {worst[1]:.0e} ({worst[0]}).{left_out} "
         f"`{record['command']}`, {record['time'][:10]}, commit {commit}.")
 
 

@@ -1,8 +1,9 @@
-"""Training throughput on a CPU: Steadfast against a plain Hugging Face loop and TRL, in real tokens per CPU-second.
+"""Training throughput on a CPU: Steadfast against a plain Hugging Face loop, its best forms and TRL, in real tokens per CPU-second.
 
 The setting: a Llama of 7.15 M parameters with random weights (width 256, 4 layers, vocabulary 8,192), LoRA of rank 16 on all linear
 layers, AdamW, 500 chats with a mean of 122 tokens of which 45% are supervised, about a thousand tokens a step, one thread. The chats'
-lengths are long-tailed, as those of real sets are; with `--data` they are a real set's own. Every line starts from the same weights
+lengths are long-tailed, as those of real sets are; with `--data` they are a real set's own; with `--lengths equal` all are alike, so that
+nothing is gained by packing. Every line starts from the same weights
 and adapter and sees the same tokens, and before anything is timed its losses are compared with Steadfast's, step by step.
 """
 
@@ -12,6 +13,7 @@ import argparse
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +28,21 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase,
 from transformers.utils import logging as transformers_logging
 
 from benchmarks import record, timing
-from benchmarks.baseline import PlainLoop, Samples, Trl, counted, load_adapted, packed_batches, padded_batches
+from benchmarks.baseline import (
+    PlainLoop,
+    Samples,
+    Trl,
+    checkpointed,
+    compiled,
+    counted,
+    grouped_loop,
+    load_adapted,
+    missing,
+    packed_batches,
+    packed_loop,
+    padded_batches,
+    padded_loop,
+)
 from benchmarks.timing import Line, StepResult
 from trainer import config as options
 from trainer.distributed import World
@@ -60,10 +76,10 @@ class Setting:
     data: str  # where the chats come from, in words
 
 
-def make_setting(folder: Path, data: Path | None, seed: int = 0) -> Setting:
+def make_setting(folder: Path, data: Path | None, lengths: str = "tailed", seed: int = 0) -> Setting:
     """Write the model, the adapter that every line starts from, and the chats; tokenize the chats independently of the trainer."""
     if data is None:
-        chats, name = synthetic_chats(seed), "synthetic, log-normal lengths"
+        chats, name = synthetic_chats(seed, lengths), "synthetic, " + {"tailed": "log-normal lengths", "equal": "equal lengths"}[lengths]
         core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(SPECIAL + ["user", "assistant"] + words())}, unk_token="<s>"))
         core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         core.add_special_tokens(SPECIAL)
@@ -84,11 +100,11 @@ def words() -> list[str]:
     return [f"w{i}" for i in range(VOCABULARY - len(SPECIAL) - 2)]
 
 
-def synthetic_chats(seed: int) -> list[tuple[str, str]]:
-    """Prompts and answers of random words: lengths are the quantiles of two log-normal distributions, paired at random."""
+def synthetic_chats(seed: int, lengths: str = "tailed") -> list[tuple[str, str]]:
+    """Prompts and answers of random words: lengths are the quantiles of two log-normal distributions, paired at random, or all the mean."""
     rng, vocabulary = np.random.default_rng(seed), np.array(words())
     normal = np.array([NormalDist().inv_cdf((i + 0.5) / CHATS) for i in range(CHATS)])
-    factor = np.exp(LOG_SPREAD * normal - LOG_SPREAD**2 / 2)  # of mean 1
+    factor = np.exp(LOG_SPREAD * normal - LOG_SPREAD**2 / 2) if lengths == "tailed" else np.ones(CHATS)  # of mean 1
 
     def texts(mean: float) -> list[str]:
         lengths = np.maximum(1, (mean * rng.permutation(factor)).round().astype(int))
@@ -181,7 +197,15 @@ def run_options(setting: Setting, precision: str, steps: int) -> options.Config:
 
 
 def plain_loop(setting: Setting) -> PlainLoop:
-    return PlainLoop(adapted(setting), setting.samples, setting.tokenizer.pad_token_id, BATCH, LEARNING_RATE)
+    return padded_loop(adapted(setting), setting.samples, setting.tokenizer.pad_token_id, BATCH, LEARNING_RATE)
+
+
+def grouped(setting: Setting) -> PlainLoop:
+    return grouped_loop(adapted(setting), setting.samples, setting.tokenizer.pad_token_id, BATCH, LEARNING_RATE)
+
+
+def packed(setting: Setting) -> PlainLoop:
+    return packed_loop(adapted(setting), setting.samples, TOKENS_PER_STEP, LEARNING_RATE)
 
 
 def trl(setting: Setting, batches: dict) -> Trl:
@@ -218,12 +242,25 @@ def agreement(setting: Setting, precision: str, other: PlainLoop | Trl) -> float
 
 # ---------------------------------------------------------------- the suite
 
-# the lines' names: a Hugging Face loop with batches of 8, TRL's SFTTrainer with batches of 8, and with packing
 PLAIN, TRL_PADDED, TRL_PACKED, FP32, BF16 = "plain HF loop", "TRL padded", "TRL packed", "Steadfast fp32", "Steadfast bf16"
+BASES = (PLAIN, TRL_PADDED, TRL_PACKED)  # that every table has a ratio to, beside the fastest of all others
+OTHERS: dict[str, Callable[[Setting], PlainLoop | Trl]] = {
+    PLAIN: plain_loop,  # batches of 8, as TRL's are
+    "HF loop, like lengths": grouped,
+    "HF loop, packed": packed,
+    "HF loop, torch.compile": lambda setting: compiled(plain_loop(setting)),
+    "HF loop, checkpointing": lambda setting: checkpointed(plain_loop(setting)),
+    TRL_PADDED: lambda setting: trl(setting, padded_batches(BATCH)),
+    TRL_PACKED: lambda setting: trl(setting, packed_batches(TOKENS_PER_STEP)),
+}
+FOR_GPUS = {"TRL packed, Liger": "liger_kernel", "Unsloth": "unsloth"}  # and the package that each needs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, help="JSONL with question and answer to draw the chats from (default: synthetic chats)")
+    parser.add_argument("--lengths", choices=("tailed", "equal"), default="tailed", help="of synthetic chats (default: %(default)s)")
+    parser.add_argument("--lines", nargs="+", metavar="NAME", default=list(OTHERS), help="what to measure beside ours, of: " +
+                        "; ".join(OTHERS).replace("%", "%%"))
     parser.add_argument("--rounds", type=int, default=16, help="rounds of all lines (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=4, help="steps of each line in a round (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: %(default)s)")
@@ -233,16 +270,19 @@ def run(arguments: argparse.Namespace) -> dict:
     """Check, time and summarise; returns the record."""
     if arguments.rounds < 2 or arguments.steps < 1:
         raise UserError(f"--rounds, --steps: expected at least 2 and 1, got {arguments.rounds} and {arguments.steps}")
+    if unknown := [name for name in arguments.lines if name not in OTHERS]:
+        raise UserError(f"--lines: expected names of {', '.join(OTHERS)}, got {', '.join(unknown)}")
+    if arguments.data and arguments.lengths == "equal":
+        raise UserError("--lengths equal: a real set's chats have lengths of their own; expected no --data beside it")
     torch.set_num_threads(arguments.threads)
     quiet()
     with tempfile.TemporaryDirectory(prefix="steadfast-benchmark-") as folder:
-        setting = make_setting(Path(folder), arguments.data)
+        setting = make_setting(Path(folder), arguments.data, arguments.lengths)
         check_tokens(setting)
-        agreed = {f"{FP32} / {PLAIN}": agreement(setting, "fp32", plain_loop(setting)),
-                  f"{FP32} / {TRL_PACKED}": agreement(setting, "fp32", trl(setting, packed_batches(TOKENS_PER_STEP)))}
+        agreed = {f"{FP32} / {name}": agreement(setting, "fp32", OTHERS[name](setting)) for name in arguments.lines}
         if fast_bf16():
             agreed[f"{BF16} / {PLAIN}"] = agreement(setting, "bf16", plain_loop(setting))
-        lines = make_lines(setting, steps=2 * (timing.WARMUP + arguments.rounds * arguments.steps))
+        lines = make_lines(setting, arguments.lines, steps=2 * (timing.WARMUP + arguments.rounds * arguments.steps))
         samples = timing.interleave(lines, arguments.rounds, arguments.steps)
         size = model_size(adapted(setting))
     lengths = [len(ids) for ids, _ in setting.samples]
@@ -251,8 +291,10 @@ def run(arguments: argparse.Namespace) -> dict:
         "adapter": f"LoRA, rank {RANK}, all linear layers", "data": setting.data, "chats": CHATS,
         "mean_tokens": float(np.mean(lengths)), "longest": max(lengths),
         "supervised": sum(int(mask.sum()) for _, mask in setting.samples) / sum(lengths), "tokens_per_step": TOKENS_PER_STEP,
-        "rounds": arguments.rounds, "steps_per_round": arguments.steps}
-    suite = "training-cpu" if arguments.data is None else f"training-cpu-{arguments.data.stem}"
+        "rounds": arguments.rounds, "steps_per_round": arguments.steps,
+        "left_out": {name: missing(package, torch.device("cpu")) for name, package in FOR_GPUS.items()}}
+    kind = arguments.data.stem if arguments.data else {"tailed": None, "equal": "equal"}[arguments.lengths]
+    suite = "training-cpu" + (f"-{kind}" if kind else "")
     return record.make(suite, conditions, agreed, summary(samples), timing.raw(samples))
 
 
@@ -268,10 +310,9 @@ def fast_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def make_lines(setting: Setting, steps: int) -> list[Line]:
-    plain, padded, packed = plain_loop(setting), trl(setting, padded_batches(BATCH)), trl(setting, packed_batches(TOKENS_PER_STEP))
+def make_lines(setting: Setting, names: list[str], steps: int) -> list[Line]:
     ours = Line(FP32, Steadfast(setting, "fp32", steps).step)
-    lines = [Line(PLAIN, plain.step), Line(TRL_PADDED, padded.step), Line(TRL_PACKED, packed.step), ours, timing.again(ours)]
+    lines = [*(Line(name, OTHERS[name](setting).step) for name in names), ours, timing.again(ours)]
     lines.append(timing.product(torch.float32))
     if fast_bf16():
         lines += [Line(BF16, Steadfast(setting, "bf16", steps).step), timing.product(torch.bfloat16)]
@@ -280,13 +321,15 @@ def make_lines(setting: Setting, steps: int) -> list[Line]:
 
 def summary(samples: dict[str, list[timing.Sample]]) -> list[dict]:
     """One row a line: its rates, its share of the machine's product rate (MFU), and its ratio to each baseline."""
-    rows = []
+    rows, others = [], [name for name in samples if name in OTHERS]
+    fastest = max(others, key=lambda name: timing.spread(samples[name]).value, default=None)
+    bases = [name for name in others if name in BASES or name == fastest]
     for name, line in samples.items():
         if not line[0].tokens:  # a matrix product
             continue
         dtype = torch.bfloat16 if name == BF16 else torch.float32
         tokens, computed = sum(s.tokens for s in line), sum(s.tokens + s.padding for s in line)
-        against = [FP32] if name.endswith("(A/A)") else [base for base in (PLAIN, TRL_PADDED, TRL_PACKED) if base != name]
+        against = [FP32] if name.endswith("(A/A)") else [base for base in bases if base != name]
         rows.append({
             "line": name, "tokens_per_cpu_second": asdict(timing.spread(line)),
             "supervised_per_cpu_second": asdict(timing.spread(line, lambda s: s.supervised / s.cpu)),

@@ -1,11 +1,12 @@
 """The suite's setting is the one it states, and its agreement check can fail."""
 
+import argparse
 import json
 
 import numpy as np
 import pytest
 
-from benchmarks import training
+from benchmarks import plot, training
 from trainer.errors import UserError
 
 
@@ -45,9 +46,45 @@ def test_the_trainer_makes_the_same_tokens(setting):
     setting.samples[3] = ids, supervised
 
 
-def test_losses_agree_with_both_baselines(setting, few_steps):
-    assert training.agreement(setting, "fp32", training.plain_loop(setting)) < 1e-5
-    assert training.agreement(setting, "fp32", training.trl(setting, training.packed_batches(1024))) < 1e-5
+@pytest.mark.parametrize("name", [training.PLAIN, "HF loop, like lengths", "HF loop, packed", "HF loop, checkpointing",
+                                  training.TRL_PADDED, training.TRL_PACKED])
+def test_losses_agree_with_the_other_lines(setting, few_steps, name):
+    assert training.agreement(setting, "fp32", training.OTHERS[name](setting)) < 1e-5
+
+
+def test_chats_of_equal_lengths(tmp_path):
+    made = training.make_setting(tmp_path, None, "equal")
+    lengths = {len(ids) for ids, _ in made.samples}
+    assert lengths == {training.PROMPT_TOKENS + training.ANSWER_TOKENS + 6} and "equal" in made.data
+    assert 8 * lengths.pop() <= training.TOKENS_PER_STEP  # a padded batch and a pack hold as many
+
+
+def test_the_record_of_a_short_run(monkeypatch, tmp_path):
+    """Every row says what it is measured against: the lines that tables always show, and the fastest of the others."""
+    monkeypatch.setattr(training, "AGREEMENT_STEPS", 1)
+    monkeypatch.setattr(training, "CHATS", 24)
+    parser = argparse.ArgumentParser()
+    training.add_arguments(parser)
+    monkeypatch.setattr(training, "fast_bf16", lambda: False)
+    names = [training.PLAIN, "HF loop, packed"]
+    made = training.run(parser.parse_args(["--lengths", "equal", "--rounds", "2", "--steps", "1", "--lines", *names]))
+    assert made["suite"] == "training-cpu-equal" and set(made["agreement"]) >= {f"{training.FP32} / {name}" for name in names}
+    rows = {row["line"]: row for row in made["summary"]}
+    fastest = max(names, key=lambda name: rows[name]["tokens_per_cpu_second"]["value"])
+    assert set(rows[training.FP32]["ratio"]) == {training.PLAIN, fastest} and set(names) < set(rows)
+    assert rows["HF loop, packed"]["padding"] == rows[training.FP32]["padding"] == 0
+    table = plot.markdown(made)
+    assert "| HF loop, packed |" in table and f"× {training.PLAIN}" in table and "× TRL" not in table
+    assert "No line of TRL packed, Liger: liger-kernel is not installed." in table
+
+
+def test_unknown_lines_and_contradictions():
+    parser = argparse.ArgumentParser()
+    training.add_arguments(parser)
+    with pytest.raises(UserError, match="--lines: expected names of plain HF loop, .* got other"):
+        training.run(parser.parse_args(["--lines", "other"]))
+    with pytest.raises(UserError, match="--lengths equal: a real set's chats have lengths of their own"):
+        training.run(parser.parse_args(["--lengths", "equal", "--data", "x.jsonl"]))
 
 
 def test_a_different_model_is_noticed(setting, few_steps):
