@@ -269,6 +269,19 @@ def test_a_kept_state_that_is_gone_is_one_line(data, tmp_path, scripted, monkeyp
         run(data, tmp_path / "run", "--retention.every", "2", "--retention.floor", "0.5")
 
 
+def test_kept_states_are_those_that_whole_checkpoints_refer_to(tmp_path):
+    for step, text in ((2, '{"kept": {"step": 1}}'), (4, '{"kept": null}'), (6, '{"kept"'), (8, '{"kept": {"step": 7}}')):
+        (tmp_path / f"step-{step:08d}").mkdir()
+        (tmp_path / f"step-{step:08d}" / "state.json").write_text(text)
+    assert checkpoint.kept_steps(tmp_path) == {1, 7}
+    checkpoint.remove_all_but(tmp_path, {4, 8})
+    assert len(list(tmp_path.iterdir())) == 2
+    for path in tmp_path.rglob("*.json"):
+        path.unlink()
+    checkpoint.remove_all_but(tmp_path, set())
+    assert not tmp_path.exists()
+
+
 # ---------------------------------------------------------------- mistakes
 
 

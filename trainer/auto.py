@@ -9,7 +9,10 @@ of `replay.auto_shares`. Each further weight is tried on the share below the lea
 it is taken unless it gains less than half of what the best so far gains on the domain. So five to ten probes serve for 21 pairs.
 
 The choice is written to auto.json, with every probe, as they end: a killed search goes on after the last one, and a resumed run reads what
-was chosen. A probe forgets and learns as a shorter run does, so the real run is watched too (`trainer/watch.py`): the choice is a forecast.
+was chosen. The choice is a forecast: a probe learns and forgets as a shorter run does, so the real run is watched too (`trainer/watch.py`).
+In the miniature world a longer run mends more of what it broke: with replay shares of 20, 35 and 50% probes of a quarter kept 72, 89 and
+93% of the base's accuracy, whole runs 84, 93 and 96%. No trend in their length says so: probes of an eighth, which had learnt next to
+nothing of the domain, kept 78, 86 and 88%.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
     from trainer.run import RunResult
 
 NAME = "auto.json"
+FIGURES = ("metrics.jsonl", "config.yaml", "data.json", "log.txt")  # what is left of a probe
 
 
 class Stopped(Exception):
@@ -203,14 +207,19 @@ def _clear(folder: Path, resume: str) -> None:
     """Make room for a probe, unless it goes on from a checkpoint of its own."""
     if resume == "never" or checkpoint.newest(folder / "checkpoints") is None:
         shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output: cannot write the folder {folder}: {error.strerror}; choose another --output") from None
 
 
 def _keep_figures(folder: Path) -> None:
-    """Remove the states of a probe that has ended: what holds its checkpoints, or what its base said."""
+    """Remove the states of a probe that has ended: its checkpoints, and what its base said."""
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
+        elif path.name not in FIGURES:
+            path.unlink()
 
 
 def _end(folder: Path) -> dict:

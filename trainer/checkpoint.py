@@ -8,6 +8,7 @@ not in it: both are functions of the step (`plan.py`, `loop.py`).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -97,8 +98,12 @@ def newest(folder: Path) -> Path | None:
 
 def kept_steps(folder: Path) -> set[int]:
     """The steps whose kept weights checkpoints refer to."""
-    states = [json.loads((path / "state.json").read_text()) for path in checkpoints(folder)]
-    return {state["kept"]["step"] for state in states if state.get("kept")}
+    found = set()
+    for path in checkpoints(folder):
+        with contextlib.suppress(OSError, ValueError):  # one that was damaged is of no use with its kept state either
+            kept = json.loads((path / "state.json").read_text()).get("kept")
+            found |= {kept["step"]} if kept else set()
+    return found
 
 
 def remove_all_but(folder: Path, steps: set[int]) -> None:
