@@ -48,7 +48,8 @@ def view(record: dict) -> tuple:
     views = {"training": (throughput_table, throughput_picture), "gsm8k": (gsm8k_table, gsm8k_picture),
              "miniature": (miniature_table, miniature_picture), "kernels": (kernels.markdown, kernels_picture),
              "kernels-predicted": (prediction_table, prediction_picture), "gpu": (gpu_table, gpu_picture),
-             "synthesis": (synthesis_table, synthesis_picture), "compare": (compare_table, compare_picture)}
+             "synthesis": (synthesis_table, synthesis_picture), "compare": (compare_table, compare_picture),
+             "scaling": (scaling_table, scaling_picture)}
     return views.get(record["suite"]) or views[record["suite"].split("-")[0]]
 
 
@@ -234,6 +235,57 @@ def synthesis_picture(record: dict, figure, axes) -> None:
                   label={"distance": "topic distance", "invalid": "invalid"}[key])
     axes.set_yticks(range(len(rows)), [row["sampled"] for row in rows])
     axes.legend(frameon=False)
+
+
+# ---------------------------------------------------------------- scaling
+
+
+def scaling_table(record: dict) -> str:
+    """Cost of a token at every point, and how a step's cost grows over each setting."""
+    c, points = record["conditions"], {}
+    for row in record["summary"]:
+        points.setdefault((row["axis"], row["value"]), {})[row["line"]] = row
+    names = list(dict.fromkeys(row["line"] for row in record["summary"]))
+    rows = [["setting", "value", *(f"{name}, µs a token" for name in names), f"speed, × {names[0]}"]]
+    for (axis, value), lines in points.items():
+        costs = [f"{row['us_per_token']['value']:,.0f}" if row["us_per_token"] else row["outcome"] for row in lines.values()]
+        rows.append([axis, f"{value:,}", *costs, times(lines[names[-1]]["ratio"].get(names[0]))])
+    same = [row["same"]["value"] for row in record["summary"] if row["same"]]
+    again = f" A line timed against itself: {min(same):.2f}-{max(same):.2f} over all points." if same else ""
+    powers = "; ".join(f"{name} {power:.2f}" for name, power in c["growth"].items() if power is not None)
+    middle, model = c["middle"], c["middle"]["model"]
+    unit = f"CPU-time, {record['cpu']}, {record['threads']} thread{'s' * (record['threads'] > 1)}" if record["device"] == "cpu" else (
+        f"time on {record['device']}")
+    return (
+        f"{rows_of_markdown(rows)}\n\nA Llama of width {model['width']} with {model['layers']} layers, random weights, {c['dtype']}; one "
+        f"setting varied at a time from {middle['count']} samples of {middle['length']} tokens, vocabulary {model['vocabulary']:,}, LoRA "
+        f"of rank {middle['rank']} on all linear layers; half of the tokens supervised, no padding on either side. Context: one sample. "
+        f"{unit}; medians of {c['rounds']} interleaved rounds, ratios with 95% intervals.{again} Power that a step's cost grows with, from "
+        f"the smallest to the largest value: {powers}. Losses agree, at worst to {max(record['agreement'].values()):.0e}. "
+        f"`{record['command']}`, {record['time'][:10]}, commit {(record['commit'] or 'none')[:8]}"
+        f"{' with changes' if record['dirty'] else ''}.\n")
+
+
+def scaling_picture(record: dict, figure, axes) -> None:
+    """Cost of a token over each setting, both axes logarithmic."""
+    from matplotlib import ticker
+
+    axes.set_axis_off()
+    settings = list(dict.fromkeys(row["axis"] for row in record["summary"]))
+    figure.set_size_inches(3 * len(settings), 3)
+    for i, axis in enumerate(settings):
+        panel = figure.add_subplot(1, len(settings), i + 1)
+        for name, colour in ((record["summary"][0]["line"], OTHERS), ("Steadfast", OURS)):
+            rows = [row for row in record["summary"] if (row["axis"], row["line"]) == (axis, name) and row["us_per_token"]]
+            panel.plot([row["value"] for row in rows], [row["us_per_token"]["value"] for row in rows], marker="o", color=colour, label=name)
+        panel.set(xscale="log", yscale="log", xlabel=axis, ylabel="µs a token" if i == 0 else "")
+        values = sorted({row["value"] for row in record["summary"] if row["axis"] == axis})
+        panel.set_xticks(values, [f"{value // 1024}k" if value >= 1024 else str(value) for value in values])
+        panel.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5)))
+        panel.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        panel.minorticks_off()
+        panel.spines[["top", "right"]].set_visible(False)
+    panel.legend(frameon=False)
 
 
 # ---------------------------------------------------------------- one commit against another

@@ -1,10 +1,10 @@
 """Training throughput on a CPU: Steadfast against a plain Hugging Face loop, its best forms and TRL, in real tokens per CPU-second.
 
-The setting: a Llama of 7.15 M parameters with random weights (width 256, 4 layers, vocabulary 8,192), LoRA of rank 16 on all linear
-layers, AdamW, 500 chats with a mean of 122 tokens of which 45% are supervised, about a thousand tokens a step, one thread. The chats'
-lengths are long-tailed, as those of real sets are; with `--data` they are a real set's own; with `--lengths equal` all are alike, so that
-nothing is gained by packing. Every line starts from the same weights
-and adapter and sees the same tokens, and before anything is timed its losses are compared with Steadfast's, step by step.
+The setting: a Llama of 7.15 M parameters with random weights (width 256, 4 layers, vocabulary 8,192; with `--model 100m` one of 101 M:
+width 768, 14 layers), LoRA of rank 16 on all linear layers, AdamW, 500 chats with a mean of 122 tokens of which 45% are supervised, about a
+thousand tokens a step, one thread. The chats' lengths are long-tailed, as those of real sets are; with `--data` they are a real set's own;
+with `--lengths equal` all are alike, so that nothing is gained by packing. Every line starts from the same weights and adapter and sees the
+same tokens, and before anything is timed its losses are compared with Steadfast's, step by step.
 """
 
 from __future__ import annotations
@@ -60,6 +60,10 @@ SPECIAL = ["<s>", "<pad>", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
             "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 AGREEMENT_STEPS = 20
+MODELS = {
+    "7m": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "100m": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 14, "num_attention_heads": 12, "num_key_value_heads": 4},
+}
 AGREEMENT = {"fp32": 1e-4, "bf16": 2e-2}  # relative difference of losses, at most
 
 
@@ -76,7 +80,7 @@ class Setting:
     data: str  # where the chats come from, in words
 
 
-def make_setting(folder: Path, data: Path | None, lengths: str = "tailed", seed: int = 0) -> Setting:
+def make_setting(folder: Path, data: Path | None, lengths: str = "tailed", model: str = "7m", seed: int = 0) -> Setting:
     """Write the model, the adapter that every line starts from, and the chats; tokenize the chats independently of the trainer."""
     if data is None:
         chats, name = synthetic_chats(seed, lengths), "synthetic, " + {"tailed": "log-normal lengths", "equal": "equal lengths"}[lengths]
@@ -90,7 +94,7 @@ def make_setting(folder: Path, data: Path | None, lengths: str = "tailed", seed:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", pad_token="<pad>", eos_token="<|im_end|>",
                                         chat_template=TEMPLATE)
     tokenizer.save_pretrained(folder / "model")
-    save_model(folder, seed)
+    save_model(folder, model, seed)
     lines = (json.dumps({"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}) for q, a in chats)
     (folder / "chats.jsonl").write_text("\n".join(lines) + "\n")
     return Setting(folder, tokenizer, [tokenized(tokenizer, *chat) for chat in chats], name)
@@ -138,11 +142,11 @@ def byte_pair_encoding(texts: list[str]) -> Tokenizer:
     return core
 
 
-def save_model(folder: Path, seed: int) -> None:
+def save_model(folder: Path, size: str = "7m", seed: int = 0) -> None:
     torch.manual_seed(seed)
     model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=2048, bos_token_id=0, pad_token_id=1, eos_token_id=3, use_cache=False))
+        **MODELS[size], vocab_size=VOCABULARY, max_position_embeddings=2048, bos_token_id=0, pad_token_id=1, eos_token_id=3,
+        use_cache=False))
     model.save_pretrained(folder / "model")
     adapter = LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
     get_peft_model(model, adapter).save_pretrained(folder / "adapter")
@@ -227,10 +231,11 @@ def check_tokens(setting: Setting) -> None:
             raise AssertionError(f"chat {i}: the trainer's tokens or mask differ from the ones the baselines get")
 
 
-def agreement(setting: Setting, precision: str, other: PlainLoop | Trl) -> float:
+def agreement(setting: Setting, precision: str, other: PlainLoop | Trl, steps: int | None = None) -> float:
     """Largest relative difference between Steadfast's losses and another line's, over steps on the same samples from the same start."""
-    ours, pairs = Steadfast(setting, precision, AGREEMENT_STEPS), []
-    for _ in range(AGREEMENT_STEPS):
+    steps = steps or AGREEMENT_STEPS
+    ours, pairs = Steadfast(setting, precision, steps), []
+    for _ in range(steps):
         batch = other.next_batch()
         pairs.append((ours.step_on(other.samples_of(batch)).loss, other.step_on(batch).loss))
     worst = max(abs(a - b) / abs(b) for a, b in pairs)
@@ -261,6 +266,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lengths", choices=("tailed", "equal"), default="tailed", help="of synthetic chats (default: %(default)s)")
     parser.add_argument("--lines", nargs="+", metavar="NAME", default=list(OTHERS), help="what to measure beside ours, of: " +
                         "; ".join(OTHERS).replace("%", "%%"))
+    parser.add_argument("--model", choices=tuple(MODELS), default="7m", help="default: %(default)s; 100m takes far longer a step")
+    parser.add_argument("--compared", type=int, default=None, metavar="STEPS",
+                        help=f"steps whose losses are compared first (default: {AGREEMENT_STEPS})")
     parser.add_argument("--rounds", type=int, default=16, help="rounds of all lines (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=4, help="steps of each line in a round (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: %(default)s)")
@@ -270,6 +278,8 @@ def run(arguments: argparse.Namespace) -> dict:
     """Check, time and summarise; returns the record."""
     if arguments.rounds < 2 or arguments.steps < 1:
         raise UserError(f"--rounds, --steps: expected at least 2 and 1, got {arguments.rounds} and {arguments.steps}")
+    if arguments.compared is not None and arguments.compared < 1:
+        raise UserError(f"--compared: expected 1 step or more, got {arguments.compared}")
     if unknown := [name for name in arguments.lines if name not in OTHERS]:
         raise UserError(f"--lines: expected names of {', '.join(OTHERS)}, got {', '.join(unknown)}")
     if arguments.data and arguments.lengths == "equal":
@@ -277,11 +287,12 @@ def run(arguments: argparse.Namespace) -> dict:
     torch.set_num_threads(arguments.threads)
     quiet()
     with tempfile.TemporaryDirectory(prefix="steadfast-benchmark-") as folder:
-        setting = make_setting(Path(folder), arguments.data, arguments.lengths)
+        setting = make_setting(Path(folder), arguments.data, arguments.lengths, arguments.model)
         check_tokens(setting)
-        agreed = {f"{FP32} / {name}": agreement(setting, "fp32", OTHERS[name](setting)) for name in arguments.lines}
+        agreed = {f"{FP32} / {name}": agreement(setting, "fp32", OTHERS[name](setting), arguments.compared)
+                  for name in arguments.lines}
         if fast_bf16():
-            agreed[f"{BF16} / {PLAIN}"] = agreement(setting, "bf16", plain_loop(setting))
+            agreed[f"{BF16} / {PLAIN}"] = agreement(setting, "bf16", plain_loop(setting), arguments.compared)
         lines = make_lines(setting, arguments.lines, steps=2 * (timing.WARMUP + arguments.rounds * arguments.steps))
         samples = timing.interleave(lines, arguments.rounds, arguments.steps)
         size = model_size(adapted(setting))
@@ -293,8 +304,8 @@ def run(arguments: argparse.Namespace) -> dict:
         "supervised": sum(int(mask.sum()) for _, mask in setting.samples) / sum(lengths), "tokens_per_step": TOKENS_PER_STEP,
         "rounds": arguments.rounds, "steps_per_round": arguments.steps,
         "left_out": {name: missing(package, torch.device("cpu")) for name, package in FOR_GPUS.items()}}
-    kind = arguments.data.stem if arguments.data else {"tailed": None, "equal": "equal"}[arguments.lengths]
-    suite = "training-cpu" + (f"-{kind}" if kind else "")
+    kind = arguments.data.stem if arguments.data else "equal" if arguments.lengths == "equal" else ""
+    suite = "-".join(filter(None, ("training", "cpu", "" if arguments.model == "7m" else arguments.model, kind)))
     return record.make(suite, conditions, agreed, summary(samples), timing.raw(samples))
 
 

@@ -38,7 +38,7 @@ Samples = list[tuple[np.ndarray, np.ndarray]]
 # ---------------------------------------------------------------- a model and its data
 
 
-def make_model(size: Model, device: torch.device, dtype: torch.dtype, dropout: float = 0.0) -> nn.Module:
+def make_model(size: Model, device: torch.device, dtype: torch.dtype, dropout: float = 0.0, rank: int = RANK) -> nn.Module:
     """A Llama of this size with random weights and a LoRA adapter, as transformers and PEFT make them; the adapter is fp32."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, LlamaConfig
@@ -50,7 +50,7 @@ def make_model(size: Model, device: torch.device, dtype: torch.dtype, dropout: f
         max_position_embeddings=8192, tie_word_embeddings=False)
     with torch.device(device):
         base = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    adapter = LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=2 * RANK, lora_dropout=dropout, target_modules="all-linear")
+    adapter = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules="all-linear")
     model = get_peft_model(base, adapter)
     for p in trained(model):
         p.data = p.data.float()

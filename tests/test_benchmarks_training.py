@@ -5,6 +5,8 @@ import json
 
 import numpy as np
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import plot, training
 from trainer.errors import UserError
@@ -78,11 +80,20 @@ def test_the_record_of_a_short_run(monkeypatch, tmp_path):
     assert "No line of TRL packed, Liger: liger-kernel is not installed." in table
 
 
+def test_the_larger_model_is_as_large_as_it_says():
+    with torch.device("meta"):
+        sizes = {name: sum(p.numel() for p in LlamaForCausalLM(LlamaConfig(vocab_size=training.VOCABULARY, **shape)).parameters())
+                 for name, shape in training.MODELS.items()}
+    assert sizes == {"7m": 7_145_728, "100m": pytest.approx(101e6, rel=0.01)}
+
+
 def test_unknown_lines_and_contradictions():
     parser = argparse.ArgumentParser()
     training.add_arguments(parser)
     with pytest.raises(UserError, match="--lines: expected names of plain HF loop, .* got other"):
         training.run(parser.parse_args(["--lines", "other"]))
+    with pytest.raises(UserError, match="--compared: expected 1 step or more, got 0"):
+        training.run(parser.parse_args(["--compared", "0"]))
     with pytest.raises(UserError, match="--lengths equal: a real set's chats have lengths of their own"):
         training.run(parser.parse_args(["--lengths", "equal", "--data", "x.jsonl"]))
 
