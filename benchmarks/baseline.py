@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, DataCollatorWithFlattening, PreTr
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from benchmarks.timing import StepResult
-from trainer.metrics import ModelSize, model_size
+from trainer.metrics import ModelSize, Phases, model_size
 
 Samples = Sequence[tuple[np.ndarray, np.ndarray]]
 TrlBatch = tuple[dict[str, Tensor], Tensor]  # the model's inputs, and how many of their tokens are supervised
@@ -62,6 +62,7 @@ class PlainLoop:
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.size = model_size(model)
         self.optimizer = torch.optim.AdamW(self.trained, lr=lr, weight_decay=0.0)
+        self.phases = Phases(torch.device("cpu"))
 
     def step(self) -> StepResult:
         return self.step_on(self.next_batch())
@@ -73,12 +74,16 @@ class PlainLoop:
         return batch
 
     def step_on(self, samples: Samples) -> StepResult:
-        batch = self.lay(samples)
-        loss = self.model(**batch, use_cache=False).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        with self.phases("data"):
+            batch = self.lay(samples)
+        with self.phases("forward"):
+            loss = self.model(**batch, use_cache=False).loss
+        with self.phases("backward"):
+            loss.backward()
+        with self.phases("optimizer"):
+            torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
         return counted(samples, loss.item(), batch["input_ids"].numel(), self.size)
 
 

@@ -86,6 +86,9 @@ def throughput_conditions(record: dict) -> str:
     aa = "".join(f" A line timed against itself: {times(ratio)}." for ratio in same.values())
     worst = max(record["agreement"].items(), key=lambda item: item[1])
     left_out = "".join(f" No line of {name}: {why}." for name, why in c.get("left_out", {}).items())
+    phases = "".join(f" {name}: {', '.join(f'{phase} {share:.0%}' for phase, share in spent.items())}."
+                     for name, spent in c.get("phases", {}).items())
+    phases = phases and f" Time by phase, wall:{phases}"
     commit = (record["commit"] or "none")[:8] + (" with changes" if record["dirty"] else "")
     return (
         f"{c['model']}; {c['adapter']}; {c['chats']} chats ({c['data']}; mean {c['mean_tokens']:.0f} tokens, "
@@ -93,7 +96,7 @@ def throughput_conditions(record: dict) -> str:
         f"thread{'s' * (record['threads'] > 1)}; torch {record['versions']['torch']}, transformers "
         f"{record['versions']['transformers']}. Medians of {c['rounds']} interleaved rounds, rates with their 20th and 80th percentiles, "
         f"ratios with 95% intervals; MFU is the share of this machine's matrix-product rate that useful work reaches.{aa} "
-        f"Losses agree step by step, at worst to {worst[1]:.0e} ({worst[0]}).{left_out} "
+        f"Losses agree step by step, at worst to {worst[1]:.0e} ({worst[0]}).{phases}{left_out} "
         f"`{record['command']}`, {record['time'][:10]}, commit {commit}.")
 
 
@@ -272,6 +275,7 @@ def scaling_picture(record: dict, figure, axes) -> None:
 
     axes.set_axis_off()
     settings = list(dict.fromkeys(row["axis"] for row in record["summary"]))
+    costs = [row["us_per_token"]["value"] for row in record["summary"] if row["us_per_token"]]
     figure.set_size_inches(3 * len(settings), 3)
     for i, axis in enumerate(settings):
         panel = figure.add_subplot(1, len(settings), i + 1)
@@ -284,6 +288,7 @@ def scaling_picture(record: dict, figure, axes) -> None:
         panel.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5)))
         panel.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,.0f}"))
         panel.minorticks_off()
+        panel.set_ylim(0.9 * min(costs), 1.1 * max(costs))
         panel.spines[["top", "right"]].set_visible(False)
     panel.legend(frameon=False)
 

@@ -178,7 +178,6 @@ class Steadfast:
     def step(self) -> StepResult:
         work = next(self.works)
         loss, _ = train_step(self.job, work, self.phases)
-        self.phases.read()
         done = work.counts
         flops = self.job.size.flops(done.tokens, done.supervised, done.squared_lengths)
         return StepResult(loss.item(), done.tokens, done.supervised, 0, flops)
@@ -295,6 +294,7 @@ def run(arguments: argparse.Namespace) -> dict:
             agreed[f"{BF16} / {PLAIN}"] = agreement(setting, "bf16", plain_loop(setting), arguments.compared)
         lines = make_lines(setting, arguments.lines, steps=2 * (timing.WARMUP + arguments.rounds * arguments.steps))
         samples = timing.interleave(lines, arguments.rounds, arguments.steps)
+        phases = {line.name: shares(line.step.__self__.phases.read()) for line in lines if line.name in (PLAIN, FP32, BF16)}
         size = model_size(adapted(setting))
     lengths = [len(ids) for ids, _ in setting.samples]
     conditions = {
@@ -302,7 +302,7 @@ def run(arguments: argparse.Namespace) -> dict:
         "adapter": f"LoRA, rank {RANK}, all linear layers", "data": setting.data, "chats": CHATS,
         "mean_tokens": float(np.mean(lengths)), "longest": max(lengths),
         "supervised": sum(int(mask.sum()) for _, mask in setting.samples) / sum(lengths), "tokens_per_step": TOKENS_PER_STEP,
-        "rounds": arguments.rounds, "steps_per_round": arguments.steps,
+        "rounds": arguments.rounds, "steps_per_round": arguments.steps, "phases": phases,
         "left_out": {name: missing(package, torch.device("cpu")) for name, package in FOR_GPUS.items()}}
     kind = arguments.data.stem if arguments.data else "equal" if arguments.lengths == "equal" else ""
     suite = "-".join(filter(None, ("training", "cpu", "" if arguments.model == "7m" else arguments.model, kind)))
@@ -328,6 +328,11 @@ def make_lines(setting: Setting, names: list[str], steps: int) -> list[Line]:
     if fast_bf16():
         lines += [Line(BF16, Steadfast(setting, "bf16", steps).step), timing.product(torch.bfloat16)]
     return lines
+
+
+def shares(seconds: dict[str, float]) -> dict[str, float]:
+    whole = sum(seconds.values())
+    return {name: spent / whole for name, spent in seconds.items()}
 
 
 def summary(samples: dict[str, list[timing.Sample]]) -> list[dict]:

@@ -77,6 +77,11 @@ def test_the_record_of_a_short_run(monkeypatch, tmp_path):
     assert rows["HF loop, packed"]["padding"] == rows[training.FP32]["padding"] == 0
     table = plot.markdown(made)
     assert "| HF loop, packed |" in table and f"× {training.PLAIN}" in table and "× TRL" not in table
+    for name in (training.PLAIN, training.FP32):
+        spent = made["conditions"]["phases"][name]
+        assert set(spent) == {"data", "forward", "backward", "optimizer"} and sum(spent.values()) == pytest.approx(1)
+        assert spent["forward"] + spent["backward"] > 0.5
+    assert "Time by phase, wall: plain HF loop: data " in table
     assert "No line of TRL packed, Liger: liger-kernel is not installed." in table
 
 
