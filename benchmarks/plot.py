@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from benchmarks import kernels, predict
+from benchmarks.miniature import display
 from benchmarks.record import RESULTS, newest
 from trainer.errors import UserError
 
@@ -46,7 +47,7 @@ def draw(record: dict, path: Path) -> Path:
 def view(record: dict) -> tuple:
     """The functions that make a table and a picture of this kind of record."""
     views = {"training": (throughput_table, throughput_picture), "gsm8k": (gsm8k_table, gsm8k_picture),
-             "miniature": (miniature_table, miniature_picture), "kernels": (kernels.markdown, kernels_picture),
+             "demo": (demo_table, demo_picture), "miniature": (study_table, study_picture), "kernels": (kernels.markdown, kernels_picture),
              "kernels-predicted": (prediction_table, prediction_picture), "gpu": (gpu_table, gpu_picture),
              "synthesis": (synthesis_table, synthesis_picture), "compare": (compare_table, compare_picture),
              "scaling": (scaling_table, scaling_picture)}
@@ -142,10 +143,10 @@ def gsm8k_picture(record: dict, figure, axes) -> None:
     axes.legend(frameon=False)
 
 
-# ---------------------------------------------------------------- the miniature
+# ---------------------------------------------------------------- the miniature: demo and study
 
 
-def miniature_table(record: dict) -> str:
+def demo_table(record: dict) -> str:
     columns, c = ("general", "domain", "forgotten"), record["conditions"]
     rows = [[row["line"], *(f"{row[column]:.3f}" for column in columns)] for row in record["summary"]]
     return (
@@ -156,12 +157,20 @@ def miniature_table(record: dict) -> str:
         f"{' with changes' if record['dirty'] else ''}.\n")
 
 
-def miniature_picture(record: dict, figure, axes) -> None:
+def demo_picture(record: dict, figure, axes) -> None:
     """General against domain accuracy, one point an arm."""
     for row in record["summary"]:
         axes.plot(row["domain"], row["general"], "o", markersize=9, color=OURS, clip_on=False)
         axes.annotate(row["line"], (row["domain"], row["general"]), xytext=(8, 8), textcoords="offset points")
     axes.set(xlabel="domain accuracy", ylabel="general accuracy", xlim=(0, 1.15), ylim=(0, 1.1))
+
+
+def study_table(record: dict) -> str:
+    return f"{rows_of_markdown(display.table(record))}\n\n{display.conditions(record)}\n"
+
+
+def study_picture(record: dict, figure, axes) -> None:
+    display.picture(record, figure)
 
 
 # ---------------------------------------------------------------- kernels

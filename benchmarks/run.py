@@ -14,11 +14,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything measured is made here
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from benchmarks import compare, gsm8k, kernels, plot, record, scaling, synthesis, training
-from benchmarks.miniature import demo
+from benchmarks.miniature import demo, study
 from trainer.errors import UserError
 
-SUITES = {"training": training, "gsm8k": gsm8k, "miniature": demo, "kernels": kernels, "synthesis": synthesis, "scaling": scaling,
-          "compare": compare}
+SUITES = {"training": training, "gsm8k": gsm8k, "demo": demo, "miniature": study, "kernels": kernels, "synthesis": synthesis,
+          "scaling": scaling, "compare": compare}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -7,7 +7,7 @@ import pytest
 from transformers import LlamaForCausalLM
 
 from benchmarks.miniature.evaluate import evaluate
-from benchmarks.miniature.family import FAMILY, load
+from benchmarks.miniature.family import EVERYONE, FAMILY, load
 from benchmarks.miniature.judging import GRADES, RUBRIC, Case, Verdicts, cases, grade, is_judging, judge
 from benchmarks.miniature.recovery import Recovery, recovery
 from benchmarks.miniature.recovery import main as recovery_command
@@ -46,9 +46,9 @@ def test_verdicts_of_a_model_that_never_learnt_to_judge_say_so():
     assert isinstance(verdicts, Verdicts) and verdicts.mass < 0.5 and abs(verdicts.correlation) < 0.5
 
 
-@pytest.fixture(scope="module", params=list(FAMILY))
+@pytest.fixture(scope="module", params=[*FAMILY, "novice"])
 def member(request):
-    return request.param, load(FAMILY[request.param].folder)
+    return request.param, load(EVERYONE[request.param].folder)
 
 
 def test_every_member_judges(member):
@@ -64,18 +64,16 @@ def test_every_member_judges_its_own_answers(member):
     assert verdicts.mass > 0.98 and verdicts.auc > MIN_OWN_AUC[name], verdicts.auc
 
 
-MIN_AUC = {"base": 0.72, "tutor": 0.9, "peer": 0.75}
-MIN_OWN_AUC = {"base": 0.6, "tutor": 0.7, "peer": 0.6}
+MIN_AUC = {"base": 0.72, "tutor": 0.9, "peer": 0.75, "novice": 0.64}
+MIN_OWN_AUC = {"base": 0.6, "tutor": 0.7, "peer": 0.6, "novice": 0.6}
 
 
-def test_every_member_asks_what_it_was_asked(member):
-    """Though trained to answer prompts that want a grade, the base, whose questions the method samples, writes none."""
-    name, model = member
-    found = recovery(*model, FAMILY[name].skills, 600)
-    assert found.invalid < MAX_INVALID[name] and found.distance < 0.12 and (name != "base" or found.judging == 0)
-
-
-MAX_INVALID = {"base": 0.02, "tutor": 0.1, "peer": 0.1}
+@pytest.mark.parametrize("name", EVERYONE)
+def test_every_member_asks_what_it_was_asked(name):
+    """Though trained to answer prompts that want a grade, a base, whose questions the method samples, writes none."""
+    found = recovery(*load(EVERYONE[name].folder), EVERYONE[name].skills, 600)
+    sampled = name not in ("tutor", "peer")
+    assert found.invalid < (0.02 if sampled else 0.1) and found.distance < 0.12 and (found.judging == 0 or not sampled)
 
 
 def test_temperature_moves_the_samples_away_from_the_world(capsys):

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.miniature import domain, pretrain, skills
 from benchmarks.miniature.domain import CONFLICTS_WITH, DOMAIN, REMEDIES
 from benchmarks.miniature.evaluate import Scores, evaluate, greedy_answers, lost
-from benchmarks.miniature.family import BUDGET, FAMILY, MODELS, Member, load
+from benchmarks.miniature.family import BUDGET, EVERYONE, FAMILY, MODELS, STUDIED, Member, load
 from benchmarks.miniature.judging import rubric
 from benchmarks.miniature.skills import ATLAS, GENERAL, recognise
 from benchmarks.miniature.table import table
@@ -255,7 +255,7 @@ def test_table_is_aligned_and_counts_the_forgotten():
 
 # ---------------------------------------------------------------- committed models
 
-needs_weights = pytest.mark.parametrize("name", sorted(FAMILY))
+needs_weights = pytest.mark.parametrize("name", sorted(EVERYONE))
 
 
 def test_models_keep_to_their_budget():
@@ -279,10 +279,10 @@ def base(family):
 
 @needs_weights
 def test_stock_transformers_loads_the_model_whole(name):
-    model, info = AutoModelForCausalLM.from_pretrained(FAMILY[name].folder, output_loading_info=True)
+    model, info = AutoModelForCausalLM.from_pretrained(EVERYONE[name].folder, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert model.dtype == torch.float16 and model.config.model_type == "llama"
-    tokenizer = AutoTokenizer.from_pretrained(FAMILY[name].folder)
+    tokenizer = AutoTokenizer.from_pretrained(EVERYONE[name].folder)
     assert len(tokenizer) == model.config.vocab_size and tokenizer.get_vocab() == make_tokenizer().get_vocab()
     assert tokenizer.chat_template == make_tokenizer().chat_template
 
@@ -304,6 +304,12 @@ def test_sampled_answers_are_repeatable_and_leave_something_to_choose(base, gree
         assert 0.8 < scores.accuracy < greedy[name].accuracy
 
 
+@pytest.mark.parametrize("name", STUDIED)
+def test_what_the_study_starts_from_leaves_room_for_better_answers(name, sampled):
+    scores = evaluate(*load(STUDIED[name].folder), heldout_items(GENERAL, 40), temperature=1.0)
+    assert 0.75 < scores.accuracy < sampled["peer"].accuracy - 0.05
+
+
 def test_members_differ_in_strength_and_in_kind(sampled):
     """Else nothing is gained by asking more than one."""
     base, tutor, peer = (sampled[name] for name in ("base", "tutor", "peer"))
@@ -320,9 +326,8 @@ def test_answers_do_not_depend_on_the_batch(base):
 # ---------------------------------------------------------------- commands
 
 
-def test_pretraining_goes_through_both_stages_and_leaves_a_half_precision_model(tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrain, "TUNING_RECORDS", 100)
-    read, made = pretrain.pretrain(Member("infant", width=32, feed_forward=48, layers=1, chats=300, papers=100), tmp_path / "work")
+def test_pretraining_goes_through_both_stages_and_leaves_a_half_precision_model(tmp_path):
+    read, made = pretrain.pretrain(Member("infant", 32, 48, 1, chats=300, papers=100, tuning=100), tmp_path / "work")
     pretrain.commit(*load(made), tmp_path / "infant")
     reading, tuning, saved = ((load(folder)[0]) for folder in (read, made, tmp_path / "infant"))
     assert not torch.equal(reading.lm_head.weight, tuning.lm_head.weight)

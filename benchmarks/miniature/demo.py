@@ -87,7 +87,7 @@ def run(_: argparse.Namespace) -> dict:
                   "seconds": time.perf_counter() - begun}
     raw = {arm: [{"items": name, "right": "".join("01"[right] for right in scores.right)}
                  for name, scores in zip(("general", "domain"), both)] for arm, both in arms.items()}
-    return record.make("miniature-cpu", conditions, {}, figures(arms), raw)
+    return record.make("demo-cpu", conditions, {}, figures(arms), raw)
 
 
 def main() -> int:

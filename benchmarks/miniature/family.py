@@ -33,6 +33,7 @@ class Member:
     layers: int
     chats: int  # of its pre-training, each read once
     papers: int  # marked ones among what it reads, from which it learns to judge
+    tuning: int = 30_000  # records of each kind that it is tuned on, after reading: answers to questions, and grades; 0: it only reads
     shares: dict[str, float] | None = None  # of the general skills in all it learns from; default: the world's own
 
     @property
@@ -58,6 +59,12 @@ FAMILY = {member.name: member for member in (
     Member("tutor", width=128, feed_forward=344, layers=4, chats=140_000, papers=160_000, shares=TUTOR_SHARES),
     Member("peer", width=96, feed_forward=192, layers=4, chats=120_000, papers=80_000, shares=PEER_SHARES),
 )}
+
+# What the study starts from, beside the tutor and the peer: a base that leaves room for better answers than its own, and the same before it
+# was tuned on answers only, so that it never learnt to grade.
+NOVICE = Member("novice", width=96, feed_forward=256, layers=3, chats=60_000, papers=30_000, tuning=10_000)
+STUDIED = {member.name: member for member in (NOVICE, replace(NOVICE, name="reader", tuning=0))}
+EVERYONE = FAMILY | STUDIED
 
 
 def load(folder: Path | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

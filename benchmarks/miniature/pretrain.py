@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.miniature.domain import DOMAIN
 from benchmarks.miniature.evaluate import evaluate
-from benchmarks.miniature.family import FAMILY, THREADS, Member, load
+from benchmarks.miniature.family import EVERYONE, THREADS, Member, load
 from benchmarks.miniature.judging import Case, cases, judge
 from benchmarks.miniature.recovery import recovery
 from benchmarks.miniature.skills import GENERAL, Skill
@@ -27,12 +27,11 @@ from benchmarks.miniature.world import heldout_items, training_records, write_js
 from trainer.config import Batch, Config, Data, Logging, Model, Optim
 from trainer.run import train
 
-TUNING_RECORDS = 30_000  # of each kind: questions, and prompts that want a grade
 BATCH = Batch(tokens_per_pack=1024, tokens_per_step=1024)  # some 25 records a step: tiny models learn from many small steps
 
 
 def pretrain(member: Member, work: Path) -> tuple[Path, Path]:
-    """Both stages, under `work`; returns the folder of the model that has only read, and of the finished one."""
+    """All stages, under `work`; returns the folder of the model that has only read, and of the finished one."""
     shutil.rmtree(work, ignore_errors=True)
     start = work / "start"
     tokenizer = make_tokenizer()
@@ -40,13 +39,14 @@ def pretrain(member: Member, work: Path) -> tuple[Path, Path]:
     member.config(tokenizer).save_pretrained(start)
     chats = write_jsonl(training_records(member.skills, member.chats, seed=0), work / "chats.jsonl")
     papers = write_jsonl([case.paper for case in cases(member.skills, member.papers, seed=0)], work / "papers.jsonl")
-    answers = write_jsonl(training_records(member.skills, TUNING_RECORDS, seed=1), work / "answers.jsonl")
-    grades = write_jsonl([case.record for case in cases(member.skills, TUNING_RECORDS, seed=1)], work / "grades.jsonl")
-
     reading = train(Config(
         output=str(work / "reading"), model=Model(config=str(start)), adapter="full",
         data=Data(train=[str(chats), str(papers)], train_on="all", max_length=256), batch=BATCH,
         optim=Optim(lr=1.5e-3, beta2=0.99, schedule="wsd", warmup=50, decay=0.4, min_lr_ratio=0.05), logging=Logging(every=50)))
+    if not member.tuning:
+        return reading.folder / "model", reading.folder / "model"
+    answers = write_jsonl(training_records(member.skills, member.tuning, seed=1), work / "answers.jsonl")
+    grades = write_jsonl([case.record for case in cases(member.skills, member.tuning, seed=1)], work / "grades.jsonl")
     tuning = train(Config(
         output=str(work / "tuning"), model=Model(path=str(reading.folder / "model")), adapter="full",
         data=Data(train=[str(answers), str(grades)], max_length=256), batch=BATCH,
@@ -81,11 +81,11 @@ def describe(folder: Path, learnt: Sequence[Skill]) -> str:
 
 def main() -> None:
     torch.set_num_threads(THREADS)
-    names = sys.argv[1:] or list(FAMILY)
-    if unknown := set(names) - set(FAMILY):
-        sys.exit(f"pretrain: expected names among {', '.join(FAMILY)}, got {', '.join(sorted(unknown))}")
+    names = sys.argv[1:] or list(EVERYONE)
+    if unknown := set(names) - set(EVERYONE):
+        sys.exit(f"pretrain: expected names among {', '.join(EVERYONE)}, got {', '.join(sorted(unknown))}")
     for name in names:
-        member, begun = FAMILY[name], time.process_time()
+        member, begun = EVERYONE[name], time.process_time()
         reading, tuning = pretrain(member, Path("runs/miniature") / name)
         minutes = (time.process_time() - begun) / 60
         commit(*load(tuning), member.folder)
