@@ -176,8 +176,9 @@ class Trl:
     Its steps are driven one at a time, to be interleaved with others. That leaves out the logging and callbacks of `train()`.
     """
 
-    def __init__(self, model: PeftModel, samples: Samples, tokenizer: PreTrainedTokenizerBase, settings: dict, seed: int = 0):
-        self.trainer = sft_trainer(model, samples, tokenizer, settings, seed)
+    def __init__(self, model: PeftModel, samples: Samples, tokenizer: PreTrainedTokenizerBase, settings: dict, seed: int = 0,
+                 device: torch.device | None = None):
+        self.trainer = sft_trainer(model, samples, tokenizer, settings, seed, device or torch.device("cpu"))
         if self.trainer.args.use_liger_kernel:  # which `train()` would do
             from transformers.integrations.liger import apply_liger_kernel
 
@@ -206,9 +207,9 @@ class Trl:
 
     def samples_of(self, batch: TrlBatch) -> Samples:
         """The samples inside: rows without their padding, or a pack cut where position_ids are 0."""
-        ids, labels = batch[0]["input_ids"].numpy(), batch[0]["labels"].numpy()
+        ids, labels = batch[0]["input_ids"].cpu().numpy(), batch[0]["labels"].cpu().numpy()
         if "position_ids" in batch[0]:
-            starts = np.flatnonzero(batch[0]["position_ids"][0].numpy() == 0)[1:]
+            starts = np.flatnonzero(batch[0]["position_ids"][0].cpu().numpy() == 0)[1:]
             rows = zip(np.split(ids[0], starts), np.split(labels[0], starts), strict=True)
         else:
             lengths = batch[0]["attention_mask"].sum(1).tolist()
@@ -233,13 +234,13 @@ def packed_batches(tokens_per_pack: int) -> dict:
     return {"per_device_train_batch_size": 1, "max_length": tokens_per_pack, "packing": True, "packing_strategy": "bfd"}
 
 
-def sft_trainer(model: PeftModel, samples: Samples, tokenizer: PreTrainedTokenizerBase, settings: dict, seed: int):
+def sft_trainer(model: PeftModel, samples: Samples, tokenizer: PreTrainedTokenizerBase, settings: dict, seed: int, device: torch.device):
     """An SFTTrainer over samples that are already tokens."""
     import trl
 
     rows = {"input_ids": [ids.tolist() for ids, _ in samples], "assistant_masks": [mask.astype(int).tolist() for _, mask in samples]}
     args = trl.SFTConfig(
         output_dir=tempfile.gettempdir(), lr_scheduler_type="constant", weight_decay=0.0, gradient_checkpointing=False, bf16=False,
-        use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True, seed=seed, **settings)
+        use_cpu=device.type == "cpu", report_to=[], save_strategy="no", disable_tqdm=True, seed=seed, **settings)
     logging.getLogger("trl").setLevel(logging.ERROR)  # it says that packing wants flash attention, which a CPU has not
     return trl.SFTTrainer(model=model, args=args, train_dataset=Dataset.from_dict(rows), processing_class=tokenizer)

@@ -5,6 +5,7 @@ compile      one whole training step under torch.compile, without a break in the
 capture      the same as a CUDA graph
 throughput   real tokens a second beside a plain Hugging Face loop
 kernels      times of every operation beside plain torch, torch.compile and the libraries that are installed
+rivals       throughput beside others' packs, TRL's with Liger's kernels among them; only where asked for: `make gpu ARGS="--parts rivals"`
 
 It runs from a checkout under any Python that has torch, Triton and pytest; a part that lacks something is skipped by name. Each part is
 a process of its own (the tests one for each file), with a time after which it is ended. The JSON is written anew after each part.
@@ -49,6 +50,7 @@ PARTS = (
     Part("tests", 220, ("pytest", "triton")), Part("compile", 90, ("transformers", "peft")), Part("capture", 40, ("transformers", "peft")),
     Part("throughput", 50, ("transformers", "peft")), Part("kernels", TOTAL, ("triton",)),
 )
+ASKED_FOR = (Part("rivals", 200, ("transformers", "peft", "trl")),)
 
 
 class Processes:
@@ -189,7 +191,7 @@ def why_not() -> str | None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="make gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results", help="folder for the JSON (default: %(default)s)")
-    parser.add_argument("--parts", nargs="+", choices=[part.name for part in PARTS], default=[part.name for part in PARTS])
+    parser.add_argument("--parts", nargs="+", choices=[part.name for part in PARTS + ASKED_FOR], default=[part.name for part in PARTS])
     parser.add_argument("--total", type=float, default=TOTAL, help="seconds for all of it (default: %(default)s)")
     arguments = parser.parse_args(argv)
     if fault := why_not():
@@ -199,7 +201,7 @@ def main(argv: list[str] | None = None) -> int:
 
     begun, processes = time.monotonic(), Processes()
     made = record.make("gpu", {"total_seconds": arguments.total}, {}, [], {}) | {"parts": {}}
-    parts = [part for part in PARTS if part.name in arguments.parts]
+    parts = [part for part in PARTS + ASKED_FOR if part.name in arguments.parts]
     made["parts"] = {part.name: {"outcome": "not begun"} for part in parts}
     path = record.write(made, arguments.results)
 

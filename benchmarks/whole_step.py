@@ -3,8 +3,9 @@
 compile      the loss and its backward compile into one graph without a break, and agree with eager
 capture      the step is captured as a CUDA graph; replayed on other packs it gives the losses of an eager run, and draws new masks
 throughput   real tokens a second, beside a stock model with padded batches, PEFT and sdpa, from the same weights on the same samples
+rivals       the same beside packs: a stock model's, told apart by position ids, and TRL's, without and with Liger's kernels
 
-It needs torch, Triton, transformers, peft and numpy: `python -m benchmarks.whole_step CHECK --out FILE`.
+It needs torch, Triton, transformers, peft and numpy, and rivals trl: `python -m benchmarks.whole_step CHECK --out FILE`.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import importlib.util
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import timing
-from benchmarks.gpu_timing import free, peak_mib, reason
+from benchmarks.gpu_timing import free, peak_mib, reason, tried
 from benchmarks.predict import MODELS, RANK, Model
 from benchmarks.timing import Line, StepResult
 from kernels import linear_cross_entropy
@@ -38,7 +41,8 @@ Samples = list[tuple[np.ndarray, np.ndarray]]
 # ---------------------------------------------------------------- a model and its data
 
 
-def make_model(size: Model, device: torch.device, dtype: torch.dtype, dropout: float = 0.0, rank: int = RANK) -> nn.Module:
+def make_model(size: Model, device: torch.device, dtype: torch.dtype, dropout: float = 0.0, rank: int = RANK,
+               attention: str = "sdpa") -> nn.Module:
     """A Llama of this size with random weights and a LoRA adapter, as transformers and PEFT make them; the adapter is fp32."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, LlamaConfig
@@ -49,7 +53,7 @@ def make_model(size: Model, device: torch.device, dtype: torch.dtype, dropout: f
         num_attention_heads=size.heads, num_key_value_heads=size.kv_heads, head_dim=size.head_dim, use_cache=False,
         max_position_embeddings=8192, tie_word_embeddings=False)
     with torch.device(device):
-        base = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        base = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     adapter = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules="all-linear")
     model = get_peft_model(base, adapter)
     for p in trained(model):
@@ -221,6 +225,9 @@ class Packs:
 class Padded:
     """The plain loop: micro-batches padded to their longest sample, the model's own loss, gradients accumulated over the step."""
 
+    def lay(self, samples: Samples) -> dict[str, Tensor]:
+        return padded(samples, self.device)
+
     def __init__(self, model: nn.Module, device: torch.device, stream: list[Samples], size):
         self.model, self.optimizer, self.device = model, optimizer_of(model, device), device
         self.works, self.size, self.at = stream, size, -1
@@ -230,13 +237,22 @@ class Padded:
         samples = self.works[self.at]
         supervised, loss, computed = sum(int(mask[1:].sum()) for _, mask in samples), 0.0, 0
         for start in range(0, len(samples), MICRO_BATCH):
-            batch = padded(samples[start:start + MICRO_BATCH], self.device)
+            batch = self.lay(samples[start:start + MICRO_BATCH])
             part = self.model(**batch, use_cache=False, num_items_in_batch=supervised).loss
             part.backward()
             loss, computed = loss + part.detach(), computed + batch["input_ids"].numel()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return counted(samples, float(loss), computed, self.size)
+
+
+class Flat(Padded):
+    """The same with every micro-batch end to end in one row, told apart by position ids."""
+
+    def lay(self, samples: Samples) -> dict[str, Tensor]:
+        from benchmarks.baseline import flattened
+
+        return {name: t.to(self.device) for name, t in flattened(samples).items()}
 
 
 def padded(samples: Samples, device: torch.device) -> dict[str, Tensor]:
@@ -278,9 +294,74 @@ def throughput(device: torch.device, dtype: torch.dtype, shape: Model = MODELS[-
             "step_mib": memory, "raw": timing.raw(samples)}
 
 
+# ---------------------------------------------------------------- beside others' packs
+
+
+def rivals(device: torch.device, dtype: torch.dtype, shape: Model = MODELS[-1], mean: int = 400, rounds: int = ROUNDS) -> dict:
+    """Tokens a second of every line that runs here, in interleaved rounds; why others do not. First each one's loss beside ours, on its
+    own first batch. Attention of the others is FlashAttention's where it is installed, else sdpa."""
+    from benchmarks.baseline import Trl, missing, packed_batches
+    from trainer.metrics import model_size
+
+    stream = [random_samples(long_tailed(SAMPLES, mean, 4 * mean, seed), shape.vocabulary, seed) for seed in range(8)]
+    attention = "flash_attention_2" if device.type == "cuda" and importlib.util.find_spec("flash_attn") else "sdpa"
+    reference = patched(make_model(shape, device, dtype))
+    size, outcomes, differences, lines, memory = model_size(reference), {}, {}, {}, {}
+
+    def trl(**settings) -> Trl:
+        batches = packed_batches(SAMPLES * mean) | {"learning_rate": 1e-3} | settings
+        return Trl(make_model(shape, device, dtype, attention=attention), sum(stream, []), bare_tokenizer(), batches, device=device)
+
+    makers = {
+        "Steadfast": lambda: Packs(make_model(shape, device, dtype), device, stream, size),
+        "HF loop, packed": lambda: Flat(make_model(shape, device, dtype, attention=attention), device, stream, size),
+        "TRL packed": trl, "TRL packed, Liger": lambda: trl(use_liger_kernel=True)}
+    if why := missing("liger_kernel", device):
+        outcomes["TRL packed, Liger"] = why
+    for name, make in makers.items():
+        if name in outcomes:
+            continue
+        _, why = tried(lambda name=name, make=make: first_step(name, make, reference, stream, device, lines, differences))
+        if why or not differences[name] <= AGREEMENT[dtype]:
+            outcomes[name] = why or f"disagrees: {differences[name]:.1e} from ours"
+            lines.pop(name, None)
+            free()
+        else:
+            memory[name] = peak_mib(lines[name].step)
+            outcomes[name] = "timed"
+    samples = timing.interleave([Line(name, line.step) for name, line in lines.items()], rounds, STEPS)
+    rates = {name: asdict(timing.spread(line, lambda s: s.tokens / s.wall)) for name, line in samples.items()}
+    ratios = {name: asdict(timing.ratio(samples["Steadfast"], line, lambda s: s.tokens / s.wall))
+              for name, line in samples.items() if name != "Steadfast" and "Steadfast" in samples}
+    return {"passed": "Steadfast" in samples and not any(o.startswith("disagrees") for o in outcomes.values()), "outcomes": outcomes,
+            "differences": differences, "attention_of_others": attention, "model": shape.name, "tokens_per_second": rates,
+            "ratio": ratios, "step_mib": memory, "raw": timing.raw(samples)}
+
+
+def first_step(name: str, make: Callable, reference: nn.Module, stream: list[Samples], device: torch.device, lines: dict,
+               differences: dict) -> None:
+    """Makes a line and has it do a step; how far its loss is from that of the same weights, ours, on the same samples."""
+    line = make()
+    batch = line.next_batch() if hasattr(line, "next_batch") else None
+    samples = stream[0] if batch is None else line.samples_of(batch)
+    with torch.no_grad():
+        expected = packed_loss(reference, packed(samples, device)).item()
+    done = line.step() if batch is None else line.step_on(batch)
+    lines[name], differences[name] = line, relative(done.loss, expected)
+
+
+def bare_tokenizer():
+    """What TRL asks for beside samples that are tokens already: ids to pad and to end with."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.WordLevel({"<s>": 0, "<pad>": 1, "</s>": 2}, unk_token="<s>"))
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", pad_token="<pad>", eos_token="</s>")
+
+
 # ---------------------------------------------------------------- the command
 
-CHECKS = {"compile": check_compile, "capture": check_capture, "throughput": throughput}
+CHECKS = {"compile": check_compile, "capture": check_capture, "throughput": throughput, "rivals": rivals}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import gpu, record
-from benchmarks.gpu import PARTS, ROOT, TOTAL, Part, Processes, finite, main, read_report, run_part, run_tests
+from benchmarks.gpu import ASKED_FOR, PARTS, ROOT, TOTAL, Part, Processes, finite, main, read_report, run_part, run_tests
 
 # What the Python of a GPU machine may lack; with torch come numpy's, jinja2's and networkx' like, with transformers tokenizers and yaml.
 REFUSED = ("hypothesis", "_hypothesis", "jsonargparse", "datasets", "bitsandbytes", "matplotlib", "mpl_toolkits", "xdist", "pytest_xdist",
@@ -229,3 +229,10 @@ def test_kernels_tests_start_under_a_plain_python(plain_python):
     assert done.returncode == 0, done.stdout + done.stderr
     ran = plain_python("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_kernels_glu.py", "-k", "mistakes or gradcheck")
     assert ran.returncode == 0 and "3 passed" in ran.stdout, ran.stdout + ran.stderr
+
+
+def test_every_check_of_the_whole_step_is_a_part():
+    pytest.importorskip("peft")
+    from benchmarks.whole_step import CHECKS
+
+    assert {part.name for part in PARTS + ASKED_FOR} == {"tests", "kernels", *CHECKS}

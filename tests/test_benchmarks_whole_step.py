@@ -46,6 +46,29 @@ def test_losses_that_differ_do_not_pass(monkeypatch):
     assert not whole_step.throughput(CPU, torch.float32, TINY, mean=20, rounds=2)["passed"]
 
 
+def test_rivals_are_compared_before_they_are_timed():
+    """On a CPU there is no line with Liger's kernels, and the outcome says why."""
+    outcome = whole_step.rivals(CPU, torch.float32, TINY, mean=20, rounds=2)
+    timed = ["Steadfast", "HF loop, packed", "TRL packed"]
+    assert outcome["passed"] and set(outcome["tokens_per_second"]) == set(timed) and set(outcome["ratio"]) == set(timed[1:])
+    assert max(outcome["differences"].values()) < 1e-5
+    assert outcome["outcomes"] == dict.fromkeys(timed, "timed") | {"TRL packed, Liger": outcome["outcomes"]["TRL packed, Liger"]}
+    assert outcome["outcomes"]["TRL packed, Liger"] in ("liger-kernel is not installed", "its kernels need a GPU")
+    assert {s["padding"] for line in outcome["raw"].values() for s in line} == {0}
+
+
+def test_a_rival_that_fails_or_disagrees_is_named(monkeypatch):
+    class Failing(whole_step.Flat):
+        def step(self):
+            raise torch.cuda.OutOfMemoryError("too much")
+
+    monkeypatch.setattr(whole_step, "Flat", Failing)
+    monkeypatch.setattr(whole_step, "packed_loss", lambda model, batch: 1.001 * packed_loss(model, batch))  # ours and the reference alike
+    outcome = whole_step.rivals(CPU, torch.float32, TINY, mean=20, rounds=2)
+    assert not outcome["passed"] and outcome["outcomes"]["HF loop, packed"] == "out of memory"
+    assert outcome["outcomes"]["TRL packed"].startswith("disagrees: 1.0e-03") and set(outcome["tokens_per_second"]) == {"Steadfast"}
+
+
 def test_padded_and_packed_say_the_same():
     samples = random_samples([5, 9], 50, seed=1)
     batch, pack = padded(samples, CPU), packed(samples, CPU)
