@@ -50,7 +50,8 @@ def view(record: dict) -> tuple:
              "demo": (demo_table, demo_picture), "miniature": (study_table, study_picture), "kernels": (kernels.markdown, kernels_picture),
              "kernels-predicted": (prediction_table, prediction_picture), "gpu": (gpu_table, gpu_picture),
              "synthesis": (synthesis_table, synthesis_picture), "compare": (compare_table, compare_picture),
-             "scaling": (scaling_table, scaling_picture)}
+             "scaling": (scaling_table, scaling_picture),
+             "retention": (retention_table, retention_picture)}
     return views.get(record["suite"]) or views[record["suite"].split("-")[0]]
 
 
@@ -300,6 +301,56 @@ def scaling_picture(record: dict, figure, axes) -> None:
         panel.set_ylim(0.9 * min(costs), 1.1 * max(costs))
         panel.spines[["top", "right"]].set_visible(False)
     panel.legend(frameon=False)
+
+
+# ---------------------------------------------------------------- forgetting on real text
+
+
+def retention_table(record: dict) -> str:
+    """Every arm beside the base: what it knows and what it lost in general, and what it gained on the domain."""
+    head = ["arm", "general", "domain", "forgotten", "gained", "general text", "KL, general", "decisions", "solutions"]
+    keys = ("general", "domain", "forgotten", "gained", "text", "kl_general", "decisions", "solutions")
+    rows = [head] + [[row["line"], *(estimated(row, key, sign=key in ("domain", "text")) for key in keys)] for row in record["summary"]]
+    return f"{rows_of_markdown(rows)}\n\n{retention_conditions(record)}\n"
+
+
+def estimated(row: dict, key: str, sign: bool = False) -> str:
+    """A mean, with its standard error where it has one."""
+    error = row.get(f"{key}_error")
+    value = f"{row[key]:+.3f}" if sign and row[key] else f"{row[key]:.3f}"
+    return value + (f" ± {error:.3f}" if error is not None else "")
+
+
+def retention_conditions(record: dict) -> str:
+    c = record["conditions"]
+    items, seeds = c["items"], c["seeds"]
+    schooled = "; ".join(f"{name} {figures['base']:.2f} to {figures['model']:.2f}" for name, figures in c["schooled"].items())
+    return (
+        f"General: exact match of greedy answers to {items['skills']} skill items; forgotten, gained: share of those that the base has "
+        f"right, or wrong, and the arm does not. Domain and general text: change of the log-prob of held-out answers against the base, "
+        f"nats per token ({items['problems']} problems of GSM8K's test set; {items['long answers']} PubMedQA answers and {items['tasks']} "
+        f"self-instruct tasks). KL: from the base on the general answers, nats per token. Decisions: {items['decisions']} of PubMedQA, "
+        f"accuracy adjusted for chance. Solutions: the right one of four is the likeliest per token ({items['solutions']} problems). "
+        f"Means of {seeds} seed{'s' * (seeds > 1)}{' ± standard error' * (seeds > 1)}; {c['steps']} steps of {c['tokens']:,} tokens for "
+        f"every arm, {c['ratio']:.0%} of them replay where there is any; LoRA of rank 16 unless full; {c['precision']} training. The base: "
+        f"Llama, {c['parameters'] / 1e6:.1f} M parameters, from random weights in {c['base_cpu_seconds'] / 60:.1f} CPU minutes, which "
+        f"brought held-out log-probs per token from {schooled}. {c['seconds'] / 60:.0f} minutes with {c['workers']} workers of one thread "
+        f"on {record['cpu']}. `{record['command']}`, {record['time'][:10]}, commit {(record['commit'] or 'none')[:8]}"
+        f"{' with changes' if record['dirty'] else ''}.")
+
+
+def retention_picture(record: dict, figure, axes) -> None:
+    """What each arm keeps in general against what it learns of the domain; whiskers are standard errors."""
+    figure.set_size_inches(8, 5)
+    for row in record["summary"]:
+        errors = [row.get(f"{key}_error") or 0 for key in ("domain", "general")]
+        full = row["line"].startswith("full")
+        axes.errorbar(row["domain"], row["general"], xerr=errors[0], yerr=errors[1], fmt="s" if full else "o", markersize=8,
+                      color="#c8803c" if full else OTHERS if row["line"] == "base" else OURS)
+        axes.annotate(row["line"], (row["domain"], row["general"]), xytext=(8, 6), textcoords="offset points", fontsize=9)
+    right = max(row["domain"] for row in record["summary"])
+    axes.set(xlabel="GSM8K: held-out log-prob gained, nats per token", ylabel="general: skill items right", ylim=(-0.03, 1.05),
+             xlim=(min(0, *(row["domain"] for row in record["summary"])) - 0.05, 1.3 * right + 0.05))
 
 
 # ---------------------------------------------------------------- one commit against another

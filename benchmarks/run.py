@@ -13,12 +13,12 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything measured is made here
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from benchmarks import compare, gsm8k, kernels, plot, record, scaling, synthesis, training
+from benchmarks import compare, gsm8k, kernels, plot, record, retention, scaling, synthesis, training
 from benchmarks.miniature import demo, study
 from trainer.errors import UserError
 
 SUITES = {"training": training, "gsm8k": gsm8k, "demo": demo, "miniature": study, "kernels": kernels, "synthesis": synthesis,
-          "scaling": scaling, "compare": compare}
+          "scaling": scaling, "retention": retention, "compare": compare}
 
 
 def main(argv: list[str] | None = None) -> int:
