@@ -97,10 +97,9 @@ def patched(model: nn.Module) -> nn.Module:
 
 def packed_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Mean over the supervised tokens, as the trainer has it (`trainer.loop.batch_loss`)."""
-    from trainer.model import forward_hidden, head
+    from trainer.model import head, supervised_hidden
 
-    hidden, out = forward_hidden(model, batch), head(model)
-    return linear_cross_entropy(hidden.index_select(0, batch.supervised_rows), out.weight, batch.targets, token_weight=batch.weights,
+    return linear_cross_entropy(supervised_hidden(model, batch), head(model).weight, batch.targets, token_weight=batch.weights,
                                 ignore_index=None, reduction="sum") / batch.weight_sum
 
 

@@ -25,7 +25,7 @@ from trainer import families
 from trainer.attention import PACKED, is_packed
 from trainer.config import Config, Model
 from trainer.errors import UserError
-from trainer.families import FAMILIES
+from trainer.families import FAMILIES, last_at_rows
 from trainer.model import apply_activation_checkpointing, forward_hidden, head, load_model, outline, patch, use_packed_attention
 from trainer.packing import collate
 
@@ -112,6 +112,34 @@ def test_packed_model_equals_stock_model(family, fused):
 
 def test_families_are_tested():
     assert set(FAMILIES) == set(tiny.FAMILIES)
+
+
+@pytest.mark.parametrize("how", ["plain", "checkpointed", "a hook on the last norm"])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_some_rows_of_the_last_layer_equal_those_of_all(family, how):
+    """Hidden states and gradients in fp64; what is left out is not computed where our layers serve the family."""
+    model = ready(unlike_initial(tiny.model(family, dtype=torch.float64, **SETTINGS.get(family, {}))))
+    patch(model)
+    last = last_at_rows(model)
+    assert (last is None) == (FAMILIES[family].stream_norm is None if family in FAMILIES else True)
+    if how == "checkpointed":
+        model.train()
+        apply_activation_checkpointing(model, "full")
+    elif how == "a hook on the last norm" and last is not None:
+        getattr(last, FAMILIES[family].stream_norm).register_forward_hook(lambda *_: None)
+    batch, rows = pack(), torch.tensor([0, 3, 4, 9, 17])
+    expected = forward_hidden(model, batch).index_select(0, rows)
+    gradient = gradients(model, expected)
+    model.zero_grad()
+    passed = []
+    if last is not None:
+        last.mlp.register_forward_hook(lambda mlp, given, out: passed.append(out.shape[1]))
+    found = forward_hidden(model, batch, rows)
+    assert relative_error(found, expected) < 1e-12
+    for name, other in gradients(model, found).items():
+        assert relative_error(other, gradient[name]) < 1e-10, name
+    left_out = last is not None and how != "a hook on the last norm"
+    assert set(passed) == ({5} if left_out else {batch.tokens} if last is not None else set())
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gemma3_text", "olmo2"])

@@ -91,13 +91,20 @@ def coverable(norm: nn.Module) -> NormSettings | None:
     return None if hooks or not isinstance(forward, partial) or forward.func is not norm_forward else NormSettings(*forward.args[1:])
 
 
-def layer_forward(layer: nn.Module, stream_norm: str, hidden_states: Tensor, *args, **kwargs) -> Tensor:
-    """A decoder layer in which attention joins the residual stream, and the stream is normalised for the MLP, in one operation."""
-    norm = getattr(layer, stream_norm)
+def layer_forward(layer: nn.Module, stream_norm: str, last: bool, hidden_states: Tensor, *args, rows: Tensor | None = None,
+                  **kwargs) -> Tensor:
+    """A decoder layer in which attention joins the residual stream, and the stream is normalised for the MLP, in one operation.
+
+    With `rows` [S] the last one gives these tokens alone [1,S,W]: what follows its attention is left out for the others.
+    """
+    norm, rows = getattr(layer, stream_norm), rows if last else None
     settings = coverable(norm)
     if args or settings is None:
-        return type(layer).forward(layer, hidden_states, *args, **kwargs)
-    attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **kwargs)
+        out = type(layer).forward(layer, hidden_states, *args, **kwargs)
+        return out if rows is None else out.index_select(1, rows)
+    attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), rows=rows, **kwargs)
+    if rows is not None:
+        hidden_states = hidden_states.index_select(1, rows)
     if stream_norm == BEFORE_MLP:
         attended = layer.post_attention_layernorm(attended)
     normed, stream = add_rms_norm(attended, hidden_states, norm.weight, settings.eps, offset=settings.offset)
@@ -133,16 +140,22 @@ def attention_traits(attention: nn.Module, family: Family) -> AttentionTraits:
 
 def attention_forward(attention: nn.Module, traits: AttentionTraits, hidden_states: Tensor, position_embeddings=None,
                       attention_mask=None, past_key_values=None, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None,
-                      **kwargs) -> tuple[Tensor, None]:
-    """Attention of a pack [1,T,W], with no transpose between projections and heads. Anything but a pack gets the class's own forward."""
+                      rows: Tensor | None = None, **kwargs) -> tuple[Tensor, Tensor | None]:
+    """Attention of a pack [1,T,W], with no transpose between projections and heads. Anything but a pack gets the class's own forward.
+
+    With `rows` [S] only these tokens look, at all that they may see, and the result is theirs [1,S,W].
+    """
     if cu_seqlens is None or attention_mask is not None or past_key_values is not None:
-        return type(attention).forward(attention, hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask,
-                                       past_key_values=past_key_values, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, **kwargs)
+        out, weights = type(attention).forward(
+            attention, hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask,
+            past_key_values=past_key_values, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, **kwargs)
+        return out if rows is None else out.index_select(1, rows), weights
     q, k, v = project_heads(attention, traits, hidden_states.squeeze(0))
     q, k = position_heads(attention, traits, q, k, position_embeddings)
     out = packed_attention(q, k, v, cu_seqlens, max_seqlen, scale=traits.scale, window=traits.window, softcap=traits.softcap,
                            dropout=attention.attention_dropout if attention.training else 0.0)
-    return attention.o_proj(out.flatten(1)).unsqueeze(0), None
+    seen = out.flatten(1)
+    return attention.o_proj(seen if rows is None else seen.index_select(0, rows)).unsqueeze(0), None
 
 
 def project_heads(attention: nn.Module, traits: AttentionTraits, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -183,6 +196,18 @@ def fused_mlp_forward(mlp: nn.Module, activation: str, x: Tensor) -> Tensor:
     return mlp.down_proj(glu(gate, up, activation))
 
 
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers, in their order."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def last_at_rows(model: nn.Module) -> nn.Module | None:
+    """The last decoder layer, where its forward takes `rows`; else None."""
+    last = next(reversed(layers_of(model)), None)
+    forward = getattr(last, "forward", None)
+    return last if isinstance(forward, partial) and forward.func is layer_forward and forward.args[2] else None
+
+
 # ---------------------------------------------------------------- patching
 
 
@@ -210,13 +235,14 @@ def patch(model: nn.Module, enabled: bool = True) -> PatchReport:
     except ValueError as error:
         raise UserError(str(error)) from None
     counts: Counter[str] = Counter()
+    last = next(reversed(layers_of(base)), None)
     for name, module in base.named_modules():
         if enabled:
-            counts.update(_patch_module(module, name.rsplit(".", 1)[-1], family))
+            counts.update(_patch_module(module, name.rsplit(".", 1)[-1], family, module is last))
     return _report(base, family, enabled, served, counts)
 
 
-def _patch_module(module: nn.Module, name: str, family: Family | None) -> dict[str, int]:
+def _patch_module(module: nn.Module, name: str, family: Family | None, last: bool) -> dict[str, int]:
     """Fuse one module, told by its class and name; returns how many operations of each kind that adds to the model, or takes away."""
     if lora.is_adapted(module):
         module.forward = partial(lora.linear_forward, module)
@@ -236,7 +262,7 @@ def _patch_module(module: nn.Module, name: str, family: Family | None) -> dict[s
         module.forward = partial(fused_mlp_forward if hasattr(module, "gate_up_proj") else mlp_forward, module, activation)
         return {"glu": 1}
     if isinstance(module, GradientCheckpointingLayer) and _joins_plainly(module, family):
-        module.forward = partial(layer_forward, module, family.stream_norm)
+        module.forward = partial(layer_forward, module, family.stream_norm, last)
         return {"add_rms_norm": 1, "rms_norm": -1}
     return {}
 

@@ -167,9 +167,11 @@ def train_step(job: Job, work: Work, phases: Phases) -> tuple[Tensor, Tensor]:
     for batch in work.batches:
         reference = held.look_up(batch, phases) if held else None
         with phases("forward"):
-            hidden, out = forward_hidden(job.model, batch), head(job.model)
-            loss = objective = cross_entropy(out, hidden.index_select(0, batch.supervised_rows), batch) / work.weight
-            if reference is not None:
+            if reference is None:
+                loss = objective = batch_loss(job.model, batch) / work.weight
+            else:
+                hidden, out = forward_hidden(job.model, batch), head(job.model)
+                loss = cross_entropy(out, hidden.index_select(0, batch.supervised_rows), batch) / work.weight
                 divergence = held.divergence(out, hidden, batch, reference) / work.counted_weight
                 objective = loss + held.settings.kl * divergence
                 work.divergence += divergence.detach()

@@ -2,7 +2,8 @@
 
 FLOP convention (a step of T real tokens, S supervised rows): matrices of frozen weights 4 P T (forward, and the gradient of
 the input), trained ones 6 P T; the head 4 V D S frozen, 6 V D S trained; causal attention 6 * sum(len^2) * heads * head_dim a
-layer. Padding, recomputation and ignored rows through the head count nothing: only useful work does. Where a base is read beside the
+layer. Padding, recomputation and ignored rows through the head count nothing: only useful work does; so ignored rows through what follows
+attention in the last layer count nothing either, where the family's layers leave them out. Where a base is read beside the
 model (`trainer/retention.py`), its forward counts a third of a full training step over the samples that it reads, head included; the
 model's own logits, which the divergence makes again, count once.
 """
@@ -14,12 +15,14 @@ import resource
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Iterable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from trainer.families import last_at_rows
 from trainer.quantization import elements
 
 # Dense bf16 product rates that the makers state, FLOP/s.
@@ -41,18 +44,22 @@ class ModelSize:
     head_trained: bool
     experts: bool  # routes tokens to experts, of which the convention says nothing
     attention_width: int  # sum over layers of heads * head_dim; a window is not taken into account
+    frozen_late: int = 0  # of the frozen matrices: those that supervised rows alone pass, as the head
+    trained_late: int = 0
 
     def flops(self, tokens: int, supervised: int, squared_lengths: int) -> float | None:
         """FLOP of a training step over `tokens` real tokens, `supervised` rows and sum(len^2) = `squared_lengths`; None with experts."""
         if self.experts:
             return None
         matrices = (4 * self.frozen_matrices + 6 * self.trained_matrices) * tokens
+        matrices -= (4 * self.frozen_late + 6 * self.trained_late) * (tokens - supervised)
         head = (6 if self.head_trained else 4) * self.head * supervised
         return matrices + head + 6 * squared_lengths * self.attention_width
 
     def base_flops(self, tokens: int, supervised: int, squared_lengths: int) -> float:
         """FLOP of the base's forward over so much: without adapters, and without gradients."""
         matrices = 2 * (self.frozen_matrices or self.trained_matrices) * tokens
+        matrices -= 2 * (self.frozen_late if self.frozen_matrices else self.trained_late) * (tokens - supervised)
         return matrices + 2 * self.head * supervised + 2 * squared_lengths * self.attention_width
 
 
@@ -60,19 +67,31 @@ def model_size(model: nn.Module) -> ModelSize:
     config = model.config.get_text_config()
     head = model.get_output_embeddings()
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    counts = {True: 0, False: 0}
-    for module in model.modules():
-        weight = module._parameters.get("weight")  # of the module itself: a wrapper may show its inner layer's
-        if weight is not None and weight.ndim == 2 and not isinstance(module, nn.Embedding) and module is not head:
-            counts[weight.requires_grad] += elements(weight)
+    counts, late = matrices(model.modules(), head), matrices(after_attention(model), head)
     weights = list(model.parameters())
     return ModelSize(
         parameters=sum(map(elements, weights)), trainable=sum(p.numel() for p in weights if p.requires_grad),
         frozen_matrices=counts[False], trained_matrices=counts[True], head=head.weight.numel(),
-        head_trained=head.weight.requires_grad,
+        head_trained=head.weight.requires_grad, frozen_late=late[False], trained_late=late[True],
         experts=any(getattr(config, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts")),
         attention_width=config.num_hidden_layers * config.num_attention_heads * width,
     )
+
+
+def matrices(modules: Iterable[nn.Module], head: nn.Module) -> dict[bool, int]:
+    """Elements of the modules' own matrices but embeddings and the head, by whether they are trained."""
+    counts = {True: 0, False: 0}
+    for module in modules:
+        weight = module._parameters.get("weight")  # of the module itself: a wrapper may show its inner layer's
+        if weight is not None and weight.ndim == 2 and not isinstance(module, nn.Embedding) and module is not head:
+            counts[weight.requires_grad] += elements(weight)
+    return counts
+
+
+def after_attention(model: nn.Module) -> list[nn.Module]:
+    """The modules that only supervised rows pass, the head aside: what follows attention in the last layer, where it takes rows."""
+    layer = last_at_rows(model)
+    return [*layer.self_attn.o_proj.modules(), *layer.mlp.modules()] if layer else []
 
 
 @functools.cache

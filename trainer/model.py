@@ -23,7 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from trainer import config, quantization
 from trainer.attention import PACKED, decoder, fault_in_packing, is_packed, refuse_mask
 from trainer.errors import UserError
-from trainer.families import PatchReport, family_of, patch
+from trainer.families import PatchReport, family_of, last_at_rows, patch
 from trainer.packing import Batch
 from trainer.source import load_tokenizer, one_line, source_of
 
@@ -185,13 +185,19 @@ def head(model: nn.Module) -> HeadSpec:
     return HeadSpec(layer.weight, layer.bias, getattr(settings, "final_logit_softcapping", None), scale)
 
 
-def forward_hidden(model: nn.Module, batch: Batch) -> Tensor:
-    """The last hidden state [T,W] of a pack's tokens, each seeing only its own sample."""
+def forward_hidden(model: nn.Module, batch: Batch, rows: Tensor | None = None) -> Tensor:
+    """The last hidden state [T,W] of a pack's tokens, each seeing only its own sample; or that of the tokens `rows` alone [S,W].
+
+    Nothing reads what follows the last layer's attention at other tokens, so families with our layers do not compute it.
+    """
     base = bare(model)
+    if rows is not None and not (is_packed(base) and last_at_rows(base)):
+        return forward_hidden(model, batch).index_select(0, rows)
     ids, positions = batch.input_ids[None], batch.position_ids[None]
     run = partial(decoder(base), use_cache=False)
     if is_packed(base):
-        packed = run(input_ids=ids, position_ids=positions, cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen)
+        few = {} if rows is None else {"rows": rows}
+        packed = run(input_ids=ids, position_ids=positions, cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen, **few)
         return packed.last_hidden_state.squeeze(0)
     lengths = batch.cu_seqlens.diff().tolist()
     samples = zip(ids.split(lengths, dim=1), positions.split(lengths, dim=1), strict=True)
@@ -200,7 +206,7 @@ def forward_hidden(model: nn.Module, batch: Batch) -> Tensor:
 
 def supervised_hidden(model: nn.Module, batch: Batch) -> Tensor:
     """The last hidden state [S,W] of the pack's supervised rows, which are all that a head needs."""
-    return forward_hidden(model, batch).index_select(0, batch.supervised_rows)
+    return forward_hidden(model, batch, batch.supervised_rows)
 
 
 def apply_activation_checkpointing(model: nn.Module, mode: Literal["none", "selective", "full"]) -> None:

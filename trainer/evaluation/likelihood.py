@@ -77,7 +77,7 @@ def measure(model: nn.Module, samples: Sequence[Sample], capacity: int, *, remem
     device = out.weight.device
     for numbers in pack([len(sample.ids) for sample in samples], capacity, DOCUMENTS, seed=0) if samples else ():
         batch = collate([(samples[i].ids, samples[i].scored, 1.0, 0) for i in numbers]).to(device)
-        rows = forward_hidden(model, batch).index_select(0, batch.supervised_rows)  # (S, D)
+        rows = forward_hidden(model, batch, batch.supervised_rows)  # (S, D)
         logprobs = linear_log_prob(rows, out.weight, batch.targets, bias=out.bias, ignore_index=None, softcap=out.softcap,
                                    logit_scale=out.logit_scale)
         for i, total in zip(numbers, per_sample(logprobs, batch)):
