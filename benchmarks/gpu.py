@@ -8,7 +8,8 @@ kernels      times of every operation beside plain torch, torch.compile and the 
 rivals       throughput beside others' packs, TRL's with Liger's kernels among them; only where asked for: `make gpu ARGS="--parts rivals"`
 
 It runs from a checkout under any Python that has torch, Triton and pytest; a part that lacks something is skipped by name. Each part is
-a process of its own (the tests one for each file), with a time after which it is ended. The JSON is written anew after each part.
+a process of its own (the tests one for each file), with a time after which it is ended. The JSON is written anew after each part. Short
+runs add up: of an earlier run of the same clean commit on the same device, the parts that were not asked for again are taken over.
 """
 
 from __future__ import annotations
@@ -165,6 +166,15 @@ def run_part(part: Part, processes: Processes, seconds: float, folder: Path) -> 
         return {"outcome": f"failed: {type(error).__name__}: {error}"}
 
 
+def earlier(folder: Path, made: dict) -> dict[str, dict]:
+    """What the newest other record of `make gpu` has, if commit and device are those of `made` and nothing was changed in either."""
+    alike = ("suite", "commit", "dirty", "device")
+    records = [json.loads(path.read_text()) for path in folder.glob("gpu-*.json")] if made["commit"] and not made["dirty"] else []
+    records = [record for record in records if all(record.get(key) == made[key] for key in alike)]
+    newest = max(records, key=lambda record: record["time"], default={"parts": {}})
+    return {name: {"measured": newest["time"]} | part for name, part in newest["parts"].items() if part["outcome"] != "not begun"}
+
+
 def finite(value):
     """The same, with figures that JSON has no form for as words."""
     if isinstance(value, dict):
@@ -202,7 +212,10 @@ def main(argv: list[str] | None = None) -> int:
     begun, processes = time.monotonic(), Processes()
     made = record.make("gpu", {"total_seconds": arguments.total}, {}, [], {}) | {"parts": {}}
     parts = [part for part in PARTS + ASKED_FOR if part.name in arguments.parts]
-    made["parts"] = {part.name: {"outcome": "not begun"} for part in parts}
+    kept = earlier(arguments.results, made)
+    asked = {part.name for part in parts}
+    order = [part.name for part in PARTS + ASKED_FOR if part.name in asked | kept.keys()]
+    made["parts"] = {name: {"outcome": "not begun"} if name in asked else kept[name] for name in order}
     path = record.write(made, arguments.results)
 
     def interrupted(number, frame):
@@ -225,7 +238,7 @@ def main(argv: list[str] | None = None) -> int:
         processes.end_all()
         record.write(made, arguments.results)
         print(f"record: {path}")
-    outcomes = [part["outcome"] for part in made["parts"].values()]
+    outcomes = [made["parts"][name]["outcome"] for name in asked]
     return 0 if all(o == "passed" or o.startswith("skipped") for o in outcomes) else 1
 
 

@@ -236,3 +236,24 @@ def test_every_check_of_the_whole_step_is_a_part():
     from benchmarks.whole_step import CHECKS
 
     assert {part.name for part in PARTS + ASKED_FOR} == {"tests", "kernels", *CHECKS}
+
+
+def test_short_runs_of_one_commit_add_up(tmp_path, monkeypatch):
+    state, outcomes = {"commit": "a" * 40, "dirty": False}, iter(["passed", "failed: x", "passed", "passed", "passed"])
+    monkeypatch.setattr(gpu, "why_not", lambda: None)
+    monkeypatch.setattr(gpu, "run_part", lambda *_: {"outcome": next(outcomes)})
+    monkeypatch.setattr(gpu.signal, "signal", lambda *_: None)
+    real, clock = record.make, iter(range(10))
+    monkeypatch.setattr(record, "make", lambda *given: real(*given) | state | {"time": f"2026-01-01T00:00:0{next(clock)}+00:00"})
+
+    def parts(*names):
+        main(["--results", str(tmp_path), "--parts", *names])
+        made = record.newest(tmp_path)["gpu"]
+        return {name: (part["outcome"], part.get("measured", made["time"])[17:19]) for name, part in made["parts"].items()}
+
+    assert parts("tests", "kernels") == {"tests": ("passed", "00"), "kernels": ("failed: x", "00")}
+    assert parts("kernels") == {"tests": ("passed", "00"), "kernels": ("passed", "01")}
+    state["dirty"] = True
+    assert parts("compile") == {"compile": ("passed", "02")}
+    state.update(commit="b" * 40, dirty=False)
+    assert parts("capture") == {"capture": ("passed", "03")}
