@@ -20,6 +20,7 @@ from trainer.errors import UserError
 RESULTS = Path(__file__).parent / "results"
 VERSIONS = ("torch", "triton", "transformers", "peft", "trl", "datasets", "numpy", "bitsandbytes", "flash-attn", "liger-kernel",
             "cut-cross-entropy")
+PLACES = ("--results", "--keep")  # options that say where files go
 
 
 def make(suite: str, conditions: dict, agreement: dict[str, float], summary: list[dict], raw: dict[str, list[dict]]) -> dict:
@@ -44,10 +45,16 @@ def code(root: Path = RESULTS.parents[1]) -> dict:
 
 
 def command() -> str:
-    """How to run it again."""
+    """How to run it again; where its files went to is nothing to repeat."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     module = spec.name if spec and spec.name.startswith("benchmarks.") else "benchmarks.run"
-    return shlex.join(["python", "-m", module, *sys.argv[1:]])
+    words, kept = iter(sys.argv[1:]), []
+    for word in words:
+        if word in PLACES:
+            next(words, None)
+        elif not word.startswith(tuple(f"{place}=" for place in PLACES)):
+            kept.append(word)
+    return shlex.join(["python", "-m", module, *kept])
 
 
 def machine() -> dict:

@@ -59,3 +59,8 @@ def test_commit_and_dirty_flag(tmp_path):
 
 def test_outside_a_repository(tmp_path):
     assert record.code(tmp_path) == {"commit": None, "dirty": None}
+
+
+def test_the_command_leaves_out_where_its_files_went(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["run", "training", "--results", "/tmp/a b", "--rounds", "3", "--keep=here", "--data", "x y.jsonl"])
+    assert record.command() == "python -m benchmarks.run training --rounds 3 --data 'x y.jsonl'"

@@ -64,42 +64,44 @@ def conditions(record: dict) -> str:
 
 
 def picture(record: dict, figure) -> None:
-    """General and domain accuracy of every arm; general accuracy over replay share, and over unique rows, where they were measured."""
+    """What every arm forgets and learns; both over the share of replay, and over its unique rows, where they were measured."""
     figure.clear()
-    arms = rows_of(record)
-    if not points(record) or not any(row["arm"] in points(record) for row in record["summary"]):
-        figure.set_size_inches(8, 1.2 + 0.3 * len(arms))
-        return bars(figure.subplots(), record, arms)
-    figure.set_size_inches(11, 1.2 + 0.3 * len(arms))
-    grid = figure.add_gridspec(2, 2, width_ratios=(3, 2))
-    bars(figure.add_subplot(grid[:, 0]), record, arms)
+    arms = {arm: by_base for arm, by_base in rows_of(record).items() if arm != BASE}
+    measured = {row["arm"] for row in record["summary"]} & points(record).keys()
+    figure.set_size_inches(11.5 if measured else 8, 1.2 + 0.3 * len(arms))
+    grid = figure.add_gridspec(2, 3 if measured else 2, width_ratios=(3, 1.5, 2.2) if measured else (3, 1.5))
+    dots(figure.add_subplot(grid[:, 0]), record, arms, "forgotten")
+    dots(figure.add_subplot(grid[:, 1]), record, arms, "domain")
+    if not measured:
+        return
     rows = {row["arm"]: row for row in record["summary"] if row["base"] == bases(record)[0]}
     c = record["conditions"]
-    full = {"share": c["ratio"] * 100, "unique": next(found["rows"] for found in c["replay"] if found["replay"] == "plus")}
-    for place, (name, label) in enumerate((("share", "replay, % of the rows"), ("unique", "unique replay rows"))):
-        scale = 100 if name == "share" else 1
-        found = [(value * scale, rows[arm]) for arm, value in c["curves"][name].items()] + [(full[name], rows["plus"])]
-        curve(figure.add_subplot(grid[place, 1]), found, label, logarithmic=name == "unique")
+    shares = [(0, rows[arm]) for arm in ("domain only",) if arm in rows]
+    shares += [(value * 100, rows[arm]) for arm, value in c["curves"]["share"].items()]
+    curve(figure.add_subplot(grid[0, 2]), [*shares, (c["ratio"] * 100, rows["plus"])], "plus: % of the rows that are replay", False)
+    whole = next(found["rows"] for found in c["replay"] if found["replay"] == "plus" and found["base"] == bases(record)[0])
+    unique = [(value, rows[arm]) for arm, value in c["curves"]["unique"].items()]
+    curve(figure.add_subplot(grid[1, 2]), [*unique, (whole, rows["plus"])], "plus: unique replay rows", True)
 
 
-def bars(axes, record: dict, arms: dict[str, dict[str, dict]]) -> None:
-    """A dot for each base's general accuracy, a ring for its accuracy on the domain; a dotted line for what each base began with."""
+def dots(axes, record: dict, arms: dict[str, dict[str, dict]], column: str) -> None:
+    """A dot for each arm and base with its standard error; what is forgotten on a logarithmic axis."""
     for base, colour, lift in zip(bases(record), COLOURS, (0.13, -0.13)):
-        for place, by_base in enumerate(reversed(arms.values())):
-            if row := by_base.get(base):
-                error = row["general_error"] or 0
-                axes.errorbar(row["general"], place + lift, xerr=error, fmt="o", color=colour, markersize=5, clip_on=False)
-                if row["arm"] != BASE:
-                    axes.plot(row["domain"], place + lift, "o", color=colour, markersize=5, markerfacecolor="white", clip_on=False)
-        axes.axvline(arms[BASE][base]["general"], color=colour, linestyle=":", linewidth=1)
-        axes.plot([], [], "o", color=colour, label=f"{base}: general")
-        axes.plot([], [], "o", color=colour, markerfacecolor="white", label=f"{base}: domain")
-    axes.set_yticks(range(len(arms)), list(reversed(arms)))
-    axes.set(xlim=(0, 1), xlabel="accuracy")
+        found = [(place + lift, by_base[base]) for place, by_base in enumerate(reversed(arms.values())) if base in by_base]
+        axes.errorbar([row[column] for _, row in found], [at for at, _ in found], xerr=[row[f"{column}_error"] or 0 for _, row in found],
+                      fmt="o", color=colour, markersize=5, clip_on=False, label=base)
+    axes.set_ylim(-0.6, len(arms) - 0.4)
     axes.grid(axis="y", color="#eeeeee")
     axes.set_axisbelow(True)
-    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.4, 1), ncols=2 * len(bases(record)), fontsize="small",
-                handletextpad=0.2, columnspacing=1)
+    if column == "forgotten":
+        axes.set(xscale="log", xlim=(0.01, 1), xlabel="forgotten, share of what the base had right")
+        axes.set_xticks([0.01, 0.03, 0.1, 0.3, 1], ["1%", "3%", "10%", "30%", "100%"])
+        axes.minorticks_off()
+        axes.set_yticks(range(len(arms)), list(reversed(arms)))
+        axes.legend(frameon=False, loc="lower right", title="base")
+    else:
+        axes.set(xlim=(0, 1), xlabel="accuracy on the domain")
+        axes.set_yticks(range(len(arms)), [""] * len(arms))
     plain(axes)
 
 
