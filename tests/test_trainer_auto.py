@@ -11,7 +11,7 @@ from itertools import product
 import pytest
 
 from tests import test_trainer_watch
-from tests.test_trainer_retention import Killed
+from tests.kills import Killed
 from tests.test_trainer_run import arguments, records
 from tests.test_trainer_watch import BASE, options
 from trainer import auto, checkpoint, loop

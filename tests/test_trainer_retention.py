@@ -19,6 +19,7 @@ from benchmarks.miniature.family import FAMILY
 from benchmarks.miniature.skills import GENERAL
 from benchmarks.miniature.world import training_records, write_jsonl
 from tests import tiny
+from tests.kills import killed_at
 from tests.test_trainer_loop import Readbacks
 from tests.test_trainer_run import arguments, records, weights
 from trainer import checkpoint, config, loop, retention
@@ -383,26 +384,16 @@ def test_a_run_decays_to_where_it_began(miniature, tmp_path, no_report):
     assert held <= 5e-3 * 1.01 and free > 2 * held
 
 
-class Killed(Exception):
-    pass
-
-
 @pytest.mark.parametrize("options", [
     ("--retention.kl", "0.3", "--retention.weighting", "flow", "--retention.l2", "0.5", "--lora.dropout", "0.1"),
     ("--retention.kl", "0.3", "--retention.kl_on", "all", "--retention.weighting", "stm", "--retention.l2", "0.5", "--adapter", "full",
      "--retention.kl_tokens", "all", "--optim.lr", "1e-3", "--precision", "bf16"),
 ])
-def test_a_killed_run_goes_on_bit_for_bit(miniature, tmp_path, monkeypatch, no_report, options):
+def test_a_killed_run_goes_on_bit_for_bit(miniature, tmp_path, no_report, options):
     options = (*options, "--max_steps", "8", "--checkpoint.every", "2", "--logging.every", "1")
     run(miniature, tmp_path / "whole", *options)
 
-    def killed_at_step_six(job, work, phases):
-        if work.step == 5:
-            raise Killed
-        return train_step(job, work, phases)
-
-    with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr(loop, "train_step", killed_at_step_six)
+    with killed_at(step=6):
         run(miniature, tmp_path / "cut", *options)
     assert checkpoint.newest(tmp_path / "cut" / "checkpoints").name == "step-00000004"
     run(miniature, tmp_path / "cut", *options, "--resume", "auto")

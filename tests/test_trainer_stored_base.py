@@ -18,8 +18,9 @@ from torch import nn
 import trainer.folder
 import trainer.run
 from tests import tiny
+from tests.kills import Killed, killed_at
 from tests.test_trainer_loop import Readbacks
-from tests.test_trainer_retention import CPU, Killed, stir
+from tests.test_trainer_retention import CPU, stir
 from tests.test_trainer_run import arguments, records, write_chats
 from trainer import base_states, checkpoint, config, loop, retention
 from trainer.cli import parse
@@ -195,18 +196,12 @@ def test_a_saved_adapter_is_not_a_part_of_the_base(model_folder, chats, tmp_path
 
 @pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.parametrize("options", [("--lora.dropout", "0.1"), ("--adapter", "full", "--optim.lr", "1e-3", "--precision", "bf16")])
-def test_a_killed_run_goes_on_bit_for_bit(model_folder, chats, tmp_path, monkeypatch, capsys, options, kept):
+def test_a_killed_run_goes_on_bit_for_bit(model_folder, chats, tmp_path, capsys, options, kept):
     """Also where the file is gone: it is made again by the base, not by what training has made of it."""
     options = (*options, "--retention.base", "stored", "--retention.kl_on", "all", "--max_steps", "8", "--checkpoint.every", "2")
     run(model_folder, chats, tmp_path / "whole", *options)
 
-    def killed_at_step_six(job, work, phases):
-        if work.step == 5:
-            raise Killed
-        return train_step(job, work, phases)
-
-    with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr(loop, "train_step", killed_at_step_six)
+    with killed_at(step=6):
         run(model_folder, chats, tmp_path / "cut", *options)
     assert checkpoint.newest(tmp_path / "cut" / "checkpoints").name == "step-00000004"
     path, = stored_files(tmp_path / "cut")

@@ -16,15 +16,15 @@ from benchmarks.miniature.domain import DOMAIN
 from benchmarks.miniature.family import FAMILY
 from benchmarks.miniature.skills import GENERAL
 from benchmarks.miniature.world import heldout_items, training_records, write_jsonl
+from tests.kills import killed_at
 from tests.test_trainer_run import arguments, records, weights
-from trainer import checkpoint, evaluate, loop
+from trainer import checkpoint, evaluate
 from trainer.cli import parse
 from trainer.config import Config
 from trainer.errors import UserError
 from trainer.evaluation import config as evaluation
 from trainer.evaluation.outcomes import Outcome, Outcomes
 from trainer.evaluation.tokens import Key
-from trainer.loop import train_step
 from trainer.run import RunResult, train
 from trainer.watch import Watch
 
@@ -120,23 +120,13 @@ def test_a_saved_adapter_is_measured_before_it_is_trained_and_its_base_is_withou
     assert first["general_kl"] == pytest.approx(before[-1]["general_kl"], rel=1e-4)
 
 
-class Killed(Exception):
-    pass
-
-
 @pytest.mark.parametrize("more", [("--lora.dropout", "0.1"), ("--adapter", "full", "--optim.lr", "1e-3")])
-def test_a_killed_run_goes_on_bit_for_bit(data, tmp_path, monkeypatch, no_report, more):
+def test_a_killed_run_goes_on_bit_for_bit(data, tmp_path, no_report, more):
     """Killed after a better state was kept than its checkpoint knows of."""
     more = (*more, "--checkpoint.every", "4", "--retention.every", "1", "--retention.floor", "0.05", "--logging.every", "1")
     run(data, tmp_path / "whole", *more)
 
-    def killed_at_step_seven(job, work, phases):
-        if work.step == 6:
-            raise Killed
-        return train_step(job, work, phases)
-
-    with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr(loop, "train_step", killed_at_step_seven)
+    with killed_at(step=7):
         run(data, tmp_path / "cut", *more)
     known = checkpoint.kept_steps(tmp_path / "cut" / "checkpoints")
     assert known and {int(path.name[5:]) for path in (tmp_path / "cut" / "kept").iterdir()} >= known
