@@ -196,7 +196,7 @@ def test_a_saved_adapter_is_not_a_part_of_the_base(model_folder, chats, tmp_path
 
 @pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.parametrize("options", [("--lora.dropout", "0.1"), ("--adapter", "full", "--optim.lr", "1e-3", "--precision", "bf16")])
-def test_a_killed_run_goes_on_bit_for_bit(model_folder, chats, tmp_path, capsys, options, kept):
+def test_a_killed_run_goes_on_bit_for_bit(model_folder, chats, tmp_path, monkeypatch, capsys, options, kept):
     """Also where the file is gone: it is made again by the base, not by what training has made of it."""
     options = (*options, "--retention.base", "stored", "--retention.kl_on", "all", "--max_steps", "8", "--checkpoint.every", "2")
     run(model_folder, chats, tmp_path / "whole", *options)
