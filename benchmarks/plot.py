@@ -308,8 +308,8 @@ def scaling_picture(record: dict, figure, axes) -> None:
 
 def retention_table(record: dict) -> str:
     """Every arm beside the base: what it knows and what it lost in general, and what it gained on the domain."""
-    head = ["arm", "general", "domain", "forgotten", "gained", "general text", "KL, general", "decisions", "solutions"]
-    keys = ("general", "domain", "forgotten", "gained", "text", "kl_general", "decisions", "solutions")
+    head = ["arm", "general", "domain", "forgotten", "gained", "general text", "KL, general", "KL, domain", "decisions", "solutions"]
+    keys = ("general", "domain", "forgotten", "gained", "text", "kl_general", "kl_domain", "decisions", "solutions")
     rows = [head] + [[row["line"], *(estimated(row, key, sign=key in ("domain", "text")) for key in keys)] for row in record["summary"]]
     return f"{rows_of_markdown(rows)}\n\n{retention_conditions(record)}\n"
 
@@ -329,9 +329,9 @@ def retention_conditions(record: dict) -> str:
         f"General: exact match of greedy answers to {items['skills']} skill items; forgotten, gained: share of those that the base has "
         f"right, or wrong, and the arm does not. Domain and general text: change of the log-prob of held-out answers against the base, "
         f"nats per token ({items['problems']} problems of GSM8K's test set; {items['long answers']} PubMedQA answers and {items['tasks']} "
-        f"self-instruct tasks). KL: from the base on the general answers, nats per token. Decisions: {items['decisions']} of PubMedQA, "
-        f"accuracy adjusted for chance. Solutions: the right one of four is the likeliest per token ({items['solutions']} problems). "
-        f"Means of {seeds} seed{'s' * (seeds > 1)}{' ± standard error' * (seeds > 1)}; {c['steps']} steps of {c['tokens']:,} tokens for "
+        f"self-instruct tasks). KL: from the base on these answers, nats per token. Decisions: {items['decisions']} of PubMedQA, accuracy "
+        f"adjusted for chance. Solutions: the right one of four is the likeliest per token ({items['solutions']} problems; by chance 0.25)."
+        f" Means of {seeds} seed{'s' * (seeds > 1)}{' ± standard error' * (seeds > 1)}; {c['steps']} steps of {c['tokens']:,} tokens for "
         f"every arm, {c['ratio']:.0%} of them replay where there is any; LoRA of rank 16 unless full; {c['precision']} training. The base: "
         f"Llama, {c['parameters'] / 1e6:.1f} M parameters, from random weights in {c['base_cpu_seconds'] / 60:.1f} CPU minutes, which "
         f"brought held-out log-probs per token from {schooled}. {c['seconds'] / 60:.0f} minutes with {c['workers']} workers of one thread "
@@ -340,17 +340,18 @@ def retention_conditions(record: dict) -> str:
 
 
 def retention_picture(record: dict, figure, axes) -> None:
-    """What each arm keeps in general against what it learns of the domain; whiskers are standard errors."""
-    figure.set_size_inches(8, 5)
-    for row in record["summary"]:
-        errors = [row.get(f"{key}_error") or 0 for key in ("domain", "general")]
-        full = row["line"].startswith("full")
-        axes.errorbar(row["domain"], row["general"], xerr=errors[0], yerr=errors[1], fmt="s" if full else "o", markersize=8,
-                      color="#c8803c" if full else OTHERS if row["line"] == "base" else OURS)
-        axes.annotate(row["line"], (row["domain"], row["general"]), xytext=(8, 6), textcoords="offset points", fontsize=9)
-    right = max(row["domain"] for row in record["summary"])
-    axes.set(xlabel="GSM8K: held-out log-prob gained, nats per token", ylabel="general: skill items right", ylim=(-0.03, 1.05),
-             xlim=(min(0, *(row["domain"] for row in record["summary"])) - 0.05, 1.3 * right + 0.05))
+    """What each arm keeps in general, of skills and of text, beside what it learns of the domain; whiskers are standard errors."""
+    axes.set_axis_off()
+    rows = record["summary"][::-1]
+    figure.set_size_inches(10, 1 + 0.35 * len(rows))
+    for i, (key, name) in enumerate((("general", "general: skill items right"), ("text", "general text: nats per token, against the base"),
+                                     ("domain", "GSM8K: nats per token, against the base"))):
+        panel = figure.add_subplot(1, 3, i + 1)
+        panel.barh([row["line"] for row in rows], [row[key] for row in rows], xerr=[row.get(f"{key}_error") or 0 for row in rows],
+                   ecolor="#555555", color=[OTHERS if row["line"] == "base" or "domain only" in row["line"] else OURS for row in rows])
+        panel.set_title(name, fontsize=9)
+        panel.tick_params(labelleft=i == 0, labelsize=9)
+        panel.spines[["top", "right"]].set_visible(False)
 
 
 # ---------------------------------------------------------------- one commit against another
