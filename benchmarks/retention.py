@@ -9,30 +9,25 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import os
 import shutil
 import statistics
-import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from random import Random
 
 from transformers import AutoModelForCausalLM
 
-from benchmarks import real_text, record
-from benchmarks.miniature.study import begin, quietly
+from benchmarks import parallel, real_text, record
 from benchmarks.miniature.summary import BASE, estimate
 from benchmarks.miniature.world import training_records, write_jsonl
+from benchmarks.parallel import begin, quietly, told
 from benchmarks.real_text import Counts, Schooling, Texts
 from benchmarks.training import quiet
 from synth import config as synthesis
 from synth.run import synthesise
 from trainer.config import Batch, Config, Data, Items, Logging, Lora, Model, Optim, Replay, Retention
-from trainer.errors import UserError
 from trainer.evaluate import evaluate
 from trainer.evaluation import config as evaluation
 from trainer.run import train
@@ -248,16 +243,12 @@ def prepare(texts: Texts, size: Size, seeds: int, work: Path) -> dict:
 def carry_out(size: Size, seeds: int, work: Path, workers: int, begun: float) -> tuple[list[dict], dict[str, int]]:
     """Every arm with every seed, and the rows of the base's own sets; what needs none of those is trained while it is sampled."""
     jobs = [Job(arm, seed, size, work) for seed in range(seeds) for arm in ARMS]
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), begin) as pool:
+    with parallel.pool(workers) as pool:
         sampling = pool.submit(make_own_sets, work, size)
         running = [pool.submit(measure, job) for job in jobs if job.arm.replay not in OWN]
         rows = sampling.result()
         running += [pool.submit(measure, job) for job in jobs if job.arm.replay in OWN]
-        outcomes = []
-        for done, future in enumerate(as_completed(running), start=1):
-            outcomes.append(future.result())
-            print(f"{time.perf_counter() - begun:6.0f} s  {done} of {len(jobs)}  {outcomes[-1]['arm']}, seed {outcomes[-1]['seed']}",
-                  flush=True)
+        outcomes = told(begun, running, lambda found: f"{found['arm']}, seed {found['seed']}")
     order = [(arm.name, seed) for arm in ARMS for seed in range(seeds)]
     return sorted(outcomes, key=lambda outcome: order.index((outcome["arm"], outcome["seed"]))), rows
 
@@ -267,22 +258,16 @@ def carry_out(size: Size, seeds: int, work: Path, workers: int, begun: float) ->
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with " + ", ".join(real_text.FILES))
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes of one thread; default: one a core")
-    parser.add_argument("--keep", type=Path, help="a new or empty folder that keeps the base, replay sets, runs and scores; default: none")
+    parallel.add_arguments(parser, seeds=2)
 
 
 def run(arguments: argparse.Namespace) -> dict:
-    if arguments.seeds < 1 or arguments.workers < 1:
-        raise UserError(f"--seeds, --workers: expected 1 or more, got {arguments.seeds}, {arguments.workers}")
-    if arguments.keep and arguments.keep.exists() and any(arguments.keep.iterdir()):
-        raise UserError(f"--keep: expected a new or empty folder, found {arguments.keep} in use")
+    parallel.check(arguments)
     begun, size = time.perf_counter(), SIZE
     texts = real_text.read(arguments.data)
     begin()
     quiet()
-    with tempfile.TemporaryDirectory(prefix="steadfast-retention-") as scratch:
-        work = (arguments.keep or Path(scratch)).absolute()
+    with parallel.working_folder(arguments) as work:
         base, cpu = prepare(texts, size, arguments.seeds, work), time.process_time()
         parameters = AutoModelForCausalLM.from_pretrained(work / BASE).num_parameters()
         print(f"{time.perf_counter() - begun:6.0f} s  base", flush=True)

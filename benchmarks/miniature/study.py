@@ -8,32 +8,26 @@ to all seeds.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-import multiprocessing
-import os
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from peft import PeftModel
-from transformers.utils.logging import disable_progress_bar
 
-from benchmarks import record
+from benchmarks import parallel, record
 from benchmarks.miniature import arms, summary
 from benchmarks.miniature.arms import Arm
 from benchmarks.miniature.domain import DOMAIN
 from benchmarks.miniature.evaluate import evaluate
-from benchmarks.miniature.family import STUDIED, THREADS, load
+from benchmarks.miniature.family import STUDIED, load
 from benchmarks.miniature.replays import draw, replay_file, synthesise_all
 from benchmarks.miniature.skills import GENERAL
 from benchmarks.miniature.world import heldout_items, training_records, write_jsonl
+from benchmarks.parallel import quietly, told
 from trainer.config import Batch, Config, Data, Logging, Lora, Model, Optim, Replay, Retention
-from trainer.errors import UserError
 from trainer.interpolate import Interpolate, interpolate
 from trainer.run import train
 
@@ -142,20 +136,6 @@ def base_alone(job: Job) -> list[Outcome]:
 # ---------------------------------------------------------------- all of them
 
 
-def begin() -> None:
-    """A worker of one thread: `family.THREADS` says why."""
-    torch.set_num_threads(THREADS)
-    disable_progress_bar()
-
-
-@contextmanager
-def quietly(log: Path) -> Iterator[None]:
-    """What is said inside goes to a file."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a", encoding="utf-8") as file, redirect_stdout(file):
-        yield
-
-
 def make_pool(work: Path, base: str, names: Sequence[str], count: int) -> list[dict]:
     with quietly(work / base / "synth.log"):
         return synthesise_all(work, base, names, count)
@@ -169,45 +149,32 @@ def carry_out(plan: dict[str, Sequence[Arm]], seeds: int, size: Size, work: Path
     """Every arm of every base with every seed, and how sound the synthetic sets are. UserError where a run cannot be made."""
     begun = time.perf_counter()
     todo = jobs(plan, seeds, size, work)
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), begin) as pool:
-        outcomes = told(begun, [pool.submit(base_alone, job) for job in todo if job.arm is plan[job.base][0]], lambda f: "base")
-        sets = {base: sorted({arm.replay for arm in own} - {None, *arms.DRAWN}) for base, own in plan.items()}
-        sound = told(begun, [pool.submit(make_pool, work, base, names, size.instructions) for base, names in sets.items()],
-                     lambda f: f"pool of {f[0]['base']}")
-        outcomes += told(begun, [pool.submit(measure, job) for job in todo], lambda f: f"{f[0].base}, {f[0].arm}, seed {f[0].seed}")
-    return outcomes, sound
-
-
-def told(begun: float, futures: Sequence[Future], name: Callable[[list], str]) -> list:
-    """All that they return, each said when it comes."""
-    found = []
-    for done, future in enumerate(as_completed(futures), start=1):
-        found += future.result()
-        print(f"{time.perf_counter() - begun:6.0f} s  {done} of {len(futures)}  {name(future.result())}", flush=True)
-    return found
+    sets = {base: sorted({arm.replay for arm in own} - {None, *arms.DRAWN}) for base, own in plan.items()}
+    with parallel.pool(workers) as pool:
+        bases = [pool.submit(base_alone, job) for job in todo if job.arm is plan[job.base][0]]
+        pools = [pool.submit(make_pool, work, base, names, size.instructions) for base, names in sets.items()]
+        found = told(begun, bases, lambda f: f"{f[0].base}, seed {f[0].seed}")
+        sound = told(begun, pools, lambda f: f"pool of {f[0]['base']}")
+        found += told(begun, [pool.submit(measure, job) for job in todo], lambda f: f"{f[0].base}, {f[0].arm}, seed {f[0].seed}")
+    return list(itertools.chain.from_iterable(found)), list(itertools.chain.from_iterable(sound))
 
 
 # ---------------------------------------------------------------- the suite
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seeds", type=int, default=3)
+    parallel.add_arguments(parser, seeds=3)
     parser.add_argument("--quick", action="store_true", help="one base, one seed, four arms: under four minutes")
-    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes of one thread; default: one a core")
-    parser.add_argument("--keep", type=Path, help="a new or empty folder that keeps pools, runs and their reports; default: none is kept")
 
 
 def run(arguments: argparse.Namespace) -> dict:
-    if arguments.seeds < 1 or arguments.workers < 1:
-        raise UserError(f"--seeds, --workers: expected 1 or more, got {arguments.seeds}, {arguments.workers}")
-    if arguments.keep and arguments.keep.exists() and any(arguments.keep.iterdir()):
-        raise UserError(f"--keep: expected a new or empty folder, found {arguments.keep} in use")
+    parallel.check(arguments)
     begun = time.perf_counter()
     plan = {"novice": arms.QUICK} if arguments.quick else {
         "novice": (*arms.ARMS, *arms.FULL, *arms.SHARES, *arms.UNIQUE), "reader": arms.ARMS}
     seeds, size = 1 if arguments.quick else arguments.seeds, Size()
-    with tempfile.TemporaryDirectory(prefix="steadfast-study-") as scratch:
-        outcomes, sound = carry_out(plan, seeds, size, arguments.keep or Path(scratch), arguments.workers)
+    with parallel.working_folder(arguments) as work:
+        outcomes, sound = carry_out(plan, seeds, size, work, arguments.workers)
     curves = {"share": {arm.name: arm.ratio for arm in arms.SHARES}, "unique": {arm.name: arm.unique for arm in arms.UNIQUE}}
     conditions = {**asdict(size), "items": {kind: len(skills) * count for kind, (skills, count) in ITEMS.items()}, "seeds": seeds,
                   "ratio": arms.RATIO, "rates": RATES, "kl": arms.KL, "workers": arguments.workers, "curves": curves, "replay": sound,
