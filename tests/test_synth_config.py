@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from synth.config import Config, Instruct, Judge, Model, Select, duplicate_rule, name_of, settled, validate
+from synth.config import Config, Instruct, Judge, Model, Respond, Select, duplicate_rule, name_of, settled, validate
 from synth.seeds import choice, seed, uniform
 from trainer.cli import parse
 from trainer.errors import UserError
@@ -42,6 +42,11 @@ def test_the_default_preset_keeps_what_was_chosen():
     (Config(base=BASE, instruct=Instruct(top_p=[0.0])), "instruct.top_p"),
     (Config(base=BASE, instruct=Instruct(turns=[])), "instruct.turns"),
     (Config(base=BASE, stages=[]), "stages: expected some of probe"),
+    (Config(base=BASE, respond=Respond(samples=0, greedy_self=False)), "respond.samples: expected 1 or more; 0 beside respond.greedy_self"),
+    (Config(base=BASE, respond=Respond(samples=0), responders=[Model(path="y")]), "respond.samples: expected 1 or more, for responders"),
+    (Config(base=BASE, respond=Respond(base_likelihood=False)), "respond.base_likelihood: expected true, for select.rule agreed"),
+    (Config(base=BASE, judge=Judge(score="paper"), select=Select(score="mode")), "select.score: expected mean, beside judge.score paper"),
+    (Config(base=BASE, judge=Judge(pairwise=True), select=Select(rule="first")), "select.rule: expected max or likeliest, beside"),
 ])
 def test_what_no_run_can_use_is_named(config, message):
     with pytest.raises(UserError, match=message):

@@ -1,5 +1,6 @@
 """Ratings and choices by hand, planted judges found again, and that neither order nor repetition changes anything."""
 
+import json
 import random
 
 import hypothesis.strategies as st
@@ -7,10 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from synth.config import Config, Judge, Select
+from synth.config import Config, Judge, Respond, Select
 from synth.ratings import Cell, Scale, fit, panel, rate, rating
+from synth.respond import respond
 from synth.select import Answer, by_rule, choose, drop_reason, preferred, rejected, select
-from tests.synth_fakes import fill, make_run, score
+from tests.synth_fakes import FakeEngine, fill, install, make_run, score
 from trainer.errors import UserError
 
 
@@ -233,6 +235,17 @@ def test_a_candidate_that_the_pool_does_not_have_is_refused(tmp_path):
     with pytest.raises(UserError, match="select.among: expected names among base, other, base:0, base:1, base:2, base:greedy, other:0, "
                                         "other:1, other:2, got base:7"):
         select(run)
+
+
+def test_greedy_answers_alone_make_a_replay_set_without_a_judge(tmp_path, monkeypatch):
+    """The cheapest baseline: one greedy answer of the base to each instruction, and nobody asked about it."""
+    run = make_run(tmp_path, ["base"], respond=Respond(samples=0), select=Select(rule="first"))
+    fill(run, ["a?", "b?"], done=("probe", "instruct", "clean"))
+    install(monkeypatch, base=FakeEngine("base", complete=lambda request: f"answer at {request.sampling.temperature:g}"))
+    respond(run)
+    select(run)
+    rows = [json.loads(line) for line in (tmp_path / "replay.jsonl").open()]
+    assert [row["messages"][-1]["content"] for row in rows] == ["answer at 0"] * 2
 
 
 def four_answers(tmp_path, judged=True):
