@@ -46,7 +46,7 @@ def test_the_default_preset_keeps_what_was_chosen():
     (Config(base=BASE, respond=Respond(samples=0), responders=[Model(path="y")]), "respond.samples: expected 1 or more, for responders"),
     (Config(base=BASE, respond=Respond(base_likelihood=False)), "respond.base_likelihood: expected true, for select.rule agreed"),
     (Config(base=BASE, judge=Judge(score="paper"), select=Select(score="mode")), "select.score: expected mean, beside judge.score paper"),
-    (Config(base=BASE, judge=Judge(pairwise=True), select=Select(rule="first")), "select.rule: expected max or likeliest, beside"),
+    (Config(base=BASE, judge=Judge(pairwise=True), select=Select(rule="first")), "select.rule: expected max, agreed or likeliest, beside"),
 ])
 def test_what_no_run_can_use_is_named(config, message):
     with pytest.raises(UserError, match=message):
