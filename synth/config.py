@@ -212,7 +212,8 @@ def validate(config: Config) -> None:
              respond.samples)
     _require(respond.samples >= 1 or not config.responders, "respond.samples", "1 or more, for responders", respond.samples)
     _require(select.score == "mean" or config.judge.score == "expect", "select.score", "mean, beside judge.score paper", select.score)
-    _require(select.rule != "first" or not config.judge.pairwise, "select.rule", "max, agreed or likeliest, beside judge.pairwise", select.rule)
+    _require(select.rule != "first" or not config.judge.pairwise, "select.rule", "max, agreed or likeliest, beside judge.pairwise",
+             select.rule)
     _require(respond.temperature >= 0 and 0 < respond.top_p <= 1, "respond.temperature, respond.top_p", "0 or more, and above 0 to 1",
              (respond.temperature, respond.top_p))
     for option, value in (("instruct.max_tokens", instruct.max_tokens), ("respond.max_tokens", respond.max_tokens),
