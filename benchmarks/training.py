@@ -50,7 +50,7 @@ from trainer.errors import UserError
 from trainer.inputs import prepare_inputs
 from trainer.loop import train_step
 from trainer.metrics import Phases, model_size
-from trainer.packing import collate
+from trainer.packing import collate, filled
 from trainer.run import build
 from trainer.staging import Counts, Work, stage
 
@@ -173,17 +173,18 @@ class Steadfast:
             self.job, _ = build(self.config, inputs, torch.device("cpu"), World())
         self.job.model.train()
         self.phases = Phases(self.job.device)
-        self.works = stage(inputs.plan, inputs.samples, 0, World(), self.job.device, self.phases)
+        self.works = stage(inputs.plan, inputs.samples, 0, World(), self.job.device, self.phases, multiples=self.job.multiples)
 
     def step(self) -> StepResult:
         work = next(self.works)
         loss, _ = train_step(self.job, work, self.phases)
         done = work.counts
         flops = self.job.size.flops(done.tokens, done.supervised, done.squared_lengths)
-        return StepResult(loss.item(), done.tokens, done.supervised, 0, flops)
+        padding = sum(len(batch.input_ids) for batch in work.batches) - done.tokens
+        return StepResult(loss.item(), done.tokens, done.supervised, padding, flops)
 
     def step_on(self, samples: Samples) -> StepResult:
-        batch = collate([(ids, supervised, 1.0, 0) for ids, supervised in samples])
+        batch = filled(collate([(ids, supervised, 1.0, 0) for ids, supervised in samples]), self.job.multiples, TOKENS_PER_STEP)
         loss, _ = train_step(self.job, Work(0, [batch], batch.weight_sum, Counts(), []), self.phases)
         return counted(samples, loss.item(), batch.tokens, self.job.size)
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels._autocast import autocast_input, without_autocast
-from kernels.glu import ACTIVATIONS, glu_backward, glu_backward_reference, glu_forward, glu_reference
+from kernels.glu import ACTIVATIONS, activated, glu_backward, glu_backward_reference, glu_forward
 from kernels.lora import (
     N_TENSORS,
     by_projection,
@@ -59,9 +59,9 @@ def down_backward(grad_y, gate, up, activation, S, value, norm, part, need, need
 
 
 def down_backward_reference(grad_y, gate, up, activation, S, value, norm, part, need, need_h):
-    h = glu_reference(gate, up, activation)
-    grad_h, grads = project_backward([grad_y], h, S, [value], [norm], [part], need_h, [need], False)
-    return list(glu_backward_reference(grad_h, gate, up, activation)) if need_h else [], grads
+    act = activated(gate, activation)
+    grad_h, grads = project_backward([grad_y], act * up, S, [value], [norm], [part], need_h, [need], False)
+    return list(glu_backward_reference(grad_h, gate, up, activation, act)) if need_h else [], grads
 
 
 class _Mlp(torch.autograd.Function):

@@ -1,10 +1,12 @@
 """packed_attention against eager attention, one document at a time, in fp64."""
 
+import math
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from kernels._dropout import dropout_mask, kept_fraction
@@ -64,10 +66,12 @@ OPTIONS = [
     {}, {"scale": 0.3}, {"window": 3}, {"window": 1}, {"softcap": 2.0}, {"window": 2, "softcap": 1.5, "scale": 0.7}]
 
 
+@pytest.mark.parametrize("multiple", [1, 4])
 @pytest.mark.parametrize("options", [*OPTIONS, {"dropout": 0.3}, {"dropout": 0.3, "window": 3, "softcap": 2.0}])
 @pytest.mark.parametrize("heads", [(2, 2), (4, 2)])
-def test_gradcheck(options, heads, probabilities, monkeypatch):
+def test_gradcheck(options, heads, multiple, probabilities, monkeypatch):
     monkeypatch.setattr(MODULE, "BLOCK", 2)
+    monkeypatch.setattr(MODULE, "rounding", lambda dtype: multiple)
     q, k, v, *rest = pack([3, 1, 4], heads, dim=2)
 
     def op(*_):
@@ -91,13 +95,15 @@ def test_equals_eager_document_by_document(options, heads, lengths, probabilitie
     lengths=st.lists(st.integers(0, 40), min_size=1, max_size=8), groups=st.sampled_from([1, 2, 3]),
     kv_heads=st.sampled_from([1, 2]), dim=st.sampled_from([1, 3, 8]), window=st.sampled_from([None, 1, 2, 5, 16, 39, 50]),
     softcap=st.sampled_from([None, 3.0]), block=st.sampled_from([1, 7, 16, 128]), keep=st.sampled_from([0, 2, 10**9]),
+    multiple=st.sampled_from([1, 3, 16]),
 )
-@settings(max_examples=60, deadline=None)
-def test_any_packing_equals_eager(lengths, groups, kv_heads, dim, window, softcap, block, keep):
+@settings(max_examples=80, deadline=None)
+def test_any_packing_equals_eager(lengths, groups, kv_heads, dim, window, softcap, block, keep, multiple):
     q, k, v, *rest = pack(lengths, (kv_heads * groups, kv_heads), dim)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MODULE, "BLOCK", block)
         patch.setattr(MODULE, "KEEP", keep)
+        patch.setattr(MODULE, "rounding", lambda dtype: multiple)
         ours = packed_attention(q, k, v, *rest, window=window, softcap=softcap)
         assert_same(ours, eager(q, k, v, *rest, window=window, softcap=softcap), [q, k, v])
 
@@ -113,6 +119,44 @@ def test_packed_equals_separate():
         torch.testing.assert_close(one, together[begin:end], rtol=1e-12, atol=1e-12)
         for mine, other in zip(torch.autograd.grad(one, alone, upstream[begin:end]), grads, strict=True):
             torch.testing.assert_close(mine, other[begin:end], rtol=1e-12, atol=1e-12)
+
+
+def product_shapes(lengths):
+    """The shapes of all batched products, forward and backward, of a bf16 pack."""
+    q, k, v, *rest = pack(lengths, (4, 2), 16, torch.bfloat16)
+    found = set()
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.bmm.default and args[0].dtype == torch.bfloat16:
+                found.add((*args[0].shape, args[1].shape[2]))
+            return func(*args, **(kwargs or {}))
+
+    with Products():
+        packed_attention(q, k, v, *rest).sum().backward()
+    return found
+
+
+def test_16_bit_products_have_few_shapes():
+    """Each one is compiled before it first runs."""
+    assert product_shapes(list(range(33, 49))) == product_shapes([48])
+    assert len(product_shapes([48])) == 3
+
+
+def test_rows_beyond_a_tile_change_nothing_in_bf16(probabilities):
+    """What lies behind a document's last tile is no other document's, which may hold infinities."""
+    q, k, v, cu_seqlens, longest = pack([37, 20], (4, 2), 16, torch.bfloat16, grad=False)
+    others = [t.clone() for t in (q, k, v)]
+    for t in others:
+        t[37:] = math.inf
+    outs = []
+    for tensors in ((q, k, v), others):
+        for t in tensors:
+            t.requires_grad_()
+        out = packed_attention(*tensors, cu_seqlens, longest)
+        outs.append((out[:37], *(g[:37] for g in torch.autograd.grad(out[:37].sum(), tensors))))
+    for mine, other in zip(*outs, strict=True):
+        assert torch.equal(mine, other)
 
 
 def test_later_tokens_do_not_matter():

@@ -13,7 +13,7 @@ from trainer.lora import add_adapter
 from trainer.metrics import Phases, model_size
 from trainer.model import patch, use_packed_attention
 from trainer.optim import FlatAdamW
-from trainer.packing import collate
+from trainer.packing import Multiples, collate, filled
 from trainer.staging import Counts, Work
 
 CPU = torch.device("cpu")
@@ -73,6 +73,17 @@ def test_the_loss_is_the_weighted_mean_of_the_stock_models():
         losses = torch.nn.functional.cross_entropy(logits, torch.from_numpy(ids[1:].astype(np.int64)), reduction="none")
         total += weight * float(losses[torch.from_numpy(supervised[1:])].sum())
     assert float(loss) == pytest.approx(total / batch.weight_sum, rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_what_fills_a_pack_up_changes_nothing(family):
+    one, two, batch = job_of(family), job_of(family), collate(samples())
+    longer = filled(batch, Multiples(tokens=64, rows=32), capacity=64)
+    assert len(longer.input_ids) == 64 and len(longer.targets) == 32
+    outcomes = [(*train_step(job, Work(0, [b], b.weight_sum, Counts(), []), Phases(CPU)), job.optimizer.groups[0].master)
+                for job, b in ((one, batch), (two, longer))]
+    for mine, other in zip(*outcomes, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
 
 
 def test_a_pack_without_supervised_tokens_adds_nothing():

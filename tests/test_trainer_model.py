@@ -26,8 +26,18 @@ from trainer.attention import PACKED, is_packed
 from trainer.config import Config, Model
 from trainer.errors import UserError
 from trainer.families import FAMILIES, last_at_rows
-from trainer.model import apply_activation_checkpointing, forward_hidden, head, load_model, outline, patch, use_packed_attention
-from trainer.packing import collate
+from trainer.model import (
+    FEW_SHAPES,
+    apply_activation_checkpointing,
+    forward_hidden,
+    head,
+    load_model,
+    multiples_for,
+    outline,
+    patch,
+    use_packed_attention,
+)
+from trainer.packing import UNFILLED, collate
 
 LENGTHS = (13, 1, 20, 13)
 SETTINGS = {  # what tiny.py leaves at its default
@@ -444,6 +454,13 @@ def test_load_gives_the_saved_weights_packed(model_folder):
 def test_precision_bf16_loads_bf16(model_folder):
     model, _ = load_model(Config(model=Model(path=str(model_folder)), precision="bf16"), "cpu")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_packs_are_filled_up_for_16_bit_products_on_a_cpu_alone(model_folder):
+    models = [load_model(Config(model=Model(path=str(model_folder)), precision=precision), "cpu")[0] for precision in ("fp32", "bf16")]
+    assert [multiples_for(model) for model in models] == [UNFILLED, FEW_SHAPES]
+    models[1].set_attn_implementation("sdpa")  # one sample at a time
+    assert multiples_for(models[1]) == UNFILLED
 
 
 def test_random_weights_follow_the_seed_alone(model_folder):

@@ -26,7 +26,7 @@ from trainer.log import Log
 from trainer.metrics import ModelSize, Phases, peak_flops, peak_memory_gb, synchronize
 from trainer.model import HeadSpec, forward_hidden, head, supervised_hidden
 from trainer.optim import FlatAdamW, learning_rate
-from trainer.packing import Batch
+from trainer.packing import UNFILLED, Batch, Multiples
 from trainer.plan import Plan, hash_seed
 from trainer.profile import profiling
 from trainer.retention import Retention
@@ -53,6 +53,7 @@ class Job:
     log: Log | None  # rank 0's
     retention: Retention | None = None
     watch: Watch | None = None
+    multiples: Multiples = UNFILLED  # that packs are filled up to
 
 
 @dataclass
@@ -98,7 +99,7 @@ def fit(job: Job, state: checkpoint.State) -> Ending:
     steps = profiled_steps(job.config.logging.profile) if job.world.is_main else None
     with (Interrupts() as interrupts, garbage_at_log_steps(),
           profiling(steps, job.folder, job.device, meter.phases, state.step) as profile):
-        for work in stage(plan, job.samples, state.step, job.world, job.device, meter.phases, job.retention):
+        for work in stage(plan, job.samples, state.step, job.world, job.device, meter.phases, job.retention, job.multiples):
             if received or out_of_patience(job, state):
                 break
             meter.add(work, *train_step(job, work, meter.phases))

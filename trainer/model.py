@@ -24,12 +24,13 @@ from trainer import config, quantization
 from trainer.attention import PACKED, decoder, fault_in_packing, is_packed, refuse_mask
 from trainer.errors import UserError
 from trainer.families import PatchReport, family_of, last_at_rows, patch
-from trainer.packing import Batch
+from trainer.packing import UNFILLED, Batch, Multiples
 from trainer.source import load_tokenizer, one_line, source_of
 
 __all__ = ["HeadSpec", "PatchReport", "apply_activation_checkpointing", "bare", "compute_dtype", "forward_hidden", "head", "load_model",
-           "load_tokenizer", "outline", "patch", "supervised_hidden", "use_packed_attention"]
+           "load_tokenizer", "multiples_for", "outline", "patch", "supervised_hidden", "use_packed_attention"]
 logger = logging.getLogger(__name__)
+FEW_SHAPES = Multiples(tokens=64, rows=32)
 
 
 # ---------------------------------------------------------------- loading
@@ -202,6 +203,13 @@ def forward_hidden(model: nn.Module, batch: Batch, rows: Tensor | None = None) -
     lengths = batch.cu_seqlens.diff().tolist()
     samples = zip(ids.split(lengths, dim=1), positions.split(lengths, dim=1), strict=True)
     return torch.cat([run(input_ids=i, position_ids=p).last_hidden_state.squeeze(0) for i, p in samples])
+
+
+def multiples_for(model: nn.Module) -> Multiples:
+    """What packs for this model are filled up to. In 16 bits a CPU compiles each product anew for every shape it meets, for a tenth of a
+    millisecond and more: few shapes are worth the rows that fill them. Models that run one sample at a time gain nothing."""
+    base = bare(model)
+    return FEW_SHAPES if base.device.type == "cpu" and base.dtype.itemsize == 2 and is_packed(base) else UNFILLED
 
 
 def supervised_hidden(model: nn.Module, batch: Batch) -> Tensor:

@@ -1,4 +1,4 @@
-"""Samples into packs, and packs into flat batches.
+"""Samples into packs, packs into flat batches, and batches filled up to few shapes.
 
 A pack is one sequence of at most `capacity` tokens in which several samples lie end to end. Which samples share a
 pack is bin packing; best-fit decreasing takes the samples from long to short and puts each where the least room is
@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -130,7 +131,7 @@ class Batch:
     targets: torch.Tensor  # int64[S], those next tokens
     weights: torch.Tensor  # float32[S], the weight of each target's sample
     source: torch.Tensor  # int16[n]
-    tokens: int  # T
+    tokens: int  # T, without what fills the batch up
     weight_sum: float  # sum of weights, on the host, so that normalising a step needs no synchronisation
     tempered: torch.Tensor | None = None  # bool[S], targets whose loss is weighted by its own probability (trainer/weighting.py)
     counted: torch.Tensor | None = None  # int64[K], the t at which a divergence from the base counts (trainer/retention.py)
@@ -181,3 +182,33 @@ def collate(samples: Sequence[tuple]) -> Batch:
         tokens=len(input_ids),
         weight_sum=float(target_weights.sum(dtype=np.float64)),
     )
+
+
+class Multiples(NamedTuple):
+    """What a batch is filled up to multiples of: its tokens, and its supervised rows."""
+
+    tokens: int
+    rows: int
+
+
+UNFILLED = Multiples(1, 1)
+
+
+def filled(batch: Batch, multiples: Multiples, capacity: int) -> Batch:
+    """The same with one more sample that nothing reads, and with supervised rows of weight 0; of no more than `capacity` tokens."""
+    tokens = max(0, min(-batch.tokens % multiples.tokens, capacity - batch.tokens))
+    rows = -len(batch.targets) % multiples.rows
+    if tokens:
+        batch = replace(
+            batch, input_ids=_longer(batch.input_ids, tokens), max_seqlen=max(batch.max_seqlen, tokens),
+            position_ids=torch.cat([batch.position_ids, torch.arange(tokens)]),
+            cu_seqlens=torch.cat([batch.cu_seqlens, batch.cu_seqlens.new_tensor([batch.tokens + tokens])]))
+    if rows:
+        by_row = {name: getattr(batch, name) for name in ("supervised_rows", "targets", "weights", "tempered")}
+        batch = replace(batch, **{name: None if values is None else _longer(values, rows) for name, values in by_row.items()})
+    return batch
+
+
+def _longer(values: torch.Tensor, by: int) -> torch.Tensor:
+    """With zeros at its end."""
+    return torch.cat([values, values.new_zeros(by)])

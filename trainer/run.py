@@ -28,10 +28,12 @@ from trainer.model import (
     dtype_name,
     load_model,
     load_tokenizer,
+    multiples_for,
     patch,
     weights_fingerprint,
 )
 from trainer.optim import FlatAdamW
+from trainer.packing import UNFILLED, Multiples
 from trainer.profile import require_within
 
 USAGE = """\
@@ -156,7 +158,7 @@ def build(config: Config, inputs: Inputs, device: torch.device, ranks: World,
     fingerprint, roles = inputs.samples.fingerprint, [part.role for part in inputs.mixture.parts]
     watched = watch.prepare(config, items, model, inputs.template, ranks)
     samples, told = weighting.reweighted(inputs.samples, config, model, roles, device, ranks)
-    inputs, held = replace(inputs, samples=samples), retention.prepare(config.retention, model, roles)
+    inputs, held, multiples = replace(inputs, samples=samples), retention.prepare(config.retention, model, roles), multiples_for(model)
     optimizer = FlatAdamW(model.parameters(), config.optim)
     ranks.broadcast([group.master.data for group in optimizer.groups])
     optimizer.publish()
@@ -179,14 +181,14 @@ def build(config: Config, inputs: Inputs, device: torch.device, ranks: World,
     ranks.on_main(lambda: folder.open_run(output, config, facts))
     log = None
     if ranks.is_main:
-        greet(config, facts, inputs, device, patched)
+        greet(config, facts, inputs, device, patched, multiples)
         for line in [*([told] if told else []), *(watched.describe() if watched else [])]:
             print(line, flush=True)
         if state.step:
             print(f"resuming from step {state.step}")
         log = Log(output, config, inputs.plan.total, state.step)
     return Job(config, output, model, size, optimizer, inputs.samples, inputs.plan, inputs.heldout, device, ranks, log,
-               held, watched), state
+               held, watched, multiples), state
 
 
 def start(output: Path, config: Config, identity: dict, optimizer: FlatAdamW) -> checkpoint.State:
@@ -197,7 +199,7 @@ def start(output: Path, config: Config, identity: dict, optimizer: FlatAdamW) ->
     return checkpoint.load(last, identity, optimizer)
 
 
-def greet(config: Config, facts: dict, inputs: Inputs, device: torch.device, patched: PatchReport) -> None:
+def greet(config: Config, facts: dict, inputs: Inputs, device: torch.device, patched: PatchReport, multiples: Multiples) -> None:
     """Say, once, what runs where."""
     dtype, model = compute_dtype(config.precision, device), facts["model"]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
@@ -211,7 +213,8 @@ def greet(config: Config, facts: dict, inputs: Inputs, device: torch.device, pat
         print(line)
     if inputs.heldout:
         print(heldout_line(inputs))
-    print(f"plan: {inputs.plan.total} steps of {inputs.plan.packs_per_step} packs of {config.batch.tokens_per_pack} tokens", flush=True)
+    print(f"plan: {inputs.plan.total} steps of {inputs.plan.packs_per_step} packs of {config.batch.tokens_per_pack} tokens"
+          + (f", filled up to multiples of {multiples.tokens}" if multiples != UNFILLED else ""), flush=True)
 
 
 def compile_layers(model: torch.nn.Module) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trainer.distributed import World
 from trainer.metrics import Phases
-from trainer.packing import Batch, collate
+from trainer.packing import UNFILLED, Batch, Multiples, collate, filled
 from trainer.plan import Plan, Step
 from trainer.retention import Retention
 from trainer.samples import Samples
@@ -47,12 +47,12 @@ class Work:
 
 
 def stage(plan: Plan, samples: Samples, first: int, world: World, device: torch.device, phases: Phases,
-          retention: Retention | None = None) -> Iterator[Work]:
+          retention: Retention | None = None, multiples: Multiples = UNFILLED) -> Iterator[Work]:
     """The work of steps first .. total - 1 for this rank, each one's copy started before the step before it runs."""
     upcoming = None
     for step in range(first, plan.total):
         with phases("data"):
-            following = prepare(plan, samples, step, world, device, retention)
+            following = prepare(plan, samples, step, world, device, retention, multiples)
         if upcoming:
             yield upcoming
         upcoming = following
@@ -60,8 +60,9 @@ def stage(plan: Plan, samples: Samples, first: int, world: World, device: torch.
         yield upcoming
 
 
-def prepare(plan: Plan, samples: Samples, step: int, world: World, device: torch.device, retention: Retention | None = None) -> Work:
-    """Collate this rank's packs of a step; count the whole step."""
+def prepare(plan: Plan, samples: Samples, step: int, world: World, device: torch.device, retention: Retention | None = None,
+            multiples: Multiples = UNFILLED) -> Work:
+    """Collate this rank's packs of a step, filled up to `multiples`; count the whole step, without what fills it."""
     packs = plan[step]
     indices = np.concatenate(packs)
     counted = indices[retention.counted[samples.sources[indices]]] if retention else indices[:0]
@@ -70,7 +71,11 @@ def prepare(plan: Plan, samples: Samples, step: int, world: World, device: torch
     counts = Counts(*totals(samples, indices, samples.supervised[indices]), len(packs) * plan.batch.tokens_per_pack,
                     *totals(samples, read, targets))
     sources = [samples.names[s] for s in np.unique(samples.sources[indices])]
-    mine = batches(samples, packs[world.rank :: world.size], device, retention.collate if retention else collate)
+
+    def lay(pieces: list[tuple]) -> Batch:
+        return filled((retention.collate if retention else collate)(pieces), multiples, plan.batch.tokens_per_pack)
+
+    mine = batches(samples, packs[world.rank :: world.size], device, lay)
     weight = max(supervised_weight(samples, indices), 1e-8)
     return Work(step, mine, weight, counts, sources, counted_weight=weight_of(samples, counted, targets))
 
