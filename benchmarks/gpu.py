@@ -1,15 +1,21 @@
-"""`make gpu`: everything that needs a GPU, in under nine minutes on one card, into one JSON.
+"""`make gpu`: everything that needs a GPU, in under nine minutes on one card, into one JSON and one page.
 
 tests        every tests/test_kernels_*.py, with real kernels in real bf16
 compile      one whole training step under torch.compile, without a break in the graph
 capture      the same as a CUDA graph
 throughput   real tokens a second beside a plain Hugging Face loop
 kernels      times of every operation beside plain torch, torch.compile and the libraries that are installed
-rivals       throughput beside others' packs, TRL's with Liger's kernels among them; only where asked for: `make gpu ARGS="--parts rivals"`
+
+Only where asked for, as in `make gpu ARGS="--parts sizes"`:
+
+rivals       throughput beside others' packs, TRL's with Liger's kernels among them
+sizes        throughput, memory and launches of 1B, 4B and 8B shapes with LoRA, QLoRA and all weights
+context      one sample of 2k to 128k tokens a step, as far as it fits
 
 It runs from a checkout under any Python that has torch, Triton and pytest; a part that lacks something is skipped by name. Each part is
-a process of its own (the tests one for each file), with a time after which it is ended. The JSON is written anew after each part. Short
-runs add up: of an earlier run of the same clean commit on the same device, the parts that were not asked for again are taken over.
+a process of its own (the tests one for each file), with a time after which it is ended. JSON and page are written anew after each part.
+Short runs add up: of an earlier run of the same clean commit on the same device, the parts that were not asked for again are taken over,
+and of `sizes` and `context`, where they were not done, the cases.
 """
 
 from __future__ import annotations
@@ -51,7 +57,9 @@ PARTS = (
     Part("tests", 220, ("pytest", "triton")), Part("compile", 90, ("transformers", "peft")), Part("capture", 40, ("transformers", "peft")),
     Part("throughput", 50, ("transformers", "peft")), Part("kernels", TOTAL, ("triton",)),
 )
-ASKED_FOR = (Part("rivals", 200, ("transformers", "peft", "trl")),)
+ASKED_FOR = (Part("rivals", 200, ("transformers", "peft", "trl")), Part("sizes", TOTAL, ("transformers", "peft")),
+             Part("context", TOTAL, ("transformers", "peft")))
+BY_CASES = ("sizes", "context")  # those that write their outcome anew after each case, and go on where an earlier run was ended
 
 
 class Processes:
@@ -129,12 +137,15 @@ def read_report(path: Path) -> dict:
 
 
 def run_check(name: str, processes: Processes, seconds: float, folder: Path) -> dict:
-    """One of `benchmarks.whole_step`'s."""
+    """One of `benchmarks.whole_step`'s, or of `benchmarks.whole_step_sizes`'s, as far as it came."""
     out, log = folder / f"{name}.json", folder / f"{name}.log"
-    status = processes.run(["-m", "benchmarks.whole_step", name, "--out", str(out)], seconds, log)
-    found = json.loads(out.read_text()) if out.exists() else {"output": tail(log)}
-    outcome = "out of time" if status is None else "passed" if found.get("passed") else "failed: " + found.get("error", "see the record")
-    return {"outcome": outcome, **found}
+    check = ["benchmarks.whole_step_sizes", name, "--seconds", str(seconds)] if name in BY_CASES else ["benchmarks.whole_step", name]
+    status = processes.run(["-m", *check, "--out", str(out)], seconds, log)
+    found = json.loads(out.read_text()) if out.exists() else {}
+    passed = status == 0 and found.get("passed")  # it may have crashed after what it wrote
+    outcome = "out of time" if status is None else "passed" if passed else "failed: " + found.get("error", "see the record")
+    found |= {} if passed or "error" in found else {"output": tail(log)}
+    return {**found, "outcome": outcome}  # an earlier run's outcome may lie in what was found
 
 
 def run_kernels(processes: Processes, seconds: float, folder: Path) -> dict:
@@ -175,6 +186,17 @@ def earlier(folder: Path, made: dict) -> dict[str, dict]:
     return {name: {"measured": newest["time"]} | part for name, part in newest["parts"].items() if part["outcome"] != "not begun"}
 
 
+def unfinished(kept: dict[str, dict]) -> dict[str, dict]:
+    """The parts that have cases to go on with."""
+    return {name: part for name, part in kept.items() if name in BY_CASES and part.get("not_reached")}
+
+
+def as_far_as_it_came(name: str, folder: Path) -> dict:
+    """What a part that was interrupted has measured."""
+    path = folder / f"{name}.json"
+    return finite(json.loads(path.read_text())) if name in BY_CASES and path.exists() else {}
+
+
 def finite(value):
     """The same, with figures that JSON has no form for as words."""
     if isinstance(value, dict):
@@ -182,6 +204,20 @@ def finite(value):
     if isinstance(value, list):
         return [finite(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write(made: dict, folder: Path) -> Path:
+    """The JSON, and the page beside it where its libraries are installed. Whatever is wrong with a page, the measuring goes on."""
+    from benchmarks import record
+
+    path = record.write(made, folder)
+    try:
+        from benchmarks import gpu_page
+
+        gpu_page.write(made, path.with_suffix(".html"))
+    except Exception as error:
+        print(f"page: none ({error}); from the record: python -m benchmarks.gpu_page {path.name}", file=sys.stderr)
+    return path
 
 
 # ---------------------------------------------------------------- the command
@@ -214,9 +250,9 @@ def main(argv: list[str] | None = None) -> int:
     parts = [part for part in PARTS + ASKED_FOR if part.name in arguments.parts]
     kept = earlier(arguments.results, made)
     asked = {part.name for part in parts}
-    order = [part.name for part in PARTS + ASKED_FOR if part.name in asked | kept.keys()]
-    made["parts"] = {name: {"outcome": "not begun"} if name in asked else kept[name] for name in order}
-    path = record.write(made, arguments.results)
+    order, open_parts = [part.name for part in PARTS + ASKED_FOR if part.name in asked | kept.keys()], unfinished(kept)
+    made["parts"] = {name: {"outcome": "not begun"} if name in asked - open_parts.keys() else kept[name] for name in order}
+    path = write(made, arguments.results)
 
     def interrupted(number, frame):
         processes.end_all()
@@ -229,15 +265,24 @@ def main(argv: list[str] | None = None) -> int:
             for part in parts:
                 left = arguments.total - (time.monotonic() - begun)
                 started = time.monotonic()
-                made["parts"][part.name] = {"outcome": "interrupted"}
-                found = finite(run_part(part, processes, min(part.seconds, left), Path(folder)))
+                if part.name in open_parts:
+                    (Path(folder) / f"{part.name}.json").write_text(json.dumps(open_parts[part.name]))
+                try:
+                    found = finite(run_part(part, processes, min(part.seconds, left), Path(folder)))
+                except BaseException:
+                    made["parts"][part.name] = as_far_as_it_came(part.name, Path(folder)) | {"outcome": "interrupted"}
+                    raise
+                if "rows" not in found:  # it did not get to begin
+                    found = open_parts.get(part.name, {}) | found
                 made["parts"][part.name] = found | {"seconds": round(time.monotonic() - started, 1)}
-                record.write(made, arguments.results)
+                write(made, arguments.results)
                 print(f"{part.name}: {found['outcome']} ({time.monotonic() - started:.0f} s)", flush=True)
     finally:
         processes.end_all()
-        record.write(made, arguments.results)
+        write(made, arguments.results)
         print(f"record: {path}")
+        if (page := path.with_suffix(".html")).exists():
+            print(f"page: {page}")
     outcomes = [made["parts"][name]["outcome"] for name in asked]
     return 0 if all(o == "passed" or o.startswith("skipped") for o in outcomes) else 1
 

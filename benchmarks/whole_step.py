@@ -5,7 +5,8 @@ capture      the step is captured as a CUDA graph; replayed on other packs it gi
 throughput   real tokens a second, beside a stock model with padded batches, PEFT and sdpa, from the same weights on the same samples
 rivals       the same beside packs: a stock model's, told apart by position ids, and TRL's, without and with Liger's kernels
 
-It needs torch, Triton, transformers, peft and numpy, and rivals trl: `python -m benchmarks.whole_step CHECK --out FILE`.
+It needs torch, Triton, transformers, peft and numpy, and rivals trl: `python -m benchmarks.whole_step CHECK --out FILE`. Larger models,
+other adapters and longer contexts are `benchmarks.whole_step_sizes`'s, on the lines and the comparison made here.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import dataclasses
 import importlib.util
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -26,14 +28,18 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import timing
-from benchmarks.gpu_timing import free, peak_mib, reason, tried
+from benchmarks.gpu_timing import Clock, free, measured_rates, peak_mib, reason, tried
 from benchmarks.predict import MODELS, RANK, Model
-from benchmarks.timing import Line, StepResult
+from benchmarks.timing import Line, Sample, StepResult
 from kernels import linear_cross_entropy
+from trainer.metrics import model_size
 from trainer.packing import Batch, collate
+from trainer.quantization import nf4_of, quantized_layers
 
 SMALL = Model("small", 256, 704, 8, 4, 32, 2048, 2)  # for the checks
 ROUNDS, STEPS, SAMPLES, MICRO_BATCH = 8, 2, 16, 8
+COMPARED = 2  # steps whose losses have to agree; later ones drift apart in bf16
+OURS, PLAIN = "Steadfast", "plain HF loop"
 AGREEMENT = {torch.bfloat16: 2e-2, torch.float32: 1e-4}  # relative difference of losses, at most
 Samples = list[tuple[np.ndarray, np.ndarray]]
 
@@ -43,17 +49,27 @@ Samples = list[tuple[np.ndarray, np.ndarray]]
 
 def make_model(size: Model, device: torch.device, dtype: torch.dtype, dropout: float = 0.0, rank: int = RANK,
                attention: str = "sdpa") -> nn.Module:
-    """A Llama of this size with random weights and a LoRA adapter, as transformers and PEFT make them; the adapter is fp32."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    """A model of this size with random weights and a LoRA adapter, as transformers and PEFT make them."""
+    return adapted(stock_model(size, device, dtype, attention), rank, dropout)
+
+
+def stock_model(size: Model, device: torch.device, dtype: torch.dtype, attention: str = "sdpa") -> nn.Module:
+    """A Llama, or a Qwen3 where queries and keys are normed, made on the device; equal weights each time."""
+    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = (Qwen3Config if size.qk_norm else LlamaConfig)(
         vocab_size=size.vocabulary, hidden_size=size.width, intermediate_size=size.mlp, num_hidden_layers=size.layers,
         num_attention_heads=size.heads, num_key_value_heads=size.kv_heads, head_dim=size.head_dim, use_cache=False,
         max_position_embeddings=8192, tie_word_embeddings=False)
     with torch.device(device):
-        base = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention).train()
+
+
+def adapted(base: nn.Module, rank: int = RANK, dropout: float = 0.0) -> nn.Module:
+    """With a LoRA adapter in fp32 on every linear layer but the head."""
+    from peft import LoraConfig, get_peft_model
+
     adapter = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules="all-linear")
     model = get_peft_model(base, adapter)
     for p in trained(model):
@@ -67,7 +83,9 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
 
 
 def optimizer_of(model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(trained(model), lr=1e-3, fused=True, capturable=device.type == "cuda")
+    """AdamW; a whole model in bf16 would run away at an adapter's rate."""
+    rate = 1e-3 if hasattr(model, "peft_config") else 1e-4
+    return torch.optim.AdamW(trained(model), lr=rate, fused=True, capturable=device.type == "cuda")
 
 
 def random_samples(lengths: list[int], vocabulary: int, seed: int) -> Samples:
@@ -204,15 +222,19 @@ def masks_are_redrawn(device: torch.device, dtype: torch.dtype, size: Model, bat
     return len(set(losses)) == 3
 
 
-# ---------------------------------------------------------------- throughput
+# ---------------------------------------------------------------- two lines
 
 
 class Packs:
     """Our step: all samples of a step in one pack."""
 
     def __init__(self, model: nn.Module, device: torch.device, stream: list[Samples], size):
-        self.model, self.optimizer = patched(model), optimizer_of(model, device)
-        self.works, self.size, self.at = [(samples, packed(samples, device)) for samples in stream], size, -1
+        self.model, self.optimizer, self.device, self.size = patched(model), optimizer_of(model, device), device, size
+        self.feed(stream)
+
+    def feed(self, stream: list[Samples]) -> None:
+        """Steps over these from now on, again and again."""
+        self.works, self.at = [(samples, packed(samples, self.device)) for samples in stream], -1
 
     def step(self) -> StepResult:
         self.at = (self.at + 1) % len(self.works)
@@ -224,25 +246,48 @@ class Packs:
 class Padded:
     """The plain loop: micro-batches padded to their longest sample, the model's own loss, gradients accumulated over the step."""
 
+    def __init__(self, model: nn.Module, device: torch.device, stream: list[Samples], size):
+        self.model, self.optimizer, self.device, self.size = model, optimizer_of(model, device), device, size
+        self.micro_batch = MICRO_BATCH
+        self.feed(stream)
+
+    def feed(self, stream: list[Samples]) -> None:
+        self.works, self.at = stream, -1
+
     def lay(self, samples: Samples) -> dict[str, Tensor]:
         return padded(samples, self.device)
 
-    def __init__(self, model: nn.Module, device: torch.device, stream: list[Samples], size):
-        self.model, self.optimizer, self.device = model, optimizer_of(model, device), device
-        self.works, self.size, self.at = stream, size, -1
+    def fit(self) -> None:
+        """Halve the micro-batch, as anybody would, until the step with the longest sample fits into memory."""
+        longest = max(self.works, key=lambda samples: max(len(ids) for ids, _ in samples))
+        fits = False
+        while not fits:
+            try:
+                self.gradients(longest)
+                fits = True
+            except torch.cuda.OutOfMemoryError:
+                if self.micro_batch == 1:
+                    raise
+                self.micro_batch //= 2
+            self.optimizer.zero_grad(set_to_none=True)
+            free()
 
     def step(self) -> StepResult:
         self.at = (self.at + 1) % len(self.works)
-        samples = self.works[self.at]
+        loss, computed = self.gradients(self.works[self.at])
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return counted(self.works[self.at], float(loss), computed, self.size)
+
+    def gradients(self, samples: Samples) -> tuple[Tensor | float, int]:
+        """The loss of a step, and the positions that were computed for it."""
         supervised, loss, computed = sum(int(mask[1:].sum()) for _, mask in samples), 0.0, 0
-        for start in range(0, len(samples), MICRO_BATCH):
-            batch = self.lay(samples[start:start + MICRO_BATCH])
+        for start in range(0, len(samples), self.micro_batch):
+            batch = self.lay(samples[start:start + self.micro_batch])
             part = self.model(**batch, use_cache=False, num_items_in_batch=supervised).loss
             part.backward()
             loss, computed = loss + part.detach(), computed + batch["input_ids"].numel()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return counted(samples, float(loss), computed, self.size)
+        return loss, computed
 
 
 class Flat(Padded):
@@ -269,28 +314,108 @@ def counted(samples: Samples, loss: float, computed: int, size) -> StepResult:
     return StepResult(loss, tokens, supervised, computed - tokens, size.flops(tokens, supervised, sum(n * n for n in lengths)))
 
 
-def throughput(device: torch.device, dtype: torch.dtype, shape: Model = MODELS[-1], mean: int = 400, rounds: int = ROUNDS) -> dict:
-    """Tokens a second of both, in interleaved rounds; first their losses on the same steps, and the memory each needs."""
-    from trainer.metrics import model_size
+# ---------------------------------------------------------------- side by side
 
-    stream = [random_samples(long_tailed(SAMPLES, mean, 4 * mean, seed), shape.vocabulary, seed) for seed in range(8)]
-    plain, ours = (make_model(shape, device, dtype) for _ in range(2))
-    size = model_size(plain)
-    lines = {"plain HF loop": Padded(plain, device, stream, size), "Steadfast": Packs(ours, device, stream, size)}
-    losses, memory = {}, {}
+
+def side_by_side(makers: dict[str, Callable], dtype: torch.dtype, rounds: int, steps: int) -> tuple[dict[str, list[Sample]], dict]:
+    """Samples of the lines that run and agree, in interleaved rounds; and what each one's outcome, memory and launches are.
+
+    All are made before the first one steps, so that each has the memory that is left beside the others.
+    """
+    lines, facts = {}, {}
+    for name, make in makers.items():
+        _, why = tried(lambda name=name, make=make: lines.update({name: make()}))
+        facts[name] = {"outcome": why or "timed"}
+    losses: dict[str, list[float]] = {}
+    for name in list(lines):
+        about, why = tried(lambda name=name: first_steps(lines[name]))
+        if not why:
+            facts[name] |= about
+            losses[name] = about["losses"]
+            why = disagreement(name, losses, facts[name], AGREEMENT[dtype])
+        if why:
+            facts[name]["outcome"] = why
+            del lines[name]
+            free()
+    samples = timing.interleave([Line(name, line.step) for name, line in lines.items()], rounds, steps)
     for name, line in lines.items():
-        losses[name] = [line.step().loss for _ in range(2)]
-        free()
-        memory[name] = peak_mib(line.step)
-    difference = max(relative(a, b) for a, b in zip(*losses.values(), strict=True))
-    samples = timing.interleave([Line(name, line.step) for name, line in lines.items()], rounds, STEPS)
-    rates = {name: asdict(timing.spread(line, lambda s: s.tokens / s.wall)) for name, line in samples.items()}
-    ratio = timing.ratio(samples["Steadfast"], samples["plain HF loop"], lambda s: s.tokens / s.wall)
-    return {"passed": difference <= AGREEMENT[dtype], "difference": difference, "model": shape.name, "tokens_per_second": rates,
-            "ratio": asdict(ratio), "padding": {name: sum(s.padding for s in line) / sum(s.padding + s.tokens for s in line)
-                                                for name, line in samples.items()},
-            "flops_per_second": {name: asdict(timing.spread(line, lambda s: s.flops / s.wall)) for name, line in samples.items()},
-            "step_mib": memory, "raw": timing.raw(samples)}
+        facts[name]["launches"], _ = tried(lambda line=line: launches(line))
+    return samples, facts
+
+
+def first_steps(line) -> dict:
+    """Losses of a line's first steps; then the memory of a pass over all."""
+    if hasattr(line, "fit"):
+        line.fit()
+    losses = [line.step().loss for _ in range(COMPARED)]
+    free()
+    return {"losses": losses, "step_mib": peak_mib(lambda: [line.step() for _ in line.works]), "resident_mib": resident_mib(line),
+            "micro_batch": getattr(line, "micro_batch", None)}
+
+
+def disagreement(name: str, losses: dict[str, list[float]], facts: dict, most: float) -> str | None:
+    """How far a line's losses are from those of the first line that ran, if it is too far; `facts` notes it either way."""
+    first = next(iter(losses))
+    if first == name:
+        return None
+    facts["difference"] = max(map(relative, losses[name], losses[first]))
+    return None if facts["difference"] <= most else f"disagrees: {facts['difference']:.1e} from the {first}"
+
+
+def resident_mib(line) -> float:
+    """Of weights, in 4 bits or more, and the optimiser's states."""
+    states = [t for state in line.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
+    scales = sum(nf4_of(layer).nbytes - layer.weight.nbytes for layer in quantized_layers(line.model))
+    return (sum(t.nbytes for t in (*line.model.parameters(), *line.model.buffers(), *states)) + scales) / 2**20
+
+
+def launches(line) -> int | None:
+    """Kernels that a step starts on the device; on a CPU, operations that compute. None where the profiler sees nothing."""
+    if line.device.type == "cpu":
+        from benchmarks.costs import counted_operations
+
+        return counted_operations(line.step)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        line.step()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(path))
+        return kernels_in(json.loads(path.read_text())) or None
+
+
+def kernels_in(trace: dict) -> int:
+    """Copies and fills aside."""
+    return sum(event.get("cat") == "kernel" for event in trace["traceEvents"])
+
+
+def rows_of(samples: dict[str, list[Sample]], facts: dict[str, dict], product_flops: float) -> list[dict]:
+    """Every line's figures, those that could not be timed among them; MFU is the share of `product_flops`."""
+    figures = {"tokens_per_second": lambda s: s.tokens / s.wall, "supervised_per_second": lambda s: s.supervised / s.wall,
+               "steps_per_second": lambda s: s.steps / s.wall, "mfu": lambda s: s.flops / s.wall / product_flops}
+    rows = []
+    for name, about in facts.items():
+        rows.append({"line": name, **about})
+        if line := samples.get(name):
+            rows[-1] |= {figure: asdict(timing.spread(line, of)) for figure, of in figures.items()}
+            rows[-1]["padding"] = sum(s.padding for s in line) / sum(s.padding + s.tokens for s in line)
+            if name != PLAIN and PLAIN in samples:
+                rows[-1]["ratio"] = asdict(timing.ratio(line, samples[PLAIN], figures["tokens_per_second"]))
+    return rows
+
+
+def throughput(device: torch.device, dtype: torch.dtype, shape: Model = MODELS[-1], mean: int = 400, rounds: int = ROUNDS) -> dict:
+    """Both lines with LoRA, over long-tailed lengths."""
+    stream = [random_samples(long_tailed(SAMPLES, mean, 4 * mean, seed), shape.vocabulary, seed) for seed in range(8)]
+
+    def line(kind):
+        model = make_model(shape, device, dtype)
+        return kind(model, device, stream, model_size(model))
+
+    rates = measured_rates(device, Clock(device))
+    samples, facts = side_by_side({PLAIN: lambda: line(Padded), OURS: lambda: line(Packs)}, dtype, rounds, STEPS)
+    rows = [{"model": shape.name, "adapter": "lora", "lengths": "tailed"} | row for row in rows_of(samples, facts, rates["product_flops"])]
+    outcome = {"passed": len(samples) == len(rows), "rows": rows, "rates": rates, "raw": timing.raw(samples)}
+    return outcome if outcome["passed"] else outcome | {"error": "; ".join(f"{row['line']} {row['outcome']}" for row in rows)}
 
 
 # ---------------------------------------------------------------- beside others' packs
@@ -300,7 +425,6 @@ def rivals(device: torch.device, dtype: torch.dtype, shape: Model = MODELS[-1], 
     """Tokens a second of every line that runs here, in interleaved rounds; why others do not. First each one's loss beside ours, on its
     own first batch. Attention of the others is FlashAttention's where it is installed, else sdpa."""
     from benchmarks.baseline import Trl, missing, packed_batches
-    from trainer.metrics import model_size
 
     stream = [random_samples(long_tailed(SAMPLES, mean, 4 * mean, seed), shape.vocabulary, seed) for seed in range(8)]
     attention = "flash_attention_2" if device.type == "cuda" and importlib.util.find_spec("flash_attn") else "sdpa"

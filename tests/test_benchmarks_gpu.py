@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, record
+from benchmarks import gpu, gpu_page, record
 from benchmarks.gpu import ASKED_FOR, PARTS, ROOT, TOTAL, Part, Processes, finite, main, read_report, run_part, run_tests
 
 # What the Python of a GPU machine may lack; with torch come numpy's, jinja2's and networkx' like, with transformers tokenizers and yaml.
@@ -137,10 +137,11 @@ class Scripted(Processes):
 @pytest.mark.parametrize(("status", "left", "outcome"), [
     (0, {"passed": True}, "passed"), (1, {"passed": False}, "failed: see the record"),
     (1, {"passed": False, "error": "failed: RuntimeError: no"}, "failed: failed: RuntimeError: no"), (None, None, "out of time"),
-    (-11, None, "failed: see the record")])
+    (-11, None, "failed: see the record"), (-11, {"passed": True}, "failed: see the record")])
 def test_outcomes_of_a_check(status, left, outcome, tmp_path):
     found = gpu.run_check("compile", Scripted(status, left), 60, tmp_path)
-    assert found["outcome"] == outcome and (left is not None or found["output"] == "its last words")
+    assert found["outcome"] == outcome and ("output" in found) == (outcome != "passed" and "error" not in found)
+    assert found.get("output", "its last words") == "its last words"
 
 
 def timed(**changes):
@@ -178,14 +179,15 @@ def test_one_json_with_every_part_whatever_happens(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(gpu.signal, "signal", lambda *_: None)
     with pytest.raises(KeyboardInterrupt):
         main(["--results", str(tmp_path), "--total", "100"])
-    path, = tmp_path.iterdir()
+    path, = tmp_path.glob("*.json")
     parts = json.loads(path.read_text())["parts"]
     assert {name: part["outcome"] for name, part in parts.items()} == {
         "tests": "passed", "compile": "skipped: peft not installed", "capture": "out of time", "throughput": "interrupted",
         "kernels": "not begun"}
     assert [name for name, _ in seen] == ["tests", "compile", "capture", "throughput"]
     assert 99 < seen[0][1] <= 100 and seen[2][1] == 40
-    assert f"record: {path}" in capsys.readouterr().out
+    said, page = capsys.readouterr().out, path.with_suffix(".html")
+    assert f"record: {path}" in said and f"page: {page}" in said and "interrupted" in page.read_text()
 
 
 @pytest.mark.parametrize(("outcome", "status"), [("passed", 0), ("skipped: x", 0), ("failed: x", 1), ("out of time", 1)])
@@ -194,7 +196,7 @@ def test_the_status_says_whether_all_is_well(outcome, status, tmp_path, monkeypa
     monkeypatch.setattr(gpu, "run_part", lambda *_: {"outcome": outcome})
     monkeypatch.setattr(gpu.signal, "signal", lambda *_: None)
     assert main(["--results", str(tmp_path), "--parts", "tests", "kernels"]) == status
-    made = json.loads(next(tmp_path.iterdir()).read_text())
+    made = json.loads(next(tmp_path.glob("*.json")).read_text())
     assert made["parts"].keys() == {"tests", "kernels"} and made["suite"] == "gpu"
     assert made.keys() >= record.make("x", {}, {}, [], {}).keys()
 
@@ -219,8 +221,17 @@ def plain_python(tmp_path_factory):
 
 
 def test_what_make_gpu_runs_starts_under_a_plain_python(plain_python):
-    done = plain_python("-c", "import benchmarks.kernels, benchmarks.gpu, benchmarks.whole_step; from trainer.model import patch")
+    done = plain_python("-c", "import benchmarks.kernels, benchmarks.gpu, benchmarks.whole_step_sizes; from trainer.model import patch")
     assert done.returncode == 0, done.stderr
+
+
+def test_without_matplotlib_there_is_a_record_and_a_line_about_the_page(plain_python, tmp_path):
+    code = ("from benchmarks import gpu, record; from pathlib import Path; import sys; "
+            "gpu.write(record.make('gpu', {}, {}, [], {}) | {'parts': {}}, Path(sys.argv[1]))")
+    done = plain_python("-c", code, str(tmp_path))
+    path, = tmp_path.iterdir()
+    assert done.returncode == 0 and path.suffix == ".json"
+    assert done.stderr == f"page: none (No module named 'matplotlib'); from the record: python -m benchmarks.gpu_page {path.name}\n"
 
 
 def test_kernels_tests_start_under_a_plain_python(plain_python):
@@ -233,9 +244,10 @@ def test_kernels_tests_start_under_a_plain_python(plain_python):
 
 def test_every_check_of_the_whole_step_is_a_part():
     pytest.importorskip("peft")
-    from benchmarks.whole_step import CHECKS
+    from benchmarks import whole_step, whole_step_sizes
 
-    assert {part.name for part in PARTS + ASKED_FOR} == {"tests", "kernels", *CHECKS}
+    assert {part.name for part in PARTS + ASKED_FOR} == {"tests", "kernels", *whole_step.CHECKS, *whole_step_sizes.CHECKS}
+    assert set(gpu.BY_CASES) == whole_step_sizes.CHECKS.keys()
 
 
 def test_short_runs_of_one_commit_add_up(tmp_path, monkeypatch):
@@ -257,3 +269,62 @@ def test_short_runs_of_one_commit_add_up(tmp_path, monkeypatch):
     assert parts("compile") == {"compile": ("passed", "02")}
     state.update(commit="b" * 40, dirty=False)
     assert parts("capture") == {"capture": ("passed", "03")}
+
+
+@pytest.fixture
+def clean_checkout(monkeypatch):
+    """Of one commit, without a change; each record is a second later than the one before."""
+    real, clock = record.make, iter(range(10))
+    monkeypatch.setattr(gpu, "why_not", lambda: None)
+    monkeypatch.setattr(gpu.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(record, "make", lambda *given: real(*given) | {
+        "commit": "a" * 40, "dirty": False, "time": f"2026-01-01T00:00:0{next(clock)}+00:00"})
+
+
+def case(name):
+    return {"case": name, "line": "Steadfast", "outcome": "timed"}
+
+
+def test_sizes_go_on_where_an_earlier_run_was_ended(tmp_path, monkeypatch, clean_checkout):
+    """The second run is given what the first one left; the third, after all cases are done, begins anew."""
+    found_before = []
+
+    def scripted(part, processes, seconds, folder):
+        left = folder / "sizes.json"
+        rows = json.loads(left.read_text())["rows"] if left.exists() else []
+        found_before.append([row["case"] for row in rows])
+        rows.append(case("ab"[len(rows)]))
+        return {"outcome": "passed", "rows": rows, "not_reached": ["b"] if len(rows) == 1 else []}
+
+    monkeypatch.setattr(gpu, "run_part", scripted)
+    for _ in range(3):
+        assert main(["--results", str(tmp_path), "--parts", "sizes"]) == 0
+    assert found_before == [[], ["a"], []]
+
+
+def test_a_case_by_case_part_that_is_interrupted_or_cannot_begin_keeps_its_cases(tmp_path, monkeypatch, clean_checkout):
+    def interrupted(part, processes, seconds, folder):
+        (folder / "sizes.json").write_text(json.dumps({"rows": [case("a")], "not_reached": ["b"]}))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu, "run_part", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        main(["--results", str(tmp_path), "--parts", "sizes"])
+    found = record.newest(tmp_path)["gpu"]["parts"]["sizes"]
+    assert found["outcome"] == "interrupted" and found["rows"] == [case("a")]
+    monkeypatch.setattr(gpu, "run_part", lambda *_: {"outcome": "skipped: no time left"})
+    main(["--results", str(tmp_path), "--parts", "sizes"])
+    found = record.newest(tmp_path)["gpu"]["parts"]["sizes"]
+    assert found["outcome"] == "skipped: no time left" and found["rows"] == [case("a")] and found["not_reached"] == ["b"]
+
+
+def test_a_part_by_cases_that_is_ended_keeps_what_it_measured(tmp_path):
+    left = {"rows": [case("a")], "not_reached": ["b"], "passed": True}
+    found = gpu.run_check("sizes", Scripted(None, left), 60, tmp_path)
+    assert found["outcome"] == "out of time" and found["rows"] == left["rows"]
+
+
+def test_a_page_that_cannot_be_made_does_not_end_the_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_page, "write", lambda *_: 1 / 0)
+    path = gpu.write(record.make("gpu", {}, {}, [], {}) | {"parts": {}}, tmp_path)
+    assert path.exists() and capsys.readouterr().err.startswith("page: none (division by zero); ")
