@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from torch import Tensor
-from transformers import AutoModelForCausalLM, DataCollatorWithFlattening, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DataCollatorWithFlattening, PreTrainedTokenizerBase
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from benchmarks.timing import StepResult
@@ -30,10 +30,12 @@ TrlBatch = tuple[dict[str, Tensor], Tensor]  # the model's inputs, and how many 
 IGNORED = -100  # the label that Hugging Face's losses leave out
 
 
-def load_adapted(model_folder: Path, adapter_folder: Path) -> PeftModel:
-    """The stock model with PEFT's adapter on it, trainable, both as saved."""
-    model = AutoModelForCausalLM.from_pretrained(model_folder, attn_implementation="sdpa")
-    return PeftModel.from_pretrained(model, adapter_folder, is_trainable=True)
+def load_stock(model_folder: Path, adapter_folder: Path | None, in_4bit: bool = False) -> nn.Module:
+    """The stock model with PEFT's adapter on it, both as saved; None: without one, all of it to be trained. `in_4bit`: the base in NF4."""
+    quantized = {"quantization_config": BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32)}
+    model = AutoModelForCausalLM.from_pretrained(model_folder, attn_implementation="sdpa", **quantized if in_4bit else {})
+    return model if adapter_folder is None else PeftModel.from_pretrained(model, adapter_folder, is_trainable=True)
 
 
 def endless(count: int, seed: int) -> Iterator[int]:
@@ -56,7 +58,7 @@ def counted(samples: Samples, loss: float, computed: int, size: ModelSize) -> St
 class PlainLoop:
     """Stock model and stock loss: what a page of tutorial code gives. `batches` says which samples a step sees, `lay` how they lie."""
 
-    def __init__(self, model: PeftModel, samples: Samples, lr: float, batches: Iterator[list[int]],
+    def __init__(self, model: nn.Module, samples: Samples, lr: float, batches: Iterator[list[int]],
                  lay: Callable[[Samples], dict[str, Tensor]]):
         self.model, self.samples, self.batches, self.lay = model.train(), samples, batches, lay
         self.trained = [p for p in model.parameters() if p.requires_grad]
@@ -87,18 +89,18 @@ class PlainLoop:
         return counted(samples, loss.item(), batch["input_ids"].numel(), self.size)
 
 
-def padded_loop(model: PeftModel, samples: Samples, pad_token: int, batch_size: int, lr: float, seed: int = 0) -> PlainLoop:
+def padded_loop(model: nn.Module, samples: Samples, pad_token: int, batch_size: int, lr: float, seed: int = 0) -> PlainLoop:
     """Batches in random order, padded to their longest sample."""
     return PlainLoop(model, samples, lr, drawn(len(samples), batch_size, seed), lambda batch: padded(batch, pad_token))
 
 
-def grouped_loop(model: PeftModel, samples: Samples, pad_token: int, batch_size: int, lr: float, seed: int = 0) -> PlainLoop:
+def grouped_loop(model: nn.Module, samples: Samples, pad_token: int, batch_size: int, lr: float, seed: int = 0) -> PlainLoop:
     """The same with batches of like lengths, as transformers' Trainer groups them."""
     lengths = [len(ids) for ids, _ in samples]
     return PlainLoop(model, samples, lr, grouped(lengths, batch_size, seed), lambda batch: padded(batch, pad_token))
 
 
-def packed_loop(model: PeftModel, samples: Samples, tokens: int, lr: float, seed: int = 0) -> PlainLoop:
+def packed_loop(model: nn.Module, samples: Samples, tokens: int, lr: float, seed: int = 0) -> PlainLoop:
     """Samples end to end in one row, told apart by position ids alone, as transformers' own collator lays them."""
     return PlainLoop(model, samples, lr, filled([len(ids) for ids, _ in samples], tokens, seed), flattened)
 
@@ -176,7 +178,7 @@ class Trl:
     Its steps are driven one at a time, to be interleaved with others. That leaves out the logging and callbacks of `train()`.
     """
 
-    def __init__(self, model: PeftModel, samples: Samples, tokenizer: PreTrainedTokenizerBase, settings: dict, seed: int = 0,
+    def __init__(self, model: nn.Module, samples: Samples, tokenizer: PreTrainedTokenizerBase, settings: dict, seed: int = 0,
                  device: torch.device | None = None):
         self.trainer = sft_trainer(model, samples, tokenizer, settings, seed, device or torch.device("cpu"))
         if self.trainer.args.use_liger_kernel:  # which `train()` would do
@@ -234,7 +236,7 @@ def packed_batches(tokens_per_pack: int) -> dict:
     return {"per_device_train_batch_size": 1, "max_length": tokens_per_pack, "packing": True, "packing_strategy": "bfd"}
 
 
-def sft_trainer(model: PeftModel, samples: Samples, tokenizer: PreTrainedTokenizerBase, settings: dict, seed: int, device: torch.device):
+def sft_trainer(model: nn.Module, samples: Samples, tokenizer: PreTrainedTokenizerBase, settings: dict, seed: int, device: torch.device):
     """An SFTTrainer over samples that are already tokens."""
     import trl
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 RESAMPLES = 4000
+AGAIN = " (A/A)"  # ends the name of a line that is timed twice
 WARMUP = 2  # steps of each line before the first round
 
 
@@ -104,7 +105,7 @@ def product(dtype: torch.dtype, size: int = 768) -> Line:
 
 def again(line: Line) -> Line:
     """The same line under a second name, for an A/A comparison."""
-    return Line(f"{line.name} (A/A)", line.step, "the same line timed twice")
+    return Line(line.name + AGAIN, line.step, "the same line timed twice")
 
 
 def tokens_per_cpu_second(sample: Sample) -> float:

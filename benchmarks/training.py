@@ -1,10 +1,11 @@
 """Training throughput on a CPU: Steadfast against a plain Hugging Face loop, its best forms and TRL, in real tokens per CPU-second.
 
 The setting: a Llama of 7.15 M parameters with random weights (width 256, 4 layers, vocabulary 8,192; with `--model 100m` one of 101 M:
-width 768, 14 layers), LoRA of rank 16 on all linear layers, AdamW, 500 chats with a mean of 122 tokens of which 45% are supervised, about a
-thousand tokens a step, one thread. The chats' lengths are long-tailed, as those of real sets are; with `--data` they are a real set's own;
-with `--lengths equal` all are alike, so that nothing is gained by packing. Every line starts from the same weights and adapter and sees the
-same tokens, and before anything is timed its losses are compared with Steadfast's, step by step.
+width 768, 14 layers), LoRA of rank 16 on all linear layers (`--adapter qlora`: on a base in 4 bits; `--adapter full`: all weights trained),
+AdamW, 500 chats with a mean of 122 tokens of which 45% are supervised, about a thousand tokens a step, one thread. The chats' lengths are
+long-tailed, as those of real sets are; with `--data` they are a real set's own; with `--lengths equal` all are alike, so that nothing is
+gained by packing. Every line starts from the same weights and adapter and sees the same tokens, and before anything is timed its losses are
+compared with Steadfast's, step by step.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import NormalDist
 
@@ -24,6 +26,7 @@ import torch
 from datasets.utils import logging as datasets_logging
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
@@ -36,13 +39,15 @@ from benchmarks.baseline import (
     compiled,
     counted,
     grouped_loop,
-    load_adapted,
+    load_stock,
     missing,
     packed_batches,
     packed_loop,
     padded_batches,
     padded_loop,
 )
+from benchmarks.costs import STEPS as COST_STEPS
+from benchmarks.costs import Costs, step_costs
 from benchmarks.timing import Line, StepResult
 from trainer import config as options
 from trainer.distributed import World
@@ -64,6 +69,7 @@ MODELS = {
     "7m": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2},
     "100m": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 14, "num_attention_heads": 12, "num_key_value_heads": 4},
 }
+ADAPTERS = {"lora": f"LoRA, rank {RANK}, all linear layers", "qlora": f"LoRA, rank {RANK}, on a base in NF4", "full": "all weights trained"}
 AGREEMENT = {"fp32": 1e-4, "bf16": 2e-2}  # relative difference of losses, at most
 
 
@@ -78,9 +84,11 @@ class Setting:
     tokenizer: PreTrainedTokenizerBase
     samples: Samples
     data: str  # where the chats come from, in words
+    adapter: str = "lora"  # of ADAPTERS
 
 
-def make_setting(folder: Path, data: Path | None, lengths: str = "tailed", model: str = "7m", seed: int = 0) -> Setting:
+def make_setting(folder: Path, data: Path | None, lengths: str = "tailed", model: str = "7m", seed: int = 0,
+                 adapter: str = "lora") -> Setting:
     """Write the model, the adapter that every line starts from, and the chats; tokenize the chats independently of the trainer."""
     if data is None:
         chats, name = synthetic_chats(seed, lengths), "synthetic, " + {"tailed": "log-normal lengths", "equal": "equal lengths"}[lengths]
@@ -97,7 +105,7 @@ def make_setting(folder: Path, data: Path | None, lengths: str = "tailed", model
     save_model(folder, model, seed)
     lines = (json.dumps({"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}) for q, a in chats)
     (folder / "chats.jsonl").write_text("\n".join(lines) + "\n")
-    return Setting(folder, tokenizer, [tokenized(tokenizer, *chat) for chat in chats], name)
+    return Setting(folder, tokenizer, [tokenized(tokenizer, *chat) for chat in chats], name, adapter)
 
 
 def words() -> list[str]:
@@ -193,7 +201,8 @@ def run_options(setting: Setting, precision: str, steps: int) -> options.Config:
     folder = setting.folder
     return options.Config(
         output=tempfile.mkdtemp(prefix="run-", dir=folder),
-        model=options.Model(path=str(folder / "model")), lora=options.Lora(path=str(folder / "adapter")),
+        model=options.Model(path=str(folder / "model")), adapter=setting.adapter,
+        lora=options.Lora() if setting.adapter == "full" else options.Lora(path=str(folder / "adapter")),
         data=options.Data(train=str(folder / "chats.jsonl"), max_length=TOKENS_PER_STEP, cache=str(folder / "cache"), workers=1),
         batch=options.Batch(tokens_per_pack=TOKENS_PER_STEP, tokens_per_step=TOKENS_PER_STEP),
         optim=options.Optim(lr=LEARNING_RATE, schedule="constant", warmup=0, weight_decay=0.0), epochs=steps, max_steps=steps,
@@ -201,23 +210,24 @@ def run_options(setting: Setting, precision: str, steps: int) -> options.Config:
 
 
 def plain_loop(setting: Setting) -> PlainLoop:
-    return padded_loop(adapted(setting), setting.samples, setting.tokenizer.pad_token_id, BATCH, LEARNING_RATE)
+    return padded_loop(stock(setting), setting.samples, setting.tokenizer.pad_token_id, BATCH, LEARNING_RATE)
 
 
 def grouped(setting: Setting) -> PlainLoop:
-    return grouped_loop(adapted(setting), setting.samples, setting.tokenizer.pad_token_id, BATCH, LEARNING_RATE)
+    return grouped_loop(stock(setting), setting.samples, setting.tokenizer.pad_token_id, BATCH, LEARNING_RATE)
 
 
 def packed(setting: Setting) -> PlainLoop:
-    return packed_loop(adapted(setting), setting.samples, TOKENS_PER_STEP, LEARNING_RATE)
+    return packed_loop(stock(setting), setting.samples, TOKENS_PER_STEP, LEARNING_RATE)
 
 
 def trl(setting: Setting, batches: dict) -> Trl:
-    return Trl(adapted(setting), setting.samples, setting.tokenizer, batches | {"learning_rate": LEARNING_RATE, "max_grad_norm": 1.0})
+    return Trl(stock(setting), setting.samples, setting.tokenizer, batches | {"learning_rate": LEARNING_RATE, "max_grad_norm": 1.0})
 
 
-def adapted(setting: Setting):
-    return load_adapted(setting.folder / "model", setting.folder / "adapter")
+def stock(setting: Setting) -> nn.Module:
+    adapter = None if setting.adapter == "full" else setting.folder / "adapter"
+    return load_stock(setting.folder / "model", adapter, in_4bit=setting.adapter == "qlora")
 
 
 # ---------------------------------------------------------------- agreement
@@ -248,12 +258,13 @@ def agreement(setting: Setting, precision: str, other: PlainLoop | Trl, steps: i
 # ---------------------------------------------------------------- the suite
 
 PLAIN, TRL_PADDED, TRL_PACKED, FP32, BF16 = "plain HF loop", "TRL padded", "TRL packed", "Steadfast fp32", "Steadfast bf16"
-BASES = (PLAIN, TRL_PADDED, TRL_PACKED)  # that every table has a ratio to, beside the fastest of all others
+BASES = (PLAIN, TRL_PACKED)  # that every table has a ratio to, beside the fastest of all others
+COMPILED = "HF loop, torch.compile"
 OTHERS: dict[str, Callable[[Setting], PlainLoop | Trl]] = {
     PLAIN: plain_loop,  # batches of 8, as TRL's are
     "HF loop, like lengths": grouped,
     "HF loop, packed": packed,
-    "HF loop, torch.compile": lambda setting: compiled(plain_loop(setting)),
+    COMPILED: lambda setting: compiled(plain_loop(setting)),
     "HF loop, checkpointing": lambda setting: checkpointed(plain_loop(setting)),
     TRL_PADDED: lambda setting: trl(setting, padded_batches(BATCH)),
     TRL_PACKED: lambda setting: trl(setting, packed_batches(TOKENS_PER_STEP)),
@@ -267,6 +278,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lines", nargs="+", metavar="NAME", default=list(OTHERS), help="what to measure beside ours, of: " +
                         "; ".join(OTHERS).replace("%", "%%"))
     parser.add_argument("--model", choices=tuple(MODELS), default="7m", help="default: %(default)s; 100m takes far longer a step")
+    parser.add_argument("--adapter", choices=tuple(ADAPTERS), default="lora", help="what is trained (default: %(default)s)")
     parser.add_argument("--compared", type=int, default=None, metavar="STEPS",
                         help=f"steps whose losses are compared first (default: {AGREEMENT_STEPS})")
     parser.add_argument("--rounds", type=int, default=16, help="rounds of all lines (default: %(default)s)")
@@ -284,30 +296,35 @@ def run(arguments: argparse.Namespace) -> dict:
         raise UserError(f"--lines: expected names of {', '.join(OTHERS)}, got {', '.join(unknown)}")
     if arguments.data and arguments.lengths == "equal":
         raise UserError("--lengths equal: a real set's chats have lengths of their own; expected no --data beside it")
+    if arguments.adapter == "qlora" and find_spec("bitsandbytes") is None:
+        raise UserError("--adapter qlora: expected bitsandbytes, which is not installed; pip install 'bitsandbytes>=0.50'")
     torch.set_num_threads(arguments.threads)
     quiet()
     with tempfile.TemporaryDirectory(prefix="steadfast-benchmark-") as folder:
-        setting = make_setting(Path(folder), arguments.data, arguments.lengths, arguments.model)
+        setting = make_setting(Path(folder), arguments.data, arguments.lengths, arguments.model, adapter=arguments.adapter)
         check_tokens(setting)
         agreed = {f"{FP32} / {name}": agreement(setting, "fp32", OTHERS[name](setting), arguments.compared)
                   for name in arguments.lines}
         if fast_bf16():
             agreed[f"{BF16} / {PLAIN}"] = agreement(setting, "bf16", plain_loop(setting), arguments.compared)
-        lines = make_lines(setting, arguments.lines, steps=2 * (timing.WARMUP + arguments.rounds * arguments.steps))
+        lines = make_lines(setting, arguments.lines, steps=2 * (timing.WARMUP + arguments.rounds * arguments.steps + COST_STEPS))
         samples = timing.interleave(lines, arguments.rounds, arguments.steps)
         phases = {line.name: shares(line.step.__self__.phases.read()) for line in lines if line.name in (PLAIN, FP32, BF16)}
-        size = model_size(adapted(setting))
+        costs = {line.name: step_costs(line.step, line.name != COMPILED) for line in lines
+                 if samples[line.name][0].tokens and not line.note}
+        size = model_size(stock(setting))
     lengths = [len(ids) for ids, _ in setting.samples]
     conditions = {
-        "model": f"Llama, {size.parameters - size.trainable:,} parameters, random weights",
-        "adapter": f"LoRA, rank {RANK}, all linear layers", "data": setting.data, "chats": CHATS,
+        "model": f"Llama, {size.parameters - size.trainable * (arguments.adapter != 'full'):,} parameters, random weights",
+        "adapter": ADAPTERS[arguments.adapter], "data": setting.data, "chats": CHATS,
         "mean_tokens": float(np.mean(lengths)), "longest": max(lengths),
         "supervised": sum(int(mask.sum()) for _, mask in setting.samples) / sum(lengths), "tokens_per_step": TOKENS_PER_STEP,
         "rounds": arguments.rounds, "steps_per_round": arguments.steps, "phases": phases,
         "left_out": {name: missing(package, torch.device("cpu")) for name, package in FOR_GPUS.items()}}
     kind = arguments.data.stem if arguments.data else "equal" if arguments.lengths == "equal" else ""
-    suite = "-".join(filter(None, ("training", "cpu", "" if arguments.model == "7m" else arguments.model, kind)))
-    return record.make(suite, conditions, agreed, summary(samples), timing.raw(samples))
+    adapter = "" if arguments.adapter == "lora" else arguments.adapter
+    suite = "-".join(filter(None, ("training", "cpu", "" if arguments.model == "7m" else arguments.model, adapter, kind)))
+    return record.make(suite, conditions, agreed, summary(samples, costs), timing.raw(samples))
 
 
 def quiet() -> None:
@@ -336,8 +353,8 @@ def shares(seconds: dict[str, float]) -> dict[str, float]:
     return {name: spent / whole for name, spent in seconds.items()}
 
 
-def summary(samples: dict[str, list[timing.Sample]]) -> list[dict]:
-    """One row a line: its rates, its share of the machine's product rate (MFU), and its ratio to each baseline."""
+def summary(samples: dict[str, list[timing.Sample]], costs: dict[str, Costs]) -> list[dict]:
+    """One row a line: its rates, its share of the machine's product rate (MFU), its other costs, and its ratio to each baseline."""
     rows, others = [], [name for name in samples if name in OTHERS]
     fastest = max(others, key=lambda name: timing.spread(samples[name]).value, default=None)
     bases = [name for name in others if name in BASES or name == fastest]
@@ -346,13 +363,14 @@ def summary(samples: dict[str, list[timing.Sample]]) -> list[dict]:
             continue
         dtype = torch.bfloat16 if name == BF16 else torch.float32
         tokens, computed = sum(s.tokens for s in line), sum(s.tokens + s.padding for s in line)
-        against = [FP32] if name.endswith("(A/A)") else [base for base in bases if base != name]
+        against = [FP32] if name.endswith(timing.AGAIN) else [base for base in bases if base != name]
         rows.append({
             "line": name, "tokens_per_cpu_second": asdict(timing.spread(line)),
             "supervised_per_cpu_second": asdict(timing.spread(line, lambda s: s.supervised / s.cpu)),
             "steps_per_cpu_second": asdict(timing.spread(line, lambda s: s.steps / s.cpu)),
             "useful_flops": asdict(timing.spread(line, flop_rate)), "padding": 1 - tokens / computed,
             "mfu": asdict(timing.ratio(line, samples[timing.product(dtype).name], flop_rate)),
+            **asdict(costs[name.removesuffix(timing.AGAIN)]),
             "ratio": {base: asdict(timing.ratio(line, samples[base])) for base in against}})
     return rows
 

@@ -23,7 +23,7 @@ def adapted(model_folder, tmp_path):
     torch.manual_seed(1)
     settings = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
     get_peft_model(tiny.model("llama"), settings).save_pretrained(tmp_path)
-    return lambda: baseline.load_adapted(model_folder, tmp_path)
+    return lambda: baseline.load_stock(model_folder, tmp_path)
 
 
 def loss_by_hand(model, samples):
