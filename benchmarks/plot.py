@@ -9,9 +9,11 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 
-from benchmarks import kernels, predict
+from benchmarks import floor, kernels, options, predict
 from benchmarks.miniature import display
 from benchmarks.record import RESULTS, newest
 from trainer.errors import UserError
@@ -51,8 +53,14 @@ def view(record: dict) -> tuple:
              "kernels-predicted": (prediction_table, prediction_picture), "gpu": (gpu_table, gpu_picture),
              "synthesis": (synthesis_table, synthesis_picture), "compare": (compare_table, compare_picture),
              "scaling": (scaling_table, scaling_picture),
-             "retention": (retention_table, retention_picture)}
+             "retention": (retention_table, retention_picture), "options": (partial(rows_and_conditions, options), options.picture),
+             "floor": (partial(rows_and_conditions, floor), floor.picture)}
     return views.get(record["suite"]) or views[record["suite"].split("-")[0]]
+
+
+def rows_and_conditions(suite: ModuleType, record: dict) -> str:
+    """The table of a suite that makes its own rows and conditions."""
+    return f"{rows_of_markdown(suite.table(record))}\n\n{suite.conditions(record)}\n"
 
 
 def rows_of_markdown(rows: list[list[str]]) -> str:

@@ -12,13 +12,16 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything measured is made here
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler speaks of itself on standard error
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-from benchmarks import compare, gsm8k, kernels, plot, record, retention, scaling, synthesis, training
+from benchmarks import compare, floor, gsm8k, kernels, options, plot, record, retention, scaling, synthesis, training
 from benchmarks.miniature import demo, study
 from trainer.errors import UserError
 
 SUITES = {"training": training, "gsm8k": gsm8k, "demo": demo, "miniature": study, "kernels": kernels, "synthesis": synthesis,
-          "scaling": scaling, "retention": retention, "compare": compare}
+          "scaling": scaling, "options": options, "floor": floor, "retention": retention,
+          "compare": compare}
 
 
 def main(argv: list[str] | None = None) -> int:
