@@ -41,6 +41,7 @@ from trainer.staging import stage
 
 COMPARED = 3  # steps of each line whose figures are compared before anything is timed
 COUNTED = 4  # steps of each line whose memory is counted afterwards
+FEWEST = 5  # steps' time before the first one that a table shows: building the same line twice differs by less
 
 
 # ---------------------------------------------------------------- the lines
@@ -193,7 +194,7 @@ def table(record: dict) -> list[list[str]]:
     rows = [["option", "cost of a step, ×", "memory of a step, MiB", "before the first step, in steps"]]
     for row in record["summary"]:
         if row["line"] != AGAIN:
-            before = f"{row['steps_before']:.0f}" if row["steps_before"] >= 1 else ""
+            before = f"{row['steps_before']:.0f}" if row["steps_before"] >= FEWEST else ""
             rows.append([row["line"], interval(row["cost"]), f"{row['mib']:.0f}", before])
     return rows
 
@@ -224,7 +225,7 @@ def agreed(record: dict) -> str:
 
 
 def picture(record: dict, figure, axes) -> None:
-    """Cost of every option with its interval, dearest first."""
+    """Cost of every option with its interval, the dearest on top."""
     rows = sorted((row for row in record["summary"] if row["line"] != PLAIN), key=lambda row: row["cost"]["value"])
     costs = [row["cost"] for row in rows]
     whiskers = [[c["value"] - c["low"] for c in costs], [c["high"] - c["value"] for c in costs]]
