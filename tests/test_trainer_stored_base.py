@@ -32,7 +32,7 @@ from trainer.loop import train_step
 from trainer.lora import add_adapter
 from trainer.memory import estimate
 from trainer.metrics import Phases, model_size
-from trainer.model import forward_hidden, head, load_tokenizer, patch, use_packed_attention
+from trainer.model import head, load_tokenizer, patch, supervised_hidden, use_packed_attention
 from trainer.run import train
 from trainer.staging import Work, prepare
 
@@ -82,10 +82,11 @@ def objective(model: nn.Module, held: retention.Retention, work: Work) -> tuple[
     """The divergence and the gradients of a step's objective."""
     total, divergence = 0.0, torch.zeros((), dtype=torch.float64)
     for batch in work.batches:
-        hidden, reference = forward_hidden(model, batch), held.look_up(batch, Phases(CPU))
-        total = total + loop.cross_entropy(head(model), hidden.index_select(0, batch.supervised_rows), batch) / work.weight
+        reference = held.look_up(batch, Phases(CPU))
+        supervised, counted = (supervised_hidden(model, batch), None) if reference is None else held.hidden(model, batch)
+        total = total + loop.cross_entropy(head(model), supervised, batch) / work.weight
         if reference is not None:
-            divergence = divergence + held.divergence(head(model), hidden, batch, reference) / work.counted_weight
+            divergence = divergence + held.divergence(head(model), counted, batch, reference) / work.counted_weight
     trained = [p for p in model.parameters() if p.requires_grad]
     return float(divergence.detach()), torch.autograd.grad(total + held.settings.kl * divergence, trained)
 

@@ -24,7 +24,7 @@ from trainer.errors import UserError
 from trainer.interrupts import Interrupts
 from trainer.log import Log
 from trainer.metrics import ModelSize, Phases, peak_flops, peak_memory_gb, synchronize
-from trainer.model import HeadSpec, forward_hidden, head, supervised_hidden
+from trainer.model import HeadSpec, head, supervised_hidden
 from trainer.optim import FlatAdamW, learning_rate
 from trainer.packing import UNFILLED, Batch, Multiples
 from trainer.plan import Plan, hash_seed
@@ -171,9 +171,9 @@ def train_step(job: Job, work: Work, phases: Phases) -> tuple[Tensor, Tensor]:
             if reference is None:
                 loss = objective = batch_loss(job.model, batch) / work.weight
             else:
-                hidden, out = forward_hidden(job.model, batch), head(job.model)
-                loss = cross_entropy(out, hidden.index_select(0, batch.supervised_rows), batch) / work.weight
-                divergence = held.divergence(out, hidden, batch, reference) / work.counted_weight
+                (supervised, counted), out = held.hidden(job.model, batch), head(job.model)
+                loss = cross_entropy(out, supervised, batch) / work.weight
+                divergence = held.divergence(out, counted, batch, reference) / work.counted_weight
                 objective = loss + held.settings.kl * divergence
                 work.divergence += divergence.detach()
         with phases("backward"):

@@ -134,7 +134,7 @@ class Batch:
     tokens: int  # T, without what fills the batch up
     weight_sum: float  # sum of weights, on the host, so that normalising a step needs no synchronisation
     tempered: torch.Tensor | None = None  # bool[S], targets whose loss is weighted by its own probability (trainer/weighting.py)
-    counted: torch.Tensor | None = None  # int64[K], the t at which a divergence from the base counts (trainer/retention.py)
+    counted: torch.Tensor | None = None  # int64[K], which supervised rows, or tokens, a divergence counts (trainer/retention.py)
     counted_weights: torch.Tensor | None = None  # float32[K], the weight of each one's sample
     reference: Batch | None = None  # the samples of those alone, a pack for the base
     base_states: torch.Tensor | None = None  # instead of it, [K, W]: what the base made of it before (trainer/base_states.py)
@@ -195,7 +195,8 @@ UNFILLED = Multiples(1, 1)
 
 
 def filled(batch: Batch, multiples: Multiples, capacity: int) -> Batch:
-    """The same with one more sample that nothing reads, and with supervised rows of weight 0; of no more than `capacity` tokens."""
+    """The same with one more sample that nothing reads, and with supervised rows of weight 0; of no more than `capacity` tokens. The pack
+    for the base alike."""
     tokens = max(0, min(-batch.tokens % multiples.tokens, capacity - batch.tokens))
     rows = -len(batch.targets) % multiples.rows
     if tokens:
@@ -206,7 +207,7 @@ def filled(batch: Batch, multiples: Multiples, capacity: int) -> Batch:
     if rows:
         by_row = {name: getattr(batch, name) for name in ("supervised_rows", "targets", "weights", "tempered")}
         batch = replace(batch, **{name: None if values is None else _longer(values, rows) for name, values in by_row.items()})
-    return batch
+    return batch if batch.reference is None else replace(batch, reference=filled(batch.reference, multiples, capacity))
 
 
 def _longer(values: torch.Tensor, by: int) -> torch.Tensor:

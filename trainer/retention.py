@@ -31,7 +31,7 @@ from trainer import config
 from trainer.errors import UserError
 from trainer.lora import adapted_layers, switched_off
 from trainer.metrics import Phases
-from trainer.model import HeadSpec, forward_hidden, head
+from trainer.model import HeadSpec, forward_hidden, head, supervised_hidden
 from trainer.packing import Batch, collate
 from trainer.samples import Samples
 
@@ -51,7 +51,7 @@ class Base:
         training = self.model.training
         self._train(False)
         with switched_off(self.layers):
-            hidden = forward_hidden(self.model, batch).index_select(0, rows)
+            hidden = forward_hidden(self.model, batch, rows)
         self._train(training)
         return hidden
 
@@ -84,7 +84,7 @@ class Retention:
 
     def targets(self, samples: Samples, indices: np.ndarray) -> np.ndarray:
         """How many tokens of each of these samples the divergence counts: int64[n]."""
-        return samples.supervised[indices] if self.settings.kl_tokens == "supervised" else samples.lengths[indices] - 1
+        return samples.supervised[indices] if self.among_supervised else samples.lengths[indices] - 1
 
     def collate(self, samples: Sequence[tuple]) -> Batch:
         """The pack, with the rows that the divergence counts and those that DFT weights, and the counted samples as a pack of their own."""
@@ -95,7 +95,8 @@ class Retention:
         rows = self._counted_rows(batch)
         if len(rows):
             weights = np.array([sample[2] for sample in samples], dtype=np.float32)
-            batch.counted, batch.counted_weights = torch.from_numpy(rows), torch.from_numpy(weights[_sample_of(rows, batch)])
+            batch.counted_weights = torch.from_numpy(weights[_sample_of(rows, batch)])
+            batch.counted = torch.from_numpy(np.searchsorted(batch.supervised_rows.numpy(), rows) if self.among_supervised else rows)
             if self.stored:
                 batch.base_states = self.stored([sample[4] for sample in held])
             else:
@@ -105,7 +106,7 @@ class Retention:
 
     def _counted_rows(self, batch: Batch) -> np.ndarray:
         """The t whose next token the divergence counts: int64[K]."""
-        if self.settings.kl_tokens == "supervised":
+        if self.among_supervised:
             rows = batch.supervised_rows.numpy()
         else:
             rows = np.delete(np.arange(batch.tokens), batch.cu_seqlens.numpy()[1:] - 1)  # nothing follows a sample's last token
@@ -118,12 +119,26 @@ class Retention:
         with phases("base"):
             return self.base.hidden(batch.reference, batch.reference.counted)
 
+    @property
+    def among_supervised(self) -> bool:
+        """Whether every counted token is a supervised one."""
+        return self.settings.kl_tokens == "supervised"
+
+    def hidden(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The last hidden states at the supervised rows [S, W], and at the counted ones [K, W]."""
+        if self.among_supervised:
+            hidden = at_rows = supervised_hidden(model, batch)
+        else:
+            hidden = forward_hidden(model, batch)
+            at_rows = hidden.index_select(0, batch.supervised_rows)
+        return at_rows, hidden.index_select(0, batch.counted)
+
     def divergence(self, out: HeadSpec, hidden: Tensor, batch: Batch, reference: Tensor) -> Tensor:
-        """Sum of weight * divergence over the counted rows of hidden [T, W]. A frozen head serves both sides."""
+        """Sum of weight * divergence over the counted rows, whose hidden states are given [K, W]. A frozen head serves both sides."""
         theirs = self.kept_head or head(self.base.model)
         other = (None, None) if theirs.weight is out.weight else (theirs.weight, theirs.bias)
         return linear_kl(
-            hidden.index_select(0, batch.counted), out.weight, reference, other[0], divergence=DIVERGENCES[self.settings.kl_direction],
+            hidden, out.weight, reference, other[0], divergence=DIVERGENCES[self.settings.kl_direction],
             bias=out.bias, bias_ref=other[1], token_weight=batch.counted_weights, softcap=out.softcap, logit_scale=out.logit_scale,
             reduction="sum")
 
