@@ -13,7 +13,7 @@ from benchmarks.miniature.skills import GENERAL
 from benchmarks.miniature.study import Size
 from benchmarks.miniature.world import heldout_items, training_records, write_jsonl
 from benchmarks.run import main
-from trainer import auto
+from trainer import auto, watch
 from trainer.config import validate
 
 TINY = Plan((Run(), Run(QUARTER), Run(WHOLE, 0.5, watched=True)), Size(instructions=60, domain=16), epochs=2.0, items=1, every=1)
@@ -134,3 +134,41 @@ def test_table_and_picture(tmp_path):
 def test_bad_options_are_one_line(capsys):
     assert main(["floor", "--workers", "0"]) == 2
     assert capsys.readouterr().err == "benchmarks.run: --seeds, --workers: expected 1 or more, got 1, 0\n"
+
+
+# ---------------------------------------------------------------- what docstrings say of the record
+
+
+@pytest.fixture
+def kept():
+    found = record.newest().get("floor-cpu")
+    return found or pytest.skip("there is no record of this suite")
+
+
+def words(text: str) -> str:
+    return " ".join(text.split())
+
+
+def test_what_the_search_says_of_its_probes(kept):
+    rows = {row["line"]: row for row in kept["summary"]}
+
+    def retained(part: str) -> str:
+        return "{:.0f}, {:.0f} and {:.0f}%".format(*(100 * rows[f"{given}% replay: {part}"]["retained"] for given in (20, 35, 50)))
+
+    said = words(auto.__doc__)
+    assert f"probes of a quarter kept {retained('a quarter')} of the base's accuracy, whole runs {retained('the whole')}." in said
+    assert f"next to nothing of the domain, kept {retained('an eighth')}." in said
+    quarter, half = (rows[run.name] for run in CHOSEN)
+    assert quarter["probes"] == half["probes"] == 5 and quarter["held"] and half["held"] and quarter["kl"] == half["kl"] == 0
+    assert f"a quarter took {quarter['probe_steps']:.0%} of the run's steps and chose {quarter['share']:.0%}, five of a half took " \
+           f"{half['probe_steps']:.0%} and chose {half['share']:.0%}" in said
+    domain = [f"{rows[f'65% replay{kl}: {part}']['domain']:.1%}" for part in ("a quarter", "the whole") for kl in ("", ", KL 1")]
+    assert "from {} to {} in probes of a quarter, and from {} to {} in whole runs".format(*domain) in words(auto._learns.__doc__)
+
+
+def test_what_the_watch_says_of_a_run(kept):
+    told = floor.told_of(floor.watched(kept)[0]["curve"])
+    lowest, third, end, last = (part.partition("%")[0] for part in (told, *told.split(", ")[2:]))
+    said = words(watch.__doc__)
+    assert f"fell to {lowest}% of the base's accuracy, kept {third}% after a third of its steps, {end}% or more in the last fifth and " \
+           f"{last}% at the end" in said
