@@ -89,7 +89,8 @@ def test_what_an_option_must_not_change_is_compared(same, theirs, worst):
 
 @pytest.mark.parametrize(("same", "theirs"), [
     (STEPS, [(2.0, 1.0), (2.001, 1.0)]), (STEPS, [(2.0, 1.0), (2.0, 1.001)]), (GRADIENT, [(2.0, 1.001), (2.0, 1.0)]),
-    (LOSS, [(2.001, 1.0), (2.0, 1.0)]), (ROUNDED, [(2.1, 1.0), (2.0, 1.0)]), (LOSS, [(float("nan"), 1.0), (2.0, 1.0)])])
+    (LOSS, [(2.001, 1.0), (2.0, 1.0)]), (ROUNDED, [(2.1, 1.0), (2.0, 1.0)]), (LOSS, [(float("nan"), 1.0), (2.0, 1.0)]),
+    (STEPS, [(2.0, 1.0), (2.0, float("nan"))])])
 def test_a_difference_stops_the_run(same, theirs):
     with pytest.raises(AssertionError, match=f"a line: {same} differ by .*, more than"):
         options.difference("a line", same, [(2.0, 1.0), (2.0, 1.0)], theirs)
