@@ -28,8 +28,10 @@ class Costs:
 
 def step_costs(step: Callable[[], object], countable: bool = True, steps: int = STEPS) -> Costs:
     """Of `steps` calls of `step`. `countable`: whether its operations pass through the dispatcher one by one; compiled ones do not."""
-    operations = median(counted_operations(step) for _ in range(steps)) if countable else None
-    return Costs(max(height_mib(step) for _ in range(steps)), operations)
+    operations = []
+    run = (lambda: operations.append(counted_operations(step))) if countable else step
+    heights = [height_mib(run) for _ in range(steps)]
+    return Costs(max(heights), median(operations) if countable else None)
 
 
 def height_mib(run: Callable[[], object]) -> float:

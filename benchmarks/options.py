@@ -14,11 +14,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +27,10 @@ from benchmarks.costs import step_costs
 from benchmarks.timing import Line, Sample
 from benchmarks.training import AGREEMENT, RANK, TOKENS_PER_STEP, Setting, Steadfast, fast_bf16, make_setting, quiet, run_options
 from trainer.config import Config, validate
-from trainer.distributed import World
 from trainer.errors import UserError
 from trainer.families import last_at_rows, layer_forward
-from trainer.inputs import prepare_inputs
 from trainer.loop import garbage_at_log_steps, train_step
-from trainer.metrics import Phases
 from trainer.model import bare
-from trainer.run import build
-from trainer.staging import stage
 
 COMPARED = 3  # steps of each line whose figures are compared before anything is timed
 COUNTED = 4  # steps of each line whose memory is counted afterwards
@@ -116,20 +109,12 @@ class WithOptions(Steadfast):
     """The trainer's own step with the options of a line."""
 
     def __init__(self, setting: Setting, option: Option, steps: int):
-        self.config = configuration(setting, option, steps)
-        inputs, self.phases = prepare_inputs(self.config, setting.tokenizer), Phases(torch.device("cpu"))
-        begun = time.process_time()
-        with redirect_stdout(StringIO()):
-            self.job, _ = build(self.config, inputs, torch.device("cpu"), World())
-        self.seconds = time.process_time() - begun  # that it took before the first timed step
+        self.begin(setting, configuration(setting, option, steps))
         if option.all_rows:
             compute_all_rows(self.job.model)
-        self.job.model.train()
-        self.works = stage(self.job.plan, self.job.samples, 0, self.job.world, self.job.device, self.phases, self.job.retention,
-                           self.job.multiples)
 
     def first_steps(self) -> list[tuple[float, float]]:
-        """Loss and gradient norm of each."""
+        """Loss and gradient norm of each; what they take counts as building, since a compiled layer is compiled in them."""
         begun = time.process_time()
         pairs = [train_step(self.job, next(self.works), self.phases) for _ in range(COMPARED)]
         self.seconds += time.process_time() - begun

@@ -32,7 +32,8 @@ def make(suite: str, conditions: dict, agreement: dict[str, float], summary: lis
 
 
 def code(root: Path = RESULTS.parents[1]) -> dict:
-    """The commit, and whether tracked files differ from it (results apart, which a run adds to); None outside a repository."""
+    """The commit, and whether tracked files differ from it (results and their pages apart, which a run adds to); None outside a
+    repository."""
     def git(*words: str) -> str | None:
         try:
             done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True)
@@ -40,7 +41,8 @@ def code(root: Path = RESULTS.parents[1]) -> dict:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results", ":!README.md")
+    pages = ":!benchmarks/results", ":!README.md", ":!benchmarks/README.md"
+    changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", *pages)
     return {"commit": git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}
 
 

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 from statistics import NormalDist
 
@@ -174,14 +175,17 @@ class Steadfast:
     """The trainer's own step on the trainer's own plan of packs: what `python -m trainer.run` does between two log lines."""
 
     def __init__(self, setting: Setting, precision: str, steps: int):
-        self.config = run_options(setting, precision, steps)
-        inputs = prepare_inputs(self.config, setting.tokenizer)
-        self.samples = inputs.samples
-        with redirect_stdout(open(os.devnull, "w")):
-            self.job, _ = build(self.config, inputs, torch.device("cpu"), World())
+        self.begin(setting, run_options(setting, precision, steps))
+
+    def begin(self, setting: Setting, config: options.Config) -> None:
+        self.config, inputs = config, prepare_inputs(config, setting.tokenizer)
+        begun = time.process_time()
+        with redirect_stdout(StringIO()):
+            self.job, _ = build(config, inputs, torch.device("cpu"), World())
+        self.seconds = time.process_time() - begun  # CPU time that it took to build
+        self.samples, self.phases = self.job.samples, Phases(self.job.device)
         self.job.model.train()
-        self.phases = Phases(self.job.device)
-        self.works = stage(inputs.plan, inputs.samples, 0, World(), self.job.device, self.phases, multiples=self.job.multiples)
+        self.works = stage(self.job.plan, self.samples, 0, World(), self.job.device, self.phases, self.job.retention, self.job.multiples)
 
     def step(self) -> StepResult:
         work = next(self.works)
@@ -303,14 +307,15 @@ def run(arguments: argparse.Namespace) -> dict:
     with tempfile.TemporaryDirectory(prefix="steadfast-benchmark-") as folder:
         setting = make_setting(Path(folder), arguments.data, arguments.lengths, arguments.model, adapter=arguments.adapter)
         check_tokens(setting)
+        steps_counted = min(COST_STEPS, arguments.rounds * arguments.steps)
         agreed = {f"{FP32} / {name}": agreement(setting, "fp32", OTHERS[name](setting), arguments.compared)
                   for name in arguments.lines}
         if fast_bf16():
             agreed[f"{BF16} / {PLAIN}"] = agreement(setting, "bf16", plain_loop(setting), arguments.compared)
-        lines = make_lines(setting, arguments.lines, steps=2 * (timing.WARMUP + arguments.rounds * arguments.steps + COST_STEPS))
+        lines = make_lines(setting, arguments.lines, steps=2 * (timing.WARMUP + arguments.rounds * arguments.steps) + steps_counted)
         samples = timing.interleave(lines, arguments.rounds, arguments.steps)
         phases = {line.name: shares(line.step.__self__.phases.read()) for line in lines if line.name in (PLAIN, FP32, BF16)}
-        costs = {line.name: step_costs(line.step, line.name != COMPILED) for line in lines
+        costs = {line.name: step_costs(line.step, line.name != COMPILED, steps_counted) for line in lines
                  if samples[line.name][0].tokens and not line.note}
         size = model_size(stock(setting))
     lengths = [len(ids) for ids, _ in setting.samples]
@@ -319,7 +324,7 @@ def run(arguments: argparse.Namespace) -> dict:
         "adapter": ADAPTERS[arguments.adapter], "data": setting.data, "chats": CHATS,
         "mean_tokens": float(np.mean(lengths)), "longest": max(lengths),
         "supervised": sum(int(mask.sum()) for _, mask in setting.samples) / sum(lengths), "tokens_per_step": TOKENS_PER_STEP,
-        "rounds": arguments.rounds, "steps_per_round": arguments.steps, "phases": phases,
+        "rounds": arguments.rounds, "steps_per_round": arguments.steps, "steps_counted": steps_counted, "phases": phases,
         "left_out": {name: missing(package, torch.device("cpu")) for name, package in FOR_GPUS.items()}}
     kind = arguments.data.stem if arguments.data else "equal" if arguments.lengths == "equal" else ""
     adapter = "" if arguments.adapter == "lora" else arguments.adapter
