@@ -1,6 +1,7 @@
 # make demo   the whole method on a miniature world, and its table
 # make test   the whole test suite
-# make gpu    what needs a GPU: kernels' tests and times, one whole step compiled and captured; under nine minutes, one JSON
+# make gpu    what needs a GPU: kernels' tests and times, one whole step compiled and captured; under nine minutes, one JSON and a page
+#             ARGS="--parts rivals", sizes or context: beside others' packs, over models and adapters, over lengths of context
 # make docs-check   fails where a README's table differs from the newest records (python -m benchmarks.plot writes them anew)
 # The first two make the environment (.venv) if need be. make gpu takes .venv where there is one, else python3, whatever it has.
 # make vllm   on a machine with an NVIDIA GPU: vLLM for python -m synth.run (on a CPU it is part of the environment)

@@ -25,12 +25,12 @@ import torch
 from benchmarks import record, timing
 from benchmarks.costs import step_costs
 from benchmarks.timing import Line, Sample
-from benchmarks.training import AGREEMENT, RANK, TOKENS_PER_STEP, Setting, Steadfast, fast_bf16, make_setting, quiet, run_options
+from benchmarks.training import AGREEMENT, RANK, TOKENS_PER_STEP, Setting, Steadfast, make_setting, quiet, run_options
 from trainer.config import Config, validate
 from trainer.errors import UserError
 from trainer.families import last_at_rows, layer_forward
 from trainer.loop import garbage_at_log_steps, train_step
-from trainer.model import bare
+from trainer.model import bare, fast_bf16
 
 COMPARED = 3  # steps of each line whose figures are compared before anything is timed
 COUNTED = 4  # steps of each line whose memory is counted afterwards

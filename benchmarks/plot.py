@@ -1,6 +1,6 @@
 """Tables and pictures from records alone: `python -m benchmarks.plot` renews the README's tables and the pictures beside the records.
 
-A table goes between two markers in README.md or kernels/README.md, `<!-- benchmark: SUITE -->` (predictions of all models: `SUITE in full`)
+A table goes between two markers in README.md, here or in kernels/, `<!-- benchmark: SUITE -->` (predictions of all models: `SUITE in full`)
 and `<!-- end of benchmark -->`. With `--check` nothing is written: the exit status is 1 where a page and the newest records disagree.
 """
 
@@ -19,7 +19,7 @@ from benchmarks.record import RESULTS, newest
 from trainer.errors import UserError
 
 ROOT = RESULTS.parents[1]
-PAGES = (ROOT / "README.md", ROOT / "kernels" / "README.md")
+PAGES = (ROOT / "README.md", ROOT / "kernels" / "README.md", ROOT / "benchmarks" / "README.md")
 BLOCK = re.compile(r"(<!-- benchmark: ([\w-]+)( in full)? -->\n)(.*?)(<!-- end of benchmark -->)", re.DOTALL)
 OURS, OTHERS = "#1f6f8b", "#b8b8b8"
 
@@ -31,17 +31,18 @@ def markdown(record: dict) -> str:
 
 
 def draw(record: dict, path: Path) -> Path:
-    """The picture of a record, as a PNG that depends on nothing but the record."""
+    """The picture of a record, PNG or SVG by the path's suffix, which depends on nothing but the record."""
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = record["suite"]  # names inside an SVG are random otherwise
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
     _, picture = view(record)
     picture(record, figure, axes)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150, metadata={"Software": None})
+    figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else {"Software": None})
     pyplot.close(figure)
     return path
 
@@ -75,13 +76,15 @@ def rows_of_markdown(rows: list[list[str]]) -> str:
 def throughput_table(record: dict) -> str:
     rows = [row for row in record["summary"] if not row["line"].endswith("(A/A)")]
     bases = [row["line"] for row in rows if any(row["line"] in other["ratio"] for other in rows)]
-    head = ["line", "real tokens per CPU-second", "supervised ones", "padding", "MFU", *(f"× {base}" for base in bases)]
+    head = ["line", "real tokens per CPU-second", "supervised ones", "padding", "MFU", "memory a step adds, MiB", "operations a step",
+            *(f"× {base}" for base in bases)]
     lines = [head]
     for row in rows:
         rate = row["tokens_per_cpu_second"]
         lines.append([
             row["line"], f"{rate['value']:,.0f} ({rate['low']:,.0f}-{rate['high']:,.0f})",
             f"{row['supervised_per_cpu_second']['value']:,.0f}", f"{row['padding']:.0%}", f"{row['mfu']['value']:.0%}",
+            f"{row['mib']:,.0f}", f"{row['operations']:,.0f}" if row["operations"] else "",
             *(times(row["ratio"].get(base)) for base in bases)])
     return f"{rows_of_markdown(lines)}\n\n{throughput_conditions(record)}\n"
 
@@ -105,24 +108,32 @@ def throughput_conditions(record: dict) -> str:
         f"{c['supervised']:.0%} supervised), about {c['tokens_per_step']:,} tokens a step. {record['cpu']}, {record['threads']} "
         f"thread{'s' * (record['threads'] > 1)}; torch {record['versions']['torch']}, transformers "
         f"{record['versions']['transformers']}. Medians of {c['rounds']} interleaved rounds, rates with their 20th and 80th percentiles, "
-        f"ratios with 95% intervals; MFU is the share of this machine's matrix-product rate that useful work reaches.{aa} "
+        f"ratios with 95% intervals; MFU is the share of this machine's matrix-product rate that useful work reaches. Memory: the most "
+        f"that a step holds beside weights and moments; operations: of ATen, views apart.{aa} "
         f"Losses agree step by step, at worst to {worst[1]:.0e} ({worst[0]}).{phases}{left_out} "
         f"`{record['command']}`, {record['time'][:10]}, commit {commit}.")
 
 
 def throughput_picture(record: dict, figure, axes) -> None:
-    """Bars of real tokens per CPU-second, slowest first, with their 20th and 80th percentiles."""
+    """Bars of real tokens per CPU-second, slowest on top, with their 20th and 80th percentiles; beside them the memory that a step adds."""
     rows = sorted((r for r in record["summary"] if not r["line"].endswith("(A/A)")), key=lambda r: -r["tokens_per_cpu_second"]["value"])
     rates = [row["tokens_per_cpu_second"] for row in rows]
     values = [rate["value"] for rate in rates]
     whiskers = [[r["value"] - r["low"] for r in rates], [r["high"] - r["value"] for r in rates]]
-    figure.set_size_inches(8, 0.9 + 0.5 * len(rows))
-    axes.barh([row["line"] for row in rows], values, xerr=whiskers, ecolor="#555555",
-              color=[OURS if row["line"].startswith("Steadfast") else OTHERS for row in rows])
-    for i, rate in enumerate(rates):
-        axes.text(rate["high"] + 0.01 * max(values), i, f" {rate['value']:,.0f}", va="center")
-    axes.set_xlim(0, 1.15 * max(rate["high"] for rate in rates))
-    axes.set_xlabel("real tokens per CPU-second")
+    names, memory = [row["line"] for row in rows], [row["mib"] for row in rows]
+    colours = [OURS if name.startswith("Steadfast") else OTHERS for name in names]
+    axes.set_axis_off()
+    figure.set_size_inches(11, 0.9 + 0.45 * len(rows))
+    left, right = figure.subplots(1, 2, width_ratios=(2, 1))
+    left.barh(names, values, xerr=whiskers, ecolor="#555555", color=colours)
+    right.barh(names, memory, color=colours)
+    for i, (rate, held) in enumerate(zip(rates, memory, strict=True)):
+        left.text(rate["high"] + 0.01 * max(values), i, f" {rate['value']:,.0f}", va="center")
+        right.text(held, i, f" {held:,.0f}", va="center")
+    left.set(xlim=(0, 1.15 * max(rate["high"] for rate in rates)), xlabel="real tokens per CPU-second")
+    right.set(xlim=(0, 1.2 * max(memory)), xlabel="memory a step adds, MiB", yticks=[])
+    for panel in (left, right):
+        panel.spines[["top", "right"]].set_visible(False)
 
 
 # ---------------------------------------------------------------- GSM8K through the whole trainer
@@ -414,7 +425,8 @@ def renew(text: str, records: dict[str, dict]) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plot", description="README tables and pictures from the newest records.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where README.md differs from the records")
-    check = parser.parse_args(argv).check
+    parser.add_argument("--format", choices=("png", "svg"), default="png", help="of the pictures; the README shows PNG (default)")
+    arguments = parser.parse_args(argv)
     try:
         records = newest()
         texts = {page: page.read_text() for page in PAGES}
@@ -422,7 +434,7 @@ def main(argv: list[str] | None = None) -> int:
     except (UserError, FileNotFoundError) as error:
         print(f"benchmarks.plot: {error}", file=sys.stderr)
         return 2
-    if check:
+    if arguments.check:
         for page in PAGES:
             if renewed[page] != texts[page]:
                 print(f"benchmarks.plot: {page.name} differs from the newest records; run python -m benchmarks.plot", file=sys.stderr)
@@ -430,7 +442,7 @@ def main(argv: list[str] | None = None) -> int:
     for page, text in renewed.items():
         page.write_text(text)
     for suite, record in records.items():
-        print(draw(record, RESULTS / f"{suite}.png"))
+        print(draw(record, RESULTS / f"{suite}.{arguments.format}"))
     return 0
 
 

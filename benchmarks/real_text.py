@@ -19,9 +19,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from benchmarks.miniature.skills import GENERAL, Skill, Slots
 from benchmarks.miniature.words import word
 from benchmarks.miniature.world import heldout_items, training_records, write_jsonl
-from benchmarks.training import SPECIAL, TEMPLATE, fast_bf16
+from benchmarks.training import SPECIAL, TEMPLATE
 from trainer.config import Batch, Config, Data, Logging, Model, Optim, Source
 from trainer.errors import UserError
+from trainer.model import fast_bf16
 from trainer.run import train
 
 FILES = ("gsm8k_train.jsonl", "gsm8k_test.jsonl", "pubmedqa_ori_pqal.json", "self_instruct_seed_tasks.jsonl",

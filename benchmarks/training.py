@@ -56,6 +56,7 @@ from trainer.errors import UserError
 from trainer.inputs import prepare_inputs
 from trainer.loop import train_step
 from trainer.metrics import Phases, model_size
+from trainer.model import fast_bf16
 from trainer.packing import collate, filled
 from trainer.run import build
 from trainer.staging import Counts, Work, stage
@@ -337,11 +338,6 @@ def quiet() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     datasets_logging.disable_progress_bar()
-
-
-def fast_bf16() -> bool:
-    """Whether the CPU has bf16 products: without them bf16 is emulated, and slow."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def make_lines(setting: Setting, names: list[str], steps: int) -> list[Line]:

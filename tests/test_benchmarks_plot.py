@@ -14,7 +14,8 @@ def interval(value):
 
 def row(line, rate, **ratio):
     return {"line": line, "tokens_per_cpu_second": interval(rate), "supervised_per_cpu_second": interval(rate / 2), "padding": 0.25,
-            "mfu": interval(0.5), "ratio": {name.replace("_", " "): interval(value) for name, value in ratio.items()}}
+            "mib": rate / 10, "operations": None if "compile" in line else 1234.0, "mfu": interval(0.5),
+            "ratio": {name.replace("_", " "): interval(value) for name, value in ratio.items()}}
 
 
 @pytest.fixture
@@ -26,6 +27,7 @@ def kept():
         "conditions": {"model": "Llama", "adapter": "LoRA", "chats": 500, "data": "synthetic", "mean_tokens": 122.4, "supervised": 0.45,
                        "tokens_per_step": 1024, "rounds": 16},
         "summary": [row("plain HF loop", 1000), row("Steadfast fp32", 4500, plain_HF_loop=4.5),
+                    row("plain, torch.compile", 2000, plain_HF_loop=2.0),
                     row("Steadfast fp32 (A/A)", 4500, Steadfast_fp32=1.0)],
     }
 
@@ -33,12 +35,15 @@ def kept():
 def test_table_and_conditions(kept):
     table = plot.markdown(kept)
     lines = table.splitlines()
-    assert lines[0] == "| line | real tokens per CPU-second | supervised ones | padding | MFU | × plain HF loop |"
-    assert lines[2] == "| plain HF loop | 1,000 (900-1,100) | 500 | 25% | 50% |  |"
-    assert lines[3] == "| Steadfast fp32 | 4,500 (4,050-4,950) | 2,250 | 25% | 50% | 4.50 (4.05-4.95) |"
-    assert len(lines) == 6  # the A/A line is told in the conditions
-    assert "timed against itself: 1.00 (0.90-1.10)" in lines[5] and "at worst to 2e-05 (c / d)" in lines[5]
-    assert "commit 01234567 with changes" in lines[5]
+    head = ["line", "real tokens per CPU-second", "supervised ones", "padding", "MFU", "memory a step adds, MiB", "operations a step",
+            "× plain HF loop"]
+    assert lines[0] == f"| {' | '.join(head)} |"
+    assert lines[2] == "| plain HF loop | 1,000 (900-1,100) | 500 | 25% | 50% | 100 | 1,234 |  |"
+    assert lines[3] == "| Steadfast fp32 | 4,500 (4,050-4,950) | 2,250 | 25% | 50% | 450 | 1,234 | 4.50 (4.05-4.95) |"
+    assert lines[4] == "| plain, torch.compile | 2,000 (1,800-2,200) | 1,000 | 25% | 50% | 200 |  | 2.00 (1.80-2.20) |"
+    assert len(lines) == 7  # the A/A line is told in the conditions
+    assert "timed against itself: 1.00 (0.90-1.10)" in lines[6] and "at worst to 2e-05 (c / d)" in lines[6]
+    assert "commit 01234567 with changes" in lines[6]
 
 
 def test_renew_touches_only_what_is_marked(kept):
@@ -79,8 +84,14 @@ def test_the_picture_shows_every_line_in_order(kept, tmp_path):
         plot.draw(kept, tmp_path / "a.png")
     finally:
         pyplot.close = close
-    axes = kept_figures[0].axes[0]
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["Steadfast fp32", "plain HF loop"]
-    assert [bar.get_width() for bar in axes.patches] == [4500, 1000]
+    _, rates, memory = kept_figures[0].axes
+    assert [label.get_text() for label in rates.get_yticklabels()] == ["Steadfast fp32", "plain, torch.compile", "plain HF loop"]
+    assert [bar.get_width() for bar in rates.patches] == [4500, 2000, 1000]
+    assert [bar.get_width() for bar in memory.patches] == [450, 200, 100]
     close(kept_figures[0])
-    assert plot.draw(kept, tmp_path / "b.png").read_bytes() == (tmp_path / "a.png").read_bytes()
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_a_record_gives_one_picture(kept, tmp_path, suffix):
+    one, two = (plot.draw(kept, tmp_path / f"{name}.{suffix}").read_bytes() for name in "ab")
+    assert one == two and one.startswith({"png": b"\x89PNG", "svg": b"<?xml"}[suffix])

@@ -280,6 +280,20 @@ def test_a_dry_run_shows_everything_and_trains_nothing(model_folder, chats, tmp_
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("able, precision, said", [(True, "auto", True), (False, "auto", False), (True, "fp32", False)])
+def test_a_cpu_that_could_be_faster_is_told_of(model_folder, chats, tmp_path, capsys, monkeypatch, able, precision, said):
+    monkeypatch.setattr("trainer.run.fast_bf16", lambda: able)
+    run(model_folder, chats, tmp_path / "run", "--max_steps", "1", "--precision", precision)
+    assert ("--precision bf16" in capsys.readouterr().out) == said
+
+
+def test_a_bf16_run_fills_its_packs_up_and_says_so(model_folder, chats, tmp_path, capsys):
+    run(model_folder, chats, tmp_path / "run", "--max_steps", "1", "--precision", "bf16")
+    assert "filled up to multiples of 64" in capsys.readouterr().out
+    run(model_folder, chats, tmp_path / "other", "--max_steps", "1")
+    assert "filled up" not in capsys.readouterr().out
+
+
 def test_held_out_samples_that_are_trained_on_are_pointed_out(model_folder, chats, tmp_path, capsys):
     run(model_folder, chats, tmp_path / "run", "--dry_run", "--data.heldout", str(chats))
     assert "held out: 120 samples" in (shown := capsys.readouterr().out) and "WARNING: 120 of them are also trained on" in shown

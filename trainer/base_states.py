@@ -9,9 +9,9 @@ base has read each sample in other company.
     bytes = counted tokens of the samples that the run sees x W x bytes of an element        W = 4096 in bf16: 8,192 a token
 
 The 64 largest log-probabilities of a token with their ids would take 384, and leave out the rest of the vocabulary; hidden states are
-exact. A step then costs 1.02 times one without divergence, where a live base makes it 1.37 (CPU-seconds; a Llama of 0.4 million parameters,
-LoRA, all rows counted, 2,048 tokens a step; full fine-tuning 1.02 and 1.36). The pass before it is no saving where each sample is seen
-once; there the gain is full fine-tuning's memory.
+exact. A step then costs 1.42 times one without divergence, where a live base makes it 1.76 (`python -m benchmarks.run options`: a Llama of
+7 million parameters and a vocabulary of 8,192, LoRA, all rows counted; what is left is the divergence's own products with the head). The
+pass before it is no saving where each sample is seen once; there the gain is full fine-tuning's memory.
 
 The file lies in the run folder, named after all that decides what the run computes, and goes when the run has finished. It is written aside
 and renamed, so it is whole or absent: a resumed run finds it, or makes it again, and does so before it loads its checkpoint, while the

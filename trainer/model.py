@@ -27,8 +27,8 @@ from trainer.families import PatchReport, family_of, last_at_rows, patch
 from trainer.packing import UNFILLED, Batch, Multiples
 from trainer.source import load_tokenizer, one_line, source_of
 
-__all__ = ["HeadSpec", "PatchReport", "apply_activation_checkpointing", "bare", "compute_dtype", "forward_hidden", "head", "load_model",
-           "load_tokenizer", "multiples_for", "outline", "patch", "supervised_hidden", "use_packed_attention"]
+__all__ = ["HeadSpec", "PatchReport", "apply_activation_checkpointing", "bare", "compute_dtype", "fast_bf16", "forward_hidden", "head",
+           "load_model", "load_tokenizer", "multiples_for", "outline", "patch", "supervised_hidden", "use_packed_attention"]
 logger = logging.getLogger(__name__)
 FEW_SHAPES = Multiples(tokens=64, rows=32)
 
@@ -71,6 +71,11 @@ def compute_dtype(precision: Literal["auto", "fp32", "bf16"], device: torch.devi
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+
+
+def fast_bf16() -> bool:
+    """Whether the CPU has bf16 products: without them bf16 is emulated, and slow."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def weights_fingerprint(settings: config.Model) -> str | None:

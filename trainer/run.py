@@ -26,6 +26,7 @@ from trainer.model import (
     apply_activation_checkpointing,
     compute_dtype,
     dtype_name,
+    fast_bf16,
     load_model,
     load_tokenizer,
     multiples_for,
@@ -204,6 +205,8 @@ def greet(config: Config, facts: dict, inputs: Inputs, device: torch.device, pat
     dtype, model = compute_dtype(config.precision, device), facts["model"]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     print(f"device: {name}; compute {dtype_name(dtype)}, fp32 masters; peak {peak_flops(device, dtype)[1]}")
+    if config.precision == "auto" and device.type == "cpu" and fast_bf16():
+        print("this CPU has bf16 products: with --precision bf16 a step takes about half the time")
     print(patched)
     print(f"parameters: {model['parameters']:,}, trained {model['trainable']:,} ({config.adapter})")
     for share in facts["sources"]:
