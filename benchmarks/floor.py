@@ -24,6 +24,7 @@ from benchmarks.miniature.study import Job, Size
 from benchmarks.miniature.summary import share
 from benchmarks.miniature.world import heldout_items, write_jsonl
 from benchmarks.parallel import quietly, told
+from benchmarks.record import origin
 from trainer import auto
 from trainer.config import Config, Retention
 from trainer.run import train
@@ -205,8 +206,7 @@ def conditions(record: dict) -> str:
         f"match. The novice base of the miniature study, its replay set `{c['replay']['replay']}` ({c['replay']['rows']:,} rows, "
         f"{c['replay']['right']:.1%} of the known answers right), {c['domain']} domain rows, {c['epochs']:g} epochs, LoRA of rank 16, "
         f"{c['tokens']} tokens a step.{curves} {c['seconds'] / 60:.0f} minutes with {c['workers']} workers of one thread on "
-        f"{record['cpu']}. `{record['command']}`, {record['time'][:10]}, commit {(record['commit'] or 'none')[:8]}"
-        f"{' with changes' if record['dirty'] else ''}.")
+        f"{record['cpu']}. {origin(record)}.")
 
 
 def watched(record: dict) -> list[dict]:

@@ -28,6 +28,7 @@ from benchmarks import predict, record, timing
 from benchmarks.gpu_timing import FEWEST, Clock, distance, free, measured_rates, peak_mib, reason, rounds_of, tried
 from benchmarks.kernel_cases import BARE, CASES, COMPILED, EAGER, OURS, RANDOM, Setup, Source
 from benchmarks.predict import MODELS, OPERATIONS, TOKENS, Model
+from benchmarks.record import origin
 from trainer.errors import UserError
 
 TINY = Model("tiny", 64, 128, 4, 2, 16, 257, 2, qk_norm=True)  # for --smoke, which tests this file on a CPU
@@ -243,8 +244,7 @@ def markdown(record: dict) -> str:
         f"{c['tokens']} tokens, {c['dtype']}, forward and backward. Medians of interleaved rounds with their 20th and 80th percentiles, "
         f"ratios with 95% intervals. A product runs at {c['rates']['product_flops'] / 1e12:.0f} TFLOP/s here and a copy moves "
         f"{c['rates']['copy_bytes'] / 1e12:.2f} TB/s; an operation's share is that of its useful work (of a LoRA layer: the bare base "
-        f"products).{skipped} `{record['command']}`, {record['time'][:10]}, commit {(record['commit'] or 'none')[:8]}"
-        f"{' with changes' if record['dirty'] else ''}.\n")
+        f"products).{skipped} {origin(record)}.\n")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -24,6 +24,7 @@ import torch
 
 from benchmarks import record, timing
 from benchmarks.costs import step_costs
+from benchmarks.record import origin
 from benchmarks.timing import Line, Sample
 from benchmarks.training import AGREEMENT, RANK, TOKENS_PER_STEP, Setting, Steadfast, make_setting, quiet, run_options
 from trainer.config import Config, validate
@@ -197,8 +198,7 @@ def conditions(record: dict) -> str:
         f"what a step adds at its height to weights and optimiser states. Before the first step: what a run does once, to read or quantise "
         f"its base or to compile, in CPU time of plain steps. {record['cpu']}, {record['threads']} thread; medians of {c['rounds']} "
         f"interleaved rounds of {c['steps_per_round']} steps, 95% intervals. The plain step timed against itself: "
-        f"{interval(rows[AGAIN]['cost'])}.{agreed(record)}{left_out} `{record['command']}`, {record['time'][:10]}, commit "
-        f"{(record['commit'] or 'none')[:8]}{' with changes' if record['dirty'] else ''}.")
+        f"{interval(rows[AGAIN]['cost'])}.{agreed(record)}{left_out} {origin(record)}.")
 
 
 def agreed(record: dict) -> str:

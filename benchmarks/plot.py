@@ -15,7 +15,7 @@ from types import ModuleType
 
 from benchmarks import floor, kernels, options, predict
 from benchmarks.miniature import display
-from benchmarks.record import RESULTS, newest
+from benchmarks.record import RESULTS, newest, origin
 from trainer.errors import UserError
 
 ROOT = RESULTS.parents[1]
@@ -102,7 +102,6 @@ def throughput_conditions(record: dict) -> str:
     phases = "".join(f" {name}: {', '.join(f'{phase} {share:.0%}' for phase, share in spent.items())}."
                      for name, spent in c.get("phases", {}).items())
     phases = phases and f" Time by phase, wall:{phases}"
-    commit = (record["commit"] or "none")[:8] + (" with changes" if record["dirty"] else "")
     return (
         f"{c['model']}; {c['adapter']}; {c['chats']} chats ({c['data']}; mean {c['mean_tokens']:.0f} tokens, "
         f"{c['supervised']:.0%} supervised), about {c['tokens_per_step']:,} tokens a step. {record['cpu']}, {record['threads']} "
@@ -111,7 +110,7 @@ def throughput_conditions(record: dict) -> str:
         f"ratios with 95% intervals; MFU is the share of this machine's matrix-product rate that useful work reaches. Memory: the most "
         f"that a step holds beside weights and moments; operations: of ATen, views apart.{aa} "
         f"Losses agree step by step, at worst to {worst[1]:.0e} ({worst[0]}).{phases}{left_out} "
-        f"`{record['command']}`, {record['time'][:10]}, commit {commit}.")
+        f"{origin(record)}.")
 
 
 def throughput_picture(record: dict, figure, axes) -> None:
@@ -149,8 +148,7 @@ def gsm8k_table(record: dict) -> str:
         f"Loss over 3% of the problems, never trained on. Agreement: the merged model in transformers against the adapter in PEFT (LoRA), "
         f"or sdpa against eager attention (full). "
         f"From the start of the process to the end of the first step {c['startup_seconds']['cold']:.1f} s, "
-        f"{c['startup_seconds']['warm']:.1f} s once the tokens are cached. `{record['command']}`, {record['time'][:10]}, commit "
-        f"{(record['commit'] or 'none')[:8]}{' with changes' if record['dirty'] else ''}; {first['steps']} steps each.\n")
+        f"{c['startup_seconds']['warm']:.1f} s once the tokens are cached. {origin(record)}; {first['steps']} steps each.\n")
 
 
 def gsm8k_picture(record: dict, figure, axes) -> None:
@@ -173,8 +171,7 @@ def demo_table(record: dict) -> str:
         f"{rows_of_markdown([['model', *columns], *rows])}\n\nExact match of greedy answers to {c['items']['general']} general and "
         f"{c['items']['domain']} domain items, all held out. Forgotten: share of the base's right general answers that are wrong now. "
         f"{c['domain_rows']} domain chats, {c['epochs']} epochs, LoRA; {c['seconds']:.0f} s with both evaluations, "
-        f"{record['threads']} thread. `{record['command']}`, {record['time'][:10]}, commit {(record['commit'] or 'none')[:8]}"
-        f"{' with changes' if record['dirty'] else ''}.\n")
+        f"{record['threads']} thread. {origin(record)}.\n")
 
 
 def demo_picture(record: dict, figure, axes) -> None:
@@ -254,8 +251,7 @@ def synthesis_table(record: dict) -> str:
         f"instructions sampled from the miniature base; invalid: no question of any skill. Speed of stage `instruct` ({c['prompts']:,} "
         f"prompts, {c['tokens']:,} tokens, {c['engine']}, {c['rounds']} rounds in turns): {speeds}. The pool: {writing['rows']:,} scores "
         f"written in {writing['seconds']:.1f} s, so {writing['scores'] / 1e6:.1f} million take about "
-        f"{writing['extrapolated_seconds']:.0f} s. {record['cpu']}, {record['threads']} thread; `{record['command']}`, "
-        f"{record['time'][:10]}, commit {(record['commit'] or 'none')[:8]}{' with changes' if record['dirty'] else ''}.\n")
+        f"{writing['extrapolated_seconds']:.0f} s. {record['cpu']}, {record['threads']} thread; {origin(record)}.\n")
 
 
 def synthesis_picture(record: dict, figure, axes) -> None:
@@ -294,8 +290,7 @@ def scaling_table(record: dict) -> str:
         f"of rank {middle['rank']} on all linear layers; half of the tokens supervised, no padding on either side. Context: one sample. "
         f"{unit}; medians of {c['rounds']} interleaved rounds, ratios with 95% intervals.{again} Power that a step's cost grows with, from "
         f"the smallest to the largest value: {powers}. Losses agree, at worst to {max(record['agreement'].values()):.0e}. "
-        f"`{record['command']}`, {record['time'][:10]}, commit {(record['commit'] or 'none')[:8]}"
-        f"{' with changes' if record['dirty'] else ''}.\n")
+        f"{origin(record)}.\n")
 
 
 def scaling_picture(record: dict, figure, axes) -> None:
@@ -354,8 +349,7 @@ def retention_conditions(record: dict) -> str:
         f"every arm, {c['ratio']:.0%} of them replay where there is any; LoRA of rank 16 unless full; {c['precision']} training. The base: "
         f"Llama, {c['parameters'] / 1e6:.1f} M parameters, from random weights in {c['base_cpu_seconds'] / 60:.1f} CPU minutes, which "
         f"brought held-out log-probs per token from {schooled}. {c['seconds'] / 60:.0f} minutes with {c['workers']} workers of one thread "
-        f"on {record['cpu']}. `{record['command']}`, {record['time'][:10]}, commit {(record['commit'] or 'none')[:8]}"
-        f"{' with changes' if record['dirty'] else ''}.")
+        f"on {record['cpu']}. {origin(record)}.")
 
 
 def retention_picture(record: dict, figure, axes) -> None:

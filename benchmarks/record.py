@@ -59,6 +59,12 @@ def command() -> str:
     return shlex.join(["python", "-m", module, *kept])
 
 
+def origin(record: dict) -> str:
+    """What the text under a table ends with: the command that made the record, the day and the commit."""
+    changes = " with changes" if record["dirty"] else ""
+    return f"`{record['command']}`, {record['time'][:10]}, commit {(record['commit'] or 'none')[:8]}{changes}"
+
+
 def machine() -> dict:
     cuda = torch.cuda.is_available()
     return {"device": torch.cuda.get_device_name() if cuda else "cpu", "cpu": cpu_model(), "cores": os.cpu_count(),

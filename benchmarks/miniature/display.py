@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from benchmarks.miniature.summary import BASE
+from benchmarks.record import origin
 
 COLOURS = ("#1f6f8b", "#c8803c")  # of the bases
 COLUMNS = ("general", "domain", "forgotten")
@@ -56,8 +57,7 @@ def conditions(record: dict) -> str:
         f"{times}{' ± standard error' if c['seeds'] > 1 else ''}: a seed draws domain rows, items, order and adapter, one pool serves all. "
         f"{c['domain']} domain rows, {c['steps']} steps of {c['tokens']} tokens for every arm, {c['ratio']:.0%} of the rows replay, LoRA "
         f"of rank 16 unless full. Right answers in the sets chosen from the pool of {bases(record)[0]}: {right}. "
-        f"{c['seconds'] / 60:.0f} minutes with {c['workers']} workers of one thread. `{record['command']}`, {record['time'][:10]}, commit "
-        f"{(record['commit'] or 'none')[:8]}{' with changes' if record['dirty'] else ''}.")
+        f"{c['seconds'] / 60:.0f} minutes with {c['workers']} workers of one thread. {origin(record)}.")
 
 
 # ---------------------------------------------------------------- picture
