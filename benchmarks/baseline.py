@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,10 +22,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DataCollatorWithFlattening, PreTrainedTokenizerBase
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from benchmarks.timing import StepResult
-from trainer.metrics import ModelSize, Phases, model_size
+from benchmarks.timing import Samples, StepResult, counted
+from trainer.metrics import Phases, model_size
 
-Samples = Sequence[tuple[np.ndarray, np.ndarray]]
 TrlBatch = tuple[dict[str, Tensor], Tensor]  # the model's inputs, and how many of their tokens are supervised
 IGNORED = -100  # the label that Hugging Face's losses leave out
 
@@ -43,13 +42,6 @@ def endless(count: int, seed: int) -> Iterator[int]:
     order = np.random.default_rng(seed)
     while True:
         yield from order.permutation(count).tolist()
-
-
-def counted(samples: Samples, loss: float, computed: int, size: ModelSize) -> StepResult:
-    """The result of a step over `samples` that ran `computed` positions through a model of `size`."""
-    lengths = [len(ids) for ids, _ in samples]
-    tokens, supervised = sum(lengths), sum(int(mask[1:].sum()) for _, mask in samples)
-    return StepResult(loss, tokens, supervised, computed - tokens, size.flops(tokens, supervised, sum(n * n for n in lengths)))
 
 
 # ---------------------------------------------------------------- a plain loop, and its other forms

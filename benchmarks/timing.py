@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 RESAMPLES = 4000
+Samples = Sequence[tuple[np.ndarray, np.ndarray]]  # input_ids int[L] and supervised bool[L] of each
 AGAIN = " (A/A)"  # ends the name of a line that is timed twice
 WARMUP = 2  # steps of each line before the first round
 
@@ -30,6 +31,13 @@ class StepResult:
     supervised: int
     padding: int
     flops: float  # useful ones, by the convention of `trainer.metrics`
+
+
+def counted(samples: Samples, loss: float, computed: int, size) -> StepResult:
+    """The result of a step over `samples` that ran `computed` positions through a model of `size`."""
+    lengths = [len(ids) for ids, _ in samples]
+    tokens, supervised = sum(lengths), sum(int(mask[1:].sum()) for _, mask in samples)
+    return StepResult(loss, tokens, supervised, computed - tokens, size.flops(tokens, supervised, sum(n * n for n in lengths)))
 
 
 @dataclass

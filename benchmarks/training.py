@@ -34,11 +34,9 @@ from transformers.utils import logging as transformers_logging
 from benchmarks import record, timing
 from benchmarks.baseline import (
     PlainLoop,
-    Samples,
     Trl,
     checkpointed,
     compiled,
-    counted,
     grouped_loop,
     load_stock,
     missing,
@@ -49,7 +47,7 @@ from benchmarks.baseline import (
 )
 from benchmarks.costs import STEPS as COST_STEPS
 from benchmarks.costs import Costs, step_costs
-from benchmarks.timing import Line, StepResult
+from benchmarks.timing import Line, Samples, StepResult, counted
 from trainer import config as options
 from trainer.distributed import World
 from trainer.errors import UserError

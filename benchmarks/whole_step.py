@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from benchmarks import timing
 from benchmarks.gpu_timing import Clock, free, measured_rates, peak_mib, reason, tried
 from benchmarks.predict import MODELS, RANK, Model
-from benchmarks.timing import Line, Sample, StepResult
+from benchmarks.timing import Line, Sample, Samples, StepResult, counted
 from kernels import linear_cross_entropy
 from trainer.metrics import model_size
 from trainer.packing import Batch, collate
@@ -41,7 +41,6 @@ ROUNDS, STEPS, SAMPLES, MICRO_BATCH = 8, 2, 16, 8
 COMPARED = 2  # steps whose losses have to agree; later ones drift apart in bf16
 OURS, PLAIN = "Steadfast", "plain HF loop"
 AGREEMENT = {torch.bfloat16: 2e-2, torch.float32: 1e-4}  # relative difference of losses, at most
-Samples = list[tuple[np.ndarray, np.ndarray]]
 
 
 # ---------------------------------------------------------------- a model and its data
@@ -306,12 +305,6 @@ def padded(samples: Samples, device: torch.device) -> dict[str, Tensor]:
         ids[i, : len(tokens)], mask[i, : len(tokens)] = tokens, 1
         labels[i, : len(tokens)] = np.where(supervised, tokens, -100)
     return {name: torch.from_numpy(a).to(device) for name, a in (("input_ids", ids), ("attention_mask", mask), ("labels", labels))}
-
-
-def counted(samples: Samples, loss: float, computed: int, size) -> StepResult:
-    lengths = [len(ids) for ids, _ in samples]
-    tokens, supervised = sum(lengths), sum(int(mask[1:].sum()) for _, mask in samples)
-    return StepResult(loss, tokens, supervised, computed - tokens, size.flops(tokens, supervised, sum(n * n for n in lengths)))
 
 
 # ---------------------------------------------------------------- side by side
