@@ -21,7 +21,7 @@ backward, time over SDPA's (below 1 is faster):
     bf16                       0.4             0.4           0.6          0.8-1.0
 
 One SDPA call on unequal documents padded to a common length takes 1.2 to 2 times as long as a call per document. Tiles of documents
-of one length computed together took 1.06 to 1.14 times as long in fp32, since every group wants copies of its own; in bf16 0.95.
+of one length computed together are slower in fp32, since every group wants copies of its own, and hardly faster in bf16.
 
 On a GPU a variable-length flash kernel does it in one launch: `_attention_gpu.backend` says which. Where none fits, the tiles serve.
 """
@@ -42,7 +42,7 @@ from kernels._dropout import dropout_mask, kept_fraction
 
 # Rows in a tile: 64 and 192 are within 10% either way, 512 up to a third slower on short documents.
 BLOCK = 128
-# Rows that a 16-bit tile is rounded up to: eight heights of tiles, whose products are soon compiled. Worth 12% of a whole small step.
+# Rows that a 16-bit tile is rounded up to: eight heights of tiles, whose products are soon compiled.
 ROUNDED = 16
 # Probabilities saved, in multiples of q's size: to about 400 tokens a document at 64 a head. Recomputing costs 20%.
 KEEP = 4
