@@ -16,7 +16,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check --quiet install
 .PHONY: demo test env lint docs-check gpu vllm
 
 demo: env
-	@$(RUN) -m benchmarks.miniature.demo
+	@$(RUN) -m benchmarks.forgetting.miniature.demo
 
 # Two workers of one thread each: right for two cores, and the suite is bound by many small tests, not by products.
 test: env

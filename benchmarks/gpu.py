@@ -1,6 +1,6 @@
 """`make gpu`: everything that needs a GPU, in under nine minutes on one card, into one JSON and one page.
 
-tests        every tests/test_kernels_*.py, with real kernels in real bf16
+tests        every tests/kernels/test_*.py, with real kernels in real bf16
 compile      one whole training step under torch.compile, without a break in the graph
 capture      the same as a CUDA graph
 throughput   real tokens a second beside a plain Hugging Face loop
@@ -103,7 +103,7 @@ class Processes:
 
 def run_tests(processes: Processes, seconds: float, folder: Path) -> dict:
     """Each file's counts, the names and messages of what failed, and why tests were skipped."""
-    files, deadline = sorted((ROOT / "tests").glob("test_kernels_*.py")), time.monotonic() + seconds
+    files, deadline = sorted((ROOT / "tests" / "kernels").glob("test_*.py")), time.monotonic() + seconds
 
     def run_file(file: Path) -> tuple[str, dict]:
         report, log = folder / f"{file.stem}.xml", folder / f"{file.stem}.log"
@@ -137,9 +137,10 @@ def read_report(path: Path) -> dict:
 
 
 def run_check(name: str, processes: Processes, seconds: float, folder: Path) -> dict:
-    """One of `benchmarks.whole_step`'s, or of `benchmarks.whole_step_sizes`'s, as far as it came."""
+    """One of `benchmarks.on_gpu.whole_step`'s, or of `benchmarks.on_gpu.whole_step_sizes`'s, as far as it came."""
     out, log = folder / f"{name}.json", folder / f"{name}.log"
-    check = ["benchmarks.whole_step_sizes", name, "--seconds", str(seconds)] if name in BY_CASES else ["benchmarks.whole_step", name]
+    sized = ["benchmarks.on_gpu.whole_step_sizes", name, "--seconds", str(seconds)]
+    check = sized if name in BY_CASES else ["benchmarks.on_gpu.whole_step", name]
     status = processes.run(["-m", *check, "--out", str(out)], seconds, log)
     found = json.loads(out.read_text()) if out.exists() else {}
     passed = status == 0 and found.get("passed")  # it may have crashed after what it wrote
@@ -149,9 +150,9 @@ def run_check(name: str, processes: Processes, seconds: float, folder: Path) -> 
 
 
 def run_kernels(processes: Processes, seconds: float, folder: Path) -> dict:
-    """The record of `benchmarks.kernels`, as far as it came; a case that is under way when the budget is over is given 30 seconds."""
+    """The record of `benchmarks.speed.kernels`, as far as it came; a case that is under way when the budget is over is given 30 seconds."""
     out, log = folder / "kernels.json", folder / "kernels.log"
-    status = processes.run(["-m", "benchmarks.kernels", "--out", str(out), "--budget", str(seconds - 30)], seconds, log)
+    status = processes.run(["-m", "benchmarks.speed.kernels", "--out", str(out), "--budget", str(seconds - 30)], seconds, log)
     if not out.exists():
         return {"outcome": "out of time" if status is None else "failed", "output": tail(log)}
     measured = json.loads(out.read_text())
@@ -208,15 +209,15 @@ def finite(value):
 
 def write(made: dict, folder: Path) -> Path:
     """The JSON, and the page beside it where its libraries are installed. Whatever is wrong with a page, the measuring goes on."""
-    from benchmarks import record
+    from benchmarks.harness import record
 
     path = record.write(made, folder)
     try:
-        from benchmarks import gpu_page
+        from benchmarks.on_gpu import page as gpu_page
 
         gpu_page.write(made, path.with_suffix(".html"))
     except Exception as error:
-        print(f"page: none ({error}); from the record: python -m benchmarks.gpu_page {path.name}", file=sys.stderr)
+        print(f"page: none ({error}); from the record: python -m benchmarks.on_gpu.page {path.name}", file=sys.stderr)
     return path
 
 
@@ -243,7 +244,7 @@ def main(argv: list[str] | None = None) -> int:
     if fault := why_not():
         print(f"make gpu: {fault}", file=sys.stderr)
         return 2
-    from benchmarks import record
+    from benchmarks.harness import record
 
     begun, processes = time.monotonic(), Processes()
     made = record.make("gpu", {"total_seconds": arguments.total}, {}, [], {}) | {"parts": {}}

@@ -13,9 +13,10 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 
-from benchmarks import floor, kernels, options, predict
-from benchmarks.miniature import display
-from benchmarks.record import RESULTS, newest, origin
+from benchmarks.forgetting import floor
+from benchmarks.forgetting.miniature import display
+from benchmarks.harness.record import RESULTS, newest, origin
+from benchmarks.speed import kernel_predictions, kernels, options
 from trainer.errors import UserError
 
 ROOT = RESULTS.parents[1]
@@ -195,7 +196,7 @@ def study_picture(record: dict, figure, axes) -> None:
 
 def prediction_table(record: dict) -> str:
     """Of the first model, beside what the newest record of a GPU measured."""
-    return predict.markdown(record, predict.newest_measured(), (record["conditions"]["models"][0]["name"],))
+    return kernel_predictions.markdown(record, kernel_predictions.newest_measured(), (record["conditions"]["models"][0]["name"],))
 
 
 def prediction_picture(record: dict, figure, axes) -> None:
@@ -411,7 +412,8 @@ def renew(text: str, records: dict[str, dict]) -> str:
         if block[2] not in records:
             raise UserError(f"README.md: expected a record of suite {block[2]} in benchmarks/results, found none; run its benchmark first")
         record = records[block[2]]
-        return block[1] + (predict.markdown(record, predict.newest_measured()) if block[3] else markdown(record)) + block[5]
+        table = kernel_predictions.markdown(record, kernel_predictions.newest_measured()) if block[3] else markdown(record)
+        return block[1] + table + block[5]
 
     return BLOCK.sub(table, text)
 

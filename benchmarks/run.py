@@ -15,12 +15,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler speaks of itself on standard error
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-from benchmarks import compare, floor, gsm8k, kernels, options, plot, record, retention, scaling, synthesis, training
-from benchmarks.miniature import demo, study
+from benchmarks import plot
+from benchmarks.forgetting import floor, real_text
+from benchmarks.forgetting.miniature import demo, study
+from benchmarks.harness import record
+from benchmarks.speed import compare, gsm8k, kernels, options, scaling, synthesis, training
 from trainer.errors import UserError
 
 SUITES = {"training": training, "gsm8k": gsm8k, "demo": demo, "miniature": study, "kernels": kernels, "synthesis": synthesis,
-          "scaling": scaling, "options": options, "floor": floor, "retention": retention,
+          "scaling": scaling, "options": options, "floor": floor, "retention": real_text,
           "compare": compare}
 
 

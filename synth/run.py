@@ -43,9 +43,9 @@ def synthesise(config: Config) -> None:
     folder = Path(config.output)
     with sole_owner(folder):
         # Late, so that --help and mistakes in options are answered at once.
-        from synth.stage import Run, identity
-        from synth.store import Pool
-        from trainer.folder import versions
+        from synth.pool.run import Run, identity
+        from synth.pool.store import Pool
+        from trainer.training.run_folder import versions
 
         with Pool(folder / "pool.sqlite") as pool:
             run = Run(config, pool, say=lambda line: print(line, flush=True))
@@ -54,12 +54,12 @@ def synthesise(config: Config) -> None:
             run.settle("pool", {"base": identity(run.base), "seed": config.seed, "date": config.date})
             cli.save_yaml(config, folder / "config.yaml", versions=versions(*NAMED), command=" ".join(sys.argv))
             for stage in (stage for stage in STAGES if stage in wanted):
-                getattr(importlib.import_module(f"synth.{stage}"), stage)(run)
+                getattr(importlib.import_module(f"synth.stages.{stage}"), stage)(run)
 
 
 def check_languages(config: Config) -> None:
     if config.clean.languages or config.instruct.languages:
-        from synth import language
+        from synth.filters import language
 
         language.check_codes("clean.languages", config.clean.languages)
         language.check_shares("instruct.languages", config.instruct.languages)

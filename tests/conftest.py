@@ -15,7 +15,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from kernels import _launch
-from tests.interpreter import mend_bf16
+from tests.helpers.interpreter import mend_bf16
 
 if _launch.INTERPRETED:
     mend_bf16()
@@ -29,7 +29,7 @@ def fixed_arithmetic():
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    from tests import tiny  # transformers: the kernels' tests run without it
+    from tests.helpers import tiny  # transformers: the kernels' tests run without it
 
     return tiny.tokenizer()
 
@@ -37,6 +37,6 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
     """A small Llama with random weights, its tokenizer and chat template, saved the way hub models are."""
-    from tests import tiny
+    from tests.helpers import tiny
 
     return tiny.save_model(tmp_path_factory.mktemp("model"), "llama")

@@ -116,7 +116,7 @@ class Retention:
     kl_tokens: Literal["supervised", "all"] = "supervised"  # of those rows: the tokens that are trained on, or prompts too
     kl_direction: Literal["forward", "reverse", "js"] = "forward"  # KL(base || model), KL(model || base), Jensen-Shannon
     base: Literal["live", "stored"] = "live"  # kl: the base runs in every step, or once, its hidden states kept in the run folder
-    weighting: Literal["none", "dft", "stm", "flow"] = "none"  # what improbable tokens weigh: trainer/weighting.py has each one's source
+    weighting: Literal["none", "dft", "stm", "flow"] = "none"  # what improbable tokens weigh (trainer/retention/token_weighting.py)
     weighting_on: Literal["domain", "all"] = "domain"  # the rows whose tokens it weighs
     stm_threshold: float = 2.5  # stm only: perplexity of a token under the base above which it is not learnt from
     l2: float = 0.0  # trained weights decay by lr times this a step towards where they began: the base's, or a new adapter's A and B = 0

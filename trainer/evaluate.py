@@ -13,8 +13,8 @@ from trainer.evaluation import harness, report, vllm
 from trainer.evaluation.config import Config, validate
 from trainer.evaluation.items import read_files
 from trainer.evaluation.models import plan, sides
-from trainer.evaluation.outcomes import Outcomes, score
 from trainer.evaluation.results import summarise, totals
+from trainer.evaluation.score_items import Outcomes, score
 from trainer.run import choose_device
 
 USAGE = """\

@@ -23,11 +23,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from trainer import cli, config, lora
+from trainer import cli, config
 from trainer.errors import UserError
-from trainer.export import whole_folder
-from trainer.model import outline
-from trainer.source import load_tokenizer, one_line, source_of
+from trainer.model import lora
+from trainer.model.export import whole_folder
+from trainer.model.loading import outline
+from trainer.model.locate import load_tokenizer, one_line, source_of
 
 USAGE = """\
 usage: python -m trainer.interpolate --model.path BASE --adapter RUN/adapter --alpha 0.5 --output FOLDER

@@ -11,17 +11,17 @@ import datasets
 import torch
 import transformers
 
-from trainer import auto, base_states, checkpoint, cli, folder, lora, quantization, retention, watch, weighting
+from trainer import cli
 from trainer.config import Config, profiled_steps, validate
-from trainer.distributed import World, world
-from trainer.dry_run import show
+from trainer.data.packing import UNFILLED, Multiples
+from trainer.data.prepare import Inputs, account, heldout_line, prepare_inputs
 from trainer.errors import UserError
 from trainer.evaluation.items import ItemFile
-from trainer.inputs import Inputs, account, heldout_line, prepare_inputs
-from trainer.log import Log
-from trainer.loop import Job, fit
-from trainer.metrics import model_size, peak_flops
-from trainer.model import (
+from trainer.metrics.log import Log
+from trainer.metrics.profiler import require_within
+from trainer.metrics.throughput import model_size, peak_flops
+from trainer.model import lora, quantization
+from trainer.model.loading import (
     PatchReport,
     apply_activation_checkpointing,
     compute_dtype,
@@ -33,9 +33,13 @@ from trainer.model import (
     patch,
     weights_fingerprint,
 )
-from trainer.optim import FlatAdamW
-from trainer.packing import UNFILLED, Multiples
-from trainer.profile import require_within
+from trainer.optim.adamw import FlatAdamW
+from trainer.retention import auto_replay, cached_base, kl, monitor, token_weighting
+from trainer.runtime import checkpoint
+from trainer.runtime.distributed import World, world
+from trainer.training import run_folder
+from trainer.training.dry_run import show
+from trainer.training.loop import Job, fit
 
 USAGE = """\
 usage: python -m trainer.run --model.path MODEL --data.train FILE [--section.option value ...]
@@ -74,7 +78,7 @@ class RunResult:
         """The exit status of the command."""
         if self.signal:
             return 128 + self.signal
-        return watch.FLOOR_MISSED if self.retention and not self.retention.get("held", True) else 0
+        return monitor.FLOOR_MISSED if self.retention and not self.retention.get("held", True) else 0
 
 
 def main() -> int:
@@ -93,13 +97,13 @@ def train(config: Config) -> RunResult | None:
     validate(config)
     quantization.require(config)
     device = choose_device(config.device)
-    folder.refuse_used(Path(config.output), config.resume)
-    items = watch.read(config)
+    run_folder.refuse_used(Path(config.output), config.resume)
+    items = monitor.read(config)
     with world(device.type) as ranks:
         if config.replay.auto and not config.dry_run:
             try:
-                config = auto.choose(config, lambda probe: run_one(probe, items, device, ranks, leave=False), ranks)
-            except auto.Stopped as stopped:
+                config = auto_replay.choose(config, lambda probe: run_one(probe, items, device, ranks, leave=False), ranks)
+            except auto_replay.Stopped as stopped:
                 if ranks.is_main:
                     print(f"stopped by signal {stopped.result.signal} in a probe; go on with the same command and --resume auto",
                           file=sys.stderr)
@@ -125,7 +129,7 @@ def run_one(config: Config, items: Sequence[ItemFile], device: torch.device, ran
         if kept:
             ranks.on_main(lambda: kept.restore(state, job.optimizer))
         job.optimizer.release()
-        ranks.on_main(lambda: folder.leave(job.folder, config, job.model, tokenizer, ending))
+        ranks.on_main(lambda: run_folder.leave(job.folder, config, job.model, tokenizer, ending))
         if kept:
             ranks.on_main(kept.clean)
     return RunResult(job.folder, state.step, state.loss, state.heldout_loss, ending.reason, ending.signal,
@@ -157,9 +161,9 @@ def build(config: Config, inputs: Inputs, device: torch.device, ranks: World,
     patched.backends |= quantization.describe(model)
     apply_activation_checkpointing(model, config.activation_checkpointing)
     fingerprint, roles = inputs.samples.fingerprint, [part.role for part in inputs.mixture.parts]
-    watched = watch.prepare(config, items, model, inputs.template, ranks)
-    samples, told = weighting.reweighted(inputs.samples, config, model, roles, device, ranks)
-    inputs, held, multiples = replace(inputs, samples=samples), retention.prepare(config.retention, model, roles), multiples_for(model)
+    watched = monitor.prepare(config, items, model, inputs.template, ranks)
+    samples, told = token_weighting.reweighted(inputs.samples, config, model, roles, device, ranks)
+    inputs, held, multiples = replace(inputs, samples=samples), kl.prepare(config.retention, model, roles), multiples_for(model)
     optimizer = FlatAdamW(model.parameters(), config.optim)
     ranks.broadcast([group.master.data for group in optimizer.groups])
     optimizer.publish()
@@ -168,9 +172,9 @@ def build(config: Config, inputs: Inputs, device: torch.device, ranks: World,
     heldout = inputs.heldout[0].fingerprint if inputs.heldout else None
     identity = checkpoint.identity(config, ranks.size, samples=fingerprint, heldout_samples=heldout,
                                    base_weights=weights_fingerprint(config.model), quantizer=quantization.version(config),
-                                   items=watch.fingerprint(items))
+                                   items=monitor.fingerprint(items))
     if config.retention.stores_base:  # while the model is still the base, which a checkpoint would end
-        held = base_states.store(held, samples, inputs.plan, output, identity, device, ranks)
+        held = cached_base.store(held, samples, inputs.plan, output, identity, device, ranks)
     if config.compile:
         compile_layers(model)
     state = start(output, config, identity, optimizer)
@@ -179,7 +183,7 @@ def build(config: Config, inputs: Inputs, device: torch.device, ranks: World,
     facts = account(inputs, config) | {
         "model": {"path": config.model.path or config.model.config, "family": patched.family, "parameters": size.parameters,
                   "trainable": size.trainable}, "backends": patched.backends}
-    ranks.on_main(lambda: folder.open_run(output, config, facts))
+    ranks.on_main(lambda: run_folder.open_run(output, config, facts))
     log = None
     if ranks.is_main:
         greet(config, facts, inputs, device, patched, multiples)
@@ -212,7 +216,7 @@ def greet(config: Config, facts: dict, inputs: Inputs, device: torch.device, pat
     for share in facts["sources"]:
         print(f"{share['role']} {share['name']}: {share['samples']:,} samples, {share['share_rows']:.1%} of rows, "
               f"{share['share_tokens']:.1%} of tokens; dropped {share['dropped']}, truncated {share['truncated']}, split {share['split']}")
-    for line in retention.describe(config.retention, config.adapter, model["parameters"] * dtype.itemsize):
+    for line in kl.describe(config.retention, config.adapter, model["parameters"] * dtype.itemsize):
         print(line)
     if inputs.heldout:
         print(heldout_line(inputs))

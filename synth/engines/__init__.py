@@ -10,7 +10,7 @@ import importlib.util
 from pathlib import Path
 
 from synth.config import Model
-from synth.engines.base import Engine, EngineError
+from synth.engines.interface import Engine, EngineError
 
 
 def kind_of(model: Model) -> str:
@@ -32,6 +32,6 @@ def open_engine(model: Model, log: Path) -> Engine:
         return Server(model)
     if kind == "vllm" and importlib.util.find_spec("vllm") is None:
         raise EngineError(f"{model.path}: engine vllm is not installed; pip install 'steadfast-sft[synth]', or choose engine transformers")
-    from synth.engines.workers import Workers
+    from synth.engines.process_engine import Workers
 
     return Workers(model, kind, Path(log))

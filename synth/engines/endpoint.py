@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from openai import APIConnectionError, APIStatusError, APITimeoutError, AsyncOpenAI, OpenAIError
 
 from synth.config import Model
-from synth.engines.base import EngineError, Failure, Prompt
+from synth.engines.interface import EngineError, Failure, Prompt
 from trainer.errors import shortened
 
 TRIES = 6  # of one request

@@ -20,8 +20,8 @@ from urllib.parse import urlsplit
 from openai import APIStatusError, AsyncOpenAI, OpenAIError
 
 from synth.config import Model
-from synth.engines.base import Choice, ChoiceRequest, Completion, CompletionRequest, EngineError, EngineInfo, Failure
 from synth.engines.endpoint import Endpoint, Garbled, Unscored
+from synth.engines.interface import Choice, ChoiceRequest, Completion, CompletionRequest, EngineError, EngineInfo, Failure
 
 TIMEOUT = 600.0  # seconds of one try
 ENDED = {"stop": "stop", "eos": "stop", "end_turn": "stop", "length": "length"}

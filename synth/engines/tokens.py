@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
-from synth.engines.base import EngineError
+from synth.engines.interface import EngineError
 
 LONGEST = 32_768  # tokens of context, unless max_length asks for more
 BEFORE = 8  # tokens of the prompt that a continuation is decoded with, as sentencepiece drops a text's first space

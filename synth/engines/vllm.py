@@ -22,7 +22,7 @@ from vllm.v1.engine.logprobs import LogprobsProcessor
 from vllm.v1.outputs import LogprobsLists, LogprobsTensors
 from vllm.v1.sample.sampler import Sampler
 
-from synth.engines.base import (
+from synth.engines.interface import (
     Choice,
     ChoiceRequest,
     Completion,

@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection
 from typing import NamedTuple, Protocol
 
 from synth.config import Model
-from synth.engines.base import EngineError, Failure
+from synth.engines.interface import EngineError, Failure
 
 
 class Opening(NamedTuple):
@@ -56,7 +56,7 @@ def open_model(opening: Opening) -> Held:
         from synth.engines.vllm import Vllm
 
         return Vllm(opening)
-    from synth.engines.transformers import Transformers
+    from synth.engines.hf import Transformers
 
     return Transformers(opening)
 

@@ -14,11 +14,11 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from trainer.attention import is_packed
-from trainer.chat import ChatTemplate
+from trainer.data.chat_template import ChatTemplate
+from trainer.data.turn_spans import TurnError, read_layout
 from trainer.errors import UserError
-from trainer.model import bare
-from trainer.turns import TurnError, read_layout
+from trainer.model.loading import bare
+from trainer.model.packed_attention import is_packed
 
 
 class Answer(NamedTuple):

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trainer.config import Source
-from trainer.data import open_source, rows_of
+from trainer.data.formats import Format, RecordError, look_up
+from trainer.data.sources import open_source, rows_of
 from trainer.errors import UserError
 from trainer.evaluation.config import Data, Items
 from trainer.evaluation.scoring import reference
-from trainer.formats import Format, RecordError, look_up
 
 COLUMNS = {
     "prompt": ("prompt", "question", "instruction"),

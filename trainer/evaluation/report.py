@@ -13,15 +13,16 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
-from trainer import cli, page
+from trainer import cli
 from trainer.errors import UserError
 from trainer.evaluation.config import Config
 from trainer.evaluation.items import Item, ItemFile
-from trainer.evaluation.outcomes import Outcome, Outcomes
-from trainer.folder import versions
-from trainer.page import Plot, Theme, plot
+from trainer.evaluation.score_items import Outcome, Outcomes
+from trainer.report import page
+from trainer.report.page import Plot, Theme, plot
+from trainer.training.run_folder import versions
 
-TEMPLATE = Path(__file__).parents[1] / "evaluate.html.jinja"
+TEMPLATE = Path(__file__).with_name("evaluation.html.jinja")
 HEADER = ("role", "items", "metric", "n", "base", "model", "change", "lost", "gained", "p", "adjusted", "log-prob/token", "KL/token")
 SHOWN = 12  # bars of a plot; further files are in the table
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from trainer.evaluation.config import Statistics
 from trainer.evaluation.items import ItemFile
-from trainer.evaluation.outcomes import Outcome, Outcomes
+from trainer.evaluation.score_items import Outcome, Outcomes
 from trainer.evaluation.scoring import NORMS
 from trainer.evaluation.significance import bootstrap, chance_adjusted, mcnemar, wilson
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from trainer.chat import ChatTemplate
+from trainer.data.chat_template import ChatTemplate
 from trainer.errors import UserError
 from trainer.evaluation.config import Config
 from trainer.evaluation.items import Item, ItemFile

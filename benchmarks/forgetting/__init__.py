@@ -1,0 +1,1 @@
+"""Suites that measure what a model forgets and what it learns."""

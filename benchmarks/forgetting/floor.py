@@ -1,0 +1,265 @@
+"""A floor to what may be forgotten: what `--replay.auto` chooses, what its probes cost and foretell, and what is left after the run.
+
+The novice base of the miniature study learns the domain in ten passes: alone; with the share of replay, and weight of the KL, that probes
+of a quarter or of a half of the passes choose to keep 99% of what it has right; and with shares that are given, in probes of an eighth and
+of a quarter and in whole runs, one of them measured all along. Items of one draw are watched in a run; all figures of the table are of
+another draw.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from benchmarks.forgetting.miniature import study
+from benchmarks.forgetting.miniature.arms import Arm
+from benchmarks.forgetting.miniature.family import STUDIED
+from benchmarks.forgetting.miniature.replays import synthesise_all
+from benchmarks.forgetting.miniature.study import Job, Size
+from benchmarks.forgetting.miniature.summary import share
+from benchmarks.forgetting.miniature.world import heldout_items, write_jsonl
+from benchmarks.harness import parallel, record
+from benchmarks.harness.parallel import quietly, told
+from benchmarks.harness.record import origin
+from trainer.config import Config, Retention
+from trainer.retention import auto_replay
+from trainer.run import train
+
+BASE, REPLAY, FLOOR = "novice", "plus", 0.99
+OTHER = 1000  # added to the seed of the items that a run watches
+LONGEST = 16  # tokens of an answer: more than any right one has
+
+
+@dataclass(frozen=True)
+class Part:
+    """So much of a run's passes over the domain."""
+
+    name: str
+    share: float
+
+
+EIGHTH, QUARTER, HALF, WHOLE = Part("an eighth", 1 / 8), Part("a quarter", 1 / 4), Part("a half", 1 / 2), Part("the whole", 1.0)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A row of the table. Without `part` the domain is learnt alone; without `share` the probes that make `part` of it choose one."""
+
+    part: Part | None = None
+    share: float | None = None
+    kl: float = 0.0
+    watched: bool = False  # measured all along
+
+    @property
+    def name(self) -> str:
+        if self.part is None:
+            return "domain only"
+        if self.share is None:
+            return f"auto, probes of {self.part.name}"
+        return f"{self.share:.0%} replay{f', KL {self.kl:g}' * (self.kl > 0)}: {self.part.name}"
+
+
+CHOSEN = (Run(QUARTER), Run(HALF))
+GIVEN = tuple(Run(part, share, kl, watched=(part, share) == (WHOLE, 0.5))
+              for share, kl in ((0.2, 0.0), (0.35, 0.0), (0.5, 0.0), (0.65, 0.0), (0.65, 1.0)) for part in (EIGHTH, QUARTER, WHOLE))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is run, and how much of everything."""
+
+    runs: tuple[Run, ...] = (Run(), *CHOSEN, *GIVEN)
+    size: Size = Size()
+    epochs: float = 10.0
+    items: int = 100  # of each skill, that a run watches
+    every: int = 30  # steps between measurements of the run that is measured all along
+
+
+QUICK = Plan((Run(), CHOSEN[0], Run(QUARTER, 0.5), Run(WHOLE, 0.5, watched=True)), Size(instructions=300, domain=60), epochs=2.0,
+             items=5, every=3)
+
+
+# ---------------------------------------------------------------- one run
+
+
+def measure(run: Run, plan: Plan, seed: int, work: Path) -> dict:
+    """Train, and ask what is left: the figures of a run and its marks, item by item."""
+    job = job_of(run, plan, seed, work)
+    with quietly(job.output.with_suffix(".log")):
+        begun = time.perf_counter()
+        result = train(recipe(run, plan, job))
+        seconds = time.perf_counter() - begun
+        general, domain = study.answers(STUDIED[BASE].folder, result.folder, job)
+    found = {"line": run.name, "seed": seed, "part": run.part and run.part.name, "share": run.share, "kl": run.kl, "steps": result.steps,
+             "seconds": seconds, "general": general, "domain": domain, "held": None, "probes": [], "curve": []}
+    if run.part and run.share is None:
+        searched = json.loads((result.folder / auto_replay.NAME).read_text())
+        found |= {"probes": searched["probes"], "held": result.retention["held"],
+                  **{name: searched["choice"][name] for name in ("share", "kl")},
+                  "seconds": seconds - sum(probe["seconds"] for probe in searched["probes"])}
+    if run.watched:
+        found["curve"] = [{"step": row["step"], "retained": row["general_retained"], "domain": row["domain"]}
+                          for row in map(json.loads, (result.folder / "metrics.jsonl").read_text().splitlines())
+                          if row["kind"] == "retention"]
+    return found
+
+
+def job_of(run: Run, plan: Plan, seed: int, work: Path) -> Job:
+    """The run as an arm of the study."""
+    return Job(BASE, Arm(run.name.replace(":", ","), REPLAY if run.part else None), seed, plan.size, work)
+
+
+def recipe(run: Run, plan: Plan, job: Job) -> Config:
+    """What `python -m trainer.run` is told; of a run with a given share it is what `replay.auto` tells a probe of this part."""
+    config = replace(study.recipe(job), epochs=plan.epochs, max_steps=None)
+    if run.part is None:
+        return config
+    items = {name: str(write_items(job, kind, plan.items)) for name, kind in (("items", "general"), ("domain_items", "domain"))}
+    searching = replace(config, replay=replace(config.replay, ratio=None, auto=True, auto_part=run.part.share),
+                        retention=Retention(**items, max_tokens=LONGEST, floor=FLOOR))
+    if run.share is None:
+        return searching
+    probe = auto_replay.as_probe(searching, run.share, run.kl)
+    watch = replace(searching.retention, floor=None, every=plan.every) if run.watched else Retention()
+    return replace(probe, output=config.output, retention=replace(watch, kl=run.kl), logging=config.logging)
+
+
+def write_items(job: Job, kind: str, count: int) -> Path:
+    """The items that a run watches."""
+    skills, _ = study.ITEMS[kind]
+    rows = [{"prompt": item.instruction, "answer": item.answer} for item in heldout_items(skills, count, OTHER + job.seed)]
+    return write_jsonl(rows, job.output.with_suffix(f".{kind}-items.jsonl"))
+
+
+def base_alone(seed: int, plan: Plan, work: Path) -> dict:
+    found, = study.base_alone(Job(BASE, Arm("base"), seed, plan.size, work))
+    return {"line": "base", "seed": seed, "general": found.general, "domain": found.domain}
+
+
+def make_pool(plan: Plan, work: Path) -> dict:
+    """The replay set; how sound it is."""
+    with quietly(work / "synth.log"):
+        return synthesise_all(work, BASE, [REPLAY], plan.size.instructions)[0]
+
+
+# ---------------------------------------------------------------- all of them
+
+
+def carry_out(plan: Plan, seeds: int, work: Path, workers: int, begun: float) -> tuple[list[dict], dict]:
+    """The base and every run with every seed, in the order of the plan; and how sound the replay set is."""
+    def submit(runs: Sequence[Run]) -> list:
+        return [pool.submit(measure, run, plan, seed, work) for seed in range(seeds) for run in runs]
+
+    with parallel.pool(workers) as pool:
+        making = pool.submit(make_pool, plan, work)
+        first = [*(pool.submit(base_alone, seed, plan, work) for seed in range(seeds)), *submit([r for r in plan.runs if not r.part])]
+        sound = making.result()
+        found = told(begun, first + submit([r for r in plan.runs if r.part]), lambda one: f"{one['line']}, seed {one['seed']}")
+    order = ["base", *(run.name for run in plan.runs)]
+    return sorted(found, key=lambda one: (order.index(one["line"]), one["seed"])), sound
+
+
+def summary(found: Sequence[dict]) -> list[dict]:
+    """A row for each run: what is left of the base, what the probes came to, and their cost as shares of the run that followed them."""
+    base = {one["seed"]: share(one["general"]) for one in found if one["line"] == "base"}
+    rows = []
+    for one in found:
+        if one["line"] == "base":
+            continue
+        probes = one["probes"]
+        rows.append({
+            **{name: one[name] for name in ("line", "seed", "part", "share", "kl", "steps", "seconds", "held")}, "probes": len(probes),
+            "probe_steps": sum(probe["steps"] for probe in probes) / one["steps"],
+            "probe_seconds": sum(probe["seconds"] for probe in probes),
+            "retained": share(one["general"]) / base[one["seed"]], "domain": share(one["domain"])})
+    return rows
+
+
+# ---------------------------------------------------------------- what it looks like
+
+
+def table(record: dict) -> list[list[str]]:
+    rows = [["run", "replay", "KL", "probes", "their steps, of the run's", "their seconds", "seconds of the run", "general, of the base's",
+             "domain"]]
+    several = record["conditions"]["seeds"] > 1
+    for row in record["summary"]:
+        cost = [f"{row['probes']}", f"{row['probe_steps']:.0%}", f"{row['probe_seconds']:.0f}"] if row["probes"] else [""] * 3
+        replay = ["", ""] if row["share"] is None else [f"{row['share']:.0%}", f"{row['kl']:g}"]
+        rows.append([row["line"] + f", seed {row['seed']}" * several, *replay, *cost, f"{row['seconds']:.0f}", f"{row['retained']:.1%}",
+                     f"{row['domain']:.1%}"])
+    return rows
+
+
+def conditions(record: dict) -> str:
+    c = record["conditions"]
+    held = "".join(f" The run after {row['probes']} {row['line'].removeprefix('auto, ')} {'held' if row['held'] else 'missed'} it."
+                   for row in record["summary"] if row["probes"])
+    curves = "".join(f" Measured all along, {one['line']}: {told_of(one['curve'])}." for one in watched(record))
+    return (
+        f"Auto: `--replay.auto` with a floor of {c['floor']:.0%} of the base's right answers to {c['watched_items']['general']} general "
+        f"items; a given share otherwise.{held} An eighth, a quarter, a half: of the run's passes over the domain, with the whole "
+        f"schedule. General and domain: greedy answers to {c['items']['general']} and {c['items']['domain']} items of another draw, exact "
+        f"match. The novice base of the miniature study, its replay set `{c['replay']['replay']}` ({c['replay']['rows']:,} rows, "
+        f"{c['replay']['right']:.1%} of the known answers right), {c['domain']} domain rows, {c['epochs']:g} epochs, LoRA of rank 16, "
+        f"{c['tokens']} tokens a step.{curves} {c['seconds'] / 60:.0f} minutes with {c['workers']} workers of one thread on "
+        f"{record['cpu']}. {origin(record)}.")
+
+
+def watched(record: dict) -> list[dict]:
+    return [one for one in record["raw"]["runs"] if one.get("curve")]
+
+
+def told_of(curve: Sequence[dict]) -> str:
+    """How much of the base's accuracy a run keeps as it goes on."""
+    last = curve[-1]["step"]
+    lowest = min(curve, key=lambda point: point["retained"])
+    third = max((point for point in curve if 3 * point["step"] <= last), key=lambda point: point["step"])
+    end = min(point["retained"] for point in curve if 5 * point["step"] >= 4 * last)
+    return (f"{lowest['retained']:.1%} of the base's accuracy at its lowest, step {lowest['step']} of {last}, "
+            f"{third['retained']:.1%} after a third, {end:.1%} or more in the last fifth, {curve[-1]['retained']:.1%} at the end")
+
+
+def picture(record: dict, figure, axes) -> None:
+    """What probes and whole runs keep at given shares of replay; and a run's way from its first step to its last."""
+    axes.set_axis_off()
+    figure.set_size_inches(10, 3.6)
+    left, right = (figure.add_subplot(1, 2, place) for place in (1, 2))
+    given = [row for row in record["summary"] if row["share"] is not None and not row["probes"] and not row["kl"] and row["seed"] == 0]
+    for part, colour in zip((EIGHTH, QUARTER, WHOLE), ("#b8b8b8", "#c8803c", "#1f6f8b")):
+        points = sorted((row["share"], row["retained"]) for row in given if row["part"] == part.name)
+        left.plot(*zip(*points), marker="o", color=colour, label=part.name) if points else None
+    left.set(xlabel="share of replay", ylabel="general accuracy, of the base's")
+    left.legend(frameon=False)
+    for one in watched(record)[:1]:
+        steps = [point["step"] for point in one["curve"]]
+        right.plot(steps, [point["retained"] for point in one["curve"]], color="#1f6f8b", label="general, of the base's")
+        right.plot(steps, [point["domain"] for point in one["curve"]], color="#b8b8b8", label="domain")
+        right.set(xlabel=f"step, {one['line']}", ylim=(0, 1.05))
+        right.legend(frameon=False)
+    for panel in (left, right):
+        panel.spines[["top", "right"]].set_visible(False)
+
+
+# ---------------------------------------------------------------- the suite
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parallel.add_arguments(parser, seeds=1)
+    parser.add_argument("--quick", action="store_true", help="four short runs on a tenth of the data: that it works, no figures")
+
+
+def run(arguments: argparse.Namespace) -> dict:
+    parallel.check(arguments)
+    begun, plan = time.perf_counter(), QUICK if arguments.quick else Plan()
+    with parallel.working_folder(arguments) as work:
+        found, sound = carry_out(plan, arguments.seeds, work, arguments.workers, begun)
+    facts = {
+        "floor": FLOOR, "epochs": plan.epochs, "domain": plan.size.domain, "tokens": plan.size.tokens, "seeds": arguments.seeds,
+        "items": {kind: len(skills) * count for kind, (skills, count) in study.ITEMS.items()},
+        "watched_items": {kind: len(skills) * plan.items for kind, (skills, _) in study.ITEMS.items()}, "replay": sound,
+        "workers": arguments.workers, "seconds": time.perf_counter() - begun}
+    return record.make("floor-cpu", facts, {}, summary(found), {"runs": found})

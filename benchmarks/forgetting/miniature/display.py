@@ -1,0 +1,122 @@
+"""The study's record as a table and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from benchmarks.forgetting.miniature.summary import BASE
+from benchmarks.harness.record import origin
+
+COLOURS = ("#1f6f8b", "#c8803c")  # of the bases
+COLUMNS = ("general", "domain", "forgotten")
+
+
+def bases(record: dict) -> list[str]:
+    return list(dict.fromkeys(row["base"] for row in record["summary"]))
+
+
+def points(record: dict) -> dict[str, float]:
+    """Arms that are points of a curve, and where they lie on it; they are drawn and not listed."""
+    curves = record["conditions"]["curves"]
+    return curves["share"] | curves["unique"]
+
+
+def rows_of(record: dict) -> dict[str, dict[str, dict]]:
+    """Listed arms, each with its row by base."""
+    found: dict[str, dict[str, dict]] = {}
+    for row in record["summary"]:
+        if row["arm"] not in points(record):
+            found.setdefault(row["arm"], {})[row["base"]] = row
+    return found
+
+
+# ---------------------------------------------------------------- table
+
+
+def table(record: dict) -> list[list[str]]:
+    """Head and rows: for each base the mean over seeds, and its standard error, of every column."""
+    head = ["arm"] + [f"{base}: {column}" for base in bases(record) for column in COLUMNS]
+    return [head] + [[arm, *(cell(by_base.get(base), column) for base in bases(record) for column in COLUMNS)]
+                     for arm, by_base in rows_of(record).items()]
+
+
+def cell(row: dict | None, column: str) -> str:
+    if row is None:
+        return ""
+    error = row[f"{column}_error"]
+    return f"{row[column]:.3f}" + (f" ± {error:.3f}" if error else "")
+
+
+def conditions(record: dict) -> str:
+    c = record["conditions"]
+    right = ", ".join(f"{found['replay']} {found['right']:.1%}" for found in c["replay"] if found["base"] == bases(record)[0])
+    times = f"{c['seeds']} seed{'s' * (c['seeds'] > 1)}"
+    return (
+        f"Exact match of greedy answers to {c['items']['general']:,} general and {c['items']['domain']} domain items of each seed, none of "
+        f"which can be met in training but for facts; forgotten: share of the base's right general answers that are wrong now. Means of "
+        f"{times}{' ± standard error' if c['seeds'] > 1 else ''}: a seed draws domain rows, items, order and adapter, one pool serves all. "
+        f"{c['domain']} domain rows, {c['steps']} steps of {c['tokens']} tokens for every arm, {c['ratio']:.0%} of the rows replay, LoRA "
+        f"of rank 16 unless full. Right answers in the sets chosen from the pool of {bases(record)[0]}: {right}. "
+        f"{c['seconds'] / 60:.0f} minutes with {c['workers']} workers of one thread. {origin(record)}.")
+
+
+# ---------------------------------------------------------------- picture
+
+
+def picture(record: dict, figure) -> None:
+    """What every arm forgets and learns; both over the share of replay, and over its unique rows, where they were measured."""
+    figure.clear()
+    arms = {arm: by_base for arm, by_base in rows_of(record).items() if arm != BASE}
+    measured = {row["arm"] for row in record["summary"]} & points(record).keys()
+    figure.set_size_inches(11.5 if measured else 8, 1.2 + 0.3 * len(arms))
+    grid = figure.add_gridspec(2, 3 if measured else 2, width_ratios=(3, 1.5, 2.2) if measured else (3, 1.5))
+    dots(figure.add_subplot(grid[:, 0]), record, arms, "forgotten")
+    dots(figure.add_subplot(grid[:, 1]), record, arms, "domain")
+    if not measured:
+        return
+    rows = {row["arm"]: row for row in record["summary"] if row["base"] == bases(record)[0]}
+    c = record["conditions"]
+    shares = [(0, rows[arm]) for arm in ("domain only",) if arm in rows]
+    shares += [(value * 100, rows[arm]) for arm, value in c["curves"]["share"].items()]
+    curve(figure.add_subplot(grid[0, 2]), [*shares, (c["ratio"] * 100, rows["plus"])], "plus: % of the rows that are replay", False)
+    whole = next(found["rows"] for found in c["replay"] if found["replay"] == "plus" and found["base"] == bases(record)[0])
+    unique = [(value, rows[arm]) for arm, value in c["curves"]["unique"].items()]
+    curve(figure.add_subplot(grid[1, 2]), [*unique, (whole, rows["plus"])], "plus: unique replay rows", True)
+
+
+def dots(axes, record: dict, arms: dict[str, dict[str, dict]], column: str) -> None:
+    """A dot for each arm and base with its standard error; what is forgotten on a logarithmic axis."""
+    for base, colour, lift in zip(bases(record), COLOURS, (0.13, -0.13)):
+        found = [(place + lift, by_base[base]) for place, by_base in enumerate(reversed(arms.values())) if base in by_base]
+        axes.errorbar([row[column] for _, row in found], [at for at, _ in found], xerr=[row[f"{column}_error"] or 0 for _, row in found],
+                      fmt="o", color=colour, markersize=5, clip_on=False, label=base)
+    axes.set_ylim(-0.6, len(arms) - 0.4)
+    axes.grid(axis="y", color="#eeeeee")
+    axes.set_axisbelow(True)
+    if column == "forgotten":
+        axes.set(xscale="log", xlim=(0.01, 1), xlabel="forgotten, share of what the base had right")
+        axes.set_xticks([0.01, 0.03, 0.1, 0.3, 1], ["1%", "3%", "10%", "30%", "100%"])
+        axes.minorticks_off()
+        axes.set_yticks(range(len(arms)), list(reversed(arms)))
+        axes.legend(frameon=False, loc="lower right", title="base")
+    else:
+        axes.set(xlim=(0, 1), xlabel="accuracy on the domain")
+        axes.set_yticks(range(len(arms)), [""] * len(arms))
+    plain(axes)
+
+
+def curve(axes, found: Sequence[tuple[float, dict]], label: str, logarithmic: bool) -> None:
+    for column, face in (("general", COLOURS[0]), ("domain", "white")):
+        axes.errorbar([at for at, _ in found], [row[column] for _, row in found], yerr=[row[f"{column}_error"] or 0 for _, row in found],
+                      fmt="o-", color=COLOURS[0], markerfacecolor=face, label=column, clip_on=False)
+    if logarithmic:
+        axes.set_xscale("log")
+        axes.set_xticks([at for at, _ in found], [f"{at:,.0f}" for at, _ in found])
+        axes.minorticks_off()
+    axes.set(xlabel=label, ylim=(0, 1.02), ylabel="accuracy")
+    axes.legend(frameon=False, loc="lower right")
+    plain(axes)
+
+
+def plain(axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)

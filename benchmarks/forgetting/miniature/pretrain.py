@@ -1,0 +1,97 @@
+"""`python -m benchmarks.forgetting.miniature.pretrain [name ...]`: make the committed models, from random weights, with the trainer.
+
+Like real instruct models they read first: whole chats, which teach to ask as well as to answer, and plain text, here marked exam papers.
+Then they are tuned on answers only, to questions and to prompts that want a grade. Judging is learnt from papers because no model should
+be seen to ask for grades, and because tuning long enough to learn it from nothing destroys what the model knows of asking.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from benchmarks.forgetting.miniature.domain import DOMAIN
+from benchmarks.forgetting.miniature.evaluate import evaluate
+from benchmarks.forgetting.miniature.family import EVERYONE, THREADS, Member, load
+from benchmarks.forgetting.miniature.judging import Case, cases, judge
+from benchmarks.forgetting.miniature.recovery import recovery
+from benchmarks.forgetting.miniature.skills import GENERAL, Skill
+from benchmarks.forgetting.miniature.tokenizer import make_tokenizer
+from benchmarks.forgetting.miniature.world import heldout_items, training_records, write_jsonl
+from trainer.config import Batch, Config, Data, Logging, Model, Optim
+from trainer.run import train
+
+BATCH = Batch(tokens_per_pack=1024, tokens_per_step=1024)  # some 25 records a step: tiny models learn from many small steps
+
+
+def pretrain(member: Member, work: Path) -> tuple[Path, Path]:
+    """All stages, under `work`; returns the folder of the model that has only read, and of the finished one."""
+    shutil.rmtree(work, ignore_errors=True)
+    start = work / "start"
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(start)
+    member.config(tokenizer).save_pretrained(start)
+    chats = write_jsonl(training_records(member.skills, member.chats, seed=0), work / "chats.jsonl")
+    papers = write_jsonl([case.paper for case in cases(member.skills, member.papers, seed=0)], work / "papers.jsonl")
+    reading = train(Config(
+        output=str(work / "reading"), model=Model(config=str(start)), adapter="full",
+        data=Data(train=[str(chats), str(papers)], train_on="all", max_length=256), batch=BATCH,
+        optim=Optim(lr=1.5e-3, beta2=0.99, schedule="wsd", warmup=50, decay=0.4, min_lr_ratio=0.05), logging=Logging(every=50)))
+    if not member.tuning:
+        return reading.folder / "model", reading.folder / "model"
+    answers = write_jsonl(training_records(member.skills, member.tuning, seed=1), work / "answers.jsonl")
+    grades = write_jsonl([case.record for case in cases(member.skills, member.tuning, seed=1)], work / "grades.jsonl")
+    tuning = train(Config(
+        output=str(work / "tuning"), model=Model(path=str(reading.folder / "model")), adapter="full",
+        data=Data(train=[str(answers), str(grades)], max_length=256), batch=BATCH,
+        optim=Optim(lr=1.5e-4, beta2=0.99, warmup=20), logging=Logging(every=50)))
+    return reading.folder / "model", tuning.folder / "model"
+
+
+def commit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save in half precision: half the bytes, and fp16 rather than bf16 because weights this small need its digits, not its range."""
+    shutil.rmtree(folder, ignore_errors=True)
+    model.to(torch.float16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def describe(folder: Path, learnt: Sequence[Skill]) -> str:
+    """All that a model is measured by: its answers, its verdicts, and the instructions it samples against the shares it learnt from."""
+    model, tokenizer = load(folder)
+    general, strange = heldout_items(GENERAL, 80), heldout_items(DOMAIN, 80)
+    sampled = evaluate(model, tokenizer, general, temperature=1.0)
+    lines = [f"{name} {scores.accuracy:.3f}: " + "  ".join(f"{skill} {score:.2f}" for skill, score in scores.by_skill.items())
+             for name, scores in (("general", evaluate(model, tokenizer, general)), ("general, T 1", sampled),
+                                  ("domain", evaluate(model, tokenizer, strange)))]
+    own = list(map(Case, sampled.items, sampled.answers))
+    for name, judged in (("made", cases(GENERAL, 2000, seed=0, test=True)), ("own", own)):
+        found = judge(model, tokenizer, judged)
+        lines += [f"judging {name} answers: accuracy {found.accuracy:.3f}  correlation {found.correlation:.3f}  "
+                  f"right above wrong {found.auc:.3f}  digit mass {found.mass:.4f}"]
+    asked = recovery(model, tokenizer, learnt, 4000)
+    lines += [f"asking: distance {asked.distance:.3f}  invalid {asked.invalid:.4f}  for grades {asked.judging:.4f}"]
+    return "\n".join("  " + line for line in lines)
+
+
+def main() -> None:
+    torch.set_num_threads(THREADS)
+    names = sys.argv[1:] or list(EVERYONE)
+    if unknown := set(names) - set(EVERYONE):
+        sys.exit(f"pretrain: expected names among {', '.join(EVERYONE)}, got {', '.join(sorted(unknown))}")
+    for name in names:
+        member, begun = EVERYONE[name], time.process_time()
+        reading, tuning = pretrain(member, Path("runs/miniature") / name)
+        minutes = (time.process_time() - begun) / 60
+        commit(*load(tuning), member.folder)
+        print(f"{name}, after reading\n{describe(reading, member.skills)}")
+        print(f"{name}, after {minutes:.1f} CPU minutes\n{describe(member.folder, member.skills)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

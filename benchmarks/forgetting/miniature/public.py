@@ -1,0 +1,32 @@
+"""Data that anyone could take instead of the base's own: sound answers, but not to what this base was tuned on.
+
+`other_style` has all the base's skills, asked in words that the base never saw; `half_the_skills` asks in the base's words, for the first
+four of its eight skills. The answers are right in both, and as short as the base's: what differs is the distribution of instructions alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from benchmarks.forgetting.miniature.skills import GENERAL, Skill
+
+FRAMES = {
+    "reverse": ("Turn {word} around.", "{word} backwards:", "Read {word} from its end."),
+    "sort": ("Arrange {word} from a to z.", "Order {word} by letter.", "{word} in order:"),
+    "capitals": ("Make {word} big.", "Use large letters for {word}.", "{word} in majuscules:"),
+    "spell": ("Go through {word} letter by letter.", "Break {word} into letters.", "{word} with hyphens:"),
+    "count": ("Measure {word}.", "Tell me the size of {word}.", "{word} has this many characters:"),
+    "add": ("Sum of {number} and {other}:", "Take {number} and put {other} on top.", "Increase {number} by {other}."),
+    "next": ("Add one to {number}.", "{number} is followed by:", "Give the successor of {number}."),
+    "facts": ("{name} has which {attribute}?", "Tell me about the {attribute} of {name}.", "{attribute} of {name}:"),
+}
+
+
+def other_style() -> tuple[Skill, ...]:
+    """Every general skill, equally often, in other words."""
+    return tuple(replace(skill, frames=FRAMES[skill.name], share=1 / len(GENERAL)) for skill in GENERAL)
+
+
+def half_the_skills() -> tuple[Skill, ...]:
+    """The first half of the general skills, in the words and relative shares of the world."""
+    return GENERAL[: len(GENERAL) // 2]

@@ -1,0 +1,119 @@
+"""What a model asks when it is given nothing but the opening of a user's turn, and how far that is from the world it learnt from.
+
+`python -m benchmarks.forgetting.miniature.recovery [model]` prints it at several temperatures.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
+
+from benchmarks.forgetting.miniature.family import FAMILY, THREADS, load
+from benchmarks.forgetting.miniature.judging import is_judging
+from benchmarks.forgetting.miniature.skills import GENERAL, Skill, recognise
+from benchmarks.forgetting.miniature.table import align
+from benchmarks.forgetting.miniature.tokenizer import BOS, USER
+from benchmarks.forgetting.miniature.world import training_records
+
+LONGEST = 128  # tokens of a user's turn: a question has some 30, a judging prompt 60
+TEMPERATURES, TOP_PS = (0.7, 1.0, 1.3), (0.98, 1.0)
+
+
+@torch.inference_mode()
+def sample_instructions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int, seed: int, temperature: float = 1.0,
+                        top_p: float = 0.98, batch_size: int = 500) -> list[str]:
+    """User turns that the model writes itself: one opened, nothing in it, sampled to its end."""
+    model.eval()
+    torch.manual_seed(seed)
+    opening = torch.tensor([tokenizer.convert_tokens_to_ids([BOS, USER])], device=model.device)
+    found = []
+    for start in range(0, count, batch_size):
+        prompts = opening.expand(min(batch_size, count - start), -1)
+        tokens = model.generate(prompts, attention_mask=torch.ones_like(prompts), do_sample=True, temperature=temperature, top_p=top_p,
+                                top_k=0, max_new_tokens=LONGEST, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
+        found += tokenizer.batch_decode(tokens[:, opening.shape[1] :], skip_special_tokens=True)
+    return found
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """Sampled instructions against the world's skills and their shares."""
+
+    instructions: tuple[str, ...]
+    skills: tuple[Skill, ...]
+
+    @property
+    def counts(self) -> Counter:
+        """How many instructions each skill recognises."""
+        known = (recognise(text, self.skills) for text in self.instructions)
+        return Counter(found[0].name for found in known if found)
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Of the recognised ones, by skill."""
+        counts = self.counts
+        return {skill.name: counts[skill.name] / max(1, counts.total()) for skill in self.skills}
+
+    @property
+    def distance(self) -> float:
+        """Total variation between those shares and the true ones."""
+        return sum(abs(self.shares[skill.name] - skill.share) for skill in self.skills) / 2
+
+    @property
+    def judging(self) -> float:
+        return sum(map(is_judging, self.instructions)) / len(self.instructions)
+
+    @property
+    def invalid(self) -> float:
+        """Share of instructions that no skill recognises, judging prompts among them."""
+        return 1 - self.counts.total() / len(self.instructions)
+
+
+def recovery(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, skills: Sequence[Skill], count: int = 1000,
+             seed: int = 0, temperature: float = 1.0, top_p: float = 0.98) -> Recovery:
+    return Recovery(tuple(sample_instructions(model, tokenizer, count, seed, temperature, top_p)), tuple(skills))
+
+
+# ---------------------------------------------------------------- the table of a model
+
+
+def drawn(skills: Sequence[Skill], count: int, seed: int = 0) -> Recovery:
+    """As many instructions from the world itself: what distance chance alone makes."""
+    records = training_records(skills, count, seed)
+    return Recovery(tuple(record["messages"][0]["content"] for record in records), tuple(skills))
+
+
+def rows(folder: Path | str, skills: Sequence[Skill], count: int) -> list[list[str]]:
+    """A heading, the world's own draw, and the model's samples at every temperature and top-p."""
+    model, tokenizer = load(folder)
+    measured = {("the world", ""): drawn(skills, count)}
+    for temperature, top_p in product(TEMPERATURES, TOP_PS):
+        measured[f"T {temperature}", f"{top_p}"] = recovery(model, tokenizer, skills, count, temperature=temperature, top_p=top_p)
+    return [["sampled at", "top-p", "distance", "invalid", "judging", *(skill.name for skill in skills)]] + [
+        [*setting, f"{found.distance:.3f}", f"{found.invalid:.4f}", f"{found.judging:.4f}", *(f"{s:.3f}" for s in found.shares.values())]
+        for setting, found in measured.items()]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.forgetting.miniature.recovery", description=__doc__.partition("\n")[0])
+    parser.add_argument("model", nargs="?", default="base", help=f"one of {', '.join(FAMILY)}, or a model folder; default: base")
+    parser.add_argument("--count", type=int, default=4000, help="samples of each setting; default: 4000")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(THREADS)
+    disable_progress_bar()
+    member = FAMILY.get(options.model)
+    folder, skills = (member.folder, member.skills) if member else (options.model, GENERAL)
+    print(f"{options.count} samples a row. distance: total variation to the shares of the chats it read; then the shares themselves.\n")
+    print(align(rows(folder, skills, options.count)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""The replay sets of the study: chosen from one pool for each base, or drawn from the world; and how sound the answers in them are."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from benchmarks.forgetting.miniature.arms import DRAWN, SAMPLES, Selection, selections
+from benchmarks.forgetting.miniature.demo import replay_settings
+from benchmarks.forgetting.miniature.family import STUDIED
+from benchmarks.forgetting.miniature.skills import GENERAL, recognise
+from benchmarks.forgetting.miniature.world import training_records, write_jsonl
+from synth import config as synthesis
+from synth.run import synthesise
+
+
+def replay_file(work: Path, base: str, name: str, seed: int) -> Path:
+    """Where a set lies. What is drawn is drawn for each seed; the pool is common to all."""
+    return work / base / "replay" / f"{name}{f' {seed}' if name in DRAWN else ''}.jsonl"
+
+
+def draw(work: Path, base: str, name: str, seed: int, count: int) -> Path:
+    """A set that no model made."""
+    return write_jsonl(training_records(DRAWN[name](), count, seed=1000 + seed), replay_file(work, base, name, seed))
+
+
+def synthesise_all(work: Path, base: str, names: Sequence[str], count: int) -> list[dict]:
+    """Sample, answer and judge once, then choose each set; how sound they are, beside the base's own draw."""
+    settings = pool_settings(work, base, count)
+    synthesise(settings)
+    found = []
+    for name in names:
+        synthesise(chosen(settings, selections(base)[name]))
+        path = replay_file(work, base, name, seed=0)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(Path(settings.output) / "replay.jsonl", path)
+        found.append({"base": base, "replay": name, **soundness(path)})
+    return found
+
+
+def pool_settings(work: Path, base: str, count: int) -> synthesis.Config:
+    """All but the choice. A base that never learnt to grade is not asked for grades; every other model judges all answers."""
+    settings = replay_settings(work / base / "synth", count)
+    return replace(
+        settings, base=synthesis.Model(path=str(STUDIED[base].folder)), judges=[] if STUDIED[base].tuning else settings.responders,
+        instruct=replace(settings.instruct, fresh=0), respond=replace(settings.respond, samples=SAMPLES),
+        judge=replace(settings.judge, exclude_self=False), stages=["probe", "instruct", "clean", "respond", "judge"])
+
+
+def chosen(settings: synthesis.Config, how: Selection) -> synthesis.Config:
+    judge = replace(settings.judge, exclude_self=not how.paper, normalise=not how.paper)
+    return replace(settings, stages=["select"], select=how.select, judge=judge)
+
+
+def soundness(path: Path) -> dict:
+    """Rows of a set, and the share of those that some skill recognises whose answer is right."""
+    chats = [json.loads(line)["messages"] for line in path.read_text(encoding="utf-8").splitlines()]
+    known = [(found[1], chat[-1]["content"]) for chat in chats if (found := recognise(chat[0]["content"], GENERAL))]
+    return {"rows": len(chats), "recognised": len(known) / len(chats), "right": sum(right == said for right, said in known) / len(known)}

@@ -1,0 +1,184 @@
+"""The paper's claim in miniature, with rows for what it lacks: every arm fine-tunes the same bases on the same domain.
+
+Each base is sampled and its answers are judged once, by `synth.run`; every replay set is then chosen from that pool, and `trainer.run`
+trains every arm and seed. A seed draws the domain rows, the test items, the order of the data and the adapter's start; the pool is common
+to all seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from peft import PeftModel
+
+from benchmarks.forgetting.miniature import arms, summary
+from benchmarks.forgetting.miniature.arms import Arm
+from benchmarks.forgetting.miniature.domain import DOMAIN
+from benchmarks.forgetting.miniature.evaluate import evaluate
+from benchmarks.forgetting.miniature.family import STUDIED, load
+from benchmarks.forgetting.miniature.replays import draw, replay_file, synthesise_all
+from benchmarks.forgetting.miniature.skills import GENERAL
+from benchmarks.forgetting.miniature.world import heldout_items, training_records, write_jsonl
+from benchmarks.harness import parallel, record
+from benchmarks.harness.parallel import quietly, told
+from trainer.config import Batch, Config, Data, Logging, Lora, Model, Optim, Replay, Retention
+from trainer.interpolate import Interpolate, interpolate
+from trainer.run import train
+
+ITEMS = {"general": (GENERAL, 200), "domain": (DOMAIN, 100)}  # skills, and items of each
+RATES = {"lora": 2e-3, "full": 5e-4}
+ENDLESS = 1000  # epochs: the number of steps ends a run
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything."""
+
+    instructions: int = 3000  # in each pool, and in each set that is drawn
+    domain: int = 600  # rows
+    steps: int = 900
+    tokens: int = 512  # a step: some 14 chats
+
+
+@dataclass(frozen=True)
+class Job:
+    """One arm on one base with one seed, in a folder of its own."""
+
+    base: str
+    arm: Arm
+    seed: int
+    size: Size
+    work: Path
+
+    @property
+    def output(self) -> Path:
+        return self.work / self.base / f"seed {self.seed}" / self.arm.name.replace("/", " of ")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one set of weights answers: for each kind of items a string with a 1 for every right answer and a 0 for every other."""
+
+    base: str
+    arm: str
+    seed: int
+    general: str
+    domain: str
+    seconds: float = 0.0  # CPU time of the training
+
+
+# ---------------------------------------------------------------- one arm
+
+
+def measure(job: Job) -> list[Outcome]:
+    """Train an arm, and ask what is left, at the end and at the points between it and the base."""
+    base = STUDIED[job.base].folder
+    with quietly(job.output.with_suffix(".log")):
+        begun = time.process_time()
+        folder = train(recipe(job)).folder
+        seconds = time.process_time() - begun
+        found = [Outcome(job.base, job.arm.name, job.seed, *answers(base, folder, job), seconds)]
+        if job.arm.points:
+            points = folder / "points"
+            interpolate(Interpolate(output=str(points), model=Model(path=str(base)), adapter=str(folder / "adapter"),
+                                    alpha=[*job.arm.points]))
+            found += [Outcome(job.base, job.arm.point(alpha), job.seed, *answers(base, points / f"alpha-{alpha:g}", job))
+                      for alpha in job.arm.points]
+    return found
+
+
+def recipe(job: Job) -> Config:
+    """What `python -m trainer.run` is told."""
+    arm, size, base = job.arm, job.size, STUDIED[job.base].folder
+    domain = write_jsonl(training_records(DOMAIN, size.domain, seed=job.seed), job.output.with_suffix(".domain.jsonl"))
+    replay = Replay(data=str(replay_rows(job)), ratio=arm.ratio) if arm.replay else Replay()
+    kind = "full" if arm.full else "lora"
+    return Config(
+        output=str(job.output), model=Model(path=str(base)), adapter=kind, lora=Lora(rank=16, alpha=32.0),
+        data=Data(train=str(domain), max_length=256), replay=replay,
+        retention=Retention(**arms.KL) if arm.kl else Retention(), batch=Batch(tokens_per_pack=size.tokens, tokens_per_step=size.tokens),
+        optim=Optim(lr=RATES[kind] * arm.rate), epochs=ENDLESS, max_steps=size.steps, seed=job.seed, logging=Logging(every=100))
+
+
+def replay_rows(job: Job) -> Path:
+    """The arm's replay set, or as much of it as the arm may see."""
+    arm, path = job.arm, replay_file(job.work, job.base, job.arm.replay, job.seed)
+    if arm.replay in arms.DRAWN:
+        path = draw(job.work, job.base, arm.replay, job.seed, job.size.instructions)
+    if arm.unique is None:
+        return path
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    start = job.seed * arm.unique % max(1, len(rows) - arm.unique)
+    return write_jsonl(rows[start : start + arm.unique], job.output.with_suffix(".replay.jsonl"))
+
+
+def answers(base: Path, folder: Path | None, job: Job) -> tuple[str, ...]:
+    """General and domain marks of the base, of an adapter on it (a run's, or a folder of its own), or of a run's whole model."""
+    whole = folder and folder / "model"
+    model, tokenizer = load(whole if whole and whole.exists() else base)
+    if folder and not whole.exists():
+        adapter = folder / "adapter"
+        model = PeftModel.from_pretrained(model, adapter if adapter.exists() else folder)
+    scores = (evaluate(model, tokenizer, heldout_items(skills, count, job.seed)) for skills, count in ITEMS.values())
+    return tuple("".join("01"[right] for right in found.right) for found in scores)
+
+
+def base_alone(job: Job) -> list[Outcome]:
+    return [Outcome(job.base, "base", job.seed, *answers(STUDIED[job.base].folder, None, job))]
+
+
+# ---------------------------------------------------------------- all of them
+
+
+def make_pool(work: Path, base: str, names: Sequence[str], count: int) -> list[dict]:
+    with quietly(work / base / "synth.log"):
+        return synthesise_all(work, base, names, count)
+
+
+def jobs(plan: dict[str, Sequence[Arm]], seeds: int, size: Size, work: Path) -> list[Job]:
+    return [Job(base, arm, seed, size, work) for seed in range(seeds) for base, own in plan.items() for arm in own]
+
+
+def carry_out(plan: dict[str, Sequence[Arm]], seeds: int, size: Size, work: Path, workers: int) -> tuple[list[Outcome], list[dict]]:
+    """Every arm of every base with every seed, and how sound the synthetic sets are. UserError where a run cannot be made."""
+    begun = time.perf_counter()
+    todo = jobs(plan, seeds, size, work)
+    sets = {base: sorted({arm.replay for arm in own} - {None, *arms.DRAWN}) for base, own in plan.items()}
+    with parallel.pool(workers) as pool:
+        bases = [pool.submit(base_alone, job) for job in todo if job.arm is plan[job.base][0]]
+        pools = [pool.submit(make_pool, work, base, names, size.instructions) for base, names in sets.items()]
+        found = told(begun, bases, lambda f: f"{f[0].base}, seed {f[0].seed}")
+        sound = told(begun, pools, lambda f: f"pool of {f[0]['base']}")
+        found += told(begun, [pool.submit(measure, job) for job in todo], lambda f: f"{f[0].base}, {f[0].arm}, seed {f[0].seed}")
+    return list(itertools.chain.from_iterable(found)), list(itertools.chain.from_iterable(sound))
+
+
+# ---------------------------------------------------------------- the suite
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parallel.add_arguments(parser, seeds=3)
+    parser.add_argument("--quick", action="store_true", help="one base, one seed, four arms: under four minutes")
+
+
+def run(arguments: argparse.Namespace) -> dict:
+    parallel.check(arguments)
+    begun = time.perf_counter()
+    plan = {"novice": arms.QUICK} if arguments.quick else {
+        "novice": (*arms.ARMS, *arms.FULL, *arms.SHARES, *arms.UNIQUE), "reader": arms.ARMS}
+    seeds, size = 1 if arguments.quick else arguments.seeds, Size()
+    with parallel.working_folder(arguments) as work:
+        outcomes, sound = carry_out(plan, seeds, size, work, arguments.workers)
+    curves = {"share": {arm.name: arm.ratio for arm in arms.SHARES}, "unique": {arm.name: arm.unique for arm in arms.UNIQUE}}
+    conditions = {**asdict(size), "items": {kind: len(skills) * count for kind, (skills, count) in ITEMS.items()}, "seeds": seeds,
+                  "ratio": arms.RATIO, "rates": RATES, "kl": arms.KL, "workers": arguments.workers, "curves": curves, "replay": sound,
+                  "seconds": time.perf_counter() - begun}
+    order = {name: place for place, name in enumerate(summary.names(plan))}
+    outcomes.sort(key=lambda found: (list(plan).index(found.base), order[found.arm], found.seed))
+    return record.make("miniature-cpu", conditions, {}, summary.rows(outcomes), {"outcomes": [asdict(found) for found in outcomes]})

@@ -1,0 +1,280 @@
+"""Forgetting on real text: a small model learns GSM8K, alone and beside replay of what it knew, and is measured on both.
+
+The base is made here, from random weights: `real_text` says of what. It is sampled once, by `synth.run`; `trainer.run` trains every arm
+and seed, and `trainer.evaluate` scores each beside the base. A seed draws the domain rows, the order of the data and the adapter's start;
+base, replay sets of the base's own and items are common to all seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from random import Random
+
+from transformers import AutoModelForCausalLM
+
+from benchmarks.forgetting import real_text_data
+from benchmarks.forgetting.miniature.summary import BASE, estimate
+from benchmarks.forgetting.miniature.world import training_records, write_jsonl
+from benchmarks.forgetting.real_text_data import Counts, Schooling, Texts
+from benchmarks.harness import parallel, record
+from benchmarks.harness.parallel import begin, quietly, told
+from benchmarks.speed.training import quiet
+from synth import config as synthesis
+from synth.run import synthesise
+from trainer.config import Batch, Config, Data, Items, Logging, Lora, Model, Optim, Replay, Retention
+from trainer.evaluate import evaluate
+from trainer.evaluation import config as evaluation
+from trainer.run import train
+
+RATIO = 0.5  # share of the tokens that is replay
+RATES = {"lora": 2e-3, "full": 5e-4}
+KL = {"kl": 1.0, "kl_tokens": "all", "base": "stored"}
+ENDLESS = 1000  # epochs: the number of steps ends a run
+OWN = {"self 1x1": "base:0", "self, greedy": "base:greedy"}  # replay sets that the base writes, and the answers that each takes
+METRICS = {  # of the item files, by role
+    "general": {"skills": "exact", "decisions": "choice", "long answers": "logprob", "tasks": "logprob"},
+    "domain": {"problems": "logprob", "solutions": "choice"}}
+TEXT = ("long answers", "tasks")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to fine-tune: a row of the table."""
+
+    name: str
+    replay: str | None = None  # a set of OWN, or "real": what nobody has, the data that the base was trained on
+    full: bool = False  # every weight is trained, not an adapter
+    rate: float = 1.0  # times the learning rate of all others
+    kl: bool = False  # held to the base by its divergence
+
+
+ARMS = (
+    Arm("domain only"), Arm("domain only, LR/10", rate=0.1), Arm("self 1x1", "self 1x1"), Arm("self, greedy", "self, greedy"),
+    Arm("self, greedy + KL", "self, greedy", kl=True), Arm("real data (oracle)", "real"),
+    Arm("full: domain only", full=True), Arm("full: self, greedy + KL", "self, greedy", full=True, kl=True),
+)
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything."""
+
+    schooling: Schooling = field(default_factory=Schooling)
+    counts: Counts = field(default_factory=Counts)
+    instructions: int = 2000  # that the base is sampled for, and rows of real replay
+    domain: int = 3000  # problems, at most: more than the steps take
+    steps: int = 300
+    tokens: int = real_text_data.TOKENS  # a step
+    answer: int = 12  # tokens of a generated answer, at most: more than any right one has
+
+
+SIZE = Size()
+
+
+@dataclass(frozen=True)
+class Job:
+    """One arm with one seed, in a folder of its own."""
+
+    arm: Arm
+    seed: int
+    size: Size
+    work: Path
+
+    @property
+    def output(self) -> Path:
+        return self.work / f"seed {self.seed}" / self.arm.name.replace("/", " of ")
+
+    @property
+    def base(self) -> Path:
+        return self.work / BASE
+
+
+# ---------------------------------------------------------------- replay
+
+
+def replay_file(work: Path, name: str, seed: int) -> Path:
+    return work / "replay" / (f"{name}.jsonl" if name in OWN else f"{name} {seed}.jsonl")
+
+
+def make_own_sets(work: Path, size: Size) -> dict[str, int]:
+    """Sample and answer once, then choose each set; the rows of each."""
+    def settings(among: str, stages: Sequence[str]) -> synthesis.Config:
+        return synthesis.Config(
+            output=str(work / "synth"), base=synthesis.Model(path=str(work / BASE), name=BASE, engine="transformers"), stages=[*stages],
+            probe=synthesis.Probe(samples=32), instruct=synthesis.Instruct(count=size.instructions, max_tokens=400, fresh=0),
+            respond=synthesis.Respond(samples=1, max_tokens=200, base_likelihood=False),
+            select=synthesis.Select(rule="first", among=[among]))
+
+    rows = {}
+    with quietly(work / "synth.log"):
+        synthesise(settings(OWN["self 1x1"], ["probe", "instruct", "clean", "respond"]))
+        for name, among in OWN.items():
+            synthesise(settings(among, ["select"]))
+            path = replay_file(work, name, 0)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(work / "synth" / "replay.jsonl", path)
+            rows[name] = len(path.read_text(encoding="utf-8").splitlines())
+    return rows
+
+
+def write_real(texts: Texts, size: Size, seed: int, work: Path) -> None:
+    """Rows of what the base was trained on, in the shares in which it met them; those of skills are new ones of the same kind."""
+    chats = [chat for own in texts.general.values() for chat in own]
+    real = round(size.instructions * (1 - size.schooling.skills / (size.schooling.skills + size.schooling.passes * len(chats))))
+    drawn = Random(f"replay {seed}").sample(chats, min(real, len(chats)))
+    rows = [*map(real_text_data.record, drawn), *training_records(real_text_data.SKILLS, size.instructions - len(drawn), seed=1000 + seed)]
+    write_jsonl(rows, replay_file(work, "real", seed))
+
+
+def write_domain(texts: Texts, size: Size, seed: int, work: Path) -> None:
+    drawn = Random(f"domain {seed}").sample(texts.domain, min(size.domain, len(texts.domain)))
+    write_jsonl([*map(real_text_data.record, drawn)], work / f"domain {seed}.jsonl")
+
+
+# ---------------------------------------------------------------- one arm
+
+
+def measure(job: Job) -> dict:
+    """Train an arm, and score it beside the base."""
+    with quietly(job.output.with_suffix(".log")):
+        begun = time.process_time()
+        folder = train(recipe(job)).folder
+        seconds = time.process_time() - begun
+        if job.arm.full:
+            settings = evaluation.Config(model=Model(path=str(folder / "model")), base=evaluation.Base(path=str(job.base)))
+        else:
+            settings = evaluation.Config(adapter=str(folder / "adapter"))
+        return {"arm": job.arm.name, "seed": job.seed, "cpu_seconds": seconds, **scored(settings, job.work, job.size, folder / "scores")}
+
+
+def recipe(job: Job) -> Config:
+    """What `python -m trainer.run` is told."""
+    arm, size = job.arm, job.size
+    kind = "full" if arm.full else "lora"
+    replayed = Replay(data=str(replay_file(job.work, arm.replay, job.seed)), ratio=RATIO, by="tokens") if arm.replay else Replay()
+    return Config(
+        output=str(job.output), model=Model(path=str(job.base)), adapter=kind, lora=Lora(rank=16, alpha=32.0), replay=replayed,
+        data=Data(train=str(job.work / f"domain {job.seed}.jsonl"), max_length=size.tokens, overlong="drop", cache=str(job.work / "cache"),
+                  workers=1),
+        retention=Retention(**KL) if arm.kl else Retention(), batch=Batch(tokens_per_pack=size.tokens, tokens_per_step=size.tokens),
+        optim=Optim(lr=RATES[kind] * arm.rate), epochs=ENDLESS, max_steps=size.steps, seed=job.seed, precision=real_text_data.precision(),
+        logging=Logging(every=50, tensorboard=False, progress=False))
+
+
+def scored(settings: evaluation.Config, work: Path, size: Size, output: Path) -> dict:
+    """The figures of `trainer.evaluate` by role and item file, and a mark for every item that is right (1) or wrong (0)."""
+    files = {role: [Items(str(work / "items" / f"{name}.jsonl"), metric=metric, choice_by="sum" if name == "decisions" else "tokens")
+                    for name, metric in own.items()] for role, own in METRICS.items()}
+    found = evaluate(replace(
+        settings, output=str(output), data=evaluation.Data(**files), generation=evaluation.Generation(max_tokens=size.answer)))
+    marks: dict[str, dict[str, str]] = {}
+    for row in map(json.loads, (output / "results.jsonl").read_text(encoding="utf-8").splitlines()):
+        for side in (BASE, "model"):
+            if "right" in row[side]:
+                own = marks.setdefault(row["file"], {})
+                own[side] = own.get(side, "") + "01"[row[side]["right"]]
+    return {"roles": found["roles"], "files": {file.pop("name"): {k: v for k, v in file.items() if k != "path"} for file in found["files"]},
+            "marks": marks}
+
+
+# ---------------------------------------------------------------- what it comes to
+
+
+def figures(outcome: dict) -> dict[str, float]:
+    """One line's figures with one seed, beside the base's: shares of items, and nats per token."""
+    files, roles = outcome["files"], outcome["roles"]
+    skills, text = files["skills"], [files[name] for name in TEXT]
+    before, moved = skills[BASE]["right"], skills["change"]
+    tokens = sum(file["model"]["tokens"] for file in text)
+    return {
+        "general": skills["model"]["accuracy"],
+        "domain": files["problems"]["change"]["logprob_per_token"],
+        "forgotten": moved["lost"] / max(1, before),
+        "gained": moved["gained"] / max(1, skills[BASE]["judged"] - before),
+        "decisions": files["decisions"]["model"]["chance_adjusted"],
+        "text": sum(file["change"]["logprob_per_token"] * file["model"]["tokens"] for file in text) / tokens,
+        "kl_general": roles["general"]["change"]["kl_per_token"],
+        "solutions": files["solutions"]["model"]["accuracy"],
+        "kl_domain": roles["domain"]["change"]["kl_per_token"]}
+
+
+def summary(outcomes: Sequence[dict]) -> list[dict]:
+    """A row for the base and each arm: means over seeds, and their standard errors."""
+    first = outcomes[0]
+    unmoved = {"general": first["files"]["skills"][BASE]["accuracy"], "decisions": first["files"]["decisions"][BASE]["chance_adjusted"],
+               "solutions": first["files"]["solutions"][BASE]["accuracy"]}
+    rows = [{"line": BASE, **{name: 0.0 for name in figures(first)}, **unmoved}]
+    for name in dict.fromkeys(outcome["arm"] for outcome in outcomes):
+        own = [outcome for outcome in outcomes if outcome["arm"] == name]
+        row = {"line": name, "seeds": len(own), "cpu_seconds": statistics.median(outcome["cpu_seconds"] for outcome in own)}
+        for figure in figures(first):
+            row |= estimate(figure, [figures(outcome)[figure] for outcome in own])
+        rows.append(row)
+    return rows
+
+
+def schooled(outcome: dict) -> dict[str, dict[str, float]]:
+    """What schooling made of the random weights: log-prob per token of held-out text before and after."""
+    return {name: {side: outcome["files"][name][side]["logprob_per_token"] for side in (BASE, "model")} for name in (*TEXT, "problems")}
+
+
+# ---------------------------------------------------------------- all of them
+
+
+def prepare(texts: Texts, size: Size, seeds: int, work: Path) -> dict:
+    """Items, domain rows, real replay and the base, which is scored beside the random weights that it began as."""
+    real_text_data.write_items(texts, size.counts, work / "items")
+    for seed in range(seeds):
+        write_domain(texts, size, seed, work)
+        write_real(texts, size, seed, work)
+    with quietly(work / "base.log"):
+        start, made = real_text_data.make_base(texts, size.schooling, work / "schooling")
+        shutil.copytree(made, work / BASE)
+        settings = evaluation.Config(model=Model(path=str(work / BASE)), base=evaluation.Base(path=str(start)))
+        return scored(settings, work, size, work / "base scores")
+
+
+def carry_out(size: Size, seeds: int, work: Path, workers: int, begun: float) -> tuple[list[dict], dict[str, int]]:
+    """Every arm with every seed, and the rows of the base's own sets; what needs none of those is trained while it is sampled."""
+    jobs = [Job(arm, seed, size, work) for seed in range(seeds) for arm in ARMS]
+    with parallel.pool(workers) as pool:
+        sampling = pool.submit(make_own_sets, work, size)
+        running = [pool.submit(measure, job) for job in jobs if job.arm.replay not in OWN]
+        rows = sampling.result()
+        running += [pool.submit(measure, job) for job in jobs if job.arm.replay in OWN]
+        outcomes = told(begun, running, lambda found: f"{found['arm']}, seed {found['seed']}")
+    order = [(arm.name, seed) for arm in ARMS for seed in range(seeds)]
+    return sorted(outcomes, key=lambda outcome: order.index((outcome["arm"], outcome["seed"]))), rows
+
+
+# ---------------------------------------------------------------- the suite
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", type=Path, required=True, help="folder with " + ", ".join(real_text_data.FILES))
+    parallel.add_arguments(parser, seeds=2)
+
+
+def run(arguments: argparse.Namespace) -> dict:
+    parallel.check(arguments)
+    begun, size = time.perf_counter(), SIZE
+    texts = real_text_data.read(arguments.data)
+    begin()
+    quiet()
+    with parallel.working_folder(arguments) as work:
+        base, cpu = prepare(texts, size, arguments.seeds, work), time.process_time()
+        parameters = AutoModelForCausalLM.from_pretrained(work / BASE).num_parameters()
+        print(f"{time.perf_counter() - begun:6.0f} s  base", flush=True)
+        outcomes, rows = carry_out(size, arguments.seeds, work, arguments.workers, begun)
+    conditions = {
+        **asdict(size), "parameters": parameters, "items": {name: file["items"] for name, file in base["files"].items()},
+        "seeds": arguments.seeds, "ratio": RATIO, "rates": RATES, "kl": KL, "precision": real_text_data.precision(), "replay_rows": rows,
+        "schooled": schooled(base), "base_cpu_seconds": cpu, "workers": arguments.workers, "seconds": time.perf_counter() - begun}
+    return record.make("retention-cpu", conditions, {}, summary(outcomes), {"base": [base], "outcomes": outcomes})

@@ -1,0 +1,1 @@
+"""Machinery shared by all suites: timing, records, costs, worker processes."""

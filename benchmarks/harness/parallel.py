@@ -1,0 +1,71 @@
+"""Suites of many small trainings: worker processes of one thread each, what they say kept in files, and the options that they share."""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils.logging import disable_progress_bar
+
+from benchmarks.forgetting.miniature.family import THREADS
+from trainer.errors import UserError
+
+
+def begin() -> None:
+    """Make this process a worker of one thread: `family.THREADS` says why."""
+    torch.set_num_threads(THREADS)
+    disable_progress_bar()
+
+
+def pool(workers: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), begin)
+
+
+def told(begun: float, futures: Sequence[Future], name: Callable[[Any], str]) -> list:
+    """What they return, as it comes; each is said by its name, with the seconds since `begun`."""
+    found = []
+    for done, future in enumerate(as_completed(futures), start=1):
+        found.append(future.result())
+        print(f"{time.perf_counter() - begun:6.0f} s  {done} of {len(futures)}  {name(found[-1])}", flush=True)
+    return found
+
+
+@contextmanager
+def quietly(log: Path) -> Iterator[None]:
+    """What is said inside goes to a file."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a", encoding="utf-8") as file, redirect_stdout(file):
+        yield
+
+
+# ---------------------------------------------------------------- options
+
+
+def add_arguments(parser: argparse.ArgumentParser, seeds: int) -> None:
+    parser.add_argument("--seeds", type=int, default=seeds)
+    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes of one thread; default: one a core")
+    parser.add_argument("--keep", type=Path, help="a new or empty folder that keeps all that is made, with its reports; default: none")
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """UserError for options that no run can use."""
+    if arguments.seeds < 1 or arguments.workers < 1:
+        raise UserError(f"--seeds, --workers: expected 1 or more, got {arguments.seeds}, {arguments.workers}")
+    if arguments.keep and arguments.keep.exists() and any(arguments.keep.iterdir()):
+        raise UserError(f"--keep: expected a new or empty folder, found {arguments.keep} in use")
+
+
+@contextmanager
+def working_folder(arguments: argparse.Namespace) -> Iterator[Path]:
+    """`--keep`, or a folder that is gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="steadfast-") as scratch:
+        yield (arguments.keep or Path(scratch)).absolute()

@@ -1,0 +1,126 @@
+"""One JSON file per run of a suite: everything needed to know what was measured, where, on which code, and every raw sample."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from trainer.errors import UserError
+
+RESULTS = Path(__file__).parents[1] / "results"
+VERSIONS = ("torch", "triton", "transformers", "peft", "trl", "datasets", "numpy", "bitsandbytes", "flash-attn", "liger-kernel",
+            "cut-cross-entropy")
+PLACES = ("--results", "--keep")  # options that say where files go
+
+
+def make(suite: str, conditions: dict, agreement: dict[str, float], summary: list[dict], raw: dict[str, list[dict]]) -> dict:
+    """The record of a run that ends now, on this machine and this state of the code."""
+    return {
+        "suite": suite, "time": datetime.now(UTC).isoformat(timespec="seconds"), **code(), "command": command(), **machine(),
+        "versions": versions(), "conditions": conditions, "agreement": agreement, "summary": summary, "raw": raw,
+    }
+
+
+def code(root: Path = RESULTS.parents[1]) -> dict:
+    """The commit, and whether tracked files differ from it (results and their pages apart, which a run adds to); None outside a
+    repository."""
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True)
+        except FileNotFoundError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    pages = ":!benchmarks/results", ":!README.md", ":!benchmarks/README.md"
+    changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", *pages)
+    return {"commit": git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}
+
+
+def command() -> str:
+    """How to run it again; where its files went to is nothing to repeat."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    module = spec.name if spec and spec.name.startswith("benchmarks.") else "benchmarks.run"
+    words, kept = iter(sys.argv[1:]), []
+    for word in words:
+        if word in PLACES:
+            next(words, None)
+        elif not word.startswith(tuple(f"{place}=" for place in PLACES)):
+            kept.append(word)
+    return shlex.join(["python", "-m", module, *kept])
+
+
+def origin(record: dict) -> str:
+    """What the text under a table ends with: the command that made the record, the day and the commit."""
+    changes = " with changes" if record["dirty"] else ""
+    return f"`{record['command']}`, {record['time'][:10]}, commit {(record['commit'] or 'none')[:8]}{changes}"
+
+
+def machine() -> dict:
+    cuda = torch.cuda.is_available()
+    return {"device": torch.cuda.get_device_name() if cuda else "cpu", "cpu": cpu_model(), "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(), "system": f"{platform.system()} {platform.machine()}", "python": platform.python_version()}
+
+
+def cpu_model() -> str:
+    """The processor's name, and the instruction set that torch uses on it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    except FileNotFoundError:
+        name = platform.processor() or platform.machine()
+    bf16 = ", bf16 products" if torch.cpu._is_avx512_bf16_supported() else ""
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()}{bf16})"
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that are here."""
+    found = {}
+    for name in VERSIONS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def write(record: dict, folder: Path = RESULTS) -> Path:
+    """Save as <suite>-<time>-<commit>.json; the file appears whole or not at all."""
+    stamp = record["time"].replace("-", "").replace(":", "").partition("+")[0]
+    path = folder / f"{record['suite']}-{stamp}-{(record['commit'] or 'nocommit')[:8]}.json"
+    aside = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=folder, prefix=".", suffix=".json", delete=False) as file:
+            aside = Path(file.name)
+            json.dump(record, file, indent=1, allow_nan=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        aside.chmod(0o644)
+        aside.replace(path)
+    except OSError as error:
+        raise UserError(f"results: cannot write {path}: {error.strerror}") from None
+    finally:
+        if aside is not None:
+            aside.unlink(missing_ok=True)
+    return path
+
+
+def newest(folder: Path = RESULTS) -> dict[str, dict]:
+    """The latest record of each suite, by the time written in it."""
+    records: dict[str, dict] = {}
+    for path in sorted(folder.glob("[!.]*.json")):
+        record = json.loads(path.read_text())
+        if record["suite"] not in records or record["time"] >= records[record["suite"]]["time"]:
+            records[record["suite"]] = record
+    return records

@@ -1,0 +1,197 @@
+"""What synthesis costs beside the engine's own work, what the pool takes to write, and how well a known distribution comes back."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from benchmarks.forgetting.miniature.family import FAMILY
+from benchmarks.forgetting.miniature.recovery import Recovery, drawn
+from benchmarks.forgetting.miniature.skills import GENERAL
+from benchmarks.harness import record, timing
+from benchmarks.harness.timing import Line, Sample, StepResult
+from synth.config import Config, Instruct, Model, name_of
+from synth.engines import kind_of
+from synth.engines.interface import Engine
+from synth.engines.process_engine import Workers
+from synth.pool import seeds
+from synth.pool.run import Run, Worker
+from synth.pool.store import Pool
+from synth.stages.instruct import Asking, plan, sample_turns
+from trainer.errors import UserError
+
+BARE = "vLLM bare, with log-probs"  # what the method needs: the base's own log-prob of each instruction is kept
+SCORES = 2_700_000  # 100,000 instructions, 9 answers each, 3 judges
+SETTINGS = ((0.7, 0.98), (1.0, 0.98), (1.0, 1.0), (1.3, 1.0))  # temperature, top_p
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--prompts", type=int, default=2000, help="instructions of a round")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rows", type=int, default=100_000, help="scores that are written")
+    parser.add_argument("--count", type=int, default=4000, help="instructions sampled at each temperature")
+
+
+def run(arguments: argparse.Namespace) -> dict:
+    """The record of the suite. UserError where vLLM is missing."""
+    model = Model(path=str(FAMILY["base"].folder))
+    if kind_of(model) != "vllm":
+        raise UserError("synthesis: expected vLLM, found none; install what requirements-synth.txt lists")
+    with tempfile.TemporaryDirectory() as work, engine_of(model, Path(work)) as engine:
+        samples, agreement = overhead(engine, model, arguments, Path(work))
+        written = writing(arguments.rows, Path(work))
+        found = distribution(engine, model, arguments.count, Path(work))
+    bare, ours = samples[BARE], samples["synth"]
+    lines = [{"line": name, "tokens_per_second": asdict(timing.spread(line, rate)),
+              "share_of_bare": asdict(timing.ratio(line, bare, rate))} for name, line in samples.items()]
+    conditions = {"engine": engine.info.name, "model": "miniature base", "prompts": arguments.prompts, "rounds": arguments.rounds,
+                  "tokens": ours[0].tokens, "writing": written, "distribution": found}
+    return record.make("synthesis-cpu", conditions, agreement, lines, timing.raw(samples))
+
+
+def rate(sample: Sample) -> float:
+    """Tokens per second of wall time."""
+    return sample.tokens / sample.wall
+
+
+# ---------------------------------------------------------------- overhead
+
+
+def overhead(engine: Engine, model: Model, arguments: argparse.Namespace, work: Path) -> tuple[dict[str, list[Sample]], dict[str, float]]:
+    """Stage `instruct` against one `LLM.generate` call on the same requests, in two processes that take turns."""
+    with fresh_run(model, work, Config(base=model, instruct=Instruct(count=arguments.prompts, max_tokens=64))) as run:
+        asking = Asking(run, 0)
+        requests = [{"token_ids": r.prompt.token_ids, "seed": r.seed, **r.sampling._asdict()}
+                    for r in asking.requests(range(arguments.prompts))]
+    texts = {}
+
+    with bare_vllm(model.path) as ask:
+        def bare(logprobs: int | None) -> StepResult:
+            file = work / f"requests-{logprobs}.json"
+            if not file.exists():
+                file.write_text(json.dumps([request | {"logprobs": logprobs} for request in requests]))
+            said = ask(file)
+            texts["bare"] = said["texts"]
+            return StepResult(0.0, said["tokens"], 0, 0, 0.0)
+
+        def ours() -> StepResult:
+            settings = Config(base=model, instruct=Instruct(count=arguments.prompts, max_tokens=64))
+            with fresh_run(model, work, settings) as run:
+                sample_turns(run, Worker(run, "instruct", name_of(model), engine), 0)
+                rows = run.pool.select("SELECT text, tokens FROM turns ORDER BY item")
+            texts["synth"] = [text for text, _ in rows]
+            return StepResult(0.0, sum(tokens for _, tokens in rows), 0, 0, 0.0)
+
+        lines = [Line(BARE, lambda: bare(0)), Line(f"{BARE} (A/A)", lambda: bare(0)), Line("vLLM bare, text alone", lambda: bare(None)),
+                 Line("synth", ours)]
+        samples = timing.interleave(lines, arguments.rounds, 1)
+    different = sum(a.strip() != b for a, b in zip(texts["bare"], texts["synth"], strict=True))
+    return samples, {"texts that differ": different / arguments.prompts}
+
+
+@contextmanager
+def bare_vllm(folder: str) -> Iterator:
+    """A process that calls vLLM on files of requests; the function that asks it."""
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_ATTN_SPLIT_KV": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "CRITICAL", "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+        "VLLM_NO_USAGE_STATS": "1"}
+    process = subprocess.Popen([sys.executable, "-m", "benchmarks.speed.bare_vllm", folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               stderr=subprocess.DEVNULL, text=True, env=environment)
+
+    def answer() -> str:
+        line = process.stdout.readline()
+        if not line:
+            raise UserError("synthesis: the bare vLLM process ended; python -m benchmarks.speed.bare_vllm MODEL shows why")
+        return line
+
+    def ask(requests: Path) -> dict:
+        print(requests, file=process.stdin, flush=True)
+        return json.loads(answer())
+
+    try:
+        answer()  # ready
+        yield ask
+    finally:
+        process.kill()
+        process.wait()
+
+
+@contextmanager
+def engine_of(model: Model, work: Path) -> Iterator[Engine]:
+    engine = Workers(model, "vllm", work / "engine")
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+@contextmanager
+def fresh_run(model: Model, work: Path, settings: Config) -> Iterator[Run]:
+    """A run with an empty pool in which the items are planned."""
+    with tempfile.TemporaryDirectory(dir=work) as folder, Pool(Path(folder) / "pool.sqlite") as pool:
+        with pool.transaction():
+            pool.insert("items", (plan(settings, item) for item in range(settings.instruct.count)))
+        yield Run(settings, pool, say=lambda line: None)
+
+
+# ---------------------------------------------------------------- writing
+
+
+def writing(rows: int, work: Path) -> dict:
+    """Scores into a pool, judge after judge as the stage does, in its batches; seconds, and what a whole pool of SCORES would take."""
+    from synth.pool.run import BATCH
+
+    with Pool(work / "writing.sqlite") as pool:
+        began, quarters = time.perf_counter(), []
+        for start in range(0, rows, BATCH):
+            batch = range(start, min(start + BATCH, rows))
+            with pool.transaction():
+                pool.insert("scores", [score_row(i, rows) for i in batch])
+                pool.spend("judge", "judge", len(batch), 60 * len(batch), len(batch), 0.1)
+            if len(quarters) < 4 * batch[-1] // rows:
+                quarters.append(time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+    first, last = quarters[0], seconds - quarters[-1]
+    return {"rows": rows, "seconds": seconds, "last_quarter_over_first": last / first, "scores": SCORES,
+            "extrapolated_seconds": seconds * SCORES / rows, "bytes": (work / "writing.sqlite").stat().st_size}
+
+
+def score_row(i: int, rows: int) -> tuple:
+    """The i-th score that is written: three judges one after the other, nine answers to each item, three of each of three models."""
+    judge, answer = divmod(i, -(-rows // 3))
+    item, rest = divmod(answer, 9)
+    return item, f"model-{rest // 3}", rest % 3, f"judge-{judge}", 3.25, 0.98, None, seeds.seed(0, "judge", judge, answer), None
+
+
+# ---------------------------------------------------------------- the distribution that comes back
+
+
+def distribution(engine: Engine, model: Model, count: int, work: Path) -> list[dict]:
+    """Topic distance to the world's true shares, and the share of invalid instructions, by temperature, and once without duplicates."""
+    rows = [figures("the world's own", drawn(GENERAL, count))]
+    for temperature, top_p in SETTINGS:
+        settings = Config(base=model, instruct=Instruct(count=count, max_tokens=64, temperature=[temperature], top_p=[top_p]))
+        with fresh_run(model, work, settings) as run:
+            sample_turns(run, Worker(run, "instruct", name_of(model), engine), 0)
+            texts = [chat.instruction for chat in run.pool.chats()]
+            dropped = Counter(reason for reason, in run.pool.select("SELECT reason FROM drops"))
+        rows.append(figures(f"T {temperature:g}, top_p {top_p:g}", Recovery(tuple(texts), GENERAL), dropped.total() / count))
+        if (temperature, top_p) == (1.0, 0.98):
+            rows.append(figures("the same without duplicates", Recovery(tuple(dict.fromkeys(texts)), GENERAL)))
+    return rows
+
+
+def figures(name: str, found: Recovery, dropped: float = 0.0) -> dict:
+    return {"sampled": name, "distance": found.distance, "invalid": found.invalid, "dropped": dropped,
+            "distinct": len(set(found.instructions)) / len(found.instructions), "shares": found.shares}

@@ -1,0 +1,1 @@
+"""Filters of the stage clean: length, repetition, language, duplicates, contamination."""

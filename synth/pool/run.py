@@ -1,0 +1,212 @@
+"""What every stage works with: the settings, the pool, and models that answer requests.
+
+A stage asks for what is missing and for nothing else. Requests stream into an engine, results come back in any order, and every batch
+of them is one transaction together with what it cost. So a kill loses the batch in flight, and a second call goes on where the first one
+ended.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from synth.config import Config, Model, name_of
+from synth.engines import open_engine
+from synth.engines.chat_format import Format, load_format
+from synth.engines.interface import Completion, Engine, EngineInfo, Failure
+from synth.pool.store import Pool
+from trainer import config as trainer_config
+from trainer.errors import UserError
+from trainer.model.locate import load_tokenizer
+
+BATCH = 256  # results of one transaction
+SECONDS = 2.0  # or as many as came in this time
+TELL = 10.0  # seconds between two lines about how far a stage is
+# What a model's results depend on. The rest of its options say where it runs and how fast.
+IDENTITY = ("path", "dtype", "max_length", "tensor_parallel", "batch_invariant")
+
+MADE = {"pool": "items", "instruct": "items", "respond": "responses", "judge": "scores"}  # where what a stage makes is kept
+
+
+class Totals(NamedTuple):
+    """What was done: `results` count failures too."""
+
+    results: int = 0
+    prompt_tokens: int = 0
+    tokens: int = 0
+
+    def plus(self, results: Iterable) -> Totals:
+        results = list(results)
+        return Totals(self.results + len(results), self.prompt_tokens + sum(getattr(r, "prompt_tokens", 0) for r in results),
+                      self.tokens + sum(getattr(r, "tokens", 0) for r in results))
+
+
+class Run:
+    """A call of `python -m synth.run`: its settled configuration, the open pool, and where it says what it does."""
+
+    def __init__(self, config: Config, pool: Pool, say: Callable[[str], None] = print):
+        self.config, self.pool, self.say = config, pool, say
+        self._formats: dict[str, Format] = {}
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.output)
+
+    @property
+    def base(self) -> Model:
+        return self.config.base
+
+    def format(self, model: Model) -> Format:
+        """The chat format of a model that we hold ourselves: its tokenizer, prefix and stops. UserError where none can be derived."""
+        name = name_of(model)
+        if name not in self._formats:
+            self._formats[name] = load_format(model.path, self.tokenizer(model), self.config.date)
+        return self._formats[name]
+
+    def tokenizer(self, model: Model) -> PreTrainedTokenizerBase:
+        try:
+            return load_tokenizer(trainer_config.Model(path=model.path, trust_remote_code=model.trust_remote_code))
+        except UserError as error:  # in the trainer's terms
+            raise UserError(str(error).replace("model.path", f"path of {name_of(model)}")
+                            .replace("model.tokenizer", f"tokenizer of {name_of(model)}")) from None
+
+    # ---------------------------------------------------------------- stages
+
+    def settle(self, stage: str, settings: dict[str, Any]) -> None:
+        """Keep a stage's settings; UserError where a later call has others, once there is something that was made with them."""
+        if stage in MADE and not self.pool.select(f"SELECT 1 FROM {MADE[stage]} LIMIT 1"):
+            with self.pool.transaction():
+                self.pool.forget(stage)
+        self.pool.settle(stage, settings, "go on with those, or choose another output")
+
+    def require(self, stage: str) -> None:
+        """UserError where a stage that is needed first has not ended."""
+        if not self.done(stage):
+            raise UserError(f"pool {self.pool.path}: expected stage {stage} to have ended, found it unfinished; "
+                            f"run it first: --stages '[{stage}]'")
+
+    def done(self, stage: str) -> bool:
+        return bool(self.pool.get(f"done.{stage}"))
+
+    def finish(self, stage: str) -> None:
+        with self.pool.transaction():
+            self.pool.set(f"done.{stage}", True)
+
+    # ---------------------------------------------------------------- models
+
+    @contextmanager
+    def at_work(self, stage: str, model: Model, record: bool = True) -> Iterator[Worker]:
+        """An engine that runs `model`, started here and gone, with all its memory, at the end. It must be the model that the pool knows
+        under this name; `record=False` for work beside the pool's own (embeddings for the report)."""
+        began = time.monotonic()
+        engine = open_engine(model, log=self.folder / "logs" / f"{stage}-{name_of(model)}")
+        try:
+            self.say(f"{stage}: {name_of(model)} with {engine.info.name}, up in {time.monotonic() - began:.1f} s")
+            if record:
+                self._recognise(model, engine.info)
+            yield Worker(self, stage, name_of(model), engine)
+        finally:
+            engine.close()
+
+    def _recognise(self, model: Model, info: EngineInfo) -> None:
+        row = (name_of(model), info.name, model.path, info.fingerprint, int(info.deterministic))
+        known = self.pool.select("SELECT * FROM models WHERE name = ?", row[0])
+        if not known:
+            with self.pool.transaction():
+                self.pool.insert("models", [row])
+        for column, was, found in zip(("engine", "path", "fingerprint"), known[0][1:4] if known else (), row[1:4]):
+            if was != found:
+                raise UserError(f"{row[0]}: this pool was made with {column} {was}, found {found}; "
+                                "go on with that, or choose another output")
+
+
+class Worker:
+    """One model at work for one stage: it is asked, and what it says is written."""
+
+    def __init__(self, run: Run, stage: str, model: str, engine: Engine):
+        self.run, self.stage, self.model, self.engine = run, stage, model, engine
+
+    def complete(self, requests: Iterable, total: int, write: Callable[[list], None]) -> Totals:
+        """`write` gets lists of Completion and Failure, inside an open transaction."""
+        return self._pump(self.engine.complete(requests), total, write)
+
+    def choose(self, requests: Iterable, total: int, write: Callable[[list], None]) -> Totals:
+        """`write` gets lists of Choice and Failure, inside an open transaction."""
+        return self._pump(self.engine.choose(requests), total, write)
+
+    def likelihood(self, requests: Iterable, total: int, write: Callable[[list], None]) -> Totals:
+        """`write` gets lists of Likelihood and Failure, inside an open transaction."""
+        return self._pump(self.engine.likelihood(requests), total, write)
+
+    def _pump(self, results: Iterator, total: int, write: Callable[[list], None]) -> Totals:
+        """Results into the pool, a batch at a time; what had come before an interruption is kept."""
+        ledger, batch = Ledger(self.run.say, self.stage, self.model, total, self.engine), []
+        try:
+            for result in results:
+                batch.append(result)
+                if len(batch) >= BATCH or time.monotonic() - ledger.saved >= SECONDS:
+                    self._save(ledger, batch, write)
+        finally:
+            self._save(ledger, batch, write)
+        ledger.end()
+        return ledger.done
+
+    def _save(self, ledger: Ledger, batch: list, write: Callable[[list], None]) -> None:
+        if not batch:
+            return
+        taken, batch[:] = list(batch), []  # whatever goes wrong, no batch is tried twice
+        with self.run.pool.transaction():
+            write(taken)
+            ledger.book(taken, self.run.pool)
+
+
+class Ledger:
+    """What one engine did for one stage: told now and then, and booked in the pool."""
+
+    def __init__(self, say: Callable[[str], None], stage: str, model: str, total: int, engine: Engine):
+        self.say, self.stage, self.model, self.total, self.engine = say, stage, model, total, engine
+        self.began = self.saved = self.told = time.monotonic()
+        self.done, self.busy, self.cost = Totals(), engine.busy(), engine.cost()
+
+    def book(self, batch: list, pool: Pool) -> None:
+        now, busy, cost, before = time.monotonic(), self.engine.busy(), self.engine.cost(), self.done
+        self.done = before.plus(batch)
+        pool.spend(self.stage, self.model, *(a - b for a, b in zip(self.done, before)), seconds=now - self.saved, busy=busy - self.busy,
+                   cost=cost - self.cost)
+        self.saved, self.busy, self.cost = now, busy, cost
+        if now - self.told >= TELL:
+            self.told = now
+            left = (now - self.began) * (self.total / self.done.results - 1)
+            self.say(f"{self.stage}: {self.model} {self.done.results:,} of {self.total:,}, {self.rate}, {left / 60:.0f} min left")
+
+    @property
+    def rate(self) -> str:
+        seconds = max(time.monotonic() - self.began, 1e-9)
+        if self.done.tokens > self.done.results:
+            return f"{self.done.tokens / seconds:,.0f} tokens/s"
+        return f"{self.done.results / seconds:,.0f} results/s"
+
+    def end(self) -> None:
+        self.say(f"{self.stage}: {self.model} {self.done.results:,} results in {time.monotonic() - self.began:.1f} s, {self.rate}")
+
+
+def identity(model: Model) -> dict[str, Any]:
+    """The options of a model that its results depend on, for a stage's settings."""
+    return {key: value for key, value in dataclasses.asdict(model).items() if key in IDENTITY} | {"name": name_of(model)}
+
+
+def usable(completion: Completion | Failure, leaked: str | None) -> str | None:
+    """Why a generated turn cannot be used; None where it can."""
+    if isinstance(completion, Failure):
+        return completion.reason
+    if completion.finish == "length":
+        return "longer than max_tokens or the context"
+    if leaked:
+        return f"special token {leaked}"
+    return None if completion.text.strip() else "empty"

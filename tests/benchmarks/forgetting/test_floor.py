@@ -1,0 +1,176 @@
+"""The suite's runs are what the trainer would be told, a short one goes through, and the figures are those of the marks."""
+
+from concurrent.futures import Future
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from benchmarks import plot
+from benchmarks.forgetting import floor
+from benchmarks.forgetting.floor import CHOSEN, GIVEN, HALF, QUARTER, WHOLE, Plan, Run
+from benchmarks.forgetting.miniature import study
+from benchmarks.forgetting.miniature.skills import GENERAL
+from benchmarks.forgetting.miniature.study import Size
+from benchmarks.forgetting.miniature.world import heldout_items, training_records, write_jsonl
+from benchmarks.harness import record
+from benchmarks.run import main
+from trainer.config import validate
+from trainer.retention import auto_replay, monitor
+
+TINY = Plan((Run(), Run(QUARTER), Run(WHOLE, 0.5, watched=True)), Size(instructions=60, domain=16), epochs=2.0, items=1, every=1)
+SOUND = {"base": "novice", "replay": "plus", "rows": 60, "recognised": 1.0, "right": 0.98}
+
+
+def write_replay(work, count: int) -> None:
+    write_jsonl(training_records(GENERAL, count, seed=5), study.replay_file(work, floor.BASE, floor.REPLAY, 0))
+
+
+# ---------------------------------------------------------------- what is run
+
+
+def test_names_are_rows_and_files_of_their_own():
+    names = [run.name for run in Plan().runs]
+    assert len(set(names)) == len(names) == 1 + 2 + 15
+    assert names[:3] == ["domain only", "auto, probes of a quarter", "auto, probes of a half"]
+    assert "65% replay, KL 1: an eighth" in names and not any(set(name) & set("/.") for name in names)
+    assert [run.name for run in Plan().runs if run.watched] == ["50% replay: the whole"]
+
+
+@pytest.mark.parametrize("run", [Run(), *CHOSEN, *GIVEN], ids=lambda run: run.name)
+def test_a_run_is_what_the_trainer_is_told(run, tmp_path):
+    write_replay(tmp_path, 60)
+    config = floor.recipe(run, TINY, floor.job_of(run, TINY, 0, tmp_path))
+    validate(config)
+    held, replay = config.retention, config.replay
+    if run.part and run.share is None:
+        assert replay.auto and (replay.auto_part, held.floor, replay.ratio, config.epochs) == (run.part.share, 0.99, None, TINY.epochs)
+        assert held.items and held.domain_items
+        probe, given = auto_replay.as_probe(config, 0.5, 0.0), floor.recipe(GIVEN[0], TINY, floor.job_of(GIVEN[0], TINY, 0, tmp_path))
+        assert (probe.max_steps, probe.optim, probe.lora, probe.batch) == (None, given.optim, given.lora, given.batch)
+        return
+    assert not replay.auto and (replay.ratio, held.kl, held.floor) == (run.share, run.kl, None)
+    assert bool(replay.data) == bool(run.part) and config.epochs == TINY.epochs * (run.part.share if run.part else 1)
+    assert bool(held.items) == run.watched == bool(held.every)
+
+
+def test_items_that_are_watched_are_not_those_of_the_table(tmp_path):
+    watched = floor.write_items(floor.job_of(Run(), TINY, 0, tmp_path), "general", 3).read_text()
+    counted = [item.instruction for item in heldout_items(GENERAL, 3, 0)]
+    assert watched.count("\n") == 3 * len(GENERAL) and sum(f'"{asked}"' in watched for asked in counted) < len(counted) / 2
+
+
+# ---------------------------------------------------------------- a short run
+
+
+@contextmanager
+def here(workers: int):
+    """In place of a pool of processes."""
+    class Pool:
+        def submit(self, work, *given) -> Future:
+            future = Future()
+            future.set_result(work(*given))
+            return future
+
+    yield Pool()
+
+
+def test_a_short_run(monkeypatch, tmp_path, capsys):
+    def make_pool(plan: Plan, work) -> dict:
+        write_replay(work, plan.size.instructions)
+        return SOUND
+
+    monkeypatch.setattr(floor.parallel, "pool", here)
+    monkeypatch.setattr(floor, "make_pool", make_pool)
+    monkeypatch.setattr(floor, "QUICK", TINY)
+    monkeypatch.setattr(study, "ITEMS", {kind: (skills, 2) for kind, (skills, _) in study.ITEMS.items()})
+    torch.set_num_threads(1)
+    assert main(["floor", "--quick", "--workers", "1", "--results", str(tmp_path)]) == 0
+    made = record.newest(tmp_path)["floor-cpu"]
+    alone, chosen, given = made["summary"]
+    assert (alone["line"], alone["share"], alone["probes"]) == ("domain only", None, 0)
+    assert chosen["probes"] >= 3 and 0 < chosen["share"] < 1 and chosen["held"] in (True, False)
+    probes = made["raw"]["runs"][2]["probes"]
+    assert chosen["probe_steps"] == sum(probe["steps"] for probe in probes) / chosen["steps"] and chosen["probe_seconds"] > 0
+    assert any((probe["share"], probe["kl"]) == (chosen["share"], chosen["kl"]) for probe in probes)
+    assert given["share"] == 0.5 and [point["step"] for point in made["raw"]["runs"][3]["curve"]] == list(range(given["steps"] + 1))
+    assert made["conditions"]["items"] == {"general": 16, "domain": 4} and str(tmp_path) not in str(made["raw"])
+    said = capsys.readouterr().out
+    assert "| auto, probes of a quarter | " in said and "Measured all along, 50% replay: the whole: " in said
+
+
+# ---------------------------------------------------------------- figures
+
+
+def one(line: str, general: str, **more) -> dict:
+    return {"line": line, "seed": 0, "part": None, "share": None, "kl": 0.0, "steps": 100, "seconds": 20.0, "general": general,
+            "domain": "1110", "held": None, "probes": [], "curve": []} | more
+
+
+def runs() -> list[dict]:
+    probes = [{"share": 0.5, "kl": 0.0, "steps": 30, "seconds": 4.0}, {"share": 0.35, "kl": 0.0, "steps": 20, "seconds": 3.0}]
+    curve = [{"step": step, "retained": kept, "domain": 0.1} for step, kept in ((0, 1.0), (10, 0.6), (30, 0.7), (85, 0.9), (100, 0.95))]
+    return [one("base", "1111100000"), one("domain only", "1000000000"),
+            one("auto, probes of a half", "1111000000", part=HALF.name, share=0.5, held=False, probes=probes),
+            one("50% replay: the whole", "1111110000", part=WHOLE.name, share=0.5, curve=curve)]
+
+
+def test_figures_by_hand():
+    alone, chosen, given = floor.summary(runs())
+    assert (alone["retained"], chosen["retained"], given["retained"]) == (0.2, 0.8, 1.2) and alone["domain"] == 0.75
+    assert (chosen["probes"], chosen["probe_steps"], chosen["probe_seconds"]) == (2, 0.5, 7.0)
+
+
+def test_table_and_picture(tmp_path):
+    facts = {"floor": 0.99, "epochs": 10.0, "domain": 600, "tokens": 512, "seeds": 1, "items": {"general": 10, "domain": 4},
+             "watched_items": {"general": 8, "domain": 2}, "replay": SOUND, "workers": 2, "seconds": 600.0}
+    made = record.make("floor-cpu", facts, {}, floor.summary(runs()), {"runs": runs()})
+    text = plot.markdown(made)
+    assert "| auto, probes of a half | 50% | 0 | 2 | 50% | 7 | 20 | 80.0% | 75.0% |" in text
+    assert "| domain only |  |  |  |  |  | 20 | 20.0% | 75.0% |" in text
+    assert "The run after 2 probes of a half missed it." in text
+    assert "60.0% of the base's accuracy at its lowest, step 10 of 100, 70.0% after a third, 90.0% or more in the last fifth, 95.0%" in text
+    assert plot.draw(made, tmp_path / "a.png").read_bytes() == plot.draw(made, tmp_path / "b.png").read_bytes()
+
+
+def test_bad_options_are_one_line(capsys):
+    assert main(["floor", "--workers", "0"]) == 2
+    assert capsys.readouterr().err == "benchmarks.run: --seeds, --workers: expected 1 or more, got 1, 0\n"
+
+
+# ---------------------------------------------------------------- what docstrings say of the record
+
+
+@pytest.fixture
+def kept():
+    found = record.newest().get("floor-cpu")
+    return found or pytest.skip("there is no record of this suite")
+
+
+def words(text: str) -> str:
+    return " ".join(text.split())
+
+
+def test_what_the_search_says_of_its_probes(kept):
+    rows = {row["line"]: row for row in kept["summary"]}
+
+    def retained(part: str) -> str:
+        return "{:.0f}, {:.0f} and {:.0f}%".format(*(100 * rows[f"{given}% replay: {part}"]["retained"] for given in (20, 35, 50)))
+
+    said = words(auto_replay.__doc__)
+    assert f"probes of a quarter kept {retained('a quarter')} of the base's accuracy, whole runs {retained('the whole')}." in said
+    assert f"next to nothing of the domain, kept {retained('an eighth')}." in said
+    quarter, half = (rows[run.name] for run in CHOSEN)
+    assert quarter["probes"] == half["probes"] == 5 and quarter["held"] and half["held"] and quarter["kl"] == half["kl"] == 0
+    assert f"a quarter took {quarter['probe_steps']:.0%} of the run's steps and chose {quarter['share']:.0%}, five of a half took " \
+           f"{half['probe_steps']:.0%} and chose {half['share']:.0%}" in said
+    domain = [f"{rows[f'65% replay{kl}: {part}']['domain']:.1%}" for part in ("a quarter", "the whole") for kl in ("", ", KL 1")]
+    assert "from {} to {} in probes of a quarter, and from {} to {} in whole runs".format(*domain) in words(auto_replay._learns.__doc__)
+
+
+def test_what_the_watch_says_of_a_run(kept):
+    told = floor.told_of(floor.watched(kept)[0]["curve"])
+    lowest, third, end, last = (part.partition("%")[0] for part in (told, *told.split(", ")[2:]))
+    said = words(monitor.__doc__)
+    assert f"fell to {lowest}% of the base's accuracy, kept {third}% after a third of its steps, {end}% or more in the last fifth and " \
+           f"{last}% at the end" in said

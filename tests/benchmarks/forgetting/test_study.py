@@ -1,0 +1,207 @@
+"""The study: what its arms are told, what its outcomes come to, and the order of its arms on a small scale."""
+
+from dataclasses import replace
+
+import pytest
+
+from benchmarks import plot
+from benchmarks.forgetting.miniature import arms, display, study, summary
+from benchmarks.forgetting.miniature.arms import selections
+from benchmarks.forgetting.miniature.family import STUDIED
+from benchmarks.forgetting.miniature.public import FRAMES, half_the_skills, other_style
+from benchmarks.forgetting.miniature.replays import chosen, pool_settings, soundness
+from benchmarks.forgetting.miniature.skills import GENERAL, recognise
+from benchmarks.forgetting.miniature.study import Job, Outcome, Size, recipe
+from benchmarks.forgetting.miniature.world import heldout_items, training_records, write_jsonl
+from benchmarks.harness import record
+from synth.config import name_of, settled
+from synth.config import validate as validate_synthesis
+from trainer.config import validate
+
+EVERY = (*arms.ARMS, *arms.FULL, *arms.SHARES, *arms.UNIQUE)
+
+
+# ---------------------------------------------------------------- public data
+
+
+def test_another_style_has_the_same_skills_and_no_known_question():
+    records = training_records(other_style(), 500, seed=0)
+    assert FRAMES.keys() == {skill.name for skill in GENERAL} == {record["source"] for record in records}
+    assert not any(recognise(record["messages"][0]["content"], GENERAL) for record in records)
+    for asked in records[:100]:
+        found = recognise(asked["messages"][0]["content"], other_style())
+        assert found and found[1] == asked["messages"][1]["content"]
+
+
+def test_half_the_skills_are_the_worlds_own():
+    known = [recognise(record["messages"][0]["content"], GENERAL)[0] for record in training_records(half_the_skills(), 500, seed=0)]
+    assert {skill.name for skill in known} == {skill.name for skill in GENERAL[:4]}
+
+
+# ---------------------------------------------------------------- arms
+
+
+def test_names_are_files_and_rows_of_their_own():
+    assert len({arm.name for arm in EVERY}) == len(EVERY) and not any("/" in arm.point(alpha) for arm in EVERY for alpha in arm.points)
+    for base in STUDIED:
+        assert {arm.replay for arm in EVERY} <= {None, *selections(base), *arms.DRAWN}
+
+
+@pytest.mark.parametrize("base", STUDIED)
+def test_every_set_is_a_choice_that_synth_accepts(base, tmp_path):
+    settings = pool_settings(tmp_path, base, 100)
+    validate_synthesis(settings)
+    assert [name_of(model) for model in settled(settings).judges] == [base, "tutor", "peer"][0 if STUDIED[base].tuning else 1:]
+    for how in selections(base).values():
+        config = chosen(settings, how)
+        validate_synthesis(config)
+        assert config.stages == ["select"] and config.judge.exclude_self == config.judge.normalise == (not how.paper)
+        assert replace(config, stages=settings.stages, select=settings.select, judge=settings.judge) == settings
+
+
+@pytest.mark.parametrize("arm", EVERY, ids=lambda arm: arm.name)
+def test_all_arms_train_as_long_on_the_same_domain_rows(arm, tmp_path):
+    size = Size(instructions=50, domain=20)
+    if arm.replay in selections("novice"):
+        write_jsonl(training_records(GENERAL, 2000, seed=0), study.replay_file(tmp_path, "novice", arm.replay, 1))
+    config = recipe(Job("novice", arm, 1, size, tmp_path))
+    validate(config)
+    assert (config.max_steps, config.batch.tokens_per_step, config.seed) == (size.steps, size.tokens, 1)
+    assert config.replay.ratio == (arm.ratio if arm.replay else None) and bool(config.replay.data) == bool(arm.replay)
+    assert (config.adapter == "full") == arm.full and (config.retention.kl > 0) == arm.kl
+    with open(config.data.train) as file:
+        assert len(file.readlines()) == 20
+    if arm.unique:
+        with open(config.replay.data) as file:
+            assert len(file.readlines()) == arm.unique
+
+
+def test_what_is_drawn_differs_by_seed_and_never_meets_a_test(tmp_path):
+    files = [study.draw(tmp_path, "novice", "real", seed, 2000) for seed in (0, 1)]
+    assert files[0] != files[1] and files[0].read_text() != files[1].read_text()
+    learnt = {line for line in files[0].read_text().splitlines()}
+    tests = heldout_items([skill for skill in GENERAL if not skill.memorised], 100, 0)
+    assert not any(f'"{item.instruction}"' in line for line in learnt for item in tests)
+
+
+def test_soundness_counts_right_answers_to_known_questions(tmp_path):
+    rows = training_records(GENERAL, 9, seed=0)
+    rows[0]["messages"][1]["content"] += "?"
+    rows.append({"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "I."}]})
+    assert soundness(write_jsonl(rows, tmp_path / "rows.jsonl")) == {"rows": 10, "recognised": 0.9, "right": pytest.approx(8 / 9)}
+
+
+# ---------------------------------------------------------------- figures
+
+
+def outcomes():
+    """Two seeds of a base and an arm, ten general items and four domain items of each."""
+    return [Outcome("novice", "base", 0, "1111111100", "0000"), Outcome("novice", "base", 1, "1111111000", "0000"),
+            Outcome("novice", "plus", 0, "1111111010", "1110", 2.0), Outcome("novice", "plus", 1, "1111110111", "1111", 4.0)]
+
+
+def test_figures_by_hand():
+    base, plus = summary.rows(outcomes())
+    assert (base["general"], base["forgotten"], base["gained"], base["domain"]) == (0.75, 0.0, 0.0, 0.0)
+    assert plus["general"] == pytest.approx(0.85) and plus["general_error"] == pytest.approx(0.05)  # .8 and .9
+    assert plus["forgotten"] == pytest.approx((1 / 8 + 1 / 7) / 2) and plus["gained"] == pytest.approx((1 / 2 + 3 / 3) / 2)
+    assert (plus["domain"], plus["seeds"], plus["cpu_seconds"]) == (pytest.approx(0.875), 2, 3.0)
+    apart, error = summary.gap(outcomes(), "novice", "base", "plus")
+    assert apart == pytest.approx(0.1) and error == pytest.approx(0.1)
+    assert summary.rows(outcomes()[::2])[1]["general_error"] is None
+
+
+def made(found, **conditions):
+    full = {"share": {arm.name: arm.ratio for arm in arms.SHARES}, "unique": {arm.name: arm.unique for arm in arms.UNIQUE}}
+    pool = {"base": "novice", "replay": "plus", "rows": 2990, "recognised": 1.0, "right": 0.99}
+    given = {"items": {"general": 10, "domain": 4}, "seeds": 2, "domain": 600, "steps": 800, "tokens": 512, "ratio": 5 / 6,
+             "seconds": 600.0, "workers": 2, "curves": full, "replay": [pool]}
+    return record.make("miniature-cpu", given | conditions, {}, summary.rows(found), {})
+
+
+def test_the_table_has_a_row_for_each_arm_and_columns_for_each_base():
+    shown = display.table(made([*outcomes(), *(replace(found, base="reader") for found in outcomes()[:2])]))
+    assert shown[0] == ["arm", "novice: general", "novice: domain", "novice: forgotten", "reader: general", "reader: domain",
+                        "reader: forgotten"]
+    assert shown[2] == ["plus", "0.850 ± 0.050", "0.875 ± 0.125", f"{15 / 112:.3f} ± {1 / 112:.3f}", "", "", ""]
+
+
+@pytest.mark.parametrize("curves", [False, True])
+def test_the_picture_is_drawn_with_and_without_curves(tmp_path, curves):
+    points = [replace(found, arm=arm.name) for found in outcomes()[2:] for arm in (*arms.SHARES, *arms.UNIQUE)] if curves else []
+    path = plot.draw(made([*outcomes(), *points]), tmp_path / "study.png")
+    assert path.stat().st_size > 10_000 and "| plus | 0.850 ± 0.050 |" in plot.markdown(made([*outcomes(), *points]))
+    assert not any("rows |" in line for line in plot.markdown(made([*outcomes(), *points])).splitlines())
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(("options", "said"), [
+    (["--seeds", "0"], "expected 1 or more, got 0, 1"), (["--workers", "0"], "got 3, 0"),
+    (["--keep", "{used}"], "expected a new or empty folder")])
+def test_bad_options_are_one_line(tmp_path, capsys, options, said):
+    from benchmarks.run import main
+
+    (tmp_path / "file").write_text("")
+    given = [option.format(used=tmp_path) for option in options]
+    workers = [] if "--workers" in given else ["--workers", "1"]
+    assert main(["miniature", *given, *workers]) == 2
+    assert said in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- what the README says of the record
+
+
+ORDER = ("domain only", "public, other style", "public, half the skills", "self 1x1", "self 1x3, filtered",
+         "3 models x 3, filtered (the paper)", "plus", "real data (oracle)")
+
+
+@pytest.fixture(scope="module")
+def kept():
+    return record.newest()["miniature-cpu"]
+
+
+def of(kept, base, arm):
+    return next(row for row in kept["summary"] if (row["base"], row["arm"]) == (base, arm))
+
+
+@pytest.mark.parametrize("base", STUDIED)
+def test_the_order_of_the_arms_in_the_record(kept, base):
+    general = [of(kept, base, arm)["general"] for arm in ORDER]
+    assert general == sorted(general) and kept["conditions"]["seeds"] >= 3
+    found = [Outcome(**outcome) for outcome in kept["raw"]["outcomes"]]
+    steps = {pair: summary.gap(found, base, *pair) for pair in zip(ORDER, ORDER[1:])}
+    for pair in (ORDER[2:4], ORDER[5:7]):  # public to self, the paper's to plus
+        apart, error = steps[pair]
+        assert apart > 3 * error
+    apart, error = steps[ORDER[3:5]]
+    assert f"{apart / error:.1f}" == {"novice": "0.9", "reader": "1.4"}[base]
+
+
+@pytest.mark.parametrize(("base", "plus", "with_kl"), [("novice", 65, 60), ("reader", 84, 67)])
+def test_what_plus_forgets_of_what_the_paper_forgets(kept, base, plus, with_kl):
+    paper = of(kept, base, ORDER[5])["forgotten"]
+    assert round(100 * of(kept, base, "plus")["forgotten"] / paper) == plus
+    assert round(100 * of(kept, base, "plus + KL")["forgotten"] / paper) == with_kl
+    assert of(kept, base, "self, greedy")["forgotten"] < paper
+    assert abs(of(kept, base, "plus + KL")["forgotten"] - of(kept, base, ORDER[-1])["forgotten"]) < 0.004
+
+
+def test_half_as_replay_keeps_nearly_as_much_and_leaves_more_of_the_domain(kept):
+    half, most = of(kept, "novice", "plus, 50% replay"), of(kept, "novice", "plus")
+    assert most["general"] - half["general"] < 0.01 and half["domain"] - most["domain"] > 0.03
+
+
+# ---------------------------------------------------------------- the order of the arms
+
+
+def test_the_order_of_the_arms_on_a_small_scale(tmp_path):
+    """One base, one seed, a quarter of the instructions, less than half of the steps; the gaps of the whole are in benchmarks/results."""
+    size = Size(instructions=800, steps=400)
+    plan = {"novice": [arm for arm in arms.ARMS if arm.name in ("domain only", "public, other style", "self 1x1", "plus")]}
+    found, sound = study.carry_out(plan, 1, size, tmp_path, workers=1)
+    general = {row["arm"]: row["general"] for row in summary.rows(found)}
+    right = {row["replay"]: row["right"] for row in sound}
+    assert right["self 1x1"] < right["plus"]
+    assert general["domain only"] < general["public, other style"] < general["self 1x1"] < general["plus"]

@@ -1,0 +1,59 @@
+"""Every kernel, compiled ahead of time at its shipped launch settings for six parts, keeps to tests/kernels/budgets.json.
+
+A kernel that is meant to use more, or a new one: `python -m benchmarks.on_gpu.ahead_of_time` writes the budgets anew; look at
+the difference.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+from benchmarks.on_gpu.ahead_of_time import BLOCK, BUDGETS, README, faults, table
+from kernels._launch import SHARED_MEMORY
+
+GOOD = {"registers": 64, "spills": 0, "shared": 1024, "dots": 1, "HGMMA": 4, "ATOMG": 0, "RED": 0}
+BUDGET = {"registers": 64, "spills": 0, "shared": 1024}
+
+
+def test_every_kernel_keeps_its_budget():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.on_gpu.ahead_of_time", "--check"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment,
+                            cwd=BUDGETS.parents[2])
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_no_budget_allows_a_spill_or_more_shared_memory_than_there_is():
+    budgets = json.loads(BUDGETS.read_text())
+    assert budgets
+    for name, by_part in budgets.items():
+        assert by_part.keys() <= SHARED_MEMORY.keys(), name
+        for part, budget in by_part.items():
+            assert budget["spills"] == 0, (name, part)
+            assert budget["shared"] <= SHARED_MEMORY[part], (name, part)
+
+
+@pytest.mark.parametrize(("change", "expected"), [
+    ({}, None),
+    ({"registers": 80}, "registers: budget 64, found 80"),
+    ({"spills": 2}, "spills: budget 0, found 2"),
+    ({"shared": 2048}, "shared: budget 1024, found 2048"),
+    ({"shared": 300000}, "shared: budget 1024, found 300000"),
+    ({"HGMMA": 0}, "a product without HGMMA"),
+    ({"ATOMG": 1}, "1 atomics"),
+])
+def test_faults_are_seen(change, expected):
+    found = faults("kernel", "sm_90", GOOD | change, BUDGET)
+    assert (expected is None and not found) or any(expected in fault for fault in found), found
+
+
+def test_a_kernel_without_a_budget_is_a_fault():
+    assert "no budget" in faults("kernel", "sm_90", GOOD, None)[0]
+
+
+def test_the_table_shows_the_budgets():
+    assert BLOCK.search(README.read_text())[0] == table(json.loads(BUDGETS.read_text()))

@@ -1,0 +1,319 @@
+"""packed_attention against eager attention, one document at a time, in fp64."""
+
+import math
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from kernels._dropout import dropout_mask, kept_fraction
+from kernels.attention import attention_tiles, attention_tiles_backward, packed_attention
+from tests.helpers.kernels import given, settings, st
+
+DOUBLE = torch.float64
+MODULE = sys.modules["kernels.attention"]
+
+
+@pytest.fixture(params=["kept", "recomputed"])
+def probabilities(request, monkeypatch):
+    """Both backward paths: probabilities kept from the forward, and computed again."""
+    monkeypatch.setattr(MODULE, "KEEP", 10**9 if request.param == "kept" else 0)
+    return request.param
+
+
+def pack(lengths, heads=(2, 2), dim=4, dtype=DOUBLE, grad=True):
+    """q, k, v, cu_seqlens, max_seqlen."""
+    tokens = sum(lengths)
+    q, k, v = (torch.randn(tokens, h, dim, dtype=DOUBLE).to(dtype).requires_grad_(grad) for h in (*heads, heads[1]))
+    return q, k, v, torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32), max(lengths)
+
+
+def eager(q, k, v, cu_seqlens, max_seqlen, scale=None, window=None, softcap=None, mask=None):
+    """The definition, a document at a time: repeated key heads, full scores, softmax in fp32 or better."""
+    groups, scale, outs = q.shape[1] // k.shape[1], q.shape[2] ** -0.5 if scale is None else scale, []
+    for begin, end in zip(cu_seqlens.tolist(), cu_seqlens.tolist()[1:]):
+        repeated = q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        Q, K, V = (t[begin:end].transpose(0, 1) for t in repeated)
+        z = Q @ K.transpose(1, 2) * scale
+        z = z if softcap is None else softcap * torch.tanh(z / softcap)
+        i = torch.arange(end - begin)
+        gap = i[:, None] - i
+        z = z.masked_fill((gap < 0) | (gap >= (window or end)), float("-inf"))
+        p = z.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+        outs.append(((p if mask is None else p * mask) @ V).transpose(0, 1))
+    return torch.cat(outs)
+
+
+def sdpa(q, k, v, cu_seqlens, max_seqlen):
+    bounds = cu_seqlens.tolist()
+    return torch.cat([
+        F.scaled_dot_product_attention(
+            *(t[b:e].transpose(0, 1)[None] for t in (q, k, v)), is_causal=True, enable_gqa=True)[0].transpose(0, 1)
+        for b, e in zip(bounds, bounds[1:])])
+
+
+def assert_same(ours, theirs, inputs, tolerance=1e-10):
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+    upstream = torch.randn_like(ours)
+    for mine, other in zip(*(torch.autograd.grad(y, inputs, upstream) for y in (ours, theirs)), strict=True):
+        torch.testing.assert_close(mine, other, rtol=tolerance, atol=tolerance)
+
+
+OPTIONS = [
+    {}, {"scale": 0.3}, {"window": 3}, {"window": 1}, {"softcap": 2.0}, {"window": 2, "softcap": 1.5, "scale": 0.7}]
+
+
+@pytest.mark.parametrize("multiple", [1, 4])
+@pytest.mark.parametrize("options", [*OPTIONS, {"dropout": 0.3}, {"dropout": 0.3, "window": 3, "softcap": 2.0}])
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2)])
+def test_gradcheck(options, heads, multiple, probabilities, monkeypatch):
+    monkeypatch.setattr(MODULE, "BLOCK", 2)
+    monkeypatch.setattr(MODULE, "rounding", lambda dtype, device: multiple)
+    q, k, v, *rest = pack([3, 1, 4], heads, dim=2)
+
+    def op(*_):
+        torch.manual_seed(1)
+        return packed_attention(q, k, v, *rest, **options)
+
+    assert torch.autograd.gradcheck(op, [q, k, v])
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("heads", [(2, 2), (6, 2)])
+@pytest.mark.parametrize("lengths", [[1], [1, 1, 1], [300], [127, 1, 128, 129, 13], [2, 257]])
+def test_equals_eager_document_by_document(options, heads, lengths, probabilities):
+    q, k, v, *rest = pack(lengths, heads)
+    if options.get("window") == 3 and max(lengths) > 128:
+        options = {"window": 150}  # wider than a tile, narrower than a document
+    assert_same(packed_attention(q, k, v, *rest, **options), eager(q, k, v, *rest, **options), [q, k, v])
+
+
+@given(
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=8), groups=st.sampled_from([1, 2, 3]),
+    kv_heads=st.sampled_from([1, 2]), dim=st.sampled_from([1, 3, 8]), window=st.sampled_from([None, 1, 2, 5, 16, 39, 50]),
+    softcap=st.sampled_from([None, 3.0]), block=st.sampled_from([1, 7, 16, 128]), keep=st.sampled_from([0, 2, 10**9]),
+    multiple=st.sampled_from([1, 3, 16]),
+)
+@settings(max_examples=80, deadline=None)
+def test_any_packing_equals_eager(lengths, groups, kv_heads, dim, window, softcap, block, keep, multiple):
+    q, k, v, *rest = pack(lengths, (kv_heads * groups, kv_heads), dim)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MODULE, "BLOCK", block)
+        patch.setattr(MODULE, "KEEP", keep)
+        patch.setattr(MODULE, "rounding", lambda dtype, device: multiple)
+        ours = packed_attention(q, k, v, *rest, window=window, softcap=softcap)
+        assert_same(ours, eager(q, k, v, *rest, window=window, softcap=softcap), [q, k, v])
+
+
+def test_packed_equals_separate():
+    q, k, v, cu_seqlens, longest = pack([5, 131, 1, 64, 17], (4, 2), 16)
+    upstream = torch.randn_like(q)
+    together = packed_attention(q, k, v, cu_seqlens, longest)
+    grads = torch.autograd.grad(together, (q, k, v), upstream)
+    for begin, end in zip(cu_seqlens.tolist(), cu_seqlens.tolist()[1:]):
+        alone = [t[begin:end].detach().requires_grad_() for t in (q, k, v)]
+        one = packed_attention(*alone, torch.tensor([0, end - begin], dtype=torch.int32), end - begin)
+        torch.testing.assert_close(one, together[begin:end], rtol=1e-12, atol=1e-12)
+        for mine, other in zip(torch.autograd.grad(one, alone, upstream[begin:end]), grads, strict=True):
+            torch.testing.assert_close(mine, other[begin:end], rtol=1e-12, atol=1e-12)
+
+
+def product_shapes(lengths):
+    """The shapes of all batched products, forward and backward, of a bf16 pack."""
+    q, k, v, *rest = pack(lengths, (4, 2), 16, torch.bfloat16)
+    found = set()
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.bmm.default and args[0].dtype == torch.bfloat16:
+                found.add((*args[0].shape, args[1].shape[2]))
+            return func(*args, **(kwargs or {}))
+
+    with Products():
+        packed_attention(q, k, v, *rest).sum().backward()
+    return found
+
+
+def test_16_bit_products_have_few_shapes():
+    """Each one is compiled before it first runs."""
+    assert product_shapes(list(range(33, 49))) == product_shapes([48])
+    assert len(product_shapes([48])) == 3
+
+
+def test_rows_beyond_a_tile_change_nothing_in_bf16(probabilities):
+    """What lies behind a document's last tile is no other document's, which may hold infinities."""
+    q, k, v, cu_seqlens, longest = pack([37, 20], (4, 2), 16, torch.bfloat16, grad=False)
+    others = [t.clone() for t in (q, k, v)]
+    for t in others:
+        t[37:] = math.inf
+    outs = []
+    for tensors in ((q, k, v), others):
+        for t in tensors:
+            t.requires_grad_()
+        out = packed_attention(*tensors, cu_seqlens, longest)
+        outs.append((out[:37], *(g[:37] for g in torch.autograd.grad(out[:37].sum(), tensors))))
+    for mine, other in zip(*outs, strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_later_tokens_do_not_matter():
+    q, k, v, *rest = pack([9, 7], grad=False)
+    before = packed_attention(q, k, v, *rest)
+    for t in (q, k, v):
+        t[4:9] = torch.randn_like(t[4:9])
+    after = packed_attention(q, k, v, *rest)
+    assert torch.equal(before[:4], after[:4]) and torch.equal(before[9:], after[9:])
+    assert not torch.equal(before[4:9], after[4:9])
+
+
+def test_dropout_masks_probabilities(probabilities):
+    q, k, v, *rest = pack([7], (2, 1))
+    torch.manual_seed(3)
+    seed = int(torch.randint(2**62, ()))
+    # one tile, whose rows are (token, query head of the group)
+    mask = dropout_mask(torch.Size((1, 14, 7)), 0.4, DOUBLE, torch.Generator().manual_seed(seed)) / kept_fraction(0.4)
+    torch.manual_seed(3)
+    ours = packed_attention(q, k, v, *rest, dropout=0.4)
+    assert_same(ours, eager(q, k, v, *rest, mask=mask.view(7, 2, 7).transpose(0, 1)), [q, k, v])
+
+
+def test_checkpoint_replays_dropout(probabilities):
+    q, k, v, *rest = pack([70, 150])
+    runs = []
+    for call in (packed_attention, lambda *a, **o: checkpoint(packed_attention, *a, use_reentrant=False, **o)):
+        torch.manual_seed(5)
+        y = call(q, k, v, *rest, dropout=0.3)
+        torch.randn(3)
+        runs.append((y, *torch.autograd.grad(y.square().sum(), (q, k, v))))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_views_of_a_fused_projection_and_shared_inputs(probabilities):
+    fused = torch.randn(12, 3, 2, 4, dtype=DOUBLE, requires_grad=True)
+    _, _, _, *rest = pack([5, 7])
+    ours, theirs = (op(*fused.unbind(1), *rest) for op in (packed_attention, eager))
+    assert_same(ours, theirs, [fused])
+    x = torch.randn(12, 2, 4, dtype=DOUBLE, requires_grad=True)
+    assert_same(packed_attention(x, x, x, *rest), eager(x, x, x, *rest), [x])
+    backwards = x.transpose(0, 1).flip(2).transpose(0, 1)
+    assert_same(packed_attention(backwards, x, x, *rest), eager(backwards, x, x, *rest), [x])
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (4, 1), (4, 4)])
+def test_repeatable_and_inputs_unchanged(heads, probabilities):
+    q, k, v, *rest = pack([30, 150, 1], heads, 8, torch.float32)
+    upstream = torch.randn_like(q)
+    before = [t.detach().clone() for t in (q, k, v, upstream)]
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(2)
+        y = packed_attention(q, k, v, *rest, dropout=0.1)
+        runs.append((y, *torch.autograd.grad(y, (q, k, v), upstream)))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, (q, k, v, upstream), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1.0, 2.5])
+def test_error_beside_sdpa(dtype, size, probabilities):
+    q, k, v, *rest = pack([60, 197, 3, 131], (4, 2), 32, dtype)
+    q = (q.detach() * size).requires_grad_()
+    upstream = torch.randn(q.shape).to(dtype)
+
+    def run(op, cast):
+        leaves = [t.detach().to(cast).requires_grad_() for t in (q, k, v)]
+        y = op(*leaves, *rest)
+        return [t.detach().double() for t in (y, *torch.autograd.grad(y, leaves, upstream.to(cast)))]
+
+    exact, stock, ours = run(eager, DOUBLE), run(sdpa, dtype), run(packed_attention, dtype)
+    for mine, other, truth in zip(ours, stock, exact, strict=True):
+        assert (mine - truth).norm() <= 2 * (other - truth).norm() + 1e-6 * truth.norm()
+
+
+def test_large_scores_stay_finite():
+    q, k, v, *rest = pack([140], dtype=torch.float32)
+    y = packed_attention(q * 1e4, k * 1e4, v, *rest)
+    assert y.isfinite().all() and all(g.isfinite().all() for g in torch.autograd.grad(y.sum(), (q, k, v)))
+
+
+def test_autocast_matches_bf16_inputs():
+    q, k, v, *rest = pack([30, 11], dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = packed_attention(q, k, v, *rest)
+        grads = torch.autograd.grad(inside.float().square().sum(), (q, k, v))
+    outside = packed_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), *rest)
+    assert inside.dtype == torch.bfloat16 and torch.equal(inside, outside)
+    expected = torch.autograd.grad(outside.float().square().sum(), (q, k, v))
+    assert all(torch.equal(a, b) for a, b in zip(grads, expected, strict=True))
+
+
+def test_memory_is_linear_in_a_long_document():
+    q, k, v, *rest = pack([1500], (2, 2), 4, torch.float32)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        packed_attention(q, k, v, *rest)
+    assert sum(saved) <= 3 * q.numel()
+
+
+# ---------------------------------------------------------------- torch.compile
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 3, "softcap": 2.0, "scale": 0.4}])
+def test_compiles_in_one_graph_for_packs_of_any_kind(options):
+    torch._dynamo.reset()
+    compiled = torch.compile(packed_attention, fullgraph=True, backend="aot_eager")
+    for lengths in ([5, 7], [9, 3, 140], [1], [64] * 4):
+        q, k, v, *rest = pack(lengths, (4, 2), 8)
+        assert_same(compiled(q, k, v, *rest, **options), eager(q, k, v, *rest, **options), [q, k, v])
+
+
+def test_a_compiled_pack_draws_masks_from_the_generator_and_again_in_the_backward():
+    torch._dynamo.reset()
+    compiled = torch.compile(packed_attention, fullgraph=True, backend="aot_eager")
+    q, k, v, *rest = pack([70, 9], (2, 1))
+    outcomes = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        y = compiled(q, k, v, *rest, dropout=0.4)
+        outcomes.append((y, *torch.autograd.grad(y.square().sum(), (q, k, v))))
+    assert all(torch.equal(a, b) for a, b in zip(*outcomes[:2], strict=True)) and not torch.equal(outcomes[1][0], outcomes[2][0])
+    torch.manual_seed(3)
+    y = packed_attention(q, k, v, *rest, dropout=0.4)
+    for mine, other in zip(outcomes[0], (y, *torch.autograd.grad(y.square().sum(), (q, k, v))), strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize("options", [(None, None, 0.0, None), (3, 2.0, 0.4, torch.tensor(7))])
+def test_the_nodes_are_what_they_claim_to_be(options):
+    q, k, v, cu_seqlens, longest = pack([5, 0, 130], (4, 2))
+    torch.library.opcheck(attention_tiles.node, (q, k, v, cu_seqlens, longest, 0.3, *options))
+    q, k, v = (t.detach() for t in (q, k, v))
+    torch.library.opcheck(attention_tiles_backward.node, (torch.randn_like(q), q, k, v, cu_seqlens, longest, 0.3, *options))
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(k=(8, 3, 4)), r"k \[T, Hk, D\] to fit q \(8, 4, 4\), Hk dividing Hq, got \(8, 3, 4\)"),
+    (dict(k=(7, 2, 4)), r"k \[T, Hk, D\] to fit .*got \(7, 2, 4\)"),
+    (dict(v=(8, 1, 4)), r"v of k's shape \(8, 2, 4\), got \(8, 1, 4\)"),
+    (dict(cu_seqlens=[0, 5]), r"cu_seqlens to rise from 0 to 8, got \[0, 5\]"),
+    (dict(cu_seqlens=[0, 9, 8]), "cu_seqlens to rise from 0 to 8"),
+    (dict(max_seqlen=4), "documents of max_seqlen 4 or less, got 5"),
+    (dict(dtype=torch.int64), r"cu_seqlens int32 \[n\+1\], got torch.int64"),
+    (dict(window=0), "window >= 1, got 0"),
+    (dict(softcap=0.0), "softcap > 0, got 0.0"),
+    (dict(dropout=1.0), r"dropout in \[0, 1\), got 1.0"),
+    (dict(qkv_dtypes=(torch.float32, torch.bfloat16, torch.bfloat16)), "q, k, v of one floating dtype, got torch.float32, torch.bfloat16"),
+    (dict(qkv_dtypes=[torch.int64] * 3), "q, k, v of one floating dtype, got torch.int64"),
+    (dict(kv_device="meta"), "q, k, v and cu_seqlens on one device, got them on cpu, meta, meta, cpu"),
+])
+def test_misfits_are_named(change, words):
+    made = dict(q=(8, 4, 4), k=(8, 2, 4), v=(8, 2, 4), cu_seqlens=[0, 3, 8], max_seqlen=5, dtype=torch.int32) | change
+    dtypes, elsewhere = made.pop("qkv_dtypes", [torch.float32] * 3), made.pop("kv_device", "cpu")
+    q, k, v = (torch.zeros(made.pop(name), dtype=dtype, device=device)
+               for name, dtype, device in zip("qkv", dtypes, ("cpu", elsewhere, elsewhere)))
+    cu_seqlens = torch.tensor(made.pop("cu_seqlens"), dtype=made.pop("dtype"))
+    with pytest.raises(ValueError, match="packed_attention: expected " + words):
+        packed_attention(q, k, v, cu_seqlens, made.pop("max_seqlen"), **made)

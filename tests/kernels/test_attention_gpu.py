@@ -1,0 +1,451 @@
+"""Attention's GPU backends: here with stand-ins that take what the real ones take, on a GPU with the real ones."""
+
+import gc
+import sys
+import types
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kernels import _dispatch
+from kernels._attention_gpu import (
+    FLEX_BLOCK,
+    _packs,
+    assert_bounds,
+    backend,
+    block_mask,
+    check_backward_offsets,
+    host_bounds,
+    per_pack,
+)
+from kernels.attention import packed_attention
+from tests.helpers.kernels import DEVICE, error
+from tests.kernels.test_attention import DOUBLE, assert_same, eager, pack, sdpa
+
+ATTENTION, GPU = sys.modules["kernels.attention"], sys.modules["kernels._attention_gpu"]
+needs_gpu = pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU")
+PACKS = [[1], [300], [127, 1, 128, 129, 13], [0, 5, 0, 131], [384], [129]]
+
+
+@pytest.fixture
+def served_by(monkeypatch):
+    """served_by(name): that backend serves here, whatever the device."""
+    return lambda name: monkeypatch.setattr(ATTENTION, "backend", lambda *_: name)
+
+
+# ---------------------------------------------------------------- which one serves
+
+
+def test_backend_names(monkeypatch):
+    cuda, cpu, bf16 = torch.device("cuda"), torch.device("cpu"), torch.bfloat16
+    installed, capability = dict.fromkeys(("flash_attn", "flash_attn_interface"), False), [(9, 0)]
+    monkeypatch.setattr(GPU, "INSTALLED", installed)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[0])
+    assert backend(cpu, bf16) == backend(cuda, torch.float32) == backend(cuda, bf16, 50.0, 0.1) == "tiles"
+    assert backend(cuda, bf16) == "varlen_attn"
+    assert backend(cuda, bf16, 50.0) == "flex_attention"
+    assert backend(cuda, bf16, None, 0.1) == "tiles"
+    installed["flash_attn"] = True
+    assert backend(cuda, bf16) == backend(cuda, bf16, 50.0) == backend(cuda, bf16, None, 0.1) == "flash_attn 2"
+    installed["flash_attn_interface"] = True
+    assert backend(cuda, bf16) == backend(cuda, bf16, 50.0) == "flash_attn 3"
+    assert backend(cuda, bf16, None, 0.1) == "flash_attn 2"
+    capability[0] = (8, 0)
+    assert backend(cuda, bf16) == "flash_attn 2"
+    with _dispatch.backend_mode("reference"):
+        assert backend(cuda, bf16) == "tiles"
+    capability[0] = (7, 5)
+    assert backend(cuda, torch.float16) == "tiles"
+
+
+def test_the_choice_is_made_while_a_graph_is_traced(monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr(GPU, "INSTALLED", dict.fromkeys(GPU.INSTALLED, False))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def chosen(x, device):
+        return x + len(backend(device, torch.bfloat16)), backend(device, torch.bfloat16, 2.0)
+
+    value, name = chosen(torch.zeros(1), torch.device("cuda"))
+    assert (value.item(), name) == (len("varlen_attn"), "flex_attention")
+
+
+def test_offsets_of_the_varlen_backward():
+    check_backward_offsets(tokens=2**19 - 129, documents=1, heads=32, head_dim=128)
+    with pytest.raises(ValueError, match=r"2\*\*31, got 2147483648 .*pack fewer tokens"):
+        check_backward_offsets(tokens=2**19 - 128, documents=1, heads=32, head_dim=100)
+
+
+# ---------------------------------------------------------------- once per pack
+
+
+def test_made_once_for_each_contents_of_a_tensor():
+    cu_seqlens, calls = torch.tensor([0, 3, 5], dtype=torch.int32, device=DEVICE), []
+
+    def bounds():
+        return per_pack(cu_seqlens, "bounds", lambda: calls.append(0) or cu_seqlens.tolist())
+
+    assert bounds() == bounds() == [0, 3, 5] and len(calls) == 1
+    assert per_pack(cu_seqlens, "other", lambda: 7) == 7
+    cu_seqlens[1] = 4
+    assert bounds() == bounds() == [0, 4, 5] and len(calls) == 2
+    equal = cu_seqlens.clone()
+    assert per_pack(equal, "bounds", lambda: "its own") == "its own" and bounds() == [0, 4, 5]
+
+
+def test_what_was_made_goes_with_its_tensor():
+    gc.collect()
+    before, cu_seqlens = len(_packs), torch.tensor([0, 200], dtype=torch.int32, device=DEVICE)
+    per_pack(cu_seqlens, "blocks", partial(block_mask, cu_seqlens, 200, None))
+    assert len(_packs) == before + 1
+    del cu_seqlens
+    gc.collect()
+    assert len(_packs) == before
+
+
+def test_inference_tensors_are_served_without_memory():
+    with torch.inference_mode():
+        cu_seqlens, calls = torch.tensor([0, 2], dtype=torch.int32, device=DEVICE), iter([1, 2])
+        assert [per_pack(cu_seqlens, "n", lambda: next(calls)) for _ in range(2)] == [1, 2]
+
+
+def test_bounds_on_the_host():
+    assert host_bounds(torch.tensor([0, 3, 9], dtype=torch.int32, device=DEVICE)) == [0, 3, 9]
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="a failed assertion on a GPU ends the process")
+@pytest.mark.parametrize("bounds", [[1, 8], [0, 7], [0, 5, 3, 8], [0, 6, 8]])
+def test_the_device_checks_cu_seqlens(bounds):
+    with pytest.raises(RuntimeError, match="packed_attention: expected cu_seqlens to rise from 0 to 8 by 5 or less a document"):
+        assert_bounds(torch.tensor(bounds, dtype=torch.int32), 8, 5)
+    assert_bounds(torch.tensor([0, 3, 8], dtype=torch.int32), 8, 5)
+
+
+# ---------------------------------------------------------------- stand-ins
+
+
+def flash(q, k, v, cu_seqlens, longest, scale, window_size, softcap=None):
+    """What a variable-length flash kernel computes, which also insists on what such kernels need."""
+    assert all(t.stride(2) == 1 and t.shape[2] % 8 == t.stride(0) % 8 == t.stride(1) % 8 == t.storage_offset() % 8 == 0 for t in (q, k, v))
+    left, right = window_size
+    assert right == 0 and isinstance(window_size, tuple)
+    return eager(q, k, v, cu_seqlens, longest, scale, None if left < 0 else left + 1, softcap)
+
+
+def varlen_of_torch_2_11(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)):
+    assert cu_seq_q is cu_seq_k and max_q == max_k
+    return flash(q, k, v, cu_seq_q, max_q, scale, window_size)
+
+
+def varlen_of_torch_2_12(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1),
+                         enable_gqa=False, seqused_k=None, block_table=None, num_splits=None):
+    assert enable_gqa or q.shape[1] == k.shape[1]
+    return varlen_of_torch_2_11(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size)
+
+
+def flash_2(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
+            window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False, block_table=None):
+    assert causal and not dropout_p and deterministic == torch.are_deterministic_algorithms_enabled()
+    return flash(q, k, v, cu_seqlens_q, max_seqlen_q, softmax_scale, window_size, softcap or None)
+
+
+def flash_3(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=None, seqused_k=None, softmax_scale=None,
+            causal=False, qv=None, window_size=(-1, -1), softcap=0.0, deterministic=False):
+    out = flash_2(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 0.0, softmax_scale, causal, window_size, softcap,
+                  None, deterministic)
+    return out, None
+
+
+STAND_INS = {
+    "torch 2.11": ("varlen_attn", "torch.nn.attention.varlen", "varlen_attn", varlen_of_torch_2_11),
+    "torch 2.12": ("varlen_attn", "torch.nn.attention.varlen", "varlen_attn", varlen_of_torch_2_12),
+    "flash-attn 2": ("flash_attn 2", "flash_attn", "flash_attn_varlen_func", flash_2),
+    "flash-attn 3": ("flash_attn 3", "flash_attn_interface", "flash_attn_varlen_func", flash_3),
+}
+
+
+@pytest.fixture(params=STAND_INS)
+def stand_in(request, monkeypatch, served_by):
+    name, module, attribute, function = STAND_INS[request.param]
+    served_by(name)
+    monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(**{attribute: function}))
+    return name
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="stand-ins are for machines without a GPU")
+@pytest.mark.parametrize("options", [{}, {"scale": 0.3}, {"window": 3}, {"window": 10**6}, {"softcap": 2.0}])
+@pytest.mark.parametrize(("heads", "dim"), [((2, 2), 16), ((6, 2), 20)])
+def test_each_is_told_what_it_needs(stand_in, heads, dim, options):
+    if stand_in == "varlen_attn" and "softcap" in options:
+        pytest.skip("varlen_attn has no softcap, and is not chosen for one")
+    for lengths in ([5], [3, 0, 9, 1]):
+        q, k, v, *rest = pack(lengths, heads, dim)
+        assert_same(packed_attention(q, k, v, *rest, **options), eager(q, k, v, *rest, **options), [q, k, v])
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="stand-ins are for machines without a GPU")
+def test_views_that_wide_loads_cannot_read_are_copied(stand_in):
+    _, _, _, *rest = pack([4, 3])
+    fused = torch.randn(7, 3, 2, 17, dtype=DOUBLE, requires_grad=True)
+    q, k, v = fused[..., 1:].unbind(1)
+    assert_same(packed_attention(q, k, v, *rest), eager(q, k, v, *rest), [fused])
+    turned = torch.randn(3, 16, 2, 7, dtype=DOUBLE, requires_grad=True)
+    q, k, v = turned.permute(0, 3, 2, 1).unbind(0)
+    assert_same(packed_attention(q, k, v, *rest), eager(q, k, v, *rest), [turned])
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="stand-ins are for machines without a GPU")
+@pytest.mark.parametrize(("lengths", "dim"), [([0], 16), ([3, 2], 8), ([3, 2], 264)])
+def test_empty_packs_and_odd_widths_get_the_tiles(stand_in, lengths, dim, monkeypatch):
+    monkeypatch.setattr(ATTENTION, "gpu_attention", lambda *_: pytest.fail("served by a flash kernel"))
+    q, k, v, *rest = pack(lengths, (2, 2), dim)
+    y = packed_attention(q, k, v, *rest)
+    grads = torch.autograd.grad(y.sum(), (q, k, v))
+    if sum(lengths):
+        torch.testing.assert_close(y, eager(q, k, v, *rest))
+    assert y.shape == q.shape and [g.shape for g in grads] == [t.shape for t in (q, k, v)]
+
+
+# ---------------------------------------------------------------- FlexAttention
+
+
+@pytest.mark.parametrize("window", [None, 1, 2, 100, 128, 129, 200])
+@pytest.mark.parametrize("lengths", PACKS + [[256, 128], [60] * 9, [500, 3, 3, 400]])
+def test_block_mask_is_that_of_every_pair(lengths, window):
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    cu_seqlens = torch.tensor([0, *lengths], device=DEVICE).cumsum(0, dtype=torch.int32)
+    tokens = sum(lengths)
+    ours = block_mask(cu_seqlens, tokens, window)
+    assert ours.BLOCK_SIZE == (FLEX_BLOCK, FLEX_BLOCK)
+    theirs = create_block_mask(ours.mask_mod, None, None, tokens, tokens, device=cu_seqlens.device)
+    for kind in ("kv", "full_kv", "q", "full_q"):
+        counts, expected = (getattr(mask, f"{kind}_num_blocks") for mask in (ours, theirs))
+        assert torch.equal(counts, expected), kind
+        indices, others = (getattr(mask, f"{kind}_indices") for mask in (ours, theirs))
+        for row, n in enumerate(counts.flatten().tolist()):
+            assert indices[0, 0, row, :n].tolist() == others[0, 0, row, :n].tolist(), (kind, row)
+
+
+def test_block_mask_does_not_look_at_every_pair():
+    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+        seen = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            self.seen = max([self.seen, *(t.numel() for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor))])
+            return out
+
+    with Largest() as mode:
+        block_mask(torch.tensor([0, 10_000, 65_536], dtype=torch.int32, device=DEVICE), 65_536, None)
+    assert mode.seen <= 4 * (65_536 // FLEX_BLOCK) ** 2
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="has its own test on a GPU")
+@pytest.mark.parametrize("window", [None, 9])
+def test_flex_attention_sees_what_the_tiles_see(window, served_by, monkeypatch):
+    """Traced and run without its compiled kernels: uncompiled, FlexAttention warns and materialises the scores."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    traced = torch.compile(flex_attention, backend="aot_eager")
+    monkeypatch.setattr(GPU, "_compiled_flex_attention", lambda: traced)
+    served_by("flex_attention")
+    q, k, v, *rest = pack([60, 1, 140], (4, 2), 20, torch.float32, grad=False)
+    flexed = packed_attention(q, k, v, *rest, scale=0.25, window=window, softcap=2.0)
+    torch.testing.assert_close(flexed, eager(q, k, v, *rest, 0.25, window, 2.0), rtol=1e-5, atol=1e-5)
+
+
+def test_flex_attention_is_not_compiled_again_for_each_pack_or_layer(served_by, monkeypatch):
+    from torch._dynamo.testing import CompileCounter
+    from torch.nn.attention.flex_attention import flex_attention
+
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(flex_attention, dynamic=True, backend=counter)
+    monkeypatch.setattr(GPU, "_compiled_flex_attention", lambda: compiled)
+    served_by("flex_attention")
+    counts = []
+    for lengths in ([130, 200, 7], [9, 300], [64] * 5, [40, 300, 200]):
+        q, k, v, *rest = pack(lengths, (4, 2), 16, torch.float32, grad=False)
+        for window in (150, None, 150):
+            packed_attention(q, k, v, *rest, window=window, softcap=2.0)
+        counts.append(counter.frame_count)
+    assert counts == [counts[0]] * 4 and counts[0] <= 2, "one for each kind of window"
+
+
+# ---------------------------------------------------------------- torch.compile
+
+
+def shapes_only(graphs: list):
+    """A compiler whose code returns zeros of the right shapes, and notes the graph: what is traced needs no device that could run it."""
+
+    def compiler(graph, inputs):
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        outputs = next(node for node in graph.graph.nodes if node.op == "output").args[0]
+
+        def run(inputs):
+            values = [o.meta["val"] if isinstance(o, torch.fx.Node) else o for o in outputs]
+            return [torch.zeros(v.shape, dtype=v.dtype) if isinstance(v, torch.Tensor) else v for v in values]
+
+        run._boxed_call = True
+        return run
+
+    return compiler
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="has its own test on a GPU")
+@pytest.mark.parametrize(("heads", "dim", "options"), [((2, 2), 16, {}), ((4, 2), 20, {"window": 3})])
+def test_varlen_attention_is_traced_whole_both_ways(heads, dim, options, served_by):
+    from torch._dynamo.backends.common import aot_autograd
+
+    torch._dynamo.reset()
+    served_by("varlen_attn")
+    graphs = []
+    q, k, v, *rest = pack([5, 7], heads, dim, torch.bfloat16)
+    tracer = aot_autograd(fw_compiler=shapes_only(graphs), bw_compiler=shapes_only(graphs))
+    y = torch.compile(packed_attention, fullgraph=True, backend=tracer, dynamic=False)(q, k, v, *rest, **options)
+    y.sum().backward()
+    assert len(graphs) == 2, "a forward and a backward"
+    assert graphs[0].count("torch_attn._varlen_attn.default") == graphs[1].count("torch_attn._varlen_attn_backward.default") == 1
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="has its own test on a GPU")
+def test_flex_attention_compiles_inside_a_larger_graph(served_by):
+    torch._dynamo.reset()
+    served_by("flex_attention")
+    compiled = torch.compile(lambda *inputs: packed_attention(*inputs, softcap=2.0, window=150), fullgraph=True, backend="aot_eager")
+    for lengths in ([130, 200, 7], [9, 300]):
+        q, k, v, *rest = pack(lengths, (4, 2), 16, torch.float32, grad=False)
+        torch.testing.assert_close(compiled(q, k, v, *rest), eager(q, k, v, *rest, None, 150, 2.0), rtol=1e-5, atol=1e-5)
+
+
+# ---------------------------------------------------------------- on a GPU
+
+
+def gpu_pack(lengths, heads=(4, 2), dim=64, dtype=torch.bfloat16):
+    q, k, v, cu_seqlens, longest = pack(lengths, heads, dim, dtype, grad=False)
+    return *(t.to(DEVICE).requires_grad_() for t in (q, k, v)), cu_seqlens.to(DEVICE), longest
+
+
+def backends_here(options: dict) -> list[str]:
+    names = ["flex_attention"] if "softcap" in options else ["varlen_attn", "flex_attention"]
+    return names + [f"flash_attn {n}" for n, module in ((2, "flash_attn"), (3, "flash_attn_interface")) if GPU.INSTALLED[module]]
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", [{}, {"scale": 0.3}, {"window": 50}, {"softcap": 2.0}, {"softcap": 2.0, "window": 50}])
+@pytest.mark.parametrize(("heads", "dim"), [((4, 4), 64), ((4, 1), 128), ((4, 2), 20), ((2, 1), 256)])
+def test_a_gpu_is_as_exact_as_torch(heads, dim, options, dtype, served_by):
+    """Judged by the error of eager attention in the same dtype, value and gradients, on packs with empty and one-token documents."""
+    torch._dynamo.reset()  # FlexAttention compiles a few kinds of layer, not all that are tried here
+    q, k, v, cu_seqlens, longest = gpu_pack([60, 0, 197, 1, 131], heads, dim, dtype)
+    upstream = torch.randn_like(q)
+
+    def run(op, cast, device):
+        leaves = [t.detach().to(device, cast).requires_grad_() for t in (q, k, v)]
+        y = op(*leaves, cu_seqlens.to(device), longest, **options)
+        return y, *torch.autograd.grad(y, leaves, upstream.to(device, cast))
+
+    truth, stock = run(eager, DOUBLE, "cpu"), run(eager, dtype, "cpu")
+    for name in backends_here(options):
+        served_by(name)
+        for mine, other, true in zip(run(packed_attention, dtype, DEVICE), stock, truth, strict=True):
+            assert error(mine, true) <= 2 * error(other, true) + 1e-6, name
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tiles_serve_fp32_and_dropout_on_a_gpu_and_wait_once_a_pack(dtype):
+    q, k, v, *rest = gpu_pack([60, 197, 3], dtype=dtype)
+    dropout = 0.0 if dtype == torch.float32 else 0.2
+    assert backend(DEVICE, dtype, None, dropout) in ("tiles", "flash_attn 2")
+    packed_attention(q, k, v, *rest, dropout=dropout)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        y = packed_attention(q, k, v, *rest, dropout=dropout)
+        torch.autograd.grad(y.sum(), (q, k, v))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    if not dropout:
+        torch.testing.assert_close(y, sdpa(q, k, v, *rest), rtol=1e-4, atol=1e-4)
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", ["varlen_attn", "flex_attention"])
+def test_nothing_is_read_back(name, served_by):
+    served_by(name)
+    for attempt in range(3):  # the first two may compile, which waits
+        q, k, v, *rest = gpu_pack([60, 197 + attempt, 3])
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error" if attempt == 2 else "default")
+        try:
+            torch.autograd.grad(packed_attention(q, k, v, *rest, window=100).sum(), (q, k, v))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", ["varlen_attn", "flex_attention"])
+def test_deterministic_algorithms_give_the_same_bits_twice(name, served_by):
+    served_by(name)
+    q, k, v, *rest = gpu_pack([600, 1000, 400], (8, 2))
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = ([y, *torch.autograd.grad(y, (q, k, v), torch.ones_like(y))]
+                         for y in (packed_attention(q, k, v, *rest) for _ in range(2)))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@needs_gpu
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0}])
+def test_compiles_on_a_gpu(options):
+    torch._dynamo.reset()
+    compiled = torch.compile(packed_attention, fullgraph=True)
+    for lengths in ([60, 197, 3], [300]):
+        q, k, v, *rest = gpu_pack(lengths)
+        ours, plain = (op(q, k, v, *rest, **options) for op in (compiled, packed_attention))
+        torch.testing.assert_close(ours, plain, rtol=2e-2, atol=2e-2)
+        grads = [torch.autograd.grad(y.float().square().mean(), (q, k, v)) for y in (ours, plain)]
+        for mine, other in zip(*grads, strict=True):
+            assert F.cosine_similarity(mine.flatten().float(), other.flatten().float(), dim=0) > 0.99
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", ["varlen_attn", "flex_attention"])
+def test_a_captured_graph_follows_the_pack(name, served_by):
+    """Replays with other contents of the same cu_seqlens: nothing that was derived from the captured ones may be used."""
+    served_by(name)
+    q, k, v, cu_seqlens, _ = gpu_pack([100, 200, 84])
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side), torch.no_grad():
+        packed_attention(q, k, v, cu_seqlens, 384)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), torch.no_grad():
+        captured = packed_attention(q, k, v, cu_seqlens, 384)
+    cu_seqlens.copy_(torch.tensor([0, 50, 100, 384], dtype=torch.int32))
+    graph.replay()
+    with torch.no_grad():
+        torch.testing.assert_close(captured, packed_attention(q, k, v, cu_seqlens, 384), rtol=2e-2, atol=2e-2)
+
+
+@needs_gpu
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_memory_on_a_gpu_is_linear_in_a_long_document(softcap):
+    def peak(tokens):
+        q, k, v, *rest = gpu_pack([tokens], (4, 4))
+        torch.autograd.grad(packed_attention(q, k, v, *rest, softcap=softcap).sum(), (q, k, v))
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        torch.autograd.grad(packed_attention(q, k, v, *rest, softcap=softcap).sum(), (q, k, v))
+        return torch.cuda.max_memory_allocated() - before
+
+    assert peak(16384) <= 6 * peak(4096)

@@ -1,0 +1,759 @@
+"""Head and cross entropy, against torch's cross entropy of the whole logits in fp64."""
+
+import importlib
+import itertools
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import gradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from kernels._cross_entropy_rows import LAUNCH, Loss, cross_entropy_rows, new_logits
+from kernels.linear_cross_entropy import (
+    _linear_cross_entropy,
+    linear_cross_entropy,
+    linear_cross_entropy_statistics,
+    linear_log_prob,
+    rows_per_chunk,
+)
+from kernels.lora import Lora
+from tests.helpers.kernels import (
+    DEVICE,
+    DTYPES,
+    assert_as_exact_as_torch,
+    error,
+    given,
+    poisoned,
+    runs_triton,
+    settings,
+    st,
+    to,
+    triton_mode,
+)
+
+S, D, V = 13, 6, 17
+ROW = V * 8  # bytes of one fp64 row of logits
+
+
+def inputs(dtype=torch.float64, trained=False, rows=S, width=D, vocabulary=V, scale=1.0):
+    x = (torch.randn(rows, width) * scale).to(dtype).requires_grad_()
+    weight = torch.randn(vocabulary, width).to(dtype).requires_grad_(trained)
+    bias = torch.randn(vocabulary).to(dtype).requires_grad_(trained)
+    target = torch.randint(vocabulary, (rows,))
+    target[1::3] = -100
+    return x, weight, bias, target, torch.rand(rows, dtype=torch.promote_types(dtype, torch.float32)) + 0.1
+
+
+def adapter(dtype=torch.float64, rank=3, width=D, vocabulary=V):
+    A, B = torch.randn(rank, width, dtype=dtype), torch.randn(vocabulary, rank, dtype=dtype)
+    return Lora(A.requires_grad_(), B.requires_grad_(), 0.6)
+
+
+def stock(x, weight, target, *, bias=None, lora=None, token_weight=None, ignore_index=-100, label_smoothing=0.0, z_loss=0.0,
+          softcap=None, logit_scale=1.0, temperature=1.0, reduction="sum"):
+    """The formula over full logits: made in the dtype of x, read in fp32 (fp64 for fp64)."""
+    y = F.linear(x, weight, bias)
+    if lora is not None:
+        y = y + lora.scaling * F.linear(F.linear(x, lora.A.to(x.dtype)), lora.B.to(x.dtype))
+    z = y.to(torch.promote_types(y.dtype, torch.float32)) * logit_scale
+    z = (z if softcap is None else torch.tanh(z / softcap) * softcap) / temperature
+    kept = torch.ones_like(target, dtype=torch.bool) if ignore_index is None else target != ignore_index
+    losses = F.cross_entropy(z, torch.where(kept, target, -1), ignore_index=-1, reduction="none",
+                             label_smoothing=label_smoothing)
+    losses = losses + torch.where(kept, z_loss * z.logsumexp(-1) ** 2, 0.0)
+    scale = torch.ones_like(losses) if token_weight is None else token_weight.to(losses.dtype)
+    if reduction == "none":
+        return losses * scale
+    total = (losses * scale).sum()
+    return total / scale[kept].sum() if reduction == "mean" else total
+
+
+def gradients(loss, tensors):
+    """Gradients under an uneven upstream, which a backward that ignores it would not survive."""
+    upstream = torch.linspace(0.5, 2.0, loss.numel(), dtype=loss.dtype).view_as(loss)
+    return torch.autograd.grad(loss, tensors, upstream)
+
+
+OPTIONS = [dict(zip(("label_smoothing", "z_loss", "softcap", "logit_scale", "temperature"), values))
+           for values in itertools.product((0.0, 0.2), (0.0, 0.05), (None, 3.0), (1.0, 0.7), (1.0, 0.6))]
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_values_and_gradients_match_full_logits(trained, reduction, weighted):
+    for options, biased in itertools.product(OPTIONS, (False, True)):
+        x, weight, bias, target, token_weight = inputs(trained=trained)
+        call = dict(options, reduction=reduction, bias=bias if biased else None,
+                    token_weight=token_weight if weighted else None)
+        leaves = [x] + ([weight] + [bias] * biased if trained else [])
+        ours = linear_cross_entropy(x, weight, target, chunk_bytes=4 * ROW, **call)
+        theirs = stock(x, weight, target, **call)
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(gradients(ours, leaves), gradients(theirs, leaves), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
+@pytest.mark.parametrize("ignore_index", [-100, None])
+def test_gradcheck_with_every_option(trained, reduction, ignore_index):
+    x, weight, bias, target, token_weight = inputs(trained=trained, rows=5, width=3, vocabulary=4)
+    if ignore_index is None:
+        target = target.clamp_min(0)
+    token_weight.requires_grad_()
+
+    def loss(x, weight, bias, token_weight):
+        return linear_cross_entropy(
+            x, weight, target, bias=bias, token_weight=token_weight, ignore_index=ignore_index, label_smoothing=0.1,
+            z_loss=0.01, softcap=2.0, logit_scale=0.8, temperature=0.7, reduction=reduction, chunk_bytes=2 * 4 * 8)
+
+    assert gradcheck(loss, (x, weight, bias, token_weight))
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
+def test_gradcheck_with_lora(trained, reduction):
+    x, weight, bias, target, token_weight = inputs(trained=trained, rows=5, width=3, vocabulary=4)
+    lora = adapter(rank=2, width=3, vocabulary=4)
+
+    def loss(x, weight, bias, A, B):
+        return linear_cross_entropy(x, weight, target, bias=bias, lora=Lora(A, B, 0.6), token_weight=token_weight, label_smoothing=0.1,
+                                    softcap=2.0, reduction=reduction, chunk_bytes=2 * 4 * 8)
+
+    assert gradcheck(loss, (x, weight, bias, lora.A, lora.B))
+
+
+@pytest.mark.parametrize("wanted", ["x", "weight", "A", "B", "x A B", "x weight A B"])
+@pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
+def test_lora_matches_full_logits(reduction, wanted):
+    x, weight, bias, target, token_weight = inputs()
+    lora = adapter()
+    leaves = dict(x=x, weight=weight, A=lora.A, B=lora.B)
+    for name, leaf in leaves.items():
+        leaf.requires_grad_(name in wanted.split())
+    leaves = [leaves[name] for name in wanted.split()]
+    call = dict(bias=bias, lora=lora, token_weight=token_weight, reduction=reduction, z_loss=0.05, temperature=0.8)
+    ours, theirs = linear_cross_entropy(x, weight, target, chunk_bytes=4 * ROW, **call), stock(x, weight, target, **call)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradients(ours, leaves), gradients(theirs, leaves), rtol=1e-11, atol=1e-11)
+
+
+def test_lora_of_another_dtype_gets_gradients_of_its_own():
+    x, weight, _, target, _ = inputs(torch.bfloat16, rows=60, width=16, vocabulary=100)
+    lora = adapter(torch.float32, width=16, vocabulary=100)
+    loss = linear_cross_entropy(x, weight, target, lora=lora, chunk_bytes=8 * 400)
+    grads = torch.autograd.grad(loss, [x, lora.A, lora.B])
+    assert [g.dtype for g in grads] == [torch.bfloat16, torch.float32, torch.float32]
+    exact = [t.detach().double().requires_grad_() for t in (x, lora.A, lora.B)]
+    truth = torch.autograd.grad(stock(exact[0], weight.double(), target, lora=Lora(*exact[1:], lora.scaling)), exact)
+    theirs = torch.autograd.grad(stock(x, weight, target, lora=lora), [x, lora.A, lora.B])
+    assert all(error(g, t) <= 2 * error(other, t) + 1e-6 for g, other, t in zip(grads, theirs, truth))
+
+
+@pytest.mark.parametrize("wanted", ["x", "weight", "bias"])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_one_trained_tensor_alone(wanted, reduction):
+    x, weight, bias, target, _ = (t.detach() for t in inputs())
+    leaf = dict(x=x, weight=weight, bias=bias)[wanted].requires_grad_()
+    ours, theirs = (f(x, weight, target, bias=bias, reduction=reduction) for f in (linear_cross_entropy, stock))
+    torch.testing.assert_close(gradients(ours, [leaf]), gradients(theirs, [leaf]))
+
+
+def distribution(x, weight, **options):
+    """softmax's logarithm over full logits, token by token."""
+    return torch.stack([-stock(x, weight, torch.full_like(x[:, 0], v, dtype=torch.int64), reduction="none", **options)
+                        for v in range(weight.shape[0])], 1)
+
+
+STATISTICS_OPTIONS = [{}, dict(softcap=3.0, temperature=0.7, logit_scale=0.9)]
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
+@pytest.mark.parametrize("options", STATISTICS_OPTIONS)
+def test_statistics(trained, reduction, options):
+    x, weight, bias, target, token_weight = inputs(trained=trained)
+    target[0] = distribution(x, weight, bias=bias)[0].argmax()
+    call = dict(options, bias=bias, token_weight=token_weight, label_smoothing=0.1, z_loss=0.01, reduction=reduction, chunk_bytes=4 * ROW)
+    ours, plain = linear_cross_entropy_statistics(x, weight, target, **call), linear_cross_entropy(x, weight, target, **call)
+    leaves = [x, weight, bias] if trained else [x]
+    assert torch.equal(ours.loss, plain) and all(map(torch.equal, gradients(ours.loss, leaves), gradients(plain, leaves)))
+
+    log_p, kept = distribution(x, weight, bias=bias, **options), target != -100
+    truth = dict(log_prob=log_p.gather(1, target.clamp_min(0)[:, None])[:, 0], entropy=-(log_p.exp() * log_p).sum(1),
+                 correct=log_p.argmax(1) == target)
+    assert truth["correct"][0]
+    for name, true in truth.items():
+        value = getattr(ours, name)
+        torch.testing.assert_close(value, torch.where(kept, true, torch.zeros_like(true)), rtol=1e-12, atol=1e-12)
+        assert not value.requires_grad and value.grad_fn is None
+
+
+def test_of_equal_logits_the_first_is_the_argmax():
+    target = torch.tensor([0, 1, 2])
+    correct = linear_cross_entropy_statistics(torch.ones(3, 1), torch.tensor([[0.0], [1.0], [1.0]]), target).correct
+    assert correct.tolist() == [False, True, False]
+
+
+def test_log_prob():
+    x, weight, bias, target, _ = inputs()
+    ours = linear_log_prob(x, weight, target, bias=bias, softcap=4.0, logit_scale=0.5, temperature=0.9)
+    theirs = -stock(x, weight, target, bias=bias, softcap=4.0, logit_scale=0.5, temperature=0.9, reduction="none")
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(gradients(ours, [x]), gradients(theirs, [x]))
+    assert (ours[1::3] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("options", [{}, dict(label_smoothing=0.1, z_loss=1e-3, softcap=20.0, logit_scale=0.5)])
+def test_error_is_at_most_twice_that_of_torch(dtype, trained, options):
+    x, weight, bias, target, _ = inputs(dtype, trained, rows=150, width=64, vocabulary=1000, scale=0.4)
+    leaves = [x, weight, bias] if trained else [x]
+    exact_leaves = [t.detach().double().requires_grad_(t.requires_grad) for t in (x, weight, bias)]
+    exact = stock(exact_leaves[0], exact_leaves[1], target, bias=exact_leaves[2], **options)
+    exact = [exact, *torch.autograd.grad(exact, exact_leaves[: len(leaves)])]
+
+    def errors(loss):
+        values = [loss, *torch.autograd.grad(loss, leaves)]
+        return [(value.double() - true).norm() / true.norm() for value, true in zip(values, exact)]
+
+    ours = errors(linear_cross_entropy(x, weight, target, bias=bias, chunk_bytes=40 * 4000, **options))
+    theirs = errors(stock(x, weight, target, bias=bias, **options))
+    tiny = 1e-6 if dtype == torch.float32 else 1e-5
+    assert all(mine <= 2 * other + tiny for mine, other in zip(ours, theirs)), (ours, theirs)
+
+
+def test_results_are_fp32_and_gradients_have_the_dtype_of_their_tensor():
+    x, weight, bias, target, _ = inputs(torch.bfloat16, trained=True)
+    loss = linear_cross_entropy(x, weight, target, bias=bias)
+    loss.backward()
+    assert loss.dtype == torch.float32 and linear_log_prob(x, weight, target).dtype == torch.float32
+    assert {t.grad.dtype for t in (x, weight, bias)} == {torch.bfloat16}
+
+
+@settings(max_examples=25, deadline=None)
+@given(rows=st.sampled_from([1, 2, 7, 8, 9, 31]), chunk_rows=st.integers(1, 40), trained=st.booleans(),
+       reduction=st.sampled_from(["sum", "mean", "none"]))
+def test_chunk_size_changes_nothing_but_rounding(rows, chunk_rows, trained, reduction):
+    x, weight, _, target, token_weight = inputs(trained=trained, rows=rows)
+    leaves = [x, weight] if trained else [x]
+    losses = [linear_cross_entropy(x, weight, target, token_weight=token_weight, reduction=reduction,
+                                   chunk_bytes=size * ROW) for size in (chunk_rows, rows)]
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(*(gradients(loss, leaves) for loss in losses), rtol=1e-12, atol=1e-12)
+
+
+class Allocations(TorchDispatchMode):
+    """Sizes in bytes of every tensor an op returns, and the products computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest, self.products = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.numel() * tensor.element_size())
+        self.products += func in (torch.ops.aten.mm.default, torch.ops.aten.mm.out, torch.ops.aten.addmm.out, torch.ops.aten.addmm_.default)
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wanted, products", [("", 1), ("x", 2), ("x weight", 3)])
+def test_no_tensor_is_larger_than_a_chunk_and_products_are_few(dtype, wanted, products):
+    rows, width, vocabulary, chunk_rows = 96, 4, 500, 16
+    tensors = inputs(dtype, rows=rows, width=width, vocabulary=vocabulary)
+    x, weight, _, target, token_weight = (t.detach() for t in tensors)
+    with Allocations() as seen:
+        _linear_cross_entropy(x, weight, target, None, None, None, token_weight, 0.1, 0.01, 5.0, 0.5, 1.0, -100, 1.0,
+                              chunk_rows * vocabulary * 4, False, ["x" in wanted, "weight" in wanted, False, False, False])
+    assert seen.largest == chunk_rows * vocabulary * 4
+    kept = int((target >= 0).sum())
+    assert kept == 64 and seen.products == products * kept // chunk_rows
+
+
+@pytest.mark.parametrize("differentiate, products", [("nothing", 1), ("no_grad", 1), ("x", 2), ("all", 3), ("all, none", 4),
+                                                     ("lora", 2), ("lora, none", 3), ("all, statistics", 3), ("x, statistics", 2)])
+def test_products_behind_the_public_function(monkeypatch, differentiate, products):
+    """Counts what each call of the op asks for: one product for the losses and one for each large gradient."""
+    asked = []
+
+    def counted(*args):
+        asked.append(1 + args[-1][0] + args[-1][1])
+        return _linear_cross_entropy(*args)
+
+    # The package lends the module's name to the function, so the module is asked for by import.
+    monkeypatch.setattr(importlib.import_module("kernels.linear_cross_entropy"), "_linear_cross_entropy", counted)
+    x, weight, _, target, _ = inputs(trained=differentiate.startswith("all"))
+    if differentiate == "nothing":
+        x = x.detach()
+    with torch.set_grad_enabled(differentiate != "no_grad"):
+        reduction = "none" if differentiate.endswith("none") else "sum"
+        lora = adapter() if differentiate.startswith("lora") else None
+        op = linear_cross_entropy_statistics if differentiate.endswith("statistics") else linear_cross_entropy
+        result = op(x, weight, target, lora=lora, reduction=reduction)
+        loss = (result.loss if differentiate.endswith("statistics") else result).sum()
+    if loss.requires_grad:
+        loss.backward()
+    assert sum(asked) == products
+
+
+@pytest.mark.parametrize("rows", [0, 6])
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
+def test_nothing_supervised_is_a_differentiable_zero(rows, trained, reduction):
+    x, weight, bias, target, _ = inputs(trained=trained, rows=rows)
+    loss = linear_cross_entropy(x, weight, torch.full_like(target, -100), bias=bias, z_loss=0.1, reduction=reduction)
+    loss.sum().backward()
+    assert loss.shape == ((rows,) if reduction == "none" else ()) and (loss == 0).all()
+    assert all(torch.equal(t.grad, torch.zeros_like(t)) for t in ((x, weight, bias) if trained else (x,)))
+
+
+def test_all_weights_zero_is_a_differentiable_zero():
+    x, weight, _, target, token_weight = inputs()
+    loss = linear_cross_entropy(x, weight, target, token_weight=torch.zeros_like(token_weight), reduction="mean")
+    loss.backward()
+    assert loss == 0 and torch.equal(x.grad, torch.zeros_like(x))
+
+
+def test_ignored_rows_are_never_read():
+    x, weight, _, target, token_weight = inputs()
+    clean = linear_cross_entropy(x, weight, target, token_weight=token_weight)
+    poisoned = x.detach().clone()
+    poisoned[1::3] = float("nan")
+    poisoned.requires_grad_()
+    loss = linear_cross_entropy(poisoned, weight, target, token_weight=token_weight)
+    assert torch.equal(loss, clean)
+    assert torch.equal(torch.autograd.grad(loss, poisoned)[0], torch.autograd.grad(clean, x)[0])
+
+
+def test_large_logits_stay_finite():
+    x, weight, _, target, _ = inputs(torch.float32, trained=True, scale=1e4)
+    loss = linear_cross_entropy(x, weight, target)
+    loss.backward()
+    torch.testing.assert_close(loss, stock(x, weight, target))
+    assert x.grad.isfinite().all() and weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_bitwise_repeatable_twice_backward_and_inputs_unchanged(trained, reduction):
+    x, weight, bias, target, token_weight = tensors = inputs(torch.float32, trained)
+    before = [t.detach().clone() for t in tensors]
+    leaves = [x, weight, bias] if trained else [x]
+    loss, again = (linear_cross_entropy(x, weight, target, bias=bias, token_weight=token_weight, label_smoothing=0.1,
+                                        softcap=5.0, logit_scale=0.5, reduction=reduction) for _ in range(2))
+    upstream = torch.full_like(loss, 0.3)
+    first, second = (torch.autograd.grad(loss, leaves, upstream, retain_graph=True) for _ in range(2))
+    third = torch.autograd.grad(again, leaves, upstream)
+    assert torch.equal(loss, again)
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(first, second, third))
+    assert all(torch.equal(t, old) for t, old in zip(tensors, before))
+
+
+def test_strided_inputs():
+    wide = torch.randn(S, 2 * D, dtype=torch.float64).requires_grad_()
+    weight, target = torch.randn(D, V, dtype=torch.float64).t(), torch.randint(V, (2 * S,))[::2]
+    ours, theirs = (f(wide[:, ::2], weight, target) for f in (linear_cross_entropy, stock))
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(gradients(ours, [wide]), gradients(theirs, [wide]))
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_under_activation_checkpointing(trained, reduction, reentrant):
+    x, weight, _, target, _ = inputs(trained=trained)
+    leaves = [x, weight] if trained else [x]
+
+    def run(wrap):
+        for leaf in leaves:
+            leaf.grad = None
+        wrap(lambda x: linear_cross_entropy(x, weight, target, reduction=reduction).sum(), x).backward()
+        return [leaf.grad for leaf in leaves]
+
+    direct = run(lambda f, x: f(x))
+    assert all(map(torch.equal, direct, run(lambda f, x: checkpoint(f, x, use_reentrant=reentrant))))
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiles_in_one_graph_with_ignored_rows(trained, reduction):
+    torch._dynamo.reset()
+    x, weight, _, target, token_weight = inputs(torch.float32, trained)
+    leaves = [x, weight] if trained else [x]
+
+    def loss(x, weight):
+        return linear_cross_entropy(x, weight, target, token_weight=token_weight, reduction=reduction)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, weight), loss(x, weight))
+    torch.testing.assert_close(gradients(compiled(x, weight), leaves), gradients(loss(x, weight), leaves))
+
+
+@pytest.mark.parametrize("wanted", [[False] * 5, [True] + [False] * 4, [True] * 5])
+@pytest.mark.parametrize("statistics", [False, True])
+def test_op_schema_and_fake_kernel(wanted, statistics):
+    x, weight, bias, target, token_weight = (t.detach() for t in inputs(torch.bfloat16))
+    A, B = torch.randn(2, D), torch.randn(V, 2)
+    torch.library.opcheck(_linear_cross_entropy.node, (
+        x, weight, target, bias, A, B, token_weight, 0.1, 0.0, None, 1.0, 0.7, -100, 2.0, None, statistics, wanted))
+
+
+def test_autocast_is_not_consulted():
+    x, weight, bias, target, token_weight = inputs(torch.float32, trained=True)
+    lora = adapter(torch.float32)
+    leaves = [x, weight, bias, lora.A, lora.B]
+    for reduction in ("sum", "none"):
+        call = dict(bias=bias, lora=lora, token_weight=token_weight, reduction=reduction)
+        plain = linear_cross_entropy(x, weight, target, **call)
+        with torch.autocast("cpu", torch.bfloat16):
+            cast = linear_cross_entropy(x, weight, target, **call)
+            assert all(map(torch.equal, gradients(cast, leaves), gradients(plain, leaves))) and torch.equal(cast, plain)
+
+
+def test_tokens_that_the_head_rules_out():
+    x, weight, bias, target, _ = inputs(trained=True)
+    bias.detach()[(target[0] + 1) % V] = -torch.inf
+    ours, theirs = linear_cross_entropy(x, weight, target, bias=bias), stock(x, weight, target, bias=bias)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(gradients(ours, [x, weight, bias]), gradients(theirs, [x, weight, bias]))
+    assert linear_cross_entropy_statistics(x, weight, target, bias=bias).entropy.isfinite().all()
+
+
+@pytest.mark.parametrize("vocabulary", [257, 32000, 128256, 151936, 262144])
+def test_rows_of_a_chunk(vocabulary):
+    """At least 2048 on a GPU, whole tiles, and no more than half a gigabyte beyond that; a stated budget is kept."""
+    rows = rows_per_chunk(vocabulary, torch.bfloat16, "cuda")
+    assert rows % 128 == 0 and rows >= 2048 and (rows == 2048 or rows * vocabulary * 4 <= 1 << 30)
+    assert rows_per_chunk(vocabulary, torch.bfloat16, "cpu", 10 * vocabulary * 4 + 1) == 10
+    assert rows_per_chunk(vocabulary, torch.float64, "cpu", vocabulary * 4) == 1
+
+
+TORCHS_OWN = """
+import sys, types, unittest
+sys.modules.setdefault("expecttest", types.SimpleNamespace(TestCase=unittest.TestCase))
+import torch
+from torch.testing._internal.common_methods_invocations import sample_inputs_linear_cross_entropy as samples
+from torch.testing._internal.common_nn import linear_cross_entropy_loss_reference as reference
+cases = []
+for s in samples(None, "cpu", torch.float64, True):
+    weight, target = s.args
+    if weight.dim() == 2 and not target.is_floating_point():
+        loss = reference(s.input, weight, target, **s.kwargs)
+        leaves = [s.input, weight, *(value for name, value in s.kwargs.items() if name == "linear_bias")]
+        cases.append((s.input, weight, target, s.kwargs, loss.detach(), torch.autograd.grad(loss.sum(), leaves)))
+torch.save(cases, sys.argv[1])
+"""
+
+
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="needs torch 2.13's linear_cross_entropy and its sample inputs")
+def test_torchs_own_sample_inputs(tmp_path):
+    """In another process: that import changes torch's global flags. A class weight is a token's weight by its target."""
+    subprocess.run([sys.executable, "-c", TORCHS_OWN, str(tmp_path / "cases")], check=True)
+    cases = torch.load(tmp_path / "cases")
+    assert len(cases) >= 30
+    for x, weight, target, options, loss, grads in cases:
+        by_class, bias = options.pop("weight", None), options.pop("linear_bias", None)
+        rows = target.reshape(-1)
+        options.setdefault("ignore_index", None)
+        token_weight = None if by_class is None else by_class[rows]
+        options.setdefault("reduction", "mean")
+        ours = linear_cross_entropy(x.reshape(len(rows), -1), weight, rows, bias=bias, token_weight=token_weight, **options)
+        torch.testing.assert_close(ours.reshape(loss.shape), loss)
+        leaves = [x, weight] + [bias] * (bias is not None)
+        torch.testing.assert_close(torch.autograd.grad(ours.sum(), leaves), grads)
+
+
+META = torch.device("meta")
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(target=torch.tensor([0, V])), rf"expected targets in \[0, {V}\) or ignore_index -100, got {V} at row 1"),
+    (dict(target=torch.tensor([-1, 0])), r"got -1 at row 0"),
+    (dict(target=torch.tensor([-100, 0]), ignore_index=None), rf"expected targets in \[0, {V}\), got -100 at row 0"),
+    (dict(target=torch.tensor([0])), r"expected target torch.int64 of shape \(2,\) on cpu, got torch.int64 \(1,\) on cpu"),
+    (dict(target=torch.tensor([0, 1], dtype=torch.int32)), r"expected target torch.int64 of shape .*, got torch.int32 \(2,\)"),
+    (dict(target=torch.zeros(2, dtype=torch.int64, device=META)), "expected target .* on cpu, got .* on meta"),
+    (dict(weight=torch.zeros(V, D + 1)), r"expected x \[S, D\] and weight \[V, D\], got \(2, 6\) and \(17, 7\)"),
+    (dict(x=torch.zeros(1, 2, D)), r"expected x \[S, D\] and weight \[V, D\], got \(1, 2, 6\) and \(17, 6\)"),
+    (dict(weight=torch.zeros(V, D).bfloat16()), "one floating dtype, got torch.float32 and torch.bfloat16"),
+    (dict(weight=torch.zeros(V, D, device=META)), "expected weight .* on cpu, got .* on meta"),
+    (dict(weight=torch.zeros(0, D)), "expected a vocabulary of at least one token, got 0"),
+    (dict(bias=torch.zeros(3)), r"expected bias torch.float32 of shape \(17,\) on cpu, got torch.float32 \(3,\)"),
+    (dict(bias=torch.zeros(V).double()), r"expected bias torch.float32 of shape \(17,\) on cpu, got torch.float64 \(17,\)"),
+    (dict(token_weight=torch.zeros(3)), r"expected token_weight floating of shape \(2,\) on cpu, got torch.float32 \(3,\)"),
+    (dict(token_weight=torch.zeros(2, dtype=torch.int64)), r"expected token_weight floating .*, got torch.int64 \(2,\)"),
+    (dict(token_weight=torch.zeros(2, device=META)), "expected token_weight .* on cpu, got .* on meta"),
+    (dict(lora=Lora(torch.zeros(2, D + 1), torch.zeros(V, 2), 1.0)), r"expected lora.A floating of shape \(2, 6\) .*, got .* \(2, 7\)"),
+    (dict(lora=Lora(torch.zeros(()), torch.zeros(V, 2), 1.0)), r"expected lora.A floating of shape \(6,\) .*, got .* \(\)"),
+    (dict(lora=Lora(torch.zeros(2, D), torch.zeros(V, 3), 1.0)), r"expected lora.B floating of shape \(17, 2\) .*, got .* \(17, 3\)"),
+    (dict(lora=Lora(torch.zeros(2, D), torch.zeros(V, 2), 1.0, 0.1)), "expected a lora without dropout on the head, got 0.1"),
+    (dict(lora=Lora(torch.zeros(2, D), torch.zeros(V, 2), 1.0, 0.0, torch.zeros(V))), "expected a lora without magnitude on the head"),
+    (dict(reduction="avg"), "expected reduction 'sum', 'mean' or 'none', got 'avg'"),
+    (dict(softcap=0.0), "expected softcap > 0 or None, got 0.0"),
+    (dict(label_smoothing=1.0), r"expected label_smoothing in \[0, 1\), got 1.0"),
+    (dict(label_smoothing=-0.1), r"expected label_smoothing in \[0, 1\), got -0.1"),
+    (dict(temperature=0.0), "expected temperature > 0, got 0.0"),
+    (dict(chunk_bytes=0), "expected chunk_bytes > 0 or None, got 0"),
+])
+def test_mistakes_are_named(change, message):
+    call = dict(x=torch.zeros(2, D), weight=torch.zeros(V, D), target=torch.zeros(2, dtype=torch.int64)) | change
+    with pytest.raises(ValueError, match="linear_cross_entropy: .*" + message):
+        linear_cross_entropy(**call)
+
+
+@pytest.mark.parametrize("op", [linear_log_prob, linear_cross_entropy_statistics])
+def test_each_function_names_itself(op):
+    with pytest.raises(ValueError, match=f"{op.__name__}: expected temperature > 0, got -1"):
+        op(torch.zeros(2, D), torch.zeros(V, D), torch.zeros(2, dtype=torch.int64), temperature=-1)
+
+
+# ---------------------------------------------------------------- Triton
+
+PLAIN, EVERYTHING = {}, dict(label_smoothing=0.1, z_loss=1e-3, softcap=20.0, logit_scale=0.8, temperature=0.7)
+
+
+def triton_inputs(vocabulary, trained=False, rows=12, width=16, scale=1.0):
+    x, weight, bias, target, token_weight = inputs(trained=trained, rows=rows, width=width, vocabulary=vocabulary, scale=scale)
+    target[0], target[-1] = 0, vocabulary - 1
+    return [x, weight, bias, target, token_weight]
+
+
+def both(**call):
+    """linear_cross_entropy and stock as functions of `triton_inputs`, in chunks of five rows."""
+
+    def ours(x, weight, bias, target, token_weight):
+        size = 5 * (weight.shape[0] + 15) * x.element_size()
+        return linear_cross_entropy(x, weight, target, bias=bias, token_weight=token_weight, chunk_bytes=size, **call)
+
+    return ours, lambda x, weight, bias, target, token_weight: stock(x, weight, target, bias=bias, token_weight=token_weight, **call)
+
+
+@runs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocabulary", [257, 1000, 4093])
+@pytest.mark.parametrize("options", [PLAIN, EVERYTHING])
+@pytest.mark.parametrize("trained", [False, True])
+def test_kernel_is_as_exact_as_torch(trained, options, vocabulary, dtype):
+    reduction = "none" if trained and options else "sum"
+    assert_as_exact_as_torch(*both(reduction=reduction, **options), triton_inputs(vocabulary, trained), dtype)
+
+
+@runs_triton
+@pytest.mark.parametrize("rows", [1, 2, 3, 17])
+@pytest.mark.parametrize("vocabulary", [1, 2, 127, 129])
+def test_kernel_on_few_rows(vocabulary, rows):
+    """A vocabulary of one has loss and gradients 0."""
+    assert_as_exact_as_torch(*both(reduction="mean"), triton_inputs(vocabulary, True, rows=rows), torch.float32)
+
+
+@runs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", [PLAIN, EVERYTHING])
+def test_kernel_loops_over_wide_rows(options, dtype):
+    """Two blocks of the widest, the last with one logit."""
+    blocks = LAUNCH["any part", None].blocks["BLOCK"]
+    assert_as_exact_as_torch(*both(reduction="mean", **options), triton_inputs(blocks + 1, rows=3, width=4), dtype)
+
+
+@runs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("trained", [False, True])
+def test_kernel_survives_huge_logits(trained, dtype):
+    tensors = triton_inputs(257, trained, scale=2e3)
+    assert 1e4 < F.linear(tensors[0], tensors[1]).abs().max() < torch.finfo(torch.float16).max
+    assert_as_exact_as_torch(*both(), tensors, dtype)
+
+
+@runs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_kernel_with_lora(reduction, dtype):
+    lora = adapter(width=16, vocabulary=257)
+
+    def bind(op):
+        def run(x, weight, target, A, B):
+            loss = op(x, weight, target, lora=Lora(A, B, 0.6), reduction=reduction)
+            # The logits are rounded in other places than torch's, and of two sums of roundings either may be lucky: only gradients count.
+            return loss - loss.detach() if reduction == "sum" else loss
+
+        return run
+
+    x, weight, _, target, _ = triton_inputs(257)
+    assert_as_exact_as_torch(bind(linear_cross_entropy), bind(stock), [x, weight, target, lora.A, lora.B], dtype)
+
+
+@runs_triton
+def test_mean_over_many_rows_does_not_underflow_in_fp16():
+    assert_as_exact_as_torch(*both(reduction="mean"), triton_inputs(1000, True, rows=30), torch.float16)
+
+
+@runs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", [PLAIN, EVERYTHING])
+@pytest.mark.parametrize("vocabulary", [257, 4093])
+def test_kernel_statistics(vocabulary, options, dtype):
+    x, weight, bias, target, _ = to([t.detach() for t in triton_inputs(vocabulary, rows=7)], dtype)
+    weight[200] = weight[5] = 3 * weight[5]  # two that no other reaches
+    bias[200] = bias[5]
+    target[2], target[3] = 200, 5
+    x[2] = x[3] = weight[5]
+    with triton_mode(), poisoned():
+        ours = linear_cross_entropy_statistics(x, weight, target, bias=bias, **options)
+        again = linear_cross_entropy_statistics(x, weight, target, bias=bias, **options)
+    assert all(map(torch.equal, ours, again))
+    exact = linear_cross_entropy_statistics(x.double(), weight.double(), target, bias=bias.double(), **options)
+    z = F.linear(x, weight, bias).float()
+    z = torch.tanh(z * 0.8 / 20.0) * 20.0 / 0.7 if options else z
+    p = z.log_softmax(1)
+    kept = target != -100
+    theirs = p.gather(1, target.clamp_min(0)[:, None])[:, 0] * kept, -(p.exp() * p).sum(1) * kept
+    for mine, other, true in zip(ours[1:3], theirs, exact[1:3]):
+        assert error(mine, true) <= 2 * error(other, true) + 1e-6
+    assert torch.equal(ours.correct, (z.argmax(1) == target) & kept)
+    assert ours.correct.dtype == torch.bool and ours.correct[3] and not ours.correct[2]
+
+
+@runs_triton
+def test_kernel_statistics_cost_nothing_to_the_loss():
+    x, weight, bias, target, token_weight = (t.to(DEVICE).detach() for t in triton_inputs(257))
+    leaves = [t.float().requires_grad_() for t in (x, weight)]
+    with triton_mode():
+        results = [op(*leaves, target, reduction="sum") for op in (linear_cross_entropy, linear_cross_entropy_statistics)]
+        assert torch.equal(results[0], results[1].loss)
+        assert all(map(torch.equal, *(torch.autograd.grad(loss, leaves) for loss in (results[0], results[1].loss))))
+
+
+@runs_triton
+def test_kernel_with_tokens_that_the_head_rules_out():
+    tensors = triton_inputs(257, trained=True)
+    tensors[2].detach()[100:200] = -torch.inf
+    assert_as_exact_as_torch(*both(), tensors, torch.float32)
+    x, weight, bias, target, _ = to([t.detach() for t in tensors], torch.float32)
+    with triton_mode():
+        entropy = linear_cross_entropy_statistics(x, weight, target, bias=bias).entropy
+    p = F.linear(x, weight, bias).log_softmax(1)[:, bias.isfinite()]
+    torch.testing.assert_close(entropy, -(p.exp() * p).sum(1) * (target != -100))
+
+
+@runs_triton
+@pytest.mark.parametrize("options", [Loss(), Loss(0.1, 1e-3, 20.0, 1.0, 0.7)])
+def test_a_target_outside_the_vocabulary_is_nan_and_touches_no_other_row(options):
+    rows, vocabulary = 4, 257
+    target = torch.tensor([3, vocabulary, -1, vocabulary - 1], device=DEVICE)
+    losses = torch.empty(rows, device=DEVICE)
+    with triton_mode():
+        logits = new_logits(rows, vocabulary, losses).normal_()
+        gradient = cross_entropy_rows(logits, slice(0, rows), target, None, losses, None, options, True)
+    assert losses.isnan().tolist() == gradient.isnan().all(1).tolist() == [False, True, True, False]
+    assert gradient[[0, 3]].isfinite().all()
+
+
+@runs_triton
+def test_offsets_beyond_31_bits():
+    """Rows 2^30 elements apart, with room for the third to be sought where 32 bits would put it."""
+    stride, vocabulary = 2**30 + 16, 300
+    try:
+        storage = torch.empty(2**32 + 4096, dtype=torch.bfloat16, device=DEVICE)
+    except RuntimeError as exception:
+        pytest.skip(f"needs 8.6 GB of address space: {exception}")
+    logits = storage.as_strided((3, vocabulary), (stride, 1), 2**31)
+    values = torch.randn(3, vocabulary, device=DEVICE).bfloat16()
+    logits.copy_(values)
+    target, losses = torch.tensor([1, 2, 299], device=DEVICE), torch.empty(3, device=DEVICE)
+    with triton_mode():
+        gradient = cross_entropy_rows(logits, slice(0, 3), target, None, losses, None, Loss(), True)
+    truth = values.double().requires_grad_()
+    true = F.cross_entropy(truth, target, reduction="none")
+    torch.testing.assert_close(losses.double(), true.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradient.double(), torch.autograd.grad(true.sum(), truth)[0], rtol=1e-2, atol=1e-4)
+
+
+@runs_triton
+@pytest.mark.parametrize("vocabulary", [256, 257])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernel_keeps_to_the_chunk(dtype, vocabulary):
+    """The largest tensor is one chunk's logits in x's dtype, at 16-byte boundaries; gradients take no second one."""
+    chunk_rows, rows = 4, 24
+    x, weight, _, target, _ = (t.detach().to(DEVICE) for t in inputs(dtype, rows=rows, width=4, vocabulary=vocabulary))
+    width = 256 if vocabulary == 256 else 272
+    size = chunk_rows * width * dtype.itemsize
+    with triton_mode(), Allocations() as seen:
+        _linear_cross_entropy(x, weight, target, None, None, None, None, *Loss(), -100, 1.0, size + 1, False, [True] + [False] * 4)
+    assert seen.largest == size and seen.products == 2 * 16 // chunk_rows
+    with triton_mode():
+        assert new_logits(3, vocabulary, x).stride() == (width, 1)
+
+
+@runs_triton
+@pytest.mark.parametrize("rows", [0, 3])
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
+def test_kernel_with_nothing_supervised(rows, trained, reduction):
+    x, weight, bias, target, _ = (t.to(DEVICE).detach() for t in inputs(torch.bfloat16, rows=rows))
+    leaves = [x, weight, bias] if trained else [x]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    with triton_mode(), poisoned():
+        loss = linear_cross_entropy(x, weight, torch.full_like(target, -100), bias=bias, z_loss=0.1, reduction=reduction)
+        grads = torch.autograd.grad(loss.sum(), leaves)
+    assert (loss == 0).all() and all(torch.equal(g, torch.zeros_like(g)) for g in grads)
+
+
+@runs_triton
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_kernel_compiles_in_one_graph_with_ignored_rows(trained, reduction):
+    torch._dynamo.reset()
+    x, weight, bias, target, token_weight = (t.detach().to(DEVICE) for t in inputs(torch.float32))
+    leaves = [x, weight, bias] if trained else [x]
+    for leaf in leaves:
+        leaf.requires_grad_()
+
+    def values(x, weight, bias):
+        return linear_cross_entropy_statistics(x, weight, target, bias=bias, token_weight=token_weight, reduction=reduction)
+
+    compiled = torch.compile(values, fullgraph=True, backend="aot_eager")
+    with triton_mode():
+        ours, plain = compiled(x, weight, bias), values(x, weight, bias)
+        grads, plain_grads = (torch.autograd.grad(v.loss.sum(), leaves) for v in (ours, plain))
+    torch.testing.assert_close(tuple(ours), tuple(plain))
+    torch.testing.assert_close(grads, plain_grads)
+    assert not ours.log_prob.requires_grad
+
+
+@runs_triton
+@pytest.mark.parametrize("wanted", [[True] + [False] * 4, [True] * 5])
+def test_kernel_schema(wanted):
+    x, weight, bias, target, token_weight = (t.detach().to(DEVICE) for t in inputs(torch.bfloat16))
+    A, B = torch.randn(2, D, device=DEVICE), torch.randn(V, 2, device=DEVICE)
+    with triton_mode():
+        torch.library.opcheck(_linear_cross_entropy.node, (
+            x, weight, target, bias, A, B, token_weight, 0.1, 0.0, None, 1.0, 0.7, -100, 2.0, None, True, wanted))
+
+
+@runs_triton
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_kernel_under_checkpointing_and_autocast(trained, reduction):
+    x, weight, _, target, _ = (t.detach().to(DEVICE) for t in inputs(torch.float32))
+    leaves = [x, weight] if trained else [x]
+    for leaf in leaves:
+        leaf.requires_grad_()
+
+    def loss(x):
+        return linear_cross_entropy(x, weight, target, reduction=reduction).sum()
+
+    with triton_mode():
+        direct = torch.autograd.grad(loss(x), leaves)
+        assert all(map(torch.equal, direct, torch.autograd.grad(checkpoint(loss, x, use_reentrant=False), leaves)))
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            cast = loss(x)
+        assert all(map(torch.equal, direct, torch.autograd.grad(cast, leaves)))

@@ -1,0 +1,62 @@
+"""The order of a run is a function of data, configuration and seed, and covers what the mixture chose."""
+
+import numpy as np
+import pytest
+
+from trainer.config import Batch
+from trainer.data.mixture import Mixture, Part
+from trainer.data.step_plan import Plan, hash_seed
+
+LENGTHS = np.random.default_rng(0).integers(1, 65, size=500)
+
+
+def plan(epochs=2.0, max_steps=None, seed=3, weight=1.0, tokens_per_step=256) -> Plan:
+    mixture = Mixture(LENGTHS, np.zeros(500, dtype=np.int16), [Part("a", "domain", weight)], seed=seed)
+    batch = Batch(tokens_per_pack=128, tokens_per_step=tokens_per_step, max_documents=8)
+    return Plan(LENGTHS, mixture, batch, epochs, max_steps, seed)
+
+
+def test_an_epoch_sees_every_sample_once_in_packs_that_fit():
+    made = plan()
+    for epoch in (0, 1):
+        packs = [p for step in made.epoch(epoch) for p in step]
+        assert np.array_equal(np.sort(np.concatenate(packs)), np.arange(500))
+        assert max(LENGTHS[p].sum() for p in packs) <= 128 and max(map(len, packs)) <= 8
+    assert all(len(step) == 2 for step in made.epoch(0)[:-1])
+
+
+def test_epochs_differ_and_seeds_repeat():
+    one, same, other = plan(), plan(), plan(seed=4)
+    flat = lambda made, e: np.concatenate([p for step in made.epoch(e) for p in step])  # noqa: E731
+    assert np.array_equal(flat(one, 1), flat(same, 1))
+    assert not np.array_equal(flat(one, 0), flat(one, 1)) and not np.array_equal(flat(one, 0), flat(other, 0))
+
+
+def test_steps_are_found_by_number_alone():
+    made, later = plan(), plan()
+    n = len(made.epoch(0))
+    for step in (0, n - 1, n, made.total - 1):
+        place = made.place(step)
+        assert place.epoch == step // n and all(map(np.array_equal, later[step], made.epoch(place.epoch)[place.step]))
+
+
+@pytest.mark.parametrize(("epochs", "share"), [(0.5, 0.5), (1.0, 1.0), (1.25, 1.25), (3.0, 3.0)])
+def test_fractions_of_epochs(epochs, share):
+    made = plan(epochs=epochs)
+    assert made.total == pytest.approx(share * len(plan().epoch(0)), abs=3)
+    assert made.progress(made.total) == pytest.approx(epochs, abs=0.02)
+
+
+def test_max_steps_bounds_the_run():
+    assert plan(max_steps=5).total == 5
+    assert plan(epochs=1, max_steps=10_000).total == len(plan().epoch(0))
+
+
+def test_half_epochs_walk_through_all_samples():
+    made = plan(weight=0.5)
+    seen = [np.concatenate([p for step in made.epoch(e) for p in step]) for e in (0, 1)]
+    assert np.array_equal(np.sort(np.concatenate(seen)), np.arange(500))
+
+
+def test_seeds_of_neighbours_are_unrelated():
+    assert len({hash_seed(1, step, rank) for step in range(100) for rank in range(4)}) == 400

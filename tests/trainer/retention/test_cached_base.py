@@ -1,0 +1,365 @@
+"""A base that is read once, from disk, holds a run as one that runs in every step does: the same losses and gradients, fewer forwards."""
+
+import copy
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import trainer.run
+import trainer.training.run_folder
+from tests.helpers import tiny
+from tests.helpers.kills import Killed, killed_at
+from tests.trainer.retention.test_kl import CPU, stir
+from tests.trainer.test_run import arguments, records, write_chats
+from tests.trainer.training.test_loop import Readbacks
+from trainer import config
+from trainer.cli import parse
+from trainer.config import Config, Lora
+from trainer.data.prepare import Inputs, prepare_inputs
+from trainer.errors import UserError
+from trainer.metrics.throughput import Phases, model_size
+from trainer.model.loading import head, load_tokenizer, patch, supervised_hidden, use_packed_attention
+from trainer.model.lora import add_adapter
+from trainer.retention import cached_base
+from trainer.retention import kl as retention
+from trainer.run import train
+from trainer.runtime import checkpoint
+from trainer.runtime.distributed import World
+from trainer.training import loop
+from trainer.training.loader import Work, prepare
+from trainer.training.loop import train_step
+from trainer.training.memory_estimate import estimate
+
+ROLES = ("domain", "replay")
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory):
+    """Domain and replay chats of many lengths."""
+    rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("chats")
+    for name, count in (("domain", 40), ("replay", 24)):
+        rows = [(f"{name} {i} " * rng.integers(1, 5), "quick fox " * rng.integers(1, 8)) for i in range(count)]
+        write_chats(folder / f"{name}.jsonl", rows)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def no_report(monkeypatch):
+    monkeypatch.setattr(trainer.training.run_folder, "write_report", lambda folder: None)
+
+
+def settings(model: Path, chats: Path, output: Path, *more: str) -> Config:
+    return parse(Config, arguments(model, chats / "domain.jsonl", output, "--replay.data", str(chats / "replay.jsonl"), "--epochs", "2",
+                                   "--batch.tokens_per_pack", "128", "--batch.tokens_per_step", "256", "--logging.every", "1",
+                                   "--retention.kl", "0.7", *more), "trainer.run")
+
+
+def run(*args: str | Path):
+    return train(settings(*args))
+
+
+def stored_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("base-states-*"))
+
+
+# ---------------------------------------------------------------- steps
+
+
+def held_both_ways(model: nn.Module, inputs: Inputs, folder: Path, **options) -> list[retention.Retention]:
+    """What holds a run to this model, live and stored."""
+    asked = [config.Retention(kl=0.7, base=base, **options) for base in ("live", "stored")]
+    live, stored = (retention.prepare(one, model, ROLES) for one in asked)
+    return [live, cached_base.store(stored, inputs.samples, inputs.plan, folder, {}, CPU, World())]
+
+
+def objective(model: nn.Module, held: retention.Retention, work: Work) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """The divergence and the gradients of a step's objective."""
+    total, divergence = 0.0, torch.zeros((), dtype=torch.float64)
+    for batch in work.batches:
+        reference = held.look_up(batch, Phases(CPU))
+        supervised, counted = (supervised_hidden(model, batch), None) if reference is None else held.hidden(model, batch)
+        total = total + loop.cross_entropy(head(model), supervised, batch) / work.weight
+        if reference is not None:
+            divergence = divergence + held.divergence(head(model), counted, batch, reference) / work.counted_weight
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return float(divergence.detach()), torch.autograd.grad(total + held.settings.kl * divergence, trained)
+
+
+@pytest.mark.parametrize("kl_on, kl_tokens", [("replay", "supervised"), ("all", "supervised"), ("replay", "all"), ("all", "all")])
+@pytest.mark.parametrize("family, adapter", [("llama", "lora"), ("gemma2", "lora"), ("llama", "full"), ("qwen2", "full")])
+def test_steps_of_two_epochs_have_the_gradients_of_a_live_base(model_folder, chats, tmp_path, family, adapter, kl_on, kl_tokens):
+    """In double precision, where only the order of sums differs: samples meet other company in the pass than in the packs of a step."""
+    cfg = settings(model_folder, chats, tmp_path)
+    inputs = prepare_inputs(cfg, load_tokenizer(cfg.model))
+    model = tiny.model(family, torch.float64).train()
+    use_packed_attention(model)
+    if adapter == "lora":
+        model = add_adapter(model, Lora(rank=4)).double()
+        stir(model)
+    patch(model)
+    held = held_both_ways(model, inputs, tmp_path, kl_on=kl_on, kl_tokens=kl_tokens)
+    if adapter == "full":
+        stir(model)
+    counting = []
+    for step in range(inputs.plan.total):
+        works = [prepare(inputs.plan, inputs.samples, step, World(), CPU, one) for one in held]
+        (live, expected), (stored, found) = (objective(model, one, work) for one, work in zip(held, works))
+        assert abs(live - stored) <= 1e-12 * live and (live > 1e-4) == (works[0].counted_weight > 0)
+        for a, b in zip(found, expected, strict=True):
+            assert float((a - b).norm()) <= 1e-11 * float(b.norm()) + 1e-15
+        assert not any(batch.reference for batch in works[1].batches)
+        counting += [inputs.plan.place(step).epoch] * (live > 0)
+    assert min(counting.count(epoch) for epoch in (0, 1)) > 3
+
+
+def test_the_file_holds_what_the_stock_base_says(model_folder, chats, tmp_path):
+    cfg = settings(model_folder, chats, tmp_path)
+    inputs = prepare_inputs(cfg, load_tokenizer(cfg.model))
+    stock = tiny.model("llama")
+    model = copy.deepcopy(stock)
+    use_packed_attention(model)
+    patch(model)
+    _, held = held_both_ways(model, inputs, tmp_path)
+    replay = np.flatnonzero(inputs.samples.sources == 1)
+    path, = stored_files(tmp_path)
+    assert path.stat().st_size == inputs.samples.supervised[replay].sum() * 64 * 4
+    for i in replay[::-1]:
+        ids, supervised = inputs.samples[i]
+        with torch.no_grad():
+            hidden = stock.model(torch.from_numpy(ids.astype(np.int64))[None]).last_hidden_state[0, :-1]
+        torch.testing.assert_close(held.stored([i]), hidden[torch.from_numpy(supervised[1:].copy())], rtol=1e-4, atol=1e-5)
+    assert torch.equal(held.stored(replay[[5, 2]]), torch.cat([held.stored([replay[5]]), held.stored([replay[2]])]))
+
+
+def test_a_step_counts_the_head_of_the_base_alone(model_folder, chats, tmp_path):
+    cfg = settings(model_folder, chats, tmp_path)
+    inputs = prepare_inputs(cfg, load_tokenizer(cfg.model))
+    model = add_adapter(tiny.model("llama"), Lora(rank=4))
+    use_packed_attention(model.get_base_model())
+    size = model_size(model)
+    live, stored = (prepare(inputs.plan, inputs.samples, 0, World(), CPU, held).counts
+                    for held in held_both_ways(model, inputs, tmp_path))
+    assert live.base_tokens > live.base_supervised == stored.base_supervised > 0
+    assert size.base_flops(stored.base_tokens, stored.base_supervised, stored.base_squared_lengths) == \
+        2 * size.head * stored.base_supervised
+    assert (live.tokens, live.supervised, live.squared_lengths) == (stored.tokens, stored.supervised, stored.squared_lengths)
+
+
+def test_only_what_the_run_sees_is_stored(model_folder, chats, tmp_path):
+    cfg = settings(model_folder, chats, tmp_path, "--max_steps", "2")
+    inputs = prepare_inputs(cfg, load_tokenizer(cfg.model))
+    seen = np.unique(np.concatenate([pack for step in range(2) for pack in inputs.plan[step]]))
+    assert np.array_equal(inputs.plan.seen(), seen) and len(seen) < len(inputs.samples)
+    whole = settings(model_folder, chats, tmp_path)
+    assert len(prepare_inputs(whole, load_tokenizer(whole.model)).plan.seen()) == len(inputs.samples)
+    held = retention.prepare(config.Retention(kl=1.0, base="stored"), tiny.model("llama"), ROLES)
+    counts = cached_base.layout(held, inputs.samples, inputs.plan, torch.float32).counts
+    counted = seen[inputs.samples.sources[seen] == 1]
+    assert np.array_equal(np.flatnonzero(counts), counted) and np.array_equal(counts[counted], inputs.samples.supervised[counted])
+
+
+# ---------------------------------------------------------------- runs
+
+
+@pytest.mark.parametrize("options", [
+    (), ("--lora.dropout", "0.2", "--retention.kl_on", "all", "--retention.kl_tokens", "all"),
+    ("--retention.kl_on", "all", "--retention.weighting", "stm", "--retention.weighting_on", "all", "--retention.stm_threshold", "400"),
+    ("--adapter", "full", "--optim.lr", "1e-3"), ("--adapter", "full", "--retention.kl_tokens", "all", "--retention.kl_direction", "js"),
+    ("--adapter", "qlora", "--retention.kl_tokens", "all"), ("--lora.dora", "true", "--activation_checkpointing", "full"),
+])
+def test_runs_have_the_figures_of_a_live_base(model_folder, chats, tmp_path, options):
+    if "qlora" in options:
+        pytest.importorskip("bitsandbytes")
+        model_folder = tiny.save_model(tmp_path / "wide", "llama", hidden_size=128, intermediate_size=256)
+    for base in ("live", "stored"):
+        run(model_folder, chats, tmp_path / base, *options, "--retention.base", base)
+    live, stored = (records(tmp_path / base, "step") for base in ("live", "stored"))
+    assert len(live) == len(stored) > 8 and max(r.get("kl", 0.0) for r in live) > 1e-4
+    for a, b in zip(live, stored):
+        assert a.get("kl", 0.0) == pytest.approx(b.get("kl", 0.0), rel=1e-3, abs=1e-6) and a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert "base" not in b["seconds"] and ("kl" not in a or "base" in a["seconds"])
+    assert not stored_files(tmp_path / "stored"), "a finished run leaves no file"
+
+
+def test_a_saved_adapter_is_not_a_part_of_the_base(model_folder, chats, tmp_path):
+    run(model_folder, chats, tmp_path / "first", "--retention.kl", "0")
+    for base in ("live", "stored"):
+        run(model_folder, chats, tmp_path / base, "--lora.path", str(tmp_path / "first" / "adapter"), "--retention.base", base)
+    live, stored = ([r["kl"] for r in records(tmp_path / base, "step") if "kl" in r] for base in ("live", "stored"))
+    assert live[0] > 1e-3 and stored == pytest.approx(live, rel=1e-3)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("options", [("--lora.dropout", "0.1"), ("--adapter", "full", "--optim.lr", "1e-3", "--precision", "bf16")])
+def test_a_killed_run_goes_on_bit_for_bit(model_folder, chats, tmp_path, monkeypatch, capsys, options, kept):
+    """Also where the file is gone: it is made again by the base, not by what training has made of it."""
+    options = (*options, "--retention.base", "stored", "--retention.kl_on", "all", "--max_steps", "8", "--checkpoint.every", "2")
+    run(model_folder, chats, tmp_path / "whole", *options)
+
+    with killed_at(step=6):
+        run(model_folder, chats, tmp_path / "cut", *options)
+    assert checkpoint.newest(tmp_path / "cut" / "checkpoints").name == "step-00000004"
+    path, = stored_files(tmp_path / "cut")
+    before = path.read_bytes()
+    if not kept:
+        path.rename(path.with_suffix(".partial"))
+    capsys.readouterr()
+
+    def as_it_was(*args):
+        state = start(*args)
+        assert path.read_bytes() == before and state.step == 4
+        return state
+
+    start = trainer.run.start
+    monkeypatch.setattr(trainer.run, "start", as_it_was)
+    run(model_folder, chats, tmp_path / "cut", *options, "--resume", "auto")
+    shown = capsys.readouterr().out
+    assert ("the base's hidden states are those in" in shown) == kept and ("the base read" in shown) != kept
+    name = "model/model.safetensors" if "full" in options else "adapter/adapter_model.safetensors"
+    assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    figures = [[(r["step"], r["loss"], r["kl"]) for r in records(tmp_path / side, "step")] for side in ("whole", "cut")]
+    assert figures[0] == figures[1] and len(figures[0]) == 8
+
+
+def test_a_run_that_a_signal_stops_keeps_its_file(model_folder, chats, tmp_path, monkeypatch, capsys):
+    options = ("--retention.base", "stored", "--max_steps", "4")
+
+    def stopped_after_step_two(job, work, phases):
+        if work.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(job, work, phases)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "train_step", stopped_after_step_two)
+        assert run(model_folder, chats, tmp_path / "run", *options).signal == signal.SIGTERM
+    assert len(stored_files(tmp_path / "run")) == 1
+    run(model_folder, chats, tmp_path / "run", *options, "--resume", "auto")
+    assert "the base's hidden states are those in" in capsys.readouterr().out and not stored_files(tmp_path / "run")
+
+
+def test_what_another_run_stored_is_not_read(model_folder, chats, tmp_path, monkeypatch):
+    def killed(job, work, phases):
+        raise Killed
+
+    names = []
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "train_step", killed)
+        for seed in ("0", "1"):
+            with pytest.raises(Killed):
+                run(model_folder, chats, tmp_path / "run", "--retention.base", "stored", "--seed", seed)
+            names += [path.name for path in stored_files(tmp_path / "run")]
+    assert len(names) == 2 and names[0] != names[1]
+    (tmp_path / "run" / names[1]).write_bytes(b"cut short")
+    run(model_folder, chats, tmp_path / "run", "--retention.base", "stored", "--seed", "1")
+    run(model_folder, chats, tmp_path / "other", "--retention.base", "stored", "--seed", "1")
+    one, two = ((tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("run", "other"))
+    assert one == two
+
+
+def test_two_ranks_write_one_file(model_folder, chats, tmp_path):
+    common = ("--retention.base", "stored", "--retention.kl_on", "all")
+    run(model_folder, chats, tmp_path / "one", *common)
+    cfg = ["--replay.data", str(chats / "replay.jsonl"), "--epochs", "2", "--batch.tokens_per_pack", "128",
+           "--batch.tokens_per_step", "256", "--logging.every", "1", "--retention.kl", "0.7", *common]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29523", "-m", "trainer.run",
+               *arguments(model_folder, chats / "domain.jsonl", tmp_path / "two", *cfg)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("the base's hidden states at") == 1 and done.stdout.count("the base read 64 samples") == 1
+    one, two = (records(tmp_path / name, "step") for name in ("one", "two"))
+    for a, b in zip(one, two, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["kl"] == pytest.approx(b["kl"], rel=1e-3, abs=1e-7)
+    assert not stored_files(tmp_path / "two")
+
+
+def test_a_step_reads_nothing_back(model_folder, chats, tmp_path):
+    cfg = settings(model_folder, chats, tmp_path / "run", "--retention.base", "stored")
+    inputs = prepare_inputs(cfg, load_tokenizer(cfg.model))
+    job, _ = trainer.run.build(cfg, inputs, CPU, World())
+    work = prepare(inputs.plan, inputs.samples, 0, World(), CPU, job.retention)
+    with Readbacks() as readbacks:
+        train_step(job, work, Phases(CPU))
+    assert readbacks.found == [] and float(work.divergence) == pytest.approx(0, abs=1e-6)
+
+
+def test_the_run_and_the_dry_run_say_what_it_takes(model_folder, chats, tmp_path, capsys):
+    run(model_folder, chats, tmp_path / "run", "--dry_run", "--retention.base", "stored", "--adapter", "full")
+    dry = capsys.readouterr().out
+    run(model_folder, chats, tmp_path / "run", "--max_steps", "999", "--retention.base", "stored", "--adapter", "full")
+    shown = capsys.readouterr().out
+    said = [line.partition(" (")[0] for text in (dry, shown) for line in text.splitlines() if "hidden states at" in line]
+    cfg = settings(model_folder, chats, tmp_path)
+    samples = prepare_inputs(cfg, load_tokenizer(cfg.model)).samples
+    tokens = int(samples.supervised[samples.sources == 1].sum())
+    line = f"retention: the base's hidden states at {tokens:,} tokens take {tokens * 256 / 1e6:.3g} MB in {tmp_path / 'run'}"
+    assert said == [line, line] and "on replay rows; the base is read once and kept on disk" in shown
+    assert shown.index("hidden states at") < shown.index("the base read 24 samples in")
+
+
+def test_the_memory_estimate_has_a_head_instead_of_a_copy():
+    model = tiny.model("llama")
+    asked = [config.Retention(kl=kl, base="stored") for kl in (0, 0.3)]
+    full = [estimate(model, Config(adapter="full", retention=one), torch.float32, CPU) for one in asked]
+    states = 2 * Config().batch.tokens_per_step * 64 * 4
+    assert full[1].weights - full[0].weights == model.get_output_embeddings().weight.numel() * 4
+    assert full[1].loss - full[0].loss == states
+    adapted = add_adapter(model, Lora(rank=4))
+    plain, held = (estimate(adapted, Config(retention=one), torch.float32, CPU) for one in asked)
+    assert held.weights == plain.weights and held.loss - plain.loss == states
+
+
+# ---------------------------------------------------------------- mistakes
+
+
+def test_a_disk_without_room_is_one_line(model_folder, chats, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("Usage", "free")(1000))
+    for more in ((), ("--dry_run",)):
+        with pytest.raises(UserError, match="retention.base: expected .* MB of free disk space in .*, found 0.001 MB; choose another "
+                                            "--output, count fewer tokens, or set retention.base to live") as raised:
+            run(model_folder, chats, tmp_path / "run", "--retention.base", "stored", *more)
+        assert "\n" not in str(raised.value) and not stored_files(tmp_path / "run")
+
+
+def test_a_disk_that_fills_up_is_one_line(model_folder, chats, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(cached_base.os, "posix_fallocate", full)
+    with pytest.raises(UserError, match="retention.base: cannot write .*partial: No space left on device; choose another --output"):
+        run(model_folder, chats, tmp_path / "run", "--retention.base", "stored")
+    assert not stored_files(tmp_path / "run")
+
+
+def test_a_disk_that_fails_while_it_is_written_is_one_line(model_folder, chats, tmp_path, monkeypatch):
+    def failing(*args):
+        yield np.array([0]), torch.zeros(0, 64)
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(cached_base, "_read", failing)
+    with pytest.raises(UserError, match="retention.base: cannot write .*partial: Input/output error; choose another --output"):
+        run(model_folder, chats, tmp_path / "run", "--retention.base", "stored")
+    assert not stored_files(tmp_path / "run")
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(model_folder, chats, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="retention.base: cannot write .*: Not a directory; choose another --output"):
+        run(model_folder, chats, tmp_path / "file" / "run", "--retention.base", "stored")
+
+
+def test_a_change_of_the_base_between_runs_is_refused(model_folder, chats, tmp_path):
+    options = ("--checkpoint.every", "2", "--max_steps", "4")
+    run(model_folder, chats, tmp_path / "run", *options)
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    with pytest.raises(UserError, match="retention.base was live, is stored"):
+        run(model_folder, chats, tmp_path / "run", *options, "--resume", "auto", "--retention.base", "stored")

@@ -1,0 +1,413 @@
+"""Models on items: scores against plain transformers and plain torch, whole evaluations by the command, and mistakes.
+
+The model is the base of the miniature world; its adapter is drawn at random, strong enough to lose some items and keep others.
+"""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks.forgetting.miniature.family import FAMILY
+from benchmarks.forgetting.miniature.skills import GENERAL
+from benchmarks.forgetting.miniature.world import heldout_items, write_jsonl
+from kernels.nf4 import dequantize_nf4
+from tests.helpers import tiny
+from trainer.cli import parse
+from trainer.config import Lora
+from trainer.errors import UserError
+from trainer.evaluate import evaluate
+from trainer.evaluation.config import Config
+from trainer.evaluation.generation import answers
+from trainer.evaluation.items import read_files
+from trainer.evaluation.likelihood import kl_rows
+from trainer.evaluation.models import plan, sides
+from trainer.evaluation.score_items import score
+from trainer.evaluation.tokens import Key, encode
+from trainer.model.export import save_adapter
+from trainer.model.loading import HeadSpec
+from trainer.model.lora import add_adapter
+from trainer.model.quantization import is_quantized, nf4_of
+
+BASE = FAMILY["base"].folder
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapter") / "adapter"
+    model = add_adapter(AutoModelForCausalLM.from_pretrained(str(BASE), dtype=torch.float32), Lora(rank=4, alpha=8))
+    generator = torch.Generator().manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.12, generator=generator)
+    save_adapter(model, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Small files of every kind."""
+    folder, items = tmp_path_factory.mktemp("items"), heldout_items(GENERAL, 3)
+    write_jsonl([item.record for item in items], folder / "exact.jsonl")
+    write_jsonl([{"question": item.instruction, "choices": [item.answer[::-1] + "s", item.answer, item.answer + item.answer], "answer": 1}
+                 for item in items], folder / "choice.jsonl")
+    write_jsonl([{"question": item.instruction, "answer": f"#### {item.answer}"} for item in items], folder / "regex.jsonl")
+    write_jsonl([{"text": f"{item.instruction} {item.answer}"} for item in items], folder / "text.jsonl")
+    return folder
+
+
+def config(*given) -> Config:
+    return parse(Config, ["--device", "cpu", "--generation.max_tokens", "24", *map(str, given)], "trainer.evaluate")
+
+
+def scored(*given):
+    """Outcomes of base and model (or of the model alone), without files."""
+    settings, found = config(*given), {}
+    items = read_files(settings.data)
+    for side in sides(plan(settings), settings, CPU):
+        base = found.get("base")
+        found[side.name] = score(side, items, settings, base.memory if base else None, remember=base is None)
+    return items, found
+
+
+@pytest.fixture(scope="module")
+def stock(adapter):
+    """Plain transformers and PEFT."""
+    torch.set_num_threads(1)
+    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    return PeftModel.from_pretrained(model, adapter).eval(), AutoTokenizer.from_pretrained(BASE)
+
+
+@torch.no_grad()
+def plain_logprob(model, prompt: list[int], answer: list[int]) -> float:
+    logits = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+    return sum(float(logits[len(prompt) - 1 + i, token]) for i, token in enumerate(answer))
+
+
+def chat_ids(tokenizer, question: str) -> list[int]:
+    return tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True, return_dict=True)["input_ids"]
+
+
+# ---------------------------------------------------------------- against plain transformers
+
+
+def test_log_probs_of_choices_and_answers_are_those_of_transformers(adapter, files, stock):
+    items, found = scored("--adapter", adapter, "--data.general", files / "choice.jsonl")
+    model, tokenizer = stock
+    for name in ("base", "model"):
+        for item, outcome in zip(items[0].items, found[name].of(0)):
+            prompt = chat_ids(tokenizer, item.prompt[0]["content"])
+            spelt = [tokenizer(choice, add_special_tokens=False).input_ids for choice in item.choices]
+            if name == "base":
+                with model.disable_adapter():
+                    expected = [plain_logprob(model, prompt, ids) for ids in spelt]
+            else:
+                expected = [plain_logprob(model, prompt, ids) for ids in spelt]
+            assert outcome.choice_logprobs == pytest.approx(expected, abs=2e-4)
+            assert outcome.logprob == outcome.choice_logprobs[1] and outcome.tokens == len(spelt[1])
+            assert outcome.bytes == len(item.choices[1].encode())
+            best = {"sum": expected, "characters": [e / len(c) for e, c in zip(expected, item.choices)],
+                    "tokens": [e / len(ids) for e, ids in zip(expected, spelt)]}
+            assert outcome.picks == {norm: values.index(max(values)) == 1 for norm, values in best.items()}
+
+
+def test_an_answer_in_a_chat_is_scored_with_the_end_of_its_turn(files, stock):
+    items, found = scored("--model.path", BASE, "--data.domain", files / "exact.jsonl", "--data.metric", "exact")
+    model, tokenizer = stock
+    with model.disable_adapter():
+        for item, outcome in zip(items[0].items, found["model"].of(0)):
+            answer = [*tokenizer(item.answers[0], add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+            expected = plain_logprob(model, chat_ids(tokenizer, item.prompt[0]["content"]), answer)
+            assert outcome.logprob == pytest.approx(expected, abs=2e-4) and outcome.tokens == len(answer)
+            assert outcome.bytes == len(item.answers[0].encode()), "special tokens have no bytes"
+
+
+def test_without_a_chat_template_choices_follow_the_prompt_and_a_space(tmp_path, model_folder):
+    """As lm-evaluation-harness: the tokens of the whole, less those of the prompt without its last spaces."""
+    write_jsonl([{"prompt": "The quick brown", "choices": ["fox", "lazy dog", "zzz"], "answer": "fox"}], tmp_path / "a.jsonl")
+    _, found = scored("--model.path", model_folder, "--data.general", tmp_path / "a.jsonl", "--data.chat", "false")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(model_folder).eval(), AutoTokenizer.from_pretrained(model_folder)
+    prompt = tokenizer("The quick brown").input_ids
+    spelt = [tokenizer(f"The quick brown {choice}").input_ids[len(prompt):] for choice in ("fox", "lazy dog", "zzz")]
+    assert tokenizer.decode(spelt[0][0]) == " fox" and tokenizer.decode(spelt[2][0]) == " ", "with the word, and alone"
+    expected = [plain_logprob(model, prompt, ids) for ids in spelt]
+    assert found["model"].of(0)[0].choice_logprobs == pytest.approx(expected, abs=1e-4)
+
+
+@torch.no_grad()
+def test_kl_to_the_base_is_that_of_plain_torch(adapter, files, stock):
+    items, found = scored("--adapter", adapter, "--data.general", files / "exact.jsonl", "--data.domain", files / "text.jsonl")
+    model, tokenizer = stock
+    for f, file in enumerate(items):
+        for item, outcome in zip(file.items, found["model"].of(f)):
+            if item.text is None:
+                asked, said = (turn["content"] for turn in item.chat)
+                prompt = chat_ids(tokenizer, asked)
+                ids = [*prompt, *tokenizer(said, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+            else:
+                ids = [*tokenizer(item.text).input_ids, tokenizer.eos_token_id]
+                prompt = ids[:1]
+            assert outcome.logprob == pytest.approx(plain_logprob(model, prompt, ids[len(prompt):]), abs=2e-3)
+            q = model(torch.tensor([ids])).logits[0, len(prompt) - 1:-1].log_softmax(-1).double()
+            with model.disable_adapter():
+                p = model(torch.tensor([ids])).logits[0, len(prompt) - 1:-1].log_softmax(-1).double()
+            assert outcome.kl == pytest.approx(float((p.exp() * (p - q)).sum()), rel=1e-3, abs=1e-4) and outcome.kl > 0
+            assert outcome.tokens == len(ids) - len(prompt)
+    assert all(outcome.kl is None for outcome in found["base"].items.values())
+
+
+def test_heads_that_differ_are_compared_slice_by_slice():
+    x, y, one, other = torch.randn(5, 8), torch.randn(5, 12), torch.randn(40, 8), torch.randn(40, 12)
+    plain, capped = HeadSpec(one, None, None, 1.0), HeadSpec(other, torch.randn(40), 5.0, 0.5)
+    p, q = capped.logits(y).log_softmax(-1), plain.logits(x).log_softmax(-1)
+    torch.testing.assert_close(kl_rows(x, plain, y, capped), (p.exp() * (p - q)).sum(-1))
+    same = HeadSpec(other, torch.randn(40), None, 1.0)
+    p = same.logits(y).log_softmax(-1)
+    torch.testing.assert_close(kl_rows(x, plain, y, same), (p.exp() * (p - q)).sum(-1), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_generated_answers_are_those_of_transformers_one_by_one(adapter, files, stock):
+    model, tokenizer = stock
+    settings = config("--adapter", adapter, "--data.general", files / "exact.jsonl", "--data.metric", "exact")
+    items = read_files(settings.data)
+    for side in sides(plan(settings), settings, CPU):
+        prompts = [prompt.ids for prompt in encode(items, side.template, settings, side.context).prompts]
+        found = answers(side.model, side.template, prompts, 24, batch=7)
+        before = side.model.config._attn_implementation
+        with model.disable_adapter() if side.name == "base" else torch.no_grad():
+            for ids, answer in zip(prompts, found):
+                out = model.generate(input_ids=torch.tensor([ids]), do_sample=False, max_new_tokens=24, pad_token_id=2)
+                out = out[0, len(ids):].tolist()
+                assert answer.text == tokenizer.decode(out, skip_special_tokens=True)
+                assert answer.tokens == len(out) and answer.finished == (out[-1] == tokenizer.eos_token_id)
+        assert before == side.model.config._attn_implementation == "steadfast_packed", "packs go on as before"
+
+
+def test_attention_that_caps_its_logits_generates_as_in_transformers(tmp_path):
+    folder = tiny.save_model(tmp_path / "gemma2", "gemma2", attn_logit_softcapping=0.5)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight.mul_(100)  # so that there is something to cap
+    model.save_pretrained(folder)
+    write_jsonl([{"prompt": "The quick brown fox", "answer": "x"}, {"prompt": "How many", "answer": "x"}], tmp_path / "a.jsonl")
+    _, found = scored("--model.path", folder, "--data.general", tmp_path / "a.jsonl")
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for outcome, question in zip(found["model"].of(0), ("The quick brown fox", "How many")):
+        ids = torch.tensor([chat_ids(tokenizer, question)])
+        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24)[0, ids.shape[1]:]
+        assert outcome.prediction == tokenizer.decode(out, skip_special_tokens=True)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes (the `quant` extra) is not installed")
+@torch.no_grad()
+def test_a_base_in_four_bits_is_its_dequantised_weights(adapter, files):
+    """With the adapter off too, where bitsandbytes' own forward would misread layers of this width on some CPUs."""
+    settings = config("--adapter", adapter, "--data.general", files / "exact.jsonl", "--data.metric", "exact", "--four_bit", "true")
+    items, dense = read_files(settings.data), AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32).eval()
+    for side in sides(plan(settings), settings, CPU):
+        if side.name == "base":
+            for name, module in side.model.get_base_model().named_modules():
+                if is_quantized(module):
+                    dense.get_submodule(name.removesuffix(".base_layer")).weight.copy_(dequantize_nf4(nf4_of(module)))
+            found = score(side, items, settings)
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    for item, outcome in zip(items[0].items, found.of(0)):
+        prompt = chat_ids(tokenizer, item.prompt[0]["content"])
+        answer = [*tokenizer(item.answers[0], add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        assert outcome.logprob == pytest.approx(plain_logprob(dense, prompt, answer), abs=1e-3)
+    assert sum(outcome.right for outcome in found.of(0)) > len(found.items) / 2
+
+
+# ---------------------------------------------------------------- whole evaluations
+
+
+def test_the_command_leaves_figures_items_and_a_page(adapter, files, tmp_path):
+    (tmp_path / "e.yaml").write_text(json.dumps({
+        "output": str(tmp_path / "out"), "adapter": str(adapter), "generation": {"max_tokens": 24}, "device": "cpu",
+        "data": {"general": [{"path": str(files / "exact.jsonl"), "metric": "exact"}, str(files / "choice.jsonl")],
+                 "domain": [{"path": str(files / "regex.jsonl"), "regex": "#### (.+)"}, str(files / "text.jsonl")]}}))
+    done = subprocess.run([sys.executable, "-m", "trainer.evaluate", "--config", str(tmp_path / "e.yaml")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    lines = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert [f["name"] for f in results["files"]] == ["exact", "choice", "regex", "text"] and len(lines) == 4 * 24
+    for file in results["files"]:
+        own = [line for line in lines if line["file"] == file["name"]]
+        assert file["change"]["kl_per_token"] == pytest.approx(
+            sum(line["model"]["kl"] for line in own) / sum(line["model"]["tokens"] for line in own))
+        if file["metric"] != "logprob":
+            marks = [(line["base"]["right"], line["model"]["right"]) for line in own]
+            assert file["change"]["lost"] == marks.count((True, False)) and file["change"]["gained"] == marks.count((False, True))
+            assert file["model"]["accuracy"] == sum(after for _, after in marks) / 24
+    exact, choice, regex, _ = results["files"]
+    assert exact["base"]["accuracy"] > 0.6 and exact["change"]["lost"] > 0, "the base can do it, and the adapter forgets some"
+    assert regex["base"]["accuracy"] == 0, "nobody writes ####"
+    assert choice["model"]["chance_adjusted"] == pytest.approx((choice["model"]["accuracy"] - 1 / 3) / (2 / 3))
+    assert results["roles"]["general"]["items"] == 48 and results["roles"]["general"]["base"]["judged"] == 48
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Accuracy, general" in page and page.count("<img") == 3 and "all 2 files" in done.stdout
+    assert re.search(r"general +exact +exact +24 +\d+\.\d% \[", done.stdout), done.stdout
+    assert "holds the results of another evaluation" in refused("--config", tmp_path / "out" / "config.yaml")
+
+
+def test_a_model_alone_and_two_models(files, tmp_path):
+    alone = evaluate(config("--model.path", BASE, "--data.general", files / "choice.jsonl", "--output", tmp_path / "alone"))
+    assert alone["base"] is None and "change" not in alone["files"][0] and alone["files"][0]["model"]["accuracy"] > 0.6
+    copy = shutil.copytree(BASE, tmp_path / "copy")
+    two = evaluate(config("--model.path", copy, "--base.path", BASE, "--data.general", files / "choice.jsonl",
+                          "--output", tmp_path / "two"))
+    change = two["files"][0]["change"]
+    assert (change["lost"], change["gained"], change["p"]) == (0, 0, 1) and change["kl_per_token"] == pytest.approx(0, abs=1e-6)
+    assert two["files"][0]["base"]["accuracy"] == alone["files"][0]["model"]["accuracy"]
+
+
+def test_models_of_other_tokens_are_compared_without_kl(files, model_folder, tmp_path):
+    found = evaluate(config("--model.path", BASE, "--base.path", model_folder, "--data.general", files / "choice.jsonl",
+                            "--output", tmp_path / "out"))
+    assert "kl_per_token" not in found["files"][0]["change"] and found["files"][0]["change"]["gained"] > 0
+    assert found["notes"] == [f"KL to the base was not measured: the base predicts {len(tiny.tokenizer())} tokens, the model 103"]
+
+
+def test_kl_tokens_bound_what_is_kept(adapter, files):
+    _, found = scored("--adapter", adapter, "--data.general", files / "text.jsonl", "--scoring.kl_tokens", "200")
+    measured = [outcome.tokens for outcome in found["model"].of(0) if outcome.kl is not None]
+    assert 100 < sum(measured) <= 200
+    _, found = scored("--adapter", adapter, "--data.general", files / "text.jsonl", "--scoring.kl_tokens", "0")
+    assert all(outcome.kl is None for outcome in found["model"].of(0))
+
+
+def test_held_out_texts_that_are_too_long(tmp_path):
+    write_jsonl([{"text": "short text"}, {"text": "long text " * 20}], tmp_path / "a.jsonl")
+    given = ("--model.path", BASE, "--data.general", tmp_path / "a.jsonl", "--scoring.tokens_per_pack", "64")
+    with pytest.raises(UserError, match=r"a.jsonl, line 2: 201 tokens exceed scoring.tokens_per_pack = 64; set data.overlong to drop"):
+        scored(*given)
+    _, cut = scored(*given, "--data.overlong", "truncate")
+    _, dropped = scored(*given, "--data.overlong", "drop")
+    assert cut["model"].of(0)[1].tokens == 63 and cut["model"].of(0)[1].bytes == 63
+    assert dropped["model"].of(0)[1].logprob is None and dropped["model"].notes == ["1 held-out texts were left out: too long"]
+    assert cut["model"].items[Key(0, 0)].logprob == pytest.approx(dropped["model"].items[Key(0, 0)].logprob, abs=1e-4)
+
+
+def test_right_answers_too_long_to_measure_are_judged_all_the_same(tmp_path):
+    write_jsonl([{"question": "Reverse ab.", "answer": "b" * 600}, {"question": "Reverse ab.", "answer": "ba"}], tmp_path / "a.jsonl")
+    _, found = scored("--model.path", BASE, "--data.general", tmp_path / "a.jsonl", "--generation.stop", '["b"]')
+    long, short = found["model"].of(0)
+    assert long.right is False and long.logprob is None and short.logprob < 0
+    assert found["model"].notes == ["1 answers were too long to measure their log-prob"]
+    assert "b" not in short.prediction and short.finished, "a stop text ends an answer"
+
+
+# ---------------------------------------------------------------- mistakes
+
+
+def test_a_pattern_that_yaml_would_take_for_a_comment(tmp_path):
+    assert config("--data.regex", "#### (.+)").data.regex == "#### (.+)"
+    (tmp_path / "e.yaml").write_text("data:\n  regex: #### (.+)")
+    expected = "data.{}: expected a pattern in quotes, as YAML takes what follows a # for a comment, got None"
+    assert refused("--config", tmp_path / "e.yaml", "--data.domain", "a") == expected.format("regex")
+    (tmp_path / "e.yaml").write_text("data:\n  general:\n  - path: a\n    regex: #### (.+)")
+    assert refused("--config", tmp_path / "e.yaml") == expected.format("general: regex")
+
+
+def refused(*given) -> str:
+    with pytest.raises(UserError) as raised:
+        evaluate(config(*given))
+    message = str(raised.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("given, expected", [
+    ([], "data.general, data.domain, tasks: expected an item file or a task, got none"),
+    (["--data.general", "a.jsonl"], "model.path: expected a model, or an adapter that names its base, got neither"),
+    (["--data.general", "[a", "--model.path", "m"], 
+     r"data.general: expected a path, or a list of items in YAML with the keys path, name, .*, got \[a"),
+    (["--model.path", "m", "--data.general", "a", "--generation.max_tokens", "0"], "generation.max_tokens: expected 1 or more, got 0"),
+    (["--model.path", "m", "--data.general", "a", "--statistics.confidence", "95"], "statistics.confidence: expected 0 < confidence < 1"),
+    (["--model.path", "m", "--data.general", "a", "--other_base", "true"], "other_base: expected an adapter beside it, got none"),
+])
+def test_options_that_cannot_be(given, expected):
+    assert re.match(expected, refused(*given))
+
+
+def test_models_and_adapters_that_do_not_fit(adapter, files, model_folder, tmp_path):
+    items = ("--data.general", files / "choice.jsonl", "--output", tmp_path / "out")
+    assert refused("--model.path", tmp_path / "none", *items) == f"model.path: there is no folder {tmp_path / 'none'}"
+    assert refused("--model.path", BASE, "--base.path", tmp_path / "none", *items) == f"base.path: there is no folder {tmp_path / 'none'}"
+    assert refused("--adapter", tmp_path, *items) == f"adapter: expected a folder with adapter_config.json, found none in {tmp_path}"
+    other = refused("--adapter", adapter, "--model.path", model_folder, *items)
+    assert re.match(r"adapter: .* was trained on .*base, not on model.path = .*; leave model.path out, or, where that is a copy", other)
+    unfit = refused("--adapter", adapter, "--model.path", model_folder, "--other_base", "true", *items)
+    assert re.match(f"adapter: the adapter in {adapter} does not fit this model: ", unfit)
+    assert "set lora.path" not in refused("--model.path", BASE, "--base.path", BASE / "none", *items)
+    lost = shutil.copytree(adapter, tmp_path / "lost")
+    settings = json.loads((lost / "adapter_config.json").read_text())
+    for base, expected in ((str(tmp_path / "gone"), "model.path: there is no folder"), (None, "names no base; set model.path")):
+        (lost / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": base}))
+        assert expected in refused("--adapter", lost, *items)
+    (lost / "adapter_config.json").write_text("{")
+    assert "adapter: cannot read" in refused("--adapter", lost, *items)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_copy_of_the_base_may_bear_the_adapter(adapter, files, tmp_path):
+    copy = shutil.copytree(BASE, tmp_path / "copy")
+    _, moved = scored("--adapter", adapter, "--model.path", copy, "--other_base", "true", "--data.general", files / "choice.jsonl")
+    _, here = scored("--adapter", adapter, "--data.general", files / "choice.jsonl")
+    assert [o.kl for o in moved["model"].of(0)] == [o.kl for o in here["model"].of(0)]
+
+
+def test_prompts_that_do_not_fit_the_context(tmp_path):
+    write_jsonl([{"question": "a" * 495, "answer": "b"}], tmp_path / "a.jsonl")
+    given = ("--model.path", BASE, "--data.general", tmp_path / "a.jsonl", "--output", tmp_path / "out")
+    assert re.search(r"a.jsonl, line 1: a prompt of 499 tokens and generation.max_tokens = 24 exceed the model's context of 512; lower", (
+        refused(*given)))
+    chats = [{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}] * 2}]
+    write_jsonl(chats, tmp_path / "a.jsonl")
+    assert "expected one prompt where data.chat is false, found a chat of 3 turns" in refused(
+        *given, "--data.metric", "exact", "--data.chat", "false")
+
+
+def test_tasks_without_their_library_name_the_remedy(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert refused("--model.path", BASE, "--tasks", "arc_easy,piqa") == (
+        "tasks: needs the package lm-eval, which is not installed; pip install 'steadfast-sft[eval]'")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm (the `synth` extra) is not installed")
+@pytest.mark.skipif(not os.environ.get("STEADFAST_VLLM"), reason="starts vLLM twice; STEADFAST_VLLM=1 runs it")
+def test_vllm_gives_the_answers_of_transformers(adapter, files, tmp_path):
+    given = ("--adapter", adapter, "--data.general", files / "exact.jsonl", "--data.metric", "exact", "--output")
+    for engine in ("transformers", "vllm"):
+        evaluate(config(*given, tmp_path / engine, "--generation.engine", engine))
+    found = [[json.loads(line) for line in (tmp_path / engine / "results.jsonl").read_text().splitlines()]
+             for engine in ("transformers", "vllm")]
+    for side in ("base", "model"):
+        one, other = ([line[side]["prediction"] for line in lines] for lines in found)
+        assert sum(a == b for a, b in zip(one, other)) >= len(one) - 1, "but for a tie"
+    assert len({line["model"]["prediction"] for line in found[1]}) > 5
+    assert [line["base"]["prediction"] for line in found[1]] != [line["model"]["prediction"] for line in found[1]]
+
+
+def test_what_vllm_cannot_do(adapter, files, monkeypatch, tmp_path):
+    given = ("--adapter", adapter, "--data.general", files / "regex.jsonl", "--generation.engine", "vllm", "--output", tmp_path / "out")
+    assert refused(*given, "--four_bit", "true").startswith("generation.engine: vllm holds no model in the 4 bits")
+    broken = f"import sys; print('ValueError: no DoRA'); sys.exit(1)  # {tmp_path}"
+    real = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda command, **more: real([sys.executable, "-c", broken], **more))
+    assert refused(*given) == (f"generation.engine: vllm failed on {BASE}: ValueError: no DoRA; see {tmp_path / 'out' / 'vllm.log'}, "
+                               "or use transformers")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert refused(*given).startswith("generation.engine: vllm is not installed; pip install")

@@ -1,0 +1,95 @@
+"""The step itself: its loss and gradients against the stock model's, and nothing that would make the host wait for a GPU."""
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.helpers import tiny
+from trainer.config import Config, Lora
+from trainer.data.packing import Multiples, collate, filled
+from trainer.metrics.throughput import Phases, model_size
+from trainer.model.loading import patch, use_packed_attention
+from trainer.model.lora import add_adapter
+from trainer.optim.adamw import FlatAdamW
+from trainer.runtime.distributed import World
+from trainer.training.loader import Counts, Work
+from trainer.training.loop import Job, train_step
+
+CPU = torch.device("cpu")
+
+
+class Readbacks(TorchDispatchMode):
+    """Counts the operations whose result the host has to wait for: scalars read back, and sizes that depend on values."""
+
+    WAITS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.masked_select.default}
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in self.WAITS:
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def job_of(family: str) -> Job:
+    model = tiny.model(family).train()
+    use_packed_attention(model)
+    model = add_adapter(model, Lora(rank=4))
+    patch(model)
+    optimizer = FlatAdamW(model.parameters(), Config().optim)
+
+    class Plan:
+        total = 100
+
+    return Job(Config(), None, model, model_size(model), optimizer, None, Plan, None, CPU, World(), None)
+
+
+def samples(lengths=(9, 14, 5)) -> list[tuple]:
+    rng = np.random.default_rng(0)
+    return [(rng.integers(5, 300, n).astype(np.int32), rng.random(n) < 0.6, weight, 0) for n, weight in zip(lengths, (1.0, 0.5, 2.0))]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "phi3"])
+def test_a_step_reads_nothing_back(family):
+    job, batch = job_of(family), collate(samples())
+    with Readbacks() as readbacks:
+        train_step(job, Work(0, [batch, batch], 2 * batch.weight_sum, Counts(), []), Phases(CPU))
+    assert readbacks.found == []
+    with Readbacks() as readbacks:
+        torch.ones(()).item()
+    assert readbacks.found, "the test sees a scalar that is read back"
+
+
+def test_the_loss_is_the_weighted_mean_of_the_stock_models():
+    job, chats = job_of("llama"), samples()
+    batch = collate(chats)
+    loss, _ = train_step(job, Work(0, [batch], batch.weight_sum, Counts(), []), Phases(CPU))
+    stock, total = tiny.model("llama").requires_grad_(False), 0.0
+    for ids, supervised, weight, _ in chats:
+        logits = stock(torch.from_numpy(ids.astype(np.int64))[None], use_cache=False).logits[0, :-1].double()
+        losses = torch.nn.functional.cross_entropy(logits, torch.from_numpy(ids[1:].astype(np.int64)), reduction="none")
+        total += weight * float(losses[torch.from_numpy(supervised[1:])].sum())
+    assert float(loss) == pytest.approx(total / batch.weight_sum, rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_what_fills_a_pack_up_changes_nothing(family):
+    one, two, batch = job_of(family), job_of(family), collate(samples())
+    longer = filled(batch, Multiples(tokens=64, rows=32), capacity=64)
+    assert len(longer.input_ids) == 64 and len(longer.targets) == 32
+    outcomes = [(*train_step(job, Work(0, [b], b.weight_sum, Counts(), []), Phases(CPU)), job.optimizer.groups[0].master)
+                for job, b in ((one, batch), (two, longer))]
+    for mine, other in zip(*outcomes, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+
+
+def test_a_pack_without_supervised_tokens_adds_nothing():
+    one, two = job_of("llama"), job_of("llama")
+    batch = collate(samples())
+    silent = collate([(ids, np.zeros(len(ids), dtype=bool), weight, 0) for ids, _, weight, _ in samples()])
+    loss_one, norm_one = train_step(one, Work(0, [batch], batch.weight_sum, Counts(), []), Phases(CPU))
+    loss_two, norm_two = train_step(two, Work(0, [silent, batch], batch.weight_sum, Counts(), []), Phases(CPU))
+    assert torch.equal(loss_one, loss_two) and torch.equal(norm_one, norm_two)

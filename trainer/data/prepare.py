@@ -1,0 +1,109 @@
+"""The data side of a run, from configured sources to the plan of its steps, and the account of it that the report shows."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from trainer.config import Config
+from trainer.data.chat_template import ChatTemplate
+from trainer.data.mixture import Mixture, Part
+from trainer.data.packing import pack
+from trainer.data.samples import Samples, tokenize
+from trainer.data.sources import load_sources
+from trainer.data.step_plan import Plan
+from trainer.errors import UserError
+
+
+@dataclass
+class Inputs:
+    samples: Samples  # domain and replay
+    mixture: Mixture
+    plan: Plan
+    template: ChatTemplate
+    heldout: tuple[Samples, list[np.ndarray]] | None  # samples, and the packs of their indices
+
+
+def prepare_inputs(config: Config, tokenizer: PreTrainedTokenizerBase) -> Inputs:
+    """Read, tokenize, mix and plan. Raises UserError for data that cannot be trained on."""
+    _check_cache(config.data.cache)
+    template = ChatTemplate(tokenizer, read_template(config.data.chat_template), config.data.chat_template)
+    domain, replay = (
+        load_sources(given, role, config.data.cache) for given, role in ((config.data.train, "domain"), (config.replay.data, "replay")))
+    samples = tokenize(domain + replay, template, config.data)
+    roles = ["domain"] * len(domain) + ["replay"] * len(replay)
+    samples, heldout = _hold_out(config, samples, roles, template)
+    parts = [Part(name, role, source.weight) for name, role, (source, _) in zip(samples.names, roles, domain + replay)]
+    mixture = Mixture(samples.lengths, samples.sources, parts, config.replay.ratio, config.replay.by, config.seed)
+    plan = Plan(samples.lengths, mixture, config.batch, config.epochs, config.max_steps, config.seed)
+    return Inputs(samples, mixture, plan, template, heldout)
+
+
+def _check_cache(path: str | None) -> None:
+    try:
+        if path is not None:
+            Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"data.cache: cannot make the folder {path}: {error.strerror}; choose another") from None
+
+
+def read_template(path: str | None) -> str | None:
+    """The Jinja text of a file, if one is named. UserError where it is not one."""
+    if path is None:
+        return None
+    if not Path(path).is_file():
+        raise UserError(f"data.chat_template: expected a file with a Jinja template, found no file {path}")
+    try:
+        template = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data.chat_template: cannot read {path}: {error}") from None
+    if not template.strip():
+        raise UserError(f"data.chat_template: expected a Jinja template, found nothing in {path}; leave it out to use the tokenizer's own")
+    return template
+
+
+def _hold_out(config: Config, samples: Samples, roles: list[str], template: ChatTemplate):
+    """Samples to train on, and the held-out ones with their packs: their own files, or a share of the domain."""
+    if config.data.heldout:
+        return samples, _packed(config, tokenize(load_sources(config.data.heldout, "held-out", config.data.cache), template, config.data))
+    if not config.data.heldout_share:
+        return samples, None
+    is_domain = np.array([role == "domain" for role in roles])[samples.sources]
+    pairs = np.stack([samples.sources, samples.records])
+    record = np.unique(pairs, axis=1, return_inverse=True)[1].ravel()  # a number for each record, over all sources
+    domain = np.random.default_rng(config.seed).permutation(np.unique(record[is_domain]))
+    count = max(1, round(config.data.heldout_share * len(domain)))
+    if count >= len(domain):
+        raise UserError(f"data.heldout_share: {config.data.heldout_share} of {len(domain)} records leaves nothing to train on")
+    chosen = np.isin(record, domain[:count])  # all parts of a record that was split go the same way
+    return samples.select(np.flatnonzero(~chosen)), _packed(config, samples.select(np.flatnonzero(chosen)))
+
+
+def heldout_line(inputs: Inputs) -> str:
+    """How much is held out, and how much of that is trained on all the same."""
+    held, known = inputs.heldout[0], {hash(inputs.samples[i][0].tobytes()) for i in range(len(inputs.samples))}
+    shared = sum(hash(held[i][0].tobytes()) in known for i in range(len(held)))
+    warning = f"; WARNING: {shared:,} of them are also trained on, so their loss says nothing about new text" if shared else ""
+    return f"held out: {len(held):,} samples, {int(held.supervised.sum()):,} supervised tokens{warning}"
+
+
+def _packed(config: Config, samples: Samples) -> tuple[Samples, list[np.ndarray]]:
+    return samples, pack(samples.lengths, config.batch.tokens_per_pack, config.batch.max_documents, seed=0)
+
+
+def account(inputs: Inputs, config: Config) -> dict:
+    """Sources, shares, lengths and packing of the first epoch, as data.json holds them."""
+    samples, shares = inputs.samples, inputs.mixture.shares(0)
+    fills = [int(samples.lengths[p].sum()) for step in inputs.plan.epoch(0) for p in step]
+    sources = []
+    for i, share in enumerate(shares):
+        here = samples.sources == i
+        facts = {**asdict(share), "rows_per_epoch": share.rows, "tokens": int(samples.lengths[here].sum())}
+        sources.append({**facts, "supervised": int(samples.supervised[here].sum()), **samples.over[share.name]})
+    return {
+        "sources": sources, "lengths": samples.lengths.tolist(), "pack_fill": fills, "tokens_per_pack": config.batch.tokens_per_pack,
+        "packing_efficiency": sum(fills) / (len(fills) * config.batch.tokens_per_pack),
+    }

@@ -1,0 +1,80 @@
+"""The order of a run: epochs of steps, steps of packs, packs of sample indices.
+
+It is a function of (data, configuration, seed) alone. So a resumed run, and every rank of a parallel one, finds its place from
+the number of the step, with no state to save and nothing to send.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from trainer.config import Batch as BatchConfig
+from trainer.data.mixture import Mixture
+from trainer.data.packing import pack
+
+Step = list[np.ndarray]  # packs, each the indices of its samples
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a step stands."""
+
+    epoch: int
+    step: int  # within the epoch
+
+
+class Plan:
+    """Steps 0 .. total - 1 of a run over `epochs` epochs, the last of which may be a fraction."""
+
+    def __init__(self, lengths: np.ndarray, mixture: Mixture, batch: BatchConfig, epochs: float, max_steps: int | None, seed: int):
+        self.lengths, self.mixture, self.batch, self.seed = lengths, mixture, batch, seed
+        self._kept: tuple[int, list[Step]] | None = None
+        self.packs_per_step = batch.tokens_per_step // batch.tokens_per_pack
+        self.starts = [0]  # first step of each epoch, then the end
+        while len(self.starts) <= math.ceil(epochs) and (max_steps is None or self.starts[-1] < max_steps):
+            epoch = len(self.starts) - 1
+            share = min(1.0, epochs - epoch)
+            self.starts.append(self.starts[-1] + max(1, round(share * len(self.epoch(epoch)))))
+        self.total = self.starts[-1] if max_steps is None else min(self.starts[-1], max_steps)
+
+    def epoch(self, epoch: int) -> list[Step]:
+        """All steps of one epoch, the latest asked for kept. The last step may hold fewer packs."""
+        if self._kept is None or self._kept[0] != epoch:
+            self._kept = epoch, self._steps(epoch)
+        return self._kept[1]
+
+    def _steps(self, epoch: int) -> list[Step]:
+        chosen = self.mixture.epoch(epoch)
+        packs = pack(self.lengths[chosen], self.batch.tokens_per_pack, self.batch.max_documents, seed=hash_seed(self.seed, epoch))
+        packs = [chosen[p] for p in packs]
+        return [packs[i : i + self.packs_per_step] for i in range(0, len(packs), self.packs_per_step)]
+
+    def place(self, step: int) -> Place:
+        epoch = int(np.searchsorted(self.starts, step, side="right")) - 1
+        return Place(epoch, step - self.starts[epoch])
+
+    def __getitem__(self, step: int) -> Step:
+        place = self.place(step)
+        return self.epoch(place.epoch)[place.step]
+
+    def seen(self) -> np.ndarray:
+        """The samples that the steps see, ascending: int64[n]."""
+        last, found = self.place(self.total - 1), np.zeros(len(self.lengths), dtype=bool)
+        for epoch in range(last.epoch):
+            found[self.mixture.epoch(epoch)] = True
+        for step in self.epoch(last.epoch)[: last.step + 1]:
+            found[np.concatenate(step)] = True
+        return np.flatnonzero(found)
+
+    def progress(self, done: int) -> float:
+        """Epochs completed once the first `done` steps are."""
+        place = self.place(done - 1)
+        return place.epoch + (place.step + 1) / len(self.epoch(place.epoch))
+
+
+def hash_seed(*parts: int) -> int:
+    """An independent 32-bit seed for each tuple of numbers."""
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])

@@ -1,0 +1,1 @@
+"""Throughput, timers, the metrics log and the profiler."""

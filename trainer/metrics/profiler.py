@@ -1,0 +1,233 @@
+"""`--logging.profile FIRST-LAST`: where the time of a step goes, and where the host waits for the device.
+
+Step FIRST is watched, operation by operation: whatever hands a value of the device to the host (`.item()`, `bool(t)`, `.tolist()`, a copy
+that blocks) and whatever makes a size depend on values (`nonzero`, a boolean index) is counted under the line that asked for it. A CPU run
+counts what a GPU run would wait for; on a GPU torch's sync debug mode counts a second time, by other means. Watching is slow, so it is the
+steps after FIRST, to LAST, that run under torch.profiler. (Both slow the run: read no rate off log lines around these steps.)
+
+The run's folder gets profile/trace.json.gz, for Perfetto or chrome://tracing, and profile/summary.txt, which is printed too: the ten
+costliest operations, and every wait.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from trainer.errors import UserError
+from trainer.metrics.throughput import Phases, synchronize
+
+COSTLIEST = 10
+OURS = ("trainer", "kernels", "benchmarks", "tests")  # packages whose lines are worth naming
+READS = {torch.Tensor.tolist: "tolist", torch.Tensor.numpy: "numpy", torch.Tensor.cpu: "cpu"}  # on a CPU no operation shows these
+SYNC_WARNING = "called a synchronizing"  # how torch's sync debug mode begins
+
+
+# ---------------------------------------------------------------- what the host waits for
+
+
+def waits(func, args: tuple, kwargs: dict) -> bool:
+    """Whether the host has to wait for the device before this aten operation can return."""
+    base, tensors = func.overloadpacket, [a for a in args if isinstance(a, Tensor)]
+    if base in (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_):
+        return any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+    if base in (torch.ops.aten._to_copy, torch.ops.aten.copy_):
+        target = kwargs.get("device") if base is torch.ops.aten._to_copy else args[0].device
+        crosses = target is not None and torch.device(target).type != tensors[-1].device.type
+        return crosses and not (kwargs.get("non_blocking") or (base is torch.ops.aten.copy_ and args[2:3] == (True,)))
+    return torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
+
+
+def on(device: torch.device, values) -> bool:
+    return any(isinstance(v, Tensor) and v.device.type == device.type for v in values)
+
+
+def asking_line() -> str:
+    """The innermost line of ours that is running, else the innermost that is not torch's."""
+    frame, other = sys._getframe(1), None
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        if module != __name__:
+            here = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} {frame.f_code.co_name}"
+            if module.split(".")[0] in OURS:
+                return f"{module.rpartition('.')[0].replace('.', '/')}/{here}".lstrip("/")
+            if other is None and module.split(".")[0] != "torch":
+                other = here
+        frame = frame.f_back
+    return other or "unknown"
+
+
+class HostWaits(TorchDispatchMode):
+    """Counts, by operation and asking line, the waits of everything that runs inside."""
+
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self.device, self.found, self.by_torch = device, Counter(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if waits(func, args, kwargs) and on(self.device, args):
+            self.found[str(func), asking_line()] += 1
+        return func(*args, **kwargs)
+
+    @contextmanager
+    def watching(self) -> Iterator[HostWaits]:
+        with ExitStack() as stack:
+            if self.device.type == "cuda":
+                stack.enter_context(self._sync_debug())
+            else:
+                stack.enter_context(Reads(self))
+            stack.enter_context(self)
+            yield self
+
+    @contextmanager
+    def _sync_debug(self):
+        def note(message, *_, **__) -> None:
+            if str(message).startswith(SYNC_WARNING):
+                self.by_torch += 1
+
+        before = torch.cuda.get_sync_debug_mode()
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.showwarning = note
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                yield
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
+
+
+class Reads(TorchFunctionMode):
+    """Counts a CPU tensor's `.tolist()`, `.numpy()` and `.cpu()`, which run no operation there, but would wait for a GPU."""
+
+    def __init__(self, counter: HostWaits):
+        super().__init__()
+        self.counter = counter
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if name := READS.get(func):
+            self.counter.found[name, asking_line()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+# ---------------------------------------------------------------- the steps of a run
+
+
+class Profile:
+    """Watches step `steps[0]` and traces the others, as `at` is told how many steps are done."""
+
+    def __init__(self, steps: range, folder: Path, device: torch.device, phases: Phases):
+        self.steps, self.folder, self.device, self.phases = steps, folder / "profile", device, phases
+        self.waits, self.watch, self.tracer, self.traced = HostWaits(device), None, None, 0
+
+    def at(self, done: int) -> None:
+        """`done` steps of the run are done, and the next one, if it is there, begins now."""
+        self._end(done)
+        if done + 1 == self.steps[0]:
+            self.watch = ExitStack()
+            self.watch.enter_context(self.waits.watching())
+        elif done == self.steps[0]:
+            self._trace()
+
+    def _trace(self) -> None:
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if self.device.type == "cuda":
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        synchronize(self.device)
+        self.tracer = torch.profiler.profile(activities=activities)
+        self.tracer.start()
+        self.phases.label = torch.profiler.record_function
+
+    def _end(self, done: int) -> None:
+        if self.watch:
+            self.watch.close()
+            self.watch = None
+        if self.tracer:
+            self.traced = done - self.steps[0]
+            if done >= self.steps[-1]:
+                self.close()
+
+    def close(self) -> None:
+        """Write what there is, whether or not the run went on to the last step."""
+        if self.watch:
+            self.watch.close()
+            self.watch = None
+        if self.tracer:
+            synchronize(self.device)
+            self.tracer.stop()
+            self.phases.label = nullcontext
+            if self.traced:
+                self._write()
+            self.tracer = None
+
+    def _write(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.tracer.export_chrome_trace(str(self.folder / "trace.json.gz"))
+        text = summary(self.tracer.key_averages(), self.traced, self.waits, self.steps[0])
+        (self.folder / "summary.txt").write_text(text)
+        print(f"{text}trace: {self.folder / 'trace.json.gz'}", flush=True)
+
+
+@contextmanager
+def profiling(steps: range | None, folder: Path, device: torch.device, phases: Phases, done: int) -> Iterator[Callable[[int], None]]:
+    """Gives the function to call after each step with the number of steps done; `steps` None: it does nothing."""
+    if steps is None:
+        yield lambda done: None
+        return
+    if done >= steps[0]:
+        print(f"profile: step {steps[0]} is done already, {done} are; nothing is profiled", flush=True)
+    profile = Profile(steps, folder, device, phases)
+    profile.at(done)
+    try:
+        yield profile.at
+    finally:
+        profile.close()
+
+
+def require_within(steps: range | None, total: int) -> None:
+    """Raises UserError where a run of `total` steps has no such steps."""
+    if steps is not None and steps[-1] > total:
+        raise UserError(f"logging.profile: expected steps of this run, which has {total}, got {steps[0]}-{steps[-1]}")
+
+
+# ---------------------------------------------------------------- what it says
+
+
+def summary(averages: list, steps: int, found: HostWaits, watched: int) -> str:
+    """The costliest operations by their own time on the device (on the CPU where that is the device), then every wait."""
+    cuda = found.device.type == "cuda"
+
+    def own(event) -> float:  # µs
+        return event.self_device_time_total if cuda else event.self_cpu_time_total
+
+    whole = sum(own(e) for e in averages) or 1.0
+    lines = [f"profile: {steps} steps, {whole / steps / 1e3:.2f} ms a step on the {'GPU' if cuda else 'CPU'}; the {COSTLIEST} costliest "
+             "operations by their own time:", f"{'operation':<52}{'ms a step':>10}{'share':>8}{'calls a step':>14}"]
+    for event in sorted(averages, key=own, reverse=True)[:COSTLIEST]:
+        name = event.key + (", outside any operation" if event.is_user_annotation else "")
+        lines.append(f"{name[:50]:<52}{own(event) / steps / 1e3:>10.3f}{own(event) / whole:>8.1%}{event.count / steps:>14.1f}")
+    runtime = [e for e in averages if "Synchronize" in e.key]
+    lines += [f"{e.key[:50]:<52}{e.cpu_time_total / steps / 1e3:>10.3f}{'':>8}{e.count / steps:>14.1f}" for e in runtime]
+    return "\n".join(lines + waits_told(found, watched)) + "\n"
+
+
+def waits_told(found: HostWaits, watched: int) -> list[str]:
+    cuda, counted, apart = found.device.type == "cuda", Counter(), 0
+    for (operation, line), count in found.found.items():
+        if not cuda and line.startswith("kernels/"):
+            apart += count
+        else:
+            counted[operation, line] += count
+    seen = f" (torch's sync debug mode counts {found.by_torch})" if cuda else ", had the tensors been on a GPU"
+    lines = [f"step {watched}: the host waits for the device {counted.total()} times{seen}{':' if counted else ''}"]
+    lines += [f"{count:>6}  {operation:<44}  {line}" for (operation, line), count in counted.most_common()]
+    return lines + [f"{apart:>6}  reads in the forms that kernels/ has for a CPU, which a GPU does not run"] * bool(apart)

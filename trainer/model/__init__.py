@@ -1,0 +1,1 @@
+"""The model: loading, fused layers, packed attention, LoRA, 4-bit weights, export."""

@@ -1,0 +1,290 @@
+"""Model families with fused layers: what sets each apart, and the forwards that their modules share.
+
+`patch(model)` gives instances, never classes, a new `forward`: RMSNorm, attention, gated MLP, decoder layers, and linear layers with
+adapters. Weights, names and classes stay, so state dicts, saving, hooks, checkpointing (which is around a layer's forward, in its class's
+`__call__`) and stock code that looks at the model see nothing new. A forward is a functools.partial of a function of this file, which
+pickles and copies with the module. Where one operation covers a norm, the norm's module does not run; one with hooks does.
+
+To add a family: a row in FAMILIES, a line in the tests' list of families, and the tests say what is still different.
+
+Shapes: T tokens, W model width, H query heads, Hk key heads, D head width.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from kernels._dispatch import serving
+from kernels.attention import backend, packed_attention
+from kernels.glu import glu
+from kernels.lora_mlp import lora_mlp
+from kernels.qk_norm_rope import qk_norm_rope
+from kernels.rms_norm import add_rms_norm, rms_norm
+from kernels.rope import apply_rope
+from trainer.errors import UserError
+from trainer.model import lora
+from trainer.model.packed_attention import is_packed
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a family's modules differ from Llama's."""
+
+    norm_offset: float = 0.0  # 1.0: norms multiply by 1 + weight
+    norm_eps: str = "variance_epsilon"  # the attribute of a norm that is its epsilon
+    activation: str = "act_fn"  # the attribute of the MLP that is its activation
+    window_in_config: bool = False  # every layer has the config's sliding window; otherwise the module's own, if any
+    softcap: bool = False  # attention logits are capped
+    # the norm that is taken of the residual stream right after attention has joined it; None leaves layers their own forward
+    stream_norm: str | None = "post_attention_layernorm"
+
+
+BEFORE_MLP = "pre_feedforward_layernorm"  # of layers that also normalise what attention and MLP give
+GEMMA = Family(norm_offset=1.0, norm_eps="eps")
+FAMILIES = {
+    "llama": Family(),
+    "mistral": Family(window_in_config=True),
+    "qwen2": Family(),
+    "qwen3": Family(),
+    "gemma": GEMMA,
+    "gemma2": Family(norm_offset=1.0, norm_eps="eps", softcap=True, stream_norm=BEFORE_MLP),
+    "gemma3_text": Family(norm_offset=1.0, norm_eps="eps", stream_norm=BEFORE_MLP),
+    "phi3": Family(activation="activation_fn", window_in_config=True),
+    "granite": Family(stream_norm=None),  # a factor on what joins
+    "olmo2": Family(stream_norm=None),  # in bf16 the stock norms round after the weight, ours before it: as exact, not bit-equal
+    "smollm3": Family(),
+}
+ACTIVATIONS = {type(ACT2FN[name]): ours for name, ours in (("silu", "silu"), ("swish", "silu"), ("gelu_pytorch_tanh", "gelu_tanh"))}
+
+
+def family_of(model: PreTrainedModel) -> Family | None:
+    """The model's row in FAMILIES; None for other families, for code that came with the model, and for attention that looks ahead."""
+    family = FAMILIES.get(model.config.model_type)
+    own_code = type(model).__module__.startswith("transformers.models.")
+    return family if own_code and not getattr(model.config, "use_bidirectional_attention", False) else None
+
+
+# ---------------------------------------------------------------- forwards
+
+
+def norm_forward(norm: nn.Module, eps: float, offset: float, x: Tensor) -> Tensor:
+    return rms_norm(x, norm.weight, eps, offset=offset)
+
+
+class NormSettings(NamedTuple):
+    eps: float
+    offset: float
+
+
+def coverable(norm: nn.Module) -> NormSettings | None:
+    """The settings of a norm that a larger operation may cover: it has our forward, and no hook waits for it."""
+    hooks = norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks
+    forward = norm.forward
+    return None if hooks or not isinstance(forward, partial) or forward.func is not norm_forward else NormSettings(*forward.args[1:])
+
+
+def layer_forward(layer: nn.Module, stream_norm: str, last: bool, hidden_states: Tensor, *args, rows: Tensor | None = None,
+                  **kwargs) -> Tensor:
+    """A decoder layer in which attention joins the residual stream, and the stream is normalised for the MLP, in one operation.
+
+    With `rows` [S] the last one gives these tokens alone [1,S,W]: what follows its attention is left out for the others.
+    """
+    norm, rows = getattr(layer, stream_norm), rows if last else None
+    settings = coverable(norm)
+    if args or settings is None:
+        out = type(layer).forward(layer, hidden_states, *args, **kwargs)
+        return out if rows is None else out.index_select(1, rows)
+    attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), rows=rows, **kwargs)
+    if rows is not None:
+        hidden_states = hidden_states.index_select(1, rows)
+    if stream_norm == BEFORE_MLP:
+        attended = layer.post_attention_layernorm(attended)
+    normed, stream = add_rms_norm(attended, hidden_states, norm.weight, settings.eps, offset=settings.offset)
+    out = layer.mlp(normed)
+    return stream + (layer.post_feedforward_layernorm(out) if stream_norm == BEFORE_MLP else out)
+
+
+class AttentionTraits(NamedTuple):
+    """What one attention layer's forward needs beside its weights."""
+
+    head_dim: int
+    heads: int
+    scale: float
+    window: int | None
+    softcap: float | None
+    rope: bool
+    norm: str | None  # of queries and keys: "head" (each head alone), "width" (all heads as one vector), or none
+
+
+def attention_traits(attention: nn.Module, family: Family) -> AttentionTraits:
+    config, q_norm = attention.config, getattr(attention, "q_norm", None)
+    holder = config if family.window_in_config else attention
+    return AttentionTraits(
+        head_dim=attention.head_dim,
+        heads=config.num_attention_heads,
+        scale=attention.scaling,
+        window=getattr(holder, "sliding_window", None),
+        softcap=attention.attn_logit_softcapping if family.softcap else None,
+        rope=bool(getattr(attention, "use_rope", True)),
+        norm=None if q_norm is None else "head" if q_norm.weight.numel() == attention.head_dim else "width",
+    )
+
+
+def attention_forward(attention: nn.Module, traits: AttentionTraits, hidden_states: Tensor, position_embeddings=None,
+                      attention_mask=None, past_key_values=None, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None,
+                      rows: Tensor | None = None, **kwargs) -> tuple[Tensor, Tensor | None]:
+    """Attention of a pack [1,T,W], with no transpose between projections and heads. Anything but a pack gets the class's own forward.
+
+    With `rows` [S] only these tokens look, at all that they may see, and the result is theirs [1,S,W].
+    """
+    if cu_seqlens is None or attention_mask is not None or past_key_values is not None:
+        out, weights = type(attention).forward(
+            attention, hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask,
+            past_key_values=past_key_values, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, **kwargs)
+        return out if rows is None else out.index_select(1, rows), weights
+    q, k, v = project_heads(attention, traits, hidden_states.squeeze(0))
+    q, k = position_heads(attention, traits, q, k, position_embeddings)
+    out = packed_attention(q, k, v, cu_seqlens, max_seqlen, scale=traits.scale, window=traits.window, softcap=traits.softcap,
+                           dropout=attention.attention_dropout if attention.training else 0.0)
+    seen = out.flatten(1)
+    return attention.o_proj(seen if rows is None else seen.index_select(0, rows)).unsqueeze(0), None
+
+
+def project_heads(attention: nn.Module, traits: AttentionTraits, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x [T,W] -> q [T,H,D], k and v [T,Hk,D], normalised where the family takes all heads as one vector."""
+    if hasattr(attention, "qkv_proj"):
+        fused = attention.qkv_proj(x).unflatten(-1, (-1, traits.head_dim))
+        others = (fused.shape[1] - traits.heads) // 2
+        return fused.split((traits.heads, others, others), dim=1)
+    q, k, v = lora.project(x, (attention.q_proj, attention.k_proj, attention.v_proj))
+    if traits.norm == "width":
+        q, k = attention.q_norm(q), attention.k_norm(k)
+    return tuple(y.unflatten(-1, (-1, traits.head_dim)) for y in (q, k, v))
+
+
+def position_heads(attention: nn.Module, traits: AttentionTraits, q: Tensor, k: Tensor, position_embeddings) -> tuple[Tensor, Tensor]:
+    """q [T,H,D] and k [T,Hk,D], normalised head by head where the family does so, then turned by their positions where the layer does."""
+    cos, sin = (x.squeeze(0) for x in position_embeddings) if traits.rope else (None, None)
+    if traits.norm == "head":
+        settings = coverable(attention.q_norm)
+        if traits.rope and settings is not None and settings == coverable(attention.k_norm):
+            return qk_norm_rope(q, k, attention.q_norm.weight, attention.k_norm.weight, cos, sin, settings.eps, offset=settings.offset)
+        q, k = attention.q_norm(q), attention.k_norm(k)
+    return apply_rope(q, k, cos, sin) if traits.rope else (q, k)
+
+
+def mlp_forward(mlp: nn.Module, activation: str, x: Tensor) -> Tensor:
+    """down(activation(gate(x)) * up(x)), as one operation where the three are linear layers, adapted or not."""
+    layers = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    if lora.any_adapter(layers) and lora.fusable(layers):
+        weights, biases, loras = zip(*map(lora.projection, layers), strict=True)
+        return lora_mlp(x, weights, loras, biases, activation)
+    return mlp.down_proj(glu(mlp.gate_proj(x), mlp.up_proj(x), activation))
+
+
+def fused_mlp_forward(mlp: nn.Module, activation: str, x: Tensor) -> Tensor:
+    """The same where gate and up are one layer."""
+    gate, up = mlp.gate_up_proj(x).chunk(2, dim=-1)
+    return mlp.down_proj(glu(gate, up, activation))
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers, in their order."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def last_at_rows(model: nn.Module) -> nn.Module | None:
+    """The last decoder layer, where its forward takes `rows`; else None."""
+    last = next(reversed(layers_of(model)), None)
+    forward = getattr(last, "forward", None)
+    return last if isinstance(forward, partial) and forward.func is layer_forward and forward.args[2] else None
+
+
+# ---------------------------------------------------------------- patching
+
+
+@dataclass
+class PatchReport:
+    """Which backend serves each operation of a model, and how many of its modules use it; printed once when a run starts."""
+
+    family: str
+    backends: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return "\n".join([f"model family: {self.family}", *(f"  {op}: {serving}" for op, serving in self.backends.items())])
+
+
+def patch(model: nn.Module, enabled: bool = True) -> PatchReport:
+    """Give the modules of `model` (bare, or with an adapter already on it) their fused forwards. Patching twice changes nothing.
+
+    A family that is not in FAMILIES keeps its stock modules; only linear layers with adapters are fused there. With
+    `enabled=False` nothing is touched and the report says so. UserError if KERNELS_BACKEND asks for what cannot be had.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    family = family_of(base) if enabled else None
+    try:
+        served = serving(base.device, base.dtype)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    counts: Counter[str] = Counter()
+    last = next(reversed(layers_of(base)), None)
+    for name, module in base.named_modules():
+        if enabled:
+            counts.update(_patch_module(module, name.rsplit(".", 1)[-1], family, module is last))
+    return _report(base, family, enabled, served, counts)
+
+
+def _patch_module(module: nn.Module, name: str, family: Family | None, last: bool) -> dict[str, int]:
+    """Fuse one module, told by its class and name; returns how many operations of each kind that adds to the model, or takes away."""
+    if lora.is_adapted(module):
+        module.forward = partial(lora.linear_forward, module)
+        return {} if lora.why_not_fused(module) else {"adapter": 1}
+    if family is None:
+        return {}
+    if type(module).__name__.endswith("RMSNorm"):
+        module.forward = partial(norm_forward, module, getattr(module, family.norm_eps), family.norm_offset)
+        return {"rms_norm": 1}
+    if name == "self_attn":
+        traits = attention_traits(module, family)
+        module.forward = partial(attention_forward, module, traits)
+        if traits.rope and traits.norm == "head":
+            return {"qk_norm_rope": 1, "rms_norm": -2}
+        return {"rope": int(traits.rope)}
+    if name == "mlp" and (activation := ACTIVATIONS.get(type(getattr(module, family.activation)))):
+        module.forward = partial(fused_mlp_forward if hasattr(module, "gate_up_proj") else mlp_forward, module, activation)
+        return {"glu": 1}
+    if isinstance(module, GradientCheckpointingLayer) and _joins_plainly(module, family):
+        module.forward = partial(layer_forward, module, family.stream_norm, last)
+        return {"add_rms_norm": 1, "rms_norm": -1}
+    return {}
+
+
+def _joins_plainly(layer: nn.Module, family: Family) -> bool:
+    """Whether attention joins the residual stream as it is; Phi-3's dropout there is off in every checkpoint we know."""
+    return family.stream_norm is not None and not getattr(getattr(layer, "resid_attn_dropout", None), "p", 0.0)
+
+
+def _report(base: PreTrainedModel, family: Family | None, enabled: bool, served: str, counts: Counter[str]) -> PatchReport:
+    why_stock = "unknown family" if enabled else "model.patch is off"
+    report = PatchReport(base.config.model_type if family else f"{base.config.model_type} ({why_stock}: stock layers)")
+    softcap = base.config.attn_logit_softcapping if family and family.softcap else None
+    attention = backend(base.device, base.dtype, softcap, getattr(base.config, "attention_dropout", 0.0))
+    report.backends["attention"] = f"packed ({attention})" if is_packed(base) else "stock, one sample at a time (slow)"
+    if family:
+        for op in ("rms_norm", "add_rms_norm", "qk_norm_rope", "rope", "glu"):
+            if counts[op]:
+                report.backends[op] = f"{served} x {counts[op]}"
+        report.backends.setdefault("glu", "stock")
+    if adapted := sum(lora.is_adapted(module) for module in base.modules()):
+        stock = adapted - counts["adapter"]
+        report.backends["adapter"] = f"{served} x {counts['adapter']}" + (f", PEFT x {stock}" if stock else "")
+    report.backends["linear cross entropy"] = served
+    return report

@@ -1,0 +1,1 @@
+"""HTML pages: their shared look, and the page about a run."""

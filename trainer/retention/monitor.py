@@ -1,0 +1,282 @@
+"""What a run keeps and loses, measured while it trains; and which of its states is exported, where there is a floor to what it may lose.
+
+General and domain items with known answers are scored as `trainer.evaluate` scores them, beside the base: before the first step, every
+`retention.every` steps and after the last. The base is scored once, before training or a checkpoint changes any weight. With r the number
+of general items that are answered right, over all files,
+
+    a state holds the floor   ⟺   r(state) ≥ retention.floor · r(base)
+
+Of the measured states that hold it the best on the domain is exported, the later of equals: by accuracy on the domain items, else by their
+log-prob per token, else by held-out loss, else the latest. Where none holds it that is said, the one nearest to it is exported, and the
+command ends with status 3.
+
+A run stops after `retention.patience` measurements in a row, in its second half, that missed the floor and came no nearer to it than the
+one before. What a high learning rate costs comes back as the rate decays: a miniature run with half of its rows replay fell to 62.9% of the
+base's accuracy, kept 87.6% after a third of its steps, 98.6% or more in the last fifth and 99.6% at the end
+(`python -m benchmarks.run floor`).
+
+Scoring draws no random number and leaves the model as it found it: watched or not, a run computes the same weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from trainer import config as training
+from trainer.data.chat_template import ChatTemplate
+from trainer.errors import UserError
+from trainer.evaluation import config as evaluation
+from trainer.evaluation.items import ItemFile, read_files
+from trainer.evaluation.models import Side
+from trainer.evaluation.results import totals
+from trainer.evaluation.score_items import Outcomes, score
+from trainer.metrics.log import Log
+from trainer.model.export import whole_folder
+from trainer.model.lora import adapted_layers, switched_off
+from trainer.optim.adamw import FlatAdamW
+from trainer.runtime import checkpoint
+from trainer.runtime.distributed import World
+
+FLOOR_MISSED = 3  # exit status of a run none of whose states holds the floor
+HERE = {"data.general": "retention.items", "data.domain": "retention.domain_items", "data.metric": "retention.metric",
+        "data.regex": "retention.regex", "generation.max_tokens": "retention.max_tokens"}  # options of trainer.evaluate -> ours
+
+
+# ---------------------------------------------------------------- before the run
+
+
+def as_evaluation(config: training.Config) -> evaluation.Config:
+    """The options of a run, as trainer.evaluate has them. Held-out texts longer than the model's context are cut off, and it is said."""
+    held = config.retention
+    return evaluation.Config(
+        model=config.model, precision=config.precision, generation=evaluation.Generation(max_tokens=held.max_tokens),
+        data=evaluation.Data(general=held.items, domain=held.domain_items, metric=held.metric, regex=held.regex,
+                             chat_template=config.data.chat_template, overlong="truncate"))
+
+
+def read(config: training.Config) -> list[ItemFile]:
+    """The item files, general ones first; none where none are named. UserError names the file, line and remedy."""
+    if not config.retention.items:
+        return []
+    try:
+        how = as_evaluation(config)
+        evaluation.validate(how)
+        files = read_files(how.data)
+    except UserError as error:
+        raise UserError(_named_as_here(str(error))) from None
+    if config.retention.floor is not None and all(file.metric == "logprob" for file in files if file.role == "general"):
+        raise UserError("retention.floor: expected general items whose answers are right or wrong, found held-out text alone in "
+                        "retention.items; add items with answers or choices, or leave the floor out")
+    return files
+
+
+def _named_as_here(message: str) -> str:
+    for theirs, ours in HERE.items():
+        message = message.replace(theirs, ours)
+    return message
+
+
+def fingerprint(files: Sequence[ItemFile]) -> str | None:
+    """What tells these items from others, for checkpoints: a run goes on only with the items it began with."""
+    return hashlib.sha256(repr(files).encode()).hexdigest()[:16] if files else None
+
+
+def prepare(config: training.Config, files: Sequence[ItemFile], model: nn.Module, template: ChatTemplate, ranks: World) -> Watch | None:
+    """What scores these items during a run; the base is scored now, on rank 0. None without items."""
+    if not files:
+        return None
+    watch = Watch(config, Path(config.output), files, as_evaluation(config), Side("model", "the trained model", model, template))
+    ranks.on_main(watch.score_base)
+    return watch
+
+
+# ---------------------------------------------------------------- during the run
+
+
+@dataclass
+class Watch:
+    """The items of a run, how they are scored, and what the base made of them. Rank 0 alone has a base."""
+
+    config: training.Config
+    folder: Path
+    files: Sequence[ItemFile]
+    how: evaluation.Config
+    side: Side
+    base: Outcomes | None = None
+
+    @property
+    def floor(self) -> float | None:
+        return self.config.retention.floor
+
+    @property
+    def wants_loss(self) -> bool:
+        """Whether the held-out loss stands for the domain, as no items do."""
+        return all(file.role == "general" for file in self.files)
+
+    def score_base(self) -> None:
+        """Score the model before it is trained, without its adapter. UserError where that leaves a floor nothing to hold."""
+        with at_rest(self.side.model, self.config.compile), switched_off(adapted_layers(self.side.model)):
+            try:
+                self.base = score(replace(self.side, name="base", label="the base"), self.files, self.how, remember=True)
+            except UserError as error:
+                raise UserError(_named_as_here(str(error))) from None
+        if self.config.adapter == "full":  # the head is trained, so its values are kept, on the host between measurements
+            self._head_on(torch.device("cpu"), copy=True)
+        if self.floor is not None and not self._right(self.base):
+            raise UserError(f"retention.floor: expected general items of which the base answers some right, got 0 of "
+                            f"{self._judged(self.base)}; raise retention.max_tokens if answers are cut off, or see how items are scored")
+
+    def describe(self) -> list[str]:
+        """What a run says of it when it starts, on rank 0."""
+        held, marks = self.config.retention, [o.right for o in self.base.items.values() if o.right is not None]
+        when = f"every {held.every} steps" if held.every else "before the first step and after the last"
+        lines = [f"retention: {len(self.base.items):,} items, measured {when}"
+                 + (f"; the base answers {self._right(self.base):,} of {self._judged(self.base):,} general ones right" if marks else "")]
+        if self.floor is not None:
+            lines.append(f"retention: the best state with {self.floor * self._right(self.base):.4g} right ones or more is exported")
+            if held.patience:
+                lines.append(f"retention: in its second half the run stops at {held.patience} measurements in a row that miss this and "
+                             "come no nearer")
+        return lines + [f"retention: {note}" for note in self.base.notes]
+
+    def measure(self, state: checkpoint.State, optimizer: FlatAdamW, heldout_loss: float | None, total: int, log: Log) -> None:
+        """Score the model into the log and `state`, of `total` steps; its weights are kept where it is the best so far. On rank 0."""
+        untrained = state.step == 0 and self.config.lora.path is None
+        record = self._record(state.step, self.base if untrained else self._score(), heldout_loss)
+        before, state.measured = state.measured, record
+        best = self.floor is not None and state.step > 0 and (state.kept is None or _rank(record) >= _rank(state.kept))
+        if best:
+            state.kept = record
+            self._keep(state.step, None if state.step == total else optimizer)
+        if self.floor is not None:
+            nearer = before is not None and record["general"] > before["general"]
+            state.missed = 0 if record["held"] or nearer or 2 * state.step < total else state.missed + 1
+        log.write(record | ({"best": best} if self.floor is not None else {}))
+
+    def given_up(self, state: checkpoint.State) -> bool:
+        patience = self.config.retention.patience
+        return self.floor is not None and 0 < patience <= state.missed
+
+    def exported(self, state: checkpoint.State) -> dict | None:
+        """The measurement of the state that a run leaves."""
+        return state.measured if self.floor is None else state.kept
+
+    # ------------------------------------------------------------ scoring
+
+    def _score(self) -> Outcomes:
+        model = self.side.model
+        self._head_on(next(model.parameters()).device)
+        with at_rest(model, self.config.compile):
+            found = score(self.side, self.files, self.how, self.base.memory)
+        if self.config.adapter == "full":
+            self._head_on(torch.device("cpu"))
+        return found
+
+    def _head_on(self, device: torch.device, copy: bool = False) -> None:
+        """Move the base's head, where the run has a copy of it. (An adapter's base has the very head of the model.)"""
+        head = self.base.memory.head
+        if self.config.adapter == "full":
+            weight, bias = (None if t is None else t.detach().to(device, copy=copy) for t in (head.weight, head.bias))
+            self.base.memory.head = head._replace(weight=weight, bias=bias)
+
+    def _general(self, outcomes: Outcomes) -> list[bool]:
+        return [o.right for key, o in outcomes.items.items() if self.files[key.file].role == "general" and o.right is not None]
+
+    def _right(self, outcomes: Outcomes) -> int:
+        return sum(self._general(outcomes))
+
+    def _judged(self, outcomes: Outcomes) -> int:
+        return len(self._general(outcomes))
+
+    def _record(self, step: int, outcomes: Outcomes, heldout_loss: float | None) -> dict:
+        """A flat record: of each role accuracy with its interval, the share of the base's right answers that it comes to, items lost and
+        gained, KL(base || model) and log-prob in nats per token; of each file its accuracy."""
+        record: dict = {"kind": "retention", "step": step}
+        for role, found in totals(self.files, outcomes, self.base, self.how.statistics).items():
+            model, base, change = found["model"], found["base"], found["change"]
+            figures = {"": model.get("accuracy"), "interval": model.get("accuracy_interval"), "base": base.get("accuracy"),
+                       "retained": change.get("retention"), "lost": change.get("lost"), "gained": change.get("gained"),
+                       "kl": 0.0 if outcomes is self.base else change.get("kl_per_token"), "logprob": model.get("logprob_per_token")}
+            record |= {f"{role}_{name}".rstrip("_"): value for name, value in figures.items() if value is not None}
+        marks = {file.name: [o.right for o in outcomes.of(f) if o.right is not None] for f, file in enumerate(self.files)}
+        record["files"] = {name: sum(own) / len(own) for name, own in marks.items() if own}
+        if heldout_loss is not None:
+            record["heldout_loss"] = heldout_loss
+        if self.floor is not None:
+            record |= {"floor": self.floor, "held": self._right(outcomes) >= self.floor * self._right(self.base) - 1e-9}
+        return record
+
+    # ------------------------------------------------------------ the state that is kept
+
+    def _place(self, step: int) -> Path:
+        return self.folder / "kept" / f"step-{step:08d}"
+
+    def _keep(self, step: int, optimizer: FlatAdamW | None) -> None:
+        """Write the weights (none need be written of a run's last state), and forget those that nothing goes back to."""
+        if optimizer is not None:
+            with whole_folder(self._place(step)) as aside:
+                save_file({f"{i}": group.master.data for i, group in enumerate(optimizer.groups)}, aside / "weights.safetensors")
+        self._forget_all_but(step)
+
+    def _forget_all_but(self, *steps: int) -> None:
+        checkpoint.remove_all_but(self.folder / "kept", {*steps, *checkpoint.kept_steps(self.folder / "checkpoints")})
+
+    def restore(self, state: checkpoint.State, optimizer: FlatAdamW) -> None:
+        """Put the weights back that are exported, and say which. UserError where they cannot be read."""
+        if self.floor is None:
+            return
+        print(self._chosen_line(state), flush=True)
+        step = state.kept["step"]
+        if step == state.step:
+            return
+        file = self._place(step) / "weights.safetensors"
+        try:
+            tensors = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"retention: cannot read {file}, the state of step {step} that was kept: {error}") from None
+        with torch.no_grad():
+            for i, group in enumerate(optimizer.groups):
+                group.master.data.copy_(tensors[f"{i}"])
+        optimizer.publish()
+
+    def clean(self) -> None:
+        """Remove the kept states once one of them is exported, but for those that a checkpoint refers to."""
+        self._forget_all_but()
+
+    def _chosen_line(self, state: checkpoint.State) -> str:
+        kept = state.kept
+        figures = f"general {kept['general']:.1%}, {kept['general_retained']:.1%} of the base's"
+        figures += f"; domain {kept['domain']:.1%}" if "domain" in kept else ""
+        if kept["held"]:
+            return f"retention: exporting step {kept['step']} of {state.step}, the best of those that hold the floor: {figures}"
+        return (f"retention: WARNING: no measured state held the floor of {self.floor:.1%}; exporting step {kept['step']} of {state.step}, "
+                f"the nearest to it: {figures}; what holds it: more replay, retention.kl, a lower optim.lr")
+
+
+def _rank(record: dict) -> tuple:
+    """Orders measurements: what holds the floor by the domain, what does not by how near it is."""
+    domain = next((record[name] for name in ("domain", "domain_logprob") if name in record), None)
+    if domain is None:
+        domain = -record["heldout_loss"] if "heldout_loss" in record else record["step"]
+    return (1, domain, record["general"]) if record["held"] else (0, record["general"], domain)
+
+
+@contextmanager
+def at_rest(model: nn.Module, compiled: bool) -> Iterator[None]:
+    """The model in evaluation mode for a while, and its layers as they are uncompiled: a cache grows by every token."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+            yield
+    finally:
+        model.train(training)

@@ -1,0 +1,103 @@
+"""A step's packs, collated on the CPU and queued for the device ahead of the step before them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trainer.data.packing import UNFILLED, Batch, Multiples, collate, filled
+from trainer.data.samples import Samples
+from trainer.data.step_plan import Plan, Step
+from trainer.metrics.throughput import Phases
+from trainer.retention.kl import Retention
+from trainer.runtime.distributed import World
+
+
+@dataclass
+class Counts:
+    """Host-side sums over steps."""
+
+    tokens: int = 0
+    supervised: int = 0
+    squared_lengths: int = 0
+    capacity: int = 0  # tokens that the packs could have held
+    base_tokens: int = 0  # that the base reads beside the model, in the step itself
+    base_supervised: int = 0
+    base_squared_lengths: int = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(self)))
+
+
+@dataclass
+class Work:
+    """One step's packs for this rank, on the device, and the whole step's host-side counts."""
+
+    step: int
+    batches: list[Batch]
+    weight: float
+    counts: Counts
+    sources: list[str]
+    counted_weight: float = 0.0  # of the targets that a divergence from the base counts
+    divergence: Tensor | None = field(default=None, compare=False)  # this rank's share of it, once the step has run; None: none counted
+
+
+def stage(plan: Plan, samples: Samples, first: int, world: World, device: torch.device, phases: Phases,
+          retention: Retention | None = None, multiples: Multiples = UNFILLED) -> Iterator[Work]:
+    """The work of steps first .. total - 1 for this rank, each one's copy started before the step before it runs."""
+    upcoming = None
+    for step in range(first, plan.total):
+        with phases("data"):
+            following = prepare(plan, samples, step, world, device, retention, multiples)
+        if upcoming:
+            yield upcoming
+        upcoming = following
+    if upcoming:
+        yield upcoming
+
+
+def prepare(plan: Plan, samples: Samples, step: int, world: World, device: torch.device, retention: Retention | None = None,
+            multiples: Multiples = UNFILLED) -> Work:
+    """Collate this rank's packs of a step, filled up to `multiples`; count the whole step, without what fills it."""
+    packs = plan[step]
+    indices = np.concatenate(packs)
+    counted = indices[retention.counted[samples.sources[indices]]] if retention else indices[:0]
+    targets = retention.targets(samples, counted) if retention else samples.supervised[counted]
+    read = counted[:0] if retention and retention.stored else counted  # what is stored meets only the head
+    counts = Counts(*totals(samples, indices, samples.supervised[indices]), len(packs) * plan.batch.tokens_per_pack,
+                    *totals(samples, read, targets))
+    sources = [samples.names[s] for s in np.unique(samples.sources[indices])]
+
+    def lay(pieces: list[tuple]) -> Batch:
+        return filled((retention.collate if retention else collate)(pieces), multiples, plan.batch.tokens_per_pack)
+
+    mine = batches(samples, packs[world.rank :: world.size], device, lay)
+    weight = max(supervised_weight(samples, indices), 1e-8)
+    return Work(step, mine, weight, counts, sources, counted_weight=weight_of(samples, counted, targets))
+
+
+def totals(samples: Samples, indices: np.ndarray, targets: np.ndarray) -> tuple[int, int, int]:
+    """Tokens of these samples, so many targets, and sum(len^2)."""
+    lengths = samples.lengths[indices].astype(np.int64)
+    return int(lengths.sum()), int(targets.sum()), int((lengths**2).sum())
+
+
+def supervised_weight(samples: Samples, indices: np.ndarray) -> float:
+    """Sum of the weights of the supervised tokens of these samples."""
+    return weight_of(samples, indices, samples.supervised[indices])
+
+
+def weight_of(samples: Samples, indices: np.ndarray, targets: np.ndarray) -> float:
+    return float((targets * samples.weights[indices].astype(np.float64)).sum())
+
+
+def batches(samples: Samples, packs: Step, device: torch.device, lay: Callable[[list[tuple]], Batch] = collate) -> list[Batch]:
+    """The packs on the device, each laid out by `lay`."""
+    collated = (lay([samples.piece(i) for i in pack]) for pack in packs)
+    if device.type == "cpu":
+        return list(collated)
+    return [batch.pin_memory().to(device, non_blocking=True) for batch in collated]

@@ -1,0 +1,102 @@
+"""What a run will hold on its device, from the model's shape alone: nothing is loaded and nothing is run.
+
+Activations are those that the fused layers keep for the backward pass, per token and layer: the inputs of both norms, their
+outputs, the rotated queries and keys, the values, the attention's result, and gate and up of the MLP,
+
+    4 W + (2 H + 2 Hk) D + 2 I
+
+elements, with W model width, H query heads, Hk key heads, D head width, I MLP width, and on a CPU at most KEEP H D more: attention's
+probabilities. Stock layers, DoRA and norms of queries and keys keep up to three quarters more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import nn
+
+from kernels._dispatch import serving
+from kernels.attention import KEEP
+from kernels.linear_cross_entropy import rows_per_chunk
+from trainer.config import Config
+from trainer.model.loading import bare
+from trainer.model.quantization import AdamW8bit, bytes_per_weight, to_quantize
+from trainer.optim.adamw import in_8bit
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes, by what holds them."""
+
+    weights: float  # of a base in 4 bits: its codes and scales, and its largest layer made dense; with retention.kl, a full model's copy
+    masters: float  # fp32 copies of trained weights of lower precision; with retention.l2, of those that training began with
+    gradients: float
+    moments: float  # AdamW's two, with the scales of 8-bit ones
+    activations: float  # of one pack
+    loss: float  # with a stored base, its states too: those of one step and of the next, if every token is counted
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, f.name) for f in fields(self))
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{f.name} {getattr(self, f.name) / 1e9:.2f}" for f in fields(self))
+        return f"about {self.total / 1e9:.2f} GB on the device: {parts} (of one pack)"
+
+
+def estimate(model: nn.Module, config: Config, dtype: torch.dtype, device: torch.device) -> MemoryEstimate:
+    """`model` may live on the meta device, where it is dense. Trainable parameters of adapters are fp32."""
+    width = dtype.itemsize
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    trained = sum(p.numel() for p in trainable)
+    adapter = config.adapter != "full"
+    stored, out = config.retention.stores_base, model.get_output_embeddings()
+    base = (out if stored else model).parameters() if config.retention.kl and not adapter else ()
+    copied = sum(p.numel() for p in base)
+    states = 2 * config.batch.tokens_per_step * out.weight.shape[1] * width if stored else 0
+    return MemoryEstimate(
+        weights=frozen_bytes(model, config, width) + trained * (4 if adapter else width) + copied * width,
+        masters=(0 if adapter or width == 4 else trained * 4) + (trained * 4 if config.retention.l2 else 0),
+        gradients=trained * 4,
+        moments=sum(p.numel() * (AdamW8bit.BYTES if in_8bit(p, config.optim) else 8) for p in trainable),
+        activations=activation_bytes(model, config.batch.tokens_per_pack, width, config.activation_checkpointing, device),
+        loss=loss_bytes(model, config.batch.tokens_per_pack, dtype, device) + states,
+    )
+
+
+def frozen_bytes(model: nn.Module, config: Config, width: int) -> float:
+    """Bytes of the weights that are not trained: dense ones, and with QLoRA those in 4 bits and room to make the largest dense."""
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    layers = to_quantize(bare(model), config.quantization.skip) if config.adapter == "qlora" else []
+    sizes = [layer.weight.numel() for layer in layers]
+    packed = sum(sizes) * bytes_per_weight(config.quantization.double_quant)
+    return (frozen - sum(sizes)) * width + packed + max(sizes, default=0) * width
+
+
+def loss_bytes(model: nn.Module, tokens: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Bytes that the loss holds: two rows a token, a chunk of logits (the reference keeps it in fp32 too), and a trained head's fp32
+    gradient; rounding that takes the chunk's place."""
+    head = model.get_output_embeddings().weight
+    vocabulary, width = head.shape
+    rows = rows_per_chunk(vocabulary, dtype, device.type)
+    if head.requires_grad and device.type == "cuda":
+        rows = max(rows, width)
+    held = dtype.itemsize if serving(device, dtype) == "triton" else 4 + dtype.itemsize
+    rounded = head.numel() * dtype.itemsize if head.requires_grad else 0
+    logits = max(min(tokens, rows) * vocabulary * held, rounded)
+    return 2 * tokens * width * dtype.itemsize + logits + (head.numel() * 4 if head.requires_grad else 0)
+
+
+def activation_bytes(model: nn.Module, tokens: int, width: int, checkpointing: str, device: torch.device) -> float:
+    """Bytes kept for the backward pass of a pack of `tokens` tokens, elements `width` bytes wide."""
+    shape = model.config.get_text_config()
+    heads = shape.num_attention_heads
+    key_heads = getattr(shape, "num_key_value_heads", None) or heads
+    head_dim = getattr(shape, "head_dim", None) or shape.hidden_size // heads
+    inner = getattr(shape, "intermediate_size", None) or 4 * shape.hidden_size
+    probabilities = KEEP * heads * head_dim if device.type == "cpu" else 0
+    layer = 4 * shape.hidden_size + (2 * heads + 2 * key_heads) * head_dim + 2 * inner + probabilities
+    kept = {"none": shape.num_hidden_layers, "selective": (shape.num_hidden_layers + 1) // 2, "full": 1}[checkpointing]
+    inputs = shape.hidden_size * (shape.num_hidden_layers - kept)
+    return tokens * width * (kept * layer + inputs)

@@ -1,0 +1,71 @@
+"""The run folder: refused while it holds another run, opened with the whole configuration, left with what was made."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import platform
+import shlex
+import sys
+from pathlib import Path
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from trainer import cli
+from trainer.config import Config
+from trainer.errors import UserError
+from trainer.model.export import merge_and_save, save_adapter
+from trainer.report.run_page import write_report
+from trainer.retention import cached_base
+from trainer.runtime import checkpoint
+from trainer.training.loop import Ending
+
+
+def refuse_used(output: Path, resume: str) -> None:
+    """UserError where a run could overwrite what an earlier one made, or went on from nothing."""
+    last = checkpoint.newest(output / "checkpoints")
+    if last and resume == "never":
+        raise UserError(f"output: {output} holds checkpoints of an earlier run, the newest {last.name}; add --resume auto to go on from "
+                        "it, or choose another --output")
+    made = [name for name in ("adapter", "model") if (output / name).exists()]
+    if made and not last:
+        raise UserError(f"output: {output} holds the {made[0]} of a finished run; choose another --output, or remove it")
+
+
+def open_run(output: Path, config: Config, facts: dict) -> None:
+    """Make the folder; write config.yaml, with versions and the command, and data.json, the account of the data."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        cli.save_yaml(config, output / "config.yaml", versions=versions("torch", "transformers", "peft", "datasets", "tokenizers"),
+                      command=shlex.join(sys.orig_argv))
+        (output / "data.json").write_text(json.dumps(facts))
+    except OSError as error:
+        raise UserError(f"output: cannot write the run folder {output}: {error.strerror}; choose another --output") from None
+
+
+def versions(*names: str) -> dict[str, str]:
+    """Of Python and of these distributions, where they are installed."""
+    found = {"python": platform.python_version()}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def leave(output: Path, config: Config, model: nn.Module, tokenizer: PreTrainedTokenizerBase, ending: Ending) -> None:
+    """Write what the run made, and its page. A run stopped by a signal leaves its checkpoint only."""
+    full = config.adapter == "full"
+    if ending.signal:
+        print(f"stopped by signal {ending.signal}; go on with the same command and --resume auto", file=sys.stderr)
+    else:
+        cached_base.discard(output)
+        if not full and config.export in ("adapter", "both"):
+            save_adapter(model, output / "adapter", tokenizer)
+        if full or config.export in ("merged", "both"):
+            merge_and_save(model, tokenizer, output / "model")
+            if config.adapter == "qlora":
+                print("model: the adapter merged into the dequantised weights that it was trained on")
+    write_report(output)
+    print(f"report: {output / 'report.html'}")
