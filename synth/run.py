@@ -45,7 +45,7 @@ def synthesise(config: Config) -> None:
         # Late, so that --help and mistakes in options are answered at once.
         from synth.pool.run import Run, identity
         from synth.pool.store import Pool
-        from trainer.training.run_folder import versions
+        from trainer.versions import versions
 
         with Pool(folder / "pool.sqlite") as pool:
             run = Run(config, pool, say=lambda line: print(line, flush=True))

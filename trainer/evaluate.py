@@ -15,7 +15,7 @@ from trainer.evaluation.items import read_files
 from trainer.evaluation.models import plan, sides
 from trainer.evaluation.results import summarise, totals
 from trainer.evaluation.score_items import Outcomes, score
-from trainer.run import choose_device
+from trainer.runtime.device import choose_device
 
 USAGE = """\
 usage: python -m trainer.evaluate --model.path MODEL --data.general FILE [--data.domain FILE] [--section.option value ...]

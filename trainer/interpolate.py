@@ -25,8 +25,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from trainer import cli, config
 from trainer.errors import UserError
+from trainer.files import atomic_folder
 from trainer.model import lora
-from trainer.model.export import whole_folder
 from trainer.model.loading import outline
 from trainer.model.locate import load_tokenizer, one_line, source_of
 
@@ -104,7 +104,7 @@ def adapter_points(asked: Interpolate) -> Callable[[float, Path], None]:
         tensors = load_file(folder / "adapter_model.safetensors")
         scaled = {name: scaled_by(alpha, tensor) if ".lora_B." in name or ".lora_embedding_B" in name else tensor
                   for name, tensor in tensors.items()}
-        with whole_folder(output) as aside:
+        with atomic_folder(output) as aside:
             copy_others(folder, aside)
             save_file(scaled, aside / "adapter_model.safetensors", metadata={"format": "pt"})
 
@@ -145,7 +145,7 @@ def model_points(asked: Interpolate) -> Callable[[float, Path], None]:
     def write(alpha: float, output: Path) -> None:
         made: dict[int, Tensor] = {}  # by storage: a tied weight stays one
         state = {name: made.setdefault(end.data_ptr(), between(alpha, ends[0][name], end)) for name, end in ends[1].items()}
-        with whole_folder(output) as aside:
+        with atomic_folder(output) as aside:
             tuned.save_pretrained(aside, state_dict=state)
             tokenizer.save_pretrained(aside)
 

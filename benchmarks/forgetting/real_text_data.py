@@ -22,8 +22,8 @@ from benchmarks.forgetting.miniature.world import heldout_items, training_record
 from benchmarks.speed.training import SPECIAL, TEMPLATE
 from trainer.config import Batch, Config, Data, Logging, Model, Optim, Source
 from trainer.errors import UserError
-from trainer.model.loading import fast_bf16
 from trainer.run import train
+from trainer.runtime.device import fast_bf16
 
 FILES = ("gsm8k_train.jsonl", "gsm8k_test.jsonl", "pubmedqa_ori_pqal.json", "self_instruct_seed_tasks.jsonl",
          "self_instruct_user_oriented.jsonl")

@@ -33,7 +33,7 @@ from benchmarks.harness.gpu_timing import Clock, free, measured_rates, peak_mib,
 from benchmarks.harness.timing import Line, Sample, Samples, StepResult, counted
 from benchmarks.speed.kernel_predictions import MODELS, RANK, Model
 from kernels import linear_cross_entropy
-from trainer.data.packing import Batch, collate
+from trainer.data.batch import Batch, collate
 from trainer.metrics.throughput import model_size
 from trainer.model.quantization import nf4_of, quantized_layers
 
@@ -106,7 +106,9 @@ def packed(samples: Samples, device: torch.device) -> Batch:
 
 
 def patched(model: nn.Module) -> nn.Module:
-    from trainer.model.loading import bare, patch, use_packed_attention
+    from trainer.model.forward import bare
+    from trainer.model.loading import use_packed_attention
+    from trainer.model.patch import patch
 
     use_packed_attention(bare(model))
     patch(model)
@@ -114,8 +116,8 @@ def patched(model: nn.Module) -> nn.Module:
 
 
 def packed_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Mean over the supervised tokens, as the trainer has it (`trainer.training.loop.batch_loss`)."""
-    from trainer.model.loading import head, supervised_hidden
+    """Mean over the supervised tokens, as the trainer has it (`trainer.training.loss.batch_loss`)."""
+    from trainer.model.forward import head, supervised_hidden
 
     return linear_cross_entropy(supervised_hidden(model, batch), head(model).weight, batch.targets, token_weight=batch.weights,
                                 ignore_index=None, reduction="sum") / batch.weight_sum

@@ -238,7 +238,7 @@ class Climber:
 
     def take(self, height: Height) -> None:
         """Have the line of this height, with its activations kept or computed again."""
-        from trainer.model.loading import apply_activation_checkpointing
+        from trainer.model.forward import apply_activation_checkpointing
 
         if self.name != height.line:
             self.line = None

@@ -14,8 +14,8 @@ from vllm import SamplingParams
 from vllm.inputs import TokensPrompt
 
 from synth.config import Model
+from synth.engines.protocol import Opening
 from synth.engines.vllm import Vllm
-from synth.engines.worker import Opening
 
 
 def main() -> None:

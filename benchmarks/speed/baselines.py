@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DataCollatorW
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from benchmarks.harness.timing import Samples, StepResult, counted
-from trainer.metrics.throughput import Phases, model_size
+from trainer.metrics.throughput import model_size
+from trainer.metrics.timers import Phases
 
 TrlBatch = tuple[dict[str, Tensor], Tensor]  # the model's inputs, and how many of their tokens are supervised
 IGNORED = -100  # the label that Hugging Face's losses leave out

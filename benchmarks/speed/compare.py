@@ -228,7 +228,7 @@ def run(arguments: argparse.Namespace) -> dict:
 
 
 def chosen(suite: str) -> list[str]:
-    from trainer.model.loading import fast_bf16
+    from trainer.runtime.device import fast_bf16
 
     training = ["training: fp32"] + ["training: bf16"] * fast_bf16()
     kernels = [f"kernels: {operation}" for operation in KERNELS]

@@ -29,8 +29,9 @@ from benchmarks.harness.timing import Line, Sample
 from benchmarks.speed.training import AGREEMENT, RANK, TOKENS_PER_STEP, Setting, Steadfast, make_setting, quiet, run_options
 from trainer.config import Config, validate
 from trainer.errors import UserError
-from trainer.model.families import last_at_rows, layer_forward
-from trainer.model.loading import bare, fast_bf16
+from trainer.model.forward import bare
+from trainer.model.fused_layers import last_at_rows, layer_forward
+from trainer.runtime.device import fast_bf16
 from trainer.training.loop import garbage_at_log_steps, train_step
 
 COMPARED = 3  # steps of each line whose figures are compared before anything is timed

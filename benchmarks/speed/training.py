@@ -49,13 +49,14 @@ from benchmarks.speed.baselines import (
     padded_loop,
 )
 from trainer import config as options
-from trainer.data.packing import collate, filled
+from trainer.data.batch import collate, filled
 from trainer.data.prepare import prepare_inputs
 from trainer.errors import UserError
-from trainer.metrics.throughput import Phases, model_size
-from trainer.model.loading import fast_bf16
-from trainer.run import build
+from trainer.metrics.throughput import model_size
+from trainer.metrics.timers import Phases
+from trainer.runtime.device import fast_bf16
 from trainer.runtime.distributed import World
+from trainer.training.build import build
 from trainer.training.loader import Counts, Work, stage
 from trainer.training.loop import train_step
 

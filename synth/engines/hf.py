@@ -34,8 +34,8 @@ from synth.engines.interface import (
     LikelihoodRequest,
     Sampling,
 )
+from synth.engines.protocol import Opening, Ready
 from synth.engines.tokens import LONGEST, Spellings, ends, scored, unfit, written
-from synth.engines.worker import Opening, Ready
 
 DEPTH = 4_096  # requests at hand: the more, the fuller the waves
 ROWS = 256  # of a wave

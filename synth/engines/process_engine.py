@@ -23,7 +23,7 @@ import synth
 from synth.config import Model
 from synth.engines.interface import EmbeddingRequest, EngineError, EngineInfo
 from synth.engines.model_files import fingerprint, locate, parameters
-from synth.engines.worker import Opening, Ready
+from synth.engines.protocol import Opening, Ready
 from trainer.errors import shortened, telling
 
 CHUNK = 64  # requests of one message

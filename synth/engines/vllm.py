@@ -33,8 +33,8 @@ from synth.engines.interface import (
     LikelihoodRequest,
     Sampling,
 )
+from synth.engines.protocol import Opening, Ready
 from synth.engines.tokens import LONGEST, Spellings, ends, scored, unfit, written
-from synth.engines.worker import Opening, Ready
 
 LEAST_CACHE, SEQUENCES = 300_000_000, 64  # on a CPU: bytes of the smallest KV cache, and sequences of full length that a larger one holds
 PREFILL = 2_048  # tokens of prompts in a step on a GPU: their log-probs over a whole vocabulary must fit beside the KV cache

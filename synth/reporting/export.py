@@ -5,12 +5,9 @@ Every file is written beside its place and renamed into it. Equal pools give equ
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow
@@ -20,7 +17,7 @@ from synth.judging.calibration import Scale
 from synth.pool.run import Run
 from synth.reporting.manifest import manifest
 from trainer.errors import UserError
-from trainer.runtime.checkpoint import sync
+from trainer.files import atomic_file
 
 ROWS = 10_000  # of one group of a Parquet file
 MESSAGE = pyarrow.struct([("role", pyarrow.string()), ("content", pyarrow.string())])
@@ -39,7 +36,7 @@ def export(run: Run, scales: Mapping[str, Scale]) -> None:
         for other in write.keys() - {run.config.format}:
             (run.folder / f"replay.{other}").unlink(missing_ok=True)
         write_lines(run.folder / "pairs.jsonl", pairs(run))
-        with whole_file(run.folder / "manifest.json") as aside:
+        with atomic_file(run.folder / "manifest.json") as aside:
             aside.write_text(json.dumps(manifest(run, scales, replay.name), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write the replay set in {run.folder}: {error.strerror or error}; the pool is whole: free space or rights, "
@@ -95,26 +92,13 @@ def _chosen(run: Run) -> Iterator[tuple]:
 
 
 def write_lines(path: Path, rows: Iterable[dict]) -> None:
-    with whole_file(path) as aside, aside.open("w", encoding="utf-8", newline="\n") as file:
+    with atomic_file(path) as aside, aside.open("w", encoding="utf-8", newline="\n") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def write_parquet(path: Path, rows: Iterable[dict]) -> None:
     rows = iter(rows)
-    with whole_file(path) as aside, pyarrow.parquet.ParquetWriter(aside, RECORD) as file:
+    with atomic_file(path) as aside, pyarrow.parquet.ParquetWriter(aside, RECORD) as file:
         while batch := list(itertools.islice(rows, ROWS)):
             file.write_table(pyarrow.Table.from_pylist(batch, schema=RECORD))
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A path to write to, which takes the place of `path` once it is written."""
-    aside = path.with_name(f".{path.name}.partial")
-    try:
-        yield aside
-        sync(aside)
-        os.replace(aside, path)
-    finally:
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)

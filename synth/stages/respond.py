@@ -14,8 +14,9 @@ from synth.engines import kind_of
 from synth.engines.chat_format import Format
 from synth.engines.interface import CompletionRequest, Failure, Likelihood, LikelihoodRequest, Prompt, Sampling
 from synth.pool import seeds
-from synth.pool.run import Run, Worker, identity, usable
+from synth.pool.run import Run, identity, usable
 from synth.pool.store import CLEAN, Chat
+from synth.pool.writer import Worker
 
 GREEDY = -1  # the number of a greedy answer
 

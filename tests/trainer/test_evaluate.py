@@ -33,7 +33,7 @@ from trainer.evaluation.models import plan, sides
 from trainer.evaluation.score_items import score
 from trainer.evaluation.tokens import Key, encode
 from trainer.model.export import save_adapter
-from trainer.model.loading import HeadSpec
+from trainer.model.forward import HeadSpec
 from trainer.model.lora import add_adapter
 from trainer.model.quantization import is_quantized, nf4_of
 

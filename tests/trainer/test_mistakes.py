@@ -16,7 +16,8 @@ from trainer.data.chat_template import ChatTemplate
 from trainer.data.prepare import prepare_inputs
 from trainer.data.sources import load_sources
 from trainer.errors import UserError
-from trainer.model.loading import load_model, load_tokenizer
+from trainer.model.loading import load_model
+from trainer.model.locate import load_tokenizer
 from trainer.model.lora import add_adapter
 from trainer.optim.adamw import FlatAdamW
 from trainer.runtime import checkpoint

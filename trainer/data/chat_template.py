@@ -14,6 +14,7 @@ import re
 from collections.abc import Sequence
 from functools import cached_property, partial
 from itertools import groupby
+from pathlib import Path
 from typing import NamedTuple
 
 import jinja2
@@ -224,3 +225,18 @@ def _supervise(tokens: int, characters: int, spans: list[Span], token_at) -> lis
         supervised[first:stop] = [True] * (stop - first)
     supervised[:1] = [False] * min(tokens, 1)
     return supervised
+
+
+def read_template(path: str | None) -> str | None:
+    """The Jinja text of a file, if one is named. UserError where it is not one."""
+    if path is None:
+        return None
+    if not Path(path).is_file():
+        raise UserError(f"data.chat_template: expected a file with a Jinja template, found no file {path}")
+    try:
+        template = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data.chat_template: cannot read {path}: {error}") from None
+    if not template.strip():
+        raise UserError(f"data.chat_template: expected a Jinja template, found nothing in {path}; leave it out to use the tokenizer's own")
+    return template

@@ -9,12 +9,13 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from trainer.config import Config
-from trainer.data.chat_template import ChatTemplate
+from trainer.data.chat_template import ChatTemplate, read_template
 from trainer.data.mixture import Mixture, Part
 from trainer.data.packing import pack
-from trainer.data.samples import Samples, tokenize
+from trainer.data.samples import Samples
 from trainer.data.sources import load_sources
 from trainer.data.step_plan import Plan
+from trainer.data.tokenize import tokenize
 from trainer.errors import UserError
 
 
@@ -48,21 +49,6 @@ def _check_cache(path: str | None) -> None:
             Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"data.cache: cannot make the folder {path}: {error.strerror}; choose another") from None
-
-
-def read_template(path: str | None) -> str | None:
-    """The Jinja text of a file, if one is named. UserError where it is not one."""
-    if path is None:
-        return None
-    if not Path(path).is_file():
-        raise UserError(f"data.chat_template: expected a file with a Jinja template, found no file {path}")
-    try:
-        template = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"data.chat_template: cannot read {path}: {error}") from None
-    if not template.strip():
-        raise UserError(f"data.chat_template: expected a Jinja template, found nothing in {path}; leave it out to use the tokenizer's own")
-    return template
 
 
 def _hold_out(config: Config, samples: Samples, roles: list[str], template: ChatTemplate):

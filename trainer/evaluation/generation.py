@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from trainer.data.chat_template import ChatTemplate
 from trainer.data.turn_spans import TurnError, read_layout
 from trainer.errors import UserError
-from trainer.model.loading import bare
+from trainer.model.forward import bare
 from trainer.model.packed_attention import is_packed
 
 

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from kernels.linear_cross_entropy import linear_log_prob
 from kernels.linear_kl import linear_kl
-from trainer.data.packing import Batch, collate, pack
+from trainer.data.batch import Batch, collate
+from trainer.data.packing import pack
 from trainer.evaluation.tokens import Sample
-from trainer.model.loading import HeadSpec, forward_hidden, head
+from trainer.model.forward import HeadSpec, forward_hidden, head
 
 DOCUMENTS = 1024  # samples in one pack, at most
 SLICE = 256  # rows of full logits at a time, where heads differ in scale or cap

@@ -18,13 +18,14 @@ from torch import nn
 from transformers import AutoConfig
 
 from trainer import config as training
-from trainer.data.chat_template import ChatTemplate
-from trainer.data.prepare import read_template
+from trainer.data.chat_template import ChatTemplate, read_template
 from trainer.errors import UserError
 from trainer.evaluation.config import Config
 from trainer.model import lora, quantization
-from trainer.model.loading import bare, load_model, patch
+from trainer.model.forward import bare
+from trainer.model.loading import load_model
 from trainer.model.locate import load_tokenizer, one_line, source_of
+from trainer.model.patch import patch
 
 
 @dataclass

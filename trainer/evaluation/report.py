@@ -20,7 +20,7 @@ from trainer.evaluation.items import Item, ItemFile
 from trainer.evaluation.score_items import Outcome, Outcomes
 from trainer.report import page
 from trainer.report.page import Plot, Theme, plot
-from trainer.training.run_folder import versions
+from trainer.versions import versions
 
 TEMPLATE = Path(__file__).with_name("evaluation.html.jinja")
 HEADER = ("role", "items", "metric", "n", "base", "model", "change", "lost", "gained", "p", "adjusted", "log-prob/token", "KL/token")

@@ -13,7 +13,7 @@ from trainer.evaluation.likelihood import Likelihood, Memory, chosen, measure
 from trainer.evaluation.models import Side
 from trainer.evaluation.scoring import choose, judge
 from trainer.evaluation.tokens import Key, Sample, Tokens, encode
-from trainer.model.loading import head
+from trainer.model.forward import head
 
 
 @dataclass

@@ -26,8 +26,8 @@ from trainer.evaluation.generation import Answer, answer_of, end_tokens
 from trainer.evaluation.items import ItemFile
 from trainer.evaluation.models import Plan, parts, template_of
 from trainer.evaluation.tokens import encode
-from trainer.model.loading import compute_dtype, dtype_name
 from trainer.model.locate import one_line, source_of
+from trainer.runtime.device import compute_dtype, dtype_name
 
 RANKS = (8, 16, 32, 64, 128, 256, 512)  # that vLLM has room for
 CPU_CACHE = 1_000_000_000  # bytes of key-value cache without a GPU

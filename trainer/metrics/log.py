@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from trainer.config import Config
 from trainer.errors import UserError
+from trainer.files import atomic_file
 
 
 class Log:
@@ -59,9 +60,8 @@ def keep_records(path: Path, first_step: int) -> None:
         path.unlink()
         return
     kept = [r for r in _whole_records(path) if r["step"] <= first_step and r["kind"] != "end"]
-    aside = path.with_suffix(".partial")
-    aside.write_text("".join(json.dumps(record) + "\n" for record in kept))
-    aside.replace(path)
+    with atomic_file(path) as tmp:
+        tmp.write_text("".join(json.dumps(record) + "\n" for record in kept))
 
 
 def _whole_records(path: Path) -> Iterator[dict]:

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer.errors import UserError
-from trainer.metrics.throughput import Phases, synchronize
+from trainer.metrics.timers import Phases, synchronize
 
 COSTLIEST = 10
 OURS = ("trainer", "kernels", "benchmarks", "tests")  # packages whose lines are worth naming

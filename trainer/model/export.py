@@ -6,22 +6,18 @@ A folder is written beside its place and renamed into it, so whoever looks finds
 from __future__ import annotations
 
 import copy
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kernels.nf4 import dequantize_nf4
 from trainer.errors import UserError
+from trainer.files import atomic_folder
 from trainer.model.lora import is_adapted, projection, why_not_fused
 from trainer.model.quantization import is_quantized, nf4_of, quantized_layers
-from trainer.runtime.checkpoint import sync
 
 
 def save_adapter(model: PeftModel, folder: Path | str, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
@@ -29,7 +25,7 @@ def save_adapter(model: PeftModel, folder: Path | str, tokenizer: PreTrainedToke
 
     The adapter names its base model as it was loaded: an absolute path, or a name on the hub.
     """
-    with whole_folder(folder) as aside:
+    with atomic_folder(folder) as aside:
         model.save_pretrained(aside)
         if tokenizer is not None:
             tokenizer.save_pretrained(aside)
@@ -44,7 +40,7 @@ def merge_and_save(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedToke
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     state = merged_state(base)
     shell = _dense_shell(base) if quantized_layers(base) else base
-    with whole_folder(folder) as aside:
+    with atomic_folder(folder) as aside:
         shell.save_pretrained(aside, state_dict=state)
         tokenizer.save_pretrained(aside)
 
@@ -101,23 +97,3 @@ def _merged_nf4(module: nn.Module) -> Tensor:
     return merged.to(weight.dtype).cpu()
 
 
-@contextmanager
-def whole_folder(folder: Path | str) -> Iterator[Path]:
-    """Yield an empty folder to write into; afterwards it takes the place of `folder`. UserError if the disk does not take it."""
-    folder = Path(folder)
-    aside, old = (folder.with_name(f".{folder.name}.{what}") for what in ("partial", "old"))
-    try:
-        for leftover in (aside, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        aside.mkdir(parents=True)
-        yield aside
-        for path in [*aside.rglob("*"), aside]:
-            sync(path)
-        if folder.exists():
-            folder.rename(old)
-        aside.rename(folder)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {folder}: {error}") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)

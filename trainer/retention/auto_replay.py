@@ -34,11 +34,12 @@ import torch
 
 from trainer.config import Config
 from trainer.errors import UserError
+from trainer.files import atomic_file
 from trainer.runtime import checkpoint
 from trainer.runtime.distributed import World
 
 if TYPE_CHECKING:
-    from trainer.run import RunResult
+    from trainer.runtime.result import RunResult
 
 NAME = "auto.json"
 FIGURES = ("metrics.jsonl", "config.yaml", "data.json", "log.txt")  # what is left of a probe
@@ -87,9 +88,8 @@ class Search:
         """auto.json, whole or as it was."""
         path = Path(self.config.output) / NAME
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(".partial")
-        aside.write_text(json.dumps({"options": _options(self.config), "probes": self.probes, "choice": choice}, indent=1))
-        aside.replace(path)
+        with atomic_file(path) as tmp:
+            tmp.write_text(json.dumps({"options": _options(self.config), "probes": self.probes, "choice": choice}, indent=1))
 
 
 def choose(config: Config, run: Callable[[Config], RunResult], ranks: World) -> Config:

@@ -40,9 +40,9 @@ from trainer.data.packing import pack
 from trainer.data.samples import Samples
 from trainer.data.step_plan import Plan
 from trainer.errors import UserError
-from trainer.model.loading import head
+from trainer.files import publish_file
+from trainer.model.forward import head
 from trainer.retention.kl import Retention
-from trainer.runtime.checkpoint import sync
 from trainer.runtime.distributed import World
 from trainer.training.loader import batches
 
@@ -111,7 +111,7 @@ def store(held: Retention, samples: Samples, plan: Plan, folder: Path, identity:
         if any(world.gather(int(error is not None))):  # all ranks see it, so all stop
             world.on_main(lambda: _remove(aside))
             raise UserError(_refusal(aside, error.strerror if error else "another rank could not"))
-        world.on_main(lambda: _finish(aside, path))
+        world.on_main(lambda: publish_file(aside, path))
     if world.is_main:
         print(f"retention: the base's hidden states are those in {path}" if found else
               f"retention: the base read {np.count_nonzero(rows.counts):,} samples in {time.perf_counter() - begun:.1f} s", flush=True)
@@ -173,12 +173,6 @@ def _write(aside: Path, rows: Layout, made: Iterable[tuple[np.ndarray, Tensor]])
     except OSError as error:
         return error
     return None
-
-
-def _finish(aside: Path, path: Path) -> None:
-    sync(aside)
-    aside.rename(path)
-    sync(path.parent)
 
 
 def _remove(aside: Path) -> None:

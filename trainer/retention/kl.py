@@ -28,11 +28,11 @@ from torch import Tensor, nn
 
 from kernels import linear_kl
 from trainer import config
-from trainer.data.packing import Batch, collate
+from trainer.data.batch import Batch, collate
 from trainer.data.samples import Samples
 from trainer.errors import UserError
-from trainer.metrics.throughput import Phases
-from trainer.model.loading import HeadSpec, forward_hidden, head, supervised_hidden
+from trainer.metrics.timers import Phases
+from trainer.model.forward import HeadSpec, forward_hidden, head, supervised_hidden
 from trainer.model.lora import adapted_layers, switched_off
 
 DIVERGENCES = {"forward": "forward", "reverse": "reverse", "js": "jensen_shannon"}  # ours -> the kernel's

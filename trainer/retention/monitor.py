@@ -39,14 +39,13 @@ from trainer.evaluation.items import ItemFile, read_files
 from trainer.evaluation.models import Side
 from trainer.evaluation.results import totals
 from trainer.evaluation.score_items import Outcomes, score
+from trainer.files import atomic_folder
 from trainer.metrics.log import Log
-from trainer.model.export import whole_folder
 from trainer.model.lora import adapted_layers, switched_off
 from trainer.optim.adamw import FlatAdamW
 from trainer.runtime import checkpoint
 from trainer.runtime.distributed import World
 
-FLOOR_MISSED = 3  # exit status of a run none of whose states holds the floor
 HERE = {"data.general": "retention.items", "data.domain": "retention.domain_items", "data.metric": "retention.metric",
         "data.regex": "retention.regex", "generation.max_tokens": "retention.max_tokens"}  # options of trainer.evaluate -> ours
 
@@ -223,7 +222,7 @@ class Watch:
     def _keep(self, step: int, optimizer: FlatAdamW | None) -> None:
         """Write the weights (none need be written of a run's last state), and forget those that nothing goes back to."""
         if optimizer is not None:
-            with whole_folder(self._place(step)) as aside:
+            with atomic_folder(self._place(step)) as aside:
                 save_file({f"{i}": group.master.data for i, group in enumerate(optimizer.groups)}, aside / "weights.safetensors")
         self._forget_all_but(step)
 

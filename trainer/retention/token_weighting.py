@@ -26,7 +26,7 @@ from trainer import config
 from trainer.data.packing import pack
 from trainer.data.samples import Samples
 from trainer.errors import UserError
-from trainer.model.loading import head
+from trainer.model.forward import head
 from trainer.retention.kl import Base, chosen
 from trainer.runtime.distributed import World
 from trainer.training.loader import batches

@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import errno
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from trainer.config import Config
 from trainer.errors import UserError
+from trainer.files import atomic_folder
 from trainer.optim.adamw import FlatAdamW
 
 # Options that may differ when a run goes on: where things go, never what is computed.
@@ -53,19 +53,9 @@ def identity(config: Config, world_size: int, **fingerprints: str | None) -> dic
 def save(folder: Path, state: State, optimizer: FlatAdamW, keep: int) -> Path:
     """Write a checkpoint and remove all but the newest `keep`. Raises UserError where the disk refuses it."""
     final = folder / f"step-{state.step:08d}"
-    aside = folder / f".{final.name}.partial"
-    try:
-        aside.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.contiguous() for k, v in optimizer.state().items()}, aside / "state.safetensors")
-        (aside / "state.json").write_text(json.dumps(dataclasses.asdict(state)))
-        for path in (*aside.iterdir(), aside):
-            sync(path)
-        shutil.rmtree(final, ignore_errors=True)
-        aside.rename(final)
-        sync(folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise UserError(_refusal(error, final, newest(folder))) from None
+    with atomic_folder(final, lambda error: _refusal(error, final, newest(folder))) as tmp:
+        save_file({k: v.contiguous() for k, v in optimizer.state().items()}, tmp / "state.safetensors")
+        (tmp / "state.json").write_text(json.dumps(dataclasses.asdict(state)))
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
     return final
@@ -125,15 +115,6 @@ def differences(saved: dict, now: dict, prefix: str = "") -> list[str]:
         elif old != new:
             found.append(f"{prefix}{key} was {old}, is {new}")
     return found
-
-
-def sync(path: Path) -> None:
-    """Make a file or folder survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _refusal(error: Exception, wanted: Path, last: Path | None) -> str:

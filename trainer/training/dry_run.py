@@ -12,9 +12,10 @@ import torch
 from trainer.config import Config
 from trainer.data.prepare import Inputs, account, heldout_line
 from trainer.metrics.throughput import model_size
-from trainer.model.loading import compute_dtype, dtype_name, outline
+from trainer.model.loading import outline
 from trainer.model.lora import add_adapter
 from trainer.retention import cached_base, kl
+from trainer.runtime.device import compute_dtype, dtype_name
 from trainer.training.memory_estimate import estimate
 
 SHOWN_CHARACTERS = 1200  # of each sample

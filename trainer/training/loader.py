@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.data.packing import UNFILLED, Batch, Multiples, collate, filled
+from trainer.data.batch import UNFILLED, Batch, Multiples, collate, filled
 from trainer.data.samples import Samples
 from trainer.data.step_plan import Plan, Step
-from trainer.metrics.throughput import Phases
+from trainer.metrics.timers import Phases
 from trainer.retention.kl import Retention
 from trainer.runtime.distributed import World
 

@@ -20,9 +20,10 @@ from kernels._dispatch import serving
 from kernels.attention import KEEP
 from kernels.linear_cross_entropy import rows_per_chunk
 from trainer.config import Config
-from trainer.model.loading import bare
-from trainer.model.quantization import AdamW8bit, bytes_per_weight, to_quantize
+from trainer.model.forward import bare
+from trainer.model.quantization import bytes_per_weight, to_quantize
 from trainer.optim.adamw import in_8bit
+from trainer.optim.adamw_8bit import AdamW8bit
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
 import json
-import platform
 import shlex
 import sys
 from pathlib import Path
@@ -20,7 +17,8 @@ from trainer.model.export import merge_and_save, save_adapter
 from trainer.report.run_page import write_report
 from trainer.retention import cached_base
 from trainer.runtime import checkpoint
-from trainer.training.loop import Ending
+from trainer.runtime.result import Ending
+from trainer.versions import versions
 
 
 def refuse_used(output: Path, resume: str) -> None:
@@ -43,15 +41,6 @@ def open_run(output: Path, config: Config, facts: dict) -> None:
         (output / "data.json").write_text(json.dumps(facts))
     except OSError as error:
         raise UserError(f"output: cannot write the run folder {output}: {error.strerror}; choose another --output") from None
-
-
-def versions(*names: str) -> dict[str, str]:
-    """Of Python and of these distributions, where they are installed."""
-    found = {"python": platform.python_version()}
-    for name in names:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
 
 
 def leave(output: Path, config: Config, model: nn.Module, tokenizer: PreTrainedTokenizerBase, ending: Ending) -> None:

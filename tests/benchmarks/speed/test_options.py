@@ -11,8 +11,8 @@ from benchmarks.harness.timing import Line, StepResult
 from benchmarks.speed import options, training
 from benchmarks.speed.options import AGAIN, ALL_ROWS, GRADIENT, LINES, LIVE, LOSS, NOTHING, PLAIN, ROUNDED, STEPS, STORED, WithOptions
 from trainer.errors import UserError
-from trainer.model.families import last_at_rows, layers_of
-from trainer.model.loading import bare
+from trainer.model.forward import bare
+from trainer.model.fused_layers import last_at_rows, layers_of
 
 MEASURED = ["checkpointing, full", ALL_ROWS, LIVE, STORED, "DFT"]
 

@@ -614,7 +614,7 @@ def test_products_do_not_depend_on_the_rows_beside(monkeypatch):
 def test_families_in_batches_and_alone(family, tmp_path, monkeypatch):
     """Windows of 8 tokens, soft caps, scales: a wave gives what each row gives alone, and what growing it without a cache gives."""
     from synth.engines.hf import Transformers
-    from synth.engines.worker import Opening
+    from synth.engines.protocol import Opening
     from tests.helpers import tiny
 
     put_back(monkeypatch)

@@ -8,7 +8,7 @@ import pytest
 from synth.config import Instruct, System
 from synth.engines.interface import Completion
 from synth.pool import seeds
-from synth.pool.run import BATCH
+from synth.pool.writer import BATCH
 from synth.stages.instruct import instruct, plan
 from tests.helpers.synth_fakes import FakeEngine, install, make_run
 from trainer.errors import UserError

@@ -219,7 +219,7 @@ def test_what_was_asked_is_the_instruction_or_the_whole_talk():
 
 def finished(folder, monkeypatch, deaths=(), order=0, **options):
     """A pool judged by engines that die after so many results each time, and all requests that were made."""
-    monkeypatch.setattr("synth.pool.run.BATCH", 2)
+    monkeypatch.setattr("synth.pool.writer.BATCH", 2)
     monkeypatch.setattr("synth.stages.judge.PAGE", 2)
     run = make_run(folder, ["base", "other"], **options)
     fill_pool(run, CHATS, ANSWERS)
@@ -261,7 +261,7 @@ def test_kills_and_orders_leave_the_same_rows(tmp_path, monkeypatch, how):
 
 
 def test_what_is_saved_is_not_asked_again(tmp_path, monkeypatch):
-    monkeypatch.setattr("synth.pool.run.BATCH", 2)
+    monkeypatch.setattr("synth.pool.writer.BATCH", 2)
     run = make_run(tmp_path, ["base"])
     fill_pool(run, CHATS, {"base": ANSWERS["base"]})
     engine = FakeEngine("base", choose=scripted, results=4, window=0)

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.data.packing import UNFILLED, Batch, Multiples, collate, filled, pack
+from trainer.data.batch import UNFILLED, Batch, Multiples, collate, filled
+from trainer.data.packing import pack
 
 unhurried = settings(deadline=None)  # a busy machine is no failure
 

@@ -16,8 +16,8 @@ import trainer.data.samples
 from tests.helpers import tiny
 from trainer.config import Data, Source
 from trainer.data.chat_template import ChatTemplate
-from trainer.data.samples import tokenize
 from trainer.data.sources import load_sources
+from trainer.data.tokenize import tokenize
 from trainer.errors import UserError
 
 ROOT = Path(__file__).parents[3]
@@ -132,7 +132,7 @@ def test_a_longer_sample_is_an_error_by_default(mixed):
 @given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=30), limit=st.integers(1, 20))
 def test_splitting_loses_and_repeats_nothing(lengths, limit):
     lengths = np.array(lengths)
-    record, start, length = trainer.data.samples._windows(lengths, Data(max_length=limit, overlong="split"))
+    record, start, length = trainer.data.tokenize._windows(lengths, Data(max_length=limit, overlong="split"))
     assert length.min() >= 1 and length.max() <= limit
     covered = [(r, t) for r, s, n in zip(record, start, length) for t in range(s, s + n)]
     assert covered == [(r, t) for r, n in enumerate(lengths) for t in range(n)]
@@ -198,7 +198,7 @@ def test_the_fingerprint_tells_samples_apart(tmp_path):
 
 def test_the_cache_knows_what_decides_the_tokens(tmp_path, monkeypatch):
     encodes = []
-    real = trainer.data.samples._encode
+    real = trainer.data.tokenize._encode
     monkeypatch.setattr(trainer.data.samples, "_encode", lambda *args, **options: encodes.append(1) or real(*args, **options))
 
     def passes(data=None, template=TEMPLATE, **options) -> int:
@@ -225,9 +225,9 @@ from trainer.data.sources import load_sources
 
 def again(*args, **options):
     raise AssertionError("tokenized again")
-trainer.data.samples._encode = again
+trainer.data.tokenize._encode = again
 loaded = load_sources(sys.argv[1], "domain", cache=sys.argv[2])
-print(trainer.data.samples.tokenize(loaded, ChatTemplate(tokenizer()), Data(cache=sys.argv[2])).fingerprint)
+print(trainer.data.tokenize.tokenize(loaded, ChatTemplate(tokenizer()), Data(cache=sys.argv[2])).fingerprint)
 """
 
 

@@ -9,7 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.helpers import tiny
 from trainer.config import Lora
 from trainer.metrics.log import keep_records
-from trainer.metrics.throughput import Phases, model_size, peak_flops, peak_memory_gb
+from trainer.metrics.throughput import model_size, peak_flops
+from trainer.metrics.timers import Phases, peak_memory_gb
 from trainer.model.lora import add_adapter
 
 

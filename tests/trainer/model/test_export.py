@@ -13,8 +13,9 @@ from tests.trainer.model.test_model import our_logits, pack, relative_error, sto
 from trainer.config import Config, Lora, Model
 from trainer.errors import UserError
 from trainer.model.export import merge_and_save, save_adapter
-from trainer.model.loading import load_model, patch
+from trainer.model.loading import load_model
 from trainer.model.lora import add_adapter
+from trainer.model.patch import patch
 
 BATCH = pack(vocab_size=260)  # fewer than any tokenizer here has
 ADAPTERS = {"lora": {}, "rslora": dict(rslora=True), "dora": dict(dora=True), "some": dict(targets=["q_proj", "o_proj"])}

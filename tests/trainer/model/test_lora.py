@@ -13,8 +13,9 @@ from tests.trainer.model.test_model import LENGTHS, gradients, our_logits, pack,
 from trainer.config import Lora
 from trainer.errors import UserError
 from trainer.model import lora
-from trainer.model.loading import forward_hidden, head, patch
+from trainer.model.forward import forward_hidden, head
 from trainer.model.lora import add_adapter
+from trainer.model.patch import patch
 
 VARIANTS = {
     "lora": {},

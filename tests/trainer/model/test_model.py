@@ -22,22 +22,15 @@ from kernels import _dispatch, _launch
 from tests.helpers import tiny
 from tests.helpers.kernels import triton_mode
 from trainer.config import Config, Model
-from trainer.data.packing import UNFILLED, collate
+from trainer.data.batch import UNFILLED, collate
 from trainer.errors import UserError
 from trainer.model import families
-from trainer.model.families import FAMILIES, last_at_rows
-from trainer.model.loading import (
-    FEW_SHAPES,
-    apply_activation_checkpointing,
-    forward_hidden,
-    head,
-    load_model,
-    multiples_for,
-    outline,
-    patch,
-    use_packed_attention,
-)
+from trainer.model.families import FAMILIES
+from trainer.model.forward import FEW_SHAPES, apply_activation_checkpointing, forward_hidden, head, multiples_for
+from trainer.model.fused_layers import last_at_rows
+from trainer.model.loading import load_model, outline, use_packed_attention
 from trainer.model.packed_attention import PACKED, is_packed
+from trainer.model.patch import patch
 
 LENGTHS = (13, 1, 20, 13)
 SETTINGS = {  # what tiny.py leaves at its default

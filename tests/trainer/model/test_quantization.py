@@ -25,15 +25,18 @@ from tests.trainer.training.test_loop import Readbacks, samples
 from trainer import run
 from trainer.cli import parse
 from trainer.config import Config, Lora, Model, Optim, Quantization
-from trainer.data.packing import collate
+from trainer.data.batch import collate
 from trainer.errors import UserError
 from trainer.metrics.throughput import model_size
 from trainer.model import quantization
 from trainer.model.export import merge_and_save, save_adapter
-from trainer.model.loading import forward_hidden, load_model, outline, patch
+from trainer.model.forward import forward_hidden
+from trainer.model.loading import load_model, outline
 from trainer.model.lora import add_adapter, is_adapted, projection, stock_layers, why_not_fused
-from trainer.model.quantization import AdamW8bit, is_quantized, nf4_of, quantized_layers, refuse_misread
+from trainer.model.patch import patch
+from trainer.model.quantization import is_quantized, nf4_of, quantized_layers, refuse_misread
 from trainer.optim.adamw import FlatAdamW
+from trainer.optim.adamw_8bit import AdamW8bit
 from trainer.training.memory_estimate import estimate
 
 bitsandbytes = pytest.importorskip("bitsandbytes")

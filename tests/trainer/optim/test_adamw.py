@@ -8,7 +8,8 @@ from torch import nn
 
 from trainer.config import Optim
 from trainer.errors import UserError
-from trainer.optim.adamw import FlatAdamW, learning_rate
+from trainer.optim.adamw import FlatAdamW
+from trainer.optim.schedule import learning_rate
 
 
 def network(dtype=torch.float32) -> nn.Module:

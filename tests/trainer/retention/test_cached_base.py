@@ -27,15 +27,19 @@ from trainer.cli import parse
 from trainer.config import Config, Lora
 from trainer.data.prepare import Inputs, prepare_inputs
 from trainer.errors import UserError
-from trainer.metrics.throughput import Phases, model_size
-from trainer.model.loading import head, load_tokenizer, patch, supervised_hidden, use_packed_attention
+from trainer.metrics.throughput import model_size
+from trainer.metrics.timers import Phases
+from trainer.model.forward import head, supervised_hidden
+from trainer.model.loading import use_packed_attention
+from trainer.model.locate import load_tokenizer
 from trainer.model.lora import add_adapter
+from trainer.model.patch import patch
 from trainer.retention import cached_base
 from trainer.retention import kl as retention
 from trainer.run import train
 from trainer.runtime import checkpoint
 from trainer.runtime.distributed import World
-from trainer.training import loop
+from trainer.training import loop, loss
 from trainer.training.loader import Work, prepare
 from trainer.training.loop import train_step
 from trainer.training.memory_estimate import estimate
@@ -88,7 +92,7 @@ def objective(model: nn.Module, held: retention.Retention, work: Work) -> tuple[
     for batch in work.batches:
         reference = held.look_up(batch, Phases(CPU))
         supervised, counted = (supervised_hidden(model, batch), None) if reference is None else held.hidden(model, batch)
-        total = total + loop.cross_entropy(head(model), supervised, batch) / work.weight
+        total = total + loss.cross_entropy(head(model), supervised, batch) / work.weight
         if reference is not None:
             divergence = divergence + held.divergence(head(model), counted, batch, reference) / work.counted_weight
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -220,7 +224,7 @@ def test_a_killed_run_goes_on_bit_for_bit(model_folder, chats, tmp_path, monkeyp
         assert path.read_bytes() == before and state.step == 4
         return state
 
-    start = trainer.run.start
+    start = trainer.training.build.start
     monkeypatch.setattr(trainer.run, "start", as_it_was)
     run(model_folder, chats, tmp_path / "cut", *options, "--resume", "auto")
     shown = capsys.readouterr().out
@@ -285,7 +289,7 @@ def test_two_ranks_write_one_file(model_folder, chats, tmp_path):
 def test_a_step_reads_nothing_back(model_folder, chats, tmp_path):
     cfg = settings(model_folder, chats, tmp_path / "run", "--retention.base", "stored")
     inputs = prepare_inputs(cfg, load_tokenizer(cfg.model))
-    job, _ = trainer.run.build(cfg, inputs, CPU, World())
+    job, _ = trainer.training.build.build(cfg, inputs, CPU, World())
     work = prepare(inputs.plan, inputs.samples, 0, World(), CPU, job.retention)
     with Readbacks() as readbacks:
         train_step(job, work, Phases(CPU))

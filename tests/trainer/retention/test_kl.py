@@ -25,19 +25,23 @@ from tests.trainer.training.test_loop import Readbacks
 from trainer import config
 from trainer.cli import parse
 from trainer.config import Config, Lora, Optim, validate
-from trainer.data.packing import collate
+from trainer.data.batch import collate
 from trainer.errors import UserError
-from trainer.metrics.throughput import Phases, model_size
-from trainer.model.loading import forward_hidden, patch, use_packed_attention
+from trainer.metrics.throughput import model_size
+from trainer.metrics.timers import Phases
+from trainer.model.forward import forward_hidden
+from trainer.model.loading import use_packed_attention
 from trainer.model.lora import adapted_layers, add_adapter, switched_off
+from trainer.model.patch import patch
 from trainer.optim.adamw import FlatAdamW
 from trainer.retention import kl as retention
 from trainer.run import train
 from trainer.runtime import checkpoint
 from trainer.runtime.distributed import World
 from trainer.training import loop
+from trainer.training.job import Job
 from trainer.training.loader import Counts, Work
-from trainer.training.loop import Job, train_step
+from trainer.training.loop import train_step
 from trainer.training.memory_estimate import estimate
 
 CPU = torch.device("cpu")

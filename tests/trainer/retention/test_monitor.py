@@ -26,8 +26,9 @@ from trainer.evaluation import config as evaluation
 from trainer.evaluation.score_items import Outcome, Outcomes
 from trainer.evaluation.tokens import Key
 from trainer.retention.monitor import Watch
-from trainer.run import RunResult, train
+from trainer.run import train
 from trainer.runtime import checkpoint
+from trainer.runtime.result import RunResult
 
 BASE = FAMILY["base"].folder
 

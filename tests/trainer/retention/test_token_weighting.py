@@ -14,8 +14,9 @@ from trainer.cli import parse
 from trainer.config import Batch, Config, Data, Lora, Retention
 from trainer.data.prepare import prepare_inputs
 from trainer.errors import UserError
-from trainer.model.loading import load_model, patch
+from trainer.model.loading import load_model
 from trainer.model.lora import add_adapter
+from trainer.model.patch import patch
 from trainer.retention import token_weighting
 from trainer.retention.kl import Base
 from trainer.run import train

@@ -7,14 +7,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers import tiny
 from trainer.config import Config, Lora
-from trainer.data.packing import Multiples, collate, filled
-from trainer.metrics.throughput import Phases, model_size
-from trainer.model.loading import patch, use_packed_attention
+from trainer.data.batch import Multiples, collate, filled
+from trainer.metrics.throughput import model_size
+from trainer.metrics.timers import Phases
+from trainer.model.loading import use_packed_attention
 from trainer.model.lora import add_adapter
+from trainer.model.patch import patch
 from trainer.optim.adamw import FlatAdamW
 from trainer.runtime.distributed import World
+from trainer.training.job import Job
 from trainer.training.loader import Counts, Work
-from trainer.training.loop import Job, train_step
+from trainer.training.loop import train_step
 
 CPU = torch.device("cpu")
 

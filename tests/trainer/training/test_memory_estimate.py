@@ -6,11 +6,13 @@ import torch
 
 from tests.helpers import tiny
 from trainer.config import Batch, Config, Lora
-from trainer.data.packing import collate
-from trainer.model.loading import apply_activation_checkpointing, patch, use_packed_attention
+from trainer.data.batch import collate
+from trainer.model.forward import apply_activation_checkpointing
+from trainer.model.loading import use_packed_attention
 from trainer.model.lora import add_adapter
+from trainer.model.patch import patch
 from trainer.optim.adamw import FlatAdamW
-from trainer.training.loop import batch_loss
+from trainer.training.loss import batch_loss
 from trainer.training.memory_estimate import activation_bytes, estimate
 
 TOKENS = 960

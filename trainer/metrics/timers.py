@@ -1,0 +1,55 @@
+"""Time phases of a step, and read peak memory."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections import defaultdict
+from contextlib import contextmanager, nullcontext
+
+import torch
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Most memory held so far, in 10^9 bytes: by tensors on a GPU, by the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+class Phases:
+    """Seconds by named phase. On a GPU from events on its stream, so that nothing waits until they are read."""
+
+    def __init__(self, device: torch.device):
+        self.cuda = device.type == "cuda"
+        self.label = nullcontext  # or torch.profiler.record_function, while a trace is taken
+        self.spans: list[tuple[str, object, object]] = []
+
+    @contextmanager
+    def __call__(self, name: str):
+        start = self._now()
+        with self.label(name):
+            yield
+        self.spans.append((name, start, self._now()))
+
+    def _now(self):
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def read(self) -> dict[str, float]:
+        """Seconds per phase since the last reading. Call only after the device was waited for."""
+        seconds: dict[str, float] = defaultdict(float)
+        for name, start, end in self.spans:
+            seconds[name] += start.elapsed_time(end) / 1e3 if self.cuda else end - start
+        self.spans.clear()
+        return dict(seconds)

@@ -1,0 +1,151 @@
+"""Forwards of decoder layers, attention, MLP and norms with fused operations."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from kernels.attention import packed_attention
+from kernels.glu import glu
+from kernels.lora_mlp import lora_mlp
+from kernels.qk_norm_rope import qk_norm_rope
+from kernels.rms_norm import add_rms_norm, rms_norm
+from kernels.rope import apply_rope
+from trainer.model import lora
+from trainer.model.families import BEFORE_MLP, Family
+
+
+def norm_forward(norm: nn.Module, eps: float, offset: float, x: Tensor) -> Tensor:
+    return rms_norm(x, norm.weight, eps, offset=offset)
+
+
+class NormSettings(NamedTuple):
+    eps: float
+    offset: float
+
+
+def coverable(norm: nn.Module) -> NormSettings | None:
+    """The settings of a norm that a larger operation may cover: it has our forward, and no hook waits for it."""
+    hooks = norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks
+    forward = norm.forward
+    return None if hooks or not isinstance(forward, partial) or forward.func is not norm_forward else NormSettings(*forward.args[1:])
+
+
+def layer_forward(layer: nn.Module, stream_norm: str, last: bool, hidden_states: Tensor, *args, rows: Tensor | None = None,
+                  **kwargs) -> Tensor:
+    """A decoder layer in which attention joins the residual stream, and the stream is normalised for the MLP, in one operation.
+
+    With `rows` [S] the last one gives these tokens alone [1,S,W]: what follows its attention is left out for the others.
+    """
+    norm, rows = getattr(layer, stream_norm), rows if last else None
+    settings = coverable(norm)
+    if args or settings is None:
+        out = type(layer).forward(layer, hidden_states, *args, **kwargs)
+        return out if rows is None else out.index_select(1, rows)
+    attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), rows=rows, **kwargs)
+    if rows is not None:
+        hidden_states = hidden_states.index_select(1, rows)
+    if stream_norm == BEFORE_MLP:
+        attended = layer.post_attention_layernorm(attended)
+    normed, stream = add_rms_norm(attended, hidden_states, norm.weight, settings.eps, offset=settings.offset)
+    out = layer.mlp(normed)
+    return stream + (layer.post_feedforward_layernorm(out) if stream_norm == BEFORE_MLP else out)
+
+
+class AttentionTraits(NamedTuple):
+    """What one attention layer's forward needs beside its weights."""
+
+    head_dim: int
+    heads: int
+    scale: float
+    window: int | None
+    softcap: float | None
+    rope: bool
+    norm: str | None  # of queries and keys: "head" (each head alone), "width" (all heads as one vector), or none
+
+
+def attention_traits(attention: nn.Module, family: Family) -> AttentionTraits:
+    config, q_norm = attention.config, getattr(attention, "q_norm", None)
+    holder = config if family.window_in_config else attention
+    return AttentionTraits(
+        head_dim=attention.head_dim,
+        heads=config.num_attention_heads,
+        scale=attention.scaling,
+        window=getattr(holder, "sliding_window", None),
+        softcap=attention.attn_logit_softcapping if family.softcap else None,
+        rope=bool(getattr(attention, "use_rope", True)),
+        norm=None if q_norm is None else "head" if q_norm.weight.numel() == attention.head_dim else "width",
+    )
+
+
+def attention_forward(attention: nn.Module, traits: AttentionTraits, hidden_states: Tensor, position_embeddings=None,
+                      attention_mask=None, past_key_values=None, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None,
+                      rows: Tensor | None = None, **kwargs) -> tuple[Tensor, Tensor | None]:
+    """Attention of a pack [1,T,W], with no transpose between projections and heads. Anything but a pack gets the class's own forward.
+
+    With `rows` [S] only these tokens look, at all that they may see, and the result is theirs [1,S,W].
+    """
+    if cu_seqlens is None or attention_mask is not None or past_key_values is not None:
+        out, weights = type(attention).forward(
+            attention, hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask,
+            past_key_values=past_key_values, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, **kwargs)
+        return out if rows is None else out.index_select(1, rows), weights
+    q, k, v = project_heads(attention, traits, hidden_states.squeeze(0))
+    q, k = position_heads(attention, traits, q, k, position_embeddings)
+    out = packed_attention(q, k, v, cu_seqlens, max_seqlen, scale=traits.scale, window=traits.window, softcap=traits.softcap,
+                           dropout=attention.attention_dropout if attention.training else 0.0)
+    seen = out.flatten(1)
+    return attention.o_proj(seen if rows is None else seen.index_select(0, rows)).unsqueeze(0), None
+
+
+def project_heads(attention: nn.Module, traits: AttentionTraits, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x [T,W] -> q [T,H,D], k and v [T,Hk,D], normalised where the family takes all heads as one vector."""
+    if hasattr(attention, "qkv_proj"):
+        fused = attention.qkv_proj(x).unflatten(-1, (-1, traits.head_dim))
+        others = (fused.shape[1] - traits.heads) // 2
+        return fused.split((traits.heads, others, others), dim=1)
+    q, k, v = lora.project(x, (attention.q_proj, attention.k_proj, attention.v_proj))
+    if traits.norm == "width":
+        q, k = attention.q_norm(q), attention.k_norm(k)
+    return tuple(y.unflatten(-1, (-1, traits.head_dim)) for y in (q, k, v))
+
+
+def position_heads(attention: nn.Module, traits: AttentionTraits, q: Tensor, k: Tensor, position_embeddings) -> tuple[Tensor, Tensor]:
+    """q [T,H,D] and k [T,Hk,D], normalised head by head where the family does so, then turned by their positions where the layer does."""
+    cos, sin = (x.squeeze(0) for x in position_embeddings) if traits.rope else (None, None)
+    if traits.norm == "head":
+        settings = coverable(attention.q_norm)
+        if traits.rope and settings is not None and settings == coverable(attention.k_norm):
+            return qk_norm_rope(q, k, attention.q_norm.weight, attention.k_norm.weight, cos, sin, settings.eps, offset=settings.offset)
+        q, k = attention.q_norm(q), attention.k_norm(k)
+    return apply_rope(q, k, cos, sin) if traits.rope else (q, k)
+
+
+def mlp_forward(mlp: nn.Module, activation: str, x: Tensor) -> Tensor:
+    """down(activation(gate(x)) * up(x)), as one operation where the three are linear layers, adapted or not."""
+    layers = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    if lora.any_adapter(layers) and lora.fusable(layers):
+        weights, biases, loras = zip(*map(lora.projection, layers), strict=True)
+        return lora_mlp(x, weights, loras, biases, activation)
+    return mlp.down_proj(glu(mlp.gate_proj(x), mlp.up_proj(x), activation))
+
+
+def fused_mlp_forward(mlp: nn.Module, activation: str, x: Tensor) -> Tensor:
+    """The same where gate and up are one layer."""
+    gate, up = mlp.gate_up_proj(x).chunk(2, dim=-1)
+    return mlp.down_proj(glu(gate, up, activation))
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers, in their order."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def last_at_rows(model: nn.Module) -> nn.Module | None:
+    """The last decoder layer, where its forward takes `rows`; else None."""
+    last = next(reversed(layers_of(model)), None)
+    forward = getattr(last, "forward", None)
+    return last if isinstance(forward, partial) and forward.func is layer_forward and forward.args[2] else None

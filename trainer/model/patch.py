@@ -1,0 +1,106 @@
+"""Give the modules of a model their fused forwards, and report which backend serves each operation."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import partial
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from kernels._dispatch import serving
+from kernels.attention import backend
+from trainer.errors import UserError
+from trainer.model import lora
+from trainer.model.families import ACTIVATIONS, Family, family_of
+from trainer.model.fused_layers import (
+    attention_forward,
+    attention_traits,
+    fused_mlp_forward,
+    layer_forward,
+    layers_of,
+    mlp_forward,
+    norm_forward,
+)
+from trainer.model.packed_attention import is_packed
+
+
+@dataclass
+class PatchReport:
+    """Which backend serves each operation of a model, and how many of its modules use it; printed once when a run starts."""
+
+    family: str
+    backends: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return "\n".join([f"model family: {self.family}", *(f"  {op}: {serving}" for op, serving in self.backends.items())])
+
+
+def patch(model: nn.Module, enabled: bool = True) -> PatchReport:
+    """Give the modules of `model` (bare, or with an adapter already on it) their fused forwards. Patching twice changes nothing.
+
+    A family that is not in FAMILIES keeps its stock modules; only linear layers with adapters are fused there. With
+    `enabled=False` nothing is touched and the report says so. UserError if KERNELS_BACKEND asks for what cannot be had.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    family = family_of(base) if enabled else None
+    try:
+        served = serving(base.device, base.dtype)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    counts: Counter[str] = Counter()
+    last = next(reversed(layers_of(base)), None)
+    for name, module in base.named_modules():
+        if enabled:
+            counts.update(_patch_module(module, name.rsplit(".", 1)[-1], family, module is last))
+    return _report(base, family, enabled, served, counts)
+
+
+def _patch_module(module: nn.Module, name: str, family: Family | None, last: bool) -> dict[str, int]:
+    """Fuse one module, told by its class and name; returns how many operations of each kind that adds to the model, or takes away."""
+    if lora.is_adapted(module):
+        module.forward = partial(lora.linear_forward, module)
+        return {} if lora.why_not_fused(module) else {"adapter": 1}
+    if family is None:
+        return {}
+    if type(module).__name__.endswith("RMSNorm"):
+        module.forward = partial(norm_forward, module, getattr(module, family.norm_eps), family.norm_offset)
+        return {"rms_norm": 1}
+    if name == "self_attn":
+        traits = attention_traits(module, family)
+        module.forward = partial(attention_forward, module, traits)
+        if traits.rope and traits.norm == "head":
+            return {"qk_norm_rope": 1, "rms_norm": -2}
+        return {"rope": int(traits.rope)}
+    if name == "mlp" and (activation := ACTIVATIONS.get(type(getattr(module, family.activation)))):
+        module.forward = partial(fused_mlp_forward if hasattr(module, "gate_up_proj") else mlp_forward, module, activation)
+        return {"glu": 1}
+    if isinstance(module, GradientCheckpointingLayer) and _joins_plainly(module, family):
+        module.forward = partial(layer_forward, module, family.stream_norm, last)
+        return {"add_rms_norm": 1, "rms_norm": -1}
+    return {}
+
+
+def _joins_plainly(layer: nn.Module, family: Family) -> bool:
+    """Whether attention joins the residual stream as it is; Phi-3's dropout there is off in every checkpoint we know."""
+    return family.stream_norm is not None and not getattr(getattr(layer, "resid_attn_dropout", None), "p", 0.0)
+
+
+def _report(base: PreTrainedModel, family: Family | None, enabled: bool, served: str, counts: Counter[str]) -> PatchReport:
+    why_stock = "unknown family" if enabled else "model.patch is off"
+    report = PatchReport(base.config.model_type if family else f"{base.config.model_type} ({why_stock}: stock layers)")
+    softcap = base.config.attn_logit_softcapping if family and family.softcap else None
+    attention = backend(base.device, base.dtype, softcap, getattr(base.config, "attention_dropout", 0.0))
+    report.backends["attention"] = f"packed ({attention})" if is_packed(base) else "stock, one sample at a time (slow)"
+    if family:
+        for op in ("rms_norm", "add_rms_norm", "qk_norm_rope", "rope", "glu"):
+            if counts[op]:
+                report.backends[op] = f"{served} x {counts[op]}"
+        report.backends.setdefault("glu", "stock")
+    if adapted := sum(lora.is_adapted(module) for module in base.modules()):
+        stock = adapted - counts["adapter"]
+        report.backends["adapter"] = f"{served} x {counts['adapter']}" + (f", PEFT x {stock}" if stock else "")
+    report.backends["linear cross entropy"] = served
+    return report
