@@ -43,12 +43,12 @@ def synthesise(config: Config) -> None:
     folder = Path(config.output)
     with sole_owner(folder):
         # Late, so that --help and mistakes in options are answered at once.
-        from synth.pool.run import Run, identity
+        from synth.pool.run import SynthesisRun, identity
         from synth.pool.store import Pool
         from trainer.versions import versions
 
         with Pool(folder / "pool.sqlite") as pool:
-            run = Run(config, pool, say=lambda line: print(line, flush=True))
+            run = SynthesisRun(config, pool, say=lambda line: print(line, flush=True))
             check_languages(config)
             check_models(run)
             run.settle("pool", {"base": identity(run.base), "seed": config.seed, "date": config.date})

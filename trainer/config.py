@@ -135,7 +135,7 @@ class Retention:
 
 
 @dataclass
-class Batch:
+class BatchSize:
     """Batch size, in tokens."""
 
     tokens_per_pack: int = 4096  # capacity of one packed sequence: what a device holds at once
@@ -199,7 +199,7 @@ class Config:
     data: Data = field(default_factory=Data)
     replay: Replay = field(default_factory=Replay)
     retention: Retention = field(default_factory=Retention)
-    batch: Batch = field(default_factory=Batch)
+    batch: BatchSize = field(default_factory=BatchSize)
     optim: Optim = field(default_factory=Optim)
     epochs: float = 1.0
     max_steps: int | None = None  # stop here even if epochs remain

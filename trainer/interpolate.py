@@ -28,7 +28,7 @@ from trainer.errors import UserError
 from trainer.files import atomic_folder
 from trainer.model import lora
 from trainer.model.loading import outline
-from trainer.model.locate import load_tokenizer, one_line, source_of
+from trainer.model.locate import load_tokenizer, one_line_errors, source_of
 
 USAGE = """\
 usage: python -m trainer.interpolate --model.path BASE --adapter RUN/adapter --alpha 0.5 --output FOLDER
@@ -112,7 +112,7 @@ def adapter_points(asked: Interpolate) -> Callable[[float, Path], None]:
 
 
 def is_quantized(settings: config.Model) -> bool:
-    with one_line("model.path", settings.path):
+    with one_line_errors("model.path", settings.path):
         found = AutoConfig.from_pretrained(source_of(settings), trust_remote_code=settings.trust_remote_code)
     return getattr(found, "quantization_config", None) is not None
 
@@ -157,7 +157,7 @@ def load(settings: config.Model, option: str) -> PreTrainedModel:
     source = source_of(settings)
     if is_quantized(settings):
         raise UserError(f"{option}: expected dense weights, found quantised ones in {source}; use the model that it was made from")
-    with one_line(option, source):
+    with one_line_errors(option, source):
         return AutoModelForCausalLM.from_pretrained(source, dtype="auto", use_safetensors=True,
                                                     trust_remote_code=settings.trust_remote_code)
 

@@ -12,14 +12,14 @@ import transformers
 
 from trainer import cli
 from trainer.config import Config, profiled_steps, validate
-from trainer.data.prepare import prepare_inputs
+from trainer.data.prepare import prepare_data
 from trainer.evaluation.items import ItemFile
 from trainer.metrics.profiler import require_within
 from trainer.model import quantization
 from trainer.model.locate import load_tokenizer
 from trainer.retention import auto_replay, monitor
 from trainer.runtime.device import choose_device
-from trainer.runtime.distributed import World, world
+from trainer.runtime.distributed import Distributed, process_group
 from trainer.runtime.result import RunResult
 from trainer.training import run_folder
 from trainer.training.build import build, require_work_for_all
@@ -64,39 +64,39 @@ def train(config: Config) -> RunResult | None:
     device = choose_device(config.device)
     run_folder.refuse_used(Path(config.output), config.resume)
     items = monitor.read(config)
-    with world(device.type) as ranks:
+    with process_group(device.type) as dist:
         if config.replay.auto and not config.dry_run:
             try:
-                config = auto_replay.choose(config, lambda probe: run_one(probe, items, device, ranks, leave=False), ranks)
+                config = auto_replay.choose(config, lambda probe: run_one(probe, items, device, dist, leave=False), dist)
             except auto_replay.Stopped as stopped:
-                if ranks.is_main:
+                if dist.is_main:
                     print(f"stopped by signal {stopped.result.signal} in a probe; go on with the same command and --resume auto",
                           file=sys.stderr)
                 return stopped.result
-        return run_one(config, items, device, ranks)
+        return run_one(config, items, device, dist)
 
 
-def run_one(config: Config, items: Sequence[ItemFile], device: torch.device, ranks: World, leave: bool = True) -> RunResult | None:
+def run_one(config: Config, items: Sequence[ItemFile], device: torch.device, dist: Distributed, leave: bool = True) -> RunResult | None:
     """Train once. A probe does not `leave` what it trained."""
     tokenizer = load_tokenizer(config.model)
-    if ranks.size > 1:
-        ranks.on_main(lambda: prepare_inputs(config, tokenizer))  # the others then find its caches
-    inputs = prepare_inputs(config, tokenizer)
-    require_work_for_all(inputs, ranks)
+    if dist.size > 1:
+        dist.on_main(lambda: prepare_data(config, tokenizer))  # the others then find its caches
+    inputs = prepare_data(config, tokenizer)
+    require_work_for_all(inputs, dist)
     require_within(profiled_steps(config.logging.profile), inputs.plan.total)
     if config.dry_run:
-        ranks.on_main(lambda: show(config, inputs, device))
+        dist.on_main(lambda: show(config, inputs, device))
         return None
-    job, state = build(config, inputs, device, ranks, items)
+    job, state = build(config, inputs, device, dist, items)
     ending = fit(job, state)
     kept = None if ending.signal else job.watch
     if leave:
         if kept:
-            ranks.on_main(lambda: kept.restore(state, job.optimizer))
+            dist.on_main(lambda: kept.restore(state, job.optimizer))
         job.optimizer.release()
-        ranks.on_main(lambda: run_folder.leave(job.folder, config, job.model, tokenizer, ending))
+        dist.on_main(lambda: run_folder.leave(job.folder, config, job.model, tokenizer, ending))
         if kept:
-            ranks.on_main(kept.clean)
+            dist.on_main(kept.clean)
     return RunResult(job.folder, state.step, state.loss, state.heldout_loss, ending.reason, ending.signal,
                      kept.exported(state) if kept else state.measured)
 

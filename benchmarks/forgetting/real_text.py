@@ -28,7 +28,7 @@ from benchmarks.harness.parallel import begin, quietly, told
 from benchmarks.speed.training import quiet
 from synth import config as synthesis
 from synth.run import synthesise
-from trainer.config import Batch, Config, Data, Items, Logging, Lora, Model, Optim, Replay, Retention
+from trainer.config import BatchSize, Config, Data, Items, Logging, Lora, Model, Optim, Replay, Retention
 from trainer.evaluate import evaluate
 from trainer.evaluation import config as evaluation
 from trainer.run import train
@@ -163,7 +163,7 @@ def recipe(job: Job) -> Config:
         output=str(job.output), model=Model(path=str(job.base)), adapter=kind, lora=Lora(rank=16, alpha=32.0), replay=replayed,
         data=Data(train=str(job.work / f"domain {job.seed}.jsonl"), max_length=size.tokens, overlong="drop", cache=str(job.work / "cache"),
                   workers=1),
-        retention=Retention(**KL) if arm.kl else Retention(), batch=Batch(tokens_per_pack=size.tokens, tokens_per_step=size.tokens),
+        retention=Retention(**KL) if arm.kl else Retention(), batch=BatchSize(tokens_per_pack=size.tokens, tokens_per_step=size.tokens),
         optim=Optim(lr=RATES[kind] * arm.rate), epochs=ENDLESS, max_steps=size.steps, seed=job.seed, precision=real_text_data.precision(),
         logging=Logging(every=50, tensorboard=False, progress=False))
 

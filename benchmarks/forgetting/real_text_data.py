@@ -20,7 +20,7 @@ from benchmarks.forgetting.miniature.skills import GENERAL, Skill, Slots
 from benchmarks.forgetting.miniature.words import word
 from benchmarks.forgetting.miniature.world import heldout_items, training_records, write_jsonl
 from benchmarks.speed.training import SPECIAL, TEMPLATE
-from trainer.config import Batch, Config, Data, Logging, Model, Optim, Source
+from trainer.config import BatchSize, Config, Data, Logging, Model, Optim, Source
 from trainer.errors import UserError
 from trainer.run import train
 from trainer.runtime.device import fast_bf16
@@ -197,7 +197,7 @@ def make_base(texts: Texts, schooling: Schooling, work: Path) -> tuple[Path, Pat
 
 def lesson(work: Path, name: str, sources: list[Source], model: Model, optim: Optim, train_on: str) -> Config:
     return Config(
-        output=str(work / name), model=model, adapter="full", optim=optim, batch=Batch(tokens_per_pack=TOKENS, tokens_per_step=TOKENS),
+        output=str(work / name), model=model, adapter="full", optim=optim, batch=BatchSize(tokens_per_pack=TOKENS, tokens_per_step=TOKENS),
         data=Data(train=sources, train_on=train_on, max_length=TOKENS, overlong="drop", cache=str(work / "cache"), workers=1),
         precision=precision(), logging=Logging(every=50, tensorboard=False, progress=False))
 

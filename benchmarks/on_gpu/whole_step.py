@@ -33,7 +33,7 @@ from benchmarks.harness.gpu_timing import Clock, free, measured_rates, peak_mib,
 from benchmarks.harness.timing import Line, Sample, Samples, StepResult, counted
 from benchmarks.speed.kernel_predictions import MODELS, RANK, Model
 from kernels import linear_cross_entropy
-from trainer.data.batch import Batch, collate
+from trainer.data.batch import PackedBatch, collate
 from trainer.metrics.throughput import model_size
 from trainer.model.quantization import nf4_of, quantized_layers
 
@@ -101,7 +101,7 @@ def long_tailed(count: int, mean: float, longest: int, seed: int) -> list[int]:
     return np.clip(drawn.round().astype(int), 16, longest).tolist()
 
 
-def packed(samples: Samples, device: torch.device) -> Batch:
+def packed(samples: Samples, device: torch.device) -> PackedBatch:
     return collate([(ids, supervised, 1.0, 0) for ids, supervised in samples]).to(device)
 
 
@@ -115,7 +115,7 @@ def patched(model: nn.Module) -> nn.Module:
     return model
 
 
-def packed_loss(model: nn.Module, batch: Batch) -> Tensor:
+def packed_loss(model: nn.Module, batch: PackedBatch) -> Tensor:
     """Mean over the supervised tokens, as the trainer has it (`trainer.training.loss.batch_loss`)."""
     from trainer.model.forward import head, supervised_hidden
 
@@ -152,7 +152,7 @@ def check_compile(device: torch.device, dtype: torch.dtype, size: Model = SMALL,
 # ---------------------------------------------------------------- CUDA graphs
 
 
-def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> Tensor:
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: PackedBatch) -> Tensor:
     loss = packed_loss(model, batch)
     loss.backward()
     optimizer.step()
@@ -160,7 +160,7 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch)
     return loss.detach()
 
 
-def same_shapes(count: int, vocabulary: int, device: torch.device) -> list[Batch]:
+def same_shapes(count: int, vocabulary: int, device: torch.device) -> list[PackedBatch]:
     """Packs of other documents but equal shapes, which is what a captured graph can be given. All say one longest document."""
     lengths = ([200, 56, 128], [100, 156, 128], [60, 130, 194], [128, 128, 128])
     batches = [packed(random_samples(lengths[i % len(lengths)], vocabulary, i), device) for i in range(count)]
@@ -170,12 +170,12 @@ def same_shapes(count: int, vocabulary: int, device: torch.device) -> list[Batch
         **{name: getattr(batch, name)[:rows] for name in ("supervised_rows", "targets", "weights")}) for batch in batches]
 
 
-def fill(static: Batch, batch: Batch) -> None:
+def fill(static: PackedBatch, batch: PackedBatch) -> None:
     for name in ("input_ids", "position_ids", "cu_seqlens", "supervised_rows", "targets", "weights"):
         getattr(static, name).copy_(getattr(batch, name))
 
 
-def captured_step(model: nn.Module, optimizer: torch.optim.Optimizer, static: Batch, warm_up: list[Batch]):
+def captured_step(model: nn.Module, optimizer: torch.optim.Optimizer, static: PackedBatch, warm_up: list[PackedBatch]):
     """A CUDA graph of `train_step` on `static`, after steps on `warm_up`; and the loss that each replay writes."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -210,7 +210,7 @@ def check_capture(device: torch.device, dtype: torch.dtype, size: Model = SMALL,
             "replayed": replayed}
 
 
-def masks_are_redrawn(device: torch.device, dtype: torch.dtype, size: Model, batches: list[Batch]) -> bool:
+def masks_are_redrawn(device: torch.device, dtype: torch.dtype, size: Model, batches: list[PackedBatch]) -> bool:
     """Whether replays of one step at learning rate 0 give different losses."""
     model = patched(make_model(size, device, dtype, dropout=0.3))
     optimizer = torch.optim.AdamW(trained(model), lr=0.0, weight_decay=0.0, fused=True, capturable=True)

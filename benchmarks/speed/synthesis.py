@@ -25,7 +25,7 @@ from synth.engines import kind_of
 from synth.engines.interface import Engine
 from synth.engines.process_engine import Workers
 from synth.pool import seeds
-from synth.pool.run import Run
+from synth.pool.run import SynthesisRun
 from synth.pool.store import Pool
 from synth.pool.writer import Worker
 from synth.stages.instruct import Asking, plan, sample_turns
@@ -138,12 +138,12 @@ def engine_of(model: Model, work: Path) -> Iterator[Engine]:
 
 
 @contextmanager
-def fresh_run(model: Model, work: Path, settings: Config) -> Iterator[Run]:
+def fresh_run(model: Model, work: Path, settings: Config) -> Iterator[SynthesisRun]:
     """A run with an empty pool in which the items are planned."""
     with tempfile.TemporaryDirectory(dir=work) as folder, Pool(Path(folder) / "pool.sqlite") as pool:
         with pool.transaction():
             pool.insert("items", (plan(settings, item) for item in range(settings.instruct.count)))
-        yield Run(settings, pool, say=lambda line: None)
+        yield SynthesisRun(settings, pool, say=lambda line: None)
 
 
 # ---------------------------------------------------------------- writing

@@ -49,15 +49,15 @@ from benchmarks.speed.baselines import (
     padded_loop,
 )
 from trainer import config as options
-from trainer.data.batch import collate, filled
-from trainer.data.prepare import prepare_inputs
+from trainer.data.batch import collate, pad_batch
+from trainer.data.prepare import prepare_data
 from trainer.errors import UserError
 from trainer.metrics.throughput import model_size
 from trainer.metrics.timers import Phases
 from trainer.runtime.device import fast_bf16
-from trainer.runtime.distributed import World
+from trainer.runtime.distributed import Distributed
 from trainer.training.build import build
-from trainer.training.loader import Counts, Work, stage
+from trainer.training.loader import StepWork, TokenCounts, prefetch_steps
 from trainer.training.loop import train_step
 
 VOCABULARY, CHATS, BATCH, TOKENS_PER_STEP, RANK, LEARNING_RATE = 8192, 500, 8, 1024, 16, 2e-4
@@ -178,14 +178,15 @@ class Steadfast:
         self.begin(setting, run_options(setting, precision, steps))
 
     def begin(self, setting: Setting, config: options.Config) -> None:
-        self.config, inputs = config, prepare_inputs(config, setting.tokenizer)
+        self.config, inputs = config, prepare_data(config, setting.tokenizer)
         begun = time.process_time()
         with redirect_stdout(StringIO()):
-            self.job, _ = build(config, inputs, torch.device("cpu"), World())
+            self.job, _ = build(config, inputs, torch.device("cpu"), Distributed())
         self.seconds = time.process_time() - begun  # CPU time that it took to build
         self.samples, self.phases = self.job.samples, Phases(self.job.device)
         self.job.model.train()
-        self.works = stage(self.job.plan, self.samples, 0, World(), self.job.device, self.phases, self.job.retention, self.job.multiples)
+        self.works = prefetch_steps(self.job.plan, self.samples, 0, Distributed(), self.job.device, self.phases, self.job.retention,
+                                    self.job.multiples)
 
     def step(self) -> StepResult:
         work = next(self.works)
@@ -196,8 +197,8 @@ class Steadfast:
         return StepResult(loss.item(), done.tokens, done.supervised, padding, flops)
 
     def step_on(self, samples: Samples) -> StepResult:
-        batch = filled(collate([(ids, supervised, 1.0, 0) for ids, supervised in samples]), self.job.multiples, TOKENS_PER_STEP)
-        loss, _ = train_step(self.job, Work(0, [batch], batch.weight_sum, Counts(), []), self.phases)
+        batch = pad_batch(collate([(ids, supervised, 1.0, 0) for ids, supervised in samples]), self.job.multiples, TOKENS_PER_STEP)
+        loss, _ = train_step(self.job, StepWork(0, [batch], batch.weight_sum, TokenCounts(), []), self.phases)
         return counted(samples, loss.item(), batch.tokens, self.job.size)
 
 
@@ -208,7 +209,7 @@ def run_options(setting: Setting, precision: str, steps: int) -> options.Config:
         model=options.Model(path=str(folder / "model")), adapter=setting.adapter,
         lora=options.Lora() if setting.adapter == "full" else options.Lora(path=str(folder / "adapter")),
         data=options.Data(train=str(folder / "chats.jsonl"), max_length=TOKENS_PER_STEP, cache=str(folder / "cache"), workers=1),
-        batch=options.Batch(tokens_per_pack=TOKENS_PER_STEP, tokens_per_step=TOKENS_PER_STEP),
+        batch=options.BatchSize(tokens_per_pack=TOKENS_PER_STEP, tokens_per_step=TOKENS_PER_STEP),
         optim=options.Optim(lr=LEARNING_RATE, schedule="constant", warmup=0, weight_decay=0.0), epochs=steps, max_steps=steps,
         precision=precision, device="cpu", logging=options.Logging(tensorboard=False, progress=False))
 

@@ -31,7 +31,7 @@ from trainer.errors import UserError
 OPENINGS = ("What", "how", " the", "1", "Привет", "写", "`", "\n", "É", "(")
 
 
-class PreQuery(NamedTuple):
+class UserPrompt(NamedTuple):
     """A prompt after which the model writes a user's turn."""
 
     token_ids: tuple[int, ...]
@@ -53,7 +53,7 @@ class Stops(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Format:
+class ChatFormat:
     """A model's chat format, as prompts and stops. UserError at construction where no prefix or no stop can be derived."""
 
     template: ChatTemplate
@@ -68,7 +68,7 @@ class Format:
 
     # ---------------------------------------------------------------- prompts
 
-    def pre_query(self, history: Sequence[Message], system: str | None = None) -> PreQuery:
+    def pre_query(self, history: Sequence[Message], system: str | None = None) -> UserPrompt:
         """The prompt for a user's turn after `history` (whole turns, the last one the assistant's)."""
         chat = [*_system(system), *history, {"role": "user", "content": ASKED}]
         before, found, _ = self.template.render(chat).rpartition(ASKED)
@@ -82,7 +82,7 @@ class Format:
         kept = self._text(ids[:shared])
         if not before.startswith(kept):
             raise self._unfit(f"its text changes when it is tokenized and decoded: {before[:60]!r} becomes {kept[:60]!r}")
-        return PreQuery(tuple(ids[:shared]), before[len(kept):])
+        return UserPrompt(tuple(ids[:shared]), before[len(kept):])
 
     def response(self, messages: Sequence[Message], system: str | None = None) -> tuple[int, ...]:
         """The prompt for an answer to a chat that ends with a user's turn, with whatever opens the model's reasoning."""
@@ -247,9 +247,9 @@ def _common_length(a: Sequence[int], b: Sequence[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
-def load_format(path: str, tokenizer: PreTrainedTokenizerBase, date: str) -> Format:
+def load_format(path: str, tokenizer: PreTrainedTokenizerBase, date: str) -> ChatFormat:
     """The format of the model at `path`, whose template is told that today is `date` (YYYY-MM-DD)."""
-    return Format(ChatTemplate(tokenizer, name=path, date=datetime.date.fromisoformat(date)), tuple(sorted(_generation_eos(path))))
+    return ChatFormat(ChatTemplate(tokenizer, name=path, date=datetime.date.fromisoformat(date)), tuple(sorted(_generation_eos(path))))
 
 
 def _generation_eos(path: str) -> Iterable[int]:

@@ -12,7 +12,7 @@ from openai import APIConnectionError, APIStatusError, APITimeoutError, AsyncOpe
 
 from synth.config import Model
 from synth.engines.interface import EngineError, Failure, Prompt
-from trainer.errors import shortened
+from trainer.errors import one_line
 
 TRIES = 6  # of one request
 PAUSE = 0.5  # seconds before the second try, doubled before each later one
@@ -63,7 +63,7 @@ class Endpoint:
             except APIStatusError as error:  # this request is refused
                 reason, again = f"refused by the server: {_said(error)}", self.answered
             except (Garbled, OpenAIError) as error:
-                reason, again = f"no usable answer in {TRIES} tries: {shortened(str(error))}", False
+                reason, again = f"no usable answer in {TRIES} tries: {one_line(str(error))}", False
             except Unscored:
                 raise EngineError(f"{self.model.path}: {self.url} tells no log-probabilities of choices; use judge.score paper") from None
         self.failed += 1
@@ -91,7 +91,7 @@ class Endpoint:
                 pause = _wanted_pause(error)
             except APIConnectionError as error:
                 if not left and not isinstance(error, APITimeoutError) and "Connect" in type(error.__cause__).__name__:
-                    raise EngineError(f"{self.model.path}: no server answers at {self.url} ({shortened(str(error.__cause__))}); "
+                    raise EngineError(f"{self.model.path}: no server answers at {self.url} ({one_line(str(error.__cause__))}); "
                                       "start it, or correct url") from error
                 found, pause = Garbled("timed out" if isinstance(error, APITimeoutError) else "the connection broke off"), None
             except Garbled as error:
@@ -154,4 +154,4 @@ def _wanted_pause(error: APIStatusError) -> float | None:
 def _said(error: APIStatusError) -> str:
     """What the server says is wrong."""
     body = error.body if isinstance(error.body, dict) else {}
-    return shortened(str(body.get("message") or error.message))
+    return one_line(str(body.get("message") or error.message))

@@ -24,7 +24,7 @@ from synth.config import Model
 from synth.engines.interface import EmbeddingRequest, EngineError, EngineInfo
 from synth.engines.model_files import fingerprint, locate, parameters
 from synth.engines.protocol import Opening, Ready
-from trainer.errors import shortened, telling
+from trainer.errors import last_error_line, one_line
 
 CHUNK = 64  # requests of one message
 SMALL = 200_000_000  # parameters up to which one thread per worker is fastest on a CPU
@@ -172,7 +172,7 @@ class Workers:
         how = f"was killed by signal {-status}" if status is not None and status < 0 else f"ended with status {status}"
         if status == -signal.SIGKILL:
             how += " (by hand, or by the system for want of memory)"
-        line = telling(shard.log)
+        line = last_error_line(shard.log)
         return f"{self.model.path}: its {self.kind} process {how}{f': {line}' if line else ''}; see {shard.log}"
 
 
@@ -254,5 +254,5 @@ def explain(model: Model, kind: str, error: str, text: str, log: Path) -> str:
     """One line from what an engine raised: the cause and the remedy where we know them, its own words, and where the rest is."""
     for pattern, cause, remedy in REMEDIES:
         if re.search(pattern, f"{error} {text}"):
-            return f"{model.path}: {kind}: {cause} ({shortened(text) or error}); try {remedy}; see {log}"
-    return f"{model.path}: {kind} failed: {error}: {shortened(text)}; see {log}"
+            return f"{model.path}: {kind}: {cause} ({one_line(text) or error}); try {remedy}; see {log}"
+    return f"{model.path}: {kind} failed: {error}: {one_line(text)}; see {log}"

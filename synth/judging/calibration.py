@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from synth.config import Config, name_of
-from synth.pool.run import Run
+from synth.pool.run import SynthesisRun
 from synth.pool.store import CLEAN
 from trainer.errors import UserError
 
@@ -108,7 +108,7 @@ def _effects(row: np.ndarray, column: np.ndarray, means: np.ndarray, count: np.n
     return effects[:n] + middle[group[:n]], effects[n:] - middle[group[n:]], group[:n]
 
 
-def scales_of(run: Run) -> dict[str, Scale]:
+def scales_of(run: SynthesisRun) -> dict[str, Scale]:
     """The scale of every judge that gave a score; the scores as they are without `judge.normalise`."""
     judges, score = panel(run.config), given(run.config)
     found = (Cell(*row) for row in run.pool.select(
@@ -135,7 +135,7 @@ class Rating(NamedTuple):
     judges: int  # that gave a score
 
 
-def rate(run: Run) -> dict[str, Scale]:
+def rate(run: SynthesisRun) -> dict[str, Scale]:
     """Fill `ratings` anew, inside the caller's transaction; the judges' scales. UserError while scores are missing."""
     scales = scales_of(run)
     run.pool.connection.execute("DELETE FROM ratings")
@@ -145,7 +145,7 @@ def rate(run: Run) -> dict[str, Scale]:
     return scales
 
 
-def _ratings(run: Run, scales: dict[str, Scale]) -> Iterator[Rating]:
+def _ratings(run: SynthesisRun, scales: dict[str, Scale]) -> Iterator[Rating]:
     judges, normalise, missing = panel(run.config), run.config.judge.normalise, 0
     # the plus keeps the answers in the order of their keys, with no sorting
     found = run.pool.connection.execute(

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from synth.config import Config, Model, name_of
 from synth.engines import open_engine
-from synth.engines.chat_format import Format, load_format
+from synth.engines.chat_format import ChatFormat, load_format
 from synth.engines.interface import Completion, EngineInfo, Failure
 from synth.pool.store import Pool
 from synth.pool.writer import Worker
@@ -32,12 +32,12 @@ IDENTITY = ("path", "dtype", "max_length", "tensor_parallel", "batch_invariant")
 MADE = {"pool": "items", "instruct": "items", "respond": "responses", "judge": "scores"}  # where what a stage makes is kept
 
 
-class Run:
+class SynthesisRun:
     """A call of `python -m synth.run`: its settled configuration, the open pool, and where it says what it does."""
 
     def __init__(self, config: Config, pool: Pool, say: Callable[[str], None] = print):
         self.config, self.pool, self.say = config, pool, say
-        self._formats: dict[str, Format] = {}
+        self._formats: dict[str, ChatFormat] = {}
 
     @property
     def folder(self) -> Path:
@@ -47,7 +47,7 @@ class Run:
     def base(self) -> Model:
         return self.config.base
 
-    def format(self, model: Model) -> Format:
+    def format(self, model: Model) -> ChatFormat:
         """The chat format of a model that we hold ourselves: its tokenizer, prefix and stops. UserError where none can be derived."""
         name = name_of(model)
         if name not in self._formats:

@@ -14,7 +14,7 @@ import pyarrow
 import pyarrow.parquet
 
 from synth.judging.calibration import Scale
-from synth.pool.run import Run
+from synth.pool.run import SynthesisRun
 from synth.reporting.manifest import manifest
 from trainer.errors import UserError
 from trainer.files import atomic_file
@@ -25,7 +25,7 @@ RECORD = pyarrow.schema([("messages", pyarrow.list_(MESSAGE)), ("id", pyarrow.st
                          ("weight", pyarrow.float64())])
 
 
-def export(run: Run, scales: Mapping[str, Scale]) -> None:
+def export(run: SynthesisRun, scales: Mapping[str, Scale]) -> None:
     """Write replay.jsonl or .parquet, pairs.jsonl and manifest.json. UserError where nothing was chosen, or the disk does not take it."""
     if not run.pool.select("SELECT 1 FROM selection LIMIT 1"):
         raise nothing_left(run)
@@ -44,7 +44,7 @@ def export(run: Run, scales: Mapping[str, Scale]) -> None:
     run.say(f"select: wrote {replay}, pairs.jsonl and manifest.json")
 
 
-def nothing_left(run: Run) -> UserError:
+def nothing_left(run: SynthesisRun) -> UserError:
     planned = run.pool.select("SELECT count(*) FROM items")[0][0]
     dropped = run.pool.select("SELECT stage, reason, count(*) FROM drops GROUP BY stage, reason ORDER BY count(*) DESC, stage, reason")
     said = "; ".join(f"{stage} dropped {count:,}: {reason}" for stage, reason, count in dropped)
@@ -55,13 +55,13 @@ def nothing_left(run: Run) -> UserError:
 # ---------------------------------------------------------------- records
 
 
-def records(run: Run) -> Iterator[dict]:
+def records(run: SynthesisRun) -> Iterator[dict]:
     """Chats with the chosen answer, in the order of their items."""
     for item, prompt, weight, author, text, *_ in _chosen(run):
         yield {"messages": [*prompt, _answer(text)], "id": f"synth-{item}", "source": author, "weight": weight}
 
 
-def pairs(run: Run) -> Iterator[dict]:
+def pairs(run: SynthesisRun) -> Iterator[dict]:
     """Chosen and rejected answers of the items that have both, with their ratings."""
     for _, prompt, _, _, text, value, rejected, rejected_value in _chosen(run):
         if rejected is not None:
@@ -73,7 +73,7 @@ def _answer(text: str) -> dict:
     return {"role": "assistant", "content": text}
 
 
-def _chosen(run: Run) -> Iterator[tuple]:
+def _chosen(run: SynthesisRun) -> Iterator[tuple]:
     """Item, prompt messages, weight, author, chosen text, its rating, rejected text and its rating, for each row of `selection`."""
     rows = run.pool.connection.execute(
         "SELECT s.item, t.weight, s.model, c.text, s.value, r.text, s.rejected_value FROM selection AS s "

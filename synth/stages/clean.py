@@ -20,7 +20,7 @@ from synth.filters import contamination, duplicates, language
 from synth.filters.contamination import Item, Phrases
 from synth.filters.language import UNTOLD
 from synth.filters.repetition import repetition
-from synth.pool.run import Run, identity
+from synth.pool.run import SynthesisRun, identity
 from synth.pool.seeds import uniform
 from synth.pool.store import Chat
 
@@ -46,7 +46,7 @@ class Found(NamedTuple):
     weights: dict[int, float]
 
 
-def clean(run: Run) -> None:
+def clean(run: SynthesisRun) -> None:
     """Decide about every item that was sampled whole. UserError: a missing evaluation file, or other settings than the answers have."""
     run.require("instruct")
     wanted = settings(run.config)
@@ -77,7 +77,7 @@ def settings(config: Config) -> dict[str, Any]:
     return json.loads(json.dumps(kept))
 
 
-def judged(run: Run) -> Found:
+def judged(run: SynthesisRun) -> Found:
     """All rules, one after the other."""
     config = run.config
     items = [item for path in config.clean.contamination for item in contamination.read_items(path)]
@@ -121,7 +121,7 @@ def drop_alone(chat: Chat, code: str, rules: Clean, phrases: Phrases | None) -> 
     return shared and Drop("contaminated", f"{shared.place}: {shared.text[:SHOWN]}")
 
 
-def _resembling(run: Run, items: list[Item], texts: Mapping[int, str]) -> dict[int, Drop]:
+def _resembling(run: SynthesisRun, items: list[Item], texts: Mapping[int, str]) -> dict[int, Drop]:
     """Items that the base puts next to an evaluation item, by its own embeddings."""
     format = run.format(run.base)
     opening = format.pre_query(()).token_ids  # a text where the base writes it: in a user's first turn
@@ -193,7 +193,7 @@ def balanced(weights: Mapping[int, float], languages: Mapping[int, str], wanted:
 # ---------------------------------------------------------------- words about it
 
 
-def _tell(run: Run, found: Found) -> None:
+def _tell(run: SynthesisRun, found: Found) -> None:
     """One line for each rule that dropped something, and what is left."""
     counts = Counter(drop.reason for drop in found.drops.values())
     total = len(found.languages)

@@ -13,10 +13,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from synth.config import Config, name_of
-from synth.engines.chat_format import Format, PreQuery
+from synth.engines.chat_format import ChatFormat, UserPrompt
 from synth.engines.interface import CompletionRequest, Failure, Prompt, Sampling
 from synth.pool import seeds
-from synth.pool.run import Run, usable
+from synth.pool.run import SynthesisRun, usable
 from synth.pool.writer import Worker
 
 CHUNK = 1000  # items whose earlier turns are read at a time
@@ -30,7 +30,7 @@ class Item(NamedTuple):
     turns: int
 
 
-def instruct(run: Run) -> None:
+def instruct(run: SynthesisRun) -> None:
     config = run.config
     # the wanted languages are reached by weights, which `clean` gives
     run.settle("instruct", {key: value for key, value in dataclasses.asdict(config.instruct).items() if key != "languages"})
@@ -58,7 +58,7 @@ def plan(config: Config, item: int) -> Item:
 # ---------------------------------------------------------------- the pool's turns
 
 
-def sample_turns(run: Run, worker: Worker, position: int) -> None:
+def sample_turns(run: SynthesisRun, worker: Worker, position: int) -> None:
     """The turns at `position` that are missing: of items that are not out, and have all turns before it."""
     missing = [item for item, in run.pool.select(
         "SELECT id FROM items WHERE 2 * items.turns - 1 > ? AND id NOT IN (SELECT item FROM drops) "
@@ -73,7 +73,7 @@ def sample_turns(run: Run, worker: Worker, position: int) -> None:
 class Asking:
     """One position of the pool's chats: its requests, and what becomes of their results."""
 
-    def __init__(self, run: Run, position: int):
+    def __init__(self, run: SynthesisRun, position: int):
         self.run, self.position, self.format = run, position, run.format(run.base)
         self.prefixes = Prefixes(self.format)
         self.openings: dict[int, str] = {}  # by item: text that its prompt left for the model to write first
@@ -131,10 +131,10 @@ def _list(items: Sequence[int]) -> str:
 class Prefixes:
     """Pre-query prompts; that of a first turn depends on the system prompt alone, and is made once."""
 
-    def __init__(self, format: Format):
+    def __init__(self, format: ChatFormat):
         self.format, self.first = format, {}
 
-    def __call__(self, history: Sequence[dict], system: str | None) -> PreQuery:
+    def __call__(self, history: Sequence[dict], system: str | None) -> UserPrompt:
         if history:
             return self.format.pre_query(history, system)
         if system not in self.first:
@@ -145,7 +145,7 @@ class Prefixes:
 # ---------------------------------------------------------------- samples apart
 
 
-def sample_fresh(run: Run, worker: Worker) -> None:
+def sample_fresh(run: SynthesisRun, worker: Worker) -> None:
     """First turns at temperature 1 and top_p 1, under the pool's system prompts, for comparison only."""
     have = {item for item, in run.pool.select("SELECT id FROM fresh")}
     missing = [item for item in range(run.config.instruct.fresh) if item not in have]
@@ -157,7 +157,7 @@ def sample_fresh(run: Run, worker: Worker) -> None:
     def seed(item: int) -> int:
         return seeds.seed(config.seed, "fresh", name_of(run.base), item)
 
-    def prefix(item: int) -> PreQuery:
+    def prefix(item: int) -> UserPrompt:
         chosen = seeds.choice([system.weight for system in config.instruct.systems], config.seed, "fresh system", item)
         return prefixes((), config.instruct.systems[chosen].text)
 

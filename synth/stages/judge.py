@@ -14,19 +14,19 @@ from typing import NamedTuple
 
 from synth.config import Model, name_of
 from synth.engines import kind_of
-from synth.engines.chat_format import Format
+from synth.engines.chat_format import ChatFormat
 from synth.engines.interface import Choice, ChoiceRequest, Completion, CompletionRequest, Failure, Prompt, Sampling
 from synth.judging.calibration import panel, rate
 from synth.judging.rubric import DIGITS, LETTERS, PAIRWISE, asked, fill, rubric
 from synth.judging.score_parsing import NO_MASS, NO_SCORE, expected_score, likeliest_score, parsed_score, preference
 from synth.pool import seeds
-from synth.pool.run import Run, identity, usable
+from synth.pool.run import SynthesisRun, identity, usable
 from synth.pool.store import CLEAN, Chat
 
 PAGE = 4000  # answers read from the pool at a time
 
 
-def judge(run: Run) -> None:
+def judge(run: SynthesisRun) -> None:
     run.require("respond")
     settle(run)
     alone = [author for author, judges in panel(run.config).items() if judges == (author,)]
@@ -43,7 +43,7 @@ def judge(run: Run) -> None:
     run.finish("judge")
 
 
-def settle(run: Run) -> None:
+def settle(run: SynthesisRun) -> None:
     """Keep what scores depend on, the rubric's own words too; UserError where a later call has other ones."""
     options, text = run.config.judge, rubric(run.config.judge)
     length = {"max_tokens": options.max_tokens} if options.score == "paper" else {}
@@ -57,9 +57,9 @@ def settle(run: Run) -> None:
 class Judging:
     """How one model is asked for a verdict."""
 
-    def __init__(self, run: Run, model: Model):
+    def __init__(self, run: SynthesisRun, model: Model):
         self.run, self.model, self.name, self.options = run, model, name_of(model), run.config.judge
-        self.format: Format | None = None if kind_of(model) == "openai" else run.format(model)
+        self.format: ChatFormat | None = None if kind_of(model) == "openai" else run.format(model)
 
     def choice(self, key: tuple, text: str, choices: tuple[str, ...]) -> ChoiceRequest:
         """Which of `choices` the judge's answer to `text` begins with."""
@@ -82,7 +82,7 @@ class Judging:
 class Scoring(Judging):
     """One judge's scores: which are missing, their requests, and what becomes of the results."""
 
-    def __init__(self, run: Run, model: Model):
+    def __init__(self, run: SynthesisRun, model: Model):
         super().__init__(run, model)
         self.rubric = rubric(self.options)
         authors = [author for author, judges in panel(run.config).items() if self.name in judges]
@@ -131,7 +131,7 @@ class Scoring(Judging):
         return score, None, (result.text if said is None else said).strip(), seed, reason or (NO_SCORE if score is None else None)
 
 
-def chats_between(run: Run, first: int, last: int) -> dict[int, Chat]:
+def chats_between(run: SynthesisRun, first: int, last: int) -> dict[int, Chat]:
     return {chat.item: chat for chat in run.pool.chats(f"id BETWEEN {first} AND {last}")}
 
 
@@ -155,7 +155,7 @@ class Pair(NamedTuple):
         return (self.item, *self.best, *self.second), (self.item, *self.second, *self.best)
 
 
-def compare(run: Run) -> None:
+def compare(run: SynthesisRun) -> None:
     """Every judge that wrote neither of an item's two best answers (every judge, where there is no such) compares them in both orders."""
     run.settle("pairwise", {"normalise": run.config.judge.normalise, "text": hashlib.sha256(PAIRWISE.encode()).hexdigest()[:16]})
     with run.pool.transaction():
@@ -168,7 +168,7 @@ def compare(run: Run) -> None:
                 worker.choose(comparing.requests(), len(comparing.missing), comparing.write)
 
 
-def best_pairs(run: Run) -> Iterator[Pair]:
+def best_pairs(run: SynthesisRun) -> Iterator[Pair]:
     """The best answer to each item, and the best one that reads otherwise; ties by the seed."""
     found = run.pool.connection.execute(
         "SELECT q.item, q.model, q.sample, q.value, r.text FROM ratings AS q JOIN responses AS r "
@@ -180,7 +180,7 @@ def best_pairs(run: Run) -> Iterator[Pair]:
             yield Pair(item, ranked[0][1:3], other[1:3])
 
 
-def judges_of_pair(run: Run, pair: Pair) -> list[str]:
+def judges_of_pair(run: SynthesisRun, pair: Pair) -> list[str]:
     judges, authors = sorted({name_of(model) for model in run.config.judges}), (pair.best[0], pair.second[0])
     others = [judge for judge in judges if judge not in authors]
     return others if others and run.config.judge.exclude_self else judges
@@ -189,7 +189,7 @@ def judges_of_pair(run: Run, pair: Pair) -> list[str]:
 class Comparing(Judging):
     """One judge's comparisons: which are missing, their requests, and what becomes of the results."""
 
-    def __init__(self, run: Run, model: Model, pairs: list[Pair]):
+    def __init__(self, run: SynthesisRun, model: Model, pairs: list[Pair]):
         super().__init__(run, model)
         have = set(run.pool.select("SELECT item, model, sample, other_model, other_sample FROM comparisons WHERE judge = ?", self.name))
         self.missing = [key for pair in pairs if self.name in judges_of_pair(run, pair) for key in pair.orders if key not in have]

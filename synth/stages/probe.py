@@ -11,17 +11,17 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 from synth.config import name_of
-from synth.engines.chat_format import Format
+from synth.engines.chat_format import ChatFormat
 from synth.engines.interface import Completion, CompletionRequest, Failure, Prompt, Sampling
 from synth.filters.repetition import repetition
 from synth.pool import seeds
-from synth.pool.run import Run, usable
+from synth.pool.run import SynthesisRun, usable
 
 SHOWN = 3  # samples of each temperature that are printed
 WIDTH = 100  # characters of a sample
 
 
-def probe(run: Run) -> None:
+def probe(run: SynthesisRun) -> None:
     config, format = run.config, run.format(run.base)
     settings = {"top_p": config.instruct.top_p[0],
                 "max_tokens": config.instruct.max_tokens, **dataclasses.asdict(config.probe)}
@@ -46,7 +46,7 @@ def probe(run: Run) -> None:
     show(run, rows)
 
 
-def describe(run: Run, format: Format) -> None:
+def describe(run: SynthesisRun, format: ChatFormat) -> None:
     """Prefix and stops, as text, with the proof that the tokens are the text."""
     prefix, stops = format.pre_query([]), format.user_stops
     shown = format.tokenizer.decode(prefix.token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -57,7 +57,7 @@ def describe(run: Run, format: Format) -> None:
             f"{', '.join(repr(format.tokenizer.convert_ids_to_tokens(i)) for i in format.response_stops.ids)}")
 
 
-def summary(temperature: float, results: Sequence[Completion | Failure], rest: str, format: Format) -> dict:
+def summary(temperature: float, results: Sequence[Completion | Failure], rest: str, format: ChatFormat) -> dict:
     """Junk by kind, variety and likelihood of the samples at one temperature; rates are shares of the samples."""
     said = [r for r in results if isinstance(r, Completion)]
     texts = [r.text.removeprefix(rest).strip() for r in said]
@@ -75,7 +75,7 @@ def summary(temperature: float, results: Sequence[Completion | Failure], rest: s
     }
 
 
-def show(run: Run, rows: Sequence[dict]) -> None:
+def show(run: SynthesisRun, rows: Sequence[dict]) -> None:
     for row in rows:
         kinds = ", ".join(f"{kind} {share:.1%}" for kind, share in row["kinds"].items()) or "none"
         nats = "" if row["nats_per_token"] is None else f", {row['nats_per_token']:.2f} nats a token"

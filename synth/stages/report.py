@@ -15,7 +15,7 @@ import numpy as np
 from synth.config import STAGES
 from synth.engines.interface import EmbeddingRequest, Failure
 from synth.judging import diagnostics
-from synth.pool.run import Run
+from synth.pool.run import SynthesisRun
 from synth.reporting import funnel
 from synth.reporting.distribution import Sample, Yardstick
 from synth.reporting.funnel import Step
@@ -51,7 +51,7 @@ class Compared(NamedTuple):
         return {"fresh": self.fresh} | {step.name: step.sample for step in (self.steps[0], self.steps[-1])}
 
 
-def report(run: Run) -> None:
+def report(run: SynthesisRun) -> None:
     """Write report.html, plots/*.png and report.json from what the pool holds. UserError where the folder cannot be written."""
     verdicts = diagnostics.read(run.pool)
     compared = compare(run)
@@ -72,7 +72,7 @@ def report(run: Run) -> None:
     run.finish("report")
 
 
-def write(run: Run, found: dict[str, Any], drawn: list[Plot]) -> None:
+def write(run: SynthesisRun, found: dict[str, Any], drawn: list[Plot]) -> None:
     path, beside = run.folder / "report.html", run.folder / "plots"
     try:
         beside.mkdir(parents=True, exist_ok=True)
@@ -91,7 +91,7 @@ def write(run: Run, found: dict[str, Any], drawn: list[Plot]) -> None:
 # ---------------------------------------------------------------- figures
 
 
-def compare(run: Run) -> Compared | None:
+def compare(run: SynthesisRun) -> Compared | None:
     """Every step of the pool beside fresh samples; None where there are none of either."""
     fresh, steps = funnel.fresh(run), funnel.steps(run)
     if len(fresh) < 2 or not steps[0].items:
@@ -110,7 +110,7 @@ def compare(run: Run) -> Compared | None:
         "itself": yardstick.itself(), "steps": measured, "topics": topics})
 
 
-def embeddings(run: Run, texts: list[str]) -> dict[str, np.ndarray] | None:
+def embeddings(run: SynthesisRun, texts: list[str]) -> dict[str, np.ndarray] | None:
     """The base's own, of texts where it writes them: in a user's first turn. None, and said so, where it cannot be had."""
     try:
         format = run.format(run.base)
@@ -128,7 +128,7 @@ def embeddings(run: Run, texts: list[str]) -> dict[str, np.ndarray] | None:
     return {texts[result.key[0]]: np.array(result.vector) for result in found}
 
 
-def won(run: Run) -> dict[str, dict[str, float]]:
+def won(run: SynthesisRun) -> dict[str, dict[str, float]]:
     """By model: its share of the usable answers to the items that were selected, and of the chosen ones by items and by tokens."""
     chosen = shares(run)
     if not chosen:
@@ -154,7 +154,7 @@ def _manifest(path: Path) -> dict[str, Any] | None:
                         "write it anew: --stages '[select]'") from None
 
 
-def usage(run: Run) -> list[dict[str, Any]]:
+def usage(run: SynthesisRun) -> list[dict[str, Any]]:
     """By stage and model: what was asked and written, in what time, and at what rate while the engine itself was at work."""
     rows = [dict(zip(("stage", "model", "requests", "prompt_tokens", "tokens", "seconds", "busy", "cost"), row))
             for row in run.pool.select("SELECT * FROM usage ORDER BY stage, model")]

@@ -11,17 +11,17 @@ from collections.abc import Iterator
 
 from synth.config import Model, name_of
 from synth.engines import kind_of
-from synth.engines.chat_format import Format
+from synth.engines.chat_format import ChatFormat
 from synth.engines.interface import CompletionRequest, Failure, Likelihood, LikelihoodRequest, Prompt, Sampling
 from synth.pool import seeds
-from synth.pool.run import Run, identity, usable
+from synth.pool.run import SynthesisRun, identity, usable
 from synth.pool.store import CLEAN, Chat
 from synth.pool.writer import Worker
 
 GREEDY = -1  # the number of a greedy answer
 
 
-def respond(run: Run) -> None:
+def respond(run: SynthesisRun) -> None:
     config = run.config
     models = [*config.responders, run.base]
     run.settle("respond", {"models": [identity(model) for model in models], **dataclasses.asdict(config.respond)})
@@ -41,9 +41,9 @@ def respond(run: Run) -> None:
 class Answering:
     """One model's answers: which are missing, their requests, and what becomes of the results."""
 
-    def __init__(self, run: Run, model: Model):
+    def __init__(self, run: SynthesisRun, model: Model):
         self.run, self.model, self.name, self.options = run, model, name_of(model), run.config.respond
-        self.format: Format | None = None if kind_of(model) == "openai" else run.format(model)
+        self.format: ChatFormat | None = None if kind_of(model) == "openai" else run.format(model)
         self.is_base = model is run.base
         self.samples = [*range(self.options.samples), *([GREEDY] if self.is_base and self.options.greedy_self else [])]
 
@@ -100,7 +100,7 @@ class Answering:
 # ---------------------------------------------------------------- how likely answers are under the base
 
 
-def _unread(run: Run) -> list[tuple[int, str, int]]:
+def _unread(run: SynthesisRun) -> list[tuple[int, str, int]]:
     """Usable answers of other models that the base has not read yet."""
     if not run.config.respond.base_likelihood:
         return []
@@ -108,7 +108,7 @@ def _unread(run: Run) -> list[tuple[int, str, int]]:
                            "ORDER BY item, model, sample")
 
 
-def read(run: Run, worker: Worker) -> None:
+def read(run: SynthesisRun, worker: Worker) -> None:
     """Log-probability under the base of every answer and of the end of the turn after it. What cannot be read has base_tokens 0."""
     unread = _unread(run)
     if not unread:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from synth.config import Config, name_of
 from synth.judging.calibration import rate
 from synth.pool import seeds
-from synth.pool.run import Run
+from synth.pool.run import SynthesisRun
 from synth.pool.store import CLEAN
 from synth.reporting.export import export
 from synth.stages.judge import settle
@@ -54,7 +54,7 @@ class Decision(NamedTuple):
         return (*self.chosen.key, self.chosen.value, *((*rejected.key, rejected.value) if rejected else (None, None, None)))
 
 
-def select(run: Run) -> None:
+def select(run: SynthesisRun) -> None:
     judged = run.config.select.rule != "first"
     run.require("judge" if judged else "respond")
     if judged:
@@ -83,7 +83,7 @@ def select(run: Run) -> None:
     run.finish("select")
 
 
-def tell(run: Run) -> None:
+def tell(run: SynthesisRun) -> None:
     kept, pairs = run.pool.select("SELECT count(*), count(rejected_model) FROM selection")[0]
     reasons = run.pool.select("SELECT reason, count(*) FROM drops WHERE stage = 'select' GROUP BY reason ORDER BY reason")
     answers, complete = run.pool.select("SELECT count(*), count(value) FROM ratings")[0]
@@ -95,7 +95,7 @@ def tell(run: Run) -> None:
 # ---------------------------------------------------------------- what there is to choose from
 
 
-def candidates(run: Run) -> Iterator[tuple[int, float, list[Answer]]]:
+def candidates(run: SynthesisRun) -> Iterator[tuple[int, float, list[Answer]]]:
     """Every clean item with its weight and its usable answers, in the order of their keys."""
     found = run.pool.connection.execute(
         "SELECT id, t.weight, r.model, r.sample, r.text, q.value, r.base_logprob, r.base_tokens FROM items "
@@ -112,7 +112,7 @@ def candidates(run: Run) -> Iterator[tuple[int, float, list[Answer]]]:
 class Among:
     """Which answers `select.among` names, and their order. UserError for a name or a number that the pool does not have."""
 
-    def __init__(self, run: Run):
+    def __init__(self, run: SynthesisRun):
         named, config = run.config.select.among, run.config
         self.models = [name_of(model) for model in (config.base, *config.responders)]
         samples = {model: list(range(config.respond.samples)) for model in self.models}
@@ -133,7 +133,7 @@ class Among:
         return self.place[answer.key]
 
 
-def unrated(run: Run) -> dict:
+def unrated(run: SynthesisRun) -> dict:
     """No ratings, and no judges' scales: nobody was asked."""
     run.pool.connection.execute("DELETE FROM ratings")
     return {}
@@ -153,7 +153,7 @@ def drop_reason(answers: Sequence[Answer], weight: float, floor: float | None) -
     return (LOW, f"{best:.3f}") if best < floor - EQUAL else (None, None)
 
 
-def preferences(run: Run) -> dict[int, tuple[str, int]]:
+def preferences(run: SynthesisRun) -> dict[int, tuple[str, int]]:
     """By item, which of the two that were compared is preferred; none where it is even, or no judge spoke in both orders."""
     rows = run.pool.connection.execute(
         "SELECT item, judge, model, sample, other_model, other_sample, preference FROM comparisons ORDER BY item")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from synth.config import Config, Model, name_of, settled
 from synth.engines.interface import Choice, Completion, Embedding, EngineError, EngineInfo, Failure, Likelihood
-from synth.pool.run import Run
+from synth.pool.run import SynthesisRun
 from synth.pool.store import Pool
 
 BASE = str(Path(__file__).parents[2] / "benchmarks/forgetting/miniature/models/base")  # a real tokenizer and chat template
@@ -103,17 +103,17 @@ def install(monkeypatch, **engines: FakeEngine) -> None:
 # ---------------------------------------------------------------- pools
 
 
-def make_run(folder: Path, models: Sequence[str] = ("base",), say: Callable[[str], None] | None = None, **options) -> Run:
+def make_run(folder: Path, models: Sequence[str] = ("base",), say: Callable[[str], None] | None = None, **options) -> SynthesisRun:
     """A run on a new or existing pool in `folder`: the first of `models` is the base, the others answer too; `options` of Config.
 
     All have the tokenizer and chat template of the miniature's base. Close its pool, or leave that to the end of the process.
     """
     base, *others = (Model(path=BASE, name=name) for name in models)
     config = settled(Config(**{"output": str(folder), "base": base, "responders": others} | options))
-    return Run(config, Pool(folder / "pool.sqlite"), say or (lambda line: None))
+    return SynthesisRun(config, Pool(folder / "pool.sqlite"), say or (lambda line: None))
 
 
-def fill(run: Run, chats: Sequence[str | Sequence[str]], responses: Mapping[str, Sequence[Sequence]] | None = None,
+def fill(run: SynthesisRun, chats: Sequence[str | Sequence[str]], responses: Mapping[str, Sequence[Sequence]] | None = None,
          systems: Mapping[int, str] | None = None, weights: Mapping[int, float] | None = None,
          likelihoods: Mapping[tuple, float] | None = None, done: Iterable[str] = ("probe", "instruct", "clean", "respond")) -> None:
     """Items, their turns and their answers, as the stages before would leave them.
@@ -141,7 +141,7 @@ def response_row(item: int, model: str, sample: int, answer: str | Exception, li
     return item, model, sample, answer, tokens, "stop", None, None if likelihood is None else likelihood * tokens, tokens, 0, None
 
 
-def score(run: Run, scores: Mapping[tuple, float | None]) -> None:
+def score(run: SynthesisRun, scores: Mapping[tuple, float | None]) -> None:
     """Scores by (item, model, sample, judge), as `judge` would leave them, and that stage ended; None: could not be read."""
     from synth.stages.judge import settle
 

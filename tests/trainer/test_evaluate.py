@@ -33,7 +33,7 @@ from trainer.evaluation.models import plan, sides
 from trainer.evaluation.score_items import score
 from trainer.evaluation.tokens import Key, encode
 from trainer.model.export import save_adapter
-from trainer.model.forward import HeadSpec
+from trainer.model.forward import LmHead
 from trainer.model.lora import add_adapter
 from trainer.model.quantization import is_quantized, nf4_of
 
@@ -167,10 +167,10 @@ def test_kl_to_the_base_is_that_of_plain_torch(adapter, files, stock):
 
 def test_heads_that_differ_are_compared_slice_by_slice():
     x, y, one, other = torch.randn(5, 8), torch.randn(5, 12), torch.randn(40, 8), torch.randn(40, 12)
-    plain, capped = HeadSpec(one, None, None, 1.0), HeadSpec(other, torch.randn(40), 5.0, 0.5)
+    plain, capped = LmHead(one, None, None, 1.0), LmHead(other, torch.randn(40), 5.0, 0.5)
     p, q = capped.logits(y).log_softmax(-1), plain.logits(x).log_softmax(-1)
     torch.testing.assert_close(kl_rows(x, plain, y, capped), (p.exp() * (p - q)).sum(-1))
-    same = HeadSpec(other, torch.randn(40), None, 1.0)
+    same = LmHead(other, torch.randn(40), None, 1.0)
     p = same.logits(y).log_softmax(-1)
     torch.testing.assert_close(kl_rows(x, plain, y, same), (p.exp() * (p - q)).sum(-1), rtol=1e-4, atol=1e-5)
 

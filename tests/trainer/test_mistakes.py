@@ -13,7 +13,7 @@ from trainer import cli
 from trainer.cli import parse
 from trainer.config import Config, Data, Lora, Model, Source, validate
 from trainer.data.chat_template import ChatTemplate
-from trainer.data.prepare import prepare_inputs
+from trainer.data.prepare import prepare_data
 from trainer.data.sources import load_sources
 from trainer.errors import UserError
 from trainer.model.loading import load_model
@@ -77,13 +77,13 @@ def test_a_template_file_that_cannot_serve(tokenizer, tmp_path, contents, expect
     (tmp_path / "t.jinja").write_bytes(contents)
     (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": CHAT}))
     data = Data(train=str(tmp_path / "chats.jsonl"), chat_template=str(tmp_path / "t.jinja"), cache=str(tmp_path / "cache"))
-    assert re.search(expected, refused(prepare_inputs, Config(data=data), tokenizer))
+    assert re.search(expected, refused(prepare_data, Config(data=data), tokenizer))
 
 
 def test_a_cache_that_is_no_folder(tokenizer, tmp_path):
     (tmp_path / "file").write_text("")
     config = Config(data=Data(train="x.jsonl", cache=str(tmp_path / "file")))
-    assert refused(prepare_inputs, config, tokenizer).startswith(f"data.cache: cannot make the folder {tmp_path / 'file'}: File exists")
+    assert refused(prepare_data, config, tokenizer).startswith(f"data.cache: cannot make the folder {tmp_path / 'file'}: File exists")
 
 
 # ---------------------------------------------------------------- options

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trainer.cli import parse
 from trainer.config import Config
-from trainer.data.prepare import prepare_inputs
+from trainer.data.prepare import prepare_data
 from trainer.errors import UserError
 from trainer.run import train
 
@@ -249,7 +249,7 @@ def test_parts_of_a_record_are_held_out_together(model_folder, tmp_path):
     rows = [(f"Count {i}.", f"record {i} " * 30) for i in range(20)]
     config = parse(Config, arguments(model_folder, write_chats(tmp_path / "long.jsonl", rows), tmp_path / "run", "--data.overlong", "split",
                                      "--data.max_length", "64", "--data.heldout_share", "0.3"), "trainer.run")
-    inputs = prepare_inputs(config, AutoTokenizer.from_pretrained(model_folder))
+    inputs = prepare_data(config, AutoTokenizer.from_pretrained(model_folder))
     trained, held = set(inputs.samples.records), set(inputs.heldout[0].records)
     assert len(held) == 6 and len(trained) == 14 and not trained & held and len(inputs.samples) > 30
 

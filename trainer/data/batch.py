@@ -11,7 +11,7 @@ import torch
 
 
 @dataclass
-class Batch:
+class PackedBatch:
     """One pack of n samples, T tokens and S supervised targets: token t predicts token t + 1 of the same sample."""
 
     input_ids: torch.Tensor  # int64[T]
@@ -27,22 +27,22 @@ class Batch:
     tempered: torch.Tensor | None = None  # bool[S], targets whose loss is weighted by its own probability (retention/token_weighting.py)
     counted: torch.Tensor | None = None  # int64[K], which supervised rows, or tokens, a divergence counts (trainer/retention/kl.py)
     counted_weights: torch.Tensor | None = None  # float32[K], the weight of each one's sample
-    reference: Batch | None = None  # the samples of those alone, a pack for the base
+    reference: PackedBatch | None = None  # the samples of those alone, a pack for the base
     base_states: torch.Tensor | None = None  # instead of it, [K, W]: what the base made of it before (trainer/retention/cached_base.py)
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
-    def pin_memory(self) -> Batch:
+    def pin_memory(self) -> PackedBatch:
         return self._map(torch.Tensor.pin_memory)
 
-    def _map(self, move) -> Batch:
+    def _map(self, move) -> PackedBatch:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return replace(self, **{name: move(value) for name, value in values.items() if isinstance(value, torch.Tensor)},
-                       **{name: value._map(move) for name, value in values.items() if isinstance(value, Batch)})
+                       **{name: value._map(move) for name, value in values.items() if isinstance(value, PackedBatch)})
 
 
-def collate(samples: Sequence[tuple]) -> Batch:
+def collate(samples: Sequence[tuple]) -> PackedBatch:
     """Lay samples (input_ids int32[len], supervised bool[len], weight, source, ...) end to end, in the order given.
 
     A sample's first token is never a target: nothing precedes it. S may be 0. ValueError without samples, or with an
@@ -61,7 +61,7 @@ def collate(samples: Sequence[tuple]) -> Batch:
     supervised[starts[:-1]] = False
     target_rows = np.flatnonzero(supervised)  # (S,)
     target_weights = weights[sample_of[target_rows]]
-    return Batch(
+    return PackedBatch(
         input_ids=torch.from_numpy(input_ids),
         position_ids=torch.from_numpy(np.arange(len(input_ids)) - starts[sample_of]),
         cu_seqlens=torch.from_numpy(starts.astype(np.int32)),
@@ -75,17 +75,17 @@ def collate(samples: Sequence[tuple]) -> Batch:
     )
 
 
-class Multiples(NamedTuple):
+class PadTo(NamedTuple):
     """What a batch is filled up to multiples of: its tokens, and its supervised rows."""
 
     tokens: int
     rows: int
 
 
-UNFILLED = Multiples(1, 1)
+NO_PADDING = PadTo(1, 1)
 
 
-def filled(batch: Batch, multiples: Multiples, capacity: int) -> Batch:
+def pad_batch(batch: PackedBatch, multiples: PadTo, capacity: int) -> PackedBatch:
     """The same with one more sample that nothing reads, and with supervised rows of weight 0; of no more than `capacity` tokens. The pack
     for the base alike."""
     tokens = max(0, min(-batch.tokens % multiples.tokens, capacity - batch.tokens))
@@ -98,7 +98,7 @@ def filled(batch: Batch, multiples: Multiples, capacity: int) -> Batch:
     if rows:
         by_row = {name: getattr(batch, name) for name in ("supervised_rows", "targets", "weights", "tempered")}
         batch = replace(batch, **{name: None if values is None else _longer(values, rows) for name, values in by_row.items()})
-    return batch if batch.reference is None else replace(batch, reference=filled(batch.reference, multiples, capacity))
+    return batch if batch.reference is None else replace(batch, reference=pad_batch(batch.reference, multiples, capacity))
 
 
 def _longer(values: torch.Tensor, by: int) -> torch.Tensor:

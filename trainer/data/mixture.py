@@ -25,7 +25,7 @@ from trainer.errors import UserError
 
 
 @dataclass(frozen=True)
-class Part:
+class MixtureSource:
     """A source's place in the mixture."""
 
     name: str
@@ -58,7 +58,7 @@ class Mixture:
         self,
         lengths: np.ndarray,
         sources: np.ndarray,
-        parts: Sequence[Part],
+        parts: Sequence[MixtureSource],
         ratio: float | None = None,
         by: Literal["rows", "tokens"] = "rows",
         seed: int = 0,

@@ -10,25 +10,25 @@ from transformers import PreTrainedTokenizerBase
 
 from trainer.config import Config
 from trainer.data.chat_template import ChatTemplate, read_template
-from trainer.data.mixture import Mixture, Part
+from trainer.data.mixture import Mixture, MixtureSource
 from trainer.data.packing import pack
 from trainer.data.samples import Samples
 from trainer.data.sources import load_sources
-from trainer.data.step_plan import Plan
+from trainer.data.step_plan import StepPlan
 from trainer.data.tokenize import tokenize
 from trainer.errors import UserError
 
 
 @dataclass
-class Inputs:
+class TrainingData:
     samples: Samples  # domain and replay
     mixture: Mixture
-    plan: Plan
+    plan: StepPlan
     template: ChatTemplate
     heldout: tuple[Samples, list[np.ndarray]] | None  # samples, and the packs of their indices
 
 
-def prepare_inputs(config: Config, tokenizer: PreTrainedTokenizerBase) -> Inputs:
+def prepare_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> TrainingData:
     """Read, tokenize, mix and plan. Raises UserError for data that cannot be trained on."""
     _check_cache(config.data.cache)
     template = ChatTemplate(tokenizer, read_template(config.data.chat_template), config.data.chat_template)
@@ -37,10 +37,10 @@ def prepare_inputs(config: Config, tokenizer: PreTrainedTokenizerBase) -> Inputs
     samples = tokenize(domain + replay, template, config.data)
     roles = ["domain"] * len(domain) + ["replay"] * len(replay)
     samples, heldout = _hold_out(config, samples, roles, template)
-    parts = [Part(name, role, source.weight) for name, role, (source, _) in zip(samples.names, roles, domain + replay)]
+    parts = [MixtureSource(name, role, source.weight) for name, role, (source, _) in zip(samples.names, roles, domain + replay)]
     mixture = Mixture(samples.lengths, samples.sources, parts, config.replay.ratio, config.replay.by, config.seed)
-    plan = Plan(samples.lengths, mixture, config.batch, config.epochs, config.max_steps, config.seed)
-    return Inputs(samples, mixture, plan, template, heldout)
+    plan = StepPlan(samples.lengths, mixture, config.batch, config.epochs, config.max_steps, config.seed)
+    return TrainingData(samples, mixture, plan, template, heldout)
 
 
 def _check_cache(path: str | None) -> None:
@@ -68,7 +68,7 @@ def _hold_out(config: Config, samples: Samples, roles: list[str], template: Chat
     return samples.select(np.flatnonzero(~chosen)), _packed(config, samples.select(np.flatnonzero(chosen)))
 
 
-def heldout_line(inputs: Inputs) -> str:
+def heldout_line(inputs: TrainingData) -> str:
     """How much is held out, and how much of that is trained on all the same."""
     held, known = inputs.heldout[0], {hash(inputs.samples[i][0].tobytes()) for i in range(len(inputs.samples))}
     shared = sum(hash(held[i][0].tobytes()) in known for i in range(len(held)))
@@ -80,7 +80,7 @@ def _packed(config: Config, samples: Samples) -> tuple[Samples, list[np.ndarray]
     return samples, pack(samples.lengths, config.batch.tokens_per_pack, config.batch.max_documents, seed=0)
 
 
-def account(inputs: Inputs, config: Config) -> dict:
+def data_summary(inputs: TrainingData, config: Config) -> dict:
     """Sources, shares, lengths and packing of the first epoch, as data.json holds them."""
     samples, shares = inputs.samples, inputs.mixture.shares(0)
     fills = [int(samples.lengths[p].sum()) for step in inputs.plan.epoch(0) for p in step]

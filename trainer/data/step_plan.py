@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trainer.config import Batch as BatchConfig
+from trainer.config import BatchSize as BatchConfig
 from trainer.data.mixture import Mixture
 from trainer.data.packing import pack
 
@@ -26,7 +26,7 @@ class Place:
     step: int  # within the epoch
 
 
-class Plan:
+class StepPlan:
     """Steps 0 .. total - 1 of a run over `epochs` epochs, the last of which may be a fraction."""
 
     def __init__(self, lengths: np.ndarray, mixture: Mixture, batch: BatchConfig, epochs: float, max_steps: int | None, seed: int):

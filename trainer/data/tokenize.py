@@ -32,14 +32,14 @@ WORTH_A_PROCESS = 2000  # records: half a second of tokenizing; a process takes 
 def tokenize(sources: list[tuple[Source, Dataset]], template: ChatTemplate, data: Data) -> Samples:
     """Samples of all sources, in order. UserError if a chat cannot be rendered or masked, a sample is too long under
     `overlong: error`, or a source leaves no sample with a supervised token."""
-    names = _distinct([source.name for source, _ in sources])
+    names = distinct_names([source.name for source, _ in sources])
     tokens = [_tokens(source, records, template, data) for source, records in sources]
     parts = [_cut(one, name, data) for one, name in zip(tokens, names)]
     over = {name: tally for name, (_, tally) in zip(names, parts)}
     return _join([part for part, _ in parts], names, over)
 
 
-def _distinct(names: Sequence[str]) -> list[str]:
+def distinct_names(names: Sequence[str]) -> list[str]:
     """The names, a number added to those that came before."""
     distinct: list[str] = []
     for name in names:

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from kernels.linear_cross_entropy import linear_log_prob
 from kernels.linear_kl import linear_kl
-from trainer.data.batch import Batch, collate
+from trainer.data.batch import PackedBatch, collate
 from trainer.data.packing import pack
 from trainer.evaluation.tokens import Sample
-from trainer.model.forward import HeadSpec, forward_hidden, head
+from trainer.model.forward import LmHead, forward_hidden, head
 
 DOCUMENTS = 1024  # samples in one pack, at most
 SLICE = 256  # rows of full logits at a time, where heads differ in scale or cap
@@ -39,11 +39,11 @@ class Likelihood:
 class Memory:
     """What a base leaves for the model that is compared with it: its head, and the last hidden states of some samples."""
 
-    head: HeadSpec
+    head: LmHead
     hidden: dict[int, Tensor] = field(default_factory=dict)  # number of a sample -> [S, D], on the host
     ids: dict[int, np.ndarray] = field(default_factory=dict)  # and its tokens
 
-    def why_not(self, samples: Sequence[Sample], other: HeadSpec) -> str | None:
+    def why_not(self, samples: Sequence[Sample], other: LmHead) -> str | None:
         """Why no divergence can be measured with it; None where one can."""
         if self.head.weight.shape[0] != other.weight.shape[0]:
             return f"the base predicts {self.head.weight.shape[0]:,} tokens, the model {other.weight.shape[0]:,}"
@@ -94,14 +94,14 @@ def measure(model: nn.Module, samples: Sequence[Sample], capacity: int, *, remem
     return found
 
 
-def per_sample(values: Tensor, batch: Batch) -> list[float]:
+def per_sample(values: Tensor, batch: PackedBatch) -> list[float]:
     """Sums over each sample's scored tokens of values [S], in double precision."""
     sample = torch.searchsorted(batch.cu_seqlens[1:].long(), batch.supervised_rows, right=True)
     sums = torch.zeros(len(batch.cu_seqlens) - 1, dtype=torch.float64, device=values.device)
     return sums.index_add_(0, sample, values.double()).tolist()
 
 
-def divergences(numbers: np.ndarray, rows: Sequence[Tensor], out: HeadSpec, base: Memory) -> list[tuple[int, float]]:
+def divergences(numbers: np.ndarray, rows: Sequence[Tensor], out: LmHead, base: Memory) -> list[tuple[int, float]]:
     """KL(base || model), summed over its scored tokens, of each sample of a pack that the base remembers; rows [S, D] of each sample."""
     known = [(int(i), part) for i, part in zip(numbers, rows) if int(i) in base.hidden]
     if not known:
@@ -112,7 +112,7 @@ def divergences(numbers: np.ndarray, rows: Sequence[Tensor], out: HeadSpec, base
     return [(i, float(part.double().sum())) for (i, _), part in zip(known, parts)]
 
 
-def kl_rows(x: Tensor, out: HeadSpec, x_base: Tensor, out_base: HeadSpec) -> Tensor:
+def kl_rows(x: Tensor, out: LmHead, x_base: Tensor, out_base: LmHead) -> Tensor:
     """KL(base || model) [S] in nats, of hidden states x [S, D] under one head from x_base [S, D'] under the other."""
     if out.softcap == out_base.softcap and out.logit_scale == out_base.logit_scale and x.dtype == x_base.dtype:
         shared = out.weight is out_base.weight

@@ -24,7 +24,7 @@ from trainer.evaluation.config import Config
 from trainer.model import lora, quantization
 from trainer.model.forward import bare
 from trainer.model.loading import load_model
-from trainer.model.locate import load_tokenizer, one_line, source_of
+from trainer.model.locate import load_tokenizer, one_line_errors, source_of
 from trainer.model.patch import patch
 
 
@@ -44,7 +44,7 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Plan:
+class EvaluatedModels:
     """What is loaded."""
 
     model: training.Model
@@ -57,7 +57,7 @@ class Plan:
         return self.switched or self.base is not None
 
 
-def plan(config: Config) -> Plan:
+def plan(config: Config) -> EvaluatedModels:
     """The models that the options name, checked as far as no weights are needed. UserError says what is missing or does not fit."""
     folder = None if config.adapter is None else Path(config.adapter).expanduser()
     settings = config.model if folder is None else _adapter_base(config, folder)
@@ -67,7 +67,7 @@ def plan(config: Config) -> Plan:
         with _option("base.", "model."):
             source_of(base)
     source_of(settings)
-    return Plan(settings, folder, base, switched=folder is not None and base is None)
+    return EvaluatedModels(settings, folder, base, switched=folder is not None and base is None)
 
 
 def _adapter_base(config: Config, folder: Path) -> training.Model:
@@ -105,13 +105,13 @@ def _option(ours: str, theirs: str = "model") -> Iterator[None]:
         raise UserError(f"{option.replace(theirs, ours)}:{rest}" if option.startswith(theirs) else str(error)) from None
 
 
-def parts(found: Plan) -> list[tuple[Literal["base", "model"], training.Model, Path | None]]:
+def parts(found: EvaluatedModels) -> list[tuple[Literal["base", "model"], training.Model, Path | None]]:
     """Name, model and adapter of each side, the base first."""
     before = found.base or (found.model if found.switched else None)
     return [*([("base", before, None)] if before else []), ("model", found.model, found.adapter)]
 
 
-def sides(found: Plan, config: Config, device: torch.device) -> Iterator[Side]:
+def sides(found: EvaluatedModels, config: Config, device: torch.device) -> Iterator[Side]:
     """The base, if there is one to compare with, and then the model; each is valid until the next is asked for."""
     if found.base is not None:
         with _option("base.", "model."):
@@ -150,7 +150,7 @@ def load(settings: training.Model, adapter: Path | None, config: Config, device:
 def _quantized(settings: training.Model) -> bool:
     """Whether the checkpoint itself is quantised; if it is NF4, it stays as it is."""
     source = source_of(settings)
-    with one_line("model.path", source):
+    with one_line_errors("model.path", source):
         found = AutoConfig.from_pretrained(source, trust_remote_code=settings.trust_remote_code)
     return getattr(found, "quantization_config", None) is not None
 

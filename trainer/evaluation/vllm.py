@@ -20,13 +20,13 @@ import torch
 from transformers import AutoConfig, GenerationConfig
 
 from trainer import config as training
-from trainer.errors import UserError, telling
+from trainer.errors import UserError, last_error_line
 from trainer.evaluation.config import Config
 from trainer.evaluation.generation import Answer, answer_of, end_tokens
 from trainer.evaluation.items import ItemFile
-from trainer.evaluation.models import Plan, parts, template_of
+from trainer.evaluation.models import EvaluatedModels, parts, template_of
 from trainer.evaluation.tokens import encode
-from trainer.model.locate import one_line, source_of
+from trainer.model.locate import one_line_errors, source_of
 from trainer.runtime.device import compute_dtype, dtype_name
 
 RANKS = (8, 16, 32, 64, 128, 256, 512)  # that vLLM has room for
@@ -45,13 +45,14 @@ def require(config: Config) -> None:
         raise UserError("generation.engine: vllm holds no model in the 4 bits of four_bit; use transformers")
 
 
-def all_answers(found: Plan, files: Sequence[ItemFile], config: Config, device: torch.device, log: Path) -> dict[str, list[Answer]]:
+def all_answers(found: EvaluatedModels, files: Sequence[ItemFile], config: Config, device: torch.device, log: Path
+                ) -> dict[str, list[Answer]]:
     """The answers of base and model, in the order of their prompts. UserError, of one line, where vLLM does not run."""
     said: dict[str, list[Answer]] = {}
     jobs: dict[str, tuple[dict, list]] = {}
     for name, settings, adapter in parts(found):
         source, template = source_of(settings), template_of(settings, config)
-        with one_line("model.path", source):
+        with one_line_errors("model.path", source):
             context = getattr(AutoConfig.from_pretrained(source, trust_remote_code=settings.trust_remote_code).get_text_config(),
                               "max_position_embeddings", None)
         prompts = [prompt.ids for prompt in encode(files, template, config, context).prompts]
@@ -108,7 +109,8 @@ def _run(job: dict, log: Path) -> list[list[list[int]]]:
             done = subprocess.run([sys.executable, "-m", "trainer.evaluation.vllm", str(given), str(made)], stdin=subprocess.DEVNULL,
                                   stdout=file, stderr=subprocess.STDOUT, env=os.environ | QUIET | {"PYTHONPATH": path})
         if done.returncode:
-            raise UserError(f"generation.engine: vllm failed on {job['options']['model']}: {telling(log)}; see {log}, or use transformers")
+            raise UserError(f"generation.engine: vllm failed on {job['options']['model']}: {last_error_line(log)}; see {log}, "
+                            "or use transformers")
         return json.loads(made.read_text())
 
 

@@ -12,15 +12,15 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from trainer.data.batch import UNFILLED, Batch, Multiples
+from trainer.data.batch import NO_PADDING, PackedBatch, PadTo
 from trainer.errors import UserError
 from trainer.model.fused_layers import last_at_rows
 from trainer.model.packed_attention import decoder, is_packed
 
-FEW_SHAPES = Multiples(tokens=64, rows=32)
+FEW_SHAPES = PadTo(tokens=64, rows=32)
 
 
-class HeadSpec(NamedTuple):
+class LmHead(NamedTuple):
     """logits = cap(logit_scale (hidden weight' + bias)), with cap(z) = softcap tanh(z / softcap) where softcap is set."""
 
     weight: Tensor  # [V, W]
@@ -40,17 +40,17 @@ def bare(model: nn.Module) -> PreTrainedModel:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def head(model: nn.Module) -> HeadSpec:
+def head(model: nn.Module) -> LmHead:
     """What turns the last hidden state into logits: Granite divides them, Cohere multiplies them, Gemma 2 caps them."""
     base = bare(model)
     settings, layer = base.config.get_text_config(), base.get_output_embeddings()
     if type(layer) is not nn.Linear:
         raise ValueError(f"head: expected a plain linear layer, got {type(layer).__name__}")
     scale = (getattr(settings, "logit_scale", None) or 1.0) / (getattr(settings, "logits_scaling", None) or 1.0)
-    return HeadSpec(layer.weight, layer.bias, getattr(settings, "final_logit_softcapping", None), scale)
+    return LmHead(layer.weight, layer.bias, getattr(settings, "final_logit_softcapping", None), scale)
 
 
-def forward_hidden(model: nn.Module, batch: Batch, rows: Tensor | None = None) -> Tensor:
+def forward_hidden(model: nn.Module, batch: PackedBatch, rows: Tensor | None = None) -> Tensor:
     """The last hidden state [T,W] of a pack's tokens, each seeing only its own sample; or that of the tokens `rows` alone [S,W].
 
     Nothing reads what follows the last layer's attention at other tokens, so families with our layers do not compute it.
@@ -69,14 +69,14 @@ def forward_hidden(model: nn.Module, batch: Batch, rows: Tensor | None = None) -
     return torch.cat([run(input_ids=i, position_ids=p).last_hidden_state.squeeze(0) for i, p in samples])
 
 
-def multiples_for(model: nn.Module) -> Multiples:
+def padding_for(model: nn.Module) -> PadTo:
     """What packs for this model are filled up to. In 16 bits a CPU compiles each product anew for every shape it meets, for a tenth of a
     millisecond and more: few shapes are worth the rows that fill them. Models that run one sample at a time gain nothing."""
     base = bare(model)
-    return FEW_SHAPES if base.device.type == "cpu" and base.dtype.itemsize == 2 and is_packed(base) else UNFILLED
+    return FEW_SHAPES if base.device.type == "cpu" and base.dtype.itemsize == 2 and is_packed(base) else NO_PADDING
 
 
-def supervised_hidden(model: nn.Module, batch: Batch) -> Tensor:
+def supervised_hidden(model: nn.Module, batch: PackedBatch) -> Tensor:
     """The last hidden state [S,W] of the pack's supervised rows, which are all that a head needs."""
     return forward_hidden(model, batch, batch.supervised_rows)
 

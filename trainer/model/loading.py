@@ -19,7 +19,7 @@ from trainer.errors import UserError
 from trainer.model import quantization
 from trainer.model.families import family_of
 from trainer.model.forward import head
-from trainer.model.locate import load_tokenizer, one_line, source_of
+from trainer.model.locate import load_tokenizer, one_line_errors, source_of
 from trainer.model.packed_attention import PACKED, decoder, fault_in_packing, refuse_mask
 from trainer.runtime.device import compute_dtype
 
@@ -74,7 +74,7 @@ def weights_fingerprint(settings: config.Model) -> str | None:
 
 def _quantized_settings(cfg: config.Config, source: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
     """How from_pretrained is to quantise the model: not at all, unless it is for QLoRA and dense as yet. UserError where it cannot be."""
-    with one_line("model.path", source):
+    with one_line_errors("model.path", source):
         found = AutoConfig.from_pretrained(source, trust_remote_code=cfg.model.trust_remote_code)
     if quantization.check_checkpoint(source, found, cfg.adapter) or cfg.adapter != "qlora":
         return None
@@ -83,7 +83,7 @@ def _quantized_settings(cfg: config.Config, source: str, dtype: torch.dtype) -> 
 
 def _load_weights(cfg: config.Config, source: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     quantized = _quantized_settings(cfg, source, dtype)
-    with one_line("model.path", source):
+    with one_line_errors("model.path", source):
         model, info = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, device_map=device if device.type == "cuda" else None, use_safetensors=True,
             trust_remote_code=cfg.model.trust_remote_code, output_loading_info=True, ignore_mismatched_sizes=True,
@@ -101,7 +101,7 @@ def _load_weights(cfg: config.Config, source: str, dtype: torch.dtype, device: t
 def _without_weights(settings: config.Model, source: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The model that a config describes, with weights from the random generator (or none, on the meta device)."""
     trust = settings.trust_remote_code
-    with one_line("model.path" if settings.path else "model.config", source), torch.device(device):
+    with one_line_errors("model.path" if settings.path else "model.config", source), torch.device(device):
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source, trust_remote_code=trust), dtype=dtype,
                                                 trust_remote_code=trust)
 

@@ -25,7 +25,7 @@ def load_tokenizer(settings: config.Model) -> PreTrainedTokenizerBase:
     folder = Path(source).parent if Path(source).is_file() else Path(source)
     if folder.is_dir() and not any(next(folder.glob(pattern), None) for pattern in TOKENIZER_FILES):
         raise UserError(f"{option}: no tokenizer in {folder}; set {option} to a folder or hub name that has one")
-    with one_line(option, source):
+    with one_line_errors(option, source):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
 
 
@@ -71,7 +71,7 @@ def _check_folder(folder: Path) -> None:
 
 
 @contextmanager
-def one_line(option: str, source: str | Path) -> Iterator[None]:
+def one_line_errors(option: str, source: str | Path) -> Iterator[None]:
     """Turn what the libraries raise for unreadable, unknown or unreachable models into one line, without their warnings before it."""
     verbosity = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()

@@ -36,7 +36,7 @@ from trainer.config import Config
 from trainer.errors import UserError
 from trainer.files import atomic_file
 from trainer.runtime import checkpoint
-from trainer.runtime.distributed import World
+from trainer.runtime.distributed import Distributed
 
 if TYPE_CHECKING:
     from trainer.runtime.result import RunResult
@@ -58,7 +58,7 @@ class Search:
 
     config: Config
     run: Callable[[Config], RunResult]  # one whole probe
-    ranks: World
+    dist: Distributed
     probes: list[dict]
 
     def probe(self, share: float, kl: float) -> dict:
@@ -68,18 +68,18 @@ class Search:
             return known[0]
         settings, begun = as_probe(self.config, share, kl), time.perf_counter()
         folder = Path(settings.output)
-        self.ranks.on_main(lambda: _clear(folder, self.config.resume))
-        with (folder / "log.txt" if self.ranks.is_main else Path(os.devnull)).open("a") as file, redirect_stdout(file):
+        self.dist.on_main(lambda: _clear(folder, self.config.resume))
+        with (folder / "log.txt" if self.dist.is_main else Path(os.devnull)).open("a") as file, redirect_stdout(file):
             result = self.run(settings)
         if result.signal:
             raise Stopped(result)
-        self.ranks.on_main(lambda: _keep_figures(folder))
+        self.dist.on_main(lambda: _keep_figures(folder))
         found = {"share": share, "kl": kl, "steps": result.steps, "seconds": time.perf_counter() - begun, **_end(folder),
                  **{name: value for name, value in result.retention.items() if name not in ("kind", "step", "files")}}
-        found = self.ranks.gather(found)[0]  # clocks differ
+        found = self.dist.gather(found)[0]  # clocks differ
         self.probes.append(found)
-        self.ranks.on_main(lambda: self.write(None))
-        if self.ranks.is_main:
+        self.dist.on_main(lambda: self.write(None))
+        if self.dist.is_main:
             print(f"auto: {line(found)}", flush=True)
         _free()
         return found
@@ -92,7 +92,7 @@ class Search:
             tmp.write_text(json.dumps({"options": _options(self.config), "probes": self.probes, "choice": choice}, indent=1))
 
 
-def choose(config: Config, run: Callable[[Config], RunResult], ranks: World) -> Config:
+def choose(config: Config, run: Callable[[Config], RunResult], dist: Distributed) -> Config:
     """The configuration of the real run, with the share and weight that probes chose, or had chosen when the run began.
 
     Raises Stopped where a signal ends a probe, and UserError where auto.json is of another configuration.
@@ -102,15 +102,15 @@ def choose(config: Config, run: Callable[[Config], RunResult], ranks: World) -> 
     def look() -> None:
         box[0] = earlier(config)
 
-    ranks.on_main(look)
-    found = ranks.gather(box[0])[0]
-    search = Search(config, run, ranks, found["probes"])
+    dist.on_main(look)
+    found = dist.gather(box[0])[0]
+    search = Search(config, run, dist, found["probes"])
     if found["choice"] is None:
         chosen = least(config.replay.auto_shares, config.replay.auto_kl, search.probe, _learns)
         choice = chosen or max(search.probes, key=lambda probe: (probe["general"], probe.get("domain", 0)))
-        ranks.on_main(lambda: search.write(choice))
+        dist.on_main(lambda: search.write(choice))
         found["choice"] = choice
-    if ranks.is_main:
+    if dist.is_main:
         print(verdict(config, search.probes, found["choice"]), flush=True)
     return decided(config, found["choice"]["share"], found["choice"]["kl"])
 

@@ -38,12 +38,12 @@ from torch import Tensor
 from trainer import config
 from trainer.data.packing import pack
 from trainer.data.samples import Samples
-from trainer.data.step_plan import Plan
+from trainer.data.step_plan import StepPlan
 from trainer.errors import UserError
 from trainer.files import publish_file
 from trainer.model.forward import head
-from trainer.retention.kl import Retention
-from trainer.runtime.distributed import World
+from trainer.retention.kl import KlToBase
+from trainer.runtime.distributed import Distributed
 from trainer.training.loader import batches
 
 
@@ -88,7 +88,7 @@ def announce(folder: Path, rows: Layout) -> str:
             f"({rows.row_bytes:,} bytes a token; {_size(free)} are free)")
 
 
-def layout(held: Retention, samples: Samples, plan: Plan, dtype: torch.dtype) -> Layout:
+def layout(held: KlToBase, samples: Samples, plan: StepPlan, dtype: torch.dtype) -> Layout:
     """The rows of the samples that the plan sees, elements of this dtype."""
     seen, counts = plan.seen(), np.zeros(len(samples), dtype=np.int64)
     counted = seen[held.counted[samples.sources[seen]]]
@@ -96,7 +96,8 @@ def layout(held: Retention, samples: Samples, plan: Plan, dtype: torch.dtype) ->
     return Layout(counts, head(held.base.model).weight.shape[1], dtype)
 
 
-def store(held: Retention, samples: Samples, plan: Plan, folder: Path, identity: dict, device: torch.device, world: World) -> Retention:
+def store(held: KlToBase, samples: Samples, plan: StepPlan, folder: Path, identity: dict, device: torch.device,
+          dist: Distributed) -> KlToBase:
     """The same, reading its base from the file of this run: the one in `folder`, or made now by the model, which is not trained yet.
 
     `identity` is all that decides what the run computes. UserError where the disk refuses it.
@@ -104,15 +105,15 @@ def store(held: Retention, samples: Samples, plan: Plan, folder: Path, identity:
     rows = layout(held, samples, plan, head(held.base.model).weight.dtype)
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     path, aside, begun = folder / f"base-states-{key}.bin", folder / f"base-states-{key}.partial", time.perf_counter()
-    found = any(world.gather(int(world.is_main and path.exists() and path.stat().st_size == rows.file_bytes)))
+    found = any(dist.gather(int(dist.is_main and path.exists() and path.stat().st_size == rows.file_bytes)))
     if not found:
-        world.on_main(lambda: _begin(aside, rows))
-        error = _write(aside, rows, _read(held, samples, rows, plan.batch, device, world))
-        if any(world.gather(int(error is not None))):  # all ranks see it, so all stop
-            world.on_main(lambda: _remove(aside))
+        dist.on_main(lambda: _begin(aside, rows))
+        error = _write(aside, rows, _read(held, samples, rows, plan.batch, device, dist))
+        if any(dist.gather(int(error is not None))):  # all ranks see it, so all stop
+            dist.on_main(lambda: _remove(aside))
             raise UserError(_refusal(aside, error.strerror if error else "another rank could not"))
-        world.on_main(lambda: publish_file(aside, path))
-    if world.is_main:
+        dist.on_main(lambda: publish_file(aside, path))
+    if dist.is_main:
         print(f"retention: the base's hidden states are those in {path}" if found else
               f"retention: the base read {np.count_nonzero(rows.counts):,} samples in {time.perf_counter() - begun:.1f} s", flush=True)
     return replace(held, stored=reader(path, rows))
@@ -151,12 +152,12 @@ def _begin(aside: Path, rows: Layout) -> None:
         raise UserError(_refusal(aside, error.strerror)) from None
 
 
-def _read(held: Retention, samples: Samples, rows: Layout, settings: config.Batch, device: torch.device, world: World
+def _read(held: KlToBase, samples: Samples, rows: Layout, settings: config.BatchSize, device: torch.device, dist: Distributed
           ) -> Iterator[tuple[np.ndarray, Tensor]]:
     """This rank's share of the samples that have rows, pack by pack: which they are, and their rows [K, W], made by the base."""
     counted = np.flatnonzero(rows.counts)
     packs = pack(samples.lengths[counted], settings.tokens_per_pack, settings.max_documents, seed=0)
-    for members in packs[world.rank :: world.size]:
+    for members in packs[dist.rank :: dist.size]:
         batch, = batches(samples, [counted[members]], device, held.collate)
         yield counted[members], held.base.hidden(batch.reference, batch.reference.counted).to("cpu", rows.dtype)
 

@@ -28,17 +28,17 @@ from torch import Tensor, nn
 
 from kernels import linear_kl
 from trainer import config
-from trainer.data.batch import Batch, collate
+from trainer.data.batch import PackedBatch, collate
 from trainer.data.samples import Samples
 from trainer.errors import UserError
 from trainer.metrics.timers import Phases
-from trainer.model.forward import HeadSpec, forward_hidden, head, supervised_hidden
+from trainer.model.forward import LmHead, forward_hidden, head, supervised_hidden
 from trainer.model.lora import adapted_layers, switched_off
 
 DIVERGENCES = {"forward": "forward", "reverse": "reverse", "js": "jensen_shannon"}  # ours -> the kernel's
 
 
-class Base:
+class FrozenBase:
     """The model as it was before training, read without gradients and without dropout."""
 
     def __init__(self, model: nn.Module):
@@ -46,7 +46,7 @@ class Base:
         self.model, self.layers, self.modules = model, adapted_layers(model), list(model.modules())
 
     @torch.no_grad()
-    def hidden(self, batch: Batch, rows: Tensor) -> Tensor:
+    def hidden(self, batch: PackedBatch, rows: Tensor) -> Tensor:
         """Last hidden states [K, W] of a pack's tokens `rows` [K]."""
         training = self.model.training
         self._train(False)
@@ -72,21 +72,21 @@ def frozen_copy(model: nn.Module) -> nn.Module:
 
 
 @dataclass(frozen=True)
-class Retention:
+class KlToBase:
     """What the loop asks about holding a run to its base. Sources are those of the run's samples."""
 
     settings: config.Retention
-    base: Base | None  # None: no divergence is asked for
+    base: FrozenBase | None  # None: no divergence is asked for
     counted: np.ndarray  # bool[sources], those whose tokens the divergence counts
     tempered: np.ndarray  # bool[sources], those whose losses are weighted by their own probability (DFT)
     stored: Callable[[Sequence[int]], Tensor] | None = None  # the base's hidden states of these samples [K, W]; None: it runs in each step
-    kept_head: HeadSpec | None = None  # the base's, where that of `base.model` is trained
+    kept_head: LmHead | None = None  # the base's, where that of `base.model` is trained
 
     def targets(self, samples: Samples, indices: np.ndarray) -> np.ndarray:
         """How many tokens of each of these samples the divergence counts: int64[n]."""
         return samples.supervised[indices] if self.among_supervised else samples.lengths[indices] - 1
 
-    def collate(self, samples: Sequence[tuple]) -> Batch:
+    def collate(self, samples: Sequence[tuple]) -> PackedBatch:
         """The pack, with the rows that the divergence counts and those that DFT weights, and the counted samples as a pack of their own."""
         batch = collate(samples)
         if self.tempered.any():
@@ -104,7 +104,7 @@ class Retention:
                 batch.reference.counted = torch.from_numpy(self._counted_rows(batch.reference))
         return batch
 
-    def _counted_rows(self, batch: Batch) -> np.ndarray:
+    def _counted_rows(self, batch: PackedBatch) -> np.ndarray:
         """The t whose next token the divergence counts: int64[K]."""
         if self.among_supervised:
             rows = batch.supervised_rows.numpy()
@@ -112,7 +112,7 @@ class Retention:
             rows = np.delete(np.arange(batch.tokens), batch.cu_seqlens.numpy()[1:] - 1)  # nothing follows a sample's last token
         return rows[self.counted[batch.source.numpy()[_sample_of(rows, batch)]]]
 
-    def look_up(self, batch: Batch, phases: Phases) -> Tensor | None:
+    def look_up(self, batch: PackedBatch, phases: Phases) -> Tensor | None:
         """The base's hidden states [K, W] at the counted rows, in their order; None where there are none."""
         if batch.reference is None:
             return batch.base_states
@@ -124,7 +124,7 @@ class Retention:
         """Whether every counted token is a supervised one."""
         return self.settings.kl_tokens == "supervised"
 
-    def hidden(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    def hidden(self, model: nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """The last hidden states at the supervised rows [S, W], and at the counted ones [K, W]."""
         if self.among_supervised:
             hidden = at_rows = supervised_hidden(model, batch)
@@ -133,7 +133,7 @@ class Retention:
             at_rows = hidden.index_select(0, batch.supervised_rows)
         return at_rows, hidden.index_select(0, batch.counted)
 
-    def divergence(self, out: HeadSpec, hidden: Tensor, batch: Batch, reference: Tensor) -> Tensor:
+    def divergence(self, out: LmHead, hidden: Tensor, batch: PackedBatch, reference: Tensor) -> Tensor:
         """Sum of weight * divergence over the counted rows, whose hidden states are given [K, W]. A frozen head serves both sides."""
         theirs = self.kept_head or head(self.base.model)
         other = (None, None) if theirs.weight is out.weight else (theirs.weight, theirs.bias)
@@ -143,25 +143,25 @@ class Retention:
             reduction="sum")
 
 
-def _sample_of(rows: np.ndarray, batch: Batch) -> np.ndarray:
+def _sample_of(rows: np.ndarray, batch: PackedBatch) -> np.ndarray:
     """The samples that these tokens of a pack belong to."""
     return np.searchsorted(batch.cu_seqlens.numpy(), rows, side="right") - 1
 
 
-def prepare(settings: config.Retention, model: nn.Module, roles: Sequence[str]) -> Retention | None:
+def prepare(settings: config.Retention, model: nn.Module, roles: Sequence[str]) -> KlToBase | None:
     """What a run over sources of these roles needs for its options, before anything is trained; None where they ask for nothing."""
     kl, dft = settings.kl > 0, settings.weighting == "dft"
     if not kl and not dft:
         return None
     stored, adapter = settings.stores_base, isinstance(model, PeftModel)
-    base = Base(model if stored or adapter else frozen_copy(model)) if kl else None
+    base = FrozenBase(model if stored or adapter else frozen_copy(model)) if kl else None
     kept_head = _copied(head(model)) if stored and not adapter else None
     nowhere = np.zeros(len(roles), dtype=bool)
-    return Retention(settings, base, chosen(roles, settings.kl_on) if kl else nowhere,
+    return KlToBase(settings, base, chosen(roles, settings.kl_on) if kl else nowhere,
                      chosen(roles, settings.weighting_on) if dft else nowhere, kept_head=kept_head)
 
 
-def _copied(out: HeadSpec) -> HeadSpec:
+def _copied(out: LmHead) -> LmHead:
     return out._replace(weight=out.weight.detach().clone(), bias=None if out.bias is None else out.bias.detach().clone())
 
 

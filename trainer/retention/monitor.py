@@ -44,7 +44,7 @@ from trainer.metrics.log import Log
 from trainer.model.lora import adapted_layers, switched_off
 from trainer.optim.adamw import FlatAdamW
 from trainer.runtime import checkpoint
-from trainer.runtime.distributed import World
+from trainer.runtime.distributed import Distributed
 
 HERE = {"data.general": "retention.items", "data.domain": "retention.domain_items", "data.metric": "retention.metric",
         "data.regex": "retention.regex", "generation.max_tokens": "retention.max_tokens"}  # options of trainer.evaluate -> ours
@@ -89,12 +89,14 @@ def fingerprint(files: Sequence[ItemFile]) -> str | None:
     return hashlib.sha256(repr(files).encode()).hexdigest()[:16] if files else None
 
 
-def prepare(config: training.Config, files: Sequence[ItemFile], model: nn.Module, template: ChatTemplate, ranks: World) -> Watch | None:
+def prepare(config: training.Config, files: Sequence[ItemFile], model: nn.Module, template: ChatTemplate,
+            dist: Distributed) -> ForgettingMonitor | None:
     """What scores these items during a run; the base is scored now, on rank 0. None without items."""
     if not files:
         return None
-    watch = Watch(config, Path(config.output), files, as_evaluation(config), Side("model", "the trained model", model, template))
-    ranks.on_main(watch.score_base)
+    watch = ForgettingMonitor(config, Path(config.output), files, as_evaluation(config),
+                              Side("model", "the trained model", model, template))
+    dist.on_main(watch.score_base)
     return watch
 
 
@@ -102,7 +104,7 @@ def prepare(config: training.Config, files: Sequence[ItemFile], model: nn.Module
 
 
 @dataclass
-class Watch:
+class ForgettingMonitor:
     """The items of a run, how they are scored, and what the base made of them. Rank 0 alone has a base."""
 
     config: training.Config

@@ -27,8 +27,8 @@ from trainer.data.packing import pack
 from trainer.data.samples import Samples
 from trainer.errors import UserError
 from trainer.model.forward import head
-from trainer.retention.kl import Base, chosen
-from trainer.runtime.distributed import World
+from trainer.retention.kl import FrozenBase, chosen
+from trainer.runtime.distributed import Distributed
 from trainer.training.loader import batches
 
 
@@ -37,7 +37,8 @@ def own_probability(losses: Tensor, tempered: Tensor) -> Tensor:
     return torch.where(tempered, torch.exp(-losses.detach()), 1.0)
 
 
-def reweighted(samples: Samples, settings: config.Config, model: nn.Module, roles: Sequence[str], device: torch.device, world: World
+def reweighted(samples: Samples, settings: config.Config, model: nn.Module, roles: Sequence[str], device: torch.device,
+                   dist: Distributed
                ) -> tuple[Samples, str | None]:
     """The samples as `retention.weighting` wants them, and a line that says so; the same samples and None where it asks for nothing.
 
@@ -48,7 +49,7 @@ def reweighted(samples: Samples, settings: config.Config, model: nn.Module, role
         return samples, None
     indices = np.flatnonzero(chosen(roles, asked.weighting_on)[samples.sources])
     begun = time.perf_counter()
-    log_probs = base_log_probs(model, samples, indices, settings.batch, device, world)
+    log_probs = base_log_probs(model, samples, indices, settings.batch, device, dist)
     spent = f"the base read {len(indices):,} samples in {time.perf_counter() - begun:.1f} s"
     if asked.weighting == "stm":
         keep = log_probs >= -np.log(asked.stm_threshold)
@@ -74,20 +75,21 @@ def flow_weights(losses: np.ndarray) -> np.ndarray:
 
 
 @torch.no_grad()
-def base_log_probs(model: nn.Module, samples: Samples, indices: np.ndarray, settings: config.Batch, device: torch.device, world: World
+def base_log_probs(model: nn.Module, samples: Samples, indices: np.ndarray, settings: config.BatchSize, device: torch.device,
+                   dist: Distributed
                    ) -> np.ndarray:
     """log p of every supervised token under the base, float32, sample by sample in the order of `indices`. Each rank runs its packs."""
-    base, out = Base(model), head(model)
+    base, out = FrozenBase(model), head(model)
     counts = samples.supervised[indices]
     starts = np.cumsum(counts) - counts
     found = torch.zeros(int(counts.sum()), device=device)
     packs = pack(samples.lengths[indices], settings.tokens_per_pack, settings.max_documents, seed=0)
-    for members in packs[world.rank :: world.size]:
+    for members in packs[dist.rank :: dist.size]:
         batch, = batches(samples, [indices[members]], device)
         place = np.concatenate([np.arange(starts[i], starts[i] + counts[i]) for i in members])
         hidden = base.hidden(batch, batch.supervised_rows)  # (S, W)
         log_probs = linear_log_prob(hidden, out.weight, batch.targets, bias=out.bias, ignore_index=None, softcap=out.softcap,
                                     logit_scale=out.logit_scale)
         found[torch.from_numpy(place).to(device)] = log_probs.float()
-    world.sum([found])  # every place is written by one rank, and 0 on the others
+    dist.sum([found])  # every place is written by one rank, and 0 on the others
     return found.cpu().numpy()

@@ -15,7 +15,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
+import torch.distributed
 from torch import Tensor
 
 from trainer.errors import UserError
@@ -24,7 +24,7 @@ PATIENCE = timedelta(hours=12)  # ranks wait while rank 0 tokenizes, saves or me
 
 
 @dataclass(frozen=True)
-class World:
+class Distributed:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
@@ -37,19 +37,19 @@ class World:
         """Add up each tensor over the ranks, in place."""
         if self.size > 1:
             for tensor in tensors:
-                dist.all_reduce(tensor)
+                torch.distributed.all_reduce(tensor)
 
     def broadcast(self, tensors: list[Tensor]) -> None:
         """Give every rank rank 0's values, in place."""
         if self.size > 1:
             for tensor in tensors:
-                dist.broadcast(tensor, src=0)
+                torch.distributed.broadcast(tensor, src=0)
 
     def gather(self, value: Any) -> list:
         """Every rank's number, or anything else that can be pickled, on every rank."""
         values = [value] * self.size
         if self.size > 1:
-            dist.all_gather_object(values, value)
+            torch.distributed.all_gather_object(values, value)
         return values
 
     def on_main(self, work: Callable[[], object]) -> None:
@@ -62,24 +62,24 @@ class World:
                 error = str(raised)
         if self.size > 1:
             box = [error]
-            dist.broadcast_object_list(box, src=0)
+            torch.distributed.broadcast_object_list(box, src=0)
             error = box[0]
         if error is not None:
             raise UserError(error)
 
 
 @contextmanager
-def world(device_type: str):
+def process_group(device_type: str):
     """The process group that `torchrun` describes in the environment, or a world of one."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        yield World()
+        yield Distributed()
         return
-    here = World(int(os.environ["RANK"]), size, int(os.environ.get("LOCAL_RANK", "0")))
+    here = Distributed(int(os.environ["RANK"]), size, int(os.environ.get("LOCAL_RANK", "0")))
     if device_type == "cuda":
         torch.cuda.set_device(here.local_rank)
-    dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=PATIENCE)
+    torch.distributed.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=PATIENCE)
     try:
         yield here
     finally:
-        dist.destroy_process_group()
+        torch.distributed.destroy_process_group()

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from trainer.config import Config
-from trainer.data.prepare import Inputs, account, heldout_line
+from trainer.data.prepare import TrainingData, data_summary, heldout_line
 from trainer.metrics.throughput import model_size
 from trainer.model.loading import outline
 from trainer.model.lora import add_adapter
@@ -22,14 +22,14 @@ SHOWN_CHARACTERS = 1200  # of each sample
 GREEN, DIM, BOLD, PLAIN = "\033[32m", "\033[2m", "\033[1m", "\033[0m"
 
 
-def show(config: Config, inputs: Inputs, device: torch.device) -> None:
+def show(config: Config, inputs: TrainingData, device: torch.device) -> None:
     """Print the page. Raises UserError for whatever would have stopped the run."""
     model = outline(config)
     if config.adapter != "full":
         with torch.device("meta"):
             model = add_adapter(model, config.lora)
     _show_samples(inputs, config.seed)
-    facts = account(inputs, config)
+    facts = data_summary(inputs, config)
     _show_sources(facts["sources"])
     _show_plan(inputs, facts, config)
     size, dtype = model_size(model), compute_dtype(config.precision, device)
@@ -45,7 +45,7 @@ def show(config: Config, inputs: Inputs, device: torch.device) -> None:
     print("dry run: everything fits together; nothing was trained")
 
 
-def _show_samples(inputs: Inputs, seed: int) -> None:
+def _show_samples(inputs: TrainingData, seed: int) -> None:
     """Three samples; supervised tokens stand out: green on a terminal, between brackets elsewhere."""
     colour = sys.stdout.isatty()
     opening, closing = (GREEN, PLAIN) if colour else ("[[", "]]")
@@ -70,7 +70,7 @@ def _show_sources(sources: list[dict]) -> None:
               f"{s['tokens_lost']:>8,}")
 
 
-def _show_plan(inputs: Inputs, facts: dict, config: Config) -> None:
+def _show_plan(inputs: TrainingData, facts: dict, config: Config) -> None:
     lengths = np.array(facts["lengths"])
     low, middle, high = np.percentile(lengths, [10, 50, 90]).astype(int)
     print(f"lengths: median {middle}, 10% below {low}, 10% above {high}, longest {lengths.max()} of {config.data.max_length} allowed")

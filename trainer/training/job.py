@@ -10,15 +10,15 @@ import torch
 from torch import nn
 
 from trainer.config import Config
-from trainer.data.batch import UNFILLED, Multiples
+from trainer.data.batch import NO_PADDING, PadTo
 from trainer.data.samples import Samples
-from trainer.data.step_plan import Plan
+from trainer.data.step_plan import StepPlan
 from trainer.metrics.log import Log
 from trainer.metrics.throughput import ModelSize
 from trainer.optim.adamw import FlatAdamW
-from trainer.retention.kl import Retention
-from trainer.retention.monitor import Watch
-from trainer.runtime.distributed import World
+from trainer.retention.kl import KlToBase
+from trainer.retention.monitor import ForgettingMonitor
+from trainer.runtime.distributed import Distributed
 
 
 @dataclass
@@ -31,11 +31,11 @@ class Job:
     size: ModelSize
     optimizer: FlatAdamW
     samples: Samples
-    plan: Plan
+    plan: StepPlan
     heldout: tuple[Samples, list[np.ndarray]] | None  # samples, and the packs of their indices
     device: torch.device
-    world: World
+    dist: Distributed
     log: Log | None  # rank 0's
-    retention: Retention | None = None
-    watch: Watch | None = None
-    multiples: Multiples = UNFILLED  # that packs are filled up to
+    retention: KlToBase | None = None
+    watch: ForgettingMonitor | None = None
+    multiples: PadTo = NO_PADDING  # that packs are filled up to

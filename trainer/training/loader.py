@@ -9,16 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.data.batch import UNFILLED, Batch, Multiples, collate, filled
+from trainer.data.batch import NO_PADDING, PackedBatch, PadTo, collate, pad_batch
 from trainer.data.samples import Samples
-from trainer.data.step_plan import Plan, Step
+from trainer.data.step_plan import Step, StepPlan
 from trainer.metrics.timers import Phases
-from trainer.retention.kl import Retention
-from trainer.runtime.distributed import World
+from trainer.retention.kl import KlToBase
+from trainer.runtime.distributed import Distributed
 
 
 @dataclass
-class Counts:
+class TokenCounts:
     """Host-side sums over steps."""
 
     tokens: int = 0
@@ -29,30 +29,30 @@ class Counts:
     base_supervised: int = 0
     base_squared_lengths: int = 0
 
-    def __add__(self, other: Counts) -> Counts:
-        return Counts(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(self)))
+    def __add__(self, other: TokenCounts) -> TokenCounts:
+        return TokenCounts(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(self)))
 
 
 @dataclass
-class Work:
+class StepWork:
     """One step's packs for this rank, on the device, and the whole step's host-side counts."""
 
     step: int
-    batches: list[Batch]
+    batches: list[PackedBatch]
     weight: float
-    counts: Counts
+    counts: TokenCounts
     sources: list[str]
     counted_weight: float = 0.0  # of the targets that a divergence from the base counts
     divergence: Tensor | None = field(default=None, compare=False)  # this rank's share of it, once the step has run; None: none counted
 
 
-def stage(plan: Plan, samples: Samples, first: int, world: World, device: torch.device, phases: Phases,
-          retention: Retention | None = None, multiples: Multiples = UNFILLED) -> Iterator[Work]:
+def prefetch_steps(plan: StepPlan, samples: Samples, first: int, dist: Distributed, device: torch.device, phases: Phases,
+          retention: KlToBase | None = None, multiples: PadTo = NO_PADDING) -> Iterator[StepWork]:
     """The work of steps first .. total - 1 for this rank, each one's copy started before the step before it runs."""
     upcoming = None
     for step in range(first, plan.total):
         with phases("data"):
-            following = prepare(plan, samples, step, world, device, retention, multiples)
+            following = prepare(plan, samples, step, dist, device, retention, multiples)
         if upcoming:
             yield upcoming
         upcoming = following
@@ -60,24 +60,24 @@ def stage(plan: Plan, samples: Samples, first: int, world: World, device: torch.
         yield upcoming
 
 
-def prepare(plan: Plan, samples: Samples, step: int, world: World, device: torch.device, retention: Retention | None = None,
-            multiples: Multiples = UNFILLED) -> Work:
+def prepare(plan: StepPlan, samples: Samples, step: int, dist: Distributed, device: torch.device, retention: KlToBase | None = None,
+            multiples: PadTo = NO_PADDING) -> StepWork:
     """Collate this rank's packs of a step, filled up to `multiples`; count the whole step, without what fills it."""
     packs = plan[step]
     indices = np.concatenate(packs)
     counted = indices[retention.counted[samples.sources[indices]]] if retention else indices[:0]
     targets = retention.targets(samples, counted) if retention else samples.supervised[counted]
     read = counted[:0] if retention and retention.stored else counted  # what is stored meets only the head
-    counts = Counts(*totals(samples, indices, samples.supervised[indices]), len(packs) * plan.batch.tokens_per_pack,
+    counts = TokenCounts(*totals(samples, indices, samples.supervised[indices]), len(packs) * plan.batch.tokens_per_pack,
                     *totals(samples, read, targets))
     sources = [samples.names[s] for s in np.unique(samples.sources[indices])]
 
-    def lay(pieces: list[tuple]) -> Batch:
-        return filled((retention.collate if retention else collate)(pieces), multiples, plan.batch.tokens_per_pack)
+    def lay(pieces: list[tuple]) -> PackedBatch:
+        return pad_batch((retention.collate if retention else collate)(pieces), multiples, plan.batch.tokens_per_pack)
 
-    mine = batches(samples, packs[world.rank :: world.size], device, lay)
+    mine = batches(samples, packs[dist.rank :: dist.size], device, lay)
     weight = max(supervised_weight(samples, indices), 1e-8)
-    return Work(step, mine, weight, counts, sources, counted_weight=weight_of(samples, counted, targets))
+    return StepWork(step, mine, weight, counts, sources, counted_weight=weight_of(samples, counted, targets))
 
 
 def totals(samples: Samples, indices: np.ndarray, targets: np.ndarray) -> tuple[int, int, int]:
@@ -95,7 +95,7 @@ def weight_of(samples: Samples, indices: np.ndarray, targets: np.ndarray) -> flo
     return float((targets * samples.weights[indices].astype(np.float64)).sum())
 
 
-def batches(samples: Samples, packs: Step, device: torch.device, lay: Callable[[list[tuple]], Batch] = collate) -> list[Batch]:
+def batches(samples: Samples, packs: Step, device: torch.device, lay: Callable[[list[tuple]], PackedBatch] = collate) -> list[PackedBatch]:
     """The packs on the device, each laid out by `lay`."""
     collated = (lay([samples.piece(i) for i in pack]) for pack in packs)
     if device.type == "cpu":

@@ -23,7 +23,7 @@ from trainer.runtime import checkpoint
 from trainer.runtime.interrupts import Interrupts
 from trainer.runtime.result import Ending
 from trainer.training.job import Job
-from trainer.training.loader import Counts, Work, stage
+from trainer.training.loader import StepWork, TokenCounts, prefetch_steps
 from trainer.training.loss import batch_loss, cross_entropy
 from trainer.training.meter import Meter, finish, report
 from trainer.training.validation import evaluate, heldout_loss
@@ -32,17 +32,17 @@ from trainer.training.validation import evaluate, heldout_loss
 def fit(job: Job, state: checkpoint.State) -> Ending:
     """Train on from `state`, which is kept up to date, to the end of the plan, or to an early stop or signal."""
     every, plan, last = job.config.logging.every, job.plan, job.plan.total
-    totals, begun, received = Counts(), time.perf_counter(), None
+    totals, begun, received = TokenCounts(), time.perf_counter(), None
     meter = Meter(Phases(job.device))
     if job.heldout and state.step == 0:
         evaluate(job, state, meter)  # what the run has to better
     if job.watch and state.step == 0:
         measure(job, state, meter)
     job.model.train()
-    steps = profiled_steps(job.config.logging.profile) if job.world.is_main else None
+    steps = profiled_steps(job.config.logging.profile) if job.dist.is_main else None
     with (Interrupts() as interrupts, garbage_at_log_steps(),
           profiling(steps, job.folder, job.device, meter.phases, state.step) as profile):
-        for work in stage(plan, job.samples, state.step, job.world, job.device, meter.phases, job.retention, job.multiples):
+        for work in prefetch_steps(plan, job.samples, state.step, job.dist, job.device, meter.phases, job.retention, job.multiples):
             if received or out_of_patience(job, state):
                 break
             meter.add(work, *train_step(job, work, meter.phases))
@@ -57,8 +57,8 @@ def fit(job: Job, state: checkpoint.State) -> Ending:
                 evaluate(job, state, meter)
             if job.watch and (due(state.step, job.config.retention.every) or state.step == last or out_of_patience(job, state)):
                 measure(job, state, meter)
-            if state.step < last and (job.world.size == 1 or due(state.step, every)):  # asking the other ranks waits for them
-                received = max(job.world.gather(interrupts.received or 0))
+            if state.step < last and (job.dist.size == 1 or due(state.step, every)):  # asking the other ranks waits for them
+                received = max(job.dist.gather(interrupts.received or 0))
             if due(state.step, job.config.checkpoint.every) or received:
                 save(job, state, meter)
             profile(state.step)
@@ -99,12 +99,12 @@ def garbage_at_log_steps():
         gc.unfreeze()
 
 
-def train_step(job: Job, work: Work, phases: Phases) -> tuple[Tensor, Tensor]:
+def train_step(job: Job, work: StepWork, phases: Phases) -> tuple[Tensor, Tensor]:
     """Forward, backward and update on one step's packs. Returns this rank's share of the loss, and the gradient norm.
 
     A divergence from the base adds to the gradient, not to the loss that is returned; this rank's share of it goes into `work`.
     """
-    torch.manual_seed(hash_seed(job.config.seed, work.step, job.world.rank))  # dropout's draws depend on the step alone
+    torch.manual_seed(hash_seed(job.config.seed, work.step, job.dist.rank))  # dropout's draws depend on the step alone
     total = torch.zeros((), device=job.device)
     held = job.retention if work.counted_weight > 0 else None
     work.divergence = torch.zeros((), device=job.device) if held else None
@@ -123,7 +123,7 @@ def train_step(job: Job, work: Work, phases: Phases) -> tuple[Tensor, Tensor]:
             objective.backward()
         total += loss.detach()
     with phases("optimizer"):
-        job.world.sum(job.optimizer.gradients)
+        job.dist.sum(job.optimizer.gradients)
         norm = job.optimizer.step(learning_rate(work.step, job.plan.total, job.config.optim))
         job.optimizer.zero_grad()
     return total, norm
@@ -134,8 +134,8 @@ def measure(job: Job, state: checkpoint.State, meter: Meter) -> None:
     synchronize(job.device)
     begun = time.perf_counter()
     loss = heldout_loss(job)[0] if job.heldout and job.watch.wants_loss else None
-    job.world.on_main(lambda: job.watch.measure(state, job.optimizer, loss, job.plan.total, job.log))
-    state.measured, state.kept, state.missed = job.world.gather((state.measured, state.kept, state.missed))[0]
+    job.dist.on_main(lambda: job.watch.measure(state, job.optimizer, loss, job.plan.total, job.log))
+    state.measured, state.kept, state.missed = job.dist.gather((state.measured, state.kept, state.missed))[0]
     spent = time.perf_counter() - begun
     meter.started += spent
     meter.aside += spent
@@ -146,7 +146,7 @@ def save(job: Job, state: checkpoint.State, meter: Meter) -> None:
         report(job, state, meter)  # refuses to save what is not finite
     begun = time.perf_counter()
     folder, keep = job.folder / "checkpoints", job.config.checkpoint.keep
-    job.world.on_main(lambda: checkpoint.save(folder, state, job.optimizer, keep))
+    job.dist.on_main(lambda: checkpoint.save(folder, state, job.optimizer, keep))
     meter.started = time.perf_counter()
     meter.aside += meter.started - begun
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from kernels import linear_cross_entropy
-from trainer.data.batch import Batch
-from trainer.model.forward import HeadSpec, head, supervised_hidden
+from trainer.data.batch import PackedBatch
+from trainer.model.forward import LmHead, head, supervised_hidden
 from trainer.retention.token_weighting import own_probability
 
 
-def batch_loss(model: nn.Module, batch: Batch) -> Tensor:
+def batch_loss(model: nn.Module, batch: PackedBatch) -> Tensor:
     """Sum of weight * cross entropy over the supervised tokens of a pack; logits exist for those rows only, chunk by chunk."""
     return cross_entropy(head(model), supervised_hidden(model, batch), batch)
 
 
-def cross_entropy(out: HeadSpec, hidden: Tensor, batch: Batch) -> Tensor:
+def cross_entropy(out: LmHead, hidden: Tensor, batch: PackedBatch) -> Tensor:
     """The same of hidden states [S, D]. Tokens that the batch calls tempered weigh their own probability too."""
     fixed = {"bias": out.bias, "ignore_index": None, "softcap": out.softcap, "logit_scale": out.logit_scale}
     if batch.tempered is None:

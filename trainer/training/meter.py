@@ -16,7 +16,7 @@ from trainer.optim.schedule import learning_rate
 from trainer.runtime import checkpoint
 from trainer.runtime.result import Ending
 from trainer.training.job import Job
-from trainer.training.loader import Counts, Work
+from trainer.training.loader import StepWork, TokenCounts
 
 
 @dataclass
@@ -28,11 +28,11 @@ class Meter:
     norms: list[Tensor] = field(default_factory=list)
     divergences: list[Tensor] = field(default_factory=list)  # from the base, of steps that count it
     works: list[tuple[int, list[str]]] = field(default_factory=list)
-    counts: Counts = field(default_factory=Counts)
+    counts: TokenCounts = field(default_factory=TokenCounts)
     started: float = field(default_factory=time.perf_counter)
     aside: float = 0.0  # seconds of the whole run spent on evaluating and saving
 
-    def add(self, work: Work, loss: Tensor, norm: Tensor) -> None:
+    def add(self, work: StepWork, loss: Tensor, norm: Tensor) -> None:
         self.losses.append(loss)
         self.norms.append(norm)
         if work.divergence is not None:
@@ -45,7 +45,7 @@ def report(job: Job, state: checkpoint.State, meter: Meter) -> None:
     """Wait for the device, check that the interval was finite, write its figures, start the next one."""
     figures = torch.stack([torch.stack(meter.losses), torch.stack(meter.norms)])
     divergence = torch.stack(meter.divergences).mean() if meter.divergences else None
-    job.world.sum([figures[0]] if divergence is None else [figures[0], divergence])
+    job.dist.sum([figures[0]] if divergence is None else [figures[0], divergence])
     synchronize(job.device)
     losses, norms = figures.tolist()
     require_finite(job, meter, losses, norms)
@@ -63,10 +63,10 @@ def report(job: Job, state: checkpoint.State, meter: Meter) -> None:
             "lr": learning_rate(state.step - 1, job.plan.total, job.config.optim), "grad_norm": float(np.mean(norms)),
             "tokens": counts.tokens, "supervised": counts.supervised, "tokens_per_s": counts.tokens / seconds,
             "supervised_per_s": counts.supervised / seconds, "steps_per_s": steps / seconds,
-            "mfu": None if flops is None else flops / seconds / (peak * job.world.size),
+            "mfu": None if flops is None else flops / seconds / (peak * job.dist.size),
             "unfilled": 1 - counts.tokens / counts.capacity, "memory_gb": peak_memory_gb(job.device), "seconds": phases,
         })
-    meter.losses, meter.norms, meter.divergences, meter.works, meter.counts = [], [], [], [], Counts()
+    meter.losses, meter.norms, meter.divergences, meter.works, meter.counts = [], [], [], [], TokenCounts()
     meter.started = time.perf_counter()
 
 
@@ -79,7 +79,7 @@ def require_finite(job: Job, meter: Meter, losses: list[float], norms: list[floa
                             "lower optim.lr, or look at these sources' longest samples")
 
 
-def finish(job: Job, state: checkpoint.State, ending: Ending, totals: Counts, seconds: float, aside: float) -> None:
+def finish(job: Job, state: checkpoint.State, ending: Ending, totals: TokenCounts, seconds: float, aside: float) -> None:
     """The record of the whole run: rates over the seconds that were not spent on evaluating and saving."""
     if job.log:
         training, kept = max(seconds - aside, 1e-9), {"kept": state.kept["step"]} if state.kept else {}

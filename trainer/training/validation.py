@@ -22,10 +22,10 @@ def heldout_loss(job: Job) -> tuple[float, int]:
     samples, packs = job.heldout
     job.model.eval()
     total = torch.zeros((), device=job.device)
-    for pack in packs[job.world.rank :: job.world.size]:
+    for pack in packs[job.dist.rank :: job.dist.size]:
         total += sum(batch_loss(job.model, batch) for batch in batches(samples, [pack], job.device))
     job.model.train()
-    job.world.sum([total])
+    job.dist.sum([total])
     indices = np.concatenate(packs)
     return float(total) / supervised_weight(samples, indices), int(samples.supervised[indices].sum())
 

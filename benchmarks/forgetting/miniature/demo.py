@@ -27,7 +27,7 @@ from benchmarks.forgetting.miniature.world import heldout_items, training_record
 from benchmarks.harness import record
 from synth import config as synthesis
 from synth.run import synthesise
-from trainer.config import Batch, Config, Data, Logging, Lora, Model, Optim, Replay
+from trainer.config import BatchSize, Config, Data, Logging, Lora, Model, Optim, Replay
 from trainer.errors import UserError
 from trainer.run import train
 
@@ -51,7 +51,7 @@ def recipe(base: Path, domain: Path, output: Path, replay: Path | None = None) -
     return Config(
         output=str(output), model=Model(path=str(base)), lora=Lora(rank=16, alpha=32.0), data=Data(train=str(domain), max_length=256),
         replay=Replay(data=str(replay)) if replay else Replay(),
-        batch=Batch(tokens_per_pack=256, tokens_per_step=256), optim=Optim(lr=5e-3), epochs=EPOCHS, logging=Logging(every=100))
+        batch=BatchSize(tokens_per_pack=256, tokens_per_step=256), optim=Optim(lr=5e-3), epochs=EPOCHS, logging=Logging(every=100))
 
 
 def measure() -> dict[str, tuple[Scores, Scores]]:

@@ -24,10 +24,10 @@ from benchmarks.forgetting.miniature.recovery import recovery
 from benchmarks.forgetting.miniature.skills import GENERAL, Skill
 from benchmarks.forgetting.miniature.tokenizer import make_tokenizer
 from benchmarks.forgetting.miniature.world import heldout_items, training_records, write_jsonl
-from trainer.config import Batch, Config, Data, Logging, Model, Optim
+from trainer.config import BatchSize, Config, Data, Logging, Model, Optim
 from trainer.run import train
 
-BATCH = Batch(tokens_per_pack=1024, tokens_per_step=1024)  # some 25 records a step: tiny models learn from many small steps
+BATCH = BatchSize(tokens_per_pack=1024, tokens_per_step=1024)  # some 25 records a step: tiny models learn from many small steps
 
 
 def pretrain(member: Member, work: Path) -> tuple[Path, Path]:

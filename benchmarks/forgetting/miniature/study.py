@@ -27,7 +27,7 @@ from benchmarks.forgetting.miniature.skills import GENERAL
 from benchmarks.forgetting.miniature.world import heldout_items, training_records, write_jsonl
 from benchmarks.harness import parallel, record
 from benchmarks.harness.parallel import quietly, told
-from trainer.config import Batch, Config, Data, Logging, Lora, Model, Optim, Replay, Retention
+from trainer.config import BatchSize, Config, Data, Logging, Lora, Model, Optim, Replay, Retention
 from trainer.interpolate import Interpolate, interpolate
 from trainer.run import train
 
@@ -102,7 +102,8 @@ def recipe(job: Job) -> Config:
     return Config(
         output=str(job.output), model=Model(path=str(base)), adapter=kind, lora=Lora(rank=16, alpha=32.0),
         data=Data(train=str(domain), max_length=256), replay=replay,
-        retention=Retention(**arms.KL) if arm.kl else Retention(), batch=Batch(tokens_per_pack=size.tokens, tokens_per_step=size.tokens),
+        retention=Retention(**arms.KL) if arm.kl else Retention(),
+        batch=BatchSize(tokens_per_pack=size.tokens, tokens_per_step=size.tokens),
         optim=Optim(lr=RATES[kind] * arm.rate), epochs=ENDLESS, max_steps=size.steps, seed=job.seed, logging=Logging(every=100))
 
 

@@ -4,7 +4,7 @@ import datetime
 
 import pytest
 
-from synth.engines.chat_format import Format, load_format
+from synth.engines.chat_format import ChatFormat, load_format
 from tests.helpers import tiny
 from tests.trainer.data.test_chat_template import PUBLISHED, read, tokenizer_for
 from trainer.data.chat_template import ChatTemplate
@@ -38,19 +38,19 @@ NAMES = [*PUBLISHED, *WRITTEN]
 DAY = datetime.date(2025, 1, 1)
 
 
-def make(name: str) -> Format:
+def make(name: str) -> ChatFormat:
     if name not in WRITTEN:
-        return Format(ChatTemplate(tokenizer_for(read(name)), read(name), name, DAY))
+        return ChatFormat(ChatTemplate(tokenizer_for(read(name)), read(name), name, DAY))
     tokenizer = tokenizer_for(SPECIAL.get(name, WRITTEN[name]))
     tokenizer.eos_token = "</s>" if name != "smollm" else "<|im_end|>"
-    return Format(ChatTemplate(tokenizer, WRITTEN[name], name, DAY))
+    return ChatFormat(ChatTemplate(tokenizer, WRITTEN[name], name, DAY))
 
 
-def tokens(format: Format, text: str) -> list[int]:
+def tokens(format: ChatFormat, text: str) -> list[int]:
     return format.tokenizer(text, add_special_tokens=False).input_ids
 
 
-def decoded(format: Format, ids) -> set[str]:
+def decoded(format: ChatFormat, ids) -> set[str]:
     return {format.tokenizer.decode([i]) for i in ids}
 
 
@@ -158,7 +158,7 @@ def test_leaked_special_tokens_are_seen():
 ])
 def test_templates_without_a_prefix_are_refused_with_the_reason(template, reason):
     with pytest.raises(UserError, match=f"chat template of x: cannot be sampled for instructions: .*({reason})"):
-        Format(ChatTemplate(tiny.tokenizer(), template, "x"))
+        ChatFormat(ChatTemplate(tiny.tokenizer(), template, "x"))
 
 
 def test_the_generation_config_knows_more_ends(tmp_path, tokenizer):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.data.mixture import Mixture, Part
+from trainer.data.mixture import Mixture, MixtureSource
 from trainer.errors import UserError
 
 unhurried = settings(deadline=None, max_examples=60)  # a busy machine is no failure
@@ -26,7 +26,7 @@ def mixtures(draw):
     domain, replay = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     sizes = draw(st.lists(st.integers(4, 60), min_size=domain + replay, max_size=domain + replay))
     weight = st.sampled_from([0.25, 0.3, 0.5, 0.75, 1.0, 1.4, 2.0])
-    parts = [Part(f"s{i}", "domain" if i < domain else "replay", draw(weight)) for i in range(domain + replay)]
+    parts = [MixtureSource(f"s{i}", "domain" if i < domain else "replay", draw(weight)) for i in range(domain + replay)]
     lengths, sources = pool(*sizes, seed=draw(st.integers(0, 1000)))
     ratio = draw(st.none() | st.floats(0, 0.9))
     by, seed = draw(st.sampled_from(["rows", "tokens"])), draw(st.integers(0, 99))
@@ -84,7 +84,7 @@ def test_every_sample_is_seen_before_any_is_seen_again(made, epochs):
 @unhurried
 @given(st.integers(4, 50), st.sampled_from([0.25, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0]), st.integers(1, 12))
 def test_times_seen_over_epochs(size, weight, epochs):
-    mixture = Mixture(*pool(size), [Part("a", "domain", weight)], seed=3)
+    mixture = Mixture(*pool(size), [MixtureSource("a", "domain", weight)], seed=3)
     seen = np.bincount(np.concatenate([mixture.epoch(e) for e in range(epochs)]), minlength=size)
     assert seen.min() >= math.floor(epochs * weight + 1e-9)
     assert seen.max() <= math.ceil(epochs * weight - 1e-9)
@@ -127,7 +127,7 @@ def test_an_epoch_depends_on_seed_and_number_alone(made, epoch):
 
 
 def test_two_halves_make_a_whole():
-    mixture = Mixture(*pool(10), [Part("a", "domain", 0.5)], seed=1)
+    mixture = Mixture(*pool(10), [MixtureSource("a", "domain", 0.5)], seed=1)
     first, second, third = (mixture.epoch(e) for e in range(3))
     assert len(first) == len(second) == 5
     assert sorted([*first, *second]) == list(range(10))
@@ -136,7 +136,7 @@ def test_two_halves_make_a_whole():
 
 def test_a_small_replay_pool_repeats_whole_passes():
     lengths, sources = pool(90, 20)
-    mixture = Mixture(lengths, sources, [Part("domain", "domain"), Part("replay", "replay")], ratio=0.5)
+    mixture = Mixture(lengths, sources, [MixtureSource("domain", "domain"), MixtureSource("replay", "replay")], ratio=0.5)
     seen = np.bincount(mixture.epoch(0), minlength=110)
     assert set(seen[sources == 0]) == {1}
     assert sorted(seen[sources == 1]) == [4] * 10 + [5] * 10
@@ -146,7 +146,7 @@ def test_a_small_replay_pool_repeats_whole_passes():
 
 def test_share_by_tokens_differs_from_share_by_rows():
     lengths, sources = np.array([100] * 30 + [10] * 1000), np.array([0] * 30 + [1] * 1000)
-    parts = [Part("domain", "domain"), Part("replay", "replay")]
+    parts = [MixtureSource("domain", "domain"), MixtureSource("replay", "replay")]
     by_tokens = Mixture(lengths, sources, parts, ratio=0.25, by="tokens").shares(0)[1]
     assert (by_tokens.rows, by_tokens.tokens, by_tokens.share_tokens) == (100, 1000, 0.25)
     by_rows = Mixture(lengths, sources, parts, ratio=0.25, by="rows").shares(0)[1]
@@ -156,14 +156,14 @@ def test_share_by_tokens_differs_from_share_by_rows():
 def test_replay_ratio_is_relative_to_the_domain_of_that_epoch():
     """Half of a domain source a time: the replay walks on with half as much, and never starts over."""
     lengths, sources = pool(40, 200)
-    mixture = Mixture(lengths, sources, [Part("d", "domain", 0.5), Part("r", "replay")], ratio=0.5)
+    mixture = Mixture(lengths, sources, [MixtureSource("d", "domain", 0.5), MixtureSource("r", "replay")], ratio=0.5)
     replay = [index for e in range(10) for index in mixture.epoch(e) if sources[index] == 1]
     assert [mixture.shares(e)[1].rows for e in range(10)] == [20] * 10
     assert sorted(replay) == np.flatnonzero(sources == 1).tolist()
 
 
 def test_seed_and_epoch_change_the_order():
-    one, two = (Mixture(*pool(50), [Part("a", "domain")], seed=seed) for seed in (1, 2))
+    one, two = (Mixture(*pool(50), [MixtureSource("a", "domain")], seed=seed) for seed in (1, 2))
     assert sorted(one.epoch(0)) == sorted(one.epoch(1)) == sorted(two.epoch(0)) == list(range(50))
     assert one.epoch(0).tolist() != one.epoch(1).tolist()
     assert one.epoch(0).tolist() != two.epoch(0).tolist()
@@ -171,34 +171,34 @@ def test_seed_and_epoch_change_the_order():
 
 def test_no_replay_and_empty_sources():
     lengths, sources = pool(10, 5)
-    empty = Part("empty", "replay")
-    mixture = Mixture(lengths, sources, [Part("a", "domain"), Part("b", "replay"), empty], ratio=0.0)
+    empty = MixtureSource("empty", "replay")
+    mixture = Mixture(lengths, sources, [MixtureSource("a", "domain"), MixtureSource("b", "replay"), empty], ratio=0.0)
     assert sorted(mixture.epoch(0)) == np.flatnonzero(sources == 0).tolist()
     share = mixture.shares(0)[2]
     assert (share.samples, share.rows, share.tokens, share.repeats) == (0, 0, 0, 0.0)
-    assert len(Mixture(lengths, sources, [Part("a", "domain"), Part("b", "replay"), empty]).epoch(0)) == 15
-    assert len(Mixture(lengths, sources, [Part("a", "domain"), Part("b", "replay"), empty], ratio=0.5).epoch(0)) == 20
+    assert len(Mixture(lengths, sources, [MixtureSource("a", "domain"), MixtureSource("b", "replay"), empty]).epoch(0)) == 15
+    assert len(Mixture(lengths, sources, [MixtureSource("a", "domain"), MixtureSource("b", "replay"), empty], ratio=0.5).epoch(0)) == 20
 
 
 @pytest.mark.parametrize("ratio", [1.0, 1.5, -0.1, math.nan])
 def test_a_ratio_outside_its_range(ratio):
     with pytest.raises(UserError, match="replay.ratio: expected a share"):
-        Mixture(*pool(5, 5), [Part("a", "domain"), Part("b", "replay")], ratio=ratio)
+        Mixture(*pool(5, 5), [MixtureSource("a", "domain"), MixtureSource("b", "replay")], ratio=ratio)
 
 
 def test_a_ratio_without_replay():
     with pytest.raises(UserError, match="replay.ratio: expected replay samples"):
-        Mixture(*pool(5), [Part("a", "domain"), Part("b", "replay")], ratio=0.2)
+        Mixture(*pool(5), [MixtureSource("a", "domain"), MixtureSource("b", "replay")], ratio=0.2)
 
 
 @pytest.mark.parametrize("weight", [0.0, -1.0, math.nan, math.inf])
 def test_a_weight_that_means_nothing(weight):
     with pytest.raises(UserError, match="source b: expected a weight above 0"):
-        Mixture(*pool(5, 5), [Part("a", "domain"), Part("b", "replay", weight)])
+        Mixture(*pool(5, 5), [MixtureSource("a", "domain"), MixtureSource("b", "replay", weight)])
 
 
 def test_nothing_to_train_on():
     with pytest.raises(UserError, match="data.train"):
-        Mixture(*pool(0, 5), [Part("a", "domain"), Part("b", "replay")])
+        Mixture(*pool(0, 5), [MixtureSource("a", "domain"), MixtureSource("b", "replay")])
     with pytest.raises(UserError, match="source a: expected at least one sample per epoch"):
-        Mixture(*pool(5), [Part("a", "domain", 0.1)])
+        Mixture(*pool(5), [MixtureSource("a", "domain", 0.1)])

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.data.batch import UNFILLED, Batch, Multiples, collate, filled
+from trainer.data.batch import NO_PADDING, PackedBatch, PadTo, collate, pad_batch
 from trainer.data.packing import pack
 
 unhurried = settings(deadline=None)  # a busy machine is no failure
@@ -218,7 +218,7 @@ def test_empty_samples_are_refused():
 def test_moving_keeps_host_numbers():
     batch = collate(two_samples())
     moved = batch.to("meta", non_blocking=True)
-    assert isinstance(moved, Batch)
+    assert isinstance(moved, PackedBatch)
     tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
     assert len(tensors) == 7 and all(tensor.device.type == "meta" for tensor in tensors)
     assert (moved.tokens, moved.max_seqlen, moved.weight_sum) == (5, 3, 2.5)
@@ -231,23 +231,23 @@ def chats(*lengths) -> list[tuple]:
 
 def test_a_filled_batch_has_one_more_sample_and_rows_without_weight():
     batch = collate(chats(5, 3))
-    longer = filled(batch, Multiples(tokens=8, rows=4), capacity=100)
+    longer = pad_batch(batch, PadTo(tokens=8, rows=4), capacity=100)
     assert longer is batch or len(batch.targets) % 4, "8 tokens are a multiple of 8 already"
-    longer = filled(batch, Multiples(tokens=6, rows=7), capacity=100)
+    longer = pad_batch(batch, PadTo(tokens=6, rows=7), capacity=100)
     assert longer.tokens == batch.tokens == 8 and len(longer.input_ids) == len(longer.position_ids) == 12
     assert longer.cu_seqlens.tolist() == [0, 5, 8, 12] and longer.cu_seqlens.dtype == torch.int32
     assert longer.position_ids[8:].tolist() == [0, 1, 2, 3] and longer.max_seqlen == 5
     assert len(longer.supervised_rows) == len(longer.targets) == len(longer.weights) == 7
     assert longer.weights.sum() == batch.weights.sum() and not longer.weights[len(batch.weights):].any()
-    assert filled(batch, UNFILLED, capacity=100) is batch
+    assert pad_batch(batch, NO_PADDING, capacity=100) is batch
 
 
 def test_filling_stays_within_the_capacity():
     batch = collate(chats(60, 35))
-    assert len(filled(batch, Multiples(64, 1), capacity=100).input_ids) == 100
-    assert len(filled(batch, Multiples(64, 1), capacity=95).input_ids) == 95
+    assert len(pad_batch(batch, PadTo(64, 1), capacity=100).input_ids) == 100
+    assert len(pad_batch(batch, PadTo(64, 1), capacity=95).input_ids) == 95
 
 
 def test_a_batch_without_targets_stays_so():
     silent = collate([(ids, np.zeros(len(ids), bool), weight, source) for ids, _, weight, source in chats(5)])
-    assert not len(filled(silent, Multiples(8, 32), capacity=100).targets)
+    assert not len(pad_batch(silent, PadTo(8, 32), capacity=100).targets)

@@ -3,17 +3,17 @@
 import numpy as np
 import pytest
 
-from trainer.config import Batch
-from trainer.data.mixture import Mixture, Part
-from trainer.data.step_plan import Plan, hash_seed
+from trainer.config import BatchSize
+from trainer.data.mixture import Mixture, MixtureSource
+from trainer.data.step_plan import StepPlan, hash_seed
 
 LENGTHS = np.random.default_rng(0).integers(1, 65, size=500)
 
 
-def plan(epochs=2.0, max_steps=None, seed=3, weight=1.0, tokens_per_step=256) -> Plan:
-    mixture = Mixture(LENGTHS, np.zeros(500, dtype=np.int16), [Part("a", "domain", weight)], seed=seed)
-    batch = Batch(tokens_per_pack=128, tokens_per_step=tokens_per_step, max_documents=8)
-    return Plan(LENGTHS, mixture, batch, epochs, max_steps, seed)
+def plan(epochs=2.0, max_steps=None, seed=3, weight=1.0, tokens_per_step=256) -> StepPlan:
+    mixture = Mixture(LENGTHS, np.zeros(500, dtype=np.int16), [MixtureSource("a", "domain", weight)], seed=seed)
+    batch = BatchSize(tokens_per_pack=128, tokens_per_step=tokens_per_step, max_documents=8)
+    return StepPlan(LENGTHS, mixture, batch, epochs, max_steps, seed)
 
 
 def test_an_epoch_sees_every_sample_once_in_packs_that_fit():

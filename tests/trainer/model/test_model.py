@@ -22,11 +22,11 @@ from kernels import _dispatch, _launch
 from tests.helpers import tiny
 from tests.helpers.kernels import triton_mode
 from trainer.config import Config, Model
-from trainer.data.batch import UNFILLED, collate
+from trainer.data.batch import NO_PADDING, collate
 from trainer.errors import UserError
 from trainer.model import families
 from trainer.model.families import FAMILIES
-from trainer.model.forward import FEW_SHAPES, apply_activation_checkpointing, forward_hidden, head, multiples_for
+from trainer.model.forward import FEW_SHAPES, apply_activation_checkpointing, forward_hidden, head, padding_for
 from trainer.model.fused_layers import last_at_rows
 from trainer.model.loading import load_model, outline, use_packed_attention
 from trainer.model.packed_attention import PACKED, is_packed
@@ -451,9 +451,9 @@ def test_precision_bf16_loads_bf16(model_folder):
 
 def test_packs_are_filled_up_for_16_bit_products_on_a_cpu_alone(model_folder):
     models = [load_model(Config(model=Model(path=str(model_folder)), precision=precision), "cpu")[0] for precision in ("fp32", "bf16")]
-    assert [multiples_for(model) for model in models] == [UNFILLED, FEW_SHAPES]
+    assert [padding_for(model) for model in models] == [NO_PADDING, FEW_SHAPES]
     models[1].set_attn_implementation("sdpa")  # one sample at a time
-    assert multiples_for(models[1]) == UNFILLED
+    assert padding_for(models[1]) == NO_PADDING
 
 
 def test_random_weights_follow_the_seed_alone(model_folder):

@@ -19,7 +19,7 @@ from trainer.config import Config, validate
 from trainer.errors import UserError
 from trainer.report.run_page import write_report
 from trainer.retention import auto_replay
-from trainer.retention.monitor import Watch
+from trainer.retention.monitor import ForgettingMonitor
 from trainer.run import train
 from trainer.runtime import checkpoint
 from trainer.training import loop
@@ -86,16 +86,16 @@ def test_a_probe_is_the_run_pressed_into_a_part(data, tmp_path):
 @pytest.fixture
 def scripted(monkeypatch):
     """Measurements that are made up by a function (share of replay, weight of the KL) -> share of the general items that stay right."""
-    record = Watch._record
+    record = ForgettingMonitor._record
 
     def script(retained) -> None:
-        def recorded(watch: Watch, step: int, *more) -> dict:
+        def recorded(watch: ForgettingMonitor, step: int, *more) -> dict:
             found, asked = record(watch, step, *more), watch.config
             if step:
                 share = retained(asked.replay.ratio, asked.retention.kl)
                 found |= {"general": share, "general_retained": share, "held": share >= asked.retention.floor}
             return found
-        monkeypatch.setattr(Watch, "_record", recorded)
+        monkeypatch.setattr(ForgettingMonitor, "_record", recorded)
 
     return script
 

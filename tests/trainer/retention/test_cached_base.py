@@ -25,7 +25,7 @@ from tests.trainer.training.test_loop import Readbacks
 from trainer import config
 from trainer.cli import parse
 from trainer.config import Config, Lora
-from trainer.data.prepare import Inputs, prepare_inputs
+from trainer.data.prepare import TrainingData, prepare_data
 from trainer.errors import UserError
 from trainer.metrics.throughput import model_size
 from trainer.metrics.timers import Phases
@@ -38,9 +38,9 @@ from trainer.retention import cached_base
 from trainer.retention import kl as retention
 from trainer.run import train
 from trainer.runtime import checkpoint
-from trainer.runtime.distributed import World
+from trainer.runtime.distributed import Distributed
 from trainer.training import loop, loss
-from trainer.training.loader import Work, prepare
+from trainer.training.loader import StepWork, prepare
 from trainer.training.loop import train_step
 from trainer.training.memory_estimate import estimate
 
@@ -79,14 +79,14 @@ def stored_files(folder: Path) -> list[Path]:
 # ---------------------------------------------------------------- steps
 
 
-def held_both_ways(model: nn.Module, inputs: Inputs, folder: Path, **options) -> list[retention.Retention]:
+def held_both_ways(model: nn.Module, inputs: TrainingData, folder: Path, **options) -> list[retention.KlToBase]:
     """What holds a run to this model, live and stored."""
     asked = [config.Retention(kl=0.7, base=base, **options) for base in ("live", "stored")]
     live, stored = (retention.prepare(one, model, ROLES) for one in asked)
-    return [live, cached_base.store(stored, inputs.samples, inputs.plan, folder, {}, CPU, World())]
+    return [live, cached_base.store(stored, inputs.samples, inputs.plan, folder, {}, CPU, Distributed())]
 
 
-def objective(model: nn.Module, held: retention.Retention, work: Work) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+def objective(model: nn.Module, held: retention.KlToBase, work: StepWork) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """The divergence and the gradients of a step's objective."""
     total, divergence = 0.0, torch.zeros((), dtype=torch.float64)
     for batch in work.batches:
@@ -104,7 +104,7 @@ def objective(model: nn.Module, held: retention.Retention, work: Work) -> tuple[
 def test_steps_of_two_epochs_have_the_gradients_of_a_live_base(model_folder, chats, tmp_path, family, adapter, kl_on, kl_tokens):
     """In double precision, where only the order of sums differs: samples meet other company in the pass than in the packs of a step."""
     cfg = settings(model_folder, chats, tmp_path)
-    inputs = prepare_inputs(cfg, load_tokenizer(cfg.model))
+    inputs = prepare_data(cfg, load_tokenizer(cfg.model))
     model = tiny.model(family, torch.float64).train()
     use_packed_attention(model)
     if adapter == "lora":
@@ -116,7 +116,7 @@ def test_steps_of_two_epochs_have_the_gradients_of_a_live_base(model_folder, cha
         stir(model)
     counting = []
     for step in range(inputs.plan.total):
-        works = [prepare(inputs.plan, inputs.samples, step, World(), CPU, one) for one in held]
+        works = [prepare(inputs.plan, inputs.samples, step, Distributed(), CPU, one) for one in held]
         (live, expected), (stored, found) = (objective(model, one, work) for one, work in zip(held, works))
         assert abs(live - stored) <= 1e-12 * live and (live > 1e-4) == (works[0].counted_weight > 0)
         for a, b in zip(found, expected, strict=True):
@@ -128,7 +128,7 @@ def test_steps_of_two_epochs_have_the_gradients_of_a_live_base(model_folder, cha
 
 def test_the_file_holds_what_the_stock_base_says(model_folder, chats, tmp_path):
     cfg = settings(model_folder, chats, tmp_path)
-    inputs = prepare_inputs(cfg, load_tokenizer(cfg.model))
+    inputs = prepare_data(cfg, load_tokenizer(cfg.model))
     stock = tiny.model("llama")
     model = copy.deepcopy(stock)
     use_packed_attention(model)
@@ -147,11 +147,11 @@ def test_the_file_holds_what_the_stock_base_says(model_folder, chats, tmp_path):
 
 def test_a_step_counts_the_head_of_the_base_alone(model_folder, chats, tmp_path):
     cfg = settings(model_folder, chats, tmp_path)
-    inputs = prepare_inputs(cfg, load_tokenizer(cfg.model))
+    inputs = prepare_data(cfg, load_tokenizer(cfg.model))
     model = add_adapter(tiny.model("llama"), Lora(rank=4))
     use_packed_attention(model.get_base_model())
     size = model_size(model)
-    live, stored = (prepare(inputs.plan, inputs.samples, 0, World(), CPU, held).counts
+    live, stored = (prepare(inputs.plan, inputs.samples, 0, Distributed(), CPU, held).counts
                     for held in held_both_ways(model, inputs, tmp_path))
     assert live.base_tokens > live.base_supervised == stored.base_supervised > 0
     assert size.base_flops(stored.base_tokens, stored.base_supervised, stored.base_squared_lengths) == \
@@ -161,11 +161,11 @@ def test_a_step_counts_the_head_of_the_base_alone(model_folder, chats, tmp_path)
 
 def test_only_what_the_run_sees_is_stored(model_folder, chats, tmp_path):
     cfg = settings(model_folder, chats, tmp_path, "--max_steps", "2")
-    inputs = prepare_inputs(cfg, load_tokenizer(cfg.model))
+    inputs = prepare_data(cfg, load_tokenizer(cfg.model))
     seen = np.unique(np.concatenate([pack for step in range(2) for pack in inputs.plan[step]]))
     assert np.array_equal(inputs.plan.seen(), seen) and len(seen) < len(inputs.samples)
     whole = settings(model_folder, chats, tmp_path)
-    assert len(prepare_inputs(whole, load_tokenizer(whole.model)).plan.seen()) == len(inputs.samples)
+    assert len(prepare_data(whole, load_tokenizer(whole.model)).plan.seen()) == len(inputs.samples)
     held = retention.prepare(config.Retention(kl=1.0, base="stored"), tiny.model("llama"), ROLES)
     counts = cached_base.layout(held, inputs.samples, inputs.plan, torch.float32).counts
     counted = seen[inputs.samples.sources[seen] == 1]
@@ -288,9 +288,9 @@ def test_two_ranks_write_one_file(model_folder, chats, tmp_path):
 
 def test_a_step_reads_nothing_back(model_folder, chats, tmp_path):
     cfg = settings(model_folder, chats, tmp_path / "run", "--retention.base", "stored")
-    inputs = prepare_inputs(cfg, load_tokenizer(cfg.model))
-    job, _ = trainer.training.build.build(cfg, inputs, CPU, World())
-    work = prepare(inputs.plan, inputs.samples, 0, World(), CPU, job.retention)
+    inputs = prepare_data(cfg, load_tokenizer(cfg.model))
+    job, _ = trainer.training.build.build(cfg, inputs, CPU, Distributed())
+    work = prepare(inputs.plan, inputs.samples, 0, Distributed(), CPU, job.retention)
     with Readbacks() as readbacks:
         train_step(job, work, Phases(CPU))
     assert readbacks.found == [] and float(work.divergence) == pytest.approx(0, abs=1e-6)
@@ -303,7 +303,7 @@ def test_the_run_and_the_dry_run_say_what_it_takes(model_folder, chats, tmp_path
     shown = capsys.readouterr().out
     said = [line.partition(" (")[0] for text in (dry, shown) for line in text.splitlines() if "hidden states at" in line]
     cfg = settings(model_folder, chats, tmp_path)
-    samples = prepare_inputs(cfg, load_tokenizer(cfg.model)).samples
+    samples = prepare_data(cfg, load_tokenizer(cfg.model)).samples
     tokens = int(samples.supervised[samples.sources == 1].sum())
     line = f"retention: the base's hidden states at {tokens:,} tokens take {tokens * 256 / 1e6:.3g} MB in {tmp_path / 'run'}"
     assert said == [line, line] and "on replay rows; the base is read once and kept on disk" in shown

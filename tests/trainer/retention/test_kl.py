@@ -37,10 +37,10 @@ from trainer.optim.adamw import FlatAdamW
 from trainer.retention import kl as retention
 from trainer.run import train
 from trainer.runtime import checkpoint
-from trainer.runtime.distributed import World
+from trainer.runtime.distributed import Distributed
 from trainer.training import loop
 from trainer.training.job import Job
-from trainer.training.loader import Counts, Work
+from trainer.training.loader import StepWork, TokenCounts
 from trainer.training.loop import train_step
 from trainer.training.memory_estimate import estimate
 
@@ -59,7 +59,8 @@ def job_of(family: str, adapter: str = "lora", **options) -> Job:
     held = retention.prepare(config.Retention(**options), model, ROLES)
     if adapter == "full":
         stir(model)  # away from the copy
-    job = Job(Config(), None, model, model_size(model), FlatAdamW(model.parameters(), Optim()), None, Plan, None, CPU, World(), None, held)
+    job = Job(Config(), None, model, model_size(model), FlatAdamW(model.parameters(), Optim()), None, Plan,
+              None, CPU, Distributed(), None, held)
     job.seen = []
     job.optimizer.step = lambda lr: job.seen.append([p.grad.clone() for p in model.parameters() if p.requires_grad]) or torch.zeros(())
     return job
@@ -92,7 +93,7 @@ def step(job: Job, packs: list[list[tuple]], chats: list[tuple] | None = None):
     every = job.retention and job.retention.settings.kl_tokens == "all"
     counted_weight = sum(chat[2] * (len(chat[0]) - 1) if every else collate([chat]).weight_sum for chat in chats if counted[chat[3]])
     lay = job.retention.collate if job.retention else collate
-    work = Work(0, [lay(pack) for pack in packs], weight, Counts(), [], counted_weight)
+    work = StepWork(0, [lay(pack) for pack in packs], weight, TokenCounts(), [], counted_weight)
     loss, _ = train_step(job, work, Phases(CPU))
     return loss, work.divergence, job.seen[-1]
 
@@ -255,7 +256,8 @@ def test_pefts_own_layers_are_switched_off_too():
     stir(model)
     plain, batch = tiny.model("llama"), collate(samples())
     use_packed_attention(plain)
-    assert torch.equal(retention.Base(model).hidden(batch, batch.supervised_rows), forward_hidden(plain, batch)[batch.supervised_rows])
+    assert torch.equal(retention.FrozenBase(model).hidden(batch, batch.supervised_rows),
+                       forward_hidden(plain, batch)[batch.supervised_rows])
     assert model.training and not any(layer.disable_adapters for layer in adapted_layers(model))
 
 

@@ -25,7 +25,7 @@ from trainer.errors import UserError
 from trainer.evaluation import config as evaluation
 from trainer.evaluation.score_items import Outcome, Outcomes
 from trainer.evaluation.tokens import Key
-from trainer.retention.monitor import Watch
+from trainer.retention.monitor import ForgettingMonitor
 from trainer.run import train
 from trainer.runtime import checkpoint
 from trainer.runtime.result import RunResult
@@ -171,19 +171,19 @@ def scripted(monkeypatch):
     seen = {}
 
     def script(figures: dict[int, tuple[int, int]]) -> dict[int, list[torch.Tensor]]:
-        def scored(watch: Watch) -> Outcomes:
+        def scored(watch: ForgettingMonitor) -> Outcomes:
             rights, items = figures[script.step], {}
             for f, (file, right) in enumerate(zip(watch.files, rights)):
                 items |= {Key(f, i): Outcome(right=i < right) for i in range(len(file.items))}
             return Outcomes("model", "scripted", items)
 
-        def measured(watch: Watch, state, optimizer, *more):
+        def measured(watch: ForgettingMonitor, state, optimizer, *more):
             script.step, seen[state.step] = state.step, [group.master.detach().clone() for group in optimizer.groups]
             return measure(watch, state, optimizer, *more)
 
-        measure = Watch.measure
-        monkeypatch.setattr(Watch, "_score", scored)
-        monkeypatch.setattr(Watch, "measure", measured)
+        measure = ForgettingMonitor.measure
+        monkeypatch.setattr(ForgettingMonitor, "_score", scored)
+        monkeypatch.setattr(ForgettingMonitor, "measure", measured)
         return seen
 
     monkeypatch.setattr(trainer.training.run_folder, "write_report", lambda folder: None)

@@ -11,16 +11,16 @@ from transformers import AutoModelForCausalLM
 from tests.trainer.retention.test_kl import assert_close, job_of, plain_rows, samples, step, stir, stock
 from tests.trainer.test_run import QUESTIONS, arguments, records, write_chats
 from trainer.cli import parse
-from trainer.config import Batch, Config, Data, Lora, Retention
-from trainer.data.prepare import prepare_inputs
+from trainer.config import BatchSize, Config, Data, Lora, Retention
+from trainer.data.prepare import prepare_data
 from trainer.errors import UserError
 from trainer.model.loading import load_model
 from trainer.model.lora import add_adapter
 from trainer.model.patch import patch
 from trainer.retention import token_weighting
-from trainer.retention.kl import Base
+from trainer.retention.kl import FrozenBase
 from trainer.run import train
-from trainer.runtime.distributed import World
+from trainer.runtime.distributed import Distributed
 from trainer.training.loader import batches, supervised_weight
 
 CPU = torch.device("cpu")
@@ -80,13 +80,13 @@ def prepared(model_folder, tmp_path_factory):
     config = parse(Config, arguments(model_folder, domain, folder / "run", "--replay.data", str(replay)), "trainer.run")
     model, tokenizer = load_model(config, CPU)
     patch(model)
-    return config, prepare_inputs(config, tokenizer).samples, model
+    return config, prepare_data(config, tokenizer).samples, model
 
 
 def reweighted(prepared, **options):
     config, given, model = prepared
     config = Config(**{**vars(config), "retention": Retention(**options)})
-    return token_weighting.reweighted(given, config, model, ROLES, CPU, World())
+    return token_weighting.reweighted(given, config, model, ROLES, CPU, Distributed())
 
 
 def chat_of(given, i: int) -> tuple:
@@ -134,26 +134,26 @@ def test_weights_multiply_those_that_samples_have(prepared):
 def test_a_base_is_never_the_adapted_model(prepared):
     """Also where training goes on from an adapter."""
     config, given, model = prepared
-    expected = token_weighting.base_log_probs(model, given, np.arange(5), config.batch, CPU, World())
+    expected = token_weighting.base_log_probs(model, given, np.arange(5), config.batch, CPU, Distributed())
     adapted = add_adapter(load_model(config, CPU)[0], Lora(rank=4))
     stir(adapted)
     patch(adapted)
-    assert np.array_equal(token_weighting.base_log_probs(adapted, given, np.arange(5), config.batch, CPU, World()), expected)
+    assert np.array_equal(token_weighting.base_log_probs(adapted, given, np.arange(5), config.batch, CPU, Distributed()), expected)
     batch, = batches(given, [np.arange(5)], CPU)
-    assert Base(adapted).hidden(batch, batch.supervised_rows).shape == (len(batch.targets), 64)
+    assert FrozenBase(adapted).hidden(batch, batch.supervised_rows).shape == (len(batch.targets), 64)
 
 
 def test_neither_packs_nor_ranks_matter(prepared):
-    class Silent(World):
+    class Silent(Distributed):
         def sum(self, tensors):
             """Leaves each rank with its own share, which the test adds up."""
 
     config, given, model = prepared
     indices = np.random.default_rng(0).permutation(len(given))[:20]
-    whole = token_weighting.base_log_probs(model, given, indices, config.batch, CPU, World())
+    whole = token_weighting.base_log_probs(model, given, indices, config.batch, CPU, Distributed())
     ranks = [token_weighting.base_log_probs(model, given, indices, config.batch, CPU, Silent(rank, 3)) for rank in range(3)]
     assert np.array_equal(sum(ranks), whole) and not np.array_equal(ranks[0], whole)
-    one_a_pack = token_weighting.base_log_probs(model, given, indices, Batch(max_documents=1), CPU, World())
+    one_a_pack = token_weighting.base_log_probs(model, given, indices, BatchSize(max_documents=1), CPU, Distributed())
     np.testing.assert_allclose(one_a_pack, whole, rtol=1e-4, atol=1e-5)
 
 
@@ -161,7 +161,7 @@ def test_parts_of_a_record_are_masked_apart(tokenizer, model_folder, tmp_path):
     """Windows on one record, whose first token is never a target, share its memory."""
     rows = [(f"Count {i}.", f"record {i} " * 30) for i in range(4)]
     data = Data(train=str(write_chats(tmp_path / "long.jsonl", rows)), max_length=64, overlong="split", cache=str(tmp_path / "cache"))
-    given = prepare_inputs(Config(data=data), tokenizer).samples
+    given = prepare_data(Config(data=data), tokenizer).samples
     assert len(given) > 8
     keep = np.random.default_rng(0).random(given.supervised.sum()) < 0.5
     masked = given.supervising(np.arange(len(given)), keep)

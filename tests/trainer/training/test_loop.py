@@ -7,16 +7,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers import tiny
 from trainer.config import Config, Lora
-from trainer.data.batch import Multiples, collate, filled
+from trainer.data.batch import PadTo, collate, pad_batch
 from trainer.metrics.throughput import model_size
 from trainer.metrics.timers import Phases
 from trainer.model.loading import use_packed_attention
 from trainer.model.lora import add_adapter
 from trainer.model.patch import patch
 from trainer.optim.adamw import FlatAdamW
-from trainer.runtime.distributed import World
+from trainer.runtime.distributed import Distributed
 from trainer.training.job import Job
-from trainer.training.loader import Counts, Work
+from trainer.training.loader import StepWork, TokenCounts
 from trainer.training.loop import train_step
 
 CPU = torch.device("cpu")
@@ -47,7 +47,7 @@ def job_of(family: str) -> Job:
     class Plan:
         total = 100
 
-    return Job(Config(), None, model, model_size(model), optimizer, None, Plan, None, CPU, World(), None)
+    return Job(Config(), None, model, model_size(model), optimizer, None, Plan, None, CPU, Distributed(), None)
 
 
 def samples(lengths=(9, 14, 5)) -> list[tuple]:
@@ -59,7 +59,7 @@ def samples(lengths=(9, 14, 5)) -> list[tuple]:
 def test_a_step_reads_nothing_back(family):
     job, batch = job_of(family), collate(samples())
     with Readbacks() as readbacks:
-        train_step(job, Work(0, [batch, batch], 2 * batch.weight_sum, Counts(), []), Phases(CPU))
+        train_step(job, StepWork(0, [batch, batch], 2 * batch.weight_sum, TokenCounts(), []), Phases(CPU))
     assert readbacks.found == []
     with Readbacks() as readbacks:
         torch.ones(()).item()
@@ -69,7 +69,7 @@ def test_a_step_reads_nothing_back(family):
 def test_the_loss_is_the_weighted_mean_of_the_stock_models():
     job, chats = job_of("llama"), samples()
     batch = collate(chats)
-    loss, _ = train_step(job, Work(0, [batch], batch.weight_sum, Counts(), []), Phases(CPU))
+    loss, _ = train_step(job, StepWork(0, [batch], batch.weight_sum, TokenCounts(), []), Phases(CPU))
     stock, total = tiny.model("llama").requires_grad_(False), 0.0
     for ids, supervised, weight, _ in chats:
         logits = stock(torch.from_numpy(ids.astype(np.int64))[None], use_cache=False).logits[0, :-1].double()
@@ -81,9 +81,9 @@ def test_the_loss_is_the_weighted_mean_of_the_stock_models():
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_what_fills_a_pack_up_changes_nothing(family):
     one, two, batch = job_of(family), job_of(family), collate(samples())
-    longer = filled(batch, Multiples(tokens=64, rows=32), capacity=64)
+    longer = pad_batch(batch, PadTo(tokens=64, rows=32), capacity=64)
     assert len(longer.input_ids) == 64 and len(longer.targets) == 32
-    outcomes = [(*train_step(job, Work(0, [b], b.weight_sum, Counts(), []), Phases(CPU)), job.optimizer.groups[0].master)
+    outcomes = [(*train_step(job, StepWork(0, [b], b.weight_sum, TokenCounts(), []), Phases(CPU)), job.optimizer.groups[0].master)
                 for job, b in ((one, batch), (two, longer))]
     for mine, other in zip(*outcomes, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
@@ -93,6 +93,6 @@ def test_a_pack_without_supervised_tokens_adds_nothing():
     one, two = job_of("llama"), job_of("llama")
     batch = collate(samples())
     silent = collate([(ids, np.zeros(len(ids), dtype=bool), weight, 0) for ids, _, weight, _ in samples()])
-    loss_one, norm_one = train_step(one, Work(0, [batch], batch.weight_sum, Counts(), []), Phases(CPU))
-    loss_two, norm_two = train_step(two, Work(0, [silent, batch], batch.weight_sum, Counts(), []), Phases(CPU))
+    loss_one, norm_one = train_step(one, StepWork(0, [batch], batch.weight_sum, TokenCounts(), []), Phases(CPU))
+    loss_two, norm_two = train_step(two, StepWork(0, [silent, batch], batch.weight_sum, TokenCounts(), []), Phases(CPU))
     assert torch.equal(loss_one, loss_two) and torch.equal(norm_one, norm_two)

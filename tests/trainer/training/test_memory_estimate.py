@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tests.helpers import tiny
-from trainer.config import Batch, Config, Lora
+from trainer.config import BatchSize, Config, Lora
 from trainer.data.batch import collate
 from trainer.model.forward import apply_activation_checkpointing
 from trainer.model.loading import use_packed_attention
@@ -57,7 +57,7 @@ def test_checkpointing_keeps_less():
 
 
 def test_the_states_are_counted_exactly():
-    config = Config(adapter="full", batch=Batch(tokens_per_pack=64, tokens_per_step=64))
+    config = Config(adapter="full", batch=BatchSize(tokens_per_pack=64, tokens_per_step=64))
     model = tiny.model("llama")
     count = sum(p.numel() for p in model.parameters())
     optimizer = FlatAdamW(model.parameters(), config.optim)
