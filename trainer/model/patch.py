@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from kernels._dispatch import serving
+from kernels import serving
 from kernels.attention import backend
 from trainer.errors import UserError
 from trainer.model import lora

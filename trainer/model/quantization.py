@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from kernels._dispatch import serving
+from kernels import serving
 from kernels.nf4 import GROUP, Nf4, dequantize_nf4
 from trainer import config
 from trainer.errors import UserError

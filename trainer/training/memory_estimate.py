@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import nn
 
-from kernels._dispatch import serving
+from kernels import serving
 from kernels.attention import KEEP
 from kernels.linear_cross_entropy import rows_per_chunk
 from trainer.config import Config
