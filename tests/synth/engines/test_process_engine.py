@@ -520,12 +520,13 @@ def test_what_libraries_raise_becomes_one_line(error, text, words):
     assert re.search(words, explain(Model(path="m"), "vllm", error, text, Path("x.log")))
 
 
-def test_the_telling_line_of_a_log(tmp_path):
-    from synth.engines.process_engine import telling
+def test_the_last_error_line_of_a_log(tmp_path):
+    from trainer.errors import last_error_line
 
     (tmp_path / "a").write_text("loading\nRuntimeError: no such kernel\n\nbye\n")
     (tmp_path / "b").write_text("loading\nbye\n")
-    assert telling(tmp_path / "a") == "RuntimeError: no such kernel" and telling(tmp_path / "b") == "bye" and telling(tmp_path / "c") == ""
+    lines = [last_error_line(tmp_path / name) for name in ("a", "b", "c")]
+    assert lines == ["RuntimeError: no such kernel", "bye", ""]
 
 
 # ---------------------------------------------------------------- files and tokens
