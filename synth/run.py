@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from synth.config import STAGES, Config, name_of, settled, validate
+from synth.config import STAGES, Config, name_of, resolve_presets, validate
 from trainer import cli
 from trainer.errors import UserError
 
@@ -27,7 +27,7 @@ The two commonest commands:
 
 First, see what the template gives and what the model asks:          add --stages '[probe]'
 Go on after an interruption:                                         the same command again
-More models:            --responders '[{path: other-model}]' --judges '[{path: judge, engine: openai, url: http://localhost:8000/v1}]'
+More models:            --responders '[{path: other-model}]' --judges '[{path: judge, engine: openai, base_url: http://localhost:8000/v1}]'
 
 --help lists every option; --print_config prints them as YAML with their values."""
 
@@ -39,7 +39,7 @@ def main() -> int:
 def synthesise(config: Config) -> None:
     """All stages that the configuration names, in their order. Raises UserError for anything the user can mend; the pool stays whole."""
     validate(config)
-    config, wanted = settled(config), config.stages
+    config, wanted = resolve_presets(config), config.stages
     folder = Path(config.output)
     with sole_owner(folder):
         # Late, so that --help and mistakes in options are answered at once.

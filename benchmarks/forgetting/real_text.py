@@ -108,9 +108,10 @@ def make_own_sets(work: Path, size: Size) -> dict[str, int]:
     def settings(among: str, stages: Sequence[str]) -> synthesis.Config:
         return synthesis.Config(
             output=str(work / "synth"), base=synthesis.Model(path=str(work / BASE), name=BASE, engine="transformers"), stages=[*stages],
-            probe=synthesis.Probe(samples=32), instruct=synthesis.Instruct(count=size.instructions, max_tokens=400, fresh=0),
-            respond=synthesis.Respond(samples=1, max_tokens=200, base_likelihood=False),
-            select=synthesis.Select(rule="first", among=[among]))
+            probe=synthesis.Probe(samples=32),
+            instruct=synthesis.Instruct(num_instructions=size.instructions, max_tokens=400, reference_samples=0),
+            respond=synthesis.Respond(num_samples=1, max_tokens=200, score_with_base=False),
+            select=synthesis.Select(rule="first", candidates=[among]))
 
     rows = {}
     with quietly(work / "synth.log"):

@@ -70,7 +70,7 @@ def rate(sample: Sample) -> float:
 
 def overhead(engine: Engine, model: Model, arguments: argparse.Namespace, work: Path) -> tuple[dict[str, list[Sample]], dict[str, float]]:
     """Stage `instruct` against one `LLM.generate` call on the same requests, in two processes that take turns."""
-    with fresh_run(model, work, Config(base=model, instruct=Instruct(count=arguments.prompts, max_tokens=64))) as run:
+    with fresh_run(model, work, Config(base=model, instruct=Instruct(num_instructions=arguments.prompts, max_tokens=64))) as run:
         asking = Asking(run, 0)
         requests = [{"token_ids": r.prompt.token_ids, "seed": r.seed, **r.sampling._asdict()}
                     for r in asking.requests(range(arguments.prompts))]
@@ -86,7 +86,7 @@ def overhead(engine: Engine, model: Model, arguments: argparse.Namespace, work: 
             return StepResult(0.0, said["tokens"], 0, 0, 0.0)
 
         def ours() -> StepResult:
-            settings = Config(base=model, instruct=Instruct(count=arguments.prompts, max_tokens=64))
+            settings = Config(base=model, instruct=Instruct(num_instructions=arguments.prompts, max_tokens=64))
             with fresh_run(model, work, settings) as run:
                 sample_turns(run, Worker(run.pool, run.say, "instruct", name_of(model), engine), 0)
                 rows = run.pool.select("SELECT text, tokens FROM turns ORDER BY item")
@@ -142,7 +142,7 @@ def fresh_run(model: Model, work: Path, settings: Config) -> Iterator[SynthesisR
     """A run with an empty pool in which the items are planned."""
     with tempfile.TemporaryDirectory(dir=work) as folder, Pool(Path(folder) / "pool.sqlite") as pool:
         with pool.transaction():
-            pool.insert("items", (plan(settings, item) for item in range(settings.instruct.count)))
+            pool.insert("items", (plan(settings, item) for item in range(settings.instruct.num_instructions)))
         yield SynthesisRun(settings, pool, say=lambda line: None)
 
 
@@ -182,7 +182,7 @@ def distribution(engine: Engine, model: Model, count: int, work: Path) -> list[d
     """Topic distance to the world's true shares, and the share of invalid instructions, by temperature, and once without duplicates."""
     rows = [figures("the world's own", drawn(GENERAL, count))]
     for temperature, top_p in SETTINGS:
-        settings = Config(base=model, instruct=Instruct(count=count, max_tokens=64, temperature=[temperature], top_p=[top_p]))
+        settings = Config(base=model, instruct=Instruct(num_instructions=count, max_tokens=64, temperature=[temperature], top_p=[top_p]))
         with fresh_run(model, work, settings) as run:
             sample_turns(run, Worker(run.pool, run.say, "instruct", name_of(model), engine), 0)
             texts = [chat.instruction for chat in run.pool.chats()]

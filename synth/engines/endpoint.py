@@ -65,7 +65,8 @@ class Endpoint:
             except (Garbled, OpenAIError) as error:
                 reason, again = f"no usable answer in {TRIES} tries: {one_line(str(error))}", False
             except Unscored:
-                raise EngineError(f"{self.model.path}: {self.url} tells no log-probabilities of choices; use judge.score paper") from None
+                raise EngineError(f"{self.model.path}: {self.url} returns no log-probabilities of the choices; "
+                                  "use judge.scoring generated") from None
         self.failed += 1
         if self.failed >= IN_A_ROW and not again:
             raise EngineError(f"{self.model.path}: {self.url} failed {self.failed} requests in a row: {reason}; "
@@ -92,7 +93,7 @@ class Endpoint:
             except APIConnectionError as error:
                 if not left and not isinstance(error, APITimeoutError) and "Connect" in type(error.__cause__).__name__:
                     raise EngineError(f"{self.model.path}: no server answers at {self.url} ({one_line(str(error.__cause__))}); "
-                                      "start it, or correct url") from error
+                                      "start it, or correct base_url") from error
                 found, pause = Garbled("timed out" if isinstance(error, APITimeoutError) else "the connection broke off"), None
             except Garbled as error:
                 found, pause = error, None
@@ -107,11 +108,11 @@ class Endpoint:
     def _refused(self, error: APIStatusError) -> None:
         """EngineError where a status says that no request of ours will be answered."""
         if error.status_code in (401, 403):
-            raise EngineError(f"{self.model.path}: {self.url} refuses the key in {self.model.api_key} ({error.status_code}): "
+            raise EngineError(f"{self.model.path}: {self.url} refuses the key in {self.model.api_key_env} ({error.status_code}): "
                               f"{_said(error)}; set another one") from error
         if error.status_code == 404:
             raise EngineError(f"{self.model.path}: {self.url} does not know this model or path (404): {_said(error)}; "
-                              "correct path or url") from error
+                              "correct path or base_url") from error
         if error.code == "insufficient_quota":
             raise EngineError(f"{self.model.path}: {self.url}: the account's quota is used up: {_said(error)}") from error
 

@@ -71,9 +71,10 @@ class Transformers:
         self.model = _load(opening, config, self.device)
         self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
         own = getattr(config.get_text_config(), "max_position_embeddings", None) or LONGEST
-        if model.max_length and model.max_length > own:
-            raise EngineError(f"{model.path}: max_length: expected at most {own:,}, the model's own context, found {model.max_length:,}")
-        self.limit, self.vocabulary = model.max_length or min(own, LONGEST), config.get_text_config().vocab_size
+        if model.max_model_len and model.max_model_len > own:
+            raise EngineError(f"{model.path}: max_model_len: expected at most {own:,}, the model's own context, "
+                              f"found {model.max_model_len:,}")
+        self.limit, self.vocabulary = model.max_model_len or min(own, LONGEST), config.get_text_config().vocab_size
         self.ends, self.spellings = {*ends(folder, self.tokenizer)}, Spellings(self.tokenizer, self.vocabulary, model.path)
         self.keeps = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         dtype = str(self.model.dtype).removeprefix("torch.")

@@ -32,7 +32,7 @@ class Server:
     """The Engine of models that run elsewhere. EngineError, of one line, where a server is down, refuses us or does not know the model."""
 
     def __init__(self, model: Model):
-        urls = [model.url] if isinstance(model.url, str) else list(model.url or ())
+        urls = [model.base_url] if isinstance(model.base_url, str) else list(model.base_url or ())
         if not urls:
             raise EngineError(f"{model.path}: expected the server's base URL beside engine openai, found none; set url")
         keys = [_key(model, url) for url in urls]
@@ -134,7 +134,7 @@ class Server:
             return await endpoint.attempt(lambda: self._description(endpoint.client))
         except (Garbled, OpenAIError) as error:
             raise EngineError(f"{self.model.path}: {endpoint.url} does not list its models: {error}; "
-                              "correct url, or look at the server") from None
+                              "correct base_url, or look at the server") from None
 
     async def _description(self, client: AsyncOpenAI) -> str:
         """What a server says that it serves under the model's name; just that name where it does not list models."""
@@ -214,9 +214,10 @@ class Server:
 
 def _key(model: Model, url: str) -> str:
     """The API key; a server in our own network needs none."""
-    found = os.environ.get(model.api_key, "").strip()
+    found = os.environ.get(model.api_key_env, "").strip()
     if not found and not _near(urlsplit(url).hostname or ""):
-        raise EngineError(f"{model.path}: expected an API key for {url} in the environment variable {model.api_key}, found none; export it")
+        raise EngineError(f"{model.path}: expected an API key for {url} in the environment variable {model.api_key_env}, found none; "
+                          "export it")
     return found or "none"
 
 

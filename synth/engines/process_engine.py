@@ -71,8 +71,9 @@ class Workers:
         try:
             threads = 1 if parameters(folder) <= SMALL else max(1, (os.cpu_count() or 1) // shards)
             for i in range(shards):
+                mine = devices[i * model.tensor_parallel_size:(i + 1) * model.tensor_parallel_size]
                 self.shards.append(Shard(Opening(kind, model, str(folder), shards), Path(f"{log}-{i}.log"),
-                                         _environment(model, devices[i * model.tensor_parallel:(i + 1) * model.tensor_parallel], threads)))
+                                         _environment(model, mine, threads)))
             mark = fingerprint(folder)  # while they load
             for shard in self.shards:
                 while shard.ready is None:
@@ -202,13 +203,13 @@ def _vllm_is_for_cpu() -> bool:
 def _shards(model: Model, devices: list[str]) -> int:
     """How many workers there are. EngineError where there are too few GPUs for them."""
     if not devices:
-        return model.shards or 1
-    most = len(devices) // model.tensor_parallel
-    asked = max(1, model.shards)
+        return model.data_parallel_size or 1
+    most = len(devices) // model.tensor_parallel_size
+    asked = max(1, model.data_parallel_size)
     if most < asked:
-        raise EngineError(f"{model.path}: expected {asked * model.tensor_parallel} GPUs for {asked} shards of tensor_parallel "
-                          f"{model.tensor_parallel}, found {len(devices)}; ask for fewer")
-    return model.shards or most
+        raise EngineError(f"{model.path}: data_parallel_size, tensor_parallel_size: expected {asked * model.tensor_parallel_size} GPUs for "
+                          f"{asked} x {model.tensor_parallel_size}, found {len(devices)}; lower one of them")
+    return model.data_parallel_size or most
 
 
 def _environment(model: Model, devices: list[str], threads: int) -> dict[str, str]:
@@ -237,16 +238,16 @@ def _environment(model: Model, devices: list[str], threads: int) -> dict[str, st
 
 REMEDIES = (  # of what libraries say, and what helps
     (r"out of memory|OutOfMemory|MemoryError|can't allocate memory|not enough memory|No available memory|[Aa]vailable memory.*less than",
-     "out of memory", "a shorter max_length, a smaller dtype, a lower or higher memory share, or fewer shards"),
+     "out of memory", "a smaller max_model_len, dtype or data_parallel_size, or another gpu_memory_utilization"),
     (r"KV cache.*needed|needed.*KV cache|increas\w+ `?gpu_memory|decreas\w+ `?max_model_len",
-     "the context does not fit into memory", "a shorter max_length"),
-    (r"max_model_len|max_position_embeddings", "the context is longer than the model's own", "a shorter max_length, or none"),
+     "the context does not fit into memory", "a smaller max_model_len"),
+    (r"max_model_len|max_position_embeddings", "the context is longer than the model's own", "a smaller max_model_len, or none"),
     (r"trust_remote_code", "the model brings code of its own", "trust_remote_code true if you trust it"),
     (r"architectures?\b.*(not supported|unsupported)|does not recognize this architecture|model type .* (not|does not)",
      "the architecture is not supported", "engine transformers or a newer version of the engine"),
     (r"dtype|bfloat16|float16", "the dtype does not fit", "dtype auto or float32"),
     (r"safetensors|SafetensorError|incomplete metadata", "the weights cannot be read", "the model's files fetched or saved again"),
-    (r"tensor.parallel|divisible", "the model cannot be split so", "another tensor_parallel"),
+    (r"tensor.parallel|divisible", "the model cannot be split so", "another tensor_parallel_size"),
 )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from synth.engines.interface import EngineError
 
-LONGEST = 32_768  # tokens of context, unless max_length asks for more
+LONGEST = 32_768  # tokens of context, unless max_model_len asks for more
 BEFORE = 8  # tokens of the prompt that a continuation is decoded with, as sentencepiece drops a text's first space
 
 
@@ -81,5 +81,5 @@ class Spellings:
                     found[text].append(i)
         if missing := [choice for choice in choices if not found[choice.strip()]]:
             raise EngineError(f"{self.model}: expected one token for each of {', '.join(choices)}, found none for {missing[0]!r}; "
-                              "use judge.score paper with this judge")
+                              "use judge.scoring generated with this judge")
         return tuple(tuple(found[choice.strip()]) for choice in choices)

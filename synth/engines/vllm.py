@@ -142,7 +142,7 @@ class Vllm:
 
 def _on_gpu(opening: Opening) -> dict:
     model = opening.model
-    return dict(dtype=model.dtype, gpu_memory_utilization=model.memory, tensor_parallel_size=model.tensor_parallel,
+    return dict(dtype=model.dtype, gpu_memory_utilization=model.gpu_memory_utilization, tensor_parallel_size=model.tensor_parallel_size,
                 max_num_batched_tokens=PREFILL)
 
 
@@ -163,7 +163,7 @@ def _text_config(opening: Opening):
 
 def _context(opening: Opening) -> int:
     """Tokens of prompt and completion: as asked for, else the model's own, but no more than we have a use for."""
-    return opening.model.max_length or min(getattr(_text_config(opening), "max_position_embeddings", None) or LONGEST, LONGEST)
+    return opening.model.max_model_len or min(getattr(_text_config(opening), "max_position_embeddings", None) or LONGEST, LONGEST)
 
 
 def _cache(opening: Opening, context: int, dtype: str) -> int:

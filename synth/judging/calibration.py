@@ -38,7 +38,7 @@ def panel(config: Config) -> dict[str, tuple[str, ...]]:
 
 def given(config: Config) -> str:
     """SQL: what a judge says of an answer, in `scores` called s."""
-    return "s.score" if config.select.score == "mean" else "CAST(s.text AS REAL)"
+    return "s.score" if config.select.statistic == "mean" else "CAST(s.text AS REAL)"
 
 
 # ---------------------------------------------------------------- a common scale
@@ -109,7 +109,7 @@ def _effects(row: np.ndarray, column: np.ndarray, means: np.ndarray, count: np.n
 
 
 def scales_of(run: SynthesisRun) -> dict[str, Scale]:
-    """The scale of every judge that gave a score; the scores as they are without `judge.normalise`."""
+    """The scale of every judge that gave a score; the scores as they are without `judge.calibrate_judges`."""
     judges, score = panel(run.config), given(run.config)
     found = (Cell(*row) for row in run.pool.select(
         f"SELECT judge, model, count({score}), total({score}), total({score} * {score}) FROM scores AS s WHERE {score} IS NOT NULL "
@@ -118,7 +118,7 @@ def scales_of(run: SynthesisRun) -> dict[str, Scale]:
     if not cells:
         return {}
     fitted = fit(cells)
-    return fitted if run.config.judge.normalise else {judge: Scale(scale.severity, scale.spread) for judge, scale in fitted.items()}
+    return fitted if run.config.judge.calibrate_judges else {judge: Scale(scale.severity, scale.spread) for judge, scale in fitted.items()}
 
 
 # ---------------------------------------------------------------- ratings
@@ -146,7 +146,7 @@ def rate(run: SynthesisRun) -> dict[str, Scale]:
 
 
 def _ratings(run: SynthesisRun, scales: dict[str, Scale]) -> Iterator[Rating]:
-    judges, normalise, missing = panel(run.config), run.config.judge.normalise, 0
+    judges, normalise, missing = panel(run.config), run.config.judge.calibrate_judges, 0
     # the plus keeps the answers in the order of their keys, with no sorting
     found = run.pool.connection.execute(
         f"SELECT r.item, r.model, r.sample, s.judge, {given(run.config)} FROM responses AS r LEFT JOIN scores AS s "

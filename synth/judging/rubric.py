@@ -66,7 +66,7 @@ Reply with a single letter, A or B, and nothing else."""
 def rubric(options: Judge) -> str:
     """The text of `judge.rubric`, or our own. UserError where the file cannot be read, or has no place for what is judged."""
     if options.rubric is None:
-        return EXPECT if options.score == "expect" else PAPER
+        return EXPECT if options.scoring == "expected_score" else PAPER
     try:
         text = Path(options.rubric).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -27,7 +27,7 @@ from trainer.errors import UserError
 from trainer.model.locate import load_tokenizer
 
 # What a model's results depend on. The rest of its options say where it runs and how fast.
-IDENTITY = ("path", "dtype", "max_length", "tensor_parallel", "batch_invariant")
+IDENTITY = ("path", "dtype", "max_model_len", "tensor_parallel_size", "batch_invariant")
 
 MADE = {"pool": "items", "instruct": "items", "respond": "responses", "judge": "scores"}  # where what a stage makes is kept
 

@@ -14,7 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from synth.config import Clean, Config, duplicate_rule
+from synth.config import Clean, Config
 from synth.engines.interface import Failure
 from synth.filters import contamination, duplicates, language
 from synth.filters.contamination import Item, Phrases
@@ -72,7 +72,7 @@ def settings(config: Config) -> dict[str, Any]:
     language.check_shares("instruct.languages", config.instruct.languages)
     kept = dataclasses.asdict(config.clean) | {"wanted_languages": config.instruct.languages, "seed": config.seed}
     kept["contamination"] = {path: contamination.fingerprint(path) for path in config.clean.contamination}
-    if config.clean.embedding_similarity:
+    if config.clean.contamination_cosine:
         kept["embeddings_of"] = identity(config.base)
     return json.loads(json.dumps(kept))
 
@@ -81,7 +81,7 @@ def judged(run: SynthesisRun) -> Found:
     """All rules, one after the other."""
     config = run.config
     items = [item for path in config.clean.contamination for item in contamination.read_items(path)]
-    phrases = Phrases(items, config.clean.ngram) if items else None
+    phrases = Phrases(items, config.clean.contamination_ngram) if items else None
     found, texts = Found({}, {}, {}, {}), {}
     for chat in run.pool.chats("id NOT IN (SELECT item FROM drops WHERE stage <> 'clean')"):
         found.languages[chat.item] = language.language_of(chat.instruction)
@@ -90,12 +90,12 @@ def judged(run: SynthesisRun) -> Found:
             found.drops[chat.item] = drop
         else:
             texts[chat.item] = chat.instruction
-    if items and config.clean.embedding_similarity and texts:
+    if items and config.clean.contamination_cosine and texts:
         found.drops.update(_resembling(run, items, texts))
     kept = {item: text for item, text in texts.items() if item not in found.drops}
     ids = list(kept)
-    found.groups.update((item, ids[first]) for item, first in zip(ids, duplicates.group(list(kept.values()), config.clean.similarity)))
-    dropped, weights = thin(found.groups, config.clean.duplicates, config.seed)
+    found.groups.update((item, ids[first]) for item, first in zip(ids, duplicates.group(list(kept.values()), config.clean.dedup_jaccard)))
+    dropped, weights = thin(found.groups, config.clean.duplicates, config.clean.duplicate_cap, config.seed)
     found.drops.update(dropped)
     found.weights.update(balanced(weights, found.languages, config.instruct.languages))
     return found
@@ -130,7 +130,7 @@ def _resembling(run: SynthesisRun, items: list[Item], texts: Mapping[int, str]) 
         return *opening, *format.tokenizer(text, add_special_tokens=False, verbose=False).input_ids[:EMBEDDED]
 
     with run.at_work("clean", dataclasses.replace(run.base, engine="transformers"), record=False) as worker:
-        return resembling(worker.engine.embed, tokens, items, texts, run.config.clean.embedding_similarity, run.say)
+        return resembling(worker.engine.embed, tokens, items, texts, run.config.clean.contamination_cosine, run.say)
 
 
 def resembling(embed: contamination.Embed, tokens: Callable[[str], tuple[int, ...]], items: list[Item], texts: Mapping[int, str],
@@ -155,17 +155,16 @@ def resembling(embed: contamination.Embed, tokens: Callable[[str], tuple[int, ..
     return drops
 
 
-def thin(groups: Mapping[int, int], rule: str, seed: int) -> tuple[dict[int, Drop], dict[int, float]]:
+def thin(groups: Mapping[int, int], rule: str, cap: float, seed: int) -> tuple[dict[int, Drop], dict[int, float]]:
     """Drops and weights by the rule for groups of near-duplicates. Who of a group stays is drawn by the run's seed."""
-    kind, most = duplicate_rule(rule)
     members: dict[int, list[int]] = defaultdict(list)
     for item, first in groups.items():
         members[first].append(item)
-    most = {"cap": most_of(most, len(groups)), "drop": 1}.get(kind, len(groups))
+    most = {"cap": most_of(cap, len(groups)), "drop": 1}.get(rule, len(groups))
     drops, weights = {}, {}
     for first, of in members.items():
         drawn = of if len(of) <= most else sorted(of, key=lambda item: (uniform(seed, "clean", "duplicates", item), item))
-        weights.update(dict.fromkeys(drawn[:most], 1.0 / len(of) if kind == "weight" else 1.0))
+        weights.update(dict.fromkeys(drawn[:most], 1.0 / len(of) if rule == "weight" else 1.0))
         drops.update((item, Drop("near-duplicate", f"group {first} of {len(of):,}, {most} stay")) for item in drawn[most:])
     return drops, weights
 

@@ -39,9 +39,9 @@ def instruct(run: SynthesisRun) -> None:
     with run.at_work("instruct", run.base) as worker:
         if not run.pool.select("SELECT 1 FROM items LIMIT 1"):
             with run.pool.transaction():
-                run.pool.insert("items", map(plan, itertools.repeat(config), range(config.instruct.count)))
+                run.pool.insert("items", map(plan, itertools.repeat(config), range(config.instruct.num_instructions)))
         sample_fresh(run, worker)
-        for position in range(2 * len(config.instruct.turns) - 1):
+        for position in range(2 * len(config.instruct.turn_weights) - 1):
             sample_turns(run, worker, position)
     run.finish("instruct")
 
@@ -50,9 +50,9 @@ def plan(config: Config, item: int) -> Item:
     """What item number `item` is sampled under: strata of temperature and top_p in turn, system prompt and turns by weight."""
     options = config.instruct
     strata = list(itertools.product(options.temperature, options.top_p))
-    system = seeds.choice([system.weight for system in options.systems], config.seed, "system", item)
-    turns = 1 + seeds.choice(options.turns, config.seed, "turns", item)
-    return Item(item, *strata[item % len(strata)], options.systems[system].text, turns)
+    system = seeds.choice([system.weight for system in options.system_prompts], config.seed, "system", item)
+    turns = 1 + seeds.choice(options.turn_weights, config.seed, "turns", item)
+    return Item(item, *strata[item % len(strata)], options.system_prompts[system].text, turns)
 
 
 # ---------------------------------------------------------------- the pool's turns
@@ -148,7 +148,7 @@ class Prefixes:
 def sample_fresh(run: SynthesisRun, worker: Worker) -> None:
     """First turns at temperature 1 and top_p 1, under the pool's system prompts, for comparison only."""
     have = {item for item, in run.pool.select("SELECT id FROM fresh")}
-    missing = [item for item in range(run.config.instruct.fresh) if item not in have]
+    missing = [item for item in range(run.config.instruct.reference_samples) if item not in have]
     if not missing:
         return
     format, config = run.format(run.base), run.config
@@ -158,8 +158,8 @@ def sample_fresh(run: SynthesisRun, worker: Worker) -> None:
         return seeds.seed(config.seed, "fresh", name_of(run.base), item)
 
     def prefix(item: int) -> UserPrompt:
-        chosen = seeds.choice([system.weight for system in config.instruct.systems], config.seed, "fresh system", item)
-        return prefixes((), config.instruct.systems[chosen].text)
+        chosen = seeds.choice([system.weight for system in config.instruct.system_prompts], config.seed, "fresh system", item)
+        return prefixes((), config.instruct.system_prompts[chosen].text)
 
     def requests() -> Iterable[CompletionRequest]:
         return (CompletionRequest((item,), Prompt(prefix(item).token_ids), sampling, seed(item)) for item in missing)

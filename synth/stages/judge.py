@@ -36,7 +36,7 @@ def judge(run: SynthesisRun) -> None:
         scoring = Scoring(run, model)
         if missing := scoring.missing():
             with run.at_work("judge", model) as worker:
-                ask = worker.choose if scoring.options.score == "expect" else worker.complete
+                ask = worker.choose if scoring.options.scoring == "expected_score" else worker.complete
                 ask(scoring.requests(), missing, scoring.write)
     if run.config.judge.pairwise:
         compare(run)
@@ -46,8 +46,8 @@ def judge(run: SynthesisRun) -> None:
 def settle(run: SynthesisRun) -> None:
     """Keep what scores depend on, the rubric's own words too; UserError where a later call has other ones."""
     options, text = run.config.judge, rubric(run.config.judge)
-    length = {"max_tokens": options.max_tokens} if options.score == "paper" else {}
-    run.settle("judge", {"judges": [identity(model) for model in run.config.judges], "score": options.score, **length,
+    length = {"max_tokens": options.max_tokens} if options.scoring == "generated" else {}
+    run.settle("judge", {"judges": [identity(model) for model in run.config.judges], "scoring": options.scoring, **length,
                          "rubric": hashlib.sha256(text.encode()).hexdigest()[:16]})
     if run.pool.get("rubric") is None:
         with run.pool.transaction():
@@ -107,7 +107,7 @@ class Scoring(Judging):
             last = page[-1][:3]
 
     def _request(self, key: tuple, text: str) -> ChoiceRequest | CompletionRequest:
-        if self.options.score == "expect":
+        if self.options.scoring == "expected_score":
             return self.choice(key, text, DIGITS)
         return self.completion(key, text, self._seed(key))
 
@@ -157,7 +157,8 @@ class Pair(NamedTuple):
 
 def compare(run: SynthesisRun) -> None:
     """Every judge that wrote neither of an item's two best answers (every judge, where there is no such) compares them in both orders."""
-    run.settle("pairwise", {"normalise": run.config.judge.normalise, "text": hashlib.sha256(PAIRWISE.encode()).hexdigest()[:16]})
+    run.settle("pairwise", {"calibrate_judges": run.config.judge.calibrate_judges,
+                            "text": hashlib.sha256(PAIRWISE.encode()).hexdigest()[:16]})
     with run.pool.transaction():
         rate(run)
     pairs = list(best_pairs(run))

@@ -45,7 +45,7 @@ class Answering:
         self.run, self.model, self.name, self.options = run, model, name_of(model), run.config.respond
         self.format: ChatFormat | None = None if kind_of(model) == "openai" else run.format(model)
         self.is_base = model is run.base
-        self.samples = [*range(self.options.samples), *([GREEDY] if self.is_base and self.options.greedy_self else [])]
+        self.samples = [*range(self.options.num_samples), *([GREEDY] if self.is_base and self.options.include_greedy else [])]
 
     def _have(self) -> set[int]:
         """Answers that are in the pool, as numbers: millions of pairs would not fit."""
@@ -53,7 +53,7 @@ class Answering:
         return {self._number(item, sample) for item, sample in rows}
 
     def _number(self, item: int, sample: int) -> int:
-        return item * (self.options.samples + 1) + sample + 1
+        return item * (self.options.num_samples + 1) + sample + 1
 
     def missing(self) -> int:
         kept, = self.run.pool.select(f"SELECT count(*) FROM items WHERE {CLEAN}")[0]
@@ -102,7 +102,7 @@ class Answering:
 
 def _unread(run: SynthesisRun) -> list[tuple[int, str, int]]:
     """Usable answers of other models that the base has not read yet."""
-    if not run.config.respond.base_likelihood:
+    if not run.config.respond.score_with_base:
         return []
     return run.pool.select("SELECT item, model, sample FROM responses WHERE base_tokens IS NULL AND reason IS NULL "
                            "ORDER BY item, model, sample")

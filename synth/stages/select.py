@@ -1,6 +1,6 @@
 """Stage `select`: which answer to each instruction goes into the replay set, and which one it is to be preferred to.
 
-The best-rated one; or, of those within `select.within` points of the best, the one that most of them say word for word (self-consistency,
+The best-rated one; or, of those within `select.margin` points of the best, the one that most of them say word for word (self-consistency,
 Wang et al., arXiv 2203.11171) and, of several, the most likely under the base, per token (GRAPE, arXiv 2502.04194): it moves the model
 least. Where answers are long no two are alike, and likelihood alone decides. Where the two best were compared, the one preferred over both
 orders and all judges. Or the first of those named, which needs no judge: a single answer, or the greedy one. Cheap, and done anew at every
@@ -69,7 +69,7 @@ def select(run: SynthesisRun) -> None:
         chosen, dropped = [], []
         for item, weight, answers in candidates(run):
             answers = sorted(filter(order.has, answers), key=order)
-            reason, detail = drop_reason(answers, weight, run.config.select.floor if judged else None)
+            reason, detail = drop_reason(answers, weight, run.config.select.min_score if judged else None)
             if reason:
                 dropped.append((item, "select", reason, detail))
             elif judged:
@@ -110,19 +110,19 @@ def candidates(run: SynthesisRun) -> Iterator[tuple[int, float, list[Answer]]]:
 
 
 class Among:
-    """Which answers `select.among` names, and their order. UserError for a name or a number that the pool does not have."""
+    """Which answers `select.candidates` names, and their order. UserError for a name or a number that the pool does not have."""
 
     def __init__(self, run: SynthesisRun):
-        named, config = run.config.select.among, run.config
+        named, config = run.config.select.candidates, run.config
         self.models = [name_of(model) for model in (config.base, *config.responders)]
-        samples = {model: list(range(config.respond.samples)) for model in self.models}
-        if config.respond.greedy_self:
+        samples = {model: list(range(config.respond.num_samples)) for model in self.models}
+        if config.respond.include_greedy:
             samples[name_of(config.base)].append(GREEDY)
         every = {f"{model}:{'greedy' if k == GREEDY else k}": (model, k) for model in self.models for k in samples[model]}
         keys = []
         for name in named or self.models:
             if name not in every and name not in samples:
-                raise UserError(f"select.among: expected names among {', '.join([*self.models, *every])}, got {name}")
+                raise UserError(f"select.candidates: expected names among {', '.join([*self.models, *every])}, got {name}")
             keys += [every[name]] if name in every else [(name, k) for k in samples[name]]
         self.place = {key: place for place, key in reversed(list(enumerate(keys)))}
 
@@ -189,14 +189,14 @@ def choose(config: Config, item: int, answers: Sequence[Answer], preferred: tupl
 
 
 def by_rule(config: Config, item: int, rated: Sequence[Answer]) -> Answer:
-    """max: the best. Else, near the best: agreed: what most say, then the likeliest of it; likeliest: the likeliest.
+    """best: the best. Else, of those near the best: majority: what most say, then the likeliest of it; base_likelihood: the likeliest.
 
     The best, where the base could read none of those. Ties by the seed.
     """
     best = max(answer.value for answer in rated)
-    if config.select.rule != "max":
-        near = [answer for answer in rated if answer.value >= best - config.select.within - EQUAL]
-        said = Counter(answer.text if config.select.rule == "agreed" else None for answer in near)
+    if config.select.rule != "best":
+        near = [answer for answer in rated if answer.value >= best - config.select.margin - EQUAL]
+        said = Counter(answer.text if config.select.rule == "majority" else None for answer in near)
         read = [answer for answer in near if answer.likelihood is not None]
         if read:
             return min(read, key=lambda answer: (-said[answer.text], -answer.likelihood, lot(config, item, answer)))
@@ -207,7 +207,7 @@ def rejected(config: Config, item: int, rated: Sequence[Answer], chosen: Answer)
     """The worst answer that reads otherwise, if it is clearly worse: by more than the points within which answers count as near."""
     others = [answer for answer in rated if answer.text != chosen.text]
     worst = min((answer.value for answer in others), default=chosen.value)
-    if worst >= chosen.value - config.select.within - EQUAL:
+    if worst >= chosen.value - config.select.margin - EQUAL:
         return None
     return min((answer for answer in others if answer.value <= worst + EQUAL), key=lambda answer: lot(config, item, answer))
 

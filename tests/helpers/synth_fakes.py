@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from synth.config import Config, Model, name_of, settled
+from synth.config import Config, Model, name_of, resolve_presets
 from synth.engines.interface import Choice, Completion, Embedding, EngineError, EngineInfo, Failure, Likelihood
 from synth.pool.run import SynthesisRun
 from synth.pool.store import Pool
@@ -109,7 +109,7 @@ def make_run(folder: Path, models: Sequence[str] = ("base",), say: Callable[[str
     All have the tokenizer and chat template of the miniature's base. Close its pool, or leave that to the end of the process.
     """
     base, *others = (Model(path=BASE, name=name) for name in models)
-    config = settled(Config(**{"output": str(folder), "base": base, "responders": others} | options))
+    config = resolve_presets(Config(**{"output": str(folder), "base": base, "responders": others} | options))
     return SynthesisRun(config, Pool(folder / "pool.sqlite"), say or (lambda line: None))
 
 

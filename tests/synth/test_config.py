@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from synth.config import Config, Instruct, Judge, Model, Respond, Select, duplicate_rule, name_of, settled, validate
+from synth.config import Clean, Config, Instruct, Judge, Model, Respond, Select, name_of, resolve_presets, validate
 from synth.pool.seeds import choice, seed, uniform
 from trainer.cli import parse
 from trainer.errors import UserError
@@ -13,57 +13,72 @@ BASE = Model(path="models/base")
 
 
 def test_yaml_and_overrides_become_a_config(tmp_path):
-    (tmp_path / "c.yaml").write_text("base: {path: m}\nresponders: [{path: a/b}, {path: gpt, engine: openai, url: 'http://x/v1'}]\n")
-    config = parse(Config, ["--config", str(tmp_path / "c.yaml"), "--instruct.count", "7"], "synth.run")
-    assert config.instruct.count == 7 and [name_of(model) for model in config.responders] == ["b", "gpt"]
+    (tmp_path / "c.yaml").write_text("base: {path: m}\nresponders: [{path: a/b}, {path: gpt, engine: openai, base_url: 'http://x/v1'}]\n")
+    config = parse(Config, ["--config", str(tmp_path / "c.yaml"), "--instruct.num_instructions", "7"], "synth.run")
+    assert config.instruct.num_instructions == 7 and [name_of(model) for model in config.responders] == ["b", "gpt"]
     validate(config)
 
 
 def test_the_papers_preset_is_its_table():
-    paper = settled(Config(base=BASE, responders=[Model(path="b")], preset="paper", select=Select(floor=3.0)))
+    paper = resolve_presets(Config(base=BASE, responders=[Model(path="b")], preset="paper", select=Select(min_score=3.0)))
     assert (paper.instruct.temperature, paper.instruct.top_p) == ([1.0], [0.98])
-    assert (paper.respond.samples, paper.respond.greedy_self, paper.clean.duplicates) == (3, False, "keep")
-    assert (paper.judge.score, paper.judge.exclude_self, paper.select.rule, paper.select.floor) == ("paper", False, "max", 0.0)
+    assert (paper.respond.num_samples, paper.respond.include_greedy, paper.clean.duplicates) == (3, False, "keep")
+    assert (paper.judge.scoring, paper.judge.exclude_self) == ("generated", False)
+    assert (paper.select.rule, paper.select.min_score) == ("best", 0.0)
     assert paper.judges == [BASE, Model(path="b")]
 
 
 def test_the_default_preset_keeps_what_was_chosen():
-    judge = Judge(score="paper")
-    assert settled(Config(base=BASE, judge=judge, judges=[Model(path="j")])).judge is judge
-    assert settled(Config(base=BASE, judges=[Model(path="j")])).judges == [Model(path="j")]
+    judge = Judge(scoring="generated")
+    assert resolve_presets(Config(base=BASE, judge=judge, judges=[Model(path="j")])).judge is judge
+    assert resolve_presets(Config(base=BASE, judges=[Model(path="j")])).judges == [Model(path="j")]
 
 
 @pytest.mark.parametrize(("config", "message"), [
     (Config(), "base.path: expected the model"),
-    (Config(base=Model(path="m", engine="openai", url="u")), "base.engine: expected vllm or transformers"),
-    (Config(base=BASE, responders=[Model(path="m", engine="openai")]), "responders: url: expected the server's base URL"),
+    (Config(base=Model(path="m", engine="openai", base_url="u")), "base.engine: expected vllm or transformers"),
+    (Config(base=BASE, responders=[Model(path="m", engine="openai")]), "responders: base_url: expected the server's URL"),
     (Config(base=BASE, responders=[Model(path="x/base")]), "responders: name: expected names that differ"),
-    (Config(base=BASE, instruct=Instruct(count=0)), "instruct.count: expected 1"),
+    (Config(base=BASE, instruct=Instruct(num_instructions=0)), "instruct.num_instructions: expected 1"),
     (Config(base=BASE, instruct=Instruct(top_p=[0.0])), "instruct.top_p"),
-    (Config(base=BASE, instruct=Instruct(turns=[])), "instruct.turns"),
+    (Config(base=BASE, instruct=Instruct(turn_weights=[])), "instruct.turn_weights"),
     (Config(base=BASE, stages=[]), "stages: expected some of probe"),
-    (Config(base=BASE, respond=Respond(samples=0, greedy_self=False)), "respond.samples: expected 1 or more; 0 beside respond.greedy_self"),
-    (Config(base=BASE, respond=Respond(samples=0), responders=[Model(path="y")]), "respond.samples: expected 1 or more, for responders"),
-    (Config(base=BASE, respond=Respond(base_likelihood=False)), "respond.base_likelihood: expected true, for select.rule agreed"),
-    (Config(base=BASE, judge=Judge(score="paper"), select=Select(score="mode")), "select.score: expected mean, beside judge.score paper"),
-    (Config(base=BASE, judge=Judge(pairwise=True), select=Select(rule="first")), "select.rule: expected max, agreed or likeliest, beside"),
+    (Config(base=BASE, respond=Respond(num_samples=0, include_greedy=False)), "respond.num_samples: expected 1 or more, or 0 with"),
+    (Config(base=BASE, respond=Respond(num_samples=0), responders=[Model(path="y")]),
+     "respond.num_samples: expected 1 or more, for responders"),
+    (Config(base=BASE, respond=Respond(score_with_base=False)), "respond.score_with_base: expected true, for select.rule majority"),
+    (Config(base=BASE, judge=Judge(scoring="generated"), select=Select(statistic="mode")),
+     "select.statistic: expected mean, with judge.scoring generated"),
+    (Config(base=BASE, judge=Judge(pairwise=True), select=Select(rule="first")),
+     "select.rule: expected best, majority or base_likelihood, with"),
 ])
 def test_what_no_run_can_use_is_named(config, message):
     with pytest.raises(UserError, match=message):
         validate(config)
 
 
-@pytest.mark.parametrize(("text", "rule"), [
-    ("cap:3", ("cap", 3)), ("cap:0.5%", ("cap", 0.005)), ("cap:.2%", ("cap", 0.002)), ("keep", ("keep", 0)), ("weight", ("weight", 0)),
-    ("drop", ("drop", 0))])
-def test_duplicate_rules(text, rule):
-    assert duplicate_rule(text) == rule
+@pytest.mark.parametrize("cap", [1, 3, 0.005, 0.002, 100.0])
+def test_a_cap_is_a_share_or_a_count(cap):
+    validate(Config(base=BASE, clean=Clean(duplicate_cap=cap)))
 
 
-@pytest.mark.parametrize("text", ["cap", "cap:0", "cap:x", "cap:1.5", "cap:0%", "cap:100%", "cap:2%%", "none", ""])
-def test_other_duplicate_rules_are_refused(text):
-    with pytest.raises(UserError, match="clean.duplicates: expected keep, cap:k"):
-        duplicate_rule(text)
+@pytest.mark.parametrize("cap", [0, -1, 1.5, -0.1])
+def test_other_caps_are_refused(cap):
+    with pytest.raises(UserError, match="clean.duplicate_cap: expected a share above 0 and below 1, or a whole number of 1 or more, got"):
+        validate(Config(base=BASE, clean=Clean(duplicate_cap=cap)))
+
+
+@pytest.mark.parametrize("name", ["OPENAI_API_KEY", "_key", "MY_COMPANYS_VERY_LONG_INFERENCE_SERVER_KEY"])
+def test_the_key_is_named_by_its_environment_variable(name):
+    validate(Config(base=BASE, judges=[Model(path="gpt", engine="openai", base_url="http://x/v1", api_key_env=name)]))
+
+
+@pytest.mark.parametrize("key", ["sk-proj-abc123", "sk_abc123", "gsk_abc123", "hf_abc123", "d41d8cd98f00b204e9800998ecf8427e", "", "$KEY",
+                                 "MY KEY", "2f5a"])
+def test_a_key_in_place_of_its_name_is_refused_and_not_printed(key):
+    with pytest.raises(UserError, match="judges: api_key_env: expected the NAME of an environment variable") as error:
+        validate(Config(base=BASE, judges=[Model(path="gpt", engine="openai", base_url="http://x/v1", api_key_env=key)]))
+    assert not key or key not in str(error.value)
 
 
 def test_seeds_tell_every_part_and_its_place_apart():

@@ -31,8 +31,9 @@ KILLS = int(os.environ.get("STEADFAST_KILLS", 2))
 ENGINE = "vllm" if find_spec("vllm") else "transformers"
 SETTINGS = {
     "base": {"path": str(BASE)}, "responders": [{"path": str(BASE), "name": "twin"}],
-    "probe": {"samples": 20, "temperature": [1.0]}, "instruct": {"count": 150, "fresh": 40, "max_tokens": 64, "turns": [4.0, 1.0]},
-    "respond": {"samples": 2, "max_tokens": 32}, "judge": {"rubric": str(RUBRIC)}, "report": {"embeddings": False, "topics": 4},
+    "probe": {"samples": 20, "temperature": [1.0]},
+    "instruct": {"num_instructions": 150, "reference_samples": 40, "max_tokens": 64, "turn_weights": [4.0, 1.0]},
+    "respond": {"num_samples": 2, "max_tokens": 32}, "judge": {"rubric": str(RUBRIC)}, "report": {"embeddings": False, "topics": 4},
 }
 
 
@@ -165,8 +166,8 @@ def test_a_changed_seed_or_base_is_refused(whole, tmp_path):
     settings = cli.parse(Config, ["--config", str(whole[0] / "config.yaml"), "--stages", "[instruct]"], "synth.run")
     settings.seed = 1
     assert "pool.seed: this pool was made with 0, found 1" in refused(settings)
-    settings.seed, settings.instruct = 0, Instruct(count=151)
-    assert "instruct.count: this pool was made with 150, found 151" in refused(settings)
+    settings.seed, settings.instruct = 0, Instruct(num_instructions=151)
+    assert "instruct.num_instructions: this pool was made with 150, found 151" in refused(settings)
     assert dump(whole[0]) == before
 
 
@@ -200,17 +201,17 @@ def test_a_missing_key_and_a_server_that_is_down_are_one_line(whole, tmp_path, m
     settings = cli.parse(Config, ["--config", str(whole[0] / "config.yaml"), "--stages", "[judge]", "--output", str(copy)], "synth.run")
     before = dump(copy)
     monkeypatch.delenv("STEADFAST_TEST_KEY", raising=False)
-    settings.judges = [Model(path="big", engine="openai", url="https://api.example.com/v1", api_key="STEADFAST_TEST_KEY")]
+    settings.judges = [Model(path="big", engine="openai", base_url="https://api.example.com/v1", api_key_env="STEADFAST_TEST_KEY")]
     assert "STEADFAST_TEST_KEY" in refused(settings)
     assert [t for t in before[0] if t != "meta" and dump(copy)[0][t] != before[0][t]] == []
 
 
 def test_a_context_too_short_drops_every_item_with_the_reason(tmp_path):
-    config_ = config(tmp_path, instruct=Instruct(count=3, fresh=0, systems=[]))
-    config_.base = Model(path=str(BASE), max_length=8)
+    config_ = config(tmp_path, instruct=Instruct(num_instructions=3, reference_samples=0, system_prompts=[]))
+    config_.base = Model(path=str(BASE), max_model_len=8)
     from synth.config import System
 
-    config_.instruct.systems = [System("word " * 20)]
+    config_.instruct.system_prompts = [System("word " * 20)]
     config_.stages = ["instruct"]
     synthesise(config_)
     with Pool(tmp_path / "out" / "pool.sqlite") as pool:

@@ -35,11 +35,11 @@ def selections(base: str) -> dict[str, Selection]:
     """The synthetic sets, by name; `base` is what the pool calls the base."""
     sampled = own(base, *map(str, range(SAMPLES)))
     return {
-        "self 1x1": Selection(Select(rule="first", among=sampled[:1])),
-        "self 1x3": Selection(Select(rule="max", score="mode", among=sampled), paper=True),
-        "paper": Selection(Select(rule="max", score="mode", among=[*sampled, "tutor", "peer"]), paper=True),
+        "self 1x1": Selection(Select(rule="first", candidates=sampled[:1])),
+        "self 1x3": Selection(Select(rule="best", statistic="mode", candidates=sampled), paper=True),
+        "paper": Selection(Select(rule="best", statistic="mode", candidates=[*sampled, "tutor", "peer"]), paper=True),
         "plus": Selection(Select()),
-        "greedy": Selection(Select(rule="first", among=own(base, "greedy"))),
+        "greedy": Selection(Select(rule="first", candidates=own(base, "greedy"))),
     }
 
 

@@ -42,7 +42,7 @@ def replay_settings(output: Path, count: int) -> synthesis.Config:
     base, *others = (synthesis.Model(path=str(member.folder)) for member in FAMILY.values())
     return synthesis.Config(
         output=str(output), base=base, responders=others, probe=synthesis.Probe(samples=200),
-        instruct=synthesis.Instruct(count=count, max_tokens=64), respond=synthesis.Respond(max_tokens=32),
+        instruct=synthesis.Instruct(num_instructions=count, max_tokens=64), respond=synthesis.Respond(max_tokens=32),
         judge=synthesis.Judge(rubric=str(RUBRIC)))
 
 

@@ -46,12 +46,12 @@ def pool_settings(work: Path, base: str, count: int) -> synthesis.Config:
     settings = replay_settings(work / base / "synth", count)
     return replace(
         settings, base=synthesis.Model(path=str(STUDIED[base].folder)), judges=[] if STUDIED[base].tuning else settings.responders,
-        instruct=replace(settings.instruct, fresh=0), respond=replace(settings.respond, samples=SAMPLES),
+        instruct=replace(settings.instruct, reference_samples=0), respond=replace(settings.respond, num_samples=SAMPLES),
         judge=replace(settings.judge, exclude_self=False), stages=["probe", "instruct", "clean", "respond", "judge"])
 
 
 def chosen(settings: synthesis.Config, how: Selection) -> synthesis.Config:
-    judge = replace(settings.judge, exclude_self=not how.paper, normalise=not how.paper)
+    judge = replace(settings.judge, exclude_self=not how.paper, calibrate_judges=not how.paper)
     return replace(settings, stages=["select"], select=how.select, judge=judge)
 
 

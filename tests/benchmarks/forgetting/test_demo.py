@@ -7,14 +7,14 @@ from benchmarks.forgetting.miniature.domain import DOMAIN
 from benchmarks.forgetting.miniature.family import FAMILY
 from benchmarks.forgetting.miniature.skills import GENERAL
 from benchmarks.forgetting.miniature.world import heldout_items, training_records, write_jsonl
-from synth.config import name_of, settled, validate
+from synth.config import name_of, resolve_presets, validate
 
 
 def test_three_models_answer_and_judge():
     config = demo.replay_settings(demo.RUN / "synth", 10)
     validate(config)
-    assert [name_of(model) for model in settled(config).judges] == list(FAMILY) == ["base", "tutor", "peer"]
-    assert config.instruct.count == 10 and "{response}" in open(config.judge.rubric).read()
+    assert [name_of(model) for model in resolve_presets(config).judges] == list(FAMILY) == ["base", "tutor", "peer"]
+    assert config.instruct.num_instructions == 10 and "{response}" in open(config.judge.rubric).read()
 
 
 def test_demo_prints_every_row_and_where_the_pages_are(tmp_path, monkeypatch, capsys):
@@ -32,7 +32,7 @@ def test_demo_prints_every_row_and_where_the_pages_are(tmp_path, monkeypatch, ca
     out = capsys.readouterr().out
     rows = {arm: [float(x) for x in re.search(rf"^{arm} +([\d.]+) +([\d.]+) +([\d.]+)", out, re.M).groups()]
             for arm in ("base", "domain only", "with replay")}
-    assert rows["base"][0] > 0.9 and rows["base"][1] == 0 and made[0].instruct.count == demo.INSTRUCTIONS
+    assert rows["base"][0] > 0.9 and rows["base"][1] == 0 and made[0].instruct.num_instructions == demo.INSTRUCTIONS
     assert rows["domain only"][2] > rows["with replay"][2]  # forgotten: replay of the world's own chats holds it down
     for name in ("domain-only", "with-replay"):
         page = tmp_path / "runs" / "demo" / name / "report.html"

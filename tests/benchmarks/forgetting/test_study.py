@@ -14,7 +14,7 @@ from benchmarks.forgetting.miniature.skills import GENERAL, recognise
 from benchmarks.forgetting.miniature.study import Job, Outcome, Size, recipe
 from benchmarks.forgetting.miniature.world import heldout_items, training_records, write_jsonl
 from benchmarks.harness import record
-from synth.config import name_of, settled
+from synth.config import name_of, resolve_presets
 from synth.config import validate as validate_synthesis
 from trainer.config import validate
 
@@ -51,11 +51,11 @@ def test_names_are_files_and_rows_of_their_own():
 def test_every_set_is_a_choice_that_synth_accepts(base, tmp_path):
     settings = pool_settings(tmp_path, base, 100)
     validate_synthesis(settings)
-    assert [name_of(model) for model in settled(settings).judges] == [base, "tutor", "peer"][0 if STUDIED[base].tuning else 1:]
+    assert [name_of(model) for model in resolve_presets(settings).judges] == [base, "tutor", "peer"][0 if STUDIED[base].tuning else 1:]
     for how in selections(base).values():
         config = chosen(settings, how)
         validate_synthesis(config)
-        assert config.stages == ["select"] and config.judge.exclude_self == config.judge.normalise == (not how.paper)
+        assert config.stages == ["select"] and config.judge.exclude_self == config.judge.calibrate_judges == (not how.paper)
         assert replace(config, stages=settings.stages, select=settings.select, judge=settings.judge) == settings
 
 

@@ -34,7 +34,7 @@ def impatient(monkeypatch):
 
 def model(server, **settings) -> Model:
     url = server.url if isinstance(server, Scripted) else server
-    return Model(path="m", engine="openai", url=url, **settings)
+    return Model(path="m", engine="openai", base_url=url, **settings)
 
 
 def chat(i: int, **changes) -> CompletionRequest:
@@ -111,7 +111,7 @@ def test_choices_are_summed_over_their_spellings(opened):
 @pytest.mark.parametrize("answer", [Answer(200, said("4")), fault(400, "logprobs are not supported by this model")])
 def test_a_server_without_logprobs_is_no_judge_by_expectation(opened, answer):
     with Scripted(otherwise=lambda body: answer) as server:
-        with pytest.raises(EngineError, match=r"tells no log-probabilities of choices; use judge\.score paper"):
+        with pytest.raises(EngineError, match=r"returns no log-probabilities of the choices; use judge.scoring generated"):
             list(opened(server).choose([ChoiceRequest(("j", 1), chat(0).prompt, ("1", "2"))]))
 
 
@@ -210,7 +210,8 @@ def test_one_refused_request_fails_alone(opened):
 @pytest.mark.parametrize("answer, words", [
     (fault(401, "bad key"), r"refuses the key in OPENAI_API_KEY \(401\): bad key; set another one"),
     (fault(403, "not you"), r"refuses the key .*403"),
-    (fault(404, "The model does not exist"), r"does not know this model or path \(404\): The model does not exist; correct path or url"),
+    (fault(404, "The model does not exist"),
+     r"does not know this model or path \(404\): The model does not exist; correct path or base_url"),
     (fault(429, "You exceeded your current quota", "insufficient_quota"), r"quota is used up"),
     (fault(429, "slow down"), r"still answered 429 after 6 tries: slow down; ask for less at once"),
     (fault(400, "temperature must be 1"), r"failed 20 requests in a row: refused by the server: temperature must be 1"),
@@ -250,7 +251,7 @@ def test_a_server_that_is_down(opened):
         nobody.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{nobody.getsockname()[1]}/v1"
     before = {*threading.enumerate()}
-    with pytest.raises(EngineError, match=f"m: no server answers at {url} .*; start it, or correct url"):
+    with pytest.raises(EngineError, match=f"m: no server answers at {url} .*; start it, or correct base_url"):
         opened(url)
     assert {*threading.enumerate()} <= before
 
@@ -266,10 +267,10 @@ def test_a_server_that_goes_down_meanwhile(opened):
 
 def test_keys(opened, monkeypatch):
     with pytest.raises(EngineError, match="expected an API key for https://api.example.com/v1 in the environment variable MY_KEY"):
-        opened("https://api.example.com/v1", api_key="MY_KEY")
+        opened("https://api.example.com/v1", api_key_env="MY_KEY")
     monkeypatch.setenv("MY_KEY", "secret")
     with Scripted() as server:
-        ask(opened(server, api_key="MY_KEY"), chat(0))
+        ask(opened(server, api_key_env="MY_KEY"), chat(0))
     assert server.asked[0][2]["authorization"] == "Bearer secret"
 
 
@@ -352,7 +353,7 @@ def test_a_vllm_server_gives_what_vllm_gives_in_process(served, tmp_path):
     completions += [CompletionRequest(("leak", i), Prompt((0, 4)), Sampling(2.0, 1.0, 200), i) for i in range(40)]
     prompt = Prompt((0, 4, 24, 1, 5))
     choices = [ChoiceRequest(("j", 1), prompt, ("a", "s", "h"))]
-    remote = open_engine(Model(path="mini", engine="openai", url=served), Path("unused"))
+    remote = open_engine(Model(path="mini", engine="openai", base_url=served), Path("unused"))
     local = open_engine(Model(path=BASE, engine="vllm"), tmp_path / "log")
     try:
         assert remote.info.fingerprint.endswith("max_model_len=512")
@@ -367,7 +368,7 @@ def test_a_vllm_server_gives_what_vllm_gives_in_process(served, tmp_path):
     finally:
         remote.close()
         local.close()
-    wrong = Model(path="other", engine="openai", url=served)
+    wrong = Model(path="other", engine="openai", base_url=served)
     engine = open_engine(wrong, Path("unused"))
     with pytest.raises(EngineError, match="does not know this model or path"):
         list(engine.complete([chat(1)]))

@@ -323,7 +323,7 @@ def opened(tmp_path):
 
 def test_shards_give_what_one_gives(engine, opened, tokenizer):
     requests = instruct(150) + answers(tokenizer, 100)
-    two = opened(engine.info.name.split()[0], shards=2)
+    two = opened(engine.info.name.split()[0], data_parallel_size=2)
     assert len({shard.process.pid for shard in two.shards}) == 2 and two.info == engine.info
     assert ask(two, requests) == ask(engine, requests)
     assert all(shard.busy > 0 for shard in two.shards) and two.busy() == sum(shard.busy for shard in two.shards) / 2
@@ -360,7 +360,7 @@ from pathlib import Path
 from synth.config import Model
 from synth.engines import open_engine
 from synth.engines.interface import CompletionRequest, Prompt, Sampling
-engine = open_engine(Model(path=sys.argv[1], engine=sys.argv[2], shards=2), Path(sys.argv[3]))
+engine = open_engine(Model(path=sys.argv[1], engine=sys.argv[2], data_parallel_size=2), Path(sys.argv[3]))
 print(*(shard.process.pid for shard in engine.shards), flush=True)
 for n, _ in enumerate(engine.complete(CompletionRequest((k,), Prompt((0, 4)), Sampling(1.0, 1.0, 400), k) for k in range(10**6))):
     if n == 20:
@@ -456,12 +456,12 @@ def test_an_unknown_architecture(copy, kind):
 
 @pytest.mark.parametrize("kind", [needs("vllm"), needs("transformers")])
 def test_a_context_longer_than_the_models_own(copy, kind):
-    said = refused(copy, engine=kind, max_length=4_096)
-    assert re.search("max_length: expected at most 512, .*found 4,096|the context is longer than the model's own", said)
+    said = refused(copy, engine=kind, max_model_len=4_096)
+    assert re.search("max_model_len: expected at most 512, .*found 4,096|the context is longer than the model's own", said)
 
 
 def test_a_shorter_context(opened):
-    engine = opened("transformers", max_length=40)
+    engine = opened("transformers", max_model_len=40)
     found = ask(engine, [CompletionRequest((1,), Prompt((BOS, USER) + (7,) * 38), HOW, 1),
                          CompletionRequest((2,), Prompt((BOS, USER) + (7,) * 30), HOW._replace(stop_ids=()), 1)])
     assert found[1,].reason == "prompt of 40 tokens, context of 40" and found[2,].tokens <= 8
@@ -482,11 +482,11 @@ def test_more_gpus_than_there_are(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,5,7")
     devices, model = process_engine._devices("transformers"), Model(path="m")
     assert devices == ["2", "3", "5", "7"] and process_engine._shards(model, devices) == 4
-    assert process_engine._shards(replace(model, tensor_parallel=2), devices) == 2
-    assert process_engine._shards(replace(model, shards=3), devices) == 3
-    with pytest.raises(EngineError, match="expected 6 GPUs for 3 shards of tensor_parallel 2, found 4; ask for fewer"):
-        process_engine._shards(replace(model, shards=3, tensor_parallel=2), devices)
-    assert process_engine._shards(model, []) == 1 and process_engine._shards(replace(model, shards=3), []) == 3
+    assert process_engine._shards(replace(model, tensor_parallel_size=2), devices) == 2
+    assert process_engine._shards(replace(model, data_parallel_size=3), devices) == 3
+    with pytest.raises(EngineError, match="data_parallel_size, tensor_parallel_size: expected 6 GPUs for 3 x 2, found 4; lower"):
+        process_engine._shards(replace(model, data_parallel_size=3, tensor_parallel_size=2), devices)
+    assert process_engine._shards(model, []) == 1 and process_engine._shards(replace(model, data_parallel_size=3), []) == 3
 
 
 def test_what_workers_are_told_before_they_import(monkeypatch):
@@ -504,10 +504,10 @@ def test_what_workers_are_told_before_they_import(monkeypatch):
 
 
 @pytest.mark.parametrize("error, text, words", [
-    ("OutOfMemoryError", "CUDA out of memory. Tried to allocate 2.00 GiB", "out of memory .*; try a shorter max_length"),
+    ("OutOfMemoryError", "CUDA out of memory. Tried to allocate 2.00 GiB", "out of memory .*; try a smaller max_model_len"),
     ("ValueError", "No available memory for the cache blocks. Try increasing `gpu_memory_utilization`", "out of memory"),
     ("ValueError", "To serve at least one request with the models's max seq len (32768), (4.0 GiB KV cache is needed, which is larger than "
-     "the available KV cache memory (1.0 GiB).", "the context does not fit into memory .*; try a shorter max_length"),
+     "the available KV cache memory (1.0 GiB).", "the context does not fit into memory .*; try a smaller max_model_len"),
     ("ValidationError", "User-specified max_model_len (4096) is greater than the derived max_model_len", "longer than the model's own"),
     ("ValueError", "Bfloat16 is only supported on GPUs with compute capability of at least 8.0. use dtype half", "the dtype does not fit"),
     ("ValueError", "Model architectures ['X'] are not supported for now.", "the architecture is not supported"),

@@ -19,7 +19,7 @@ ANSWERS = {"base": [["zero", "a letter"], ["Because."], ["Rhine"], ["unread"]],
            "other": [["{0}"], ["So."], ["Oslo"], [ValueError("empty")]]}
 SCORES = {(0, "base", 0): 2, (0, "base", 1): 1, (0, "other", 0): 5, (1, "base", 0): 4, (1, "other", 0): 4, (2, "base", 0): 5,
           (2, "other", 0): 1, (3, "base", 0): None}
-OPTIONS = {"judge": Judge(normalise=False), "select": Select(rule="max")}
+OPTIONS = {"judge": Judge(calibrate_judges=False), "select": Select(rule="best")}
 
 
 def exported(folder, **options):
@@ -109,7 +109,7 @@ def test_the_manifest_by_hand(tmp_path):
     tokens = {model: sum(len(text) + 1 for text in said) for model, said in texts.items()}
     assert found["shares"] == {model: {"rows": pytest.approx(len(said) / 3), "tokens": pytest.approx(tokens[model] / sum(tokens.values()))}
                                for model, said in texts.items()}
-    assert found["settings"]["select"] == {"rule": "max", "among": [], "score": "mean", "within": 0.5, "floor": 0.0}
+    assert found["settings"]["select"] == {"rule": "best", "candidates": [], "statistic": "mean", "margin": 0.5, "min_score": 0.0}
     assert "output" not in found["settings"]
     assert found["rubric"] == run.pool.get("rubric") and {"torch", "transformers", "python"} <= found["versions"].keys()
     assert found["judges"]["base"]["factor"] == 1.0 and found["judges"]["base"]["varies"] is True
@@ -158,7 +158,7 @@ def test_a_disk_that_is_full_leaves_the_old_files_and_the_pool_whole(tmp_path, m
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", full)
-    run.config.select.floor = 4.5
+    run.config.select.min_score = 4.5
     with pytest.raises(UserError, match="cannot write the replay set in .*: No space left on device; the pool is whole"):
         select(run)
     assert {path.name: path.read_bytes() for path in tmp_path.glob("*.json*")} == before

@@ -127,24 +127,25 @@ def test_real_prompts_stay(tmp_path):
 
 
 @given(st.dictionaries(st.integers(0, 500), st.integers(0, 8), max_size=60), st.integers(0, 2**62),
-       st.sampled_from(["keep", "weight", "drop", "cap:1", "cap:3", "cap:100"]))
-def test_what_stays_of_a_group(named, seed, rule):
+       st.sampled_from([("keep", 1), ("weight", 1), ("drop", 5), ("cap", 1), ("cap", 3), ("cap", 100)]))
+def test_what_stays_of_a_group(named, seed, rule_and_cap):
+    rule, cap = rule_and_cap
     groups = {item: min(i for i in named if named[i] == name) for item, name in named.items()}
-    dropped, weights = thin(groups, rule, seed)
+    dropped, weights = thin(groups, rule, cap, seed)
     assert dropped.keys() | weights.keys() == groups.keys() and not dropped.keys() & weights.keys()
     kept = Counter(groups[item] for item in weights)
     for first, size in Counter(groups.values()).items():
-        most = {"keep": size, "weight": size, "drop": 1, "cap:1": 1, "cap:3": 3, "cap:100": 100}[rule]
+        most = {"keep": size, "weight": size, "drop": 1, "cap": cap}[rule]
         assert kept[first] == min(size, most)
         weight = 1 / size if rule == "weight" else 1.0
         assert all(weights[item] == weight for item in weights if groups[item] == first)
     shuffled = dict(random.Random(seed).sample(list(groups.items()), len(groups)))
-    assert thin(shuffled, rule, seed) == (dropped, weights)
+    assert thin(shuffled, rule, cap, seed) == (dropped, weights)
 
 
 def test_who_stays_is_drawn_and_not_the_first():
     groups = dict.fromkeys(range(1000), 0)
-    found = [set(thin(groups, "cap:5", seed)[1]) for seed in range(200)]
+    found = [set(thin(groups, "cap", 5, seed)[1]) for seed in range(200)]
     assert len({frozenset(kept) for kept in found}) == 200
     mean = sum(sum(kept) / 5 for kept in found) / len(found)
     assert abs(mean - 499.5) < 4 * 288.7 / (5 * 200) ** 0.5
@@ -178,7 +179,7 @@ def test_the_order_of_writing_does_not_matter(tmp_path):
     texts = rng.choices(["hi", "Hello!", ENGLISH, GERMAN, "?", "loop " * 40, *years], k=300)
     found = []
     for name in ("a", "b"):
-        run = make_run(tmp_path / name, clean=Clean(duplicates="cap:3"))
+        run = make_run(tmp_path / name, clean=Clean(duplicates="cap", duplicate_cap=3))
         order = list(range(300))
         if name == "b":
             rng.shuffle(order)
@@ -252,20 +253,21 @@ def test_what_the_base_puts_next_to_an_evaluation_item_is_out(tmp_path, exam, mo
 
     base = FakeEngine("base", embed=embed)
     install(monkeypatch, base=base)
-    run = cleaned(tmp_path / "pool", chats, said=said, contamination=[exam], embedding_similarity=0.9, ngram=50, max_repetition=1.0)
+    run = cleaned(tmp_path / "pool", chats, said=said, contamination=[exam], contamination_cosine=0.9, contamination_ngram=50,
+                  max_repetition=1.0)
     assert drops(run) == {1: ("contaminated", f"{exam}, line 1: cosine 1.000"), 2: ("contaminated", f"{exam}, line 1: cosine 1.000"),
                           5: ("contaminated", f"{exam}, line 1: {' '.join(ngrams.words(QUESTION))[:80]}")}
     assert len(base.asked) == 5 and base.closed == 1  # the item and four texts; equal ones once
     assert "clean: 1 texts have no embedding and resemble nothing: longer than the context" in said
     assert run.pool.select("SELECT * FROM models") == []
-    run = cleaned(tmp_path / "looser", chats, contamination=[exam], embedding_similarity=0.6, max_repetition=1.0)
+    run = cleaned(tmp_path / "looser", chats, contamination=[exam], contamination_cosine=0.6, max_repetition=1.0)
     assert set(drops(run)) == {0, 1, 2, 3, 5}
 
 
 def test_no_engine_starts_without_need(tmp_path, exam, monkeypatch):
     install(monkeypatch)
-    cleaned(tmp_path / "a", [ENGLISH], embedding_similarity=0.9)
-    cleaned(tmp_path / "b", ["?"], embedding_similarity=0.9, contamination=[exam])
+    cleaned(tmp_path / "a", [ENGLISH], contamination_cosine=0.9)
+    cleaned(tmp_path / "b", ["?"], contamination_cosine=0.9, contamination=[exam])
 
 
 def test_heavy_libraries_are_imported_when_they_are_needed():

@@ -22,14 +22,14 @@ def said(request):
 def sampled(tmp_path, monkeypatch, script=said, engine_seed=0, results=None, **options):
     engine = FakeEngine("base", complete=script, seed=engine_seed, results=results)
     install(monkeypatch, base=engine)
-    run = make_run(tmp_path, instruct=Instruct(**{"count": 40, "fresh": 5} | options))
+    run = make_run(tmp_path, instruct=Instruct(**{"num_instructions": 40, "reference_samples": 5} | options))
     instruct(run)
     return run, engine
 
 
 def test_strata_come_equally_often_and_systems_and_turns_by_weight():
-    config = make_config(count=4000, temperature=[0.7, 1.0], top_p=[0.9, 1.0], turns=[3.0, 0.0, 1.0],
-                         systems=[System(None, 3.0), System("Be brief.", 1.0)])
+    config = make_config(num_instructions=4000, temperature=[0.7, 1.0], top_p=[0.9, 1.0], turn_weights=[3.0, 0.0, 1.0],
+                         system_prompts=[System(None, 3.0), System("Be brief.", 1.0)])
     items = [plan(config, i) for i in range(4000)]
     assert Counter((i.temperature, i.top_p) for i in items) == dict.fromkeys(itertools.product((0.7, 1.0), (0.9, 1.0)), 1000)
     turns, systems = Counter(i.turns for i in items), Counter(i.system for i in items)
@@ -62,7 +62,7 @@ def said_by(seed):
 
 
 def test_fresh_samples_are_drawn_with_nothing_in_their_way(tmp_path, monkeypatch):
-    _, engine = sampled(tmp_path, monkeypatch, count=1, temperature=[0.5], top_p=[0.5])
+    _, engine = sampled(tmp_path, monkeypatch, num_instructions=1, temperature=[0.5], top_p=[0.5])
     assert Counter((r.sampling.temperature, r.sampling.top_p) for r in engine.asked) == {(1.0, 1.0): 5, (0.5, 0.5): 1}
 
 
@@ -72,7 +72,7 @@ def test_junk_is_dropped_with_its_reason_and_asked_no_further(tmp_path, monkeypa
         return {0: "Fine?", 1: Completion((item,), "Too long", 64, "length", -9.0, 2), 2: "How <|assistant|> so?", 3: "  ",
                 4: ValueError("prompt of 600 tokens")}[kind]
 
-    run, engine = sampled(tmp_path, monkeypatch, script, count=10, fresh=0, turns=[0.0, 1.0])
+    run, engine = sampled(tmp_path, monkeypatch, script, num_instructions=10, reference_samples=0, turn_weights=[0.0, 1.0])
     reasons = dict(run.pool.select("SELECT item, reason FROM drops WHERE stage = 'instruct'"))
     assert {item for item in range(10) if item not in reasons} == {0, 5}
     assert reasons[1] == "longer than max_tokens or the context" and reasons[2] == "special token <|assistant|>"
@@ -82,7 +82,8 @@ def test_junk_is_dropped_with_its_reason_and_asked_no_further(tmp_path, monkeypa
 
 
 def test_turns_follow_one_another_and_bear_what_was_said(tmp_path, monkeypatch):
-    run, engine = sampled(tmp_path, monkeypatch, count=6, fresh=0, turns=[1.0, 1.0, 1.0], systems=[System("Be brief.")])
+    run, engine = sampled(tmp_path, monkeypatch, num_instructions=6, reference_samples=0, turn_weights=[1.0, 1.0, 1.0],
+                        system_prompts=[System("Be brief.")])
     format = run.format(run.base)
     for chat in run.pool.chats():
         assert [m["role"] for m in chat.messages] == ["user", "assistant", "user", "assistant", "user"][: len(chat.messages)]
@@ -95,13 +96,13 @@ def test_turns_follow_one_another_and_bear_what_was_said(tmp_path, monkeypatch):
 
 
 def test_neither_order_nor_a_death_changes_the_pool(tmp_path, monkeypatch):
-    options = dict(count=BATCH + 60, turns=[2.0, 1.0])
+    options = dict(num_instructions=BATCH + 60, turn_weights=[2.0, 1.0])
     whole, _ = sampled(tmp_path / "a", monkeypatch, **options)
     asked = []
     for attempt, results in enumerate((100, 290, 20, None)):
         engine = FakeEngine("base", complete=said, seed=attempt, window=30, results=results)
         install(monkeypatch, base=engine)
-        run = make_run(tmp_path / "b", instruct=Instruct(fresh=5, **options))
+        run = make_run(tmp_path / "b", instruct=Instruct(reference_samples=5, **options))
         if results:
             with pytest.raises(UserError, match="died"):
                 instruct(run)
@@ -109,7 +110,7 @@ def test_neither_order_nor_a_death_changes_the_pool(tmp_path, monkeypatch):
             instruct(run)
         asked += [(r.key, r.prompt.token_ids, r.seed) for r in engine.asked]
         run.pool.connection.close()
-    run = make_run(tmp_path / "b", instruct=Instruct(fresh=5, **options))
+    run = make_run(tmp_path / "b", instruct=Instruct(reference_samples=5, **options))
     assert run.pool.dump() == whole.pool.dump()
     done, = run.pool.select("SELECT sum(requests) FROM usage")[0]
     assert done == len(set(asked)) and len(asked) - done <= 3 * 31  # what was in flight at each death
@@ -118,20 +119,20 @@ def test_neither_order_nor_a_death_changes_the_pool(tmp_path, monkeypatch):
 def test_changed_settings_are_refused_and_a_finished_stage_starts_nothing(tmp_path, monkeypatch):
     sampled(tmp_path, monkeypatch)[0].pool.connection.close()
     install(monkeypatch)
-    run = make_run(tmp_path, instruct=Instruct(count=40, fresh=5))
+    run = make_run(tmp_path, instruct=Instruct(num_instructions=40, reference_samples=5))
     instruct(run)
-    with pytest.raises(UserError, match=r"instruct\.count: this pool was made with 40, found 41; go on with those"):
-        instruct(make_run(tmp_path, instruct=Instruct(count=41, fresh=5)))
+    with pytest.raises(UserError, match=r"instruct.num_instructions: this pool was made with 40, found 41; go on with those"):
+        instruct(make_run(tmp_path, instruct=Instruct(num_instructions=41, reference_samples=5)))
 
 
 def test_another_model_of_the_same_name_is_refused(tmp_path, monkeypatch):
     engine = FakeEngine("base", complete=said, results=20)
     install(monkeypatch, base=engine)
     with pytest.raises(UserError, match="died"):
-        instruct(make_run(tmp_path, instruct=Instruct(count=40)))
+        instruct(make_run(tmp_path, instruct=Instruct(num_instructions=40)))
     other = FakeEngine("base", complete=said)
     other.info = other.info._replace(fingerprint="another")
     install(monkeypatch, base=other)
     with pytest.raises(UserError, match="made with fingerprint fingerprint of base, found another; go on with that"):
-        instruct(make_run(tmp_path, instruct=Instruct(count=40)))
+        instruct(make_run(tmp_path, instruct=Instruct(num_instructions=40)))
     assert not other.asked and other.closed == 1

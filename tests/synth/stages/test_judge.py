@@ -123,7 +123,7 @@ def test_a_judge_that_we_hold_reads_token_ids_and_answers_with_a_digit(tmp_path,
 
 
 def test_a_server_reads_the_chat_itself(tmp_path, monkeypatch):
-    server = Model("gpt", engine="openai", url="http://localhost:1/v1")
+    server = Model("gpt", engine="openai", base_url="http://localhost:1/v1")
     run = make_run(tmp_path, ["base"], judges=[server])
     fill_pool(run, ["Format {response} and {0} as {instruction}"], {"base": [["{instruction} } {"]]})
     engine = FakeEngine("gpt", choose=lambda request: SURE[4])
@@ -151,7 +151,7 @@ def test_a_written_score_is_read_strictly_from_the_last_line(text, score):
 
 
 def test_written_scores_are_kept_with_their_text(tmp_path, monkeypatch):
-    run = make_run(tmp_path, ["base"], judge=Judge(score="paper", max_tokens=77))
+    run = make_run(tmp_path, ["base"], judge=Judge(scoring="generated", max_tokens=77))
     fill_pool(run, CHATS, {"base": [["a"], ["b"], ["c"]]})
     told = {0: "Right.\nScore: 5", 1: "Wrong, so 2.", 2: None}
     engine = FakeEngine("base", complete=lambda r: told[r.key[0]] or Completion(r.key, "So far\nScore: 4", 77, "length", None, 9))
@@ -172,7 +172,7 @@ def test_written_scores_are_kept_with_their_text(tmp_path, monkeypatch):
 
 def test_our_rubrics_ask_for_what_is_read():
     assert rubric(Judge()) == EXPECT and EXPECT.endswith("a single digit from 1 to 5, and nothing else.")
-    assert rubric(Judge(score="paper")) == PAPER and "\nScore: N\n" in PAPER
+    assert rubric(Judge(scoring="generated")) == PAPER and "\nScore: N\n" in PAPER
     for text in (EXPECT, PAPER):
         assert text.count("{instruction}") == text.count("{response}") == 1
     assert [PAIRWISE.count(place) for place in ("{instruction}", "{first}", "{second}")] == [1, 1, 1]
@@ -247,9 +247,10 @@ def scripted(request):
     return tuple(seeds.uniform(i, *request.key) for i in range(5))
 
 
-@pytest.mark.parametrize("how", ["expect", "paper", "pairwise"])
+@pytest.mark.parametrize("how", ["expected_score", "generated", "pairwise"])
 def test_kills_and_orders_leave_the_same_rows(tmp_path, monkeypatch, how):
-    options = {"judge": Judge(score="paper" if how == "paper" else "expect", pairwise=how == "pairwise", exclude_self=how != "paper")}
+    options = {"judge": Judge(scoring="expected_score" if how == "pairwise" else how, pairwise=how == "pairwise",
+                              exclude_self=how != "generated")}
     whole, all_asked = finished(tmp_path / "whole", monkeypatch, **options)
     assert len({(name, request.key) for name, request in all_asked}) == len(all_asked)
     dump = whole.pool.dump()
@@ -297,7 +298,7 @@ def test_answers_come_before_scores(tmp_path):
         judge(run)
 
 
-@pytest.mark.parametrize(("change", "name"), [({"judge": Judge(score="paper")}, "judge.max_tokens"),
+@pytest.mark.parametrize(("change", "name"), [({"judge": Judge(scoring="generated")}, "judge.max_tokens"),
                                               ({"judges": [Model(BASE, name="base")]}, "judge.judges")])
 def test_changed_settings_are_refused(tmp_path, monkeypatch, change, name):
     run, _ = finished(tmp_path, monkeypatch)
@@ -313,8 +314,8 @@ def test_pairs_may_be_compared_later_without_new_scores(tmp_path, monkeypatch):
     again = make_run(tmp_path, ["base", "other"], judge=Judge(pairwise=True))
     judge(again)
     assert scores(again) == before and again.pool.select("SELECT 1 FROM comparisons")
-    again.config.judge.normalise = False
-    with pytest.raises(UserError, match="pairwise.normalise: this pool was made with True"):
+    again.config.judge.calibrate_judges = False
+    with pytest.raises(UserError, match="pairwise.calibrate_judges: this pool was made with True"):
         judge(again)
 
 
@@ -323,7 +324,7 @@ def test_pairs_may_be_compared_later_without_new_scores(tmp_path, monkeypatch):
 
 def test_the_two_best_are_shown_in_both_orders_to_judges_that_wrote_neither(tmp_path, monkeypatch):
     grades = {"4": 5, "four": 4, "5": 1, "vier": 1, "Rhine": 5, "Oslo": 1, "Nile": 2, "Po": 3}
-    run = make_run(tmp_path, ["base", "other", "third"], judge=Judge(pairwise=True, normalise=False))
+    run = make_run(tmp_path, ["base", "other", "third"], judge=Judge(pairwise=True, calibrate_judges=False))
     answers = {"base": [["4", "5"], ["Rhine", "Oslo"]], "other": [["four"], ["Nile"]], "third": [["vier"], ["Po"]]}
     fill_pool(run, CHATS[:2], answers)
 
@@ -371,7 +372,7 @@ def test_equal_texts_are_not_compared(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- a real engine
 
 
-@pytest.mark.parametrize("how", ["expect", "paper"])
+@pytest.mark.parametrize("how", ["expected_score", "generated"])
 def test_the_miniature_judges_with_a_real_engine(tmp_path, how):
     """Scores of the engine are those of the model's own forward pass."""
     import torch
@@ -380,11 +381,11 @@ def test_the_miniature_judges_with_a_real_engine(tmp_path, how):
     own = tmp_path / "rubric.txt"
     own.write_text("Rate 1-5\n{instruction}\n{response}")
     model = Model(BASE, name="base", engine="transformers", dtype="float32")
-    run = make_run(tmp_path / "run", judge=Judge(rubric=str(own), score=how, max_tokens=8), base=model)
+    run = make_run(tmp_path / "run", judge=Judge(rubric=str(own), scoring=how, max_tokens=8), base=model)
     fill_pool(run, ["Reverse abc"], {"base": [["cba", "cab"]]})
     judge(run)
     rows = run.pool.select("SELECT sample, score, mass, text, reason FROM scores ORDER BY sample")
-    if how == "paper":
+    if how == "generated":
         assert all(score is None and reason for _, score, _, _, reason in rows) and len(rows) == 2
         return
     network = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32).eval()

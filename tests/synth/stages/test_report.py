@@ -36,7 +36,8 @@ def add_fresh(run, texts) -> None:
 def whole_pool(folder, lines=None, count=120, **options):
     """A finished pool: 3 models, two answers each; `two` scores by length alone; a tenth of the items was dropped as near-duplicates."""
     run = make_run(folder, ["base", "one", "<two>"], lines.append if lines is not None else None,
-                   **{"report": NO_VECTORS, "clean": Clean(duplicates="cap:2"), "judge": Judge(exclude_self=False)} | options)
+                   **{"report": NO_VECTORS, "clean": Clean(duplicates="cap", duplicate_cap=2),
+                      "judge": Judge(exclude_self=False)} | options)
     random = np.random.default_rng(5)
     names, texts = ["base", "one", "<two>"], questions(count, 1)
     answers = {name: [["x" * int(random.integers(5, 40)) + name + str(i + sample) for sample in range(2)] for i in range(count)]

@@ -13,7 +13,7 @@ CHATS = ["What is 2 + 2?", ["Hi", "Hello!", "Spell ovel."], "Dropped"]
 
 def answered(tmp_path, monkeypatch, engines, models=("base", "other"), **options):
     install(monkeypatch, **engines)
-    run = make_run(tmp_path, models, respond=Respond(**{"samples": 2} | options))
+    run = make_run(tmp_path, models, respond=Respond(**{"num_samples": 2} | options))
     if not run.pool.select("SELECT 1 FROM items"):
         fill(run, CHATS, systems={1: "Be brief."}, done=("clean",))
         with run.pool.transaction():
@@ -65,7 +65,7 @@ def test_the_base_reads_what_others_said_and_knows_its_own(tmp_path, monkeypatch
 def test_what_cannot_be_used_has_its_reason(tmp_path, monkeypatch):
     scripts = {0: lambda r: Completion(r.key, "cut of", 5, "length", -3.0, 4), 1: lambda r: "so <|user|> what"}
     base = FakeEngine("base", complete=lambda r: scripts[r.key[0]](r))
-    run = answered(tmp_path, monkeypatch, {"base": base}, models=("base",), samples=1, greedy_self=False)
+    run = answered(tmp_path, monkeypatch, {"base": base}, models=("base",), num_samples=1, include_greedy=False)
     rows = run.pool.select("SELECT text, finish, base_logprob, reason FROM responses ORDER BY item")
     assert rows == [("cut of", "length", None, "longer than max_tokens or the context"),
                     ("so <|user|> what", "stop", None, "special token <|user|>")]
@@ -94,10 +94,10 @@ def test_a_death_in_any_phase_loses_nothing_and_pays_nothing_twice(tmp_path, mon
 
 
 def test_a_server_is_given_the_chat(tmp_path, monkeypatch):
-    server = Model(path="big", name="server", engine="openai", url="http://localhost:1/v1")
+    server = Model(path="big", name="server", engine="openai", base_url="http://localhost:1/v1")
     engine = FakeEngine("server", complete=answer)
     install(monkeypatch, base=FakeEngine("base", complete=answer, likelihood=lambda r: -1.0), server=engine)
-    run = make_run(tmp_path, responders=[server], base=Model(path=BASE, name="base"), respond=Respond(samples=1))
+    run = make_run(tmp_path, responders=[server], base=Model(path=BASE, name="base"), respond=Respond(num_samples=1))
     fill(run, CHATS[:2], systems={1: "Be brief."}, done=("clean",))
     respond(run)
     prompts = {r.key[0]: r.prompt for r in engine.asked}

@@ -140,7 +140,7 @@ def judged_run(folder, scores, answers=None, **options):
 
 def test_incomplete_answers_have_no_value_and_missing_scores_stop_the_stage(tmp_path):
     scores = {(0, "base", 0, "base"): 4, (0, "base", 0, "other"): None, (0, "other", 0, "base"): 2, (0, "other", 0, "other"): 3}
-    said, plain = [], Judge(exclude_self=False, normalise=False)
+    said, plain = [], Judge(exclude_self=False, calibrate_judges=False)
     run = judged_run(tmp_path / "a", scores, judge=plain, say=said.append)
     select(run)
     assert ratings(run) == {(0, "base", 0): (None, None, 1), (0, "other", 0): (2.5, 0.5, 2)}
@@ -159,7 +159,7 @@ def test_selection_waits_for_judges_and_refuses_other_ones(tmp_path):
     with pytest.raises(UserError, match="expected stage judge to have ended"):
         select(run)
     score(run, {(0, "base", 0, "base"): 3})
-    run.config.judge.score = "paper"
+    run.config.judge.scoring = "generated"
     with pytest.raises(UserError, match="judge.max_tokens: this pool was made with None"):
         select(run)
 
@@ -167,14 +167,14 @@ def test_selection_waits_for_judges_and_refuses_other_ones(tmp_path):
 def test_own_verdicts_may_be_left_out_later_and_asked_for_later(tmp_path):
     """Scores of all judges hold those of the others: only what is missing has to be asked for."""
     scores = {(0, "base", 0, "base"): 5, (0, "base", 0, "other"): 1, (0, "other", 0, "base"): 2, (0, "other", 0, "other"): 4}
-    run = judged_run(tmp_path / "a", scores, judge=Judge(exclude_self=False, normalise=False))
+    run = judged_run(tmp_path / "a", scores, judge=Judge(exclude_self=False, calibrate_judges=False))
     select(run)
     assert [row[0] for row in ratings(run).values()] == [3, 3]
     run.config.judge.exclude_self = True
     select(run)
     assert [row[0] for row in ratings(run).values()] == [1, 2]
     del scores[0, "base", 0, "base"], scores[0, "other", 0, "other"]
-    run = judged_run(tmp_path / "b", scores, judge=Judge(normalise=False))
+    run = judged_run(tmp_path / "b", scores, judge=Judge(calibrate_judges=False))
     select(run)
     run.config.judge.exclude_self = False
     with pytest.raises(UserError, match="found 2 missing; run stage judge first"):
@@ -194,12 +194,12 @@ def test_own_verdicts_that_are_left_out_do_not_move_the_scales(tmp_path):
 
 def test_integers_are_the_likeliest_digits(tmp_path):
     """The mean prefers the first answer, the likeliest digit the second."""
-    run = judged_run(tmp_path, {(0, "base", 0, "other"): 3.9, (0, "base", 1, "other"): 3.6}, judge=Judge(normalise=False))
+    run = judged_run(tmp_path, {(0, "base", 0, "other"): 3.9, (0, "base", 1, "other"): 3.6}, judge=Judge(calibrate_judges=False))
     run.pool.connection.execute("UPDATE scores SET text = CASE sample WHEN 0 THEN '4' ELSE '5' END")
-    run.config.select = Select(rule="max")
+    run.config.select = Select(rule="best")
     select(run)
     assert selection(run)[0][:3] == ("base", 0, 3.9)
-    run.config.select = Select(rule="max", score="mode")
+    run.config.select = Select(rule="best", statistic="mode")
     select(run)
     assert selection(run)[0][:3] == ("base", 1, 5.0)
 
@@ -212,7 +212,7 @@ def test_integers_are_the_likeliest_digits(tmp_path):
     (["base:0", "other:0"], ("other", 0)), (["other"], ("other", 1))])
 def test_only_the_named_answers_are_candidates(tmp_path, among, chosen):
     run = four_answers(tmp_path)
-    run.config.select = Select(rule="max", among=among)
+    run.config.select = Select(rule="best", candidates=among)
     select(run)
     assert selection(run)[0][:2] == chosen
 
@@ -223,7 +223,7 @@ def test_the_first_answer_needs_no_judge(tmp_path, among, chosen):
     run = four_answers(tmp_path, judged=False)
     said = []
     run.say = said.append
-    run.config.select = Select(rule="first", among=among)
+    run.config.select = Select(rule="first", candidates=among)
     select(run)
     assert selection(run)[0][:3] == (*chosen, None) and ratings(run) == {}
     assert said[0] == "select: 1 items chosen, 0 with a rejected answer; nothing was judged"
@@ -231,15 +231,15 @@ def test_the_first_answer_needs_no_judge(tmp_path, among, chosen):
 
 def test_a_candidate_that_the_pool_does_not_have_is_refused(tmp_path):
     run = four_answers(tmp_path)
-    run.config.select.among = ["base:7"]
-    with pytest.raises(UserError, match="select.among: expected names among base, other, base:0, base:1, base:2, base:greedy, other:0, "
-                                        "other:1, other:2, got base:7"):
+    run.config.select.candidates = ["base:7"]
+    with pytest.raises(UserError, match="select.candidates: expected names among base, other, base:0, base:1, base:2, base:greedy, "
+                                        "other:0, other:1, other:2, got base:7"):
         select(run)
 
 
 def test_greedy_answers_alone_make_a_replay_set_without_a_judge(tmp_path, monkeypatch):
     """The cheapest baseline: one greedy answer of the base to each instruction, and nobody asked about it."""
-    run = make_run(tmp_path, ["base"], respond=Respond(samples=0), select=Select(rule="first"))
+    run = make_run(tmp_path, ["base"], respond=Respond(num_samples=0), select=Select(rule="first"))
     fill(run, ["a?", "b?"], done=("probe", "instruct", "clean"))
     install(monkeypatch, base=FakeEngine("base", complete=lambda request: f"answer at {request.sampling.temperature:g}"))
     respond(run)
@@ -277,8 +277,8 @@ def test_ratings_take_out_what_judges_differ_by(tmp_path):
 # ---------------------------------------------------------------- rules
 
 
-def config(rule="max", within=0.5, seed=0, floor=0.0):
-    return Config(select=Select(rule=rule, within=within, floor=floor), seed=seed)
+def config(rule="best", within=0.5, seed=0, floor=0.0):
+    return Config(select=Select(rule=rule, margin=within, min_score=floor), seed=seed)
 
 
 A, B = Answer("x", 0, "a", 4.0, -1.0), Answer("x", 1, "b", 3.6, -0.2)
@@ -286,30 +286,30 @@ C, D = Answer("y", 0, "c", 3.4, -0.1), Answer("y", 1, "d", None, 0.0)
 
 
 def test_the_best_or_the_likeliest_near_it():
-    assert by_rule(config("max"), 0, [A, B, C]) == A
-    assert by_rule(config("likeliest"), 0, [A, B, C]) == B
-    assert by_rule(config("likeliest", within=0.6), 0, [A, B, C]) == C
-    assert by_rule(config("likeliest", within=0.0), 0, [A, B, C]) == A
-    assert choose(config("likeliest"), 0, [A, B, C, D]).chosen == B
+    assert by_rule(config("best"), 0, [A, B, C]) == A
+    assert by_rule(config("base_likelihood"), 0, [A, B, C]) == B
+    assert by_rule(config("base_likelihood", within=0.6), 0, [A, B, C]) == C
+    assert by_rule(config("base_likelihood", within=0.0), 0, [A, B, C]) == A
+    assert choose(config("base_likelihood"), 0, [A, B, C, D]).chosen == B
 
 
 def test_of_those_near_the_best_what_most_say_wins():
     """Alone, c is likelier than b; two that say b outweigh that, and what they say is judged well enough. Far below, nobody is asked."""
     again, far = B._replace(model="y", sample=2), [Answer("z", k, "d", 1.0, -0.1) for k in range(3)]
-    assert by_rule(config("agreed", within=0.6), 0, [A, B, C]) == C
-    assert by_rule(config("agreed", within=0.6), 0, [A, B, C, again, *far]) in (B, again)
-    assert by_rule(config("likeliest", within=0.6), 0, [A, B, C, again]) == C
-    assert by_rule(config("agreed", within=0.0), 0, [A, B, C, again]) == A
+    assert by_rule(config("majority", within=0.6), 0, [A, B, C]) == C
+    assert by_rule(config("majority", within=0.6), 0, [A, B, C, again, *far]) in (B, again)
+    assert by_rule(config("base_likelihood", within=0.6), 0, [A, B, C, again]) == C
+    assert by_rule(config("majority", within=0.0), 0, [A, B, C, again]) == A
 
 
 def test_where_the_base_read_none_of_the_near_ones_the_best_is_taken():
     unread = [answer._replace(likelihood=None) for answer in (A, B)]
-    assert by_rule(config("likeliest"), 0, [*unread, C]) == unread[0]
-    assert by_rule(config("likeliest"), 0, [unread[0], B, C]) == B
+    assert by_rule(config("base_likelihood"), 0, [*unread, C]) == unread[0]
+    assert by_rule(config("base_likelihood"), 0, [unread[0], B, C]) == B
 
 
 def test_likelihoods_count_per_token_and_unread_answers_have_none(tmp_path):
-    run = make_run(tmp_path, ["base"], select=Select(rule="likeliest", within=1.0))
+    run = make_run(tmp_path, ["base"], select=Select(rule="base_likelihood", margin=1.0))
     fill(run, ["q"], {"base": [["short", "a much longer answer", "unread"]]}, likelihoods={(0, "base", 0): -0.9, (0, "base", 1): -0.5})
     run.pool.connection.execute("UPDATE responses SET base_logprob = NULL, base_tokens = 0 WHERE sample = 2")
     score(run, {(0, "base", 0, "base"): 4, (0, "base", 1, "base"): 4, (0, "base", 2, "base"): 4})
@@ -364,7 +364,7 @@ def test_the_preferred_of_the_two_best_wins(tmp_path):
     with run.pool.transaction():
         run.pool.insert("comparisons", [(item, "base", first, "base", 1 - first, "base", share, 1.0, None)
                                         for item, shares in ((0, (0.2, 0.6)), (1, (0.2, None))) for first, share in enumerate(shares)])
-    run.config.select.rule = "max"
+    run.config.select.rule = "best"
     select(run)
     assert {item: row[1] for item, row in selection(run).items()} == {0: 1, 1: 0, 2: 0}
     run.config.judge.pairwise = False
@@ -390,13 +390,13 @@ def random_pool(folder, order=None, **options):
 
 
 def test_the_order_of_scores_and_earlier_selections_leave_no_trace(tmp_path):
-    run = random_pool(tmp_path / "a", select=Select(floor=4.4))
+    run = random_pool(tmp_path / "a", select=Select(min_score=4.4))
     select(run)
     dump = run.pool.dump()
     files = {path.name: path.read_bytes() for path in tmp_path.glob("a/*.json*")}
     assert set(files) == {"replay.jsonl", "pairs.jsonl", "manifest.json"}
     assert {row[1] for row in dump["drops"]} == {"select"} and len(dump["selection"]) + len(dump["drops"]) == 40
-    other = random_pool(tmp_path / "b", order=3, select=Select(rule="max", floor=4.6))
+    other = random_pool(tmp_path / "b", order=3, select=Select(rule="best", min_score=4.6))
     select(other)
     assert other.pool.dump() != dump
     other.config.select = run.config.select
@@ -417,7 +417,7 @@ def test_what_other_stages_dropped_stays_so(tmp_path):
 
 
 def test_items_without_a_choice_are_dropped_with_their_reason(tmp_path):
-    run = make_run(tmp_path, ["base"], select=Select(rule="max", floor=2.0))
+    run = make_run(tmp_path, ["base"], select=Select(rule="best", min_score=2.0))
     fill(run, ["a", "b", "c", "d", "e"], {"base": [["x"], [ValueError("empty")], ["y"], ["z"], ["w"]]}, weights={4: 0.0})
     score(run, {(0, "base", 0, "base"): 4, (2, "base", 0, "base"): None, (3, "base", 0, "base"): 1, (4, "base", 0, "base"): 4})
     select(run)
@@ -428,7 +428,7 @@ def test_items_without_a_choice_are_dropped_with_their_reason(tmp_path):
 
 
 def test_an_empty_replay_set_is_an_error_that_says_who_dropped_what(tmp_path):
-    run = make_run(tmp_path, ["base"], select=Select(floor=5.0))
+    run = make_run(tmp_path, ["base"], select=Select(min_score=5.0))
     fill(run, ["a", "b", "c"], {"base": [["x"], ["y"], []]})
     with run.pool.transaction():
         run.pool.insert("drops", [(2, "clean", "too short", None)])
@@ -436,7 +436,7 @@ def test_an_empty_replay_set_is_an_error_that_says_who_dropped_what(tmp_path):
     with pytest.raises(UserError, match=r"none of 3 left \(select dropped 2: below the floor; clean dropped 1: too short\)") as refused:
         select(run)
     assert "\n" not in str(refused.value) and not run.done("select")
-    run.config.select.floor = 4.0
-    run.config.judge.normalise = False
+    run.config.select.min_score = 4.0
+    run.config.judge.calibrate_judges = False
     select(run)
     assert set(selection(run)) == {0} and run.done("select")
