@@ -82,7 +82,7 @@ class Model:
     path: str | None = None  # folder or hub name with config, tokenizer and safetensors weights
     config: str | None = None  # instead of `path`: a config.json (or its folder) to start from random weights
     tokenizer: str | None = None  # folder or hub name; default: the model's own
-    patch: bool = True  # use the fused layers where the family is known
+    fused_kernels: bool = True  # use the fused layers where the family is known
     trust_remote_code: bool = False  # run Python code that comes with the model
 
 
@@ -93,7 +93,7 @@ class Lora:
     rank: int = 16
     alpha: float = 32.0  # the update is scaled by alpha / rank (rsLoRA: alpha / sqrt(rank))
     dropout: float = 0.0
-    targets: str | list[str] = "all-linear"  # names of linear layers, a regular expression, or all-linear (all but the head)
+    target_modules: str | list[str] = "all-linear"  # names of linear layers, a regular expression, or all-linear (all but the head)
     rslora: bool = False
     dora: bool = False
     path: str | None = None  # continue from this saved adapter instead of a new one
@@ -104,7 +104,7 @@ class Quantization:
     """The base of a QLoRA run: bitsandbytes' NF4 in blocks of 64 weights. A checkpoint that is in NF4 already stays as it is."""
 
     double_quant: bool = True  # the blocks' scales in 8 bits too: 4.1 bits a weight instead of 4.5
-    skip: list[str] = field(default_factory=list)  # linear layers that stay dense, by the last parts of their names; the head always does
+    skip_modules: list[str] = field(default_factory=list)  # linear layers to keep dense, by the ends of their names; the head stays dense
 
 
 @dataclass
@@ -153,9 +153,11 @@ class Optim:
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
-    schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"  # after the warm-up
-    warmup: float = 0.03  # share of all steps (below 1) or number of steps
-    decay: float = 0.2  # wsd only: share of all steps (below 1) or number of steps in the final linear decay
+    lr_scheduler: Literal["constant", "linear", "cosine", "wsd"] = "cosine"  # after the warm-up
+    warmup_ratio: float = 0.03  # share of all steps in the linear warm-up, below 1
+    warmup_steps: int = 0  # steps of the warm-up; above 0 they replace the share
+    decay_ratio: float = 0.2  # wsd only: share of all steps in the final linear decay, below 1
+    decay_steps: int = 0  # wsd only: steps of that decay; above 0 they replace the share
     min_lr_ratio: float = 0.1  # the schedule ends at lr times this (constant: never decays)
     max_grad_norm: float = 1.0  # clip the gradient's norm; 0: never
 
@@ -193,7 +195,7 @@ class Config:
 
     output: str = "runs/latest"  # the run folder
     model: Model = field(default_factory=Model)
-    adapter: Literal["lora", "qlora", "full"] = "lora"  # what is trained; qlora: an adapter on a base in 4 bits (needs the `quant` extra)
+    method: Literal["lora", "qlora", "full"] = "lora"  # lora, or qlora on a 4-bit base (`quant` extra): an adapter; full: all weights
     lora: Lora = field(default_factory=Lora)
     quantization: Quantization = field(default_factory=Quantization)
     data: Data = field(default_factory=Data)
@@ -229,8 +231,8 @@ def validate(config: Config) -> None:
     _require(bool(data.train), "data.train", "at least one file, folder or hub data set", "none")
     _require((config.model.path is None) != (config.model.config is None), "model.path, model.config", "exactly one of them",
              "neither" if config.model.path is None else "both")
-    _require(config.model.config is None or config.adapter == "full", "adapter",
-             "full beside model.config: an adapter on random weights has no base that others could load", config.adapter)
+    _require(config.model.config is None or config.method == "full", "method",
+             "full beside model.config: an adapter on random weights has no base that others could load", config.method)
     _require(data.max_length >= 2, "data.max_length", "2 tokens or more", data.max_length)
     _require(batch.tokens_per_pack >= data.max_length, "batch.tokens_per_pack",
              f"at least data.max_length = {data.max_length}, so that every sample fits a pack", batch.tokens_per_pack)
@@ -244,7 +246,9 @@ def validate(config: Config) -> None:
     _validate_retention(config)
     if config.replay.auto:
         _validate_auto(config)
-    _require(optim.warmup >= 0 and optim.decay >= 0, "optim.warmup, optim.decay", "0 or more", (optim.warmup, optim.decay))
+    for name, ratio, steps in (("warmup", optim.warmup_ratio, optim.warmup_steps), ("decay", optim.decay_ratio, optim.decay_steps)):
+        _require(0 <= ratio < 1, f"optim.{name}_ratio", f"0 <= ratio < 1; for a number of steps set optim.{name}_steps", ratio)
+        _require(steps >= 0, f"optim.{name}_steps", f"1 or more, or 0 to use optim.{name}_ratio", steps)
     _require(0 <= optim.beta1 < 1 and 0 <= optim.beta2 < 1, "optim.beta1, optim.beta2", "0 <= beta < 1", (optim.beta1, optim.beta2))
     _require(optim.eps > 0, "optim.eps", "above 0", optim.eps)
     _require(optim.weight_decay >= 0, "optim.weight_decay", "0 or more", optim.weight_decay)

@@ -95,7 +95,7 @@ def adapter_points(asked: Interpolate) -> Callable[[float, Path], None]:
     folder = Path(asked.adapter).expanduser()
     kind = "qlora" if is_quantized(asked.model) else "lora"
     with torch.device("meta"):
-        lora.add_adapter(outline(config.Config(model=asked.model, adapter=kind)), config.Lora(path=str(folder)))
+        lora.add_adapter(outline(config.Config(model=asked.model, method=kind)), config.Lora(path=str(folder)))
     if json.loads((folder / "adapter_config.json").read_text()).get("use_dora"):
         raise UserError(f"adapter: {folder} is DoRA, which has no adapters between itself and the base; merge it (--export merged) "
                         "and give the merged model as --tuned")

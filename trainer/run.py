@@ -38,7 +38,7 @@ The two commonest commands:
 
 First, see what would be trained on, with masks, lengths and memory:      add --dry_run
 Keep what it knows, with as little replay as that takes:                  add --replay.auto --retention.items F --retention.floor 0.95
-Hold the base in 4 bits (QLoRA), or train all weights:                    add --adapter qlora, or --adapter full
+Hold the base in 4 bits (QLoRA), or train all weights:                    add --method qlora, or --method full
 Go on after an interruption:                                              add --resume auto
 See where the time of a step goes, and every wait for the GPU:            add --logging.profile 20-25
 Several GPUs:                             torchrun --nproc-per-node 4 -m trainer.run ...

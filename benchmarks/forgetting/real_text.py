@@ -161,7 +161,7 @@ def recipe(job: Job) -> Config:
     kind = "full" if arm.full else "lora"
     replayed = Replay(data=str(replay_file(job.work, arm.replay, job.seed)), ratio=RATIO, by="tokens") if arm.replay else Replay()
     return Config(
-        output=str(job.output), model=Model(path=str(job.base)), adapter=kind, lora=Lora(rank=16, alpha=32.0), replay=replayed,
+        output=str(job.output), model=Model(path=str(job.base)), method=kind, lora=Lora(rank=16, alpha=32.0), replay=replayed,
         data=Data(train=str(job.work / f"domain {job.seed}.jsonl"), max_length=size.tokens, overlong="drop", cache=str(job.work / "cache"),
                   workers=1),
         retention=Retention(**KL) if arm.kl else Retention(), batch=BatchSize(tokens_per_pack=size.tokens, tokens_per_step=size.tokens),

@@ -188,16 +188,16 @@ def make_base(texts: Texts, schooling: Schooling, work: Path) -> tuple[Path, Pat
     save_start(texts, schooling, start)
     learnt = general_sources(texts, schooling.skills, 0, work / "reading data", schooling.passes)
     again = general_sources(texts, schooling.tuning, 1, work / "tuning data", 1 / 3)
-    long = Optim(lr=schooling.rate, beta2=0.99, schedule="wsd", warmup=50, decay=0.4, min_lr_ratio=0.05)
+    long = Optim(lr=schooling.rate, beta2=0.99, lr_scheduler="wsd", warmup_steps=50, decay_ratio=0.4, min_lr_ratio=0.05)
     reading = train(lesson(work, "reading", learnt, Model(config=str(start)), long, train_on="all"))
     tuning = train(lesson(work, "tuning", again, Model(path=str(reading.folder / "model")),
-                          Optim(lr=schooling.rate / 4, beta2=0.99, warmup=20), train_on="assistant"))
+                          Optim(lr=schooling.rate / 4, beta2=0.99, warmup_steps=20), train_on="assistant"))
     return start, tuning.folder / "model"
 
 
 def lesson(work: Path, name: str, sources: list[Source], model: Model, optim: Optim, train_on: str) -> Config:
     return Config(
-        output=str(work / name), model=model, adapter="full", optim=optim, batch=BatchSize(tokens_per_pack=TOKENS, tokens_per_step=TOKENS),
+        output=str(work / name), model=model, method="full", optim=optim, batch=BatchSize(tokens_per_pack=TOKENS, tokens_per_step=TOKENS),
         data=Data(train=sources, train_on=train_on, max_length=TOKENS, overlong="drop", cache=str(work / "cache"), workers=1),
         precision=precision(), logging=Logging(every=50, tensorboard=False, progress=False))
 

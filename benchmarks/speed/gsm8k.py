@@ -23,8 +23,8 @@ from benchmarks.speed.training import TEMPLATE, byte_pair_encoding, quiet, save_
 from trainer.errors import UserError
 
 RUNS = {
-    "full": ["--adapter", "full", "--optim.lr", "2e-3"],
-    "lora": ["--adapter", "lora", "--lora.rank", "16", "--optim.lr", "5e-3", "--export", "both"],
+    "full": ["--method", "full", "--optim.lr", "2e-3"],
+    "lora": ["--method", "lora", "--lora.rank", "16", "--optim.lr", "5e-3", "--export", "both"],
 }
 
 

@@ -34,7 +34,7 @@ def test_saved_configuration_reads_back_equal(tmp_path):
     (["--lr", "3"], "unknown option lr: did you mean optim.lr?"),
     (["--optim.lr", "fast"], "optim.lr: expected float, got fast"),
     (["--batch.tokens_per_pack", "1.5"], "batch.tokens_per_pack: expected int, got 1.5"),
-    (["--adapter", "lorax"], "adapter: expected one of 'lora', 'qlora', 'full', got lorax"),
+    (["--method", "lorax"], "method: expected one of 'lora', 'qlora', 'full', got lorax"),
     (["--config", "absent.yaml"], "--config: cannot read "),
 ])
 def test_a_wrong_option_is_named(arguments, expected):
@@ -63,12 +63,15 @@ GOOD = ["--model.path", "m", "--data.train", "t.jsonl"]
     (["--model.path", "m"], "data.train: expected at least one"),
     (["--data.train", "t"], "model.path, model.config: expected exactly one of them, got neither"),
     ([*GOOD, "--model.config", "c"], "got both"),
-    (["--model.config", "c", "--data.train", "t"], "adapter: expected full beside model.config"),
+    (["--model.config", "c", "--data.train", "t"], "method: expected full beside model.config"),
     ([*GOOD, "--seed", "-1"], "seed: expected 0 <= seed < 2^63, got -1"),
     ([*GOOD, "--data.max_length", "8192"], "batch.tokens_per_pack: expected at least data.max_length = 8192"),
     ([*GOOD, "--batch.tokens_per_step", "5000"], "a multiple of batch.tokens_per_pack = 4096, got 5000"),
     ([*GOOD, "--replay.ratio", "1.0"], "replay.ratio: expected 0 <= ratio < 1, got 1.0"),
     ([*GOOD, "--optim.lr", "0"], "optim.lr: expected above 0, got 0"),
+    ([*GOOD, "--optim.warmup_ratio", "1"],
+     "optim.warmup_ratio: expected 0 <= ratio < 1; for a number of steps set optim.warmup_steps, got 1.0"),
+    ([*GOOD, "--optim.decay_steps", "-1"], "optim.decay_steps: expected 1 or more, or 0 to use optim.decay_ratio, got -1"),
     ([*GOOD, "--evaluation.patience", "2"], "evaluation.patience: expected evaluation.every above 0"),
     (["--model.path", "m", "--data.train", "[{bad"], "data"),
 ])

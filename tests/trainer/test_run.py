@@ -78,7 +78,7 @@ def test_a_lora_run_leaves_an_adapter_that_stock_peft_loads(model_folder, chats,
 
 
 def test_full_fine_tuning_from_a_random_config(model_folder, chats, tmp_path):
-    result = run(model_folder, chats, tmp_path / "run", "--model.path", "null", "--model.config", str(model_folder), "--adapter", "full",
+    result = run(model_folder, chats, tmp_path / "run", "--model.path", "null", "--model.config", str(model_folder), "--method", "full",
                  "--epochs", "2")
     steps = records(result.folder, "step")
     assert steps[-1]["loss"] < steps[0]["loss"] - 0.5
@@ -100,7 +100,7 @@ def test_the_loss_is_a_mean_over_supervised_tokens_of_the_whole_step(model_folde
 def test_bf16_compute_trains(model_folder, chats, tmp_path):
     fp32 = run(model_folder, chats, tmp_path / "a", "--epochs", "2")
     bf16 = run(model_folder, chats, tmp_path / "b", "--epochs", "2", "--precision", "bf16")
-    full = run(model_folder, chats, tmp_path / "c", "--precision", "bf16", "--adapter", "full")
+    full = run(model_folder, chats, tmp_path / "c", "--precision", "bf16", "--method", "full")
     assert bf16.loss == pytest.approx(fp32.loss, rel=0.03)
     first, *_, last = records(full.folder, "step")
     assert last["loss"] < first["loss"]
@@ -125,7 +125,7 @@ def test_early_stopping_once_memorising_sets_in(model_folder, tmp_path):
     few = write_chats(tmp_path / "few.jsonl", QUESTIONS[:8])
     others = write_chats(tmp_path / "others.jsonl", [(q, "No. " + a) for q, a in QUESTIONS[60:80]])
     result = run(model_folder, few, tmp_path / "run", "--data.heldout", str(others), "--epochs", "300", "--optim.lr", "2e-2",
-                 "--optim.schedule", "constant", "--evaluation.every", "5", "--evaluation.patience", "2")
+                 "--optim.lr_scheduler", "constant", "--evaluation.every", "5", "--evaluation.patience", "2")
     losses = [r["loss"] for r in records(tmp_path / "run", "eval")]
     assert result.reason == "early stopping" and result.steps == 5 * (len(losses) - 1) < 300
     assert min(losses[-2:]) > losses[-3] == min(losses)
@@ -217,7 +217,7 @@ def test_a_run_killed_after_its_last_checkpoint_is_finished_by_resuming(model_fo
 
 def test_an_early_stop_is_not_trained_past_by_resuming(model_folder, tmp_path):
     few, others = write_chats(tmp_path / "few.jsonl", QUESTIONS[:8]), write_chats(tmp_path / "others.jsonl", [("x", "y z")] * 4)
-    options = ("--data.heldout", str(others), "--epochs", "300", "--optim.lr", "2e-2", "--optim.schedule", "constant",
+    options = ("--data.heldout", str(others), "--epochs", "300", "--optim.lr", "2e-2", "--optim.lr_scheduler", "constant",
                "--evaluation.every", "2", "--evaluation.patience", "1", "--checkpoint.every", "1")
     stopped = run(model_folder, few, tmp_path / "run", *options)
     before = weights(tmp_path / "run")

@@ -134,15 +134,15 @@ def template_of(settings: training.Model, config: Config) -> ChatTemplate:
 def load(settings: training.Model, adapter: Path | None, config: Config, device: torch.device) -> nn.Module:
     """The model, patched, frozen and in evaluation mode, with its adapter. UserError says what is missing or unfit."""
     kind = "qlora" if config.four_bit or _quantized(settings) else "full"
-    run = training.Config(model=settings, adapter=kind, precision=config.precision)
+    run = training.Config(model=settings, method=kind, precision=config.precision)
     quantization.require(run)
     model, _ = load_model(run, device)
     if adapter is not None:
         with _option("adapter", "lora.path"):
             model = lora.add_adapter(model, training.Lora(path=str(adapter)))
-    report = patch(model, settings.patch)
-    with _option("four_bit", "adapter qlora"):
-        quantization.refuse_misread(lora.stock_layers(model, settings.patch))
+    report = patch(model, settings.fused_kernels)
+    with _option("four_bit", "method qlora"):
+        quantization.refuse_misread(lora.stock_layers(model, settings.fused_kernels))
     print(report, flush=True)
     return model.requires_grad_(False).eval()
 

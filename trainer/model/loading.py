@@ -76,7 +76,7 @@ def _quantized_settings(cfg: config.Config, source: str, dtype: torch.dtype) -> 
     """How from_pretrained is to quantise the model: not at all, unless it is for QLoRA and dense as yet. UserError where it cannot be."""
     with one_line_errors("model.path", source):
         found = AutoConfig.from_pretrained(source, trust_remote_code=cfg.model.trust_remote_code)
-    if quantization.check_checkpoint(source, found, cfg.adapter) or cfg.adapter != "qlora":
+    if quantization.check_checkpoint(source, found, cfg.method) or cfg.method != "qlora":
         return None
     return quantization.loading_settings(cfg.quantization, _without_weights(cfg.model, source, dtype, torch.device("meta")), dtype)
 

@@ -50,7 +50,7 @@ def add_adapter(model: PreTrainedModel, settings: config.Lora) -> PeftModel:
     alpha = int(settings.alpha) if settings.alpha == int(settings.alpha) else settings.alpha  # readers of the JSON expect an int
     return get_peft_model(model, LoraConfig(
         task_type="CAUSAL_LM", r=settings.rank, lora_alpha=alpha, lora_dropout=settings.dropout,
-        target_modules=settings.targets, use_rslora=settings.rslora, use_dora=settings.dora,
+        target_modules=settings.target_modules, use_rslora=settings.rslora, use_dora=settings.dora,
     ))
 
 
@@ -65,12 +65,13 @@ def _check_numbers(settings: config.Lora) -> None:
 
 def _check_targets(model: PreTrainedModel, settings: config.Lora) -> None:
     """Every target names some linear layer, nothing else, not the head; and no matrix is smaller than the rank."""
-    matched = _matched(model, settings.targets)
+    matched = _matched(model, settings.target_modules)
     for name, module in matched.items():
         if module is model.get_output_embeddings():
-            raise UserError(f"lora.targets: {name} is the head, which takes no adapter; leave it out of {settings.targets!r}")
+            raise UserError(f"lora.target_modules: {name} is the head, which takes no adapter; leave it out of {settings.target_modules!r}")
         if not isinstance(module, (nn.Linear, Conv1D)):
-            raise UserError(f"lora.targets: expected linear layers, but {settings.targets!r} matches {name}, a {type(module).__name__}")
+            raise UserError(f"lora.target_modules: expected linear layers, "
+                            f"but {settings.target_modules!r} matches {name}, a {type(module).__name__}")
         rows, columns = module.weight.shape if isinstance(module, Conv1D) else (module.out_features, module.in_features)
         if settings.rank > min(rows, columns):
             raise UserError(f"lora.rank: expected at most {min(rows, columns)}, the smaller side of {name} ({rows} x {columns}), "
@@ -88,15 +89,16 @@ def _matched(model: PreTrainedModel, targets: str | list[str]) -> dict[str, nn.M
         try:
             matched = {name: m for name, m in modules.items() if re.fullmatch(targets, name)}
         except re.error as error:
-            raise UserError(f"lora.targets: {targets!r} is not a regular expression ({error}); for names write a list: [{there}]") from None
+            raise UserError(f"lora.target_modules: {targets!r} is not a regular expression ({error}); "
+                            f"for names write a list: [{there}]") from None
         if not matched:
-            raise UserError(f"lora.targets: no layer's whole name matches the regular expression {targets!r}; "
+            raise UserError(f"lora.target_modules: no layer's whole name matches the regular expression {targets!r}; "
                             f"for last parts of names write a list, of: {there}")
         return matched
     found = {t: [name for name in modules if name == t or name.endswith(f".{t}")] for t in targets}
     missing = [t for t, names in found.items() if not names]
     if missing or not targets:
-        raise UserError(f"lora.targets: no layer is called {', '.join(missing) or '(empty list)'}; the model has: {there}")
+        raise UserError(f"lora.target_modules: no layer is called {', '.join(missing) or '(empty list)'}; the model has: {there}")
     return {name: modules[name] for names in found.values() for name in names}
 
 

@@ -89,7 +89,7 @@ def _joins_plainly(layer: nn.Module, family: Family) -> bool:
 
 
 def _report(base: PreTrainedModel, family: Family | None, enabled: bool, served: str, counts: Counter[str]) -> PatchReport:
-    why_stock = "unknown family" if enabled else "model.patch is off"
+    why_stock = "unknown family" if enabled else "model.fused_kernels is off"
     report = PatchReport(base.config.model_type if family else f"{base.config.model_type} ({why_stock}: stock layers)")
     softcap = base.config.attn_logit_softcapping if family and family.softcap else None
     attention = backend(base.device, base.dtype, softcap, getattr(base.config, "attention_dropout", 0.0))

@@ -36,21 +36,21 @@ def library(option: str) -> ModuleType:
 
 def require(settings: config.Config) -> None:
     """UserError where the run needs bitsandbytes and there is none."""
-    if settings.adapter == "qlora":
-        library("adapter qlora")
+    if settings.method == "qlora":
+        library("method qlora")
     if settings.optim.name == "adamw_8bit":
         library("optim.name adamw_8bit")
 
 
 def version(settings: config.Config) -> str | None:
     """What made the base's 4-bit weights: another version may round in another way."""
-    return f"bitsandbytes {library('adapter qlora').__version__}" if settings.adapter == "qlora" else None
+    return f"bitsandbytes {library('method qlora').__version__}" if settings.method == "qlora" else None
 
 
 # ---------------------------------------------------------------- loading
 
 
-def check_checkpoint(source: str, found: PreTrainedConfig, adapter: str) -> bool:
+def check_checkpoint(source: str, found: PreTrainedConfig, method: str) -> bool:
     """Whether a QLoRA run finds its base in NF4 already. UserError for a quantised checkpoint that the run is not for."""
     saved = getattr(found, "quantization_config", None)
     if saved is None:
@@ -60,13 +60,13 @@ def check_checkpoint(source: str, found: PreTrainedConfig, adapter: str) -> bool
     ours = kind == "bitsandbytes"
     if ours:
         kind = saved.get("bnb_4bit_quant_type", "fp4") if saved.get("load_in_4bit") else "8-bit"
-    if adapter == "qlora" and kind != "nf4":
+    if method == "qlora" and kind != "nf4":
         raise UserError(f"model.path: expected dense weights, or bitsandbytes' NF4, in {source}, found {kind} quantisation; "
                         "use the model that it was made from")
-    if adapter != "qlora" and ours:  # other libraries' checkpoints may become dense as they load
-        remedy = "use --adapter qlora" if kind == "nf4" else "use the model that it was made from"
-        raise UserError(f"model.path: expected dense weights for adapter {adapter}, found {kind} quantisation in {source}; {remedy}")
-    return adapter == "qlora"
+    if method != "qlora" and ours:  # other libraries' checkpoints may become dense as they load
+        remedy = "use --method qlora" if kind == "nf4" else "use the model that it was made from"
+        raise UserError(f"model.path: expected dense weights for method {method}, found {kind} quantisation in {source}; {remedy}")
+    return method == "qlora"
 
 
 def to_quantize(dense: PreTrainedModel, skip: list[str]) -> list[nn.Module]:
@@ -80,12 +80,12 @@ def to_quantize(dense: PreTrainedModel, skip: list[str]) -> list[nn.Module]:
 def loading_settings(settings: config.Quantization, outline: PreTrainedModel, dtype: torch.dtype) -> BitsAndBytesConfig:
     """What from_pretrained is given. `outline` is the model without memory; UserError where a name to skip is not in it."""
     names = {name for name, module in outline.named_modules() if isinstance(module, nn.Linear)}
-    if missing := [skip for skip in settings.skip if not any(f".{name}".endswith(f".{skip}") for name in names)]:
+    if missing := [skip for skip in settings.skip_modules if not any(f".{name}".endswith(f".{skip}") for name in names)]:
         there = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
-        raise UserError(f"quantization.skip: no linear layer is called {', '.join(missing)}; the model has: {there}")
+        raise UserError(f"quantization.skip_modules: no linear layer is called {', '.join(missing)}; the model has: {there}")
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=settings.double_quant, bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=[*get_keys_to_not_convert(outline), *settings.skip])
+        llm_int8_skip_modules=[*get_keys_to_not_convert(outline), *settings.skip_modules])
 
 
 def prepare(model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -115,10 +115,10 @@ def refuse_misread(layers: Iterable[nn.Module]) -> None:
             continue
         weight, width = nf4_of(module), module.in_features
         widths.add(width)
-        theirs = library("adapter qlora").functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+        theirs = library("method qlora").functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
         if not torch.equal(theirs, dequantize_nf4(weight, theirs.dtype)):
-            raise UserError(f"adapter qlora: on this CPU bitsandbytes misreads layers of width {width}, not a multiple of "
-                            f"{weight.blocksize}, and not all of the model's are fused; train on a GPU, or with adapter lora")
+            raise UserError(f"method qlora: on this CPU bitsandbytes misreads layers of width {width}, not a multiple of "
+                            f"{weight.blocksize}, and not all of the model's are fused; train on a GPU, or with method lora")
 
 
 # ---------------------------------------------------------------- layers

@@ -96,7 +96,7 @@ class FlatAdamW:
     def __init__(self, parameters: Iterable[nn.Parameter], settings: Optim):
         trainable = [p for p in parameters if p.requires_grad]
         if not trainable:
-            raise UserError("nothing to train: expected at least one trainable weight, found none; check lora.targets")
+            raise UserError("nothing to train: expected at least one trainable weight, found none; check lora.target_modules")
         large = [p for p in trainable if in_8bit(p, settings)]
         matrices = [p for p in trainable if p.ndim >= 2 and not in_8bit(p, settings)]
         vectors = [p for p in trainable if p.ndim < 2]

@@ -168,15 +168,15 @@ def as_probe(config: Config, share: float, kl: float) -> Config:
     return replace(
         probe, output=str(Path(config.output) / "auto" / f"share-{share:g}-kl-{kl:g}"), epochs=config.epochs * part,
         max_steps=None if config.max_steps is None else max(1, round(config.max_steps * part)),
-        optim=replace(optim, warmup=_pressed(optim.warmup, part), decay=_pressed(optim.decay, part)),
+        optim=replace(optim, warmup_steps=_scaled(optim.warmup_steps, part), decay_steps=_scaled(optim.decay_steps, part)),
         retention=replace(probe.retention, every=0, patience=0), evaluation=replace(config.evaluation, every=0, patience=0),
         checkpoint=replace(config.checkpoint, every=0),
         logging=replace(config.logging, every=sys.maxsize, tensorboard=False, wandb_project=None, profile=None))
 
 
-def _pressed(amount: float, part: float) -> float:
-    """A share of the run stays one; a number of steps shrinks with it."""
-    return amount if amount < 1 else max(1, round(amount * part))
+def _scaled(steps: int, part: float) -> int:
+    """Return this share of a number of steps, at least one; 0, where the schedule is given as a share of the run, stays 0."""
+    return max(1, round(steps * part)) if steps else 0
 
 
 def _options(config: Config) -> dict:

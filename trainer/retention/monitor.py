@@ -130,7 +130,7 @@ class ForgettingMonitor:
                 self.base = score(replace(self.side, name="base", label="the base"), self.files, self.how, remember=True)
             except UserError as error:
                 raise UserError(_named_as_here(str(error))) from None
-        if self.config.adapter == "full":  # the head is trained, so its values are kept, on the host between measurements
+        if self.config.method == "full":  # the head is trained, so its values are kept, on the host between measurements
             self._head_on(torch.device("cpu"), copy=True)
         if self.floor is not None and not self._right(self.base):
             raise UserError(f"retention.floor: expected general items of which the base answers some right, got 0 of "
@@ -178,14 +178,14 @@ class ForgettingMonitor:
         self._head_on(next(model.parameters()).device)
         with at_rest(model, self.config.compile):
             found = score(self.side, self.files, self.how, self.base.memory)
-        if self.config.adapter == "full":
+        if self.config.method == "full":
             self._head_on(torch.device("cpu"))
         return found
 
     def _head_on(self, device: torch.device, copy: bool = False) -> None:
         """Move the base's head, where the run has a copy of it. (An adapter's base has the very head of the model.)"""
         head = self.base.memory.head
-        if self.config.adapter == "full":
+        if self.config.method == "full":
             weight, bias = (None if t is None else t.detach().to(device, copy=copy) for t in (head.weight, head.bias))
             self.base.memory.head = head._replace(weight=weight, bias=bias)
 

@@ -40,10 +40,10 @@ def build(config: Config, inputs: TrainingData, device: torch.device, dist: Dist
     """Model, adapter, patches, optimiser and run folder; from the newest checkpoint where the run goes on from one."""
     model, _ = load_model(config, device)
     torch.manual_seed(config.seed)
-    if config.adapter != "full":
+    if config.method != "full":
         model = lora.add_adapter(model, config.lora)
-    patched = patch(model, config.model.patch)
-    quantization.refuse_misread(lora.stock_layers(model, config.model.patch))
+    patched = patch(model, config.model.fused_kernels)
+    quantization.refuse_misread(lora.stock_layers(model, config.model.fused_kernels))
     patched.backends |= quantization.describe(model)
     apply_activation_checkpointing(model, config.activation_checkpointing)
     fingerprint, roles = inputs.samples.fingerprint, [part.role for part in inputs.mixture.parts]
@@ -98,11 +98,11 @@ def greet(config: Config, facts: dict, inputs: TrainingData, device: torch.devic
     if config.precision == "auto" and device.type == "cpu" and fast_bf16():
         print("this CPU has bf16 products: with --precision bf16 a step takes about half the time")
     print(patched)
-    print(f"parameters: {model['parameters']:,}, trained {model['trainable']:,} ({config.adapter})")
+    print(f"parameters: {model['parameters']:,}, trained {model['trainable']:,} ({config.method})")
     for share in facts["sources"]:
         print(f"{share['role']} {share['name']}: {share['samples']:,} samples, {share['share_rows']:.1%} of rows, "
               f"{share['share_tokens']:.1%} of tokens; dropped {share['dropped']}, truncated {share['truncated']}, split {share['split']}")
-    for line in kl.describe(config.retention, config.adapter, model["parameters"] * dtype.itemsize):
+    for line in kl.describe(config.retention, config.method, model["parameters"] * dtype.itemsize):
         print(line)
     if inputs.heldout:
         print(heldout_line(inputs))

@@ -25,7 +25,7 @@ GREEN, DIM, BOLD, PLAIN = "\033[32m", "\033[2m", "\033[1m", "\033[0m"
 def show(config: Config, inputs: TrainingData, device: torch.device) -> None:
     """Print the page. Raises UserError for whatever would have stopped the run."""
     model = outline(config)
-    if config.adapter != "full":
+    if config.method != "full":
         with torch.device("meta"):
             model = add_adapter(model, config.lora)
     _show_samples(inputs, config.seed)
@@ -33,14 +33,14 @@ def show(config: Config, inputs: TrainingData, device: torch.device) -> None:
     _show_sources(facts["sources"])
     _show_plan(inputs, facts, config)
     size, dtype = model_size(model), compute_dtype(config.precision, device)
-    for line in kl.describe(config.retention, config.adapter, size.parameters * dtype.itemsize):
+    for line in kl.describe(config.retention, config.method, size.parameters * dtype.itemsize):
         print(line)
     if config.retention.stores_base:
         held = kl.prepare(config.retention, model, [part.role for part in inputs.mixture.parts])
         print(cached_base.announce(Path(config.output), cached_base.layout(held, inputs.samples, inputs.plan, dtype)))
     if config.replay.auto:
         print("replay.auto: the mixture above is without a ratio; probes choose it, and retention.kl, when the run starts")
-    print(f"model: {size.parameters:,} parameters, trained {size.trainable:,} ({config.adapter}), compute {dtype_name(dtype)}")
+    print(f"model: {size.parameters:,} parameters, trained {size.trainable:,} ({config.method}), compute {dtype_name(dtype)}")
     print(f"memory: {estimate(model, config, dtype, device)}")
     print("dry run: everything fits together; nothing was trained")
 

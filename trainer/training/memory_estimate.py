@@ -51,7 +51,7 @@ def estimate(model: nn.Module, config: Config, dtype: torch.dtype, device: torch
     width = dtype.itemsize
     trainable = [p for p in model.parameters() if p.requires_grad]
     trained = sum(p.numel() for p in trainable)
-    adapter = config.adapter != "full"
+    adapter = config.method != "full"
     stored, out = config.retention.stores_base, model.get_output_embeddings()
     base = (out if stored else model).parameters() if config.retention.kl and not adapter else ()
     copied = sum(p.numel() for p in base)
@@ -69,7 +69,7 @@ def estimate(model: nn.Module, config: Config, dtype: torch.dtype, device: torch
 def frozen_bytes(model: nn.Module, config: Config, width: int) -> float:
     """Bytes of the weights that are not trained: dense ones, and with QLoRA those in 4 bits and room to make the largest dense."""
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    layers = to_quantize(bare(model), config.quantization.skip) if config.adapter == "qlora" else []
+    layers = to_quantize(bare(model), config.quantization.skip_modules) if config.method == "qlora" else []
     sizes = [layer.weight.numel() for layer in layers]
     packed = sum(sizes) * bytes_per_weight(config.quantization.double_quant)
     return (frozen - sum(sizes)) * width + packed + max(sizes, default=0) * width

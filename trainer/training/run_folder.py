@@ -45,7 +45,7 @@ def open_run(output: Path, config: Config, facts: dict) -> None:
 
 def leave(output: Path, config: Config, model: nn.Module, tokenizer: PreTrainedTokenizerBase, ending: Ending) -> None:
     """Write what the run made, and its page. A run stopped by a signal leaves its checkpoint only."""
-    full = config.adapter == "full"
+    full = config.method == "full"
     if ending.signal:
         print(f"stopped by signal {ending.signal}; go on with the same command and --resume auto", file=sys.stderr)
     else:
@@ -54,7 +54,7 @@ def leave(output: Path, config: Config, model: nn.Module, tokenizer: PreTrainedT
             save_adapter(model, output / "adapter", tokenizer)
         if full or config.export in ("merged", "both"):
             merge_and_save(model, tokenizer, output / "model")
-            if config.adapter == "qlora":
+            if config.method == "qlora":
                 print("model: the adapter merged into the dequantised weights that it was trained on")
     write_report(output)
     print(f"report: {output / 'report.html'}")

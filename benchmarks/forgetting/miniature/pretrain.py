@@ -40,17 +40,18 @@ def pretrain(member: Member, work: Path) -> tuple[Path, Path]:
     chats = write_jsonl(training_records(member.skills, member.chats, seed=0), work / "chats.jsonl")
     papers = write_jsonl([case.paper for case in cases(member.skills, member.papers, seed=0)], work / "papers.jsonl")
     reading = train(Config(
-        output=str(work / "reading"), model=Model(config=str(start)), adapter="full",
+        output=str(work / "reading"), model=Model(config=str(start)), method="full",
         data=Data(train=[str(chats), str(papers)], train_on="all", max_length=256), batch=BATCH,
-        optim=Optim(lr=1.5e-3, beta2=0.99, schedule="wsd", warmup=50, decay=0.4, min_lr_ratio=0.05), logging=Logging(every=50)))
+        optim=Optim(lr=1.5e-3, beta2=0.99, lr_scheduler="wsd", warmup_steps=50, decay_ratio=0.4, min_lr_ratio=0.05),
+        logging=Logging(every=50)))
     if not member.tuning:
         return reading.folder / "model", reading.folder / "model"
     answers = write_jsonl(training_records(member.skills, member.tuning, seed=1), work / "answers.jsonl")
     grades = write_jsonl([case.record for case in cases(member.skills, member.tuning, seed=1)], work / "grades.jsonl")
     tuning = train(Config(
-        output=str(work / "tuning"), model=Model(path=str(reading.folder / "model")), adapter="full",
+        output=str(work / "tuning"), model=Model(path=str(reading.folder / "model")), method="full",
         data=Data(train=[str(answers), str(grades)], max_length=256), batch=BATCH,
-        optim=Optim(lr=1.5e-4, beta2=0.99, warmup=20), logging=Logging(every=50)))
+        optim=Optim(lr=1.5e-4, beta2=0.99, warmup_steps=20), logging=Logging(every=50)))
     return reading.folder / "model", tuning.folder / "model"
 
 

@@ -100,7 +100,7 @@ def recipe(job: Job) -> Config:
     replay = Replay(data=str(replay_rows(job)), ratio=arm.ratio) if arm.replay else Replay()
     kind = "full" if arm.full else "lora"
     return Config(
-        output=str(job.output), model=Model(path=str(base)), adapter=kind, lora=Lora(rank=16, alpha=32.0),
+        output=str(job.output), model=Model(path=str(base)), method=kind, lora=Lora(rank=16, alpha=32.0),
         data=Data(train=str(domain), max_length=256), replay=replay,
         retention=Retention(**arms.KL) if arm.kl else Retention(),
         batch=BatchSize(tokens_per_pack=size.tokens, tokens_per_step=size.tokens),

@@ -68,7 +68,7 @@ def test_all_arms_train_as_long_on_the_same_domain_rows(arm, tmp_path):
     validate(config)
     assert (config.max_steps, config.batch.tokens_per_step, config.seed) == (size.steps, size.tokens, 1)
     assert config.replay.ratio == (arm.ratio if arm.replay else None) and bool(config.replay.data) == bool(arm.replay)
-    assert (config.adapter == "full") == arm.full and (config.retention.kl > 0) == arm.kl
+    assert (config.method == "full") == arm.full and (config.retention.kl > 0) == arm.kl
     with open(config.data.train) as file:
         assert len(file.readlines()) == 20
     if arm.unique:

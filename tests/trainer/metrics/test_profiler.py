@@ -88,8 +88,8 @@ def test_values_of_the_host_are_its_own_to_read():
 
 
 @pytest.mark.parametrize("family, extra", [
-    ("llama", ["--activation_checkpointing", "full", "--lora.dropout", "0.1"]), ("llama", ["--adapter", "full", "--precision", "bf16"]),
-    ("llama", ["--adapter", "qlora", "--optim.name", "adamw_8bit"]), ("gemma2", ["--lora.dora"]), ("qwen3", [])])
+    ("llama", ["--activation_checkpointing", "full", "--lora.dropout", "0.1"]), ("llama", ["--method", "full", "--precision", "bf16"]),
+    ("llama", ["--method", "qlora", "--optim.name", "adamw_8bit"]), ("gemma2", ["--lora.dora"]), ("qwen3", [])])
 def test_a_step_between_log_steps_makes_the_host_wait_for_nothing(chats, tmp_path, family, extra, capsys):  # noqa: F811
     """The whole of it, with the staging of the next one: what the loop does from one step's end to the next one's."""
     model = tiny.save_model(tmp_path / "model", family)

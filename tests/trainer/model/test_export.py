@@ -18,7 +18,7 @@ from trainer.model.lora import add_adapter
 from trainer.model.patch import patch
 
 BATCH = pack(vocab_size=260)  # fewer than any tokenizer here has
-ADAPTERS = {"lora": {}, "rslora": dict(rslora=True), "dora": dict(dora=True), "some": dict(targets=["q_proj", "o_proj"])}
+ADAPTERS = {"lora": {}, "rslora": dict(rslora=True), "dora": dict(dora=True), "some": dict(target_modules=["q_proj", "o_proj"])}
 
 
 def trained(folder, precision="fp32", adapter=None):

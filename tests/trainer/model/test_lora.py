@@ -21,11 +21,11 @@ VARIANTS = {
     "lora": {},
     "rslora": dict(rslora=True),
     "dora": dict(dora=True),
-    "queries and values": dict(targets=["q_proj", "v_proj"]),
-    "gates": dict(targets=["gate_proj"]),
-    "down and output": dict(targets=r".*\.(down_proj|o_proj)"),
-    "one layer": dict(targets=r"model\.layers\.1\..*_proj"),
-    "dora of keys": dict(dora=True, targets=["k_proj"]),
+    "queries and values": dict(target_modules=["q_proj", "v_proj"]),
+    "gates": dict(target_modules=["gate_proj"]),
+    "down and output": dict(target_modules=r".*\.(down_proj|o_proj)"),
+    "one layer": dict(target_modules=r"model\.layers\.1\..*_proj"),
+    "dora of keys": dict(dora=True, target_modules=["k_proj"]),
 }
 
 
@@ -52,8 +52,8 @@ def test_fused_adapter_equals_pefts(family, variant):
     settings = VARIANTS[variant]
     if family == "phi3":
         names = {"q_proj": "qkv_proj", "v_proj": "qkv_proj", "k_proj": "qkv_proj", "gate_proj": "gate_up_proj"}
-        targets = settings.get("targets")
-        settings = settings | ({"targets": sorted({names[t] for t in targets})} if isinstance(targets, list) else {})
+        targets = settings.get("target_modules")
+        settings = settings | ({"target_modules": sorted({names[t] for t in targets})} if isinstance(targets, list) else {})
     batch, stock, ours = pack(), adapted(family, **settings), ours_of(adapted(family, **settings))
     expected, found = stock_logits(stock, batch), our_logits(ours, batch)
     assert relative_error(found, expected) < 1e-6
@@ -264,14 +264,14 @@ def test_adapters_of_bf16_models_are_fp32():
     (dict(alpha=0.0), "lora.alpha: expected more than 0"),
     (dict(dropout=1.0), "lora.dropout: expected 0 <= dropout < 1, got 1.0"),
     (dict(dropout=-0.1), "lora.dropout"),
-    (dict(targets=["query"]), "no layer is called query; the model has: down_proj, gate_proj, k_proj"),
-    (dict(targets=["q_proj", "query"]), "no layer is called query;"),
-    (dict(targets=[]), "empty list"),
-    (dict(targets="q_proj"), "regular expression 'q_proj'; for last parts of names write a list, of: down_proj"),
-    (dict(targets="["), r"'\[' is not a regular expression"),
-    (dict(targets=["lm_head"]), "lm_head is the head, which takes no adapter"),
-    (dict(targets=["embed_tokens"]), "matches model.embed_tokens, a Embedding"),
-    (dict(targets=".*"), "expected linear layers"),
+    (dict(target_modules=["query"]), "no layer is called query; the model has: down_proj, gate_proj, k_proj"),
+    (dict(target_modules=["q_proj", "query"]), "no layer is called query;"),
+    (dict(target_modules=[]), "empty list"),
+    (dict(target_modules="q_proj"), "regular expression 'q_proj'; for last parts of names write a list, of: down_proj"),
+    (dict(target_modules="["), r"'\[' is not a regular expression"),
+    (dict(target_modules=["lm_head"]), "lm_head is the head, which takes no adapter"),
+    (dict(target_modules=["embed_tokens"]), "matches model.embed_tokens, a Embedding"),
+    (dict(target_modules=".*"), "expected linear layers"),
     (dict(path="/not/there"), "lora.path: expected a folder with adapter_config.json"),
 ])
 def test_unfit_settings_are_one_line(settings, message):

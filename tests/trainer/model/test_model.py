@@ -309,7 +309,7 @@ def test_report_says_what_stays_stock():
     assert "add_rms_norm" not in patch(dropping).backends and "forward" not in vars(dropping.model.layers[0])
     off = ready(tiny.model("llama"))
     report = patch(off, enabled=False)
-    assert "model.patch is off" in str(report) and report.backends.keys() == {"attention", "linear cross entropy"}
+    assert "model.fused_kernels is off" in str(report) and report.backends.keys() == {"attention", "linear cross entropy"}
     assert not any("forward" in vars(module) for module in off.modules())
 
 

@@ -42,7 +42,7 @@ from trainer.training.memory_estimate import estimate
 bitsandbytes = pytest.importorskip("bitsandbytes")
 CPU = torch.device("cpu")
 WHOLE = dict(intermediate_size=128)  # every row of every layer is whole blocks
-ADAPTERS = {"lora": {}, "rslora": dict(rslora=True), "dora": dict(dora=True), "some": dict(targets=["q_proj", "down_proj"])}
+ADAPTERS = {"lora": {}, "rslora": dict(rslora=True), "dora": dict(dora=True), "some": dict(target_modules=["q_proj", "down_proj"])}
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def sound_bitsandbytes():
 
 
 def settings(folder, precision="fp32", **more) -> Config:
-    return Config(model=Model(path=str(folder)), adapter="qlora", precision=precision, **more)
+    return Config(model=Model(path=str(folder)), method="qlora", precision=precision, **more)
 
 
 def stock_base(folder, dtype=torch.float32):
@@ -121,7 +121,8 @@ def test_every_linear_layer_but_the_head_is_quantised_as_bitsandbytes_does(folde
 
 
 def test_layers_to_skip_stay_dense(folders):
-    model, _ = load_model(settings(folders("llama"), quantization=Quantization(skip=["down_proj", "layers.1.self_attn.q_proj"])), "cpu")
+    skip = Quantization(skip_modules=["down_proj", "layers.1.self_attn.q_proj"])
+    model, _ = load_model(settings(folders("llama"), quantization=skip), "cpu")
     assert len(quantized_layers(model)) == 14 - 2 - 1
     assert type(model.model.layers[0].mlp.down_proj) is type(model.model.layers[1].self_attn.q_proj) is nn.Linear
     assert is_quantized(model.model.layers[0].self_attn.q_proj)
@@ -279,7 +280,7 @@ def test_an_adapter_that_is_not_finite_or_not_ours_is_not_merged(folders, tmp_pa
 
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_memory_and_work_know_of_4_bits(folders, double_quant):
-    cfg = settings(folders("llama"), quantization=Quantization(double_quant=double_quant, skip=["o_proj"]), lora=Lora(rank=32))
+    cfg = settings(folders("llama"), quantization=Quantization(double_quant=double_quant, skip_modules=["o_proj"]), lora=Lora(rank=32))
     model = add_adapter(load_model(cfg, "cpu")[0], cfg.lora)
     dense = add_adapter(load_model(Config(model=cfg.model), "cpu")[0], cfg.lora)
     assert model_size(model) == model_size(dense)
@@ -433,7 +434,7 @@ def train(*args):
     return run.train(parse(Config, arguments(*args), "trainer.run"))
 
 
-QLORA = ("--adapter", "qlora", "--optim.name", "adamw_8bit", "--lora.rank", "32", "--lora.dropout", "0.1")
+QLORA = ("--method", "qlora", "--optim.name", "adamw_8bit", "--lora.rank", "32", "--lora.dropout", "0.1")
 
 
 def test_a_qlora_run_resumes_bit_for_bit(folders, chats, tmp_path, monkeypatch):
@@ -454,7 +455,7 @@ def test_a_qlora_run_resumes_bit_for_bit(folders, chats, tmp_path, monkeypatch):
 @pytest.mark.parametrize("extra", [("--activation_checkpointing", "full"), ("--precision", "bf16")])
 def test_qlora_goes_with_other_options(folders, chats, tmp_path, extra):
     for name, more in (("plain", ()), ("other", extra)):
-        train(folders("llama"), chats, tmp_path / name, "--adapter", "qlora", "--max_steps", "4", "--logging.every", "1", *more)
+        train(folders("llama"), chats, tmp_path / name, "--method", "qlora", "--max_steps", "4", "--logging.every", "1", *more)
     one, two = ([r["loss"] for r in records(tmp_path / name, "step")] for name in ("plain", "other"))
     assert one == pytest.approx(two, rel=0.03 if "bf16" in extra else 1e-6)
 
@@ -465,7 +466,7 @@ def test_a_qlora_run_of_the_miniature_base(tmp_path, sound_bitsandbytes, capsys)
     domain, heldout = (write_jsonl(training_records(DOMAIN, count, seed=seed), tmp_path / name)
                        for count, seed, name in ((200, 0, "domain.jsonl"), (40, 1, "heldout.jsonl")))
     result = run.train(parse(Config, [
-        "--model.path", str(base), "--adapter", "qlora", "--optim.name", "adamw_8bit", "--data.train", str(domain), "--data.heldout",
+        "--model.path", str(base), "--method", "qlora", "--optim.name", "adamw_8bit", "--data.train", str(domain), "--data.heldout",
         str(heldout), "--output", str(tmp_path / "run"), "--data.max_length", "256", "--batch.tokens_per_pack", "256",
         "--batch.tokens_per_step", "512", "--optim.lr", "5e-3", "--epochs", "4", "--export", "both", "--logging.tensorboard", "false",
         "--device", "cpu", "--data.workers", "1"], "trainer.run"))
@@ -490,7 +491,7 @@ def test_a_qlora_run_of_the_miniature_base(tmp_path, sound_bitsandbytes, capsys)
 
 
 def test_a_dry_run_estimates_4_bits(folders, chats, tmp_path, capsys):
-    train(folders("llama"), chats, tmp_path / "run", "--dry_run", "--adapter", "qlora")
+    train(folders("llama"), chats, tmp_path / "run", "--dry_run", "--method", "qlora")
     assert "(qlora)" in capsys.readouterr().out
 
 
@@ -517,34 +518,35 @@ def quantized_as(folder, target, **config):
 NF4 = dict(quant_method="bitsandbytes", load_in_4bit=True, bnb_4bit_quant_type="nf4")
 
 
-@pytest.mark.parametrize(("config", "adapter", "expected"), [
-    (NF4, "lora", "expected dense weights for adapter lora, found nf4 quantisation in .*; use --adapter qlora"),
-    (NF4, "full", "expected dense weights for adapter full, found nf4"),
+@pytest.mark.parametrize(("config", "method", "expected"), [
+    (NF4, "lora", "expected dense weights for method lora, found nf4 quantisation in .*; use --method qlora"),
+    (NF4, "full", "expected dense weights for method full, found nf4"),
     (NF4 | dict(bnb_4bit_quant_type="fp4"), "qlora", "expected dense weights, or bitsandbytes' NF4, in .*, found fp4 quantisation"),
     (dict(quant_method="bitsandbytes", load_in_8bit=True), "qlora", "found 8-bit quantisation"),
     (dict(quant_method="bitsandbytes", load_in_8bit=True), "lora", "found 8-bit quantisation in .*; use the model that it was made from"),
     (dict(quant_method="gptq", bits=4), "qlora", "found gptq quantisation; use the model that it was made from"),
 ])
 @pytest.mark.parametrize("dry", [(), ("--dry_run",)], ids=["run", "dry"])
-def test_checkpoints_that_are_quantised_in_another_way(folders, chats, tmp_path, monkeypatch, capsys, config, adapter, expected, dry):
+def test_checkpoints_that_are_quantised_in_another_way(folders, chats, tmp_path, monkeypatch, capsys, config, method, expected, dry):
     folder = quantized_as(folders("llama"), tmp_path / "model", **config)
-    line = complaint(monkeypatch, capsys, *arguments(folder, chats, tmp_path / "run", "--adapter", adapter, *dry))
+    line = complaint(monkeypatch, capsys, *arguments(folder, chats, tmp_path / "run", "--method", method, *dry))
     assert re.search("model.path: .*" + expected, line), line
 
 
 @pytest.mark.parametrize(("options", "expected"), [
-    (("--adapter", "qlora", "--quantization.skip", "[zork]"), "quantization.skip: no linear layer is called zork; the model has: "),
-    (("--adapter", "qlora", "--quantization.double_quant", "half"), "quantization.double_quant: "),
-    (("--adapter", "qlora", "--quantisation.skip", "[]"), "did you mean quantization.skip?"),
-    (("--adapter", "q-lora"), "adapter: expected one of 'lora', 'qlora', 'full', got q-lora"),
+    (("--method", "qlora", "--quantization.skip_modules", "[zork]"),
+     "quantization.skip_modules: no linear layer is called zork; the model has: "),
+    (("--method", "qlora", "--quantization.double_quant", "half"), "quantization.double_quant: "),
+    (("--method", "qlora", "--quantisation.skip_modules", "[]"), "did you mean quantization.skip_modules?"),
+    (("--method", "q-lora"), "method: expected one of 'lora', 'qlora', 'full', got q-lora"),
     (("--optim.name", "adam8"), "optim.name: expected one of 'adamw', 'adamw_8bit', got adam8"),
-    (("--adapter", "qlora", "--model.path", "null", "--model.config", "x"), "adapter: expected full beside model.config"),
+    (("--method", "qlora", "--model.path", "null", "--model.config", "x"), "method: expected full beside model.config"),
 ])
 def test_options_that_are_wrong(folders, chats, tmp_path, monkeypatch, capsys, options, expected):
     assert expected in complaint(monkeypatch, capsys, *arguments(folders("llama"), chats, tmp_path / "run", *options))
 
 
-@pytest.mark.parametrize(("option", "value"), [("adapter", "qlora"), ("optim.name", "adamw_8bit")])
+@pytest.mark.parametrize(("option", "value"), [("method", "qlora"), ("optim.name", "adamw_8bit")])
 @pytest.mark.parametrize("dry", [(), ("--dry_run",)], ids=["run", "dry"])
 def test_bitsandbytes_that_is_not_there(folders, chats, tmp_path, monkeypatch, capsys, option, value, dry):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)

@@ -115,11 +115,17 @@ def rates(total: int, **settings) -> list[float]:
 
 
 def test_schedules():
-    assert rates(5, schedule="constant", warmup=2) == [0.5, 1, 1, 1, 1]
-    linear = rates(10, schedule="linear", warmup=0, min_lr_ratio=0.1)
+    assert rates(5, lr_scheduler="constant", warmup_steps=2) == [0.5, 1, 1, 1, 1]
+    linear = rates(10, lr_scheduler="linear", warmup_ratio=0, min_lr_ratio=0.1)
     assert linear[-1] == pytest.approx(0.1) and linear[0] == pytest.approx(0.91)
-    cosine = rates(100, schedule="cosine", warmup=0.1, min_lr_ratio=0.0)
+    cosine = rates(100, lr_scheduler="cosine", warmup_ratio=0.1, min_lr_ratio=0.0)
     assert cosine[9] == 1 and cosine[54] == pytest.approx(0.5) and cosine[-1] == pytest.approx(0, abs=1e-9)
-    wsd = rates(100, schedule="wsd", warmup=10, decay=0.2, min_lr_ratio=0.0)
+    wsd = rates(100, lr_scheduler="wsd", warmup_steps=10, decay_ratio=0.2, min_lr_ratio=0.0)
     assert wsd[10:80] == [1.0] * 70 and wsd[89] == pytest.approx(0.5) and wsd[-1] == pytest.approx(0.0)
     assert all(a >= b for a, b in zip(wsd[10:], wsd[11:]))
+
+
+def test_a_number_of_steps_wins_over_a_share():
+    assert rates(20, lr_scheduler="constant", warmup_ratio=0.5, warmup_steps=4) == rates(20, lr_scheduler="constant", warmup_ratio=0.2)
+    shares = dict(lr_scheduler="wsd", warmup_ratio=0.1)
+    assert rates(20, **shares, decay_ratio=0.9, decay_steps=5) == rates(20, **shares, decay_ratio=0.25)

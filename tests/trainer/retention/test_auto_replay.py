@@ -65,7 +65,8 @@ def test_a_weight_that_spoils_the_domain_is_not_taken():
 def config(data, output, *more) -> Config:
     """A run of eight steps whose probes have two; the replay is drawn upon with repeats."""
     given = parse(Config, arguments(BASE, data / "domain.jsonl", output, *options(
-        data, "--replay.auto", "true", "--retention.floor", "0.8", "--optim.warmup", "4", "--logging.every", "1", *more)), "trainer.run")
+        data, "--replay.auto", "true", "--retention.floor", "0.8", "--optim.warmup_steps", "4", "--logging.every", "1",
+        *more)), "trainer.run")
     validate(given)
     return given
 
@@ -73,7 +74,8 @@ def config(data, output, *more) -> Config:
 def test_a_probe_is_the_run_pressed_into_a_part(data, tmp_path):
     given = config(data, tmp_path, "--max_steps", "null", "--epochs", "6", "--evaluation.every", "5", "--checkpoint.every", "3")
     probe = auto_replay.as_probe(given, 0.2, 0.3)
-    assert (probe.epochs, probe.max_steps, probe.optim.warmup, probe.optim.decay) == (1.5, None, 1, 0.2)
+    assert (probe.epochs, probe.max_steps) == (1.5, None)
+    assert (probe.optim.warmup_steps, probe.optim.decay_ratio, probe.optim.decay_steps) == (1, 0.2, 0)
     assert (probe.replay.ratio, probe.retention.kl, probe.replay.auto, probe.retention.floor) == (0.2, 0.3, False, 0.8)
     assert probe.output == str(tmp_path / "auto" / "share-0.2-kl-0.3")
     assert probe.retention.every == probe.evaluation.every == probe.checkpoint.every == 0

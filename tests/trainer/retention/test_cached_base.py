@@ -178,8 +178,8 @@ def test_only_what_the_run_sees_is_stored(model_folder, chats, tmp_path):
 @pytest.mark.parametrize("options", [
     (), ("--lora.dropout", "0.2", "--retention.kl_on", "all", "--retention.kl_tokens", "all"),
     ("--retention.kl_on", "all", "--retention.weighting", "stm", "--retention.weighting_on", "all", "--retention.stm_threshold", "400"),
-    ("--adapter", "full", "--optim.lr", "1e-3"), ("--adapter", "full", "--retention.kl_tokens", "all", "--retention.kl_direction", "js"),
-    ("--adapter", "qlora", "--retention.kl_tokens", "all"), ("--lora.dora", "true", "--activation_checkpointing", "full"),
+    ("--method", "full", "--optim.lr", "1e-3"), ("--method", "full", "--retention.kl_tokens", "all", "--retention.kl_direction", "js"),
+    ("--method", "qlora", "--retention.kl_tokens", "all"), ("--lora.dora", "true", "--activation_checkpointing", "full"),
 ])
 def test_runs_have_the_figures_of_a_live_base(model_folder, chats, tmp_path, options):
     if "qlora" in options:
@@ -204,7 +204,7 @@ def test_a_saved_adapter_is_not_a_part_of_the_base(model_folder, chats, tmp_path
 
 
 @pytest.mark.parametrize("kept", [True, False])
-@pytest.mark.parametrize("options", [("--lora.dropout", "0.1"), ("--adapter", "full", "--optim.lr", "1e-3", "--precision", "bf16")])
+@pytest.mark.parametrize("options", [("--lora.dropout", "0.1"), ("--method", "full", "--optim.lr", "1e-3", "--precision", "bf16")])
 def test_a_killed_run_goes_on_bit_for_bit(model_folder, chats, tmp_path, monkeypatch, capsys, options, kept):
     """Also where the file is gone: it is made again by the base, not by what training has made of it."""
     options = (*options, "--retention.base", "stored", "--retention.kl_on", "all", "--max_steps", "8", "--checkpoint.every", "2")
@@ -297,9 +297,9 @@ def test_a_step_reads_nothing_back(model_folder, chats, tmp_path):
 
 
 def test_the_run_and_the_dry_run_say_what_it_takes(model_folder, chats, tmp_path, capsys):
-    run(model_folder, chats, tmp_path / "run", "--dry_run", "--retention.base", "stored", "--adapter", "full")
+    run(model_folder, chats, tmp_path / "run", "--dry_run", "--retention.base", "stored", "--method", "full")
     dry = capsys.readouterr().out
-    run(model_folder, chats, tmp_path / "run", "--max_steps", "999", "--retention.base", "stored", "--adapter", "full")
+    run(model_folder, chats, tmp_path / "run", "--max_steps", "999", "--retention.base", "stored", "--method", "full")
     shown = capsys.readouterr().out
     said = [line.partition(" (")[0] for text in (dry, shown) for line in text.splitlines() if "hidden states at" in line]
     cfg = settings(model_folder, chats, tmp_path)
@@ -313,7 +313,7 @@ def test_the_run_and_the_dry_run_say_what_it_takes(model_folder, chats, tmp_path
 def test_the_memory_estimate_has_a_head_instead_of_a_copy():
     model = tiny.model("llama")
     asked = [config.Retention(kl=kl, base="stored") for kl in (0, 0.3)]
-    full = [estimate(model, Config(adapter="full", retention=one), torch.float32, CPU) for one in asked]
+    full = [estimate(model, Config(method="full", retention=one), torch.float32, CPU) for one in asked]
     states = 2 * Config().batch.tokens_per_step * 64 * 4
     assert full[1].weights - full[0].weights == model.get_output_embeddings().weight.numel() * 4
     assert full[1].loss - full[0].loss == states

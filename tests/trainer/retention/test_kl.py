@@ -274,7 +274,7 @@ def test_the_bases_flops_are_those_that_torch_counts():
 def test_a_second_copy_and_what_training_began_with_are_in_the_memory_estimate():
     model = tiny.model("llama")
     count = sum(p.numel() for p in model.parameters())
-    plain, held = (estimate(model, Config(adapter="full", retention=r), torch.float32, CPU)
+    plain, held = (estimate(model, Config(method="full", retention=r), torch.float32, CPU)
                    for r in (config.Retention(), config.Retention(kl=0.3, l2=0.1)))
     assert held.weights - plain.weights == 4 * count and held.masters - plain.masters == 4 * count
     adapted = add_adapter(model, Lora(rank=4))
@@ -378,14 +378,14 @@ def test_a_run_says_what_it_holds_to(miniature, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "retention: 0.3 KL(base || model) on replay rows; the base is the model with its adapter switched off" in shown
     assert "retention: weights decay by lr * 2 a step towards where they began" in shown and "  kl 0.0000  lr" in shown
-    run(miniature, tmp_path / "dry", "--dry_run", "--adapter", "full", "--retention.kl", "0.3", "--retention.kl_direction", "js")
+    run(miniature, tmp_path / "dry", "--dry_run", "--method", "full", "--retention.kl", "0.3", "--retention.kl_direction", "js")
     expected = "0.3 Jensen-Shannon divergence from the base on replay rows; the base is a frozen second copy of the model, 0.00137 GB"
     assert expected in capsys.readouterr().out
 
 
 def test_a_run_decays_to_where_it_began(miniature, tmp_path, no_report):
     """At l2 = 1 / lr each step begins where the run did, so no weight gets further than one step goes."""
-    options = ("--max_steps", "8", "--optim.schedule", "constant", "--optim.warmup", "0")
+    options = ("--max_steps", "8", "--optim.lr_scheduler", "constant", "--optim.warmup_ratio", "0")
     for name, l2 in (("free", "0"), ("held", "200")):
         run(miniature, tmp_path / name, *options, "--retention.l2", l2)
     free, held = (max(float(tensor.abs().max()) for key, tensor in weights(tmp_path / name).items() if "lora_B" in key)
@@ -395,7 +395,7 @@ def test_a_run_decays_to_where_it_began(miniature, tmp_path, no_report):
 
 @pytest.mark.parametrize("options", [
     ("--retention.kl", "0.3", "--retention.weighting", "flow", "--retention.l2", "0.5", "--lora.dropout", "0.1"),
-    ("--retention.kl", "0.3", "--retention.kl_on", "all", "--retention.weighting", "stm", "--retention.l2", "0.5", "--adapter", "full",
+    ("--retention.kl", "0.3", "--retention.kl_on", "all", "--retention.weighting", "stm", "--retention.l2", "0.5", "--method", "full",
      "--retention.kl_tokens", "all", "--optim.lr", "1e-3", "--precision", "bf16"),
 ])
 def test_a_killed_run_goes_on_bit_for_bit(miniature, tmp_path, no_report, options):
@@ -427,9 +427,9 @@ def test_a_killed_run_goes_on_bit_for_bit(miniature, tmp_path, no_report, option
     (["--retention.l2", "-0.1"], "retention.l2: expected 0 or more, got -0.1"),
     (["--retention.l2", "1e6"], "retention.l2: expected at most 1 / optim.lr = 200, at which a step goes all the way back, got 1000000.0"),
     (["--retention.stm_threshold", "1"], "retention.stm_threshold: expected a perplexity above 1, got 1.0"),
-    (["--retention.l2", "1", "--model.path", "null", "--model.config", "x", "--adapter", "full"],
+    (["--retention.l2", "1", "--model.path", "null", "--model.config", "x", "--method", "full"],
      "retention.l2: expected model.path beside it: random weights are no base to hold to, got model.config"),
-    (["--retention.weighting", "flow", "--model.path", "null", "--model.config", "x", "--adapter", "full"],
+    (["--retention.weighting", "flow", "--model.path", "null", "--model.config", "x", "--method", "full"],
      "retention.weighting: expected model.path beside it"),
     (["--retention.kl_direction", "backward"], "retention.kl_direction: expected one of 'forward'"),
     (["--retention.weighting", "dtf"], "retention.weighting: expected one of 'none', 'dft', 'stm', 'flow'"),

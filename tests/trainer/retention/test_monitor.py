@@ -102,13 +102,13 @@ def test_the_page_and_the_logs_have_them(watched):
 
 
 @pytest.mark.parametrize("more", [
-    ("--lora.dropout", "0.1", "--retention.kl", "0.3"), ("--adapter", "full", "--optim.lr", "1e-3", "--precision", "bf16"),
+    ("--lora.dropout", "0.1", "--retention.kl", "0.3"), ("--method", "full", "--optim.lr", "1e-3", "--precision", "bf16"),
     ("--activation_checkpointing", "full", "--data.heldout_share", "0.1"),
 ])
 def test_watching_changes_no_weight_and_no_loss(data, tmp_path, no_report, more):
     run(data, tmp_path / "watched", "--retention.every", "2", "--logging.every", "1", *more)
     plain(data, tmp_path / "plain", "--logging.every", "1", *more)
-    name = "model/model.safetensors" if "--adapter" in more else "adapter/adapter_model.safetensors"
+    name = "model/model.safetensors" if "--method" in more else "adapter/adapter_model.safetensors"
     assert (tmp_path / "watched" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
     for kind in ("step", "eval"):
         one, two = ([(r["step"], r["loss"]) for r in records(tmp_path / side, kind)] for side in ("watched", "plain"))
@@ -122,7 +122,7 @@ def test_a_saved_adapter_is_measured_before_it_is_trained_and_its_base_is_withou
     assert first["general_kl"] == pytest.approx(before[-1]["general_kl"], rel=1e-4)
 
 
-@pytest.mark.parametrize("more", [("--lora.dropout", "0.1"), ("--adapter", "full", "--optim.lr", "1e-3")])
+@pytest.mark.parametrize("more", [("--lora.dropout", "0.1"), ("--method", "full", "--optim.lr", "1e-3")])
 def test_a_killed_run_goes_on_bit_for_bit(data, tmp_path, no_report, more):
     """Killed after a better state was kept than its checkpoint knows of."""
     more = (*more, "--checkpoint.every", "4", "--retention.every", "1", "--retention.floor", "0.05", "--logging.every", "1")
@@ -133,7 +133,7 @@ def test_a_killed_run_goes_on_bit_for_bit(data, tmp_path, no_report, more):
     known = checkpoint.kept_steps(tmp_path / "cut" / "checkpoints")
     assert known and {int(path.name[5:]) for path in (tmp_path / "cut" / "kept").iterdir()} >= known
     run(data, tmp_path / "cut", *more, "--resume", "auto")
-    name = "model/model.safetensors" if "--adapter" in more else "adapter/adapter_model.safetensors"
+    name = "model/model.safetensors" if "--method" in more else "adapter/adapter_model.safetensors"
     assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     one, two = ([{k: v for k, v in r.items() if k != "time"} for r in records(tmp_path / side, "retention")] for side in ("whole", "cut"))
     assert one == two and len(one) == 9
@@ -206,8 +206,8 @@ def test_the_best_on_the_domain_of_those_that_hold_the_floor_is_exported(data, t
 
 def test_full_weights_in_bf16_are_put_back_too(data, tmp_path, scripted):
     scripted({2: (15, 5), 4: (15, 2), 6: (15, 1), 8: (15, 0)})
-    more = ("--adapter", "full", "--optim.lr", "1e-3", "--precision", "bf16", "--retention.every", "2", "--optim.schedule", "constant",
-            "--optim.warmup", "0")
+    more = ("--method", "full", "--optim.lr", "1e-3", "--precision", "bf16", "--retention.every", "2", "--optim.lr_scheduler", "constant",
+            "--optim.warmup_ratio", "0")
     best = run(data, tmp_path / "best", *more, "--retention.floor", "0.8")
     short = plain(data, tmp_path / "short", *more, "--max_steps", "2")
     one, two = (load_file(result.folder / "model" / "model.safetensors") for result in (best, short))
@@ -299,7 +299,7 @@ def test_kept_states_are_those_that_whole_checkpoints_refer_to(tmp_path):
      "retention.items: expected a path, or a list of items in YAML with the keys path, name, metric"),
     (["--retention.items", "DATA/learnt.jsonl", "--retention.floor", "0.9"],
      "retention.floor: expected general items of which the base answers some right, got 0 of 8; raise retention.max_tokens"),
-    (["--model.path", "null", "--model.config", str(BASE), "--adapter", "full"], "retention.items: expected model.path beside it"),
+    (["--model.path", "null", "--model.config", str(BASE), "--method", "full"], "retention.items: expected model.path beside it"),
 ])
 def test_mistakes_are_one_line_before_anything_is_trained(data, tmp_path, more, expected):
     write_jsonl([{"prompt": "What is 3 + 4?"}], data / "unanswered.jsonl")

@@ -57,7 +57,7 @@ def test_checkpointing_keeps_less():
 
 
 def test_the_states_are_counted_exactly():
-    config = Config(adapter="full", batch=BatchSize(tokens_per_pack=64, tokens_per_step=64))
+    config = Config(method="full", batch=BatchSize(tokens_per_pack=64, tokens_per_step=64))
     model = tiny.model("llama")
     count = sum(p.numel() for p in model.parameters())
     optimizer = FlatAdamW(model.parameters(), config.optim)
