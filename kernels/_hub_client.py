@@ -5,21 +5,26 @@ time. Inside this checkout that name is ours, so we lend it the client: the clie
 submodules importable (ours are found first), and its public names resolve on demand.
 
 Only where the client is installed does anything of it show. In particular we have no `__version__` of our own: transformers
-would take it for the client's.
+would take it for the client's. Where it is not, bitsandbytes finds no `get_kernel` here, falls back to its own code, and would advise to
+`pip install kernels`, which this checkout would hide: that one warning is filtered out.
 """
 
+import logging
 import sys
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 _ALIAS = "kernels._hub_client_init"  # the client's __init__.py, executed under a name that is free
+_BITSANDBYTES = logging.getLogger("bitsandbytes.backends.cpu.ops")
 
 
 def lend(package: str, path: list[str]):
     """Append the client's folder to `path`, the `__path__` of `package`; return a module `__getattr__` that serves its names."""
     init = _client_init(path)
-    if init is not None:
+    if init is None:
+        _BITSANDBYTES.addFilter(_is_not_about_the_client)
+    else:
         path.append(str(init.parent))
 
     def __getattr__(name: str):
@@ -39,6 +44,12 @@ def _client_init(path: list[str]) -> Path | None:
         return None
     ours = {Path(folder).resolve() for folder in path}
     return init if init.is_file() and init.parent not in ours else None
+
+
+def _is_not_about_the_client(record: logging.LogRecord) -> bool:
+    """Filter out bitsandbytes' warning that `get_kernel` cannot be imported; every other record passes."""
+    error = record.args[0] if isinstance(record.args, tuple) and record.args else None
+    return not (isinstance(error, ImportError) and "get_kernel" in str(error))
 
 
 def _load(init: Path):

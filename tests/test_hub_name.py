@@ -80,12 +80,12 @@ def client(tmp_path_factory) -> Path:
     return folder
 
 
-def fresh(code: str, *search: Path) -> str:
-    """What `code` prints in a new interpreter started in the checkout, with `search` on its path behind the checkout."""
+def fresh(code: str, *search: Path, errors: bool = False) -> str:
+    """Return the output of `code` (and its stderr, with `errors`) in a new interpreter in the checkout, `search` behind it on the path."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, search)), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.strip()
+    return (done.stdout + done.stderr * errors).strip()
 
 
 def test_llama_trains_the_same_with_and_without_the_client(client):
@@ -120,6 +120,28 @@ for name in ("LayerRepository", "__version__"):
 """
     expected = ["module 'kernels' has no attribute 'LayerRepository'", "module 'kernels' has no attribute '__version__'"]
     assert fresh(code).splitlines() == expected
+
+
+# bitsandbytes asks the client for a kernel where the CPU has AVX-512 with bf16: its file is run again as if on such a CPU.
+BITSANDBYTES = """
+import importlib
+import bitsandbytes
+from bitsandbytes.backends.cpu import ops
+bitsandbytes._ops.register_kernel = lambda *name: lambda function: function
+bitsandbytes.functional.has_avx512bf16 = lambda: True
+importlib.reload(ops)
+print(ops.gemm_4bit_forward_kernel)
+"""
+
+
+def test_bitsandbytes_falls_back_without_a_warning():
+    pytest.importorskip("bitsandbytes")
+    assert fresh(f"import kernels{BITSANDBYTES}", errors=True) == "None"
+
+
+def test_a_client_that_fails_bitsandbytes_is_not_hushed_up(client):
+    pytest.importorskip("bitsandbytes")
+    assert "stand-in" in fresh(f"import kernels{BITSANDBYTES}", client, errors=True)
 
 
 def test_public_functions():

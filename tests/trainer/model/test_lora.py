@@ -109,7 +109,7 @@ def test_trained_base_weights_get_their_gradient():
     """Adapters on some layers, everything else trained in full."""
     batch, found = pack(), {}
     for kind in ("stock", "ours"):
-        model = adapted("qwen2", targets=["q_proj", "gate_proj"])
+        model = adapted("qwen2", target_modules=["q_proj", "gate_proj"])
         model.requires_grad_(True)
         logits = stock_logits(model, batch) if kind == "stock" else our_logits(ours_of(model), batch)
         found[kind] = gradients(model, logits)
