@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
+
+from trainer.data.samples import Samples
 
 
 @dataclass
@@ -104,3 +106,12 @@ def pad_batch(batch: PackedBatch, multiples: PadTo, capacity: int) -> PackedBatc
 def _longer(values: torch.Tensor, by: int) -> torch.Tensor:
     """With zeros at its end."""
     return torch.cat([values, values.new_zeros(by)])
+
+
+def batches(samples: Samples, packs: Sequence[np.ndarray], device: torch.device,
+            collate_fn: Callable[[list[tuple]], PackedBatch] = collate) -> list[PackedBatch]:
+    """Collate packs of sample indices with `collate_fn` and copy them to the device."""
+    collated = (collate_fn([samples.piece(i) for i in pack]) for pack in packs)
+    if device.type == "cpu":
+        return list(collated)
+    return [batch.pin_memory().to(device, non_blocking=True) for batch in collated]

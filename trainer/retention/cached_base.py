@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from trainer import config
+from trainer.data.batch import batches
 from trainer.data.packing import pack
 from trainer.data.samples import Samples
 from trainer.data.step_plan import StepPlan
@@ -44,7 +45,6 @@ from trainer.files import publish_file
 from trainer.model.forward import head
 from trainer.retention.kl import KlToBase
 from trainer.runtime.distributed import Distributed
-from trainer.training.loader import batches
 
 
 @dataclass(frozen=True)

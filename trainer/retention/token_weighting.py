@@ -23,13 +23,13 @@ from torch import Tensor, nn
 
 from kernels import linear_log_prob
 from trainer import config
+from trainer.data.batch import batches
 from trainer.data.packing import pack
 from trainer.data.samples import Samples
 from trainer.errors import UserError
 from trainer.model.forward import head
 from trainer.retention.kl import FrozenBase, chosen
 from trainer.runtime.distributed import Distributed
-from trainer.training.loader import batches
 
 
 def own_probability(losses: Tensor, tempered: Tensor) -> Tensor:

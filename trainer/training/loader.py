@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.data.batch import NO_PADDING, PackedBatch, PadTo, collate, pad_batch
+from trainer.data.batch import NO_PADDING, PackedBatch, PadTo, batches, collate, pad_batch
 from trainer.data.samples import Samples
-from trainer.data.step_plan import Step, StepPlan
+from trainer.data.step_plan import StepPlan
 from trainer.metrics.timers import Phases
 from trainer.retention.kl import KlToBase
 from trainer.runtime.distributed import Distributed
@@ -95,9 +95,3 @@ def weight_of(samples: Samples, indices: np.ndarray, targets: np.ndarray) -> flo
     return float((targets * samples.weights[indices].astype(np.float64)).sum())
 
 
-def batches(samples: Samples, packs: Step, device: torch.device, lay: Callable[[list[tuple]], PackedBatch] = collate) -> list[PackedBatch]:
-    """The packs on the device, each laid out by `lay`."""
-    collated = (lay([samples.piece(i) for i in pack]) for pack in packs)
-    if device.type == "cpu":
-        return list(collated)
-    return [batch.pin_memory().to(device, non_blocking=True) for batch in collated]

@@ -7,11 +7,12 @@ import time
 import numpy as np
 import torch
 
+from trainer.data.batch import batches
 from trainer.errors import UserError
 from trainer.metrics.timers import synchronize
 from trainer.runtime import checkpoint
 from trainer.training.job import Job
-from trainer.training.loader import batches, supervised_weight
+from trainer.training.loader import supervised_weight
 from trainer.training.loss import batch_loss
 from trainer.training.meter import Meter
 

@@ -12,6 +12,7 @@ from tests.trainer.retention.test_kl import assert_close, job_of, plain_rows, sa
 from tests.trainer.test_run import QUESTIONS, arguments, records, write_chats
 from trainer.cli import parse
 from trainer.config import BatchSize, Config, Data, Lora, Retention
+from trainer.data.batch import batches
 from trainer.data.prepare import prepare_data
 from trainer.errors import UserError
 from trainer.model.loading import load_model
@@ -21,7 +22,7 @@ from trainer.retention import token_weighting
 from trainer.retention.kl import FrozenBase
 from trainer.run import train
 from trainer.runtime.distributed import Distributed
-from trainer.training.loader import batches, supervised_weight
+from trainer.training.loader import supervised_weight
 
 CPU = torch.device("cpu")
 ROLES = ("domain", "replay")
