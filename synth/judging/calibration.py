@@ -1,14 +1,15 @@
-"""What several judges say together: every judge's scores brought to a common scale, their mean, and how far they are apart.
+"""Calibrate the judges' scores to a common scale and average them into one rating for each answer.
 
-Judges differ in severity and spread, and where none judges its own answers they do not even judge the same ones: the best model's judge
-never sees the best answers, so its mean is low through no severity of its own. So a judge's severity is fitted beside the models' quality,
+Judges differ in severity and spread, and where no model judges its own answers they do not even judge the same ones: the strongest model's
+judge never sees the strongest answers, so its mean score is low without it being severe. Severity is therefore fitted together with the
+quality of the answering models, by least squares over all scores:
 
-    score = severity of the judge + quality of the answering model + rest        (least squares over all scores)
+    score = severity of the judge + quality of the answering model + residual
 
-and a normalised score is  level + unit · (score - severity) / spread,  where spread is the judge's own standard deviation of the rest, and
-level and unit are the means of all judges' severities and spreads: points of the rubric, still. Judges with no author in common, not even
-through others (two models that judge each other), have nothing that tells severity from quality: each such group keeps its own level.
-A judge that always says the same has no say, except where nobody else has one.
+A calibrated score is  level + unit · (score - severity) / spread,  where spread is the standard deviation of the judge's residuals, and
+level and unit are the means of all judges' severities and spreads, so the scale is still points of the rubric. Judges that share no
+author, not even through others (two models that judge each other), give no way to tell severity from quality: each such group keeps its
+own level. A judge whose spread is 0 is left out of the mean, except where no other judge scored the answer.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -25,75 +27,93 @@ from synth.pool.run import SynthesisRun
 from synth.pool.store import CLEAN
 from trainer.errors import UserError
 
-CONSTANT = 1e-4  # points of spread below which a judge always says the same
-ROWS = 10_000  # of one insertion
+CONSTANT = 1e-4  # points of spread below which a judge gives always the same score
+INSERT_ROWS = 10_000  # ratings of one insertion
+
+# SQL for a judge's score in the table `scores`, called s, by the option select.statistic
+SCORE_COLUMN = {"mean": "s.score", "mode": "CAST(s.text AS REAL)"}
+
+# Sums of the scores of each judge for each author, in the order of ScoreSums
+SCORE_SUMS = """
+    SELECT judge, model, count({score}), total({score}), total({score} * {score})
+    FROM scores AS s WHERE {score} IS NOT NULL GROUP BY judge, model"""
+
+# Every usable answer to a clean item with each of its scores, one ScoreRow for each, in the order of the answers' keys. Unary plus keeps
+# SQLite from using an index for `item`, so that it walks the answers in that order and need not sort them.
+SCORES_BY_ANSWER = f"""
+    SELECT r.item, r.model, r.sample, s.judge, {{score}}
+    FROM responses AS r LEFT JOIN scores AS s ON s.item = r.item AND s.model = r.model AND s.sample = r.sample
+    WHERE r.reason IS NULL AND +r.item IN (SELECT id FROM items WHERE {CLEAN})
+    ORDER BY r.item, r.model, r.sample"""
 
 
-def panel(config: Config) -> dict[str, tuple[str, ...]]:
-    """Who judges whose answers: all judges; with `judge.exclude_self` all but the author, as long as somebody is left."""
+def judges_by_author(config: Config) -> dict[str, tuple[str, ...]]:
+    """Return which judges score each author's answers.
+
+    That is all judges; with `judge.exclude_self` all but the author, unless the author is the only judge.
+    """
     authors, judges = [name_of(model) for model in (config.base, *config.responders)], [name_of(model) for model in config.judges]
     others = {author: tuple(sorted({*judges} - {author})) for author in authors}
     return {author: others[author] if config.judge.exclude_self and others[author] else tuple(sorted({*judges})) for author in authors}
 
 
-def given(config: Config) -> str:
-    """SQL: what a judge says of an answer, in `scores` called s."""
-    return "s.score" if config.select.statistic == "mean" else "CAST(s.text AS REAL)"
-
-
 # ---------------------------------------------------------------- a common scale
 
 
-class Cell(NamedTuple):
-    """What one judge says of one model's answers."""
+class ScoreSums(NamedTuple):
+    """Sums over one judge's scores of one author's answers."""
 
     judge: str
     author: str
     count: int
     sum: float
-    squares: float  # sum of the squared scores
+    sum_of_squares: float
 
 
-class Scale(NamedTuple):
-    """How a judge's scores become common ones: shift + factor · score."""
+class JudgeScale(NamedTuple):
+    """The calibration of one judge: calibrated score = shift + factor · score."""
 
     severity: float  # the score that it gives an answer of mean quality
-    spread: float
+    spread: float  # standard deviation of its residuals, in points
     shift: float = 0.0
     factor: float = 1.0
 
     @property
     def varies(self) -> bool:
+        """Return whether the judge gives different scores at all."""
         return self.spread >= CONSTANT
 
-    def __call__(self, score: float) -> float:
+    def calibrate(self, score: float) -> float:
+        """Bring a score of this judge to the common scale."""
         return self.shift + self.factor * score
 
 
-def fit(cells: Sequence[Cell]) -> dict[str, Scale]:
-    """Every judge's scale, from at least one score of each."""
-    judges, authors = sorted({cell.judge for cell in cells}), sorted({cell.author for cell in cells})
-    row = np.array([judges.index(cell.judge) for cell in cells])
-    column = np.array([authors.index(cell.author) for cell in cells])
-    count, means = np.array([cell.count for cell in cells], float), np.array([cell.sum / cell.count for cell in cells])
-    severity, quality, group = _effects(row, column, means, count)
-    within = np.array([max(0.0, cell.squares - cell.sum**2 / cell.count) for cell in cells])
-    rest = within + count * (means - severity[row] - quality[column]) ** 2
-    spread = np.sqrt(np.bincount(row, rest) / np.bincount(row, count))
+def fit_scales(sums: Sequence[ScoreSums]) -> dict[str, JudgeScale]:
+    """Fit the scale of every judge that has at least one score."""
+    judges, authors = sorted({cell.judge for cell in sums}), sorted({cell.author for cell in sums})
+    row = np.array([judges.index(cell.judge) for cell in sums])
+    column = np.array([authors.index(cell.author) for cell in sums])
+    count, means = np.array([cell.count for cell in sums], float), np.array([cell.sum / cell.count for cell in sums])
+    severity, quality, group = _fit_effects(row, column, means, count)
+    within = np.array([max(0.0, cell.sum_of_squares - cell.sum**2 / cell.count) for cell in sums])
+    residual = within + count * (means - severity[row] - quality[column]) ** 2
+    spread = np.sqrt(np.bincount(row, residual) / np.bincount(row, count))
     varies = spread >= CONSTANT
     unit = spread[varies].mean() if varies.any() else 1.0
     scales = {}
     for j, judge in enumerate(judges):
         peers = (group == group[j]) & (varies if varies[group == group[j]].any() else True)
         factor = unit / spread[j] if varies[j] else 1.0
-        scales[judge] = Scale(float(severity[j]), float(spread[j]), float(severity[peers].mean() - factor * severity[j]), float(factor))
+        shift = severity[peers].mean() - factor * severity[j]
+        scales[judge] = JudgeScale(float(severity[j]), float(spread[j]), float(shift), float(factor))
     return scales
 
 
-def _effects(row: np.ndarray, column: np.ndarray, means: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Severity of each judge, quality of each author (mean 0 over the scores of a group), and the group that each judge belongs to.
+def _fit_effects(row: np.ndarray, column: np.ndarray, means: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Fit severity by judge and quality by author to the mean score of each pair (judge `row`, author `column`).
 
-    Weighted by their counts, the means of the cells have the least-squares solution of the scores themselves.
+    Weighted by their counts, these means have the least-squares solution of the single scores. Also returns the connected group of each
+    judge; the quality has mean 0 over the scores of a group.
     """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
@@ -104,71 +124,84 @@ def _effects(row: np.ndarray, column: np.ndarray, means: np.ndarray, count: np.n
     weight = np.sqrt(count)
     effects = np.linalg.lstsq(design * weight[:, None], means * weight)[0]
     group = connected_components(coo_array((np.ones(len(row)), (row, n + column)), shape=(n + m, n + m)), directed=False)[1]
-    middle = np.bincount(group[row], count * effects[n + column]) / np.bincount(group[row], count)
-    return effects[:n] + middle[group[:n]], effects[n:] - middle[group[n:]], group[:n]
+    mean_quality = np.bincount(group[row], count * effects[n + column]) / np.bincount(group[row], count)
+    return effects[:n] + mean_quality[group[:n]], effects[n:] - mean_quality[group[n:]], group[:n]
 
 
-def scales_of(run: SynthesisRun) -> dict[str, Scale]:
-    """The scale of every judge that gave a score; the scores as they are without `judge.calibrate_judges`."""
-    judges, score = panel(run.config), given(run.config)
-    found = (Cell(*row) for row in run.pool.select(
-        f"SELECT judge, model, count({score}), total({score}), total({score} * {score}) FROM scores AS s WHERE {score} IS NOT NULL "
-        "GROUP BY judge, model"))
-    cells = [cell for cell in found if cell.judge in judges.get(cell.author, ())]
-    if not cells:
+def judge_scales(run: SynthesisRun) -> dict[str, JudgeScale]:
+    """Fit the scale of every judge with a score in the pool; without `judge.calibrate_judges` scores are left as they are."""
+    judges, score = judges_by_author(run.config), SCORE_COLUMN[run.config.select.statistic]
+    sums = map(ScoreSums._make, run.pool.select(SCORE_SUMS.format(score=score)))
+    sums = [cell for cell in sums if cell.judge in judges.get(cell.author, ())]
+    if not sums:
         return {}
-    fitted = fit(cells)
-    return fitted if run.config.judge.calibrate_judges else {judge: Scale(scale.severity, scale.spread) for judge, scale in fitted.items()}
+    scales = fit_scales(sums)
+    return scales if run.config.judge.calibrate_judges else {judge: JudgeScale(scale.severity, scale.spread) for judge, scale in scales.items()}
 
 
 # ---------------------------------------------------------------- ratings
 
 
-class Rating(NamedTuple):
-    """A row of `ratings`."""
+class ScoreRow(NamedTuple):
+    """A usable answer with one judge's score; no judge and no score where nobody scored it."""
 
     item: int
     model: str
     sample: int
-    value: float | None  # mean of the judges' common scores; None where one of them has none
-    disagreement: float | None  # their standard deviation; None where fewer than two have a say
+    judge: str | None
+    score: float | None
+
+    @property
+    def answer(self) -> tuple[int, str, int]:
+        return self.item, self.model, self.sample
+
+
+class Rating(NamedTuple):
+    """A row of the table `ratings`."""
+
+    item: int
+    model: str
+    sample: int
+    value: float | None  # mean of the judges' calibrated scores; None where one of them is missing
+    disagreement: float | None  # their standard deviation; None for fewer than two scores
     judges: int  # that gave a score
 
 
-def rate(run: SynthesisRun) -> dict[str, Scale]:
-    """Fill `ratings` anew, inside the caller's transaction; the judges' scales. UserError while scores are missing."""
-    scales = scales_of(run)
+def rate_answers(run: SynthesisRun) -> dict[str, JudgeScale]:
+    """Recompute the table `ratings` inside the caller's transaction, and return the judges' scales.
+
+    Raises UserError where a judge has not been asked about an answer yet.
+    """
+    scales = judge_scales(run)
     run.pool.connection.execute("DELETE FROM ratings")
-    rows = _ratings(run, scales)
-    while batch := list(itertools.islice(rows, ROWS)):
+    ratings = _compute_ratings(run, scales)
+    while batch := list(itertools.islice(ratings, INSERT_ROWS)):
         run.pool.insert("ratings", batch)
     return scales
 
 
-def _ratings(run: SynthesisRun, scales: dict[str, Scale]) -> Iterator[Rating]:
-    judges, normalise, missing = panel(run.config), run.config.judge.calibrate_judges, 0
-    # the plus keeps the answers in the order of their keys, with no sorting
-    found = run.pool.connection.execute(
-        f"SELECT r.item, r.model, r.sample, s.judge, {given(run.config)} FROM responses AS r LEFT JOIN scores AS s "
-        "ON s.item = r.item AND s.model = r.model AND s.sample = r.sample "
-        f"WHERE r.reason IS NULL AND +r.item IN (SELECT id FROM items WHERE {CLEAN}) ORDER BY r.item, r.model, r.sample")
-    for key, rows in itertools.groupby(found, key=lambda row: row[:3]):
-        scores = {judge: score for *_, judge, score in rows}
-        expected = judges.get(key[1], ())
+def _compute_ratings(run: SynthesisRun, scales: dict[str, JudgeScale]) -> Iterator[Rating]:
+    judges, calibrate, missing = judges_by_author(run.config), run.config.judge.calibrate_judges, 0
+    query = SCORES_BY_ANSWER.format(score=SCORE_COLUMN[run.config.select.statistic])
+    rows = map(ScoreRow._make, run.pool.connection.execute(query))
+    for answer, score_rows in itertools.groupby(rows, key=attrgetter("answer")):
+        scores = {row.judge: row.score for row in score_rows}
+        _, model, _ = answer
+        expected = judges.get(model, ())
         missing += sum(judge not in scores for judge in expected)
-        yield rating(key, [(scales.get(judge), scores.get(judge)) for judge in expected], normalise)
+        yield combine_scores(answer, [(scales.get(judge), scores.get(judge)) for judge in expected], calibrate)
     if missing:
-        raise UserError(f"pool {run.pool.path}: expected every judge's score of every answer, found {missing:,} missing; "
+        raise UserError(f"pool {run.pool.path}: expected every judge's score of every answer, got {missing:,} missing scores; "
                         "run stage judge first: --stages '[judge]'")
 
 
-def rating(key: tuple[int, str, int], said: Sequence[tuple[Scale | None, float | None]], normalise: bool) -> Rating:
-    """One answer's rating, from each of its judges' scale and score."""
-    given = [(scale, score) for scale, score in said if score is not None]
-    if not given or len(given) < len(said):
-        return Rating(*key, None, None, len(given))
-    counted = [(scale, score) for scale, score in given if scale.varies or not normalise] or given
-    scores = [scale(score) for scale, score in counted]
-    mean = math.fsum(scores) / len(scores)
-    apart = math.sqrt(math.fsum((score - mean) ** 2 for score in scores) / len(scores)) if len(scores) > 1 else None
-    return Rating(*key, mean, apart, len(given))
+def combine_scores(answer: tuple[int, str, int], scores: Sequence[tuple[JudgeScale | None, float | None]], calibrate: bool) -> Rating:
+    """Average the scores of one answer, each with its judge's scale; None stands for a score that could not be read."""
+    read = [(scale, score) for scale, score in scores if score is not None]
+    if not read or len(read) < len(scores):
+        return Rating(*answer, None, None, len(read))
+    averaged = [(scale, score) for scale, score in read if scale.varies or not calibrate] or read
+    calibrated = [scale.calibrate(score) for scale, score in averaged]
+    mean = math.fsum(calibrated) / len(calibrated)
+    deviation = math.sqrt(math.fsum((score - mean) ** 2 for score in calibrated) / len(calibrated)) if len(calibrated) > 1 else None
+    return Rating(*answer, mean, deviation, len(read))

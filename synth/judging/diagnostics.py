@@ -1,176 +1,222 @@
-"""What judges' scores say about the judges: spread, ties, agreement, favour for length or for their own answers; and plain warnings.
+"""Diagnose judges from their scores: spread, ties, agreement, preference for length or for their own answers; and warn of bad ones.
 
-Only comparisons within an item count, because only they decide which answer is chosen.
+Only comparisons within an item count, because only they decide which answer is selected.
 """
 
 from __future__ import annotations
 
 import functools
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 
-from synth.judging.self_preference import Favour, favours
-from synth.judging.within_item import SURE, Correlation, centred, dense, finite, rank_correlation
+from synth.judging.score_parsing import finite_or_none
+from synth.judging.self_preference import SelfPreference, estimate_self_preference
+from synth.judging.within_item import SIGMAS, RankCorrelation, center_by_group, dense_ids, rank_correlation
 from synth.pool.store import Pool
 
-ROWS = 50_000  # read at a time
-BINS = np.arange(0.75, 5.5, 0.5)  # of the histogram of scores: half points, whole ones in the middle of a bin
-# What is worth a warning. Each figure is far from what honest judges show, and large enough to change which answers are chosen.
-SPREAD = 0.29  # points, 1/sqrt(12): what rounding to whole points alone makes
-AGREES = 0.2  # rank correlation below which one judge explains less than 4% of the other's order
-LENGTH = 0.5  # rank correlation with length beyond which length is the greater part of what is judged
-LONGER = 0.25  # by which a judge follows length more than any judge does that agrees with another one
-FAVOUR = 0.3  # standard deviations of a judge's scores: an answer overtakes one in eight of its equals
-MASS = 0.1  # share of scores read from less than half of the judge's probability
-UNREADABLE = 0.05  # share of scores: with three judges, one answer in seven is incomplete
-TIES = 0.8  # share of items: in four of five the judge does not say which answer is the best
+READ_ROWS = 50_000  # of the pool at a time
+HISTOGRAM_BINS = np.arange(0.75, 5.5, 0.5)  # half points, with whole ones in the middle of a bin
+# Thresholds of the warnings. Each is far from what honest judges show, and large enough to change which answers are selected.
+MIN_SPREAD = 0.29  # points, 1/sqrt(12): what rounding to whole points alone makes
+MIN_AGREEMENT = 0.2  # rank correlation below which one judge explains less than 4% of the other's order
+MAX_LENGTH = 0.5  # rank correlation with length beyond which length is the greater part of the judgement
+MAX_EXTRA_LENGTH = 0.25  # by which a judge follows length more than any judge that agrees with another one
+MAX_SELF_PREFERENCE = 0.3  # standard deviations of a judge's scores: an answer overtakes one in eight of its equals
+MAX_LOW_MASS = 0.1  # share of scores read from less than half of the judge's probability
+MAX_UNREADABLE = 0.05  # share of scores: with three judges, one answer in seven is incomplete
+MAX_TIES = 0.8  # share of items: in four of five the judge does not say which answer is the best
+
+ANSWERS = """
+    SELECT item, model, sample, length(text), text FROM responses WHERE reason IS NULL ORDER BY item, model, sample"""
+SCORES = "SELECT item, model, sample, judge, score FROM scores WHERE score IS NOT NULL"
+REQUESTED_SCORES = "SELECT judge, count(*), avg(mass), avg(mass < 0.5) FROM scores GROUP BY judge ORDER BY judge"
+UNREADABLE_SCORES = """
+    SELECT judge, coalesce(reason, 'no reason given'), count(*) FROM scores WHERE score IS NULL
+    GROUP BY 1, 2 ORDER BY 1, 3 DESC, 2"""
+
+
+class AnswerRow(NamedTuple):
+    """A row of the query ANSWERS."""
+
+    item: int
+    model: str
+    sample: int
+    length: int  # characters
+    text: str
+
+
+class ScoreRow(NamedTuple):
+    """A row of the query SCORES."""
+
+    item: int
+    model: str
+    sample: int
+    judge: str
+    score: float
 
 
 @dataclass
-class Verdicts:
-    """Scores [answer, judge] (NaN: none), and of every answer its item, author, characters and a number that equal texts share.
-
-    Answers stand in the order of their items.
-    """
+class JudgeScores:
+    """All scores of a pool as arrays, with answers in the order of their items."""
 
     judges: list[str]
     authors: list[str]
-    scores: np.ndarray
-    item: np.ndarray
-    author: np.ndarray
-    length: np.ndarray
-    text: np.ndarray
-    mass: dict[str, tuple[float, float]] = field(default_factory=dict)  # by judge: mean, and share of scores where it is below one half
+    scores: np.ndarray  # [answer, judge]; NaN: none
+    item: np.ndarray  # [answer]
+    author: np.ndarray  # [answer], index into `authors`
+    length: np.ndarray  # [answer], characters
+    text_hash: np.ndarray  # [answer], equal for equal texts
+    mass: dict[str, tuple[float, float]] = field(default_factory=dict)  # by judge: mean, and share of scores below one half
     unreadable: dict[str, dict[str, int]] = field(default_factory=dict)  # by judge: count by reason
-    asked: dict[str, int] = field(default_factory=dict)  # by judge: scores asked for
+    requested: dict[str, int] = field(default_factory=dict)  # by judge: number of scores requested
 
     @functools.cached_property
     def distinct(self) -> np.ndarray:
-        """The first of each text in an item: what a judge can tell apart."""
-        order = np.lexsort((self.text, self.item))
-        same = (np.diff(self.item[order]) == 0) & (np.diff(self.text[order]) == 0)
+        """Return the index of the first answer with each text in an item, because equal texts cannot be told apart."""
+        order = np.lexsort((self.text_hash, self.item))
+        same = (np.diff(self.item[order]) == 0) & (np.diff(self.text_hash[order]) == 0)
         return np.sort(order[np.r_[True, ~same][:len(order)]])
 
 
-class Flag(NamedTuple):
+class JudgeWarning(NamedTuple):
+    """A reason not to trust a judge."""
+
     judge: str  # empty: all of them
     kind: str
     text: str
 
 
-def read(pool: Pool) -> Verdicts | None:
-    """All scores of a pool; None where there are none."""
+def read_scores(pool: Pool) -> JudgeScores | None:
+    """Read all scores of a pool; None where there are none."""
     judges = [judge for judge, in pool.select("SELECT DISTINCT judge FROM scores ORDER BY judge")]
     if not judges:
         return None
     authors = [model for model, in pool.select("SELECT DISTINCT model FROM responses ORDER BY model")]
-    number, judge_number = {name: i for i, name in enumerate(authors)}, {name: i for i, name in enumerate(judges)}
-    samples = pool.select("SELECT max(sample) FROM responses")[0][0] + 2
-    answers = _columns(pool, "SELECT item, model, sample, length(text), text FROM responses WHERE reason IS NULL "
-                             "ORDER BY item, model, sample",
-                       lambda row: (row[0], number[row[1]], row[2], row[3], zlib.crc32(row[4].encode())))
-    keys = (answers[:, 0] * len(authors) + answers[:, 1]) * samples + answers[:, 2] + 1
-    found = _columns(pool, "SELECT item, model, sample, judge, score FROM scores WHERE score IS NOT NULL",
-                     lambda row: ((row[0] * len(authors) + number[row[1]]) * samples + row[2] + 1, judge_number[row[3]], row[4]))
-    place = np.searchsorted(keys, found[:, 0])
-    known = place < len(keys)
-    known[known] &= keys[place[known]] == found[known, 0]
-    scores = np.full((len(keys), len(judges)), np.nan)
-    scores[place[known], found[known, 1].astype(int)] = found[known, 2]
-    whole = answers.astype(np.int64)
-    return Verdicts(judges, authors, scores, whole[:, 0], whole[:, 1], whole[:, 3], whole[:, 4], *_read_asked(pool))
+    author_index, judge_index = {name: i for i, name in enumerate(authors)}, {name: i for i, name in enumerate(judges)}
+    (max_sample,), = pool.select("SELECT max(sample) FROM responses")
+
+    def answer_id(row: AnswerRow | ScoreRow) -> int:
+        """Number answers in the order of their keys; samples count from -1."""
+        return (row.item * len(authors) + author_index[row.model]) * (max_sample + 2) + row.sample + 1
+
+    def answer_numbers(row: AnswerRow) -> tuple:
+        return answer_id(row), row.item, author_index[row.model], row.length, zlib.crc32(row.text.encode())
+
+    def score_numbers(row: ScoreRow) -> tuple:
+        return answer_id(row), judge_index[row.judge], row.score
+
+    answers = _read_columns(pool, ANSWERS, lambda row: answer_numbers(AnswerRow._make(row)), 5)
+    found = _read_columns(pool, SCORES, lambda row: score_numbers(ScoreRow._make(row)), 3)
+    answer_ids, item, author, length, text_hash = answers.T
+    score_ids, score_judge, score_value = found.T
+    position = np.searchsorted(answer_ids, score_ids)
+    known = position < len(answer_ids)
+    known[known] &= answer_ids[position[known]] == score_ids[known]
+    scores = np.full((len(answer_ids), len(judges)), np.nan)
+    scores[position[known], score_judge[known].astype(int)] = score_value[known]
+    mass, unreadable, requested = _read_counts(pool)
+    return JudgeScores(judges, authors, scores, *(column.astype(np.int64) for column in (item, author, length, text_hash)),
+                       mass, unreadable, requested)
 
 
-def _columns(pool: Pool, query: str, numbers) -> np.ndarray:
-    """Rows of a query as numbers, a page at a time: millions of tuples at once would not fit."""
+def _read_columns(pool: Pool, query: str, to_numbers: Callable[[tuple], tuple], columns: int) -> np.ndarray:
+    """Read a query's rows as an array [row, column], a page at a time: millions of tuples at once would not fit in memory."""
     cursor, pages = pool.connection.execute(query), []
-    while rows := cursor.fetchmany(ROWS):
-        pages.append(np.array([numbers(row) for row in rows], dtype=float))
-    return np.concatenate(pages) if pages else np.zeros((0, 5))
+    while rows := cursor.fetchmany(READ_ROWS):
+        pages.append(np.array([to_numbers(row) for row in rows], dtype=float))
+    return np.concatenate(pages) if pages else np.zeros((0, columns))
 
 
-def _read_asked(pool: Pool) -> tuple[dict, dict, dict]:
-    mass, unreadable, asked = {}, {}, {}
-    for judge, count, mean, low in pool.select(
-            "SELECT judge, count(*), avg(mass), avg(mass < 0.5) FROM scores GROUP BY judge ORDER BY judge"):
-        asked[judge], unreadable[judge] = count, {}
-        if mean is not None:
-            mass[judge] = (mean, low)
-    for judge, reason, count in pool.select("SELECT judge, coalesce(reason, 'no reason given'), count(*) FROM scores WHERE score IS NULL "
-                                            "GROUP BY 1, 2 ORDER BY 1, 3 DESC, 2"):
+def _read_counts(pool: Pool) -> tuple[dict, dict, dict]:
+    """Read the fields mass, unreadable and requested of JudgeScores."""
+    mass, unreadable, requested = {}, {}, {}
+    for judge, count, mean_mass, low_mass in pool.select(REQUESTED_SCORES):
+        requested[judge], unreadable[judge] = count, {}
+        if mean_mass is not None:
+            mass[judge] = (mean_mass, low_mass)
+    for judge, reason, count in pool.select(UNREADABLE_SCORES):
         unreadable[judge][reason] = count
-    return mass, unreadable, asked
+    return mass, unreadable, requested
 
 
 # ---------------------------------------------------------------- all figures
 
 
-def figures(verdicts: Verdicts) -> dict:
-    """Everything the report says about judges."""
+def diagnose(scores: JudgeScores) -> dict:
+    """Compute everything that the report says about judges, warnings included."""
+    judges, count = scores.judges, len(scores.judges)
     pairs = {}
-    for j in range(len(verdicts.judges)):
+    for j in range(count):
         for k in range(j):
-            pairs[j, k] = pairs[k, j] = rank_correlation(verdicts.item, verdicts.scores[:, j], verdicts.scores[:, k])
-    lengths = [rank_correlation(verdicts.item, column, verdicts.length) for column in verdicts.scores.T]
-    favour = favours(verdicts.judges, verdicts.authors, verdicts.scores, verdicts.item, verdicts.author)
-    judges = {name: _judge(verdicts, j) | {"length": finite(lengths[j].value), "length_error": finite(lengths[j].error)}
-              for j, name in enumerate(verdicts.judges)}
-    z = (verdicts.scores - _over(np.nanmean, verdicts.scores)) / np.maximum(_over(np.nanstd, verdicts.scores), 1e-9)
-    names = verdicts.judges
+            pairs[j, k] = pairs[k, j] = rank_correlation(scores.item, scores.scores[:, j], scores.scores[:, k])
+    lengths = [rank_correlation(scores.item, column, scores.length) for column in scores.scores.T]
+    preference = estimate_self_preference(judges, scores.authors, scores.scores, scores.item, scores.author)
+    by_judge = {name: _judge_figures(scores, j, lengths[j]) for j, name in enumerate(judges)}
+    mean, std = _by_judge(np.nanmean, scores.scores), _by_judge(np.nanstd, scores.scores)
+    z_scores = (scores.scores - mean) / np.maximum(std, 1e-9)
     return {
-        "judges": judges,
-        "correlation": [[1.0 if j == k else finite(pairs[j, k].value) for k in range(len(names))] for j in range(len(names))],
-        "alpha": krippendorff(verdicts.scores), "alpha_normalised": krippendorff(z),
-        "favour": None if favour is None else {"authors": verdicts.authors, **favour._asdict()},
-        "flags": [flag._asdict() for flag in flags(verdicts, judges, pairs, lengths, favour)],
+        "judges": by_judge,
+        "correlation": [[1.0 if j == k else finite_or_none(pairs[j, k].value) for k in range(count)] for j in range(count)],
+        "alpha": krippendorff_alpha(scores.scores), "alpha_normalised": krippendorff_alpha(z_scores),
+        "self_preference": None if preference is None else {"authors": scores.authors, **preference._asdict()},
+        "warnings": [warning._asdict() for warning in judge_warnings(scores, by_judge, pairs, lengths, preference)],
     }
 
 
-def _judge(verdicts: Verdicts, j: int) -> dict:
-    name, scores = verdicts.judges[j], verdicts.scores[:, j]
-    found = scores[np.isfinite(scores)]
-    asked = verdicts.asked.get(name, len(found))
-    mean_mass, low_mass = verdicts.mass.get(name, (None, None))
-    return {"asked": asked, "read": len(found), "unreadable": 1 - len(found) / asked if asked else 0.0,
-            "reasons": verdicts.unreadable.get(name, {}),
-            "mean": float(found.mean()) if len(found) else None, "std": float(found.std()) if len(found) else None,
-            "within": _spread_within(verdicts, j), "ties": tie_rate(verdicts, j), "mass": mean_mass, "low_mass": low_mass,
-            "histogram": np.histogram(found, BINS)[0].tolist()}
+def _judge_figures(scores: JudgeScores, j: int, length: RankCorrelation) -> dict:
+    name, column = scores.judges[j], scores.scores[:, j]
+    found = column[np.isfinite(column)]
+    requested = scores.requested.get(name, len(found))
+    mean_mass, low_mass = scores.mass.get(name, (None, None))
+    return {
+        "requested": requested, "read": len(found), "unreadable": 1 - len(found) / requested if requested else 0.0,
+        "reasons": scores.unreadable.get(name, {}),
+        "mean": float(found.mean()) if len(found) else None, "std": float(found.std()) if len(found) else None,
+        "within": _spread_within_items(scores, j), "ties": tie_rate(scores, j), "mass": mean_mass, "low_mass": low_mass,
+        "histogram": np.histogram(found, HISTOGRAM_BINS)[0].tolist(),
+        "length": finite_or_none(length.value), "length_error": finite_or_none(length.standard_error),
+    }
 
 
-def _spread_within(verdicts: Verdicts, j: int) -> float | None:
-    """Standard deviation of the judge's scores of different texts around their item's mean, in points."""
-    rows = verdicts.distinct
-    rows = rows[np.isfinite(verdicts.scores[rows, j])]
-    item = dense(verdicts.item[rows])
-    freedom = len(rows) - (item.max() + 1 if len(rows) else 0)
-    return float(np.sqrt((centred(item, verdicts.scores[rows, j])**2).sum() / freedom)) if freedom > 0 else None
+def _scored_distinct(scores: JudgeScores, j: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the item (dense ids) and the judge's score of each distinct answer that it scored."""
+    rows = scores.distinct
+    rows = rows[np.isfinite(scores.scores[rows, j])]
+    return dense_ids(scores.item[rows]), scores.scores[rows, j]
 
 
-def tie_rate(verdicts: Verdicts, j: int) -> float | None:
-    """Share of the items with different answers in which several of them have the judge's best score."""
-    rows = verdicts.distinct
-    rows = rows[np.isfinite(verdicts.scores[rows, j])]
-    if not len(rows):
+def _spread_within_items(scores: JudgeScores, j: int) -> float | None:
+    """Return the standard deviation, in points, of the judge's scores of different texts around their item's mean."""
+    item, values = _scored_distinct(scores, j)
+    degrees_of_freedom = len(values) - (item.max() + 1 if len(values) else 0)
+    return float(np.sqrt((center_by_group(item, values)**2).sum() / degrees_of_freedom)) if degrees_of_freedom > 0 else None
+
+
+def tie_rate(scores: JudgeScores, j: int) -> float | None:
+    """Return the share of items with different answers in which several of them have the judge's best score."""
+    item, values = _scored_distinct(scores, j)
+    if not len(values):
         return None
-    item, scores = dense(verdicts.item[rows]), verdicts.scores[rows, j]
     best = np.full(item.max() + 1, -np.inf)
-    np.maximum.at(best, item, scores)
+    np.maximum.at(best, item, values)
     several = np.bincount(item) > 1
-    tied = np.bincount(item, scores >= best[item] - 1e-9) > 1
+    tied = np.bincount(item, values >= best[item] - 1e-9) > 1
     return float(tied[several].mean()) if several.any() else None
 
 
 # ---------------------------------------------------------------- agreement
 
 
-def krippendorff(scores: np.ndarray) -> float | None:
-    """Krippendorff's α for interval data, of scores [unit, judge] with gaps: 1 - observed / expected squared difference, over the values
-    that have another one in their unit (K. Krippendorff, Computing Krippendorff's Alpha-Reliability, 2011, section D)."""
+def krippendorff_alpha(scores: np.ndarray) -> float | None:
+    """Compute Krippendorff's α for interval data from scores [unit, judge] with gaps (NaN).
+
+    α is 1 - observed / expected squared difference, over the values that have another one in their unit (K. Krippendorff, Computing
+    Krippendorff's Alpha-Reliability, 2011, section D). None where nothing can be compared.
+    """
     values = scores[np.isfinite(scores).sum(1) > 1]
     count = np.isfinite(values).sum(1)
     n = int(count.sum())
@@ -182,69 +228,87 @@ def krippendorff(scores: np.ndarray) -> float | None:
     return float(1 - observed / expected) if expected > 1e-12 else None
 
 
-def _over(reduce, scores: np.ndarray) -> np.ndarray:
-    """By judge; 0 for one without scores."""
+def _by_judge(reduce: Callable, scores: np.ndarray) -> np.ndarray:
+    """Reduce each judge's scores to a number; 0 for a judge without scores."""
     return np.array([reduce(column) if np.isfinite(column).any() else 0.0 for column in scores.T])
 
 
 # ---------------------------------------------------------------- warnings
 
 
-def flags(verdicts: Verdicts, judges: dict[str, dict], pairs: dict, lengths: Sequence[Correlation], favour: Favour | None) -> list[Flag]:
-    """A sentence for whatever should keep a reader from trusting a judge. What explains another warning stands in its place."""
-    names, found = verdicts.judges, []
+def judge_warnings(scores: JudgeScores, by_judge: dict[str, dict], pairs: dict[tuple[int, int], RankCorrelation],
+                   lengths: Sequence[RankCorrelation], preference: SelfPreference | None) -> list[JudgeWarning]:
+    """Return a warning for each reason not to trust a judge; a warning that another one explains is left out."""
+    names, warnings = scores.judges, []
     others = {j: {k: pairs[j, k] for k in range(len(names)) if k != j} for j in range(len(names))}
-    agreeing = {j for j in others if any(pair.above(AGREES) for pair in others[j].values())}
+    agreeing = {j for j in others if any(pair.is_above(MIN_AGREEMENT) for pair in others[j].values())}
     for j, name in enumerate(names):
-        said = judges[name]
-        if said["within"] is not None and said["within"] < SPREAD and j not in agreeing:
-            found.append(Flag(name, "constant", f"{name} gives nearly the same score to all answers to an instruction: their spread is "
-                              f"{said['within']:.2f} points; rounding to whole points alone makes {SPREAD}."))
+        figures = by_judge[name]
+        if figures["within"] is not None and figures["within"] < MIN_SPREAD and j not in agreeing:
+            warnings.append(JudgeWarning(name, "constant", f"{name} gives nearly the same score to all answers to an instruction: their "
+                                         f"spread is {figures['within']:.2f} points; rounding to whole points alone makes {MIN_SPREAD}."))
         else:
-            length = _length_flag(name, lengths[j], [lengths[k] for k in sorted(agreeing - {j})])
-            found += [length] if length else _random_flag(name, others[j], pairs)
-            if said["ties"] is not None and _surely(said["ties"], said["read"] / max(1, len(verdicts.authors)), TIES):
-                found.append(Flag(name, "ties", f"{name} leaves the best answer open in {said['ties']:.0%} of the items."))
-        if favour and (own := favour.self_preference.get(name)) is not None and own > FAVOUR and own > SURE * favour.error[name]:
-            found.append(Flag(name, "self-preferring", f"{name} scores its own answers {own:.2f} standard deviations "
-                              f"({own * said['std']:.2f} points) higher than the other judges' view of them explains."))
-        if said["low_mass"] is not None and _surely(said["low_mass"], said["asked"], MASS):
-            found.append(Flag(name, "digit mass", f"{name} puts less than half of its probability on a score in {said['low_mass']:.0%} of "
-                              f"its judgements ({said['mass']:.2f} on the mean): it does not answer in the form it is asked for."))
-        if _surely(said["unreadable"], said["asked"], UNREADABLE):
-            reason = next(iter(said["reasons"]), "no reason given")
-            found.append(Flag(name, "unreadable", f"{name} gave no readable score in {said['unreadable']:.0%} of its judgements, most "
-                              f"often: {reason}. Answers that lack a score cannot be chosen."))
-    told = [pair for pair in pairs.values() if np.isfinite(pair.value)]
-    explained = any(flag.kind in ("constant", "length-loving", "brevity-loving") for flag in found)
-    if told and all(pair.below(AGREES) for pair in told) and not explained:
-        found.append(Flag("", "no agreement", f"No two judges order answers alike: their highest rank correlation is "
-                          f"{max(pair.value for pair in told):.2f}."))
-    return found
+            length = _length_warning(name, lengths[j], [lengths[k] for k in sorted(agreeing - {j})])
+            warnings += [length] if length else _random_warning(name, others[j], pairs)
+            items = figures["read"] / max(1, len(scores.authors))
+            if figures["ties"] is not None and _exceeds(figures["ties"], items, MAX_TIES):
+                warnings.append(JudgeWarning(name, "ties", f"{name} gives its best score to several answers in "
+                                             f"{figures['ties']:.0%} of the items: it does not say which one is best."))
+        warnings += _self_preference_warning(name, figures, preference) + _reading_warnings(name, figures)
+    values = [pair for pair in pairs.values() if np.isfinite(pair.value)]
+    explained = any(warning.kind in ("constant", "length-loving", "brevity-loving") for warning in warnings)
+    if values and all(pair.is_below(MIN_AGREEMENT) for pair in values) and not explained:
+        warnings.append(JudgeWarning("", "no agreement", "No two judges rank answers alike: the highest rank correlation is "
+                                     f"{max(pair.value for pair in values):.2f}."))
+    return warnings
 
 
-def _length_flag(name: str, own: Correlation, others: Sequence[Correlation]) -> Flag | None:
-    """Others: of the judges that agree with somebody, and so do not judge by length alone."""
+def _self_preference_warning(name: str, figures: dict, preference: SelfPreference | None) -> list[JudgeWarning]:
+    own = preference.self_preference.get(name) if preference else None
+    if own is None or own <= MAX_SELF_PREFERENCE or own <= SIGMAS * preference.standard_error[name]:
+        return []
+    return [JudgeWarning(name, "self-preferring", f"{name} prefers its own answers: it scores them {own:.2f} standard deviations "
+                         f"({own * figures['std']:.2f} points) higher than the other judges' scores explain.")]
+
+
+def _reading_warnings(name: str, figures: dict) -> list[JudgeWarning]:
+    """Warn of scores that could not be read, or only from a small part of the judge's probability."""
+    warnings = []
+    if figures["low_mass"] is not None and _exceeds(figures["low_mass"], figures["requested"], MAX_LOW_MASS):
+        warnings.append(JudgeWarning(name, "digit mass", f"{name} does not answer in the requested form: in "
+                                     f"{figures['low_mass']:.0%} of its judgements less than half of its probability is on a score "
+                                     f"(mean {figures['mass']:.2f})."))
+    if _exceeds(figures["unreadable"], figures["requested"], MAX_UNREADABLE):
+        reason = next(iter(figures["reasons"]), "no reason given")
+        warnings.append(JudgeWarning(name, "unreadable", f"{name} gave no readable score in {figures['unreadable']:.0%} of its judgements, "
+                                     f"most often: {reason}. An answer that lacks a score cannot be selected."))
+    return warnings
+
+
+def _length_warning(name: str, own: RankCorrelation, others: Sequence[RankCorrelation]) -> JudgeWarning | None:
+    """Warn of a judge that follows length; `others` belong to judges that agree with another one, so do not judge by length alone."""
     for sign, kind, what in ((1, "length-loving", "longer"), (-1, "brevity-loving", "shorter")):
         signed, beside = own._replace(value=sign * own.value), [sign * other.value for other in others if np.isfinite(other.value)]
-        apart = signed._replace(value=signed.value - max(beside)) if beside else None
-        if signed.above(0) and (signed.value > LENGTH or (apart and signed.value > LONGER and apart.above(0) and apart.value > LONGER)):
-            highest = f"; of the judges that agree with another one at most {max(beside):.2f}" if beside else ""
-            return Flag(name, kind, f"{name} prefers {what} answers: rank correlation {abs(own.value):.2f} with their "
-                        f"{'length' if sign > 0 else 'brevity'}{highest}.")
+        excess = signed._replace(value=signed.value - max(beside)) if beside else None
+        is_outlier = excess and signed.value > MAX_EXTRA_LENGTH and excess.is_above(0) and excess.value > MAX_EXTRA_LENGTH
+        if signed.is_above(0) and (signed.value > MAX_LENGTH or is_outlier):
+            highest = f"; at most {max(beside):.2f} for the judges that agree with another one" if beside else ""
+            return JudgeWarning(name, kind, f"{name} prefers {what} answers: rank correlation {abs(own.value):.2f} with their "
+                                f"{'length' if sign > 0 else 'brevity'}{highest}.")
     return None
 
 
-def _random_flag(name: str, own: dict[int, Correlation], pairs: dict) -> list[Flag]:
-    """Agrees with nobody, while two others agree."""
-    rest = [pair for (j, k), pair in pairs.items() if j in own and k in own and pair.above(AGREES)]
-    told = [pair for pair in own.values() if np.isfinite(pair.value)]
-    if not told or not rest or not all(pair.below(AGREES) for pair in told):
+def _random_warning(name: str, own: dict[int, RankCorrelation], pairs: dict[tuple[int, int], RankCorrelation]) -> list[JudgeWarning]:
+    """Warn of a judge that agrees with nobody while two others agree."""
+    others = [pair for (j, k), pair in pairs.items() if j in own and k in own and pair.is_above(MIN_AGREEMENT)]
+    values = [pair for pair in own.values() if np.isfinite(pair.value)]
+    if not values or not others or not all(pair.is_below(MIN_AGREEMENT) for pair in values):
         return []
-    return [Flag(name, "random", f"{name} orders answers unlike any other judge: its highest rank correlation with one is "
-                 f"{max(pair.value for pair in told):.2f}, while others reach {max(pair.value for pair in rest):.2f} among themselves.")]
+    return [JudgeWarning(name, "random", f"{name} ranks answers unlike any other judge: its highest rank correlation with one is "
+                         f"{max(pair.value for pair in values):.2f}, while others reach {max(pair.value for pair in others):.2f} among "
+                         "themselves.")]
 
 
-def _surely(share: float, count: float, least: float) -> bool:
-    """Whether a share found in `count` cases is above `least` by more than chance."""
-    return share > least and share - least > SURE * np.sqrt(least * (1 - least) / max(count, 1))
+def _exceeds(share: float, count: float, threshold: float) -> bool:
+    """Return whether a share seen in `count` cases is above the threshold by more than chance."""
+    return share > threshold and share - threshold > SIGMAS * np.sqrt(threshold * (1 - threshold) / max(count, 1))

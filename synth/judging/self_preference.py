@@ -1,13 +1,14 @@
-"""Which judge favours whose answers, told from what the answers are worth with the other judges' help.
+"""Estimate self-preference bias: how much higher a judge scores some model's answers than the other judges' scores explain.
 
-A judge's mean score of a model is
+A judge's mean score of a model's answers is
 
-    score of judge j for model m = α_j + λ_j · β_m + favour        (β: quality, λ_j: how strongly the judge follows it, α_j: its severity)
+    mean score of judge j for model m = α_j + λ_j · β_m + bias_jm
 
-λ comes from how scores vary together over the several answers of one model to one item, where favour for a model cannot show: one common
-factor, by least squares off the diagonal (Harman and Jones, Psychometrika 31, 1966). So a noisy judge, whose gaps between models are small
-beside its spread, is not taken for one that favours a weak model. α and β come from judgements of others alone. Standard errors:
-jackknife over blocks of items.
+with β the quality of the model, λ the judge's loading (how strongly it follows quality) and α its severity. λ comes from how scores vary
+together over the several answers of one model to one item, where a bias for a model cancels: one common factor, fitted by least squares
+to the off-diagonal covariances (Harman and Jones, Psychometrika 31, 1966). So a noisy judge, whose gaps between models are small beside
+its spread, is not mistaken for one that prefers a weak model. α and β come from judgements of other models' answers only. Standard errors
+are a jackknife over blocks of items.
 """
 
 from __future__ import annotations
@@ -18,131 +19,139 @@ from typing import NamedTuple
 
 import numpy as np
 
-from synth.judging.within_item import centred, dense, finite
+from synth.judging.score_parsing import finite_or_none
+from synth.judging.within_item import center_by_group, dense_ids
 
 BLOCKS = 20  # of the jackknife
-FOLLOWS = 0.2  # correlation with what judges have in common below which a judge has no part in it
+MIN_CORRELATION = 0.2  # with the common factor; a judge below it gets loading 0
 
 
-class Favour(NamedTuple):
-    """By judge and author, in standard deviations of the judge's scores; None where there are no judgements or nothing to compare with."""
+class SelfPreference(NamedTuple):
+    """Bias of judges for authors, in standard deviations of the judge's scores."""
 
-    matrix: list[list[float | None]]
-    self_preference: dict[str, float]
-    error: dict[str, float]
+    bias: list[list[float | None]]  # [judge][author]; None where there are no scores or nothing to compare them with
+    self_preference: dict[str, float]  # by judge: its bias for its own answers
+    standard_error: dict[str, float]
 
 
-class Sums(NamedTuple):
-    """What favour is computed from, as sums over items: by block."""
+class BlockSums(NamedTuple):
+    """Sums over the scores of each block of items."""
 
     score: np.ndarray  # [block, judge, author]
     square: np.ndarray  # [block, judge, author]
     count: np.ndarray  # [block, judge, author]
-    product: np.ndarray  # [block, judge, judge] of scores centred in item and author
-    pairs: np.ndarray  # [block, judge, judge]
+    product: np.ndarray  # [block, judge, judge], of scores centred within item and author
+    pairs: np.ndarray  # [block, judge, judge], answers that both judges scored
 
-    def without(self, block: int | None) -> Sums:
-        return Sums(*(whole.sum(0) - (0 if block is None else whole[block]) for whole in self))
+    def without(self, block: int | None) -> BlockSums:
+        """Sum over all blocks but one; over all of them for None."""
+        return BlockSums(*(sums.sum(0) - (0 if block is None else sums[block]) for sums in self))
 
 
-def favours(judges: Sequence[str], authors: Sequence[str], scores: np.ndarray, item: np.ndarray, author: np.ndarray) -> Favour | None:
-    """Who favours whose answers, from scores [answer, judge] (NaN: none) and every answer's item and author (its number).
+def estimate_self_preference(judges: Sequence[str], authors: Sequence[str], scores: np.ndarray, item: np.ndarray,
+                             author: np.ndarray) -> SelfPreference | None:
+    """Estimate every judge's bias from scores [answer, judge] (NaN: none) and each answer's item and author index.
 
-    None where no judge has judged its own answers, or quality cannot be told from favour: with fewer than three authors.
+    Returns None where no judge scored its own answers, or where bias cannot be told from quality: with fewer than three authors.
     """
-    own = np.array([[judge == name for name in authors] for judge in judges])
-    sums = _sums(scores, item, author, len(authors))
-    if not (sums.count.sum(0) * own).any():
+    is_own = np.array([[judge == name for name in authors] for judge in judges])
+    sums = _block_sums(scores, item, author, len(authors))
+    if not (sums.count.sum(0) * is_own).any():
         return None
-    found = _matrix(sums.without(None), own)
-    if found is None:
+    bias = _bias(sums.without(None), is_own)
+    if bias is None:
         return None
-    left_out = [_matrix(sums.without(block), own) for block in range(BLOCKS)]
-    told = np.stack([one for one in left_out if one is not None] or [found])
-    error = np.sqrt((len(told) - 1) / len(told) * ((told - told.mean(0))**2).sum(0))
-    named = {judges[j]: (j, m) for j, m in np.argwhere(own & np.isfinite(found))}
-    return Favour([[finite(x) for x in row] for row in found], {name: float(found[place]) for name, place in named.items()},
-                  {name: float(error[place]) for name, place in named.items()})
+    replicates = [_bias(sums.without(block), is_own) for block in range(BLOCKS)]
+    replicates = np.stack([replicate for replicate in replicates if replicate is not None] or [bias])
+    error = np.sqrt((len(replicates) - 1) / len(replicates) * ((replicates - replicates.mean(0))**2).sum(0))
+    own_cells = {judges[j]: (j, m) for j, m in np.argwhere(is_own & np.isfinite(bias))}
+    return SelfPreference([[finite_or_none(x) for x in row] for row in bias],
+                          {judge: float(bias[cell]) for judge, cell in own_cells.items()},
+                          {judge: float(error[cell]) for judge, cell in own_cells.items()})
 
 
-def _sums(scores: np.ndarray, item: np.ndarray, author: np.ndarray, authors: int) -> Sums:
+def _block_sums(scores: np.ndarray, item: np.ndarray, author: np.ndarray, authors: int) -> BlockSums:
     judges, valid = scores.shape[1], np.isfinite(scores)
-    block = dense(item) % BLOCKS
+    block = dense_ids(item) % BLOCKS
     filled, cell = np.where(valid, scores, 0.0), block * authors + author
 
-    def by_cell(weights: np.ndarray) -> np.ndarray:
-        return np.stack([np.bincount(cell, column, BLOCKS * authors).reshape(BLOCKS, authors) for column in weights.T], 1)
+    def sum_by_cell(values: np.ndarray) -> np.ndarray:
+        return np.stack([np.bincount(cell, column, BLOCKS * authors).reshape(BLOCKS, authors) for column in values.T], 1)
 
-    group = dense(item) * authors + author
-    if len(np.unique(group)) == len(group):  # one answer of each model to each item: they vary over the models alone
+    group = dense_ids(item) * authors + author
+    if len(np.unique(group)) == len(group):  # one answer of each model to each item: only the models' answers vary
         group = item
-    apart = np.zeros_like(filled)
+    centered = np.zeros_like(filled)
     for j in range(judges):
-        apart[valid[:, j], j] = centred(dense(group[valid[:, j]]), filled[valid[:, j], j])
+        centered[valid[:, j], j] = center_by_group(dense_ids(group[valid[:, j]]), filled[valid[:, j], j])
     product, pairs = np.zeros((2, BLOCKS, judges, judges))
     for j, k in itertools.product(range(judges), repeat=2):
         both = valid[:, j] & valid[:, k]
-        product[:, j, k] = np.bincount(block[both], apart[both, j] * apart[both, k], BLOCKS)
+        product[:, j, k] = np.bincount(block[both], centered[both, j] * centered[both, k], BLOCKS)
         pairs[:, j, k] = np.bincount(block[both], minlength=BLOCKS)
-    return Sums(by_cell(filled), by_cell(filled**2), by_cell(valid.astype(float)), product, pairs)
+    return BlockSums(sum_by_cell(filled), sum_by_cell(filled**2), sum_by_cell(valid.astype(float)), product, pairs)
 
 
-def _matrix(sums: Sums, own: np.ndarray) -> np.ndarray | None:
-    """Residuals [judge, author] of the model in the head of this file: where λ is not determined, what all that fit have in common."""
+def _bias(sums: BlockSums, is_own: np.ndarray) -> np.ndarray | None:
+    """Return bias [judge, author]; where several loadings fit, the smallest bias on which all of them agree in sign."""
     with np.errstate(invalid="ignore", divide="ignore"):
         means, covariance = sums.score / sums.count, np.nan_to_num(sums.product / sums.pairs)
     total = np.maximum(sums.count.sum(1), 1)
     spread = np.sqrt(np.maximum(sums.square.sum(1) / total - (sums.score.sum(1) / total)**2, 0))
-    found = [_residuals(means, strength, np.isfinite(means) & ~own) for strength in loadings(covariance)]
-    if not found or any(one is None for one in found):
+    by_loading = [_residuals(means, loading, np.isfinite(means) & ~is_own) for loading in factor_loadings(covariance)]
+    if not by_loading or any(residuals is None for residuals in by_loading):
         return None
-    found = np.stack(found) / np.maximum(spread, 1e-9)[:, None]
-    least = np.take_along_axis(found, np.abs(found).argmin(0)[None], 0)[0]
-    return np.where(np.sign(found).min(0) == np.sign(found).max(0), least, np.where(np.isnan(least), np.nan, 0.0))
+    bias = np.stack(by_loading) / np.maximum(spread, 1e-9)[:, None]
+    smallest = np.take_along_axis(bias, np.abs(bias).argmin(0)[None], 0)[0]
+    same_sign = np.sign(bias).min(0) == np.sign(bias).max(0)
+    return np.where(same_sign, smallest, np.where(np.isnan(smallest), np.nan, 0.0))
 
 
-def loadings(covariance: np.ndarray) -> list[np.ndarray]:
-    """λ of one common factor whose products λ_j λ_k are nearest to the covariances off the diagonal, from 0 to the judge's spread; 0 for a
-    judge that agrees with nobody. Two that agree say only what λ_1 λ_2 is: then the two ends of what it can be, all noise in one of them or
-    in the other. None where fewer agree."""
+def factor_loadings(covariance: np.ndarray) -> list[np.ndarray]:
+    """Fit the loadings λ of one common factor whose products λ_j λ_k approximate the off-diagonal covariances.
+
+    A loading lies between 0 and the judge's standard deviation, and is 0 for a judge that agrees with nobody. Two judges that agree
+    determine only the product of their loadings: then both extremes are returned, with all the noise in one judge or in the other. With
+    fewer judges that agree, the list is empty.
+    """
     spread = np.sqrt(np.maximum(np.diag(covariance), 0))
-    away = covariance * (1 - np.eye(len(covariance)))
-    found = spread.copy()
+    off_diagonal = covariance * (1 - np.eye(len(covariance)))
+    loading = spread.copy()
     for _ in range(500):
-        for j in range(len(found)):
-            others = (found**2).sum() - found[j]**2
-            found[j] = np.clip(away[j] @ found / others, 0.0, spread[j]) if others > 1e-12 else 0.0
-    found[found <= FOLLOWS * spread] = 0
-    follow = np.flatnonzero(found)
-    if len(follow) != 2:
-        return [found] if len(follow) > 2 else []
-    ends = []
-    for j, k in (follow, follow[::-1]):
-        one = np.zeros(len(found))
-        one[j], one[k] = spread[j], min(away[j, k] / spread[j], spread[k])
-        ends.append(one)
-    return ends
+        for j in range(len(loading)):
+            others = (loading**2).sum() - loading[j]**2
+            loading[j] = np.clip(off_diagonal[j] @ loading / others, 0.0, spread[j]) if others > 1e-12 else 0.0
+    loading[loading <= MIN_CORRELATION * spread] = 0
+    agreeing = np.flatnonzero(loading)
+    if len(agreeing) != 2:
+        return [loading] if len(agreeing) > 2 else []
+    extremes = []
+    for j, k in (agreeing, agreeing[::-1]):
+        extreme = np.zeros(len(loading))
+        extreme[j], extreme[k] = spread[j], min(off_diagonal[j, k] / spread[j], spread[k])
+        extremes.append(extreme)
+    return extremes
 
 
-def _residuals(means: np.ndarray, strength: np.ndarray, told: np.ndarray) -> np.ndarray | None:
-    """Mean scores less severity and what quality explains of them, both from the cells that are `told`."""
-    quality = _quality(means, strength, told)
+def _residuals(means: np.ndarray, loading: np.ndarray, is_reference: np.ndarray) -> np.ndarray | None:
+    """Return mean scores less what severity and quality explain, both fitted to the reference cells [judge, author]."""
+    quality = _fit_quality(means, loading, is_reference)
     if quality is None:
         return None
-    rest = means - strength[:, None] * quality
-    severity = [np.mean(row[cells]) if cells.any() else np.nan for row, cells in zip(rest, told)]
-    return rest - np.array(severity)[:, None]
+    residuals = means - loading[:, None] * quality
+    severity = [np.mean(row[cells]) if cells.any() else np.nan for row, cells in zip(residuals, is_reference)]
+    return residuals - np.array(severity)[:, None]
 
 
-def _quality(means: np.ndarray, strength: np.ndarray, told: np.ndarray) -> np.ndarray | None:
-    """β of every author from the cells that are `told`, by least squares; None where they do not determine it."""
-    rows, columns = np.nonzero(told & (strength > 0)[:, None])
+def _fit_quality(means: np.ndarray, loading: np.ndarray, is_reference: np.ndarray) -> np.ndarray | None:
+    """Fit β of every author to the reference cells by least squares; None where they do not determine it."""
+    rows, columns = np.nonzero(is_reference & (loading > 0)[:, None])
     judges, authors = means.shape
     design = np.zeros((len(rows), judges + authors))
-    design[np.arange(len(rows)), rows] = 1 / strength[rows]
+    design[np.arange(len(rows)), rows] = 1 / loading[rows]
     design[np.arange(len(rows)), judges + columns] = 1
-    unknown = len(np.unique(rows)) + authors - 1
-    if len(np.unique(columns)) < authors or np.linalg.matrix_rank(design) < unknown:
+    unknowns = len(np.unique(rows)) + authors - 1
+    if len(np.unique(columns)) < authors or np.linalg.matrix_rank(design) < unknowns:
         return None
-    solved = np.linalg.lstsq(design, means[rows, columns] / strength[rows], rcond=None)[0]
-    return solved[judges:] - solved[judges:].mean()
+    solution = np.linalg.lstsq(design, means[rows, columns] / loading[rows], rcond=None)[0]
+    return solution[judges:] - solution[judges:].mean()

@@ -1,8 +1,10 @@
-"""Answers compared within items only: what decides which one is chosen. Rank correlations are Spearman's within items, pooled:
+"""Compute rank correlations within items, because only comparisons within an item decide which answer is selected.
+
+The correlation is Spearman's within items, pooled over them:
 
     Σ r s / sqrt(Σ r² Σ s²)
 
-over ranks r and s that are centred in each item, with a standard error over items, which are independent.
+where r and s are ranks, centred within each item. Its standard error is taken over items, which are independent of each other.
 """
 
 from __future__ import annotations
@@ -11,56 +13,55 @@ from typing import NamedTuple
 
 import numpy as np
 
-SURE = 4.0  # standard errors: with ten judges and eight kinds of warning, chance alone gives one in some hundreds of pools
+SIGMAS = 4.0  # standard errors that make a difference significant; high, because a report tests many judges for many kinds of fault
 
 
-class Correlation(NamedTuple):
+class RankCorrelation(NamedTuple):
+    """A rank correlation within items and its standard error; both NaN where no two answers can be compared."""
+
     value: float
-    error: float
+    standard_error: float
 
-    def above(self, least: float) -> bool:
-        return self.value - SURE * self.error > least
+    def is_above(self, threshold: float) -> bool:
+        """Return whether the correlation is significantly above `threshold`."""
+        return self.value - SIGMAS * self.standard_error > threshold
 
-    def below(self, most: float) -> bool:
-        return self.value + 2 * self.error < most
+    def is_below(self, threshold: float) -> bool:
+        """Return whether the correlation is below `threshold` by at least two standard errors."""
+        return self.value + 2 * self.standard_error < threshold
 
 
-def rank_correlation(item: np.ndarray, x: np.ndarray, y: np.ndarray) -> Correlation:
-    """Spearman's within items, pooled, over the answers that have both; its error over items. NaN where there is nothing to compare."""
+def rank_correlation(item: np.ndarray, x: np.ndarray, y: np.ndarray) -> RankCorrelation:
+    """Compute Spearman's correlation of `x` and `y` within items, over the answers that have both."""
     both = np.isfinite(x) & np.isfinite(y)
-    item = dense(item[both])
-    r, s = _ranks(item, x[both]), _ranks(item, y[both])
+    item = dense_ids(item[both])
+    r, s = _centered_ranks(item, x[both]), _centered_ranks(item, y[both])
     size = np.sqrt((r**2).sum() * (s**2).sum())
     if not size > 0:
-        return Correlation(np.nan, np.nan)
+        return RankCorrelation(np.nan, np.nan)
     value = (r * s).sum() / size
-    # delta method: how much each item's products exceed what the pooled value makes of its ranks
-    rest = np.bincount(item, r * s / size - value / 2 * (r**2 / (r**2).sum() + s**2 / (s**2).sum()))
-    return Correlation(float(value), float(np.sqrt((rest**2).sum())))
+    # delta method: each item's contribution less its share in the pooled value
+    influence = np.bincount(item, r * s / size - value / 2 * (r**2 / (r**2).sum() + s**2 / (s**2).sum()))
+    return RankCorrelation(float(value), float(np.sqrt((influence**2).sum())))
 
 
-def _ranks(item: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """Ranks within items, equals sharing the mean of theirs, minus the item's mean rank."""
+def _centered_ranks(item: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Return ranks within items, less the item's mean rank; equal values share their mean rank."""
     order = np.lexsort((x, item))
-    place = np.arange(len(x), dtype=float)
-    new = np.r_[True, (np.diff(item[order]) != 0) | (np.diff(x[order]) != 0)][:len(x)]
-    group = np.cumsum(new) - 1
-    shared = np.bincount(group, place) / np.bincount(group)
+    position = np.arange(len(x), dtype=float)
+    is_new = np.r_[True, (np.diff(item[order]) != 0) | (np.diff(x[order]) != 0)][:len(x)]
+    tie_group = np.cumsum(is_new) - 1
+    shared_rank = np.bincount(tie_group, position) / np.bincount(tie_group)
     ranks = np.empty(len(x))
-    ranks[order] = shared[group]
-    return centred(item, ranks)
+    ranks[order] = shared_rank[tie_group]
+    return center_by_group(item, ranks)
 
 
-def dense(item: np.ndarray) -> np.ndarray:
-    """Numbers from 0 on, without gaps, in the same order."""
-    return np.unique(item, return_inverse=True)[1] if len(item) else item.astype(int)
+def dense_ids(ids: np.ndarray) -> np.ndarray:
+    """Renumber ids as 0, 1, 2, ... without gaps, in the same order."""
+    return np.unique(ids, return_inverse=True)[1] if len(ids) else ids.astype(int)
 
 
-def centred(item: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """x minus its item's mean; items are dense."""
-    return x - (np.bincount(item, x) / np.maximum(np.bincount(item), 1))[item] if len(x) else x
-
-
-def finite(x: float) -> float | None:
-    """None in the place of NaN, which JSON does not have."""
-    return float(x) if np.isfinite(x) else None
+def center_by_group(group: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Subtract from each value the mean of its group; `group` holds dense ids."""
+    return x - (np.bincount(group, x) / np.maximum(np.bincount(group), 1))[group] if len(x) else x

@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 
-from synth.judging.calibration import Scale
+from synth.judging.calibration import JudgeScale
 from synth.pool.run import SynthesisRun
 from synth.reporting.manifest import manifest
 from trainer.errors import UserError
@@ -25,7 +25,7 @@ RECORD = pyarrow.schema([("messages", pyarrow.list_(MESSAGE)), ("id", pyarrow.st
                          ("weight", pyarrow.float64())])
 
 
-def export(run: SynthesisRun, scales: Mapping[str, Scale]) -> None:
+def export(run: SynthesisRun, scales: Mapping[str, JudgeScale]) -> None:
     """Write replay.jsonl or .parquet, pairs.jsonl and manifest.json. UserError where nothing was chosen, or the disk does not take it."""
     if not run.pool.select("SELECT 1 FROM selection LIMIT 1"):
         raise nothing_left(run)

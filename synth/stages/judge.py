@@ -1,68 +1,101 @@
-"""Stage `judge`: every judge scores every usable answer, and, as an option, compares the two best in both orders.
+"""Stage `judge`: every judge scores every usable answer and, as an option, compares the two best ones in both orders.
 
-A score is the mean of the distribution over the digits 1 to 5 where an answer of the judge would begin, or, as in the paper, what it writes
-on the last line after a justification. What a judge does not say in that form is no score: NULL, and the reason.
+A score is the expected value of the digits 1 to 5 under their probabilities where the judge's answer would begin, or the number that the
+judge writes on its last line after a justification. A score that cannot be read is NULL in the pool, with its reason.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-import math
 from collections.abc import Iterator
+from operator import attrgetter
 from typing import NamedTuple
 
 from synth.config import Model, name_of
 from synth.engines import kind_of
 from synth.engines.chat_format import ChatFormat
 from synth.engines.interface import Choice, ChoiceRequest, Completion, CompletionRequest, Failure, Prompt, Sampling
-from synth.judging.calibration import panel, rate
-from synth.judging.rubric import DIGITS, LETTERS, PAIRWISE, asked, fill, rubric
-from synth.judging.score_parsing import NO_MASS, NO_SCORE, expected_score, likeliest_score, parsed_score, preference
+from synth.judging.calibration import judges_by_author, rate_answers
+from synth.judging.rubric import DIGITS, LETTERS, PAIRWISE_PROMPT, fill_placeholders, load_rubric, prompt_text
+from synth.judging.score_parsing import (
+    NO_PROBABILITY,
+    NO_SCORE_LINE,
+    expected_score,
+    finite_or_none,
+    most_likely_score,
+    parse_score,
+    preference_for_first,
+)
 from synth.pool import seeds
 from synth.pool.run import SynthesisRun, identity, usable
 from synth.pool.store import CLEAN, Chat
 
 PAGE = 4000  # answers read from the pool at a time
 
+# Usable answers to clean items by one of `authors` (its placeholders) that a judge (the last value) has not scored. Unary plus keeps
+# SQLite from using an index for these columns, so that it walks the answers in the order of their keys and need not sort them.
+UNSCORED = f"""
+    FROM responses AS r
+    WHERE r.reason IS NULL AND +r.item IN (SELECT id FROM items WHERE {CLEAN}) AND +r.model IN ({{authors}}) AND NOT EXISTS (
+        SELECT 1 FROM scores AS s WHERE s.item = r.item AND s.model = r.model AND s.sample = r.sample AND s.judge = ?)"""
+COUNT_UNSCORED = f"SELECT count(*) {UNSCORED}"
+# The next page of them, after a key (item, model, sample); a row is an UnscoredAnswer
+PAGE_OF_UNSCORED = f"""
+    SELECT r.item, r.model, r.sample, r.text {UNSCORED}
+    AND (r.item, r.model, r.sample) > (?, ?, ?) ORDER BY r.item, r.model, r.sample LIMIT ?"""
+
+# Every answer with a rating; a row is a RatedAnswer
+RATED_ANSWERS = """
+    SELECT q.item, q.model, q.sample, q.value, r.text
+    FROM ratings AS q JOIN responses AS r ON r.item = q.item AND r.model = q.model AND r.sample = q.sample
+    WHERE q.value IS NOT NULL ORDER BY q.item, q.model, q.sample"""
+COMPARISON_KEYS = "SELECT item, model, sample, other_model, other_sample FROM comparisons WHERE judge = ?"
+RESPONSE_TEXTS = "SELECT item, model, sample, text FROM responses WHERE item BETWEEN ? AND ?"
+
 
 def judge(run: SynthesisRun) -> None:
+    """Run the stage: request the scores, and the comparisons, that the pool lacks."""
     run.require("respond")
-    settle(run)
-    alone = [author for author, judges in panel(run.config).items() if judges == (author,)]
-    if alone and run.config.judge.exclude_self:
-        run.say(f"judge: {', '.join(alone)} judges its own answers: there is no other judge")
+    pin_judge_settings(run)
+    self_judged = [author for author, judges in judges_by_author(run.config).items() if judges == (author,)]
+    if self_judged and run.config.judge.exclude_self:
+        run.say(f"judge: {', '.join(self_judged)} scores its own answers, because there is no other judge")
     for model in run.config.judges:
-        scoring = Scoring(run, model)
-        if missing := scoring.missing():
+        task = ScoringTask(run, model)
+        if missing := task.count_missing():
             with run.at_work("judge", model) as worker:
-                ask = worker.choose if scoring.options.scoring == "expected_score" else worker.complete
-                ask(scoring.requests(), missing, scoring.write)
+                ask = worker.choose if task.options.scoring == "expected_score" else worker.complete
+                ask(task.requests(), missing, task.write)
     if run.config.judge.pairwise:
-        compare(run)
+        compare_best_pairs(run)
     run.finish("judge")
 
 
-def settle(run: SynthesisRun) -> None:
-    """Keep what scores depend on, the rubric's own words too; UserError where a later call has other ones."""
-    options, text = run.config.judge, rubric(run.config.judge)
+def pin_judge_settings(run: SynthesisRun) -> None:
+    """Store the settings that scores depend on, with the text of the rubric; UserError where a later call has other ones."""
+    options, text = run.config.judge, load_rubric(run.config.judge)
     length = {"max_tokens": options.max_tokens} if options.scoring == "generated" else {}
     run.settle("judge", {"judges": [identity(model) for model in run.config.judges], "scoring": options.scoring, **length,
-                         "rubric": hashlib.sha256(text.encode()).hexdigest()[:16]})
+                         "rubric": _short_hash(text)})
     if run.pool.get("rubric") is None:
         with run.pool.transaction():
             run.pool.set("rubric", text)
 
 
-class Judging:
-    """How one model is asked for a verdict."""
+def _short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class JudgeTask:
+    """One judge's work: its prompts, in the form that its engine takes."""
 
     def __init__(self, run: SynthesisRun, model: Model):
         self.run, self.model, self.name, self.options = run, model, name_of(model), run.config.judge
         self.format: ChatFormat | None = None if kind_of(model) == "openai" else run.format(model)
 
     def choice(self, key: tuple, text: str, choices: tuple[str, ...]) -> ChoiceRequest:
-        """Which of `choices` the judge's answer to `text` begins with."""
+        """Ask with which of `choices` the judge's answer to `text` begins."""
         messages = ({"role": "user", "content": text},)
         if self.format is None:
             return ChoiceRequest(key, Prompt(None, messages), choices)
@@ -70,41 +103,68 @@ class Judging:
         return ChoiceRequest(key, Prompt(token_ids), tuple(rest + choice for choice in choices))
 
     def completion(self, key: tuple, text: str, seed: int) -> CompletionRequest:
+        """Ask for the judge's whole answer to `text`, decoded greedily."""
         messages = ({"role": "user", "content": text},)
         prompt = Prompt(self.format.response(messages)) if self.format else Prompt(None, messages)
         stops = self.format.response_stops if self.format else ()
         return CompletionRequest(key, prompt, Sampling(0.0, 1.0, self.options.max_tokens, *stops), seed)
 
 
+def chats_between(run: SynthesisRun, first: int, last: int) -> dict[int, Chat]:
+    """Read the chats of the items `first` to `last`."""
+    return {chat.item: chat for chat in run.pool.chats(f"id BETWEEN {first} AND {last}")}
+
+
 # ---------------------------------------------------------------- scores
 
 
-class Scoring(Judging):
-    """One judge's scores: which are missing, their requests, and what becomes of the results."""
+class UnscoredAnswer(NamedTuple):
+    """A usable answer that a judge has not scored."""
+
+    item: int
+    model: str
+    sample: int
+    text: str
+
+    @property
+    def key(self) -> tuple[int, str, int]:
+        return self.item, self.model, self.sample
+
+
+class JudgeScore(NamedTuple):
+    """The columns of `scores` that follow the key."""
+
+    score: float | None
+    mass: float | None  # probability of all digits together
+    text: str | None
+    seed: int
+    reason: str | None  # why there is no score
+
+
+class ScoringTask(JudgeTask):
+    """Score the answers that one judge has not scored yet."""
 
     def __init__(self, run: SynthesisRun, model: Model):
         super().__init__(run, model)
-        self.rubric = rubric(self.options)
-        authors = [author for author, judges in panel(run.config).items() if self.name in judges]
-        # the pluses make SQLite walk the answers in the order of their keys
-        self.unscored = (
-            f"FROM responses AS r WHERE r.reason IS NULL AND +r.item IN (SELECT id FROM items WHERE {CLEAN}) "
-            f"AND +r.model IN ({', '.join('?' * len(authors))}) AND NOT EXISTS (SELECT 1 FROM scores AS s "
-            "WHERE s.item = r.item AND s.model = r.model AND s.sample = r.sample AND s.judge = ?)")
-        self.values = (*authors, self.name)
+        self.rubric = load_rubric(self.options)
+        self.authors = [author for author, judges in judges_by_author(run.config).items() if self.name in judges]
 
-    def missing(self) -> int:
-        return self.run.pool.select(f"SELECT count(*) {self.unscored}", *self.values)[0][0]
+    def _select(self, query: str, *values) -> list[tuple]:
+        query = query.format(authors=", ".join("?" * len(self.authors)))
+        return self.run.pool.select(query, *self.authors, self.name, *values)
+
+    def count_missing(self) -> int:
+        (count,), = self._select(COUNT_UNSCORED)
+        return count
 
     def requests(self) -> Iterator[ChoiceRequest | CompletionRequest]:
         last = (-1, "", 0)
-        while page := self.run.pool.select(
-                f"SELECT r.item, r.model, r.sample, r.text {self.unscored} AND (r.item, r.model, r.sample) > (?, ?, ?) "
-                "ORDER BY r.item, r.model, r.sample LIMIT ?", *self.values, *last, PAGE):
-            questions = {item: asked(chat) for item, chat in chats_between(self.run, page[0][0], page[-1][0]).items()}
-            for *key, response in page:
-                yield self._request(tuple(key), fill(self.rubric, instruction=questions[key[0]], response=response))
-            last = page[-1][:3]
+        while page := [UnscoredAnswer(*row) for row in self._select(PAGE_OF_UNSCORED, *last, PAGE)]:
+            chats = chats_between(self.run, page[0].item, page[-1].item)
+            prompts = {item: prompt_text(chat) for item, chat in chats.items()}
+            for answer in page:
+                yield self._request(answer.key, fill_placeholders(self.rubric, instruction=prompts[answer.item], response=answer.text))
+            last = page[-1].key
 
     def _request(self, key: tuple, text: str) -> ChoiceRequest | CompletionRequest:
         if self.options.scoring == "expected_score":
@@ -115,106 +175,140 @@ class Scoring(Judging):
         return seeds.seed(self.run.config.seed, "judge", self.name, *key)
 
     def write(self, results: list) -> None:
-        self.run.pool.insert("scores", [(*result.key, self.name, *self._verdict(result)) for result in results])
+        self.run.pool.insert("scores", [(*result.key, self.name, *self._read(result)) for result in results])
 
-    def _verdict(self, result: Choice | Completion | Failure) -> tuple:
-        """Score, mass, text, seed and reason."""
+    def _read(self, result: Choice | Completion | Failure) -> JudgeScore:
         seed = self._seed(result.key)
         if isinstance(result, Failure):
-            return None, None, None, seed, result.reason
+            return JudgeScore(None, None, None, seed, result.reason)
         if isinstance(result, Choice):
-            score, digit = expected_score(result.probabilities), likeliest_score(result.probabilities)
-            return score, finite(result.mass), digit and str(digit), seed, NO_MASS if score is None else None
-        said = self.format.answer(result.text) if self.format else result.text
-        reason = usable(result, None) or (None if said is not None else "no answer in its final channel")
-        score = None if reason else parsed_score(said)
-        return score, None, (result.text if said is None else said).strip(), seed, reason or (NO_SCORE if score is None else None)
+            score, digit = expected_score(result.probabilities), most_likely_score(result.probabilities)
+            text = None if digit is None else str(digit)
+            return JudgeScore(score, finite_or_none(result.mass), text, seed, NO_PROBABILITY if score is None else None)
+        return self._read_completion(result, seed)
 
-
-def chats_between(run: SynthesisRun, first: int, last: int) -> dict[int, Chat]:
-    return {chat.item: chat for chat in run.pool.chats(f"id BETWEEN {first} AND {last}")}
-
-
-def finite(x: float) -> float | None:
-    return x if math.isfinite(x) else None
+    def _read_completion(self, result: Completion, seed: int) -> JudgeScore:
+        answer = self.format.answer(result.text) if self.format else result.text
+        text = (result.text if answer is None else answer).strip()
+        reason = usable(result, None) or ("no answer in its final channel" if answer is None else None)
+        if reason:
+            return JudgeScore(None, None, text, seed, reason)
+        score = parse_score(answer)
+        return JudgeScore(score, None, text, seed, NO_SCORE_LINE if score is None else None)
 
 
 # ---------------------------------------------------------------- pairs
 
 
-class Pair(NamedTuple):
-    """The two best answers to an instruction, each by its model and sample."""
+class RatedAnswer(NamedTuple):
+    """An answer with its rating."""
 
     item: int
-    best: tuple[str, int]
-    second: tuple[str, int]
+    model: str
+    sample: int
+    value: float
+    text: str
 
     @property
-    def orders(self) -> tuple[tuple, tuple]:
-        """The keys of its two comparisons."""
-        return (self.item, *self.best, *self.second), (self.item, *self.second, *self.best)
+    def key(self) -> tuple[int, str, int]:
+        return self.item, self.model, self.sample
 
 
-def compare(run: SynthesisRun) -> None:
-    """Every judge that wrote neither of an item's two best answers (every judge, where there is no such) compares them in both orders."""
-    run.settle("pairwise", {"calibrate_judges": run.config.judge.calibrate_judges,
-                            "text": hashlib.sha256(PAIRWISE.encode()).hexdigest()[:16]})
+class ComparisonKey(NamedTuple):
+    """The key of a comparison; the answer of `model` is shown first."""
+
+    item: int
+    model: str
+    sample: int
+    other_model: str
+    other_sample: int
+
+    @property
+    def first(self) -> tuple[int, str, int]:
+        return self.item, self.model, self.sample
+
+    @property
+    def second(self) -> tuple[int, str, int]:
+        return self.item, self.other_model, self.other_sample
+
+
+class AnswerPair(NamedTuple):
+    """The two best answers to an instruction."""
+
+    best: RatedAnswer
+    second: RatedAnswer
+
+    @property
+    def orders(self) -> tuple[ComparisonKey, ComparisonKey]:
+        """Return the keys of its two comparisons, one for each order."""
+        best, second = self.best, self.second
+        return (ComparisonKey(*best.key, second.model, second.sample), ComparisonKey(*second.key, best.model, best.sample))
+
+
+def compare_best_pairs(run: SynthesisRun) -> None:
+    """Have each item's two best answers compared in both orders, by every judge that wrote neither (by all where there is none)."""
+    run.settle("pairwise", {"calibrate_judges": run.config.judge.calibrate_judges, "text": _short_hash(PAIRWISE_PROMPT)})
     with run.pool.transaction():
-        rate(run)
+        rate_answers(run)
     pairs = list(best_pairs(run))
     for model in run.config.judges:
-        comparing = Comparing(run, model, pairs)
-        if comparing.missing:
+        task = ComparisonTask(run, model, pairs)
+        if task.missing:
             with run.at_work("judge", model) as worker:
-                worker.choose(comparing.requests(), len(comparing.missing), comparing.write)
+                worker.choose(task.requests(), len(task.missing), task.write)
 
 
-def best_pairs(run: SynthesisRun) -> Iterator[Pair]:
-    """The best answer to each item, and the best one that reads otherwise; ties by the seed."""
-    found = run.pool.connection.execute(
-        "SELECT q.item, q.model, q.sample, q.value, r.text FROM ratings AS q JOIN responses AS r "
-        "ON r.item = q.item AND r.model = q.model AND r.sample = q.sample WHERE q.value IS NOT NULL ORDER BY q.item, q.model, q.sample")
-    for item, rows in itertools.groupby(found, key=lambda row: row[0]):
-        ranked = sorted(rows, key=lambda row: (-round(row[3], 9), seeds.seed(run.config.seed, "pairwise", *row[:3])))
-        other = next((row for row in ranked if row[4] != ranked[0][4]), None)
-        if other:
-            yield Pair(item, ranked[0][1:3], other[1:3])
+def best_pairs(run: SynthesisRun) -> Iterator[AnswerPair]:
+    """Yield each item's best answer and the best one with another text; the seed breaks ties."""
+
+    def rank(answer: RatedAnswer) -> tuple:
+        return -round(answer.value, 9), seeds.seed(run.config.seed, "pairwise", *answer.key)
+
+    answers = map(RatedAnswer._make, run.pool.connection.execute(RATED_ANSWERS))
+    for _, of_item in itertools.groupby(answers, key=attrgetter("item")):
+        best, *others = sorted(of_item, key=rank)
+        second = next((answer for answer in others if answer.text != best.text), None)
+        if second:
+            yield AnswerPair(best, second)
 
 
-def judges_of_pair(run: SynthesisRun, pair: Pair) -> list[str]:
-    judges, authors = sorted({name_of(model) for model in run.config.judges}), (pair.best[0], pair.second[0])
+def judges_of_pair(run: SynthesisRun, pair: AnswerPair) -> list[str]:
+    """Return which judges compare a pair."""
+    judges, authors = sorted({name_of(model) for model in run.config.judges}), (pair.best.model, pair.second.model)
     others = [judge for judge in judges if judge not in authors]
     return others if others and run.config.judge.exclude_self else judges
 
 
-class Comparing(Judging):
-    """One judge's comparisons: which are missing, their requests, and what becomes of the results."""
+class ComparisonTask(JudgeTask):
+    """Make the comparisons that one judge has not made yet."""
 
-    def __init__(self, run: SynthesisRun, model: Model, pairs: list[Pair]):
+    def __init__(self, run: SynthesisRun, model: Model, pairs: list[AnswerPair]):
         super().__init__(run, model)
-        have = set(run.pool.select("SELECT item, model, sample, other_model, other_sample FROM comparisons WHERE judge = ?", self.name))
-        self.missing = [key for pair in pairs if self.name in judges_of_pair(run, pair) for key in pair.orders if key not in have]
+        done = set(run.pool.select(COMPARISON_KEYS, self.name))
+        self.missing = [key for pair in pairs if self.name in judges_of_pair(run, pair) for key in pair.orders if key not in done]
 
     def requests(self) -> Iterator[ChoiceRequest]:
         for start in range(0, len(self.missing), PAGE):
             page = self.missing[start:start + PAGE]
-            between = (page[0][0], page[-1][0])
-            chats = chats_between(self.run, *between)
-            shown = {answer for item, *rest in page for answer in ((item, *rest[:2]), (item, *rest[2:]))}
-            texts = {tuple(key): text for *key, text in self.run.pool.connection.execute(
-                "SELECT item, model, sample, text FROM responses WHERE item BETWEEN ? AND ?", between) if tuple(key) in shown}
+            chats = chats_between(self.run, page[0].item, page[-1].item)
+            texts = self._texts(page)
             for key in page:
-                item, model, sample, other_model, other_sample = key
-                text = fill(PAIRWISE, instruction=asked(chats[item]), first=texts[item, model, sample],
-                            second=texts[item, other_model, other_sample])
-                yield self.choice(key, text, LETTERS)
+                text = fill_placeholders(PAIRWISE_PROMPT, instruction=prompt_text(chats[key.item]), first=texts[key.first],
+                                         second=texts[key.second])
+                yield self.choice(tuple(key), text, LETTERS)
+
+    def _texts(self, page: list[ComparisonKey]) -> dict[tuple[int, str, int], str]:
+        """Read the texts of the answers that a page of comparisons shows."""
+        shown = {answer for key in page for answer in (key.first, key.second)}
+        rows = self.run.pool.connection.execute(RESPONSE_TEXTS, (page[0].item, page[-1].item))
+        return {answer: text for *key, text in rows if (answer := tuple(key)) in shown}
 
     def write(self, results: list) -> None:
-        self.run.pool.insert("comparisons", [(*result.key, self.name, *self._verdict(result)) for result in results])
+        self.run.pool.insert("comparisons", [(*result.key, self.name, *self._read(result)) for result in results])
 
-    def _verdict(self, result: Choice | Failure) -> tuple:
-        """Preference, mass and reason."""
+    def _read(self, result: Choice | Failure) -> tuple[float | None, float | None, str | None]:
+        """Return preference, mass and reason."""
         if isinstance(result, Failure):
             return None, None, result.reason
-        preferred = preference(result.probabilities)
-        return preferred, finite(result.mass), NO_MASS if preferred is None else None
+        preference = preference_for_first(result.probabilities)
+        return preference, finite_or_none(result.mass), NO_PROBABILITY if preference is None else None

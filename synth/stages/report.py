@@ -53,18 +53,18 @@ class Compared(NamedTuple):
 
 def report(run: SynthesisRun) -> None:
     """Write report.html, plots/*.png and report.json from what the pool holds. UserError where the folder cannot be written."""
-    verdicts = diagnostics.read(run.pool)
+    judge_scores = diagnostics.read_scores(run.pool)
     compared = compare(run)
     found: dict[str, Any] = {
         "done": [stage for stage in STAGES if stage != "report" and run.done(stage)],
         "yield": funnel.yields(run.pool),
         "distribution": compared.figures if compared else None,
-        "judges": diagnostics.figures(verdicts) if verdicts else None,
+        "judges": diagnostics.diagnose(judge_scores) if judge_scores else None,
         "won": won(run),
         "replay": _manifest(run.folder / "manifest.json"),
         "usage": usage(run),
     }
-    found["flags"] = [*flags(compared), *(flag["text"] for flag in (found["judges"] or {}).get("flags", []))]
+    found["flags"] = [*flags(compared), *(flag["text"] for flag in (found["judges"] or {}).get("warnings", []))]
     write(run, found, plots(found, compared.samples if compared else {}))
     for line in [*lines(found), *(f"warning: {flag}" for flag in found["flags"])]:
         run.say(f"report: {line}")

@@ -15,12 +15,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from synth.config import Config, name_of
-from synth.judging.calibration import rate
+from synth.judging.calibration import rate_answers
 from synth.pool import seeds
 from synth.pool.run import SynthesisRun
 from synth.pool.store import CLEAN
 from synth.reporting.export import export
-from synth.stages.judge import settle
+from synth.stages.judge import pin_judge_settings
 from synth.stages.respond import GREEDY
 from trainer.errors import UserError
 
@@ -58,13 +58,13 @@ def select(run: SynthesisRun) -> None:
     judged = run.config.select.rule != "first"
     run.require("judge" if judged else "respond")
     if judged:
-        settle(run)
+        pin_judge_settings(run)
     order = Among(run)
     with run.pool.transaction():
         run.pool.set("done.select", False)
         run.pool.connection.execute("DELETE FROM drops WHERE stage = 'select'")
         run.pool.connection.execute("DELETE FROM selection")
-        scales = rate(run) if judged else unrated(run)
+        scales = rate_answers(run) if judged else unrated(run)
         preferred = preferences(run) if run.config.judge.pairwise else {}
         chosen, dropped = [], []
         for item, weight, answers in candidates(run):

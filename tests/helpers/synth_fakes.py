@@ -143,9 +143,9 @@ def response_row(item: int, model: str, sample: int, answer: str | Exception, li
 
 def score(run: SynthesisRun, scores: Mapping[tuple, float | None]) -> None:
     """Scores by (item, model, sample, judge), as `judge` would leave them, and that stage ended; None: could not be read."""
-    from synth.stages.judge import settle
+    from synth.stages.judge import pin_judge_settings
 
-    settle(run)
+    pin_judge_settings(run)
     with run.pool.transaction():
         run.pool.insert("scores", [(*key, value, None, None, 0, "unread" if value is None else None) for key, value in scores.items()])
         run.pool.set("done.judge", True)

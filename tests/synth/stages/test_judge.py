@@ -7,9 +7,9 @@ import pytest
 
 from synth.config import Config, Judge, Model, name_of
 from synth.engines.interface import ChoiceRequest, Completion, CompletionRequest
-from synth.judging.calibration import panel
-from synth.judging.rubric import EXPECT, PAIRWISE, PAPER, asked, fill, rubric
-from synth.judging.score_parsing import NO_MASS, NO_SCORE, expected_score, parsed_score, preference
+from synth.judging.calibration import judges_by_author
+from synth.judging.rubric import EXPECTED_SCORE_RUBRIC, GENERATED_SCORE_RUBRIC, PAIRWISE_PROMPT, fill_placeholders, load_rubric, prompt_text
+from synth.judging.score_parsing import NO_PROBABILITY, NO_SCORE_LINE, expected_score, parse_score, preference_for_first
 from synth.pool import seeds
 from synth.pool.store import Chat
 from synth.stages.judge import judge
@@ -48,7 +48,7 @@ def engines_for(run, **options) -> dict[str, FakeEngine]:
 def test_a_model_does_not_judge_itself_as_long_as_another_judge_is_there(judges, exclude, expected):
     config = Config(base=Model("base"), responders=[Model("other")], judges=[Model(name) for name in judges],
                     judge=Judge(exclude_self=exclude))
-    assert panel(config) == expected
+    assert judges_by_author(config) == expected
 
 
 def test_every_usable_answer_gets_a_score_of_every_other_judge(tmp_path, monkeypatch):
@@ -73,7 +73,7 @@ def test_the_only_judge_judges_its_own_answers_and_says_so(tmp_path, monkeypatch
     fill_pool(run, CHATS, {"base": ANSWERS["base"]})
     install(monkeypatch, **engines_for(run))
     judge(run)
-    assert len(scores(run)) == 6 and said[0] == "judge: base judges its own answers: there is no other judge"
+    assert len(scores(run)) == 6 and said[0] == "judge: base scores its own answers, because there is no other judge"
 
 
 def test_answers_that_a_later_selection_dropped_are_still_judged(tmp_path, monkeypatch):
@@ -94,7 +94,7 @@ def test_an_expected_score_is_the_mean_under_the_renormalised_digits():
     assert expected_score(SURE[2]) == 2
     for nothing in ((0.0,) * 5, (math.nan, 0.5, 0, 0, 0), (math.inf, 0, 0, 0, 0)):
         assert expected_score(nothing) is None
-    assert preference((0.1, 0.3)) == pytest.approx(0.25) and preference((0.0, 0.0)) is None
+    assert preference_for_first((0.1, 0.3)) == pytest.approx(0.25) and preference_for_first((0.0, 0.0)) is None
 
 
 def test_scores_have_their_mass_and_what_has_none_its_reason(tmp_path, monkeypatch):
@@ -106,7 +106,7 @@ def test_scores_have_their_mass_and_what_has_none_its_reason(tmp_path, monkeypat
     rows = run.pool.select("SELECT item, score, mass, text, seed, reason FROM scores ORDER BY item")
     seed = [seeds.seed(0, "judge", "base", item, "base", 0) for item in range(3)]
     assert rows[0][1:3] == (pytest.approx((0.05 + 0.4 + 1.25) / 0.4), pytest.approx(0.4)) and rows[0][3:] == ("5", seed[0], None)
-    assert rows[1] == (1, None, 0.0, None, seed[1], NO_MASS)
+    assert rows[1] == (1, None, 0.0, None, seed[1], NO_PROBABILITY)
     assert rows[2] == (2, None, None, None, seed[2], "prompt of 600 tokens, longer than the context of 512")
 
 
@@ -118,7 +118,7 @@ def test_a_judge_that_we_hold_reads_token_ids_and_answers_with_a_digit(tmp_path,
     judge(run)
     request, = engine.asked
     assert isinstance(request, ChoiceRequest) and request.choices == ("1", "2", "3", "4", "5") and request.key == (0, "base", 0)
-    text = fill(EXPECT, instruction=CHATS[0], response="four")
+    text = fill_placeholders(EXPECTED_SCORE_RUBRIC, instruction=CHATS[0], response="four")
     assert request.prompt.token_ids == run.format(run.base).response([{"role": "user", "content": text}])
 
 
@@ -131,7 +131,7 @@ def test_a_server_reads_the_chat_itself(tmp_path, monkeypatch):
     judge(run)
     (message,) = engine.asked[0].prompt.messages
     assert engine.asked[0].prompt.token_ids is None and message["role"] == "user"
-    before, between, after = EXPECT.replace("{response}", "{instruction}").split("{instruction}")
+    before, between, after = EXPECTED_SCORE_RUBRIC.replace("{response}", "{instruction}").split("{instruction}")
     assert message["content"] == before + "Format {response} and {0} as {instruction}" + between + "{instruction} } {" + after
 
 
@@ -147,7 +147,7 @@ def test_a_server_reads_the_chat_itself(tmp_path, monkeypatch):
     ("Score: N", None), ("Score: 4-5", None), ("Score: four", None), ("Score:\n4", None), ("Score: ٤", None), ("Score: 4, or 5", None),
 ])
 def test_a_written_score_is_read_strictly_from_the_last_line(text, score):
-    assert parsed_score(text) == score
+    assert parse_score(text) == score
 
 
 def test_written_scores_are_kept_with_their_text(tmp_path, monkeypatch):
@@ -158,7 +158,7 @@ def test_written_scores_are_kept_with_their_text(tmp_path, monkeypatch):
     install(monkeypatch, base=engine)
     judge(run)
     assert run.pool.select("SELECT score, mass, text, reason FROM scores ORDER BY item") == [
-        (5.0, None, "Right.\nScore: 5", None), (None, None, "Wrong, so 2.", NO_SCORE),
+        (5.0, None, "Right.\nScore: 5", None), (None, None, "Wrong, so 2.", NO_SCORE_LINE),
         (None, None, "So far\nScore: 4", "longer than max_tokens or the context")]
     request = engine.asked[0]
     stops = run.format(run.base).response_stops
@@ -171,11 +171,11 @@ def test_written_scores_are_kept_with_their_text(tmp_path, monkeypatch):
 
 
 def test_our_rubrics_ask_for_what_is_read():
-    assert rubric(Judge()) == EXPECT and EXPECT.endswith("a single digit from 1 to 5, and nothing else.")
-    assert rubric(Judge(scoring="generated")) == PAPER and "\nScore: N\n" in PAPER
-    for text in (EXPECT, PAPER):
+    assert load_rubric(Judge()) == EXPECTED_SCORE_RUBRIC and EXPECTED_SCORE_RUBRIC.endswith("a single digit from 1 to 5, and nothing else.")
+    assert load_rubric(Judge(scoring="generated")) == GENERATED_SCORE_RUBRIC and "\nScore: N\n" in GENERATED_SCORE_RUBRIC
+    for text in (EXPECTED_SCORE_RUBRIC, GENERATED_SCORE_RUBRIC):
         assert text.count("{instruction}") == text.count("{response}") == 1
-    assert [PAIRWISE.count(place) for place in ("{instruction}", "{first}", "{second}")] == [1, 1, 1]
+    assert [PAIRWISE_PROMPT.count(place) for place in ("{instruction}", "{first}", "{second}")] == [1, 1, 1]
 
 
 def test_a_rubric_of_the_users_own_is_filled_and_settled(tmp_path, monkeypatch):
@@ -194,7 +194,7 @@ def test_a_rubric_of_the_users_own_is_filled_and_settled(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("content", "message"), [
-    ("Rate {response}", r"found no \{instruction\}; write"), ("Rate {0}", r"found no \{instruction\} and no \{response\}; write"),
+    ("Rate {response}", r"got no \{instruction\}; add"), ("Rate {0}", r"got no \{instruction\} and no \{response\}; add"),
     (None, "No such file"), (b"\xff\xfe{", "judge.rubric: expected a text file in UTF-8"),
 ])
 def test_a_rubric_that_shows_no_answer_is_refused(tmp_path, content, message):
@@ -202,16 +202,16 @@ def test_a_rubric_that_shows_no_answer_is_refused(tmp_path, content, message):
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=message) as refused:
-        rubric(Judge(rubric=str(path)))
+        load_rubric(Judge(rubric=str(path)))
     assert "\n" not in str(refused.value)
 
 
 def test_what_was_asked_is_the_instruction_or_the_whole_talk():
     said = (("user", "Hi?"), ("assistant", "Hello."), ("user", "Why?"))
     question, answer, more = ({"role": role, "content": text} for role, text in said)
-    assert asked(Chat(0, None, (question,))) == "Hi?"
-    assert asked(Chat(0, "Be kind.", (question,))) == "System: Be kind.\n\nUser: Hi?"
-    assert asked(Chat(0, None, (question, answer, more))) == "User: Hi?\n\nAssistant: Hello.\n\nUser: Why?"
+    assert prompt_text(Chat(0, None, (question,))) == "Hi?"
+    assert prompt_text(Chat(0, "Be kind.", (question,))) == "System: Be kind.\n\nUser: Hi?"
+    assert prompt_text(Chat(0, None, (question, answer, more))) == "User: Hi?\n\nAssistant: Hello.\n\nUser: Why?"
 
 
 # ---------------------------------------------------------------- resuming
@@ -344,7 +344,7 @@ def test_the_two_best_are_shown_in_both_orders_to_judges_that_wrote_neither(tmp_
         (1, "third", 0, "base", 0, "other", pytest.approx(0.75), pytest.approx(0.8), None)]
     request = next(r for r in engines["third"].asked if r.key == (0, "other", 0, "base", 0))
     assert request.choices == ("A", "B")
-    assert fill(PAIRWISE, instruction="What is 2 + 2?", first="four", second="4") in words(run, request)
+    assert fill_placeholders(PAIRWISE_PROMPT, instruction="What is 2 + 2?", first="four", second="4") in words(run, request)
 
 
 def test_where_both_judges_wrote_both_answers_compare(tmp_path, monkeypatch):
@@ -401,5 +401,5 @@ def test_the_miniature_judges_with_a_real_engine(tmp_path, how):
 
 def test_the_pool_keeps_the_rubrics_text_and_its_hash(tmp_path, monkeypatch):
     run, _ = finished(tmp_path, monkeypatch)
-    assert run.pool.get("settings.judge")["rubric"] == hashlib.sha256(EXPECT.encode()).hexdigest()[:16]
-    assert run.pool.get("rubric") == EXPECT
+    assert run.pool.get("settings.judge")["rubric"] == hashlib.sha256(EXPECTED_SCORE_RUBRIC.encode()).hexdigest()[:16]
+    assert run.pool.get("rubric") == EXPECTED_SCORE_RUBRIC

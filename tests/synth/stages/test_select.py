@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 
 from synth.config import Config, Judge, Respond, Select
-from synth.judging.calibration import Cell, Scale, fit, panel, rate, rating
+from synth.judging.calibration import JudgeScale, ScoreSums, combine_scores, fit_scales, judges_by_author, rate_answers
 from synth.stages.respond import respond
 from synth.stages.select import Answer, by_rule, choose, drop_reason, preferred, rejected, select
 from tests.helpers.synth_fakes import FakeEngine, fill, install, make_run, score
@@ -29,17 +29,17 @@ def selection(run):
 
 def cells(scores):
     """Cells of {(judge, author): scores}."""
-    return [Cell(judge, author, len(s), sum(s), sum(x * x for x in s)) for (judge, author), s in scores.items()]
+    return [ScoreSums(judge, author, len(s), sum(s), sum(x * x for x in s)) for (judge, author), s in scores.items()]
 
 
 def test_scales_by_hand():
     """Two judges of the same two authors, one a point stricter and twice as wide."""
-    found = fit(cells({("a", "x"): [3, 5], ("a", "y"): [2, 4], ("b", "x"): [2, 4, 2, 4], ("b", "y"): [1, 3, 1, 3]}))
+    found = fit_scales(cells({("a", "x"): [3, 5], ("a", "y"): [2, 4], ("b", "x"): [2, 4, 2, 4], ("b", "y"): [1, 3, 1, 3]}))
     assert found["a"].severity - found["b"].severity == pytest.approx(1) and found["a"].spread == pytest.approx(1)
-    found = fit(cells({("a", "x"): [3, 5], ("a", "y"): [3, 5], ("b", "x"): [1, 5], ("b", "y"): [1, 5]}))
+    found = fit_scales(cells({("a", "x"): [3, 5], ("a", "y"): [3, 5], ("b", "x"): [1, 5], ("b", "y"): [1, 5]}))
     assert [found[j][:2] for j in "ab"] == [pytest.approx((4, 1)), pytest.approx((3, 2))]
     # level 3.5, unit 1.5
-    assert found["a"](5) == pytest.approx(3.5 + 1.5) and found["b"](5) == pytest.approx(3.5 + 1.5 * 2 / 2)
+    assert found["a"].calibrate(5) == pytest.approx(3.5 + 1.5) and found["b"].calibrate(5) == pytest.approx(3.5 + 1.5 * 2 / 2)
 
 
 def test_planted_judges_are_found_though_none_sees_its_own_answers():
@@ -48,7 +48,7 @@ def test_planted_judges_are_found_though_none_sees_its_own_answers():
     severity, width = {"x": -0.8, "y": 0.1, "z": 0.7}, {"x": 0.5, "y": 1.0, "z": 1.5}
     answers = {author: [rng.gauss(0, 1) for _ in range(4000)] for author in quality}
     scores = {(j, a): [3 + severity[j] + quality[a] + width[j] * rest for rest in answers[a]] for j in severity for a in quality if a != j}
-    found = fit(cells(scores))
+    found = fit_scales(cells(scores))
     severities = {judge: scale.severity for judge, scale in found.items()}
     for judge in severity:
         assert severities[judge] - severities["y"] == pytest.approx(severity[judge] - severity["y"], abs=0.03)
@@ -58,8 +58,8 @@ def test_planted_judges_are_found_though_none_sees_its_own_answers():
     # points of the rubric still: the level and unit are the judges' means
     assert sum(severities.values()) / 3 == pytest.approx(3.0, abs=0.03)
     for judge, scale in found.items():
-        assert scale(severities[judge]) == pytest.approx(3.0, abs=0.03)
-        assert scale(severities[judge] + width[judge]) == pytest.approx(4.0, abs=0.05)
+        assert scale.calibrate(severities[judge]) == pytest.approx(3.0, abs=0.03)
+        assert scale.calibrate(severities[judge] + width[judge]) == pytest.approx(4.0, abs=0.05)
 
 
 @settings(max_examples=60, deadline=None)
@@ -67,7 +67,7 @@ def test_planted_judges_are_found_though_none_sees_its_own_answers():
                        min_size=1), st.sampled_from("abc"), st.integers(-3, 3))
 def test_cells_fit_like_the_scores_themselves(scores, judge, stricter):
     """Spreads are those of least squares over single scores, whatever the counts; a stricter judge has a lower severity and that is all."""
-    found = fit(cells(scores))
+    found = fit_scales(cells(scores))
     rows = [(j, a, score) for (j, a), given in scores.items() for score in given]
     names = sorted({j for j, *_ in rows}) + sorted({a for _, a, _ in rows})
     design = np.array([[float(name in (j, a)) for name in names] for j, a, _ in rows])
@@ -75,40 +75,41 @@ def test_cells_fit_like_the_scores_themselves(scores, judge, stricter):
     rest = told - design @ np.linalg.lstsq(design, told)[0]
     for j, scale in found.items():
         assert scale.spread == pytest.approx(np.sqrt(np.mean(rest[[row[0] == j for row in rows]] ** 2)), abs=1e-6)
-    shifted = fit(cells({(j, a): [score + stricter * (j == judge) for score in given] for (j, a), given in scores.items()}))
-    level = {j: scale(scale.severity) for j, scale in found.items()}
+    shifted = fit_scales(cells({(j, a): [score + stricter * (j == judge) for score in given] for (j, a), given in scores.items()}))
+    level = {j: scale.calibrate(scale.severity) for j, scale in found.items()}
     for j, scale in shifted.items():
         assert scale.spread == pytest.approx(found[j].spread, abs=1e-6)
         assert scale.severity - found[j].severity == pytest.approx(stricter * (j == judge), abs=1e-6)
-        assert scale(scale.severity + 1) - scale(scale.severity) == pytest.approx(found[j].factor, rel=1e-4)
-    assert fit(cells(scores)[::-1]).keys() == found.keys() and all(np.isfinite(list(level.values())))
+        assert scale.calibrate(scale.severity + 1) - scale.calibrate(scale.severity) == pytest.approx(found[j].factor, rel=1e-4)
+    assert fit_scales(cells(scores)[::-1]).keys() == found.keys() and all(np.isfinite(list(level.values())))
 
 
 def test_judges_with_no_author_in_common_keep_their_own_level():
     """Two models that judge each other: a lenient judge and a good author look the same, so neither is taken for the other."""
-    found = fit(cells({("a", "b"): [4, 5], ("b", "a"): [1, 3]}))
-    assert found["a"](4.5) == pytest.approx(4.5) and found["b"](2) == pytest.approx(2)
-    assert found["a"](5) - found["a"](4) == pytest.approx(1.5) and found["b"](3) - found["b"](1) == pytest.approx(1.5)
+    found = fit_scales(cells({("a", "b"): [4, 5], ("b", "a"): [1, 3]}))
+    assert found["a"].calibrate(4.5) == pytest.approx(4.5) and found["b"].calibrate(2) == pytest.approx(2)
+    assert found["a"].calibrate(5) - found["a"].calibrate(4) == pytest.approx(1.5)
+    assert found["b"].calibrate(3) - found["b"].calibrate(1) == pytest.approx(1.5)
 
 
 def test_a_constant_judge_has_no_say_and_shifts_nobody():
-    found = fit(cells({("a", "x"): [1, 5], ("a", "y"): [1, 5], ("c", "x"): [4.7] * 2, ("c", "y"): [4.7] * 2}))
+    found = fit_scales(cells({("a", "x"): [1, 5], ("a", "y"): [1, 5], ("c", "x"): [4.7] * 2, ("c", "y"): [4.7] * 2}))
     assert not found["c"].varies and found["a"].varies
-    assert found["a"](5) == pytest.approx(5) and found["c"](4.7) == pytest.approx(3)
+    assert found["a"].calibrate(5) == pytest.approx(5) and found["c"].calibrate(4.7) == pytest.approx(3)
     key = (0, "x", 0)
-    assert rating(key, [(found["a"], 5), (found["c"], 4.7)], True) == (*key, pytest.approx(5), None, 2)
-    assert rating(key, [(found["c"], 4.7)], True) == (*key, pytest.approx(3), None, 1)
-    assert rating(key, [(found["a"], 5), (found["c"], 4.7)], False)[3:] == (pytest.approx((5 + 3) / 2), pytest.approx(1), 2)
+    assert combine_scores(key, [(found["a"], 5), (found["c"], 4.7)], True) == (*key, pytest.approx(5), None, 2)
+    assert combine_scores(key, [(found["c"], 4.7)], True) == (*key, pytest.approx(3), None, 1)
+    assert combine_scores(key, [(found["a"], 5), (found["c"], 4.7)], False)[3:] == (pytest.approx((5 + 3) / 2), pytest.approx(1), 2)
 
 
 def test_where_all_judges_are_constant_their_severities_still_meet():
-    found = fit(cells({("a", "x"): [4, 4], ("b", "x"): [2, 2]}))
-    assert [found["a"](4), found["b"](2)] == pytest.approx([3, 3])
+    found = fit_scales(cells({("a", "x"): [4, 4], ("b", "x"): [2, 2]}))
+    assert [found["a"].calibrate(4), found["b"].calibrate(2)] == pytest.approx([3, 3])
 
 
 def test_a_constant_judge_of_many_scores_counts_as_constant():
     third = 4.1 / 3
-    found = fit([Cell("a", "x", 900_000, 900_000 * third, 900_000 * third * third), *cells({("b", "x"): [1, 2]})])
+    found = fit_scales([ScoreSums("a", "x", 900_000, 900_000 * third, 900_000 * third * third), *cells({("b", "x"): [1, 2]})])
     assert not found["a"].varies and found["b"].varies
 
 
@@ -116,12 +117,12 @@ def test_a_constant_judge_of_many_scores_counts_as_constant():
 
 
 def test_a_rating_is_the_mean_and_the_spread_of_its_judges():
-    plain = Scale(0, 1)
+    plain = JudgeScale(0, 1)
     key = (3, "x", 1)
-    assert rating(key, [(plain, 2), (plain, 5), (plain, 5)], True) == (*key, 4.0, pytest.approx(2**0.5), 3)
-    assert rating(key, [(plain, 2)], True) == (*key, 2.0, None, 1)
-    assert rating(key, [(plain, 2), (plain, None)], True) == (*key, None, None, 1)
-    assert rating(key, [(None, None)], True) == (*key, None, None, 0)
+    assert combine_scores(key, [(plain, 2), (plain, 5), (plain, 5)], True) == (*key, 4.0, pytest.approx(2**0.5), 3)
+    assert combine_scores(key, [(plain, 2)], True) == (*key, 2.0, None, 1)
+    assert combine_scores(key, [(plain, 2), (plain, None)], True) == (*key, None, None, 1)
+    assert combine_scores(key, [(None, None)], True) == (*key, None, None, 0)
 
 
 def judged_run(folder, scores, answers=None, **options):
@@ -148,7 +149,7 @@ def test_incomplete_answers_have_no_value_and_missing_scores_stop_the_stage(tmp_
     del scores[0, "base", 0, "base"], scores[0, "other", 0, "other"]
     run = judged_run(tmp_path / "b", scores, judge=plain)
     before = run.pool.dump()
-    with pytest.raises(UserError, match=r"found 2 missing; run stage judge first: --stages '\[judge\]'"):
+    with pytest.raises(UserError, match=r"got 2 missing scores; run stage judge first: --stages '\[judge\]'"):
         select(run)
     assert run.pool.dump() == before
 
@@ -177,7 +178,7 @@ def test_own_verdicts_may_be_left_out_later_and_asked_for_later(tmp_path):
     run = judged_run(tmp_path / "b", scores, judge=Judge(calibrate_judges=False))
     select(run)
     run.config.judge.exclude_self = False
-    with pytest.raises(UserError, match="found 2 missing; run stage judge first"):
+    with pytest.raises(UserError, match="got 2 missing scores; run stage judge first"):
         select(run)
 
 
@@ -188,7 +189,7 @@ def test_own_verdicts_that_are_left_out_do_not_move_the_scales(tmp_path):
     whole.config.judge.exclude_self = True
     part = judged_run(tmp_path / "b", {key: value for key, value in scores.items() if key[1] != key[3]}, judge=Judge())
     with whole.pool.transaction(), part.pool.transaction():
-        assert rate(whole) == rate(part)
+        assert rate_answers(whole) == rate_answers(part)
     assert ratings(whole) == ratings(part)
 
 
@@ -268,9 +269,9 @@ def test_ratings_take_out_what_judges_differ_by(tmp_path):
                    (item, "base", 0, "other"): x - 1.5, (item, "other", 0, "other"): y - 1.5}
     run = judged_run(tmp_path, scores, judge=Judge(exclude_self=False))
     with run.pool.transaction():
-        scales = rate(run)
+        scales = rate_answers(run)
     assert scales["base"].severity - scales["other"].severity == pytest.approx(1.5)
-    assert scales["base"](4) == pytest.approx(scales["other"](2.5))
+    assert scales["base"].calibrate(4) == pytest.approx(scales["other"].calibrate(2.5))
     assert [row[1] for row in ratings(run).values()] == pytest.approx([0.0] * 8)
 
 
@@ -382,7 +383,7 @@ def random_pool(folder, order=None, **options):
     likelihoods = {(i, m, k): -rng.random() for i in range(40) for m in answers for k in range(3)}
     fill(run, [f"Question {i}?" for i in range(40)], answers, likelihoods=likelihoods)
     given = {(i, m, k, j): rng.choice([1, 2, 3, 4, 5, 5, None]) for i in range(40) for m in answers for k in range(3)
-             for j in panel(run.config)[m]}
+             for j in judges_by_author(run.config)[m]}
     keys = list(given)
     random.Random(order).shuffle(keys) if order else None
     score(run, {key: given[key] for key in keys})
