@@ -136,7 +136,9 @@ def judge_scales(run: SynthesisRun) -> dict[str, JudgeScale]:
     if not sums:
         return {}
     scales = fit_scales(sums)
-    return scales if run.config.judge.calibrate_judges else {judge: JudgeScale(scale.severity, scale.spread) for judge, scale in scales.items()}
+    if run.config.judge.calibrate_judges:
+        return scales
+    return {judge: JudgeScale(scale.severity, scale.spread) for judge, scale in scales.items()}
 
 
 # ---------------------------------------------------------------- ratings
