@@ -1,10 +1,12 @@
-# make demo   the whole method on a miniature world, and its table
-# make test   the whole test suite
-# make gpu    what needs a GPU: kernels' tests and times, one whole step compiled and captured; under nine minutes, one JSON and a page
-#             ARGS="--parts rivals", sizes or context: beside others' packs, over models and adapters, over lengths of context
-# make docs-check   fails where a README's table differs from the newest records (python -m benchmarks.plot writes them anew)
-# The first two make the environment (.venv) if need be. make gpu takes .venv where there is one, else python3, whatever it has.
-# make vllm   on a machine with an NVIDIA GPU: vLLM for python -m synth.run (on a CPU it is part of the environment)
+# make demo        show forgetting and its cure on a tiny model, and print the table
+# make test        run all tests
+# make test-fast   run all tests but those marked slow, in under two minutes
+# make lint        run ruff
+# make docs-check  fail if a README's table differs from the newest benchmark records (python -m benchmarks.plot renews them)
+# make env         only make the environment, .venv; the targets above make it if need be
+# make vllm        on a machine with an NVIDIA GPU: add vLLM's CUDA build (on a CPU, vLLM is part of the environment)
+# make gpu         on a machine with a GPU: test and time the kernels, compile and capture a training step; under nine minutes; writes a
+#                  JSON and a page. ARGS="--parts rivals" (or sizes, context) measures more. Uses .venv if there is one, else python3.
 # Another Python: make test PYTHON=/path/to/python3.12
 
 SHELL := /bin/bash
@@ -13,14 +15,19 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p -c '
 RUN := .venv/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check --quiet install
 
-.PHONY: demo test env lint docs-check gpu vllm
+# Two workers of one thread each: right for two cores, since the suite is many small tests, not large matmuls.
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadgroup -q
+
+.PHONY: demo test test-fast env lint docs-check gpu vllm
 
 demo: env
 	@$(RUN) -m benchmarks.forgetting.miniature.demo
 
-# Two workers of one thread each: right for two cores, and the suite is bound by many small tests, not by products.
 test: env
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadgroup -q
+	@$(PYTEST) --durations=25
+
+test-fast: env
+	@$(PYTEST) -m "not slow"
 
 gpu:
 	@"$(if $(filter command environment,$(firstword $(origin PYTHON))),$(PYTHON),$(or $(wildcard $(RUN)),python3))" -m benchmarks.gpu $(ARGS)
