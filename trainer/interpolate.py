@@ -27,8 +27,8 @@ from trainer import cli, config
 from trainer.errors import UserError
 from trainer.files import atomic_folder
 from trainer.model import lora
-from trainer.model.loading import outline
-from trainer.model.locate import load_tokenizer, one_line_errors, source_of
+from trainer.model.loading import meta_model
+from trainer.model.locate import load_tokenizer, model_source, one_line_errors
 
 USAGE = """\
 usage: python -m trainer.interpolate --model.path BASE --adapter RUN/adapter --alpha 0.5 --output FOLDER
@@ -95,7 +95,7 @@ def adapter_points(asked: Interpolate) -> Callable[[float, Path], None]:
     folder = Path(asked.adapter).expanduser()
     kind = "qlora" if is_quantized(asked.model) else "lora"
     with torch.device("meta"):
-        lora.add_adapter(outline(config.Config(model=asked.model, method=kind)), config.Lora(path=str(folder)))
+        lora.add_adapter(meta_model(config.Config(model=asked.model, method=kind)), config.Lora(path=str(folder)))
     if json.loads((folder / "adapter_config.json").read_text()).get("use_dora"):
         raise UserError(f"adapter: {folder} is DoRA, which has no adapters between itself and the base; merge it (--export merged) "
                         "and give the merged model as --tuned")
@@ -113,7 +113,7 @@ def adapter_points(asked: Interpolate) -> Callable[[float, Path], None]:
 
 def is_quantized(settings: config.Model) -> bool:
     with one_line_errors("model.path", settings.path):
-        found = AutoConfig.from_pretrained(source_of(settings), trust_remote_code=settings.trust_remote_code)
+        found = AutoConfig.from_pretrained(model_source(settings), trust_remote_code=settings.trust_remote_code)
     return getattr(found, "quantization_config", None) is not None
 
 
@@ -154,7 +154,7 @@ def model_points(asked: Interpolate) -> Callable[[float, Path], None]:
 
 def load(settings: config.Model, option: str) -> PreTrainedModel:
     """A dense model in the dtype that it was saved in, on the CPU."""
-    source = source_of(settings)
+    source = model_source(settings)
     if is_quantized(settings):
         raise UserError(f"{option}: expected dense weights, found quantised ones in {source}; use the model that it was made from")
     with one_line_errors(option, source):

@@ -14,7 +14,7 @@ from trainer import cli
 from trainer.config import Config, profiled_steps, validate
 from trainer.data.prepare import prepare_data
 from trainer.evaluation.items import ItemFile
-from trainer.metrics.profiler import require_within
+from trainer.metrics.profiler import check_steps_within
 from trainer.model import quantization
 from trainer.model.locate import load_tokenizer
 from trainer.retention import auto_replay, monitor
@@ -60,7 +60,7 @@ def main() -> int:
 def train(config: Config) -> RunResult | None:
     """The whole run: returns its result, or None after a dry run. Raises UserError for anything the user can mend."""
     validate(config)
-    quantization.require(config)
+    quantization.require_bitsandbytes(config)
     device = choose_device(config.device)
     run_folder.refuse_used(Path(config.output), config.resume)
     items = monitor.read(config)
@@ -83,7 +83,7 @@ def run_one(config: Config, items: Sequence[ItemFile], device: torch.device, dis
         dist.on_main(lambda: prepare_data(config, tokenizer))  # the others then find its caches
     inputs = prepare_data(config, tokenizer)
     require_work_for_all(inputs, dist)
-    require_within(profiled_steps(config.logging.profile), inputs.plan.total)
+    check_steps_within(profiled_steps(config.logging.profile), inputs.plan.total)
     if config.dry_run:
         dist.on_main(lambda: show(config, inputs, device))
         return None

@@ -106,20 +106,20 @@ def packed(samples: Samples, device: torch.device) -> PackedBatch:
 
 
 def patched(model: nn.Module) -> nn.Module:
-    from trainer.model.forward import bare
+    from trainer.model.forward import unwrap_peft
     from trainer.model.loading import use_packed_attention
     from trainer.model.patch import patch
 
-    use_packed_attention(bare(model))
+    use_packed_attention(unwrap_peft(model))
     patch(model)
     return model
 
 
 def packed_loss(model: nn.Module, batch: PackedBatch) -> Tensor:
     """Mean over the supervised tokens, as the trainer has it (`trainer.training.loss.batch_loss`)."""
-    from trainer.model.forward import head, supervised_hidden
+    from trainer.model.forward import lm_head, supervised_hidden
 
-    return linear_cross_entropy(supervised_hidden(model, batch), head(model).weight, batch.targets, token_weight=batch.weights,
+    return linear_cross_entropy(supervised_hidden(model, batch), lm_head(model).weight, batch.targets, token_weight=batch.weights,
                                 ignore_index=None, reduction="sum") / batch.weight_sum
 
 

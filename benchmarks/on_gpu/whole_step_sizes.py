@@ -49,7 +49,7 @@ from benchmarks.on_gpu.whole_step import (
 from benchmarks.speed.kernel_predictions import MODELS, Model
 from kernels.nf4 import GROUP, dequantize_nf4
 from trainer.metrics.throughput import model_size
-from trainer.model.quantization import BLOCK, nf4_of, prepare
+from trainer.model.quantization import BLOCK, nf4_of, prepare_quantized
 
 LINES = {PLAIN: Padded, OURS: Packs}
 TOKENS, STREAM, ROUNDS = 8192, 4, 6  # real tokens of a step, different steps, rounds of one step each
@@ -89,7 +89,7 @@ def quantized(base: nn.Module, dtype: torch.dtype) -> nn.Module:
                 setattr(module, name, by_bitsandbytes(layer, dtype) if theirs else Linear4bit(layer, dtype))
     base.requires_grad_(False)
     base.is_loaded_in_4bit = theirs  # what PEFT asks before it adapts their layers
-    prepare(base, dtype)
+    prepare_quantized(base, dtype)
     return base
 
 

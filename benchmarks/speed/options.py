@@ -29,8 +29,8 @@ from benchmarks.harness.timing import Line, Sample
 from benchmarks.speed.training import AGREEMENT, RANK, TOKENS_PER_STEP, Setting, Steadfast, make_setting, quiet, run_options
 from trainer.config import Config, validate
 from trainer.errors import UserError
-from trainer.model.forward import bare
-from trainer.model.fused_layers import last_at_rows, layer_forward
+from trainer.model.forward import unwrap_peft
+from trainer.model.fused_layers import layer_forward, row_selecting_layer
 from trainer.runtime.device import fast_bf16
 from trainer.training.loop import garbage_at_log_steps, train_step
 
@@ -125,7 +125,7 @@ class WithOptions(Steadfast):
 
 def compute_all_rows(model: torch.nn.Module) -> None:
     """What follows the last layer's attention is computed for every token, also where nothing reads it."""
-    last = last_at_rows(bare(model))
+    last = row_selecting_layer(unwrap_peft(model))
     if last is None:
         raise ValueError("compute_all_rows: expected a model whose last layer computes some rows alone, got one that computes all")
     layer, stream_norm, _ = last.forward.args

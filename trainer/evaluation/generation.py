@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from trainer.data.chat_template import ChatTemplate
 from trainer.data.turn_spans import TurnError, read_layout
 from trainer.errors import UserError
-from trainer.model.forward import bare
+from trainer.model.forward import unwrap_peft
 from trainer.model.packed_attention import is_packed
 
 
@@ -83,7 +83,7 @@ def end_tokens(settings: GenerationConfig | None, template: ChatTemplate) -> lis
 @contextmanager
 def stock_attention(model: nn.Module) -> Iterator[PreTrainedModel]:
     """The transformers model, taking masks and a cache for the time being."""
-    base = bare(model)
+    base = unwrap_peft(model)
     before, packed = base.config._attn_implementation, is_packed(base)
     if packed:  # only eager attention caps its logits, as Gemma 2 wants
         base.set_attn_implementation("eager" if getattr(base.config.get_text_config(), "attn_logit_softcapping", None) else "sdpa")

@@ -21,7 +21,7 @@ from kernels.linear_kl import linear_kl
 from trainer.data.batch import PackedBatch, collate
 from trainer.data.packing import pack
 from trainer.evaluation.tokens import Sample
-from trainer.model.forward import LmHead, forward_hidden, head
+from trainer.model.forward import LmHead, forward_hidden, lm_head
 
 DOCUMENTS = 1024  # samples in one pack, at most
 SLICE = 256  # rows of full logits at a time, where heads differ in scale or cap
@@ -74,7 +74,7 @@ def measure(model: nn.Module, samples: Sequence[Sample], capacity: int, *, remem
 
     The hidden states of the samples in `keep` go into `remember`. Packs hold `capacity` tokens at most, each sample seeing itself alone.
     """
-    found, keep, out = [Likelihood(0.0) for _ in samples], set(keep), head(model)
+    found, keep, out = [Likelihood(0.0) for _ in samples], set(keep), lm_head(model)
     device = out.weight.device
     for numbers in pack([len(sample.ids) for sample in samples], capacity, DOCUMENTS, seed=0) if samples else ():
         batch = collate([(samples[i].ids, samples[i].scored, 1.0, 0) for i in numbers]).to(device)

@@ -22,9 +22,10 @@ from trainer.data.chat_template import ChatTemplate, read_template
 from trainer.errors import UserError
 from trainer.evaluation.config import Config
 from trainer.model import lora, quantization
-from trainer.model.forward import bare
+from trainer.model.bitsandbytes_cpu_check import refuse_misread_layers
+from trainer.model.forward import unwrap_peft
 from trainer.model.loading import load_model
-from trainer.model.locate import load_tokenizer, one_line_errors, source_of
+from trainer.model.locate import load_tokenizer, model_source, one_line_errors
 from trainer.model.patch import patch
 
 
@@ -40,7 +41,7 @@ class Side:
     @property
     def context(self) -> int | None:
         """Tokens that the model was made for, as its configuration says."""
-        return getattr(bare(self.model).config.get_text_config(), "max_position_embeddings", None)
+        return getattr(unwrap_peft(self.model).config.get_text_config(), "max_position_embeddings", None)
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,8 @@ def plan(config: Config) -> EvaluatedModels:
     if config.base.path is not None:
         base = replace(settings, path=config.base.path, tokenizer=config.base.tokenizer)
         with _option("base.", "model."):
-            source_of(base)
-    source_of(settings)
+            model_source(base)
+    model_source(settings)
     return EvaluatedModels(settings, folder, base, switched=folder is not None and base is None)
 
 
@@ -122,7 +123,7 @@ def sides(found: EvaluatedModels, config: Config, device: torch.device) -> Itera
     model = load(found.model, found.adapter, config, device)
     template = template_of(found.model, config)
     if found.switched:
-        with lora.switched_off(lora.adapted_layers(model)):
+        with lora.adapters_disabled(lora.adapted_layers(model)):
             yield Side("base", found.model.path, model, template)
     yield Side("model", str(found.adapter or found.model.path), model, template)
 
@@ -135,21 +136,21 @@ def load(settings: training.Model, adapter: Path | None, config: Config, device:
     """The model, patched, frozen and in evaluation mode, with its adapter. UserError says what is missing or unfit."""
     kind = "qlora" if config.four_bit or _quantized(settings) else "full"
     run = training.Config(model=settings, method=kind, precision=config.precision)
-    quantization.require(run)
+    quantization.require_bitsandbytes(run)
     model, _ = load_model(run, device)
     if adapter is not None:
         with _option("adapter", "lora.path"):
             model = lora.add_adapter(model, training.Lora(path=str(adapter)))
     report = patch(model, settings.fused_kernels)
     with _option("four_bit", "method qlora"):
-        quantization.refuse_misread(lora.stock_layers(model, settings.fused_kernels))
+        refuse_misread_layers(lora.unfused_layers(model, settings.fused_kernels))
     print(report, flush=True)
     return model.requires_grad_(False).eval()
 
 
 def _quantized(settings: training.Model) -> bool:
     """Whether the checkpoint itself is quantised; if it is NF4, it stays as it is."""
-    source = source_of(settings)
+    source = model_source(settings)
     with one_line_errors("model.path", source):
         found = AutoConfig.from_pretrained(source, trust_remote_code=settings.trust_remote_code)
     return getattr(found, "quantization_config", None) is not None

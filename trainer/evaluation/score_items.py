@@ -13,7 +13,7 @@ from trainer.evaluation.likelihood import Likelihood, Memory, chosen, measure
 from trainer.evaluation.models import Side
 from trainer.evaluation.scoring import choose, judge
 from trainer.evaluation.tokens import Key, Sample, Tokens, encode
-from trainer.model.forward import head
+from trainer.model.forward import lm_head
 
 
 @dataclass
@@ -60,10 +60,10 @@ def score(side: Side, files: Sequence[ItemFile], config: Config, base: Memory | 
         how = config.generation
         said = answers(side.model, side.template, [prompt.ids for prompt in tokens.prompts], how.max_tokens, how.batch)
     _judged(files, tokens, [stopped(answer, config.generation.stop) for answer in said], items)
-    why_not = base.why_not(tokens.samples, head(side.model)) if base else None
+    why_not = base.why_not(tokens.samples, lm_head(side.model)) if base else None
     if why_not:
         found.notes.append(f"KL to the base was not measured: {why_not}")
-    found.memory = Memory(head(side.model)) if remember else None
+    found.memory = Memory(lm_head(side.model)) if remember else None
     roles = [files[sample.key.file].role for sample in tokens.samples]
     keep = chosen(tokens.samples, roles, config.scoring.kl_tokens, config.statistics.seed) if remember else set()
     likely = measure(side.model, tokens.samples, config.scoring.tokens_per_pack, remember=found.memory, keep=keep,

@@ -26,7 +26,7 @@ from trainer.evaluation.generation import Answer, answer_of, end_tokens
 from trainer.evaluation.items import ItemFile
 from trainer.evaluation.models import EvaluatedModels, parts, template_of
 from trainer.evaluation.tokens import encode
-from trainer.model.locate import one_line_errors, source_of
+from trainer.model.locate import model_source, one_line_errors
 from trainer.runtime.device import compute_dtype, dtype_name
 
 RANKS = (8, 16, 32, 64, 128, 256, 512)  # that vLLM has room for
@@ -51,7 +51,7 @@ def all_answers(found: EvaluatedModels, files: Sequence[ItemFile], config: Confi
     said: dict[str, list[Answer]] = {}
     jobs: dict[str, tuple[dict, list]] = {}
     for name, settings, adapter in parts(found):
-        source, template = source_of(settings), template_of(settings, config)
+        source, template = model_source(settings), template_of(settings, config)
         with one_line_errors("model.path", source):
             context = getattr(AutoConfig.from_pretrained(source, trust_remote_code=settings.trust_remote_code).get_text_config(),
                               "max_position_embeddings", None)

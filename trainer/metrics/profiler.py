@@ -35,7 +35,7 @@ SYNC_WARNING = "called a synchronizing"  # how torch's sync debug mode begins
 # ---------------------------------------------------------------- what the host waits for
 
 
-def waits(func, args: tuple, kwargs: dict) -> bool:
+def waits_for_device(func, args: tuple, kwargs: dict) -> bool:
     """Whether the host has to wait for the device before this aten operation can return."""
     base, tensors = func.overloadpacket, [a for a in args if isinstance(a, Tensor)]
     if base in (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_):
@@ -47,11 +47,11 @@ def waits(func, args: tuple, kwargs: dict) -> bool:
     return torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
 
 
-def on(device: torch.device, values) -> bool:
+def any_on(device: torch.device, values) -> bool:
     return any(isinstance(v, Tensor) and v.device.type == device.type for v in values)
 
 
-def asking_line() -> str:
+def calling_line() -> str:
     """The innermost line of ours that is running, else the innermost that is not torch's."""
     frame, other = sys._getframe(1), None
     while frame is not None:
@@ -75,8 +75,8 @@ class HostWaits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if waits(func, args, kwargs) and on(self.device, args):
-            self.found[str(func), asking_line()] += 1
+        if waits_for_device(func, args, kwargs) and any_on(self.device, args):
+            self.found[str(func), calling_line()] += 1
         return func(*args, **kwargs)
 
     @contextmanager
@@ -85,7 +85,7 @@ class HostWaits(TorchDispatchMode):
             if self.device.type == "cuda":
                 stack.enter_context(self._sync_debug())
             else:
-                stack.enter_context(Reads(self))
+                stack.enter_context(HostReads(self))
             stack.enter_context(self)
             yield self
 
@@ -106,7 +106,7 @@ class HostWaits(TorchDispatchMode):
                 torch.cuda.set_sync_debug_mode(before)
 
 
-class Reads(TorchFunctionMode):
+class HostReads(TorchFunctionMode):
     """Counts a CPU tensor's `.tolist()`, `.numpy()` and `.cpu()`, which run no operation there, but would wait for a GPU."""
 
     def __init__(self, counter: HostWaits):
@@ -115,7 +115,7 @@ class Reads(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if name := READS.get(func):
-            self.counter.found[name, asking_line()] += 1
+            self.counter.found[name, calling_line()] += 1
         return func(*args, **(kwargs or {}))
 
 
@@ -193,7 +193,7 @@ def profiling(steps: range | None, folder: Path, device: torch.device, phases: P
         profile.close()
 
 
-def require_within(steps: range | None, total: int) -> None:
+def check_steps_within(steps: range | None, total: int) -> None:
     """Raises UserError where a run of `total` steps has no such steps."""
     if steps is not None and steps[-1] > total:
         raise UserError(f"logging.profile: expected steps of this run, which has {total}, got {steps[0]}-{steps[-1]}")
@@ -217,10 +217,10 @@ def summary(averages: list, steps: int, found: HostWaits, watched: int) -> str:
         lines.append(f"{name[:50]:<52}{own(event) / steps / 1e3:>10.3f}{own(event) / whole:>8.1%}{event.count / steps:>14.1f}")
     runtime = [e for e in averages if "Synchronize" in e.key]
     lines += [f"{e.key[:50]:<52}{e.cpu_time_total / steps / 1e3:>10.3f}{'':>8}{e.count / steps:>14.1f}" for e in runtime]
-    return "\n".join(lines + waits_told(found, watched)) + "\n"
+    return "\n".join(lines + wait_lines(found, watched)) + "\n"
 
 
-def waits_told(found: HostWaits, watched: int) -> list[str]:
+def wait_lines(found: HostWaits, watched: int) -> list[str]:
     cuda, counted, apart = found.device.type == "cuda", Counter(), 0
     for (operation, line), count in found.found.items():
         if not cuda and line.startswith("kernels/"):

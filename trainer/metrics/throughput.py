@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from trainer.metrics.timers import synchronize
-from trainer.model.fused_layers import last_at_rows
-from trainer.model.quantization import elements
+from trainer.model.fused_layers import row_selecting_layer
+from trainer.model.quantization import weight_count
 
 # Dense bf16 product rates that the makers state, FLOP/s.
 STATED_PEAK = {
@@ -64,10 +64,10 @@ def model_size(model: nn.Module) -> ModelSize:
     config = model.config.get_text_config()
     head = model.get_output_embeddings()
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    counts, late = matrices(model.modules(), head), matrices(after_attention(model), head)
+    counts, late = matrix_weights(model.modules(), head), matrix_weights(modules_after_attention(model), head)
     weights = list(model.parameters())
     return ModelSize(
-        parameters=sum(map(elements, weights)), trainable=sum(p.numel() for p in weights if p.requires_grad),
+        parameters=sum(map(weight_count, weights)), trainable=sum(p.numel() for p in weights if p.requires_grad),
         frozen_matrices=counts[False], trained_matrices=counts[True], head=head.weight.numel(),
         head_trained=head.weight.requires_grad, frozen_late=late[False], trained_late=late[True],
         experts=any(getattr(config, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts")),
@@ -75,19 +75,19 @@ def model_size(model: nn.Module) -> ModelSize:
     )
 
 
-def matrices(modules: Iterable[nn.Module], head: nn.Module) -> dict[bool, int]:
+def matrix_weights(modules: Iterable[nn.Module], head: nn.Module) -> dict[bool, int]:
     """Elements of the modules' own matrices but embeddings and the head, by whether they are trained."""
     counts = {True: 0, False: 0}
     for module in modules:
         weight = module._parameters.get("weight")  # of the module itself: a wrapper may show its inner layer's
         if weight is not None and weight.ndim == 2 and not isinstance(module, nn.Embedding) and module is not head:
-            counts[weight.requires_grad] += elements(weight)
+            counts[weight.requires_grad] += weight_count(weight)
     return counts
 
 
-def after_attention(model: nn.Module) -> list[nn.Module]:
+def modules_after_attention(model: nn.Module) -> list[nn.Module]:
     """The modules that only supervised rows pass, the head aside: what follows attention in the last layer, where it takes rows."""
-    layer = last_at_rows(model)
+    layer = row_selecting_layer(model)
     return [*layer.self_attn.o_proj.modules(), *layer.mlp.modules()] if layer else []
 
 

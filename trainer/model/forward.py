@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trainer.data.batch import NO_PADDING, PackedBatch, PadTo
 from trainer.errors import UserError
-from trainer.model.fused_layers import last_at_rows
+from trainer.model.fused_layers import row_selecting_layer
 from trainer.model.packed_attention import decoder, is_packed
 
 FEW_SHAPES = PadTo(tokens=64, rows=32)
@@ -35,14 +35,14 @@ class LmHead(NamedTuple):
         return raw if self.softcap is None else self.softcap * torch.tanh(raw / self.softcap)
 
 
-def bare(model: nn.Module) -> PreTrainedModel:
+def unwrap_peft(model: nn.Module) -> PreTrainedModel:
     """The transformers model, without PEFT's wrapper around it."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def head(model: nn.Module) -> LmHead:
+def lm_head(model: nn.Module) -> LmHead:
     """What turns the last hidden state into logits: Granite divides them, Cohere multiplies them, Gemma 2 caps them."""
-    base = bare(model)
+    base = unwrap_peft(model)
     settings, layer = base.config.get_text_config(), base.get_output_embeddings()
     if type(layer) is not nn.Linear:
         raise ValueError(f"head: expected a plain linear layer, got {type(layer).__name__}")
@@ -55,8 +55,8 @@ def forward_hidden(model: nn.Module, batch: PackedBatch, rows: Tensor | None = N
 
     Nothing reads what follows the last layer's attention at other tokens, so families with our layers do not compute it.
     """
-    base = bare(model)
-    if rows is not None and not (is_packed(base) and last_at_rows(base)):
+    base = unwrap_peft(model)
+    if rows is not None and not (is_packed(base) and row_selecting_layer(base)):
         return forward_hidden(model, batch).index_select(0, rows)
     ids, positions = batch.input_ids[None], batch.position_ids[None]
     run = partial(decoder(base), use_cache=False)
@@ -72,7 +72,7 @@ def forward_hidden(model: nn.Module, batch: PackedBatch, rows: Tensor | None = N
 def padding_for(model: nn.Module) -> PadTo:
     """What packs for this model are filled up to. In 16 bits a CPU compiles each product anew for every shape it meets, for a tenth of a
     millisecond and more: few shapes are worth the rows that fill them. Models that run one sample at a time gain nothing."""
-    base = bare(model)
+    base = unwrap_peft(model)
     return FEW_SHAPES if base.device.type == "cpu" and base.dtype.itemsize == 2 and is_packed(base) else NO_PADDING
 
 
@@ -88,7 +88,7 @@ def apply_activation_checkpointing(model: nn.Module, mode: Literal["none", "sele
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if mode != "none" and not layers:
-        raise UserError(f"activation_checkpointing: {bare(model).config.model_type} has no layers that support it; use none")
+        raise UserError(f"activation_checkpointing: {unwrap_peft(model).config.model_type} has no layers that support it; use none")
     for i, layer in enumerate(layers):
         layer.gradient_checkpointing = mode == "full" or (mode == "selective" and i % 2 == 0)
         layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)

@@ -27,7 +27,7 @@ class NormSettings(NamedTuple):
     offset: float
 
 
-def coverable(norm: nn.Module) -> NormSettings | None:
+def fusable_norm(norm: nn.Module) -> NormSettings | None:
     """The settings of a norm that a larger operation may cover: it has our forward, and no hook waits for it."""
     hooks = norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks
     forward = norm.forward
@@ -41,7 +41,7 @@ def layer_forward(layer: nn.Module, stream_norm: str, last: bool, hidden_states:
     With `rows` [S] the last one gives these tokens alone [1,S,W]: what follows its attention is left out for the others.
     """
     norm, rows = getattr(layer, stream_norm), rows if last else None
-    settings = coverable(norm)
+    settings = fusable_norm(norm)
     if args or settings is None:
         out = type(layer).forward(layer, hidden_states, *args, **kwargs)
         return out if rows is None else out.index_select(1, rows)
@@ -117,8 +117,8 @@ def position_heads(attention: nn.Module, traits: AttentionTraits, q: Tensor, k: 
     """q [T,H,D] and k [T,Hk,D], normalised head by head where the family does so, then turned by their positions where the layer does."""
     cos, sin = (x.squeeze(0) for x in position_embeddings) if traits.rope else (None, None)
     if traits.norm == "head":
-        settings = coverable(attention.q_norm)
-        if traits.rope and settings is not None and settings == coverable(attention.k_norm):
+        settings = fusable_norm(attention.q_norm)
+        if traits.rope and settings is not None and settings == fusable_norm(attention.k_norm):
             return qk_norm_rope(q, k, attention.q_norm.weight, attention.k_norm.weight, cos, sin, settings.eps, offset=settings.offset)
         q, k = attention.q_norm(q), attention.k_norm(k)
     return apply_rope(q, k, cos, sin) if traits.rope else (q, k)
@@ -139,13 +139,13 @@ def fused_mlp_forward(mlp: nn.Module, activation: str, x: Tensor) -> Tensor:
     return mlp.down_proj(glu(gate, up, activation))
 
 
-def layers_of(model: nn.Module) -> list[nn.Module]:
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """The decoder layers, in their order."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def last_at_rows(model: nn.Module) -> nn.Module | None:
+def row_selecting_layer(model: nn.Module) -> nn.Module | None:
     """The last decoder layer, where its forward takes `rows`; else None."""
-    last = next(reversed(layers_of(model)), None)
+    last = next(reversed(decoder_layers(model)), None)
     forward = getattr(last, "forward", None)
     return last if isinstance(forward, partial) and forward.func is layer_forward and forward.args[2] else None

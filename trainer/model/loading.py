@@ -18,9 +18,9 @@ from trainer import config
 from trainer.errors import UserError
 from trainer.model import quantization
 from trainer.model.families import family_of
-from trainer.model.forward import head
-from trainer.model.locate import load_tokenizer, one_line_errors, source_of
-from trainer.model.packed_attention import PACKED, decoder, fault_in_packing, refuse_mask
+from trainer.model.forward import lm_head
+from trainer.model.locate import load_tokenizer, model_source, one_line_errors
+from trainer.model.packed_attention import PACKED, decoder, packing_fault, refuse_mask
 from trainer.runtime.device import compute_dtype
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ def load_model(cfg: config.Config, device: torch.device | str) -> tuple[PreTrain
     UserError says what is missing or unfit.
     """
     device = torch.device(device)
-    dtype, source = compute_dtype(cfg.precision, device), source_of(cfg.model)
+    dtype, source = compute_dtype(cfg.precision, device), model_source(cfg.model)
     tokenizer = load_tokenizer(cfg.model)
     if cfg.model.path is not None:
         model = _load_weights(cfg, source, dtype, device)
@@ -50,9 +50,9 @@ def load_model(cfg: config.Config, device: torch.device | str) -> tuple[PreTrain
     return model, tokenizer
 
 
-def outline(cfg: config.Config) -> PreTrainedModel:
+def meta_model(cfg: config.Config) -> PreTrainedModel:
     """The model of `cfg.model` with shapes but no memory (on the meta device), after the checks that need no weights."""
-    source = source_of(cfg.model)
+    source = model_source(cfg.model)
     if cfg.model.path is not None:
         _quantized_settings(cfg, source, torch.float32)
     model = _without_weights(cfg.model, source, torch.float32, torch.device("meta"))
@@ -76,9 +76,9 @@ def _quantized_settings(cfg: config.Config, source: str, dtype: torch.dtype) -> 
     """How from_pretrained is to quantise the model: not at all, unless it is for QLoRA and dense as yet. UserError where it cannot be."""
     with one_line_errors("model.path", source):
         found = AutoConfig.from_pretrained(source, trust_remote_code=cfg.model.trust_remote_code)
-    if quantization.check_checkpoint(source, found, cfg.method) or cfg.method != "qlora":
+    if quantization.is_nf4_checkpoint(source, found, cfg.method) or cfg.method != "qlora":
         return None
-    return quantization.loading_settings(cfg.quantization, _without_weights(cfg.model, source, dtype, torch.device("meta")), dtype)
+    return quantization.nf4_config(cfg.quantization, _without_weights(cfg.model, source, dtype, torch.device("meta")), dtype)
 
 
 def _load_weights(cfg: config.Config, source: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -94,7 +94,7 @@ def _load_weights(cfg: config.Config, source: str, dtype: torch.dtype, device: t
                         f"found {tuple(found)}")
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"model.path: {source} lacks {len(missing)} weights of {type(model).__name__}, such as {missing[0]}")
-    quantization.prepare(model, dtype)
+    quantization.prepare_quantized(model, dtype)
     return model
 
 
@@ -117,7 +117,7 @@ def use_packed_attention(model: PreTrainedModel) -> None:
     """Run packs in one call; a family that we have not read has to show first that its samples stay apart."""
     if family_of(model) is None:
         _check_head(model)
-        if fault := fault_in_packing(model):
+        if fault := packing_fault(model):
             logger.warning("%s cannot run packed, its samples go through the model one at a time: %s", model.config.model_type, fault)
             return
     model.set_attn_implementation(PACKED)
@@ -130,7 +130,7 @@ def _check_head(model: PreTrainedModel) -> None:
     ids = torch.arange(8, device=model.device)[None]
     hidden = decoder(model)(input_ids=ids, use_cache=False).last_hidden_state
     expected = model(input_ids=ids, use_cache=False).logits.float()
-    error = float((head(model).logits(hidden) - expected).norm() / expected.norm())
+    error = float((lm_head(model).logits(hidden) - expected).norm() / expected.norm())
     if not error < (1e-3 if model.dtype == torch.float32 else 5e-2):
         raise UserError(f"model: the head of {model.config.model_type} is not a linear layer with a scale or soft cap that we know "
                         f"(logits differ by {error:.0%}); train another model")

@@ -21,7 +21,7 @@ TOKENIZER_FILES = ("tokenizer.*", "vocab*", "*.model", "*.tiktoken", "tekken.jso
 
 def load_tokenizer(settings: config.Model) -> PreTrainedTokenizerBase:
     """The tokenizer of `settings.tokenizer`, or the model's own. UserError where there is none."""
-    option, source = "model.tokenizer", _locate("model.tokenizer", settings.tokenizer) if settings.tokenizer else source_of(settings)
+    option, source = "model.tokenizer", _locate("model.tokenizer", settings.tokenizer) if settings.tokenizer else model_source(settings)
     folder = Path(source).parent if Path(source).is_file() else Path(source)
     if folder.is_dir() and not any(next(folder.glob(pattern), None) for pattern in TOKENIZER_FILES):
         raise UserError(f"{option}: no tokenizer in {folder}; set {option} to a folder or hub name that has one")
@@ -29,7 +29,7 @@ def load_tokenizer(settings: config.Model) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
 
 
-def source_of(settings: config.Model) -> str:
+def model_source(settings: config.Model) -> str:
     """Where the model is described: a folder with weights, a config.json, or a name on the hub."""
     if (settings.path is None) == (settings.config is None):
         raise UserError("model.path, model.config: expected exactly one of them, got " + ("neither" if settings.path is None else "both"))

@@ -179,7 +179,7 @@ def adapted_layers(model: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
-def switched_off(layers: Sequence[nn.Module]) -> Iterator[None]:
+def adapters_disabled(layers: Sequence[nn.Module]) -> Iterator[None]:
     """The base alone for a while, fused where it was, so that it is the very base that the adapter is trained on.
 
     PEFT's `disable_adapter` also takes the adapter's parameters out of the gradient and puts them back, which training cannot have in the
@@ -194,7 +194,7 @@ def switched_off(layers: Sequence[nn.Module]) -> Iterator[None]:
             layer._disable_adapters = layer.switched_off = False
 
 
-def stock_layers(model: nn.Module, patched: bool) -> list[nn.Module]:
+def unfused_layers(model: nn.Module, patched: bool) -> list[nn.Module]:
     """The linear layers, without their adapters, whose weights our fused operations are not alone to read: they run their own forward,
     or PEFT takes DoRA's first magnitudes from them."""
     adapted = [module for module in model.modules() if is_adapted(module)]
@@ -227,7 +227,7 @@ def _weight(layer: nn.Module) -> Tensor | Nf4:
 
 
 @functools.cache  # once per reason, however many layers and steps
-def _say_stepping_aside(reason: str) -> None:
+def _warn_not_fused(reason: str) -> None:
     logger.warning("fused linear layers step aside for stock ones: %s", reason)
 
 
@@ -235,7 +235,7 @@ def fusable(modules: Sequence[nn.Module]) -> bool:
     """Whether all the layers can be fused now; says so, once, where they cannot."""
     for module in modules:
         if reason := why_not_fused(module):
-            _say_stepping_aside(reason)
+            _warn_not_fused(reason)
             return False
     return True
 

@@ -75,7 +75,7 @@ def decoder(model: PreTrainedModel) -> nn.Module:
 
 
 @torch.no_grad()
-def fault_in_packing(model: PreTrainedModel) -> str | None:
+def packing_fault(model: PreTrainedModel) -> str | None:
     """Try two samples in one pack, with our attention, against each alone with stock attention; say what is wrong, if anything.
 
     Run for families whose code we have not read. It sees leaks (state-space layers, convolutions, dropped keyword arguments),

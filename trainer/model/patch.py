@@ -18,9 +18,9 @@ from trainer.model.families import ACTIVATIONS, Family, family_of
 from trainer.model.fused_layers import (
     attention_forward,
     attention_traits,
+    decoder_layers,
     fused_mlp_forward,
     layer_forward,
-    layers_of,
     mlp_forward,
     norm_forward,
 )
@@ -51,7 +51,7 @@ def patch(model: nn.Module, enabled: bool = True) -> PatchReport:
     except ValueError as error:
         raise UserError(str(error)) from None
     counts: Counter[str] = Counter()
-    last = next(reversed(layers_of(base)), None)
+    last = next(reversed(decoder_layers(base)), None)
     for name, module in base.named_modules():
         if enabled:
             counts.update(_patch_module(module, name.rsplit(".", 1)[-1], family, module is last))

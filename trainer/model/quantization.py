@@ -7,7 +7,6 @@ it is loaded, so the dense model is never held whole, and bitsandbytes' `Linear4
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from types import ModuleType
 
 import torch
@@ -18,14 +17,14 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from kernels import serving
-from kernels.nf4 import GROUP, Nf4, dequantize_nf4
+from kernels.nf4 import GROUP, Nf4
 from trainer import config
 from trainer.errors import UserError
 
 BLOCK = 64  # weights that share a scale, as transformers has bitsandbytes do it
 
 
-def library(option: str) -> ModuleType:
+def import_bitsandbytes(option: str) -> ModuleType:
     """bitsandbytes. UserError that names the option which needs it, where it is not installed."""
     try:
         import bitsandbytes
@@ -34,23 +33,23 @@ def library(option: str) -> ModuleType:
     return bitsandbytes
 
 
-def require(settings: config.Config) -> None:
+def require_bitsandbytes(settings: config.Config) -> None:
     """UserError where the run needs bitsandbytes and there is none."""
     if settings.method == "qlora":
-        library("method qlora")
+        import_bitsandbytes("method qlora")
     if settings.optim.name == "adamw_8bit":
-        library("optim.name adamw_8bit")
+        import_bitsandbytes("optim.name adamw_8bit")
 
 
-def version(settings: config.Config) -> str | None:
+def bitsandbytes_version(settings: config.Config) -> str | None:
     """What made the base's 4-bit weights: another version may round in another way."""
-    return f"bitsandbytes {library('method qlora').__version__}" if settings.method == "qlora" else None
+    return f"bitsandbytes {import_bitsandbytes('method qlora').__version__}" if settings.method == "qlora" else None
 
 
 # ---------------------------------------------------------------- loading
 
 
-def check_checkpoint(source: str, found: PreTrainedConfig, method: str) -> bool:
+def is_nf4_checkpoint(source: str, found: PreTrainedConfig, method: str) -> bool:
     """Whether a QLoRA run finds its base in NF4 already. UserError for a quantised checkpoint that the run is not for."""
     saved = getattr(found, "quantization_config", None)
     if saved is None:
@@ -69,7 +68,7 @@ def check_checkpoint(source: str, found: PreTrainedConfig, method: str) -> bool:
     return method == "qlora"
 
 
-def to_quantize(dense: PreTrainedModel, skip: list[str]) -> list[nn.Module]:
+def layers_to_quantize(dense: PreTrainedModel, skip: list[str]) -> list[nn.Module]:
     """The layers of a dense model, adapted or not, that loading would quantise."""
     kept = [*get_keys_to_not_convert(dense), *skip]
     linear = {name.removesuffix(".base_layer"): module for name, module in dense.named_modules()
@@ -77,7 +76,7 @@ def to_quantize(dense: PreTrainedModel, skip: list[str]) -> list[nn.Module]:
     return [module for name, module in linear.items() if should_convert_module(name, kept)]
 
 
-def loading_settings(settings: config.Quantization, outline: PreTrainedModel, dtype: torch.dtype) -> BitsAndBytesConfig:
+def nf4_config(settings: config.Quantization, outline: PreTrainedModel, dtype: torch.dtype) -> BitsAndBytesConfig:
     """What from_pretrained is given. `outline` is the model without memory; UserError where a name to skip is not in it."""
     names = {name for name, module in outline.named_modules() if isinstance(module, nn.Linear)}
     if missing := [skip for skip in settings.skip_modules if not any(f".{name}".endswith(f".{skip}") for name in names)]:
@@ -88,7 +87,7 @@ def loading_settings(settings: config.Quantization, outline: PreTrainedModel, dt
         llm_int8_skip_modules=[*get_keys_to_not_convert(outline), *settings.skip_modules])
 
 
-def prepare(model: PreTrainedModel, dtype: torch.dtype) -> None:
+def prepare_quantized(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Settle what a loaded 4-bit model computes in. UserError for a head in 4 bits, which the loss cannot read, and for weights of other
     shapes than the config's, which quantising hides."""
     for name, module in model.named_modules():
@@ -102,23 +101,6 @@ def prepare(model: PreTrainedModel, dtype: torch.dtype) -> None:
         module.compute_dtype, module.compute_type_is_set = dtype, True
         # On some CPUs bitsandbytes repacks a weight at the first call in eval mode, in place, after which it has no gradient.
         module.support_avx512bf16_for_cpu = False
-
-
-def refuse_misread(layers: Iterable[nn.Module]) -> None:
-    """UserError if bitsandbytes cannot read the weight of one of its own layers, which is to run its own forward.
-
-    Seen in 0.50.2 on CPUs with AVX-512: where rows do not end with a block, weights get the scales of others.
-    """
-    widths = set()
-    for module in layers:
-        if not is_quantized(module) or module.weight.device.type != "cpu" or module.in_features in widths or why_not_nf4(module):
-            continue
-        weight, width = nf4_of(module), module.in_features
-        widths.add(width)
-        theirs = library("method qlora").functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
-        if not torch.equal(theirs, dequantize_nf4(weight, theirs.dtype)):
-            raise UserError(f"method qlora: on this CPU bitsandbytes misreads layers of width {width}, not a multiple of "
-                            f"{weight.blocksize}, and not all of the model's are fused; train on a GPU, or with method lora")
 
 
 # ---------------------------------------------------------------- layers
@@ -155,7 +137,7 @@ def nf4_of(module: nn.Module) -> Nf4:
                module.compute_dtype or state.dtype, state.blocksize)
 
 
-def elements(parameter: Tensor) -> int:
+def weight_count(parameter: Tensor) -> int:
     """Weights in a parameter, of which two share a byte in 4 bits."""
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else state.shape.numel()
@@ -174,8 +156,3 @@ def describe(model: nn.Module) -> dict[str, str]:
     dense = sum(w.shape[0] * w.shape[1] * w.dtype.itemsize for w in weights)
     return {"4-bit base": f"{len(weights)} layers in NF4, {sum(w.nbytes for w in weights) / 1e6:,.2f} MB instead of {dense / 1e6:,.2f}, "
                           f"dequantised by {serving(weights[0].device, weights[0].dtype)}"}
-
-
-# ---------------------------------------------------------------- 8-bit optimiser states
-
-

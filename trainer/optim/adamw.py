@@ -85,9 +85,9 @@ class FusedAdamW:
         self.adamw.state[self.master].update({name: tensors[name].to(self.master.device, copy=True) for name in self.STATE})
 
 
-def in_8bit(p: Tensor, settings: Optim) -> bool:
+def has_8bit_moments(p: Tensor, settings: Optim) -> bool:
     """Whether the moments of a parameter take a byte each."""
-    return settings.name == "adamw_8bit" and p.ndim >= 2 and p.numel() >= AdamW8bit.SMALLEST
+    return settings.name == "adamw_8bit" and p.ndim >= 2 and p.numel() >= AdamW8bit.MIN_ELEMENTS
 
 
 class FlatAdamW:
@@ -97,8 +97,8 @@ class FlatAdamW:
         trainable = [p for p in parameters if p.requires_grad]
         if not trainable:
             raise UserError("nothing to train: expected at least one trainable weight, found none; check lora.target_modules")
-        large = [p for p in trainable if in_8bit(p, settings)]
-        matrices = [p for p in trainable if p.ndim >= 2 and not in_8bit(p, settings)]
+        large = [p for p in trainable if has_8bit_moments(p, settings)]
+        matrices = [p for p in trainable if p.ndim >= 2 and not has_8bit_moments(p, settings)]
         vectors = [p for p in trainable if p.ndim < 2]
         in_bytes = [FlatGroup(large, AdamW8bit.BLOCK)] if large else []  # aligned, so that no two weights share a scale
         self.groups = in_bytes + [FlatGroup(parameters) for parameters in (matrices, vectors) if parameters]
@@ -115,7 +115,7 @@ class FlatAdamW:
         for gradient in self.gradients:
             gradient.zero_()
 
-    def hold(self, l2: float) -> None:
+    def enable_l2_sp(self, l2: float) -> None:
         """From now on every step first decays all weights towards what they are now, by lr * l2: decoupled L2 (Loshchilov and Hutter) with
         a centre other than 0, the L2-SP of Li et al., arXiv 1802.01483. Costs 4 bytes a trained weight.
 

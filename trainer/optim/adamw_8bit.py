@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer import config
-from trainer.model.quantization import library
+from trainer.model.quantization import import_bitsandbytes
 
 
 class AdamW8bit:
@@ -18,12 +18,12 @@ class AdamW8bit:
     """
 
     STATE = ("step", "exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale")
-    SMALLEST = 4096  # elements of a matrix; smaller ones keep moments in fp32, as bitsandbytes has it
+    MIN_ELEMENTS = 4096  # elements of a matrix; smaller ones keep moments in fp32, as bitsandbytes has it
     BLOCK, SEGMENT = 256, 1 << 24
-    BYTES = 2 * (1 + 4 / BLOCK)  # of both moments, an element
+    BYTES_PER_ELEMENT = 2 * (1 + 4 / BLOCK)  # of both moments, an element
 
     def __init__(self, master: nn.Parameter, weight_decay: float, settings: config.Optim):
-        self.functional = library("optim.name adamw_8bit").functional
+        self.functional = import_bitsandbytes("optim.name adamw_8bit").functional
         self.master, self.weight_decay, self.settings, self.steps = master, weight_decay, settings, 0
         self.codes = [self.functional.create_dynamic_map(signed=signed).to(master.device) for signed in (True, False)]
         blocks = -(-master.numel() // self.BLOCK)

@@ -42,7 +42,7 @@ from trainer.data.samples import Samples
 from trainer.data.step_plan import StepPlan
 from trainer.errors import UserError
 from trainer.files import publish_file
-from trainer.model.forward import head
+from trainer.model.forward import lm_head
 from trainer.retention.kl import KlToBase
 from trainer.runtime.distributed import Distributed
 
@@ -93,7 +93,7 @@ def layout(held: KlToBase, samples: Samples, plan: StepPlan, dtype: torch.dtype)
     seen, counts = plan.seen(), np.zeros(len(samples), dtype=np.int64)
     counted = seen[held.counted[samples.sources[seen]]]
     counts[counted] = held.targets(samples, counted)
-    return Layout(counts, head(held.base.model).weight.shape[1], dtype)
+    return Layout(counts, lm_head(held.base.model).weight.shape[1], dtype)
 
 
 def store(held: KlToBase, samples: Samples, plan: StepPlan, folder: Path, identity: dict, device: torch.device,
@@ -102,7 +102,7 @@ def store(held: KlToBase, samples: Samples, plan: StepPlan, folder: Path, identi
 
     `identity` is all that decides what the run computes. UserError where the disk refuses it.
     """
-    rows = layout(held, samples, plan, head(held.base.model).weight.dtype)
+    rows = layout(held, samples, plan, lm_head(held.base.model).weight.dtype)
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     path, aside, begun = folder / f"base-states-{key}.bin", folder / f"base-states-{key}.partial", time.perf_counter()
     found = any(dist.gather(int(dist.is_main and path.exists() and path.stat().st_size == rows.file_bytes)))

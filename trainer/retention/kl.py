@@ -32,8 +32,8 @@ from trainer.data.batch import PackedBatch, collate
 from trainer.data.samples import Samples
 from trainer.errors import UserError
 from trainer.metrics.timers import Phases
-from trainer.model.forward import LmHead, forward_hidden, head, supervised_hidden
-from trainer.model.lora import adapted_layers, switched_off
+from trainer.model.forward import LmHead, forward_hidden, lm_head, supervised_hidden
+from trainer.model.lora import adapted_layers, adapters_disabled
 
 DIVERGENCES = {"forward": "forward", "reverse": "reverse", "js": "jensen_shannon"}  # ours -> the kernel's
 
@@ -50,7 +50,7 @@ class FrozenBase:
         """Last hidden states [K, W] of a pack's tokens `rows` [K]."""
         training = self.model.training
         self._train(False)
-        with switched_off(self.layers):
+        with adapters_disabled(self.layers):
             hidden = forward_hidden(self.model, batch, rows)
         self._train(training)
         return hidden
@@ -135,7 +135,7 @@ class KlToBase:
 
     def divergence(self, out: LmHead, hidden: Tensor, batch: PackedBatch, reference: Tensor) -> Tensor:
         """Sum of weight * divergence over the counted rows, whose hidden states are given [K, W]. A frozen head serves both sides."""
-        theirs = self.kept_head or head(self.base.model)
+        theirs = self.kept_head or lm_head(self.base.model)
         other = (None, None) if theirs.weight is out.weight else (theirs.weight, theirs.bias)
         return linear_kl(
             hidden, out.weight, reference, other[0], divergence=DIVERGENCES[self.settings.kl_direction],
@@ -155,7 +155,7 @@ def prepare(settings: config.Retention, model: nn.Module, roles: Sequence[str]) 
         return None
     stored, adapter = settings.stores_base, isinstance(model, PeftModel)
     base = FrozenBase(model if stored or adapter else frozen_copy(model)) if kl else None
-    kept_head = _copied(head(model)) if stored and not adapter else None
+    kept_head = _copied(lm_head(model)) if stored and not adapter else None
     nowhere = np.zeros(len(roles), dtype=bool)
     return KlToBase(settings, base, chosen(roles, settings.kl_on) if kl else nowhere,
                      chosen(roles, settings.weighting_on) if dft else nowhere, kept_head=kept_head)

@@ -41,7 +41,7 @@ from trainer.evaluation.results import totals
 from trainer.evaluation.score_items import Outcomes, score
 from trainer.files import atomic_folder
 from trainer.metrics.log import Log
-from trainer.model.lora import adapted_layers, switched_off
+from trainer.model.lora import adapted_layers, adapters_disabled
 from trainer.optim.adamw import FlatAdamW
 from trainer.runtime import checkpoint
 from trainer.runtime.distributed import Distributed
@@ -125,7 +125,7 @@ class ForgettingMonitor:
 
     def score_base(self) -> None:
         """Score the model before it is trained, without its adapter. UserError where that leaves a floor nothing to hold."""
-        with at_rest(self.side.model, self.config.compile), switched_off(adapted_layers(self.side.model)):
+        with at_rest(self.side.model, self.config.compile), adapters_disabled(adapted_layers(self.side.model)):
             try:
                 self.base = score(replace(self.side, name="base", label="the base"), self.files, self.how, remember=True)
             except UserError as error:

@@ -27,7 +27,7 @@ from trainer.data.batch import batches
 from trainer.data.packing import pack
 from trainer.data.samples import Samples
 from trainer.errors import UserError
-from trainer.model.forward import head
+from trainer.model.forward import lm_head
 from trainer.retention.kl import FrozenBase, chosen
 from trainer.runtime.distributed import Distributed
 
@@ -79,7 +79,7 @@ def base_log_probs(model: nn.Module, samples: Samples, indices: np.ndarray, sett
                    dist: Distributed
                    ) -> np.ndarray:
     """log p of every supervised token under the base, float32, sample by sample in the order of `indices`. Each rank runs its packs."""
-    base, out = FrozenBase(model), head(model)
+    base, out = FrozenBase(model), lm_head(model)
     counts = samples.supervised[indices]
     starts = np.cumsum(counts) - counts
     found = torch.zeros(int(counts.sum()), device=device)

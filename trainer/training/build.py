@@ -16,6 +16,7 @@ from trainer.evaluation.items import ItemFile
 from trainer.metrics.log import Log
 from trainer.metrics.throughput import model_size, peak_flops
 from trainer.model import lora, quantization
+from trainer.model.bitsandbytes_cpu_check import refuse_misread_layers
 from trainer.model.forward import apply_activation_checkpointing, padding_for
 from trainer.model.loading import load_model, weights_fingerprint
 from trainer.model.patch import PatchReport, patch
@@ -43,7 +44,7 @@ def build(config: Config, inputs: TrainingData, device: torch.device, dist: Dist
     if config.method != "full":
         model = lora.add_adapter(model, config.lora)
     patched = patch(model, config.model.fused_kernels)
-    quantization.refuse_misread(lora.stock_layers(model, config.model.fused_kernels))
+    refuse_misread_layers(lora.unfused_layers(model, config.model.fused_kernels))
     patched.backends |= quantization.describe(model)
     apply_activation_checkpointing(model, config.activation_checkpointing)
     fingerprint, roles = inputs.samples.fingerprint, [part.role for part in inputs.mixture.parts]
@@ -53,11 +54,11 @@ def build(config: Config, inputs: TrainingData, device: torch.device, dist: Dist
     optimizer = FlatAdamW(model.parameters(), config.optim)
     dist.broadcast([group.master.data for group in optimizer.groups])
     optimizer.publish()
-    optimizer.hold(config.retention.l2)
+    optimizer.enable_l2_sp(config.retention.l2)
     output, size = Path(config.output), model_size(model)
     heldout = inputs.heldout[0].fingerprint if inputs.heldout else None
     identity = checkpoint.identity(config, dist.size, samples=fingerprint, heldout_samples=heldout,
-                                   base_weights=weights_fingerprint(config.model), quantizer=quantization.version(config),
+                                   base_weights=weights_fingerprint(config.model), quantizer=quantization.bitsandbytes_version(config),
                                    items=monitor.fingerprint(items))
     if config.retention.stores_base:  # while the model is still the base, which a checkpoint would end
         held = cached_base.store(held, samples, inputs.plan, output, identity, device, dist)

@@ -12,7 +12,7 @@ import torch
 from trainer.config import Config
 from trainer.data.prepare import TrainingData, data_summary, heldout_line
 from trainer.metrics.throughput import model_size
-from trainer.model.loading import outline
+from trainer.model.loading import meta_model
 from trainer.model.lora import add_adapter
 from trainer.retention import cached_base, kl
 from trainer.runtime.device import compute_dtype, dtype_name
@@ -24,7 +24,7 @@ GREEN, DIM, BOLD, PLAIN = "\033[32m", "\033[2m", "\033[1m", "\033[0m"
 
 def show(config: Config, inputs: TrainingData, device: torch.device) -> None:
     """Print the page. Raises UserError for whatever would have stopped the run."""
-    model = outline(config)
+    model = meta_model(config)
     if config.method != "full":
         with torch.device("meta"):
             model = add_adapter(model, config.lora)

@@ -17,7 +17,7 @@ from trainer.config import profiled_steps
 from trainer.data.step_plan import hash_seed
 from trainer.metrics.profiler import profiling
 from trainer.metrics.timers import Phases, synchronize
-from trainer.model.forward import head
+from trainer.model.forward import lm_head
 from trainer.optim.schedule import learning_rate
 from trainer.runtime import checkpoint
 from trainer.runtime.interrupts import Interrupts
@@ -114,7 +114,7 @@ def train_step(job: Job, work: StepWork, phases: Phases) -> tuple[Tensor, Tensor
             if reference is None:
                 loss = objective = batch_loss(job.model, batch) / work.weight
             else:
-                (supervised, counted), out = held.hidden(job.model, batch), head(job.model)
+                (supervised, counted), out = held.hidden(job.model, batch), lm_head(job.model)
                 loss = cross_entropy(out, supervised, batch) / work.weight
                 divergence = held.divergence(out, counted, batch, reference) / work.counted_weight
                 objective = loss + held.settings.kl * divergence

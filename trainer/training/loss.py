@@ -6,13 +6,13 @@ from torch import Tensor, nn
 
 from kernels import linear_cross_entropy
 from trainer.data.batch import PackedBatch
-from trainer.model.forward import LmHead, head, supervised_hidden
+from trainer.model.forward import LmHead, lm_head, supervised_hidden
 from trainer.retention.token_weighting import own_probability
 
 
 def batch_loss(model: nn.Module, batch: PackedBatch) -> Tensor:
     """Sum of weight * cross entropy over the supervised tokens of a pack; logits exist for those rows only, chunk by chunk."""
-    return cross_entropy(head(model), supervised_hidden(model, batch), batch)
+    return cross_entropy(lm_head(model), supervised_hidden(model, batch), batch)
 
 
 def cross_entropy(out: LmHead, hidden: Tensor, batch: PackedBatch) -> Tensor:

@@ -20,9 +20,9 @@ from kernels import serving
 from kernels.attention import KEEP
 from kernels.linear_cross_entropy import rows_per_chunk
 from trainer.config import Config
-from trainer.model.forward import bare
-from trainer.model.quantization import bytes_per_weight, to_quantize
-from trainer.optim.adamw import in_8bit
+from trainer.model.forward import unwrap_peft
+from trainer.model.quantization import bytes_per_weight, layers_to_quantize
+from trainer.optim.adamw import has_8bit_moments
 from trainer.optim.adamw_8bit import AdamW8bit
 
 
@@ -60,7 +60,7 @@ def estimate(model: nn.Module, config: Config, dtype: torch.dtype, device: torch
         weights=frozen_bytes(model, config, width) + trained * (4 if adapter else width) + copied * width,
         masters=(0 if adapter or width == 4 else trained * 4) + (trained * 4 if config.retention.l2 else 0),
         gradients=trained * 4,
-        moments=sum(p.numel() * (AdamW8bit.BYTES if in_8bit(p, config.optim) else 8) for p in trainable),
+        moments=sum(p.numel() * (AdamW8bit.BYTES_PER_ELEMENT if has_8bit_moments(p, config.optim) else 8) for p in trainable),
         activations=activation_bytes(model, config.batch.tokens_per_pack, width, config.activation_checkpointing, device),
         loss=loss_bytes(model, config.batch.tokens_per_pack, dtype, device) + states,
     )
@@ -69,7 +69,7 @@ def estimate(model: nn.Module, config: Config, dtype: torch.dtype, device: torch
 def frozen_bytes(model: nn.Module, config: Config, width: int) -> float:
     """Bytes of the weights that are not trained: dense ones, and with QLoRA those in 4 bits and room to make the largest dense."""
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    layers = to_quantize(bare(model), config.quantization.skip_modules) if config.method == "qlora" else []
+    layers = layers_to_quantize(unwrap_peft(model), config.quantization.skip_modules) if config.method == "qlora" else []
     sizes = [layer.weight.numel() for layer in layers]
     packed = sum(sizes) * bytes_per_weight(config.quantization.double_quant)
     return (frozen - sum(sizes)) * width + packed + max(sizes, default=0) * width

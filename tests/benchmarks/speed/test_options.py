@@ -11,8 +11,8 @@ from benchmarks.harness.timing import Line, StepResult
 from benchmarks.speed import options, training
 from benchmarks.speed.options import AGAIN, ALL_ROWS, GRADIENT, LINES, LIVE, LOSS, NOTHING, PLAIN, ROUNDED, STEPS, STORED, WithOptions
 from trainer.errors import UserError
-from trainer.model.forward import bare
-from trainer.model.fused_layers import last_at_rows, layers_of
+from trainer.model.forward import unwrap_peft
+from trainer.model.fused_layers import decoder_layers, row_selecting_layer
 
 MEASURED = ["checkpointing, full", ALL_ROWS, LIVE, STORED, "DFT"]
 
@@ -62,10 +62,10 @@ def test_every_line_is_a_run_that_the_trainer_accepts(setting):
 
 def test_all_rows_are_computed_and_give_the_same_step(setting):
     few, every = WithOptions(setting, LINES[PLAIN], 2), WithOptions(setting, LINES[ALL_ROWS], 2)
-    assert last_at_rows(bare(few.job.model)) is not None and last_at_rows(bare(every.job.model)) is None
+    assert row_selecting_layer(unwrap_peft(few.job.model)) is not None and row_selecting_layer(unwrap_peft(every.job.model)) is None
     seen = []
     for line in (few, every):
-        mlp = layers_of(bare(line.job.model))[-1].mlp
+        mlp = decoder_layers(unwrap_peft(line.job.model))[-1].mlp
         forward = mlp.forward
         mlp.forward = lambda x, forward=forward: (seen.append(x.shape[1]), forward(x))[1]
     work = next(few.works)
@@ -108,7 +108,7 @@ def test_lines_that_must_be_alike_are_compared_with_each_other():
 def test_another_model_is_noticed(setting):
     plain, other = WithOptions(setting, LINES[PLAIN], 5), WithOptions(setting, LINES["checkpointing, full"], 5)
     with torch.no_grad():
-        bare(other.job.model).get_output_embeddings().weight.mul_(1.01)
+        unwrap_peft(other.job.model).get_output_embeddings().weight.mul_(1.01)
     with pytest.raises(AssertionError, match="checkpointing, full: losses and gradient norms differ by"):
         options.agreement({PLAIN: plain.first_steps(), "checkpointing, full": other.first_steps()})
 

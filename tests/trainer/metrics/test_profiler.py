@@ -11,7 +11,7 @@ from tests.trainer.test_run import arguments, chats  # noqa: F401  (a fixture)
 from trainer.cli import parse
 from trainer.config import Config, profiled_steps
 from trainer.errors import UserError
-from trainer.metrics.profiler import HostWaits, summary, waits, waits_told
+from trainer.metrics.profiler import HostWaits, summary, wait_lines, waits_for_device
 from trainer.run import train
 
 CPU, aten = torch.device("cpu"), torch.ops.aten
@@ -71,12 +71,12 @@ def test_boolean_assignment_is_counted():
 def test_a_copy_between_devices_waits_unless_told_not_to():
     """The device of a meta tensor stands for a GPU."""
     there, here = torch.empty(3, device="meta"), torch.empty(3)
-    assert waits(aten._to_copy.default, (there,), {"device": CPU})
-    assert waits(aten.copy_.default, (here, there), {}) and waits(aten.copy_.default, (there, here), {})
-    assert not waits(aten._to_copy.default, (there,), {"device": CPU, "non_blocking": True})
-    assert not waits(aten.copy_.default, (here, there, True), {})
-    assert not waits(aten._to_copy.default, (there,), {"dtype": torch.float16})
-    assert not waits(aten.copy_.default, (here, here), {})
+    assert waits_for_device(aten._to_copy.default, (there,), {"device": CPU})
+    assert waits_for_device(aten.copy_.default, (here, there), {}) and waits_for_device(aten.copy_.default, (there, here), {})
+    assert not waits_for_device(aten._to_copy.default, (there,), {"device": CPU, "non_blocking": True})
+    assert not waits_for_device(aten.copy_.default, (here, there, True), {})
+    assert not waits_for_device(aten._to_copy.default, (there,), {"dtype": torch.float16})
+    assert not waits_for_device(aten.copy_.default, (here, here), {})
 
 
 def test_values_of_the_host_are_its_own_to_read():
@@ -171,7 +171,7 @@ def test_the_summary_of_a_gpu_counts_its_own_time_and_its_waits():
     assert text.splitlines()[0].startswith("profile: 2 steps, 2.00 ms a step on the GPU")
     assert [line.split() for line in text.splitlines()[2:4]] == [["slow", "1.500", "75.0%", "1.0"], ["fast", "0.500", "25.0%", "1.0"]]
     assert ["cudaDeviceSynchronize", "0.250", "1.0"] in [line.split() for line in text.splitlines()]
-    assert waits_told(found, 20)[0] == "step 20: the host waits for the device 3 times (torch's sync debug mode counts 3):"
+    assert wait_lines(found, 20)[0] == "step 20: the host waits for the device 3 times (torch's sync debug mode counts 3):"
 
 
 @needs_cuda

@@ -13,7 +13,7 @@ from tests.trainer.model.test_model import LENGTHS, gradients, our_logits, pack,
 from trainer.config import Lora
 from trainer.errors import UserError
 from trainer.model import lora
-from trainer.model.forward import forward_hidden, head
+from trainer.model.forward import forward_hidden, lm_head
 from trainer.model.lora import add_adapter
 from trainer.model.patch import patch
 
@@ -177,7 +177,7 @@ def lora_layers(model):
     (other_adapter_alone, "one active adapter, found second"), (hook, "hooks"),
 ])
 def test_steps_aside_with_one_warning(change, reason, caplog):
-    lora._say_stepping_aside.cache_clear()
+    lora._warn_not_fused.cache_clear()
     batch, stock, ours = pack(), adapted("llama"), ours_of(adapted("llama"))
     plain = stock_logits(stock, batch)
     for model in (stock, ours):
@@ -236,7 +236,7 @@ def test_adapted_model_pickles():
 
 def test_hidden_state_and_head_are_found_under_pefts_wrapper():
     model = adapted("granite")
-    assert head(model).weight is model.get_base_model().lm_head.weight
+    assert lm_head(model).weight is model.get_base_model().lm_head.weight
     ready(model.get_base_model())
     assert forward_hidden(model, pack()).shape == (sum(LENGTHS), 64)
 

@@ -26,9 +26,9 @@ from trainer.data.batch import NO_PADDING, collate
 from trainer.errors import UserError
 from trainer.model import families
 from trainer.model.families import FAMILIES
-from trainer.model.forward import FEW_SHAPES, apply_activation_checkpointing, forward_hidden, head, padding_for
-from trainer.model.fused_layers import last_at_rows
-from trainer.model.loading import load_model, outline, use_packed_attention
+from trainer.model.forward import FEW_SHAPES, apply_activation_checkpointing, forward_hidden, lm_head, padding_for
+from trainer.model.fused_layers import row_selecting_layer
+from trainer.model.loading import load_model, meta_model, use_packed_attention
 from trainer.model.packed_attention import PACKED, is_packed
 from trainer.model.patch import patch
 
@@ -74,7 +74,7 @@ def stock_logits(model, batch):
 
 
 def our_logits(model, batch):
-    return head(model).logits(forward_hidden(model, batch))
+    return lm_head(model).logits(forward_hidden(model, batch))
 
 
 def ready(model):
@@ -123,7 +123,7 @@ def test_some_rows_of_the_last_layer_equal_those_of_all(family, how):
     """Hidden states and gradients in fp64; what is left out is not computed where our layers serve the family."""
     model = ready(unlike_initial(tiny.model(family, dtype=torch.float64, **SETTINGS.get(family, {}))))
     patch(model)
-    last = last_at_rows(model)
+    last = row_selecting_layer(model)
     assert (last is None) == (FAMILIES[family].stream_norm is None if family in FAMILIES else True)
     if how == "checkpointed":
         model.train()
@@ -477,7 +477,7 @@ def test_config_file_and_tokenizer_from_elsewhere(model_folder, tmp_path):
 
 
 def test_outline_has_shapes_and_no_memory(model_folder):
-    model = outline(Config(model=Model(path=str(model_folder))))
+    model = meta_model(Config(model=Model(path=str(model_folder))))
     assert {p.device.type for p in model.parameters()} == {"meta"}
     assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in load(path=model_folder)[0].parameters())
 

@@ -29,12 +29,13 @@ from trainer.data.batch import collate
 from trainer.errors import UserError
 from trainer.metrics.throughput import model_size
 from trainer.model import quantization
+from trainer.model.bitsandbytes_cpu_check import refuse_misread_layers
 from trainer.model.export import merge_and_save, save_adapter
 from trainer.model.forward import forward_hidden
-from trainer.model.loading import load_model, outline
-from trainer.model.lora import add_adapter, is_adapted, projection, stock_layers, why_not_fused
+from trainer.model.loading import load_model, meta_model
+from trainer.model.lora import add_adapter, is_adapted, projection, unfused_layers, why_not_fused
 from trainer.model.patch import patch
-from trainer.model.quantization import is_quantized, nf4_of, quantized_layers, refuse_misread
+from trainer.model.quantization import is_quantized, nf4_of, quantized_layers
 from trainer.optim.adamw import FlatAdamW
 from trainer.optim.adamw_8bit import AdamW8bit
 from trainer.training.memory_estimate import estimate
@@ -135,7 +136,7 @@ def test_a_checkpoint_in_4_bits_loads_as_it_is(folders, tmp_path):
     model, _ = load_model(settings(tmp_path), "cpu")
     for ours, theirs in zip(quantized_layers(model), quantized_layers(stock), strict=True):
         assert torch.equal(ours.weight, theirs.weight) and nf4_of(ours).dtype == torch.float32
-    assert outline(settings(tmp_path)).num_parameters() == outline(settings(folders("llama"))).num_parameters()
+    assert meta_model(settings(tmp_path)).num_parameters() == meta_model(settings(folders("llama"))).num_parameters()
 
 
 def test_evaluating_does_not_repack_the_weights(folders):
@@ -222,13 +223,13 @@ def test_what_cannot_be_fused_says_why(folders):
 def test_layers_that_bitsandbytes_would_misread_are_refused(folders, monkeypatch):
     model, _ = adapted(folders("llama"))
     patch(model)
-    refuse_misread(stock_layers(model, patched=False))  # whole blocks are read right
+    refuse_misread_layers(unfused_layers(model, patched=False))  # whole blocks are read right
     true = bitsandbytes.functional.dequantize_4bit
     monkeypatch.setattr(bitsandbytes.functional, "dequantize_4bit", lambda *args: true(*args) * 2)
-    refuse_misread(stock_layers(model, patched=True))  # ours alone read these
-    for doomed in (stock_layers(model, patched=False), stock_layers(adapted(folders("llama"), dora=True)[0], patched=True)):
+    refuse_misread_layers(unfused_layers(model, patched=True))  # ours alone read these
+    for doomed in (unfused_layers(model, patched=False), unfused_layers(adapted(folders("llama"), dora=True)[0], patched=True)):
         with pytest.raises(UserError, match="bitsandbytes misreads layers of width 64"):
-            refuse_misread(doomed)
+            refuse_misread_layers(doomed)
 
 
 # ---------------------------------------------------------------- what is left for others
@@ -289,7 +290,7 @@ def test_memory_and_work_know_of_4_bits(folders, double_quant):
     tables = len(quantized_layers(model)) * (256 + 1) * 4 * double_quant  # of a size that is nothing beside a real layer
     others = sum(p.numel() * 4 for p in model.parameters() if p.dtype == torch.float32)
     with torch.device("meta"):
-        sketch = add_adapter(outline(cfg), cfg.lora)
+        sketch = add_adapter(meta_model(cfg), cfg.lora)
     estimated = estimate(sketch, cfg, torch.float32, CPU)
     assert estimated.weights == pytest.approx(packed - tables + others + largest * 4, rel=1e-3)
     cfg.optim.name = "adamw_8bit"
@@ -570,4 +571,4 @@ def test_a_head_in_4_bits(folders):
     model, _ = load_model(settings(folders("llama")), "cpu")
     model.set_output_embeddings(model.model.layers[0].mlp.up_proj)
     with pytest.raises(UserError, match="expected a dense head, found one in 4 bits"):
-        quantization.prepare(model, torch.float32)
+        quantization.prepare_quantized(model, torch.float32)

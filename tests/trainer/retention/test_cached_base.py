@@ -29,7 +29,7 @@ from trainer.data.prepare import TrainingData, prepare_data
 from trainer.errors import UserError
 from trainer.metrics.throughput import model_size
 from trainer.metrics.timers import Phases
-from trainer.model.forward import head, supervised_hidden
+from trainer.model.forward import lm_head, supervised_hidden
 from trainer.model.loading import use_packed_attention
 from trainer.model.locate import load_tokenizer
 from trainer.model.lora import add_adapter
@@ -92,9 +92,9 @@ def objective(model: nn.Module, held: retention.KlToBase, work: StepWork) -> tup
     for batch in work.batches:
         reference = held.look_up(batch, Phases(CPU))
         supervised, counted = (supervised_hidden(model, batch), None) if reference is None else held.hidden(model, batch)
-        total = total + loss.cross_entropy(head(model), supervised, batch) / work.weight
+        total = total + loss.cross_entropy(lm_head(model), supervised, batch) / work.weight
         if reference is not None:
-            divergence = divergence + held.divergence(head(model), counted, batch, reference) / work.counted_weight
+            divergence = divergence + held.divergence(lm_head(model), counted, batch, reference) / work.counted_weight
     trained = [p for p in model.parameters() if p.requires_grad]
     return float(divergence.detach()), torch.autograd.grad(total + held.settings.kl * divergence, trained)
 

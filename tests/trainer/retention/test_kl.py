@@ -31,7 +31,7 @@ from trainer.metrics.throughput import model_size
 from trainer.metrics.timers import Phases
 from trainer.model.forward import forward_hidden
 from trainer.model.loading import use_packed_attention
-from trainer.model.lora import adapted_layers, add_adapter, switched_off
+from trainer.model.lora import adapted_layers, adapters_disabled, add_adapter
 from trainer.model.patch import patch
 from trainer.optim.adamw import FlatAdamW
 from trainer.retention import kl as retention
@@ -244,7 +244,7 @@ def test_switching_off_leaves_fused_layers_and_gradients_as_they_were(caplog):
     use_packed_attention(base)
     patch(base)
     before = forward_hidden(job.model, batch)
-    with switched_off(layers), torch.no_grad():
+    with adapters_disabled(layers), torch.no_grad():
         assert torch.equal(forward_hidden(job.model, batch), forward_hidden(base, batch))
     assert torch.equal(forward_hidden(job.model, batch), before) and not caplog.records
     assert [p.requires_grad for p in job.model.parameters()] == trained
@@ -300,7 +300,7 @@ def test_decay_towards_the_start_is_what_it_says():
     plain = copy.deepcopy(model)
     starts = [p.detach().clone() for p in plain.parameters()]
     flat, adamw = FlatAdamW(model.parameters(), Optim(max_grad_norm=0)), torch.optim.AdamW(plain.parameters(), weight_decay=0.0)
-    flat.hold(3.0)
+    flat.enable_l2_sp(3.0)
     for i in range(6):
         for one in (model, plain):
             one(torch.randn(11, 7, generator=torch.Generator().manual_seed(i))).square().sum().backward()
