@@ -24,7 +24,7 @@ class Source:
     split: str = "train"  # split of a hub data set or saved folder
     subset: str | None = None  # configuration name of a hub data set
     weight: float = 1.0  # times each sample is seen per epoch; 0.5 takes a fresh half every epoch
-    limit: int | None = None  # keep the first n records
+    max_records: int | None = None  # keep the first n records
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Items:
     choice_by: Literal["sum", "characters", "tokens"] = "sum"  # decides by the log-prob of a choice, or that per character or token
     split: str = "train"  # split of a hub data set or saved folder
     subset: str | None = None  # configuration name of a hub data set
-    limit: int | None = None  # the first n items
+    max_records: int | None = None  # keep the first n items
 
 
 @dataclass
@@ -52,14 +52,14 @@ class Data:
     """What is trained on, and how chats become tokens."""
 
     train: str | list[str | Source] = field(default_factory=list)  # the domain: a path, or a list of paths and sources
-    heldout: str | list[str | Source] = field(default_factory=list)  # evaluated during training, never trained on
-    heldout_share: float = 0.0  # take this share of the domain's samples as held-out instead
+    eval: str | list[str | Source] = field(default_factory=list)  # evaluated during training, never trained on
+    eval_fraction: float = 0.0  # take this share of the domain's samples as held-out instead
     train_on: Literal["assistant", "last", "all"] = "assistant"  # supervised: every assistant turn, the last one, or every token
     max_length: int = 2048  # tokens of one sample, at most
-    overlong: Literal["error", "drop", "truncate", "split"] = "error"  # what happens to longer samples
+    on_overlong: Literal["error", "drop", "truncate", "split"] = "error"  # what happens to longer samples
     chat_template: str | None = None  # a Jinja file to use instead of the tokenizer's own template
-    workers: int = 0  # processes that tokenize; 0: one per core, at most 8
-    cache: str | None = None  # folder of tokenized data; default: the cache of `datasets`
+    num_proc: int = 0  # processes that tokenize; 0: one per core, at most 8
+    cache_dir: str | None = None  # folder of tokenized data; default: the cache of `datasets`
 
 
 @dataclass
@@ -68,7 +68,7 @@ class Replay:
 
     data: str | list[str | Source] = field(default_factory=list)  # a path, or a list of paths and sources
     ratio: float | None = None  # share of the mix that is replay, 0 <= ratio < 1; default: every replay sample once per epoch
-    by: Literal["rows", "tokens"] = "rows"  # what the share is a share of
+    unit: Literal["samples", "tokens"] = "samples"  # `ratio` is a share of the samples, or of the tokens, of an epoch
     auto: bool = False  # choose the ratio, and retention.kl, by short probe runs: the least replay that holds retention.floor
     auto_shares: list[float] = field(default_factory=lambda: [0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.83])  # ratios to choose from, rising
     auto_kl: list[float] = field(default_factory=lambda: [0.0, 0.3, 1.0])  # weights of the KL to the base to choose from, rising
@@ -140,7 +140,7 @@ class BatchSize:
 
     tokens_per_pack: int = 4096  # capacity of one packed sequence: what a device holds at once
     tokens_per_step: int = 16384  # capacity of one optimiser step, over all packs and ranks
-    max_documents: int = 1024  # samples in one pack, at most
+    max_samples_per_pack: int = 1024  # samples in one pack, at most
 
 
 @dataclass
@@ -221,12 +221,12 @@ class Config:
 def validate(config: Config) -> None:
     """Refuse values that no run can use. Types are checked before, by the parser. Raises UserError naming the option."""
     data, batch, optim = config.data, config.batch, config.optim
-    for source in [*_listed(data.train), *_listed(data.heldout), *_listed(config.replay.data)]:
+    for source in [*_listed(data.train), *_listed(data.eval), *_listed(config.replay.data)]:
         weight = 1.0 if isinstance(source, str) else source.weight
         _require(not str(source).startswith(("[", "{")), "data", "a path or a list of sources in YAML", source)
-        limit = None if isinstance(source, str) else source.limit
+        max_records = None if isinstance(source, str) else source.max_records
         _require(0 < weight <= MANY, "weight of a source", f"above 0, at most {MANY:,}", weight)
-        _require(limit is None or limit >= 1, "limit of a source", "1 or more records", limit)
+        _require(max_records is None or max_records >= 1, "max_records of a source", "1 or more records", max_records)
     _require(bool(config.output.strip()), "output", "a folder", "none")
     _require(bool(data.train), "data.train", "at least one file, folder or hub data set", "none")
     _require((config.model.path is None) != (config.model.config is None), "model.path, model.config", "exactly one of them",
@@ -238,9 +238,9 @@ def validate(config: Config) -> None:
              f"at least data.max_length = {data.max_length}, so that every sample fits a pack", batch.tokens_per_pack)
     _require(batch.tokens_per_step % batch.tokens_per_pack == 0 and batch.tokens_per_step > 0, "batch.tokens_per_step",
              f"a multiple of batch.tokens_per_pack = {batch.tokens_per_pack}", batch.tokens_per_step)
-    _require(batch.max_documents >= 1, "batch.max_documents", "1 or more", batch.max_documents)
-    _require(0 <= data.heldout_share < 1, "data.heldout_share", "0 <= share < 1", data.heldout_share)
-    _require(not (data.heldout and data.heldout_share), "data.heldout, data.heldout_share", "one of them", "both")
+    _require(batch.max_samples_per_pack >= 1, "batch.max_samples_per_pack", "1 or more", batch.max_samples_per_pack)
+    _require(0 <= data.eval_fraction < 1, "data.eval_fraction", "0 <= share < 1", data.eval_fraction)
+    _require(not (data.eval and data.eval_fraction), "data.eval, data.eval_fraction", "one of them", "both")
     _require(config.replay.ratio is None or 0 <= config.replay.ratio < 1, "replay.ratio", "0 <= ratio < 1", config.replay.ratio)
     _require(optim.lr > 0, "optim.lr", "above 0", optim.lr)
     _validate_retention(config)
@@ -257,7 +257,7 @@ def validate(config: Config) -> None:
     _require(0 <= config.seed < 2**63, "seed", "0 <= seed < 2^63", config.seed)
     _require(0 < config.epochs <= MANY, "epochs", f"above 0, at most {MANY:,}; to end after some steps, set max_steps", config.epochs)
     _require(config.max_steps is None or config.max_steps >= 1, "max_steps", "1 or more", config.max_steps)
-    _require(data.workers >= 0, "data.workers", "0 or more", data.workers)
+    _require(data.num_proc >= 0, "data.num_proc", "0 or more", data.num_proc)
     _require(config.checkpoint.every >= 0, "checkpoint.every", "0 or more", config.checkpoint.every)
     _require(config.checkpoint.keep >= 1, "checkpoint.keep", "1 or more", config.checkpoint.keep)
     _require(config.logging.every >= 1, "logging.every", "1 or more", config.logging.every)

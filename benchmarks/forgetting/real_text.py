@@ -159,11 +159,11 @@ def recipe(job: Job) -> Config:
     """What `python -m trainer.run` is told."""
     arm, size = job.arm, job.size
     kind = "full" if arm.full else "lora"
-    replayed = Replay(data=str(replay_file(job.work, arm.replay, job.seed)), ratio=RATIO, by="tokens") if arm.replay else Replay()
+    replayed = Replay(data=str(replay_file(job.work, arm.replay, job.seed)), ratio=RATIO, unit="tokens") if arm.replay else Replay()
     return Config(
         output=str(job.output), model=Model(path=str(job.base)), method=kind, lora=Lora(rank=16, alpha=32.0), replay=replayed,
-        data=Data(train=str(job.work / f"domain {job.seed}.jsonl"), max_length=size.tokens, overlong="drop", cache=str(job.work / "cache"),
-                  workers=1),
+        data=Data(train=str(job.work / f"domain {job.seed}.jsonl"), max_length=size.tokens, on_overlong="drop",
+                  cache_dir=str(job.work / "cache"), num_proc=1),
         retention=Retention(**KL) if arm.kl else Retention(), batch=BatchSize(tokens_per_pack=size.tokens, tokens_per_step=size.tokens),
         optim=Optim(lr=RATES[kind] * arm.rate), epochs=ENDLESS, max_steps=size.steps, seed=job.seed, precision=real_text_data.precision(),
         logging=Logging(every=50, tensorboard=False, progress=False))

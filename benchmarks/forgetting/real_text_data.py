@@ -198,7 +198,7 @@ def make_base(texts: Texts, schooling: Schooling, work: Path) -> tuple[Path, Pat
 def lesson(work: Path, name: str, sources: list[Source], model: Model, optim: Optim, train_on: str) -> Config:
     return Config(
         output=str(work / name), model=model, method="full", optim=optim, batch=BatchSize(tokens_per_pack=TOKENS, tokens_per_step=TOKENS),
-        data=Data(train=sources, train_on=train_on, max_length=TOKENS, overlong="drop", cache=str(work / "cache"), workers=1),
+        data=Data(train=sources, train_on=train_on, max_length=TOKENS, on_overlong="drop", cache_dir=str(work / "cache"), num_proc=1),
         precision=precision(), logging=Logging(every=50, tensorboard=False, progress=False))
 
 

@@ -64,7 +64,7 @@ def prepare(data: Path, folder: Path) -> None:
 def trained(output: Path, folder: Path, arguments: argparse.Namespace, options: list[str]) -> list[dict]:
     """One run of the trainer in a process of its own; the records that it wrote."""
     sources = json.dumps([{"path": str(arguments.data), "columns": {"prompt": "question", "completion": "answer"}}])
-    command = [sys.executable, "-m", "trainer.run", "--model.path", str(folder / "model"), "--data.train", sources, "--data.cache",
+    command = [sys.executable, "-m", "trainer.run", "--model.path", str(folder / "model"), "--data.train", sources, "--data.cache_dir",
                str(folder / "cache"), "--data.max_length", "1024", "--batch.tokens_per_step", "4096", "--precision", arguments.precision,
                "--output", str(output), "--device", "cpu", *options]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -84,7 +84,7 @@ def measure(kind: str, options: list[str], folder: Path, arguments: argparse.Nam
     """One epoch, and whether others can load what it left."""
     output = folder / kind
     steps = ["--max_steps", str(arguments.max_steps)] if arguments.max_steps else []
-    records = trained(output, folder, arguments, ["--data.heldout_share", "0.03", "--evaluation.every", "50", *options, *steps])
+    records = trained(output, folder, arguments, ["--data.eval_fraction", "0.03", "--evaluation.every", "50", *options, *steps])
     evals, end = [r for r in records if r["kind"] == "eval"], records[-1]
     return {
         "line": kind, "steps": end["steps"], "tokens": end["tokens"], "seconds": end["seconds"], "tokens_per_second": end["tokens_per_s"],

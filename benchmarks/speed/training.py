@@ -208,7 +208,7 @@ def run_options(setting: Setting, precision: str, steps: int) -> options.Config:
         output=tempfile.mkdtemp(prefix="run-", dir=folder),
         model=options.Model(path=str(folder / "model")), method=setting.adapter,
         lora=options.Lora() if setting.adapter == "full" else options.Lora(path=str(folder / "adapter")),
-        data=options.Data(train=str(folder / "chats.jsonl"), max_length=TOKENS_PER_STEP, cache=str(folder / "cache"), workers=1),
+        data=options.Data(train=str(folder / "chats.jsonl"), max_length=TOKENS_PER_STEP, cache_dir=str(folder / "cache"), num_proc=1),
         batch=options.BatchSize(tokens_per_pack=TOKENS_PER_STEP, tokens_per_step=TOKENS_PER_STEP),
         optim=options.Optim(lr=LEARNING_RATE, lr_scheduler="constant", warmup_ratio=0.0, weight_decay=0.0), epochs=steps, max_steps=steps,
         precision=precision, device="cpu", logging=options.Logging(tensorboard=False, progress=False))

@@ -291,10 +291,10 @@ def test_kl_tokens_bound_what_is_kept(adapter, files):
 def test_held_out_texts_that_are_too_long(tmp_path):
     write_jsonl([{"text": "short text"}, {"text": "long text " * 20}], tmp_path / "a.jsonl")
     given = ("--model.path", BASE, "--data.general", tmp_path / "a.jsonl", "--scoring.tokens_per_pack", "64")
-    with pytest.raises(UserError, match=r"a.jsonl, line 2: 201 tokens exceed scoring.tokens_per_pack = 64; set data.overlong to drop"):
+    with pytest.raises(UserError, match=r"a.jsonl, line 2: 201 tokens exceed scoring.tokens_per_pack = 64; set data.on_overlong to drop"):
         scored(*given)
-    _, cut = scored(*given, "--data.overlong", "truncate")
-    _, dropped = scored(*given, "--data.overlong", "drop")
+    _, cut = scored(*given, "--data.on_overlong", "truncate")
+    _, dropped = scored(*given, "--data.on_overlong", "drop")
     assert cut["model"].of(0)[1].tokens == 63 and cut["model"].of(0)[1].bytes == 63
     assert dropped["model"].of(0)[1].logprob is None and dropped["model"].notes == ["1 held-out texts were left out: too long"]
     assert cut["model"].items[Key(0, 0)].logprob == pytest.approx(dropped["model"].items[Key(0, 0)].logprob, abs=1e-4)

@@ -76,14 +76,14 @@ def test_a_template_that_is_wrong_says_where(tokenizer, template, expected):
 def test_a_template_file_that_cannot_serve(tokenizer, tmp_path, contents, expected):
     (tmp_path / "t.jinja").write_bytes(contents)
     (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": CHAT}))
-    data = Data(train=str(tmp_path / "chats.jsonl"), chat_template=str(tmp_path / "t.jinja"), cache=str(tmp_path / "cache"))
+    data = Data(train=str(tmp_path / "chats.jsonl"), chat_template=str(tmp_path / "t.jinja"), cache_dir=str(tmp_path / "cache"))
     assert re.search(expected, refused(prepare_data, Config(data=data), tokenizer))
 
 
 def test_a_cache_that_is_no_folder(tokenizer, tmp_path):
     (tmp_path / "file").write_text("")
-    config = Config(data=Data(train="x.jsonl", cache=str(tmp_path / "file")))
-    assert refused(prepare_data, config, tokenizer).startswith(f"data.cache: cannot make the folder {tmp_path / 'file'}: File exists")
+    config = Config(data=Data(train="x.jsonl", cache_dir=str(tmp_path / "file")))
+    assert refused(prepare_data, config, tokenizer).startswith(f"data.cache_dir: cannot make the folder {tmp_path / 'file'}: File exists")
 
 
 # ---------------------------------------------------------------- options
@@ -131,7 +131,7 @@ def test_a_value_of_the_wrong_type(given, expected):
 
 @pytest.mark.parametrize("option, value", [
     ("optim.beta1", "1"), ("optim.beta2", "-0.1"), ("optim.eps", "0"), ("optim.weight_decay", "-1"), ("optim.min_lr_ratio", "5"),
-    ("optim.max_grad_norm", "-1"), ("seed", str(2**64)), ("data.workers", "-1"), ("checkpoint.every", "-1"), ("evaluation.every", "-1"),
+    ("optim.max_grad_norm", "-1"), ("seed", str(2**64)), ("data.num_proc", "-1"), ("checkpoint.every", "-1"), ("evaluation.every", "-1"),
     ("evaluation.patience", "-1"), ("epochs", "1e9"), ("output", ""),
 ])
 def test_a_number_that_no_run_can_use_names_the_option(option, value):
@@ -141,7 +141,8 @@ def test_a_number_that_no_run_can_use_names_the_option(option, value):
 
 
 @pytest.mark.parametrize("source, expected", [
-    (Source("f", limit=0), "limit of a source: expected 1 or more"), (Source("f", limit=-3), "limit of a source: expected 1 or more"),
+    (Source("f", max_records=0), "max_records of a source: expected 1 or more"),
+    (Source("f", max_records=-3), "max_records of a source: expected 1 or more"),
     (Source("f", weight=1e12), "weight of a source: expected above 0, at most"), (Source("f", weight=float("nan")), "weight of a source"),
 ])
 def test_a_source_that_no_run_can_use(source, expected):

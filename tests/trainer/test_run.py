@@ -40,7 +40,7 @@ def arguments(model_folder, chats, output, *more) -> list[str]:
     return [
         "--model.path", str(model_folder), "--data.train", str(chats), "--output", str(output), "--device", "cpu",
         "--data.max_length", "128", "--batch.tokens_per_pack", "256", "--batch.tokens_per_step", "512", "--optim.lr", "5e-3",
-        "--logging.tensorboard", "false", "--logging.every", "2", "--data.workers", "1", "--lora.rank", "4", *more]
+        "--logging.tensorboard", "false", "--logging.every", "2", "--data.num_proc", "1", "--lora.rank", "4", *more]
 
 
 def run(*args):
@@ -56,7 +56,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_a_lora_run_leaves_an_adapter_that_stock_peft_loads(model_folder, chats, tmp_path):
-    result = run(model_folder, chats, tmp_path / "run", "--epochs", "3", "--data.heldout_share", "0.1", "--evaluation.every", "5",
+    result = run(model_folder, chats, tmp_path / "run", "--epochs", "3", "--data.eval_fraction", "0.1", "--evaluation.every", "5",
                  "--export", "both", "--logging.tensorboard", "true")
     folder = result.folder
     losses = [r["loss"] for r in records(folder, "eval")]
@@ -124,7 +124,7 @@ def test_compiled_layers_give_the_same_losses(model_folder, chats, tmp_path):
 def test_early_stopping_once_memorising_sets_in(model_folder, tmp_path):
     few = write_chats(tmp_path / "few.jsonl", QUESTIONS[:8])
     others = write_chats(tmp_path / "others.jsonl", [(q, "No. " + a) for q, a in QUESTIONS[60:80]])
-    result = run(model_folder, few, tmp_path / "run", "--data.heldout", str(others), "--epochs", "300", "--optim.lr", "2e-2",
+    result = run(model_folder, few, tmp_path / "run", "--data.eval", str(others), "--epochs", "300", "--optim.lr", "2e-2",
                  "--optim.lr_scheduler", "constant", "--evaluation.every", "5", "--evaluation.patience", "2")
     losses = [r["loss"] for r in records(tmp_path / "run", "eval")]
     assert result.reason == "early stopping" and result.steps == 5 * (len(losses) - 1) < 300
@@ -162,7 +162,7 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
 
 
 KILLS = int(os.environ.get("STEADFAST_KILLS", "2"))  # more of them by hand: each costs a start
-LONG = ("--epochs", "40", "--checkpoint.every", "3", "--lora.dropout", "0.1", "--data.heldout_share", "0.1", "--evaluation.every", "10")
+LONG = ("--epochs", "40", "--checkpoint.every", "3", "--lora.dropout", "0.1", "--data.eval_fraction", "0.1", "--evaluation.every", "10")
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +205,7 @@ def test_a_signal_saves_and_the_run_goes_on(model_folder, chats, tmp_path, numbe
 
 
 def test_a_run_killed_after_its_last_checkpoint_is_finished_by_resuming(model_folder, chats, tmp_path):
-    options = ("--max_steps", "4", "--checkpoint.every", "2", "--data.heldout_share", "0.1")
+    options = ("--max_steps", "4", "--checkpoint.every", "2", "--data.eval_fraction", "0.1")
     whole = run(model_folder, chats, tmp_path / "whole", *options)
     cut = tmp_path / "cut"
     run(model_folder, chats, cut, *options)
@@ -217,7 +217,7 @@ def test_a_run_killed_after_its_last_checkpoint_is_finished_by_resuming(model_fo
 
 def test_an_early_stop_is_not_trained_past_by_resuming(model_folder, tmp_path):
     few, others = write_chats(tmp_path / "few.jsonl", QUESTIONS[:8]), write_chats(tmp_path / "others.jsonl", [("x", "y z")] * 4)
-    options = ("--data.heldout", str(others), "--epochs", "300", "--optim.lr", "2e-2", "--optim.lr_scheduler", "constant",
+    options = ("--data.eval", str(others), "--epochs", "300", "--optim.lr", "2e-2", "--optim.lr_scheduler", "constant",
                "--evaluation.every", "2", "--evaluation.patience", "1", "--checkpoint.every", "1")
     stopped = run(model_folder, few, tmp_path / "run", *options)
     before = weights(tmp_path / "run")
@@ -247,15 +247,15 @@ def test_another_base_is_refused_on_resume(model_folder, chats, tmp_path):
 
 def test_parts_of_a_record_are_held_out_together(model_folder, tmp_path):
     rows = [(f"Count {i}.", f"record {i} " * 30) for i in range(20)]
-    config = parse(Config, arguments(model_folder, write_chats(tmp_path / "long.jsonl", rows), tmp_path / "run", "--data.overlong", "split",
-                                     "--data.max_length", "64", "--data.heldout_share", "0.3"), "trainer.run")
+    options = ("--data.on_overlong", "split", "--data.max_length", "64", "--data.eval_fraction", "0.3")
+    config = parse(Config, arguments(model_folder, write_chats(tmp_path / "long.jsonl", rows), tmp_path / "run", *options), "trainer.run")
     inputs = prepare_data(config, AutoTokenizer.from_pretrained(model_folder))
     trained, held = set(inputs.samples.records), set(inputs.heldout[0].records)
     assert len(held) == 6 and len(trained) == 14 and not trained & held and len(inputs.samples) > 30
 
 
 def test_two_ranks_give_the_losses_of_one(model_folder, chats, tmp_path):
-    common = ("--epochs", "2", "--logging.every", "1", "--data.heldout_share", "0.1")
+    common = ("--epochs", "2", "--logging.every", "1", "--data.eval_fraction", "0.1")
     run(model_folder, chats, tmp_path / "one", *common)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517", "-m", "trainer.run",
                *arguments(model_folder, chats, tmp_path / "two", *common)]
@@ -295,9 +295,9 @@ def test_a_bf16_run_fills_its_packs_up_and_says_so(model_folder, chats, tmp_path
 
 
 def test_held_out_samples_that_are_trained_on_are_pointed_out(model_folder, chats, tmp_path, capsys):
-    run(model_folder, chats, tmp_path / "run", "--dry_run", "--data.heldout", str(chats))
+    run(model_folder, chats, tmp_path / "run", "--dry_run", "--data.eval", str(chats))
     assert "held out: 120 samples" in (shown := capsys.readouterr().out) and "WARNING: 120 of them are also trained on" in shown
-    run(model_folder, chats, tmp_path / "run", "--dry_run", "--data.heldout_share", "0.1")
+    run(model_folder, chats, tmp_path / "run", "--dry_run", "--data.eval_fraction", "0.1")
     assert "held out: 12 samples" in (shown := capsys.readouterr().out) and "WARNING" not in shown
 
 

@@ -5,7 +5,7 @@ two boundaries. Consecutive epochs take consecutive intervals: a source that giv
 next time, every sample is seen before any is seen again, and a pool smaller than its share repeats as whole passes.
 
     domain source i, n_i samples, weight w_i    epoch e begins at sample  b_i(e) = round(e w_i n_i)
-    replay source j, share s_j, ratio r         epoch e begins where j has given  r / (1 - r) s_j D(e)  rows or tokens
+    replay source j, share s_j, ratio r         epoch e begins where j has given  r / (1 - r) s_j D(e)  samples or tokens
 
 where D(e) is what the domain has given before epoch e, and s_j is proportional to weight times size. Boundaries come
 from totals since the first epoch, so rounding never adds up (a source is within one sample of its share) and any epoch
@@ -51,7 +51,7 @@ class Mixture:
     """The mix of `parts` over the epochs, decided by `seed`.
 
     lengths[n]: tokens of each sample; sources[n]: its index into `parts`. `ratio` is the replay share of each epoch's
-    rows or tokens (`by`); None takes every replay sample `weight` times. UserError where no such mix exists.
+    samples or tokens (`unit`); None takes every replay sample `weight` times. UserError where no such mix exists.
     """
 
     def __init__(
@@ -60,10 +60,10 @@ class Mixture:
         sources: np.ndarray,
         parts: Sequence[MixtureSource],
         ratio: float | None = None,
-        by: Literal["rows", "tokens"] = "rows",
+        unit: Literal["samples", "tokens"] = "samples",
         seed: int = 0,
     ):
-        self.parts, self.ratio, self.by, self.seed = list(parts), ratio, by, seed
+        self.parts, self.ratio, self.unit, self.seed = list(parts), ratio, unit, seed
         lengths, sources = np.asarray(lengths, dtype=np.int64), np.asarray(sources)
         self.streams = [
             _Stream(lengths, np.flatnonzero(sources == i), np.random.default_rng([seed, 0, i]))
@@ -101,14 +101,14 @@ class Mixture:
         boundaries = [_round(epoch * part.weight * stream.size) for part, stream in zip(self.parts, self.streams)]
         if self.ratio is None:
             return boundaries
-        domain = sum(self.streams[i].measure(boundaries[i], self.by) for i in self._indices("domain"))
+        domain = sum(self.streams[i].measure(boundaries[i], self.unit) for i in self._indices("domain"))
         claims = {
-            i: self.parts[i].weight * self.streams[i].measure(self.streams[i].size, self.by)
+            i: self.parts[i].weight * self.streams[i].measure(self.streams[i].size, self.unit)
             for i in self._indices("replay")
         }
         replay = self.ratio / (1 - self.ratio) * domain
         for i, claim in claims.items():
-            boundaries[i] = self.streams[i].position(replay * claim / sum(claims.values()), self.by)
+            boundaries[i] = self.streams[i].position(replay * claim / sum(claims.values()), self.unit)
         return boundaries
 
     def _indices(self, role: str) -> list[int]:
@@ -155,13 +155,13 @@ class _Stream:
         passes, rest = divmod(position, max(self.size, 1))
         return int(passes * self.cumulative[-1] + self.cumulative[rest])
 
-    def measure(self, position: int, by: str) -> int:
-        """Rows or tokens before `position`."""
-        return position if by == "rows" else self.tokens(position)
+    def measure(self, position: int, unit: str) -> int:
+        """Samples or tokens before `position`."""
+        return position if unit == "samples" else self.tokens(position)
 
-    def position(self, amount: float, by: str) -> int:
+    def position(self, amount: float, unit: str) -> int:
         """The position whose measure is nearest to `amount`: a sample counts once half of it is asked for."""
-        if by == "rows":
+        if unit == "samples":
             return _round(amount)
         passes, rest = divmod(amount, int(self.cumulative[-1]))
         middles = (self.cumulative[:-1] + self.cumulative[1:]) / 2

@@ -22,15 +22,15 @@ BLUR = 0.1  # standard deviation of the log of the factor on each length
 BLUR_COST = 0.01  # packs that blurring may add, as a share of the packs without it
 
 
-def pack(lengths: np.ndarray, capacity: int, max_documents: int, seed: int) -> list[np.ndarray]:
+def pack(lengths: np.ndarray, capacity: int, max_samples_per_pack: int, seed: int) -> list[np.ndarray]:
     """Divide samples of `lengths[n]` tokens into packs: arrays of sample indices, each index in exactly one.
 
-    No pack holds more than `capacity` tokens or `max_documents` samples. The same seed gives the same packs; another
+    No pack holds more than `capacity` tokens or `max_samples_per_pack` samples. The same seed gives the same packs; another
     seed gives other company and another order. ValueError if a sample is empty or longer than `capacity`.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
-    if max_documents < 1:
-        raise ValueError(f"pack: expected max_documents >= 1, got {max_documents}")
+    if max_samples_per_pack < 1:
+        raise ValueError(f"pack: expected max_samples_per_pack >= 1, got {max_samples_per_pack}")
     unfit = np.flatnonzero((lengths < 1) | (lengths > capacity))
     if len(unfit):
         first = unfit[0]
@@ -41,15 +41,15 @@ def pack(lengths: np.ndarray, capacity: int, max_documents: int, seed: int) -> l
     rng = np.random.default_rng(seed)
     shuffled = rng.permutation(len(lengths))  # decides between equal lengths, because the sorts below are stable
     blurred = lengths[shuffled] * np.exp(BLUR * rng.standard_normal(len(lengths)))
-    exact = _best_fit(lengths, shuffled[np.argsort(-lengths[shuffled], kind="stable")], capacity, max_documents)
-    mixed = _best_fit(lengths, shuffled[np.argsort(-blurred, kind="stable")], capacity, max_documents)
+    exact = _best_fit(lengths, shuffled[np.argsort(-lengths[shuffled], kind="stable")], capacity, max_samples_per_pack)
+    mixed = _best_fit(lengths, shuffled[np.argsort(-blurred, kind="stable")], capacity, max_samples_per_pack)
     pack_of = mixed if mixed.max() + 1 <= (exact.max() + 1) * (1 + BLUR_COST) else exact
 
     members = np.split(np.argsort(pack_of, kind="stable"), np.cumsum(np.bincount(pack_of))[:-1])
     return [members[i] for i in rng.permutation(len(members))]
 
 
-def _best_fit(lengths: np.ndarray, order: np.ndarray, capacity: int, max_documents: int) -> np.ndarray:
+def _best_fit(lengths: np.ndarray, order: np.ndarray, capacity: int, max_samples_per_pack: int) -> np.ndarray:
     """Put samples, taken in `order`, each into the fullest pack that has room; returns pack_of[n]."""
     open_packs = _OpenPacks(capacity)
     documents: list[int] = []  # samples in each pack
@@ -60,7 +60,7 @@ def _best_fit(lengths: np.ndarray, order: np.ndarray, capacity: int, max_documen
             documents.append(0)
         documents[fullest] += 1
         chosen.append(fullest)
-        if room > length and documents[fullest] < max_documents:
+        if room > length and documents[fullest] < max_samples_per_pack:
             open_packs.put(fullest, room - length)
     pack_of = np.empty(len(lengths), dtype=np.int64)
     pack_of[order] = chosen

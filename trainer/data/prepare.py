@@ -30,15 +30,15 @@ class TrainingData:
 
 def prepare_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> TrainingData:
     """Read, tokenize, mix and plan. Raises UserError for data that cannot be trained on."""
-    _check_cache(config.data.cache)
+    _check_cache(config.data.cache_dir)
     template = ChatTemplate(tokenizer, read_template(config.data.chat_template), config.data.chat_template)
     domain, replay = (
-        load_sources(given, role, config.data.cache) for given, role in ((config.data.train, "domain"), (config.replay.data, "replay")))
+        load_sources(given, role, config.data.cache_dir) for given, role in ((config.data.train, "domain"), (config.replay.data, "replay")))
     samples = tokenize(domain + replay, template, config.data)
     roles = ["domain"] * len(domain) + ["replay"] * len(replay)
     samples, heldout = _hold_out(config, samples, roles, template)
     parts = [MixtureSource(name, role, source.weight) for name, role, (source, _) in zip(samples.names, roles, domain + replay)]
-    mixture = Mixture(samples.lengths, samples.sources, parts, config.replay.ratio, config.replay.by, config.seed)
+    mixture = Mixture(samples.lengths, samples.sources, parts, config.replay.ratio, config.replay.unit, config.seed)
     plan = StepPlan(samples.lengths, mixture, config.batch, config.epochs, config.max_steps, config.seed)
     return TrainingData(samples, mixture, plan, template, heldout)
 
@@ -48,22 +48,22 @@ def _check_cache(path: str | None) -> None:
         if path is not None:
             Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"data.cache: cannot make the folder {path}: {error.strerror}; choose another") from None
+        raise UserError(f"data.cache_dir: cannot make the folder {path}: {error.strerror}; choose another") from None
 
 
 def _hold_out(config: Config, samples: Samples, roles: list[str], template: ChatTemplate):
     """Samples to train on, and the held-out ones with their packs: their own files, or a share of the domain."""
-    if config.data.heldout:
-        return samples, _packed(config, tokenize(load_sources(config.data.heldout, "held-out", config.data.cache), template, config.data))
-    if not config.data.heldout_share:
+    if config.data.eval:
+        return samples, _packed(config, tokenize(load_sources(config.data.eval, "held-out", config.data.cache_dir), template, config.data))
+    if not config.data.eval_fraction:
         return samples, None
     is_domain = np.array([role == "domain" for role in roles])[samples.sources]
     pairs = np.stack([samples.sources, samples.records])
     record = np.unique(pairs, axis=1, return_inverse=True)[1].ravel()  # a number for each record, over all sources
     domain = np.random.default_rng(config.seed).permutation(np.unique(record[is_domain]))
-    count = max(1, round(config.data.heldout_share * len(domain)))
+    count = max(1, round(config.data.eval_fraction * len(domain)))
     if count >= len(domain):
-        raise UserError(f"data.heldout_share: {config.data.heldout_share} of {len(domain)} records leaves nothing to train on")
+        raise UserError(f"data.eval_fraction: {config.data.eval_fraction} of {len(domain)} records leaves nothing to train on")
     chosen = np.isin(record, domain[:count])  # all parts of a record that was split go the same way
     return samples.select(np.flatnonzero(~chosen)), _packed(config, samples.select(np.flatnonzero(chosen)))
 
@@ -77,7 +77,7 @@ def heldout_line(inputs: TrainingData) -> str:
 
 
 def _packed(config: Config, samples: Samples) -> tuple[Samples, list[np.ndarray]]:
-    return samples, pack(samples.lengths, config.batch.tokens_per_pack, config.batch.max_documents, seed=0)
+    return samples, pack(samples.lengths, config.batch.tokens_per_pack, config.batch.max_samples_per_pack, seed=0)
 
 
 def data_summary(inputs: TrainingData, config: Config) -> dict:

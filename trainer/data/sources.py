@@ -52,22 +52,22 @@ def _load(source: Source, cache: str | None) -> Dataset:
     opened = open_source(source)
     found = rows_of(opened)
     first = next(found, None)
-    if first is None or source.limit == 0:
-        raise UserError(f"{source.path}: expected records, found an empty data set; check the file and limit")
+    if first is None or source.max_records == 0:
+        raise UserError(f"{source.path}: expected records, found an empty data set; check the file, and max_records")
     try:
         form = choose_format(first[1], source.format, source.columns)
     except ValueError as error:
         raise UserError(f"{source.path}: {error}") from None
 
     def records() -> Iterator[dict]:
-        for place, row in islice(chain([first], found), source.limit):
+        for place, row in islice(chain([first], found), source.max_records):
             try:
                 yield form.record(row)
             except RecordError as error:
                 raise UserError(f"{source.path}, {place}: {error}") from None
 
     code = [Path(module.__file__).read_bytes() for module in (formats, readers)]
-    key = (_stamp(opened), form.name, sorted(form.paths.items()), source.limit, code)
+    key = (_stamp(opened), form.name, sorted(form.paths.items()), source.max_records, code)
     fingerprint = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
     body = {"text": Value("string")} if form.name == "text" else {"messages": List(MESSAGE)}
     try:

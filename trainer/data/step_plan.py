@@ -48,7 +48,7 @@ class StepPlan:
 
     def _steps(self, epoch: int) -> list[Step]:
         chosen = self.mixture.epoch(epoch)
-        packs = pack(self.lengths[chosen], self.batch.tokens_per_pack, self.batch.max_documents, seed=hash_seed(self.seed, epoch))
+        packs = pack(self.lengths[chosen], self.batch.tokens_per_pack, self.batch.max_samples_per_pack, seed=hash_seed(self.seed, epoch))
         packs = [chosen[p] for p in packs]
         return [packs[i : i + self.packs_per_step] for i in range(0, len(packs), self.packs_per_step)]
 

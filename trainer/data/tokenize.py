@@ -31,7 +31,7 @@ WORTH_A_PROCESS = 2000  # records: half a second of tokenizing; a process takes 
 
 def tokenize(sources: list[tuple[Source, Dataset]], template: ChatTemplate, data: Data) -> Samples:
     """Samples of all sources, in order. UserError if a chat cannot be rendered or masked, a sample is too long under
-    `overlong: error`, or a source leaves no sample with a supervised token."""
+    `on_overlong: error`, or a source leaves no sample with a supervised token."""
     names = distinct_names([source.name for source, _ in sources])
     tokens = [_tokens(source, records, template, data) for source, records in sources]
     parts = [_cut(one, name, data) for one, name in zip(tokens, names)]
@@ -56,9 +56,9 @@ def _tokens(source: Source, records: Dataset, template: ChatTemplate, data: Data
     versions = (tokenizers.__version__, transformers.__version__)
     key = (records._fingerprint, template.fingerprint, data.train_on, versions, code)
     fingerprint = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
-    folder = Path(data.cache or datasets.config.HF_DATASETS_CACHE) / "tokens"
+    folder = Path(data.cache_dir or datasets.config.HF_DATASETS_CACHE) / "tokens"
     folder.mkdir(parents=True, exist_ok=True)
-    workers = data.workers or min(8, os.cpu_count() or 1)
+    workers = data.num_proc or min(8, os.cpu_count() or 1)
     workers = min(workers, math.ceil(len(records) / WORTH_A_PROCESS))
     options = {"template": template, "train_on": data.train_on, "path": source.path}
     if workers > 1:
@@ -116,26 +116,26 @@ def _cut(tokens: Dataset, name: str, data: Data) -> tuple[Samples, dict[str, int
 
 
 def _judge_lengths(lengths: np.ndarray, name: str, data: Data) -> dict[str, int]:
-    """Count the records that `overlong` drops, truncates or splits; UserError where it forbids them."""
+    """Count the records that `on_overlong` drops, truncates or splits; UserError where it forbids them."""
     long = np.flatnonzero(lengths > data.max_length)
-    if len(long) and data.overlong == "error":
+    if len(long) and data.on_overlong == "error":
         raise UserError(
             f"{name}: expected samples of at most data.max_length={data.max_length} tokens, found {len(long):,} of "
             f"{len(lengths):,} that are longer, up to {lengths.max():,} tokens, the first is record {long[0] + 1}; "
-            "raise data.max_length, or set data.overlong to drop, truncate or split")
-    done = {"drop": "dropped", "truncate": "truncated", "split": "split"}.get(data.overlong)
+            "raise data.max_length, or set data.on_overlong to drop, truncate or split")
+    done = {"drop": "dropped", "truncate": "truncated", "split": "split"}.get(data.on_overlong)
     return {what: len(long) if what == done else 0 for what in ("dropped", "truncated", "split")}
 
 
 def _windows(lengths: np.ndarray, data: Data) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Which parts of records of `lengths[m]` tokens become samples: (record, first token, length), int64[n] each."""
     record = np.arange(len(lengths))
-    if data.overlong == "split":
+    if data.on_overlong == "split":
         parts = -(-lengths // data.max_length)
         record = np.repeat(record, parts)
         start = (np.arange(len(record)) - np.repeat(np.cumsum(parts) - parts, parts)) * data.max_length
         return record, start, np.minimum(lengths[record] - start, data.max_length)
-    if data.overlong == "drop":
+    if data.on_overlong == "drop":
         record = record[lengths <= data.max_length]
     return record, np.zeros_like(record), np.minimum(lengths[record], data.max_length)
 
@@ -154,7 +154,7 @@ def _count_targets(chunks: list, chunk: np.ndarray, begin: np.ndarray, length: n
 def _nothing_left(lengths: np.ndarray, name: str, data: Data) -> str:
     """Why a source has no sample to train on."""
     n, cut, limit = len(lengths), (lengths > data.max_length).sum(), f"data.max_length={data.max_length}"
-    if data.overlong == "drop" and cut == n:
+    if data.on_overlong == "drop" and cut == n:
         return f"{name}: all {n:,} samples are longer than {limit} and were dropped; raise data.max_length"
     reason = f"{cut:,} of them are cut off at {limit} before the answer; raise it" if cut else \
         "none has an assistant turn with words; check the roles, or set data.train_on=all"

@@ -21,7 +21,7 @@ class Data:
     regex: str = ""  # of files that do not name theirs, e.g. '#### (-?[\d,.]+)' for GSM8K
     chat: bool = True  # ask through the chat template; false: the prompt's bare text, a space, and the answer
     chat_template: str | None = None  # a Jinja file to use instead of the tokenizer's own template
-    overlong: Literal["error", "drop", "truncate"] = "error"  # held-out texts longer than a pack or the model's context
+    on_overlong: Literal["error", "drop", "truncate"] = "error"  # held-out texts longer than a pack or the model's context
 
 
 @dataclass
@@ -104,8 +104,8 @@ def validate(config: Config) -> None:
             _require(written, f"data.{role}", f"a path, or a list of items in YAML with the keys {keys}", items)
             pattern = "" if isinstance(items, str) else items.regex
             _require(pattern is not None, f"data.{role}: regex", QUOTED, pattern)
-            limit = None if isinstance(items, str) else items.limit
-            _require(limit is None or limit >= 1, f"data.{role}: limit", "1 or more items", limit)
+            max_records = None if isinstance(items, str) else items.max_records
+            _require(max_records is None or max_records >= 1, f"data.{role}: max_records", "1 or more items", max_records)
     _require(config.model.config is None, "model.config", "trained weights, as model.path", "a configuration without weights")
     _require(config.model.path is not None or config.adapter is not None, "model.path", "a model, or an adapter that names its base",
              "neither")

@@ -90,7 +90,7 @@ def _distinct(names: list[str]) -> list[str]:
 def _read(settings: Items, role: Role, data: Data) -> ItemFile:
     settings = replace(settings, regex=settings.regex or data.regex)
     source = Source(settings.path, split=settings.split, subset=settings.subset)
-    rows = islice(rows_of(open_source(source)), settings.limit)
+    rows = islice(rows_of(open_source(source)), settings.max_records)
     first = next(rows, None)
     if first is None:
         raise UserError(f"{settings.path}: expected items, found an empty file")

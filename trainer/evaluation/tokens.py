@@ -164,11 +164,11 @@ def _fit(files: Sequence[ItemFile], tokens: Tokens, template: ChatTemplate, conf
             continue
         if len(sample.ids) > limit:
             heldout = files[sample.key.file].metric == "logprob"
-            if not heldout or config.data.overlong == "error":
-                remedy = "set data.overlong to drop or truncate" if heldout else "shorten it"
+            if not heldout or config.data.on_overlong == "error":
+                remedy = "set data.on_overlong to drop or truncate" if heldout else "shorten it"
                 raise UserError(f"{_place(files, sample.key)}: {len(sample.ids):,} tokens exceed {why}; {remedy}"
                                 + (", or raise it" if limit != context else ""))
-            if config.data.overlong == "drop":
+            if config.data.on_overlong == "drop":
                 tokens.dropped += 1
                 continue
             tokens.cut += 1

@@ -156,7 +156,7 @@ def _read(held: KlToBase, samples: Samples, rows: Layout, settings: config.Batch
           ) -> Iterator[tuple[np.ndarray, Tensor]]:
     """This rank's share of the samples that have rows, pack by pack: which they are, and their rows [K, W], made by the base."""
     counted = np.flatnonzero(rows.counts)
-    packs = pack(samples.lengths[counted], settings.tokens_per_pack, settings.max_documents, seed=0)
+    packs = pack(samples.lengths[counted], settings.tokens_per_pack, settings.max_samples_per_pack, seed=0)
     for members in packs[dist.rank :: dist.size]:
         batch, = batches(samples, [counted[members]], device, held.collate)
         yield counted[members], held.base.hidden(batch.reference, batch.reference.counted).to("cpu", rows.dtype)

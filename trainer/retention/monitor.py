@@ -59,7 +59,7 @@ def as_evaluation(config: training.Config) -> evaluation.Config:
     return evaluation.Config(
         model=config.model, precision=config.precision, generation=evaluation.Generation(max_tokens=held.max_tokens),
         data=evaluation.Data(general=held.items, domain=held.domain_items, metric=held.metric, regex=held.regex,
-                             chat_template=config.data.chat_template, overlong="truncate"))
+                             chat_template=config.data.chat_template, on_overlong="truncate"))
 
 
 def read(config: training.Config) -> list[ItemFile]:

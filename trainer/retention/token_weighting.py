@@ -83,7 +83,7 @@ def base_log_probs(model: nn.Module, samples: Samples, indices: np.ndarray, sett
     counts = samples.supervised[indices]
     starts = np.cumsum(counts) - counts
     found = torch.zeros(int(counts.sum()), device=device)
-    packs = pack(samples.lengths[indices], settings.tokens_per_pack, settings.max_documents, seed=0)
+    packs = pack(samples.lengths[indices], settings.tokens_per_pack, settings.max_samples_per_pack, seed=0)
     for members in packs[dist.rank :: dist.size]:
         batch, = batches(samples, [indices[members]], device)
         place = np.concatenate([np.arange(starts[i], starts[i] + counts[i]) for i in members])

@@ -25,7 +25,7 @@ from trainer.files import atomic_folder
 from trainer.optim.adamw import FlatAdamW
 
 # Options that may differ when a run goes on: where things go, never what is computed.
-FREE_TO_CHANGE = {"output", "resume", "logging", "checkpoint", "export", "dry_run", "data.workers", "data.cache"}
+FREE_TO_CHANGE = {"output", "resume", "logging", "checkpoint", "export", "dry_run", "data.num_proc", "data.cache_dir"}
 
 
 @dataclass

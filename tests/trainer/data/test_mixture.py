@@ -29,8 +29,8 @@ def mixtures(draw):
     parts = [MixtureSource(f"s{i}", "domain" if i < domain else "replay", draw(weight)) for i in range(domain + replay)]
     lengths, sources = pool(*sizes, seed=draw(st.integers(0, 1000)))
     ratio = draw(st.none() | st.floats(0, 0.9))
-    by, seed = draw(st.sampled_from(["rows", "tokens"])), draw(st.integers(0, 99))
-    mixture = Mixture(lengths, sources, parts, ratio, by, seed)
+    unit, seed = draw(st.sampled_from(["samples", "tokens"])), draw(st.integers(0, 99))
+    mixture = Mixture(lengths, sources, parts, ratio, unit, seed)
     return mixture, lengths, sources
 
 
@@ -40,12 +40,12 @@ def test_the_replay_share_is_as_asked(made, epoch):
     mixture, lengths, sources = made
     indices = mixture.epoch(epoch)
     is_replay = np.array([part.role == "replay" for part in mixture.parts])[sources[indices]]
-    amounts = np.ones(len(indices)) if mixture.by == "rows" else lengths[indices].astype(float)
+    amounts = np.ones(len(indices)) if mixture.unit == "samples" else lengths[indices].astype(float)
     if mixture.ratio is None:
         return
     asked = mixture.ratio / (1 - mixture.ratio) * amounts[~is_replay].sum()
     replay_sources = sum(part.role == "replay" for part in mixture.parts)
-    one_sample = 1 if mixture.by == "rows" else lengths.max()
+    one_sample = 1 if mixture.unit == "samples" else lengths.max()
     assert abs(amounts[is_replay].sum() - asked) <= replay_sources * one_sample + 1e-6
 
 
@@ -62,8 +62,8 @@ def test_sources_follow_their_weights(made, epoch):
         if part.role == "domain" or mixture.ratio is None:
             assert abs(rows[i] - part.weight * size) <= 1
         else:
-            claim[i] = part.weight * (size if mixture.by == "rows" else lengths[sources == i].sum())
-    amount = np.ones(len(lengths)) if mixture.by == "rows" else lengths
+            claim[i] = part.weight * (size if mixture.unit == "samples" else lengths[sources == i].sum())
+    amount = np.ones(len(lengths)) if mixture.unit == "samples" else lengths
     given_by = {i: amount[indices[sources[indices] == i]].sum() for i in claim}
     for i in claim:
         expected = sum(given_by.values()) * claim[i] / sum(claim.values())
@@ -119,7 +119,7 @@ def test_the_report_counts_what_the_epoch_holds(made, epoch):
 @given(mixtures(), st.integers(0, 8))
 def test_an_epoch_depends_on_seed_and_number_alone(made, epoch):
     mixture, lengths, sources = made
-    fresh = Mixture(lengths, sources, mixture.parts, mixture.ratio, mixture.by, mixture.seed)
+    fresh = Mixture(lengths, sources, mixture.parts, mixture.ratio, mixture.unit, mixture.seed)
     for earlier in range(epoch):
         mixture.epoch(earlier)
     assert np.array_equal(mixture.epoch(epoch), fresh.epoch(epoch))
@@ -144,13 +144,13 @@ def test_a_small_replay_pool_repeats_whole_passes():
     assert (replay.rows, replay.share_rows, replay.repeats) == (90, 0.5, 4.5)
 
 
-def test_share_by_tokens_differs_from_share_by_rows():
+def test_share_by_tokens_differs_from_share_by_samples():
     lengths, sources = np.array([100] * 30 + [10] * 1000), np.array([0] * 30 + [1] * 1000)
     parts = [MixtureSource("domain", "domain"), MixtureSource("replay", "replay")]
-    by_tokens = Mixture(lengths, sources, parts, ratio=0.25, by="tokens").shares(0)[1]
+    by_tokens = Mixture(lengths, sources, parts, ratio=0.25, unit="tokens").shares(0)[1]
     assert (by_tokens.rows, by_tokens.tokens, by_tokens.share_tokens) == (100, 1000, 0.25)
-    by_rows = Mixture(lengths, sources, parts, ratio=0.25, by="rows").shares(0)[1]
-    assert (by_rows.rows, by_rows.share_rows) == (10, 0.25)
+    by_samples = Mixture(lengths, sources, parts, ratio=0.25, unit="samples").shares(0)[1]
+    assert (by_samples.rows, by_samples.share_rows) == (10, 0.25)
 
 
 def test_replay_ratio_is_relative_to_the_domain_of_that_epoch():

@@ -14,11 +14,11 @@ from trainer.data.packing import pack
 unhurried = settings(deadline=None)  # a busy machine is no failure
 
 
-def first_fit_decreasing(lengths, capacity, max_documents) -> int:
+def first_fit_decreasing(lengths, capacity, max_samples_per_pack) -> int:
     """Number of packs of the textbook algorithm, in its textbook O(n^2) form."""
     room, documents = [], []
     for length in sorted(lengths, reverse=True):
-        fit = next((i for i in range(len(room)) if room[i] >= length and documents[i] < max_documents), None)
+        fit = next((i for i in range(len(room)) if room[i] >= length and documents[i] < max_samples_per_pack), None)
         if fit is None:
             room.append(capacity)
             documents.append(0)
@@ -38,12 +38,12 @@ def problems(draw):
 @unhurried
 @given(problems())
 def test_every_sample_once_and_nothing_over_the_caps(problem):
-    lengths, capacity, max_documents, seed = problem
-    packs = pack(lengths, capacity, max_documents, seed)
+    lengths, capacity, max_samples_per_pack, seed = problem
+    packs = pack(lengths, capacity, max_samples_per_pack, seed)
     assert sorted(np.concatenate(packs, dtype=np.int64).tolist() if packs else []) == list(range(len(lengths)))
     for members in packs:
         assert members.dtype == np.int64
-        assert 1 <= len(members) <= max_documents
+        assert 1 <= len(members) <= max_samples_per_pack
         assert lengths[members].sum() <= capacity
 
 
@@ -59,12 +59,12 @@ def test_same_seed_same_packs(problem):
 @given(problems())
 def test_best_fit_bound(problem):
     """Best fit leaves no two packs that would fit in one, whatever the order of the samples."""
-    lengths, capacity, max_documents, seed = problem
-    packs = sorted(pack(lengths, capacity, max_documents, seed), key=lambda members: lengths[members].sum())
+    lengths, capacity, max_samples_per_pack, seed = problem
+    packs = sorted(pack(lengths, capacity, max_samples_per_pack, seed), key=lambda members: lengths[members].sum())
     if len(packs) > 1:
         lightest, next_lightest = packs[:2]
         fits = lengths[lightest].sum() + lengths[next_lightest].sum() <= capacity
-        assert not fits or max_documents in (len(lightest), len(next_lightest))
+        assert not fits or max_samples_per_pack in (len(lightest), len(next_lightest))
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -128,7 +128,7 @@ def test_a_sample_that_cannot_be_packed_is_named(lengths, message):
 
 
 def test_no_room_for_documents():
-    with pytest.raises(ValueError, match="max_documents"):
+    with pytest.raises(ValueError, match="max_samples_per_pack"):
         pack(np.array([1]), 8, 0, 0)
 
 

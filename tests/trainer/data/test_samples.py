@@ -38,7 +38,7 @@ def source(name: str = "facts") -> Source:
 
 
 def make(data: Dataset, cache: Path, template: ChatTemplate = TEMPLATE, **options) -> trainer.data.samples.Samples:
-    return tokenize([(source(), data)], template, Data(cache=str(cache), workers=1, **options))
+    return tokenize([(source(), data)], template, Data(cache_dir=str(cache), num_proc=1, **options))
 
 
 def encoded(data: Dataset, train_on: str = "assistant") -> list:
@@ -62,7 +62,7 @@ def test_samples_are_the_encoded_chats(tmp_path):
 def test_several_sources_lie_one_after_the_other(tmp_path):
     text = Dataset.from_list([{"text": "The quick brown fox", "weight": 2.0}] * 3)
     sources = [(source("a"), records(5)), (source("b"), text), (source("a"), records(2))]
-    samples = tokenize(sources, TEMPLATE, Data(cache=str(tmp_path)))
+    samples = tokenize(sources, TEMPLATE, Data(cache_dir=str(tmp_path)))
     assert samples.names == ["a", "b", "a (2)"] and list(samples.over) == samples.names
     assert samples.sources.tolist() == [0] * 5 + [1] * 3 + [2] * 2
     assert samples[6][0].tolist() == TEMPLATE.encode_text("The quick brown fox").input_ids
@@ -91,7 +91,7 @@ def mixed(tmp_path_factory):
 @pytest.mark.parametrize("overlong", OVERLONG)
 def test_longer_samples(overlong, mixed):
     data, expected, cache = mixed
-    samples = make(data, cache, max_length=LIMIT, overlong=overlong)
+    samples = make(data, cache, max_length=LIMIT, on_overlong=overlong)
     windows = []
     for ids, supervised in expected:
         starts = range(0, len(ids), LIMIT) if overlong == "split" else [0] if overlong == "truncate" or len(ids) <= LIMIT else []
@@ -105,7 +105,7 @@ def test_longer_samples(overlong, mixed):
 @pytest.mark.parametrize("overlong", OVERLONG)
 def test_every_lost_token_is_counted(overlong, mixed):
     data, expected, cache = mixed
-    samples = make(data, cache, max_length=LIMIT, overlong=overlong)
+    samples = make(data, cache, max_length=LIMIT, on_overlong=overlong)
     tally, long = samples.over["facts"], sum(len(ids) > LIMIT for ids, _ in expected)
     assert 0 < long < len(expected)
     what = {"drop": "dropped", "truncate": "truncated", "split": "split"}
@@ -124,7 +124,7 @@ def test_a_longer_sample_is_an_error_by_default(mixed):
         make(data, cache, max_length=LIMIT)
     message, long = str(caught.value), sum(n > LIMIT for n in lengths)
     assert f"found {long} of 60 that are longer, up to {max(lengths)} tokens, the first is record {first}" in message
-    assert "raise data.max_length, or set data.overlong to drop, truncate or split" in message
+    assert "raise data.max_length, or set data.on_overlong to drop, truncate or split" in message
     assert len(make(data, cache, max_length=max(lengths))) == 60
 
 
@@ -132,7 +132,7 @@ def test_a_longer_sample_is_an_error_by_default(mixed):
 @given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=30), limit=st.integers(1, 20))
 def test_splitting_loses_and_repeats_nothing(lengths, limit):
     lengths = np.array(lengths)
-    record, start, length = trainer.data.tokenize._windows(lengths, Data(max_length=limit, overlong="split"))
+    record, start, length = trainer.data.tokenize._windows(lengths, Data(max_length=limit, on_overlong="split"))
     assert length.min() >= 1 and length.max() <= limit
     covered = [(r, t) for r, s, n in zip(record, start, length) for t in range(s, s + n)]
     assert covered == [(r, t) for r, n in enumerate(lengths) for t in range(n)]
@@ -151,17 +151,17 @@ def test_every_label_masked_is_an_error_that_says_why(tmp_path):
     with pytest.raises(UserError, match="facts: every label is masked: .* in 3 samples; none has an assistant turn"):
         make(Dataset.from_list([silent] * 3), tmp_path)
     with pytest.raises(UserError, match="every label is masked: .* in 5 samples; 5 of them are cut off at data.max_length=4"):
-        make(records(5), tmp_path, max_length=4, overlong="truncate")
+        make(records(5), tmp_path, max_length=4, on_overlong="truncate")
     with pytest.raises(UserError, match="all 5 samples are longer than data.max_length=4 and were dropped"):
-        make(records(5), tmp_path, max_length=4, overlong="drop")
+        make(records(5), tmp_path, max_length=4, on_overlong="drop")
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_chat_that_cannot_be_rendered_names_its_record(workers, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer.data.samples, "WORTH_A_PROCESS", 10)
+    monkeypatch.setattr(trainer.data.tokenize, "WORTH_A_PROCESS", 10)
     strict = tiny.CHATML + "{% if messages[0].role != 'user' %}{{ raise_exception('a chat starts with the user') }}{% endif %}"
     data = [*records(30), {"messages": chat("", "A")["messages"][1:], "weight": 1.0}]
-    template, options = ChatTemplate(tiny.tokenizer(), strict), Data(cache=str(tmp_path), workers=workers)
+    template, options = ChatTemplate(tiny.tokenizer(), strict), Data(cache_dir=str(tmp_path), num_proc=workers)
     refusal = r"^facts.jsonl, record 31: chat template of .* refuses turn 1 \(assistant\): a chat starts with the user; mend the chat"
     with pytest.raises(UserError, match=refusal):
         tokenize([(source(), Dataset.from_list(data))], template, options)
@@ -179,10 +179,10 @@ def test_messages_reach_the_template_with_their_extra_keys_and_no_others(tmp_pat
 
 
 def test_processes_change_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer.data.samples, "WORTH_A_PROCESS", 10)
+    monkeypatch.setattr(trainer.data.tokenize, "WORTH_A_PROCESS", 10)
     data = records(50)
-    one = tokenize([(source(), data)], TEMPLATE, Data(cache=str(tmp_path / "one"), workers=1))
-    two = tokenize([(source(), data)], TEMPLATE, Data(cache=str(tmp_path / "two"), workers=2))
+    one = tokenize([(source(), data)], TEMPLATE, Data(cache_dir=str(tmp_path / "one"), num_proc=1))
+    two = tokenize([(source(), data)], TEMPLATE, Data(cache_dir=str(tmp_path / "two"), num_proc=2))
     assert len(list((tmp_path / "two" / "tokens").glob("*.arrow"))) == 2
     assert one.fingerprint == two.fingerprint
     assert all(one[i][0].tolist() == two[i][0].tolist() for i in range(50))
@@ -199,7 +199,7 @@ def test_the_fingerprint_tells_samples_apart(tmp_path):
 def test_the_cache_knows_what_decides_the_tokens(tmp_path, monkeypatch):
     encodes = []
     real = trainer.data.tokenize._encode
-    monkeypatch.setattr(trainer.data.samples, "_encode", lambda *args, **options: encodes.append(1) or real(*args, **options))
+    monkeypatch.setattr(trainer.data.tokenize, "_encode", lambda *args, **options: encodes.append(1) or real(*args, **options))
 
     def passes(data=None, template=TEMPLATE, **options) -> int:
         encodes.clear()
@@ -208,7 +208,7 @@ def test_the_cache_knows_what_decides_the_tokens(tmp_path, monkeypatch):
 
     assert passes() == 1
     assert passes() == 0
-    assert passes(max_length=15, overlong="split") == 0
+    assert passes(max_length=15, on_overlong="split") == 0
     assert passes(train_on="all") == 1
     assert passes(data=records(6)) == 1
     assert passes(template=ChatTemplate(tiny.tokenizer(), tiny.CHATML + " ")) == 1
@@ -227,14 +227,14 @@ def again(*args, **options):
     raise AssertionError("tokenized again")
 trainer.data.tokenize._encode = again
 loaded = load_sources(sys.argv[1], "domain", cache=sys.argv[2])
-print(trainer.data.tokenize.tokenize(loaded, ChatTemplate(tokenizer()), Data(cache=sys.argv[2])).fingerprint)
+print(trainer.data.tokenize.tokenize(loaded, ChatTemplate(tokenizer()), Data(cache_dir=sys.argv[2])).fingerprint)
 """
 
 
 def test_a_second_process_does_not_tokenize_again(tmp_path):
     path, cache = tmp_path / "rows.jsonl", str(tmp_path / "cache")
     path.write_text('{"prompt": "What is 3 + 4?", "completion": "7"}\n' * 3)
-    samples = tokenize(load_sources(str(path), "domain", cache=cache), TEMPLATE, Data(cache=cache))
+    samples = tokenize(load_sources(str(path), "domain", cache=cache), TEMPLATE, Data(cache_dir=cache))
     done = subprocess.run([sys.executable, "-c", SECOND_RUN, str(path), cache], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [samples.fingerprint]
@@ -250,7 +250,7 @@ def test_lengths_of_100_000_samples_come_without_a_loop(tmp_path, monkeypatch):
     lists = [pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(column)) for column in columns]
     table = pa.table({"input_ids": lists[0], "supervised": lists[1], "weight": np.ones(n, np.float32)})
     tokens = Dataset(pa.Table.from_batches(table.to_batches(max_chunksize=1000)))
-    monkeypatch.setattr(trainer.data.samples, "_tokens", lambda *args: tokens)
+    monkeypatch.setattr(trainer.data.tokenize, "_tokens", lambda *args: tokens)
     started = time.process_time()
     samples = make(tokens, tmp_path)
     assert time.process_time() - started < 2

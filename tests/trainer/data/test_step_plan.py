@@ -12,7 +12,7 @@ LENGTHS = np.random.default_rng(0).integers(1, 65, size=500)
 
 def plan(epochs=2.0, max_steps=None, seed=3, weight=1.0, tokens_per_step=256) -> StepPlan:
     mixture = Mixture(LENGTHS, np.zeros(500, dtype=np.int16), [MixtureSource("a", "domain", weight)], seed=seed)
-    batch = BatchSize(tokens_per_pack=128, tokens_per_step=tokens_per_step, max_documents=8)
+    batch = BatchSize(tokens_per_pack=128, tokens_per_step=tokens_per_step, max_samples_per_pack=8)
     return StepPlan(LENGTHS, mixture, batch, epochs, max_steps, seed)
 
 

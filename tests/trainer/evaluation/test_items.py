@@ -84,7 +84,7 @@ def test_an_answer_is_an_index_a_text_a_label_or_a_letter(tmp_path, answer, choi
 
 def test_roles_limits_and_names(tmp_path):
     path = write(tmp_path / "a.jsonl", *({"question": f"{n}?", "answer": "x"} for n in range(5)))
-    general, again, domain = read_files(Data(general=[str(path), Items(str(path), limit=2)], domain=str(path)))
+    general, again, domain = read_files(Data(general=[str(path), Items(str(path), max_records=2)], domain=str(path)))
     assert [(f.name, f.role, len(f.items)) for f in (general, again, domain)] == [
         ("a", "general", 5), ("a (2)", "general", 2), ("a (3)", "domain", 5)]
     assert domain.items[4].place == f"{path}, line 5"

@@ -122,7 +122,7 @@ def test_the_trace_and_the_table(model_folder, chats, tmp_path):  # noqa: F811
 
 def test_a_run_that_stops_early_leaves_what_it_has(model_folder, chats, tmp_path):  # noqa: F811
     """The plan is longer than patience."""
-    result = run(model_folder, chats, tmp_path / "run", "--optim.lr", "1e-30", "--data.heldout_share", "0.1", "--evaluation.every", "2",
+    result = run(model_folder, chats, tmp_path / "run", "--optim.lr", "1e-30", "--data.eval_fraction", "0.1", "--evaluation.every", "2",
                  "--evaluation.patience", "2", "--logging.profile", "2-8")
     assert result.reason == "early stopping" and result.steps == 4
     assert (result.folder / "profile" / "summary.txt").read_text().startswith("profile: 2 steps")

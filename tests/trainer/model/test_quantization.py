@@ -439,7 +439,7 @@ QLORA = ("--method", "qlora", "--optim.name", "adamw_8bit", "--lora.rank", "32",
 
 
 def test_a_qlora_run_resumes_bit_for_bit(folders, chats, tmp_path, monkeypatch):
-    options = (*QLORA, "--max_steps", "6", "--checkpoint.every", "2", "--data.heldout_share", "0.1", "--evaluation.every", "3")
+    options = (*QLORA, "--max_steps", "6", "--checkpoint.every", "2", "--data.eval_fraction", "0.1", "--evaluation.every", "3")
     whole = train(folders("llama"), chats, tmp_path / "whole", *options)
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut" / "adapter")  # as if killed between the checkpoints
@@ -467,10 +467,10 @@ def test_a_qlora_run_of_the_miniature_base(tmp_path, sound_bitsandbytes, capsys)
     domain, heldout = (write_jsonl(training_records(DOMAIN, count, seed=seed), tmp_path / name)
                        for count, seed, name in ((200, 0, "domain.jsonl"), (40, 1, "heldout.jsonl")))
     result = run.train(parse(Config, [
-        "--model.path", str(base), "--method", "qlora", "--optim.name", "adamw_8bit", "--data.train", str(domain), "--data.heldout",
+        "--model.path", str(base), "--method", "qlora", "--optim.name", "adamw_8bit", "--data.train", str(domain), "--data.eval",
         str(heldout), "--output", str(tmp_path / "run"), "--data.max_length", "256", "--batch.tokens_per_pack", "256",
         "--batch.tokens_per_step", "512", "--optim.lr", "5e-3", "--epochs", "4", "--export", "both", "--logging.tensorboard", "false",
-        "--device", "cpu", "--data.workers", "1"], "trainer.run"))
+        "--device", "cpu", "--data.num_proc", "1"], "trainer.run"))
     first, *_, last = (r["loss"] for r in records(result.folder, "eval"))
     shown = capsys.readouterr().out
     assert last < 0.7 * first, (first, last)

@@ -103,7 +103,7 @@ def test_the_page_and_the_logs_have_them(watched):
 
 @pytest.mark.parametrize("more", [
     ("--lora.dropout", "0.1", "--retention.kl", "0.3"), ("--method", "full", "--optim.lr", "1e-3", "--precision", "bf16"),
-    ("--activation_checkpointing", "full", "--data.heldout_share", "0.1"),
+    ("--activation_checkpointing", "full", "--data.eval_fraction", "0.1"),
 ])
 def test_watching_changes_no_weight_and_no_loss(data, tmp_path, no_report, more):
     run(data, tmp_path / "watched", "--retention.every", "2", "--logging.every", "1", *more)
@@ -150,7 +150,7 @@ def test_resuming_with_other_items_is_refused(data, tmp_path, no_report):
 
 
 def test_two_ranks_measure_what_one_does(data, tmp_path):
-    more = ("--retention.every", "4", "--retention.floor", "0.05", "--data.heldout_share", "0.1")
+    more = ("--retention.every", "4", "--retention.floor", "0.05", "--data.eval_fraction", "0.1")
     run(data, tmp_path / "one", *more)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29519", "-m", "trainer.run",
                *arguments(BASE, data / "domain.jsonl", tmp_path / "two", *options(data, *more))]
@@ -238,7 +238,7 @@ def test_where_nothing_holds_the_floor_the_nearest_is_exported_and_the_status_sa
 @pytest.mark.parametrize("heldout", [True, False])
 def test_without_domain_items_the_held_out_loss_decides_or_the_latest(data, tmp_path, scripted, heldout):
     scripted({step: (16,) for step in (2, 4, 6, 8)})
-    more = ("--data.heldout_share", "0.1", "--optim.lr", "0.3", "--evaluation.every", "4") if heldout else ()
+    more = ("--data.eval_fraction", "0.1", "--optim.lr", "0.3", "--evaluation.every", "4") if heldout else ()
     result = run(data, tmp_path / "run", "--retention.domain_items", "[]", "--retention.every", "2", "--retention.floor", "1", *more)
     found = records(result.folder, "retention")
     losses = {r["step"]: r["heldout_loss"] for r in found[1:]} if heldout else {8: 0.0}
@@ -249,7 +249,7 @@ def test_without_domain_items_the_held_out_loss_decides_or_the_latest(data, tmp_
 
 def test_an_early_stop_is_measured_where_it_stops(data, tmp_path, scripted):
     scripted({step: (16, 1) for step in range(9)})
-    more = ("--data.heldout_share", "0.1", "--optim.lr", "1", "--evaluation.every", "1", "--evaluation.patience", "1")
+    more = ("--data.eval_fraction", "0.1", "--optim.lr", "1", "--evaluation.every", "1", "--evaluation.patience", "1")
     result = run(data, tmp_path / "run", "--retention.every", "5", "--retention.floor", "0.5", *more)
     assert result.reason == "early stopping" and result.retention["step"] == result.steps < 5
 
@@ -294,7 +294,7 @@ def test_kept_states_are_those_that_whole_checkpoints_refer_to(tmp_path):
     (["--retention.metric", "choice"], "kept.jsonl: metric choice expects choices, found the columns prompt, answer"),
     (["--retention.items", "DATA/text.jsonl", "--retention.floor", "0.9"],
      "retention.floor: expected general items whose answers are right or wrong, found held-out text alone"),
-    (["--retention.items", "[{path: DATA/kept.jsonl, limit: 0}]"], "retention.items: limit: expected 1 or more items, got 0"),
+    (["--retention.items", "[{path: DATA/kept.jsonl, max_records: 0}]"], "retention.items: max_records: expected 1 or more items, got 0"),
     (["--retention.items", "[{path: DATA/kept.jsonl, metrik: exact}]"],
      "retention.items: expected a path, or a list of items in YAML with the keys path, name, metric"),
     (["--retention.items", "DATA/learnt.jsonl", "--retention.floor", "0.9"],

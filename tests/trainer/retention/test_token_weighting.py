@@ -154,14 +154,15 @@ def test_neither_packs_nor_ranks_matter(prepared):
     whole = token_weighting.base_log_probs(model, given, indices, config.batch, CPU, Distributed())
     ranks = [token_weighting.base_log_probs(model, given, indices, config.batch, CPU, Silent(rank, 3)) for rank in range(3)]
     assert np.array_equal(sum(ranks), whole) and not np.array_equal(ranks[0], whole)
-    one_a_pack = token_weighting.base_log_probs(model, given, indices, BatchSize(max_documents=1), CPU, Distributed())
+    one_a_pack = token_weighting.base_log_probs(model, given, indices, BatchSize(max_samples_per_pack=1), CPU, Distributed())
     np.testing.assert_allclose(one_a_pack, whole, rtol=1e-4, atol=1e-5)
 
 
 def test_parts_of_a_record_are_masked_apart(tokenizer, model_folder, tmp_path):
     """Windows on one record, whose first token is never a target, share its memory."""
     rows = [(f"Count {i}.", f"record {i} " * 30) for i in range(4)]
-    data = Data(train=str(write_chats(tmp_path / "long.jsonl", rows)), max_length=64, overlong="split", cache=str(tmp_path / "cache"))
+    data = Data(train=str(write_chats(tmp_path / "long.jsonl", rows)), max_length=64, on_overlong="split",
+                cache_dir=str(tmp_path / "cache"))
     given = prepare_data(Config(data=data), tokenizer).samples
     assert len(given) > 8
     keep = np.random.default_rng(0).random(given.supervised.sum()) < 0.5
@@ -194,7 +195,7 @@ def test_flow_weights_of_samples_without_loss():
 def test_a_run_learns_with_each(prepared, model_folder, tmp_path, capsys, option):
     data = write_chats(tmp_path / "sums.jsonl")
     result = train(parse(Config, arguments(model_folder, data, tmp_path / "run", "--retention.weighting", option, "--epochs", "2",
-                                           "--retention.stm_threshold", "1000", "--data.heldout_share", "0.1"), "trainer.run"))
+                                           "--retention.stm_threshold", "1000", "--data.eval_fraction", "0.1"), "trainer.run"))
     losses = [r["loss"] for r in records(result.folder, "eval")]
     shown = capsys.readouterr().out
     assert losses[-1] < losses[0] - 0.5 and f"tokens of domain rows weighted by {option.upper()}" in shown

@@ -43,12 +43,12 @@ def test_round_trip_and_keep_last(tmp_path):
 def test_a_changed_configuration_is_refused_by_name(tmp_path):
     config = Config(data=Data(train="a.jsonl"))
     checkpoint.save(tmp_path, State(checkpoint.identity(config, 1, samples="f1"), step=1), optimizer(), keep=1)
-    config.optim.lr, config.logging.every, config.data.workers = 0.5, 99, 7
+    config.optim.lr, config.logging.every, config.data.num_proc = 0.5, 99, 7
     with pytest.raises(UserError) as raised:
         checkpoint.load(checkpoint.newest(tmp_path), checkpoint.identity(config, 1, samples="f2"), optimizer())
     message = str(raised.value)
     assert "optim.lr was 0.0002, is 0.5" in message and "samples was f1, is f2" in message
-    assert "logging" not in message and "workers" not in message
+    assert "logging" not in message and "num_proc" not in message
 
 
 @pytest.mark.parametrize("error", [
