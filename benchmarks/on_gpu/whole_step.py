@@ -34,6 +34,7 @@ from benchmarks.harness.timing import Line, Sample, Samples, StepResult, counted
 from benchmarks.speed.kernel_predictions import MODELS, RANK, Model
 from kernels import linear_cross_entropy
 from trainer.data.batch import PackedBatch, collate
+from trainer.data.samples import Piece
 from trainer.metrics.throughput import model_size
 from trainer.model.quantization import nf4_of, quantized_layers
 
@@ -102,7 +103,7 @@ def long_tailed(count: int, mean: float, longest: int, seed: int) -> list[int]:
 
 
 def packed(samples: Samples, device: torch.device) -> PackedBatch:
-    return collate([(ids, supervised, 1.0, 0) for ids, supervised in samples]).to(device)
+    return collate([Piece(ids, supervised) for ids, supervised in samples]).to(device)
 
 
 def patched(model: nn.Module) -> nn.Module:

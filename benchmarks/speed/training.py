@@ -51,6 +51,7 @@ from benchmarks.speed.baselines import (
 from trainer import config as options
 from trainer.data.batch import collate, pad_batch
 from trainer.data.prepare import prepare_data
+from trainer.data.samples import Piece
 from trainer.errors import UserError
 from trainer.metrics.throughput import model_size
 from trainer.metrics.timers import Phases
@@ -197,7 +198,7 @@ class Steadfast:
         return StepResult(loss.item(), done.tokens, done.supervised, padding, flops)
 
     def step_on(self, samples: Samples) -> StepResult:
-        batch = pad_batch(collate([(ids, supervised, 1.0, 0) for ids, supervised in samples]), self.job.multiples, TOKENS_PER_STEP)
+        batch = pad_batch(collate([Piece(ids, supervised) for ids, supervised in samples]), self.job.multiples, TOKENS_PER_STEP)
         loss, _ = train_step(self.job, StepWork(0, [batch], batch.weight_sum, TokenCounts(), []), self.phases)
         return counted(samples, loss.item(), batch.tokens, self.job.size)
 

@@ -1,62 +1,94 @@
-"""Lay the samples of a pack end to end as one flat batch, and pad it to few shapes."""
+"""Collate the samples of a pack into one flat batch, and pad it to few shapes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from trainer.data.samples import Samples
+from trainer.data.samples import Piece, Samples
 
 
 @dataclass
 class PackedBatch:
     """One pack of n samples, T tokens and S supervised targets: token t predicts token t + 1 of the same sample."""
 
-    input_ids: torch.Tensor  # int64[T]
-    position_ids: torch.Tensor  # int64[T], from 0 in each sample
-    cu_seqlens: torch.Tensor  # int32[n + 1], where samples begin; the last entry is T
+    input_ids: Tensor  # int64[T]
+    position_ids: Tensor  # int64[T], from 0 in each sample
+    cu_seqlens: Tensor  # int32[n + 1], where samples begin; the last entry is T
     max_seqlen: int  # tokens of the longest sample
-    supervised_rows: torch.Tensor  # int64[S], the t whose next token is supervised
-    targets: torch.Tensor  # int64[S], those next tokens
-    weights: torch.Tensor  # float32[S], the weight of each target's sample
-    source: torch.Tensor  # int16[n]
-    tokens: int  # T, without what fills the batch up
+    supervised_rows: Tensor  # int64[S], the t whose next token is supervised
+    targets: Tensor  # int64[S], those next tokens
+    weights: Tensor  # float32[S], the weight of each target's sample
+    source: Tensor  # int16[n]
+    tokens: int  # T, without padding
     weight_sum: float  # sum of weights, on the host, so that normalising a step needs no synchronisation
-    tempered: torch.Tensor | None = None  # bool[S], targets whose loss is weighted by its own probability (retention/token_weighting.py)
-    counted: torch.Tensor | None = None  # int64[K], which supervised rows, or tokens, a divergence counts (trainer/retention/kl.py)
-    counted_weights: torch.Tensor | None = None  # float32[K], the weight of each one's sample
-    reference: PackedBatch | None = None  # the samples of those alone, a pack for the base
-    base_states: torch.Tensor | None = None  # instead of it, [K, W]: what the base made of it before (trainer/retention/cached_base.py)
+    dft_mask: Tensor | None = None  # bool[S], targets whose loss DFT weights by its own probability; None: no target
+    kl: KlRows | None = None  # None: the KL to the base counts no token of this pack
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        """Return the batch with its tensors on `device`."""
+        return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> PackedBatch:
-        return self._map(torch.Tensor.pin_memory)
+        """Return the batch with its tensors in page-locked memory, from which copies to a GPU are asynchronous."""
+        return self._with_tensors(Tensor.pin_memory)
 
-    def _map(self, move) -> PackedBatch:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: move(value) for name, value in values.items() if isinstance(value, torch.Tensor)},
-                       **{name: value._map(move) for name, value in values.items() if isinstance(value, PackedBatch)})
+    def _with_tensors(self, move: Callable[[Tensor], Tensor]) -> PackedBatch:
+        return replace(
+            self,
+            input_ids=move(self.input_ids),
+            position_ids=move(self.position_ids),
+            cu_seqlens=move(self.cu_seqlens),
+            supervised_rows=move(self.supervised_rows),
+            targets=move(self.targets),
+            weights=move(self.weights),
+            source=move(self.source),
+            dft_mask=None if self.dft_mask is None else move(self.dft_mask),
+            kl=None if self.kl is None else self.kl.with_tensors(move),
+        )
 
 
-def collate(samples: Sequence[tuple]) -> PackedBatch:
-    """Lay samples (input_ids int32[len], supervised bool[len], weight, source, ...) end to end, in the order given.
+@dataclass
+class KlRows:
+    """The K rows of a pack at which the KL to the base is computed, and the base's side of it (trainer/retention/kl.py).
 
-    A sample's first token is never a target: nothing precedes it. S may be 0. ValueError without samples, or with an
-    empty one.
+    The base's hidden states are computed from `reference`, or come from the cache as `cached_states`: one of the two is set.
     """
-    lengths = np.array([len(input_ids) for input_ids, *_ in samples], dtype=np.int64)
+
+    rows: Tensor  # int64[K], indices into `supervised_rows`; with `retention.kl_positions: all`, into the pack's tokens
+    weights: Tensor  # float32[K], the weight of each row's sample
+    reference: PackedBatch | None = None  # the samples that these rows are in, packed for the base
+    reference_rows: Tensor | None = None  # int64[K], the rows as tokens of `reference`
+    cached_states: Tensor | None = None  # [K, W], the base's last hidden states at the rows
+
+    def with_tensors(self, move: Callable[[Tensor], Tensor]) -> KlRows:
+        """Return the rows with every tensor replaced by what `move` returns for it."""
+        return KlRows(
+            rows=move(self.rows),
+            weights=move(self.weights),
+            reference=None if self.reference is None else self.reference._with_tensors(move),
+            reference_rows=None if self.reference_rows is None else move(self.reference_rows),
+            cached_states=None if self.cached_states is None else move(self.cached_states),
+        )
+
+
+def collate(samples: Sequence[Piece]) -> PackedBatch:
+    """Concatenate samples into one batch, in the order given.
+
+    A sample's first token is never a target: nothing precedes it. S may be 0. Raises ValueError without samples, or with an empty one.
+    """
+    lengths = np.array([len(sample.input_ids) for sample in samples], dtype=np.int64)
     if not lengths.size or not lengths.all():
         raise ValueError(f"collate: expected one or more samples of at least 1 token, got lengths {lengths.tolist()}")
-    input_ids = np.concatenate([sample[0] for sample in samples]).astype(np.int64)  # (T,)
-    supervised = np.concatenate([sample[1] for sample in samples]).astype(bool)  # (T,)
-    weights = np.array([sample[2] for sample in samples], dtype=np.float32)  # (n,)
-    source = np.array([sample[3] for sample in samples], dtype=np.int16)  # (n,)
+    input_ids = np.concatenate([sample.input_ids for sample in samples]).astype(np.int64)  # (T,)
+    supervised = np.concatenate([sample.supervised for sample in samples]).astype(bool)  # (T,)
+    weights = np.array([sample.weight for sample in samples], dtype=np.float32)  # (n,)
+    source = np.array([sample.source for sample in samples], dtype=np.int16)  # (n,)
 
     starts = np.concatenate([[0], np.cumsum(lengths)])  # (n + 1,)
     sample_of = np.repeat(np.arange(len(lengths)), lengths)  # (T,)
@@ -78,38 +110,51 @@ def collate(samples: Sequence[tuple]) -> PackedBatch:
 
 
 class PadTo(NamedTuple):
-    """What a batch is filled up to multiples of: its tokens, and its supervised rows."""
+    """Multiples to which a batch's sizes are padded."""
 
     tokens: int
-    rows: int
+    rows: int  # supervised rows
 
 
 NO_PADDING = PadTo(1, 1)
 
 
 def pad_batch(batch: PackedBatch, multiples: PadTo, capacity: int) -> PackedBatch:
-    """The same with one more sample that nothing reads, and with supervised rows of weight 0; of no more than `capacity` tokens. The pack
-    for the base alike."""
+    """Pad a batch, and the KL reference in it, to multiples of tokens and rows.
+
+    Appends one dummy sample that no row reads, up to `capacity` tokens in all, and supervised rows of weight 0. A batch that needs no
+    padding is returned itself.
+    """
     tokens = max(0, min(-batch.tokens % multiples.tokens, capacity - batch.tokens))
     rows = -len(batch.targets) % multiples.rows
     if tokens:
         batch = replace(
-            batch, input_ids=_longer(batch.input_ids, tokens), max_seqlen=max(batch.max_seqlen, tokens),
+            batch,
+            input_ids=_pad(batch.input_ids, tokens),
             position_ids=torch.cat([batch.position_ids, torch.arange(tokens)]),
-            cu_seqlens=torch.cat([batch.cu_seqlens, batch.cu_seqlens.new_tensor([batch.tokens + tokens])]))
+            cu_seqlens=torch.cat([batch.cu_seqlens, batch.cu_seqlens.new_tensor([batch.tokens + tokens])]),
+            max_seqlen=max(batch.max_seqlen, tokens),
+        )
     if rows:
-        by_row = {name: getattr(batch, name) for name in ("supervised_rows", "targets", "weights", "tempered")}
-        batch = replace(batch, **{name: None if values is None else _longer(values, rows) for name, values in by_row.items()})
-    return batch if batch.reference is None else replace(batch, reference=pad_batch(batch.reference, multiples, capacity))
+        batch = replace(
+            batch,
+            supervised_rows=_pad(batch.supervised_rows, rows),
+            targets=_pad(batch.targets, rows),
+            weights=_pad(batch.weights, rows),
+            dft_mask=None if batch.dft_mask is None else _pad(batch.dft_mask, rows),
+        )
+    if batch.kl is None or batch.kl.reference is None:
+        return batch
+    return replace(batch, kl=replace(batch.kl, reference=pad_batch(batch.kl.reference, multiples, capacity)))
 
 
-def _longer(values: torch.Tensor, by: int) -> torch.Tensor:
-    """With zeros at its end."""
-    return torch.cat([values, values.new_zeros(by)])
+def _pad(values: Tensor, count: int) -> Tensor:
+    """Append `count` zeros."""
+    return torch.cat([values, values.new_zeros(count)])
 
 
 def batches(samples: Samples, packs: Sequence[np.ndarray], device: torch.device,
-            collate_fn: Callable[[list[tuple]], PackedBatch] = collate) -> list[PackedBatch]:
+            collate_fn: Callable[[Sequence[Piece]], PackedBatch] = collate) -> list[PackedBatch]:
     """Collate packs of sample indices with `collate_fn` and copy them to the device."""
     collated = (collate_fn([samples.piece(i) for i in pack]) for pack in packs)
     if device.type == "cpu":

@@ -88,7 +88,7 @@ def data_summary(inputs: TrainingData, config: Config) -> dict:
     for i, share in enumerate(shares):
         here = samples.sources == i
         facts = {**asdict(share), "rows_per_epoch": share.rows, "tokens": int(samples.lengths[here].sum())}
-        sources.append({**facts, "supervised": int(samples.supervised[here].sum()), **samples.over[share.name]})
+        sources.append({**facts, "supervised": int(samples.supervised[here].sum()), **samples.length_report[share.name]})
     return {
         "sources": sources, "lengths": samples.lengths.tolist(), "pack_fill": fills, "tokens_per_pack": config.batch.tokens_per_pack,
         "packing_efficiency": sum(fills) / (len(fills) * config.batch.tokens_per_pack),

@@ -11,8 +11,19 @@ import hashlib
 import json
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
+
+
+class Piece(NamedTuple):
+    """One sample of a pack, as `collate` takes it."""
+
+    input_ids: np.ndarray  # int32[length]
+    supervised: np.ndarray  # bool[length]
+    weight: float = 1.0
+    source: int = 0
+    index: int = 0  # of the sample in its `Samples`
 
 
 @dataclass
@@ -20,7 +31,7 @@ class Samples:
     """n samples. Sample i is `samples[i]`: its token ids, int32, and for each whether it is supervised."""
 
     names: list[str]  # of the sources, each different
-    over: dict[str, dict[str, int]]  # of each source: see `_cut`
+    length_report: dict[str, dict[str, int]]  # of each source, by name: what cutting to length did (trainer/data/tokenize.py, `_cut`)
     lengths: np.ndarray  # int64[n], tokens
     supervised: np.ndarray  # int64[n], supervised tokens that have a token before them
     weights: np.ndarray  # float32[n]
@@ -38,12 +49,12 @@ class Samples:
         window = slice(self._begin[i], self._begin[i] + self.lengths[i])
         return ids[window], flags[window].view(np.bool_)
 
-    def piece(self, i: int) -> tuple[np.ndarray, np.ndarray, float, int, int]:
-        """What a pack is made of: token ids, flags, weight, source, and which sample it is."""
-        return *self[i], self.weights[i], self.sources[i], i
+    def piece(self, i: int) -> Piece:
+        """Return sample i as a member of a pack."""
+        return Piece(*self[i], self.weights[i], self.sources[i], i)
 
     def select(self, indices: np.ndarray) -> Samples:
-        """The samples at `indices`, in that order; `over` still tells of the whole."""
+        """The samples at `indices`, in that order; `length_report` still describes all of them."""
         arrays = ("lengths", "supervised", "weights", "sources", "records", "_chunk", "_begin")
         return replace(self, **{name: getattr(self, name)[indices] for name in arrays})
 

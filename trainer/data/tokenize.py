@@ -35,8 +35,8 @@ def tokenize(sources: list[tuple[Source, Dataset]], template: ChatTemplate, data
     names = distinct_names([source.name for source, _ in sources])
     tokens = [_tokens(source, records, template, data) for source, records in sources]
     parts = [_cut(one, name, data) for one, name in zip(tokens, names)]
-    over = {name: tally for name, (_, tally) in zip(names, parts)}
-    return _join([part for part, _ in parts], names, over)
+    length_report = {name: counts for name, (_, counts) in zip(names, parts)}
+    return _join([part for part, _ in parts], names, length_report)
 
 
 def distinct_names(names: Sequence[str]) -> list[str]:
@@ -162,13 +162,13 @@ def _nothing_left(lengths: np.ndarray, name: str, data: Data) -> str:
             f"found none in {n:,} samples; {reason}")
 
 
-def _join(parts: list[Samples], names: list[str], over: dict[str, dict[str, int]]) -> Samples:
+def _join(parts: list[Samples], names: list[str], length_report: dict[str, dict[str, int]]) -> Samples:
     """The samples of all sources as one."""
     first_chunk = np.cumsum([0] + [len(part._chunks) for part in parts])
     joined = ("lengths", "supervised", "weights", "records", "_begin")
     columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in joined}
     return Samples(
-        names, over, **columns,
+        names, length_report, **columns,
         sources=np.repeat(np.arange(len(parts), dtype=np.int16), [len(part) for part in parts]),
         _chunks=[chunk for part in parts for chunk in part._chunks],
         _chunk=np.concatenate([part._chunk + np.int32(first) for part, first in zip(parts, first_chunk)]))

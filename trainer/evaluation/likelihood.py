@@ -20,6 +20,7 @@ from kernels.linear_cross_entropy import linear_log_prob
 from kernels.linear_kl import linear_kl
 from trainer.data.batch import PackedBatch, collate
 from trainer.data.packing import pack
+from trainer.data.samples import Piece
 from trainer.evaluation.tokens import Sample
 from trainer.model.forward import LmHead, forward_hidden, lm_head
 
@@ -77,7 +78,7 @@ def measure(model: nn.Module, samples: Sequence[Sample], capacity: int, *, remem
     found, keep, out = [Likelihood(0.0) for _ in samples], set(keep), lm_head(model)
     device = out.weight.device
     for numbers in pack([len(sample.ids) for sample in samples], capacity, DOCUMENTS, seed=0) if samples else ():
-        batch = collate([(samples[i].ids, samples[i].scored, 1.0, 0) for i in numbers]).to(device)
+        batch = collate([Piece(samples[i].ids, samples[i].scored) for i in numbers]).to(device)
         rows = forward_hidden(model, batch, batch.supervised_rows)  # (S, D)
         logprobs = linear_log_prob(rows, out.weight, batch.targets, bias=out.bias, ignore_index=None, softcap=out.softcap,
                                    logit_scale=out.logit_scale)

@@ -91,7 +91,7 @@ def announce(folder: Path, rows: Layout) -> str:
 def layout(held: KlToBase, samples: Samples, plan: StepPlan, dtype: torch.dtype) -> Layout:
     """The rows of the samples that the plan sees, elements of this dtype."""
     seen, counts = plan.seen(), np.zeros(len(samples), dtype=np.int64)
-    counted = seen[held.counted[samples.sources[seen]]]
+    counted = seen[held.kl_sources[samples.sources[seen]]]
     counts[counted] = held.targets(samples, counted)
     return Layout(counts, lm_head(held.base.model).weight.shape[1], dtype)
 
@@ -159,7 +159,7 @@ def _read(held: KlToBase, samples: Samples, rows: Layout, settings: config.Batch
     packs = pack(samples.lengths[counted], settings.tokens_per_pack, settings.max_samples_per_pack, seed=0)
     for members in packs[dist.rank :: dist.size]:
         batch, = batches(samples, [counted[members]], device, held.collate)
-        yield counted[members], held.base.hidden(batch.reference, batch.reference.counted).to("cpu", rows.dtype)
+        yield counted[members], held.base.hidden(batch.kl.reference, batch.kl.reference_rows).to("cpu", rows.dtype)
 
 
 def _write(aside: Path, rows: Layout, made: Iterable[tuple[np.ndarray, Tensor]]) -> OSError | None:

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from kernels import linear_kl
 from trainer import config
-from trainer.data.batch import PackedBatch, collate
-from trainer.data.samples import Samples
+from trainer.data.batch import KlRows, PackedBatch, collate
+from trainer.data.samples import Piece, Samples
 from trainer.errors import UserError
 from trainer.metrics.timers import Phases
 from trainer.model.forward import LmHead, forward_hidden, lm_head, supervised_hidden
@@ -77,8 +77,8 @@ class KlToBase:
 
     settings: config.Retention
     base: FrozenBase | None  # None: no divergence is asked for
-    counted: np.ndarray  # bool[sources], those whose tokens the divergence counts
-    tempered: np.ndarray  # bool[sources], those whose losses are weighted by their own probability (DFT)
+    kl_sources: np.ndarray  # bool[sources], those on whose samples the KL is computed
+    dft_sources: np.ndarray  # bool[sources], those whose losses DFT weights by their own probability
     stored: Callable[[Sequence[int]], Tensor] | None = None  # the base's hidden states of these samples [K, W]; None: it runs in each step
     kept_head: LmHead | None = None  # the base's, where that of `base.model` is trained
 
@@ -86,38 +86,46 @@ class KlToBase:
         """How many tokens of each of these samples the divergence counts: int64[n]."""
         return samples.supervised[indices] if self.among_supervised else samples.lengths[indices] - 1
 
-    def collate(self, samples: Sequence[tuple]) -> PackedBatch:
-        """The pack, with the rows that the divergence counts and those that DFT weights, and the counted samples as a pack of their own."""
+    def collate(self, samples: Sequence[Piece]) -> PackedBatch:
+        """Collate a pack with its DFT mask and its KL rows."""
         batch = collate(samples)
-        if self.tempered.any():
-            batch.tempered = torch.from_numpy(self.tempered[batch.source.numpy()[_sample_of(batch.supervised_rows.numpy(), batch)]])
-        held = [sample for sample in samples if self.counted[sample[3]]]
-        rows = self._counted_rows(batch)
-        if len(rows):
-            weights = np.array([sample[2] for sample in samples], dtype=np.float32)
-            batch.counted_weights = torch.from_numpy(weights[_sample_of(rows, batch)])
-            batch.counted = torch.from_numpy(np.searchsorted(batch.supervised_rows.numpy(), rows) if self.among_supervised else rows)
-            if self.stored:
-                batch.base_states = self.stored([sample[4] for sample in held])
-            else:
-                batch.reference = collate(held)
-                batch.reference.counted = torch.from_numpy(self._counted_rows(batch.reference))
+        if self.dft_sources.any():
+            batch.dft_mask = torch.from_numpy(self.dft_sources[batch.source.numpy()[_sample_of(batch.supervised_rows.numpy(), batch)]])
+        batch.kl = self._kl_rows(samples, batch)
         return batch
 
-    def _counted_rows(self, batch: PackedBatch) -> np.ndarray:
-        """The t whose next token the divergence counts: int64[K]."""
+    def _kl_rows(self, samples: Sequence[Piece], batch: PackedBatch) -> KlRows | None:
+        """Return the KL rows of a pack, with the pack of their samples for the base to read, or with its cached states."""
+        tokens = self._kl_tokens(batch)
+        if not len(tokens):
+            return None
+        rows = np.searchsorted(batch.supervised_rows.numpy(), tokens) if self.among_supervised else tokens
+        weights = np.array([sample.weight for sample in samples], dtype=np.float32)[_sample_of(tokens, batch)]
+        kl = KlRows(torch.from_numpy(rows), torch.from_numpy(weights))
+        kl_samples = [sample for sample in samples if self.kl_sources[sample.source]]
+        if self.stored:
+            kl.cached_states = self.stored([sample.index for sample in kl_samples])
+        else:
+            kl.reference = collate(kl_samples)
+            kl.reference_rows = torch.from_numpy(self._kl_tokens(kl.reference))
+        return kl
+
+    def _kl_tokens(self, batch: PackedBatch) -> np.ndarray:
+        """Return the t of a pack at whose next token the KL is computed: int64[K]."""
         if self.among_supervised:
             rows = batch.supervised_rows.numpy()
         else:
             rows = np.delete(np.arange(batch.tokens), batch.cu_seqlens.numpy()[1:] - 1)  # nothing follows a sample's last token
-        return rows[self.counted[batch.source.numpy()[_sample_of(rows, batch)]]]
+        return rows[self.kl_sources[batch.source.numpy()[_sample_of(rows, batch)]]]
 
     def look_up(self, batch: PackedBatch, phases: Phases) -> Tensor | None:
-        """The base's hidden states [K, W] at the counted rows, in their order; None where there are none."""
-        if batch.reference is None:
-            return batch.base_states
+        """Return the base's hidden states [K, W] at the KL rows; None where the pack has none."""
+        if batch.kl is None:
+            return None
+        if batch.kl.cached_states is not None:
+            return batch.kl.cached_states
         with phases("base"):
-            return self.base.hidden(batch.reference, batch.reference.counted)
+            return self.base.hidden(batch.kl.reference, batch.kl.reference_rows)
 
     @property
     def among_supervised(self) -> bool:
@@ -131,7 +139,7 @@ class KlToBase:
         else:
             hidden = forward_hidden(model, batch)
             at_rows = hidden.index_select(0, batch.supervised_rows)
-        return at_rows, hidden.index_select(0, batch.counted)
+        return at_rows, hidden.index_select(0, batch.kl.rows)
 
     def divergence(self, out: LmHead, hidden: Tensor, batch: PackedBatch, reference: Tensor) -> Tensor:
         """Sum of weight * divergence over the counted rows, whose hidden states are given [K, W]. A frozen head serves both sides."""
@@ -139,7 +147,7 @@ class KlToBase:
         other = (None, None) if theirs.weight is out.weight else (theirs.weight, theirs.bias)
         return linear_kl(
             hidden, out.weight, reference, other[0], divergence=DIVERGENCES[self.settings.kl_direction],
-            bias=out.bias, bias_ref=other[1], token_weight=batch.counted_weights, softcap=out.softcap, logit_scale=out.logit_scale,
+            bias=out.bias, bias_ref=other[1], token_weight=batch.kl.weights, softcap=out.softcap, logit_scale=out.logit_scale,
             reduction="sum")
 
 

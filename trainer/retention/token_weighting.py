@@ -32,9 +32,9 @@ from trainer.retention.kl import FrozenBase, chosen
 from trainer.runtime.distributed import Distributed
 
 
-def own_probability(losses: Tensor, tempered: Tensor) -> Tensor:
-    """DFT's weights [S] of tokens with these losses [S]: the probability of those that `tempered` marks, 1 of the others."""
-    return torch.where(tempered, torch.exp(-losses.detach()), 1.0)
+def own_probability(losses: Tensor, dft_mask: Tensor) -> Tensor:
+    """DFT's weights [S] of tokens with these losses [S]: the probability of those in `dft_mask`, 1 of the others."""
+    return torch.where(dft_mask, torch.exp(-losses.detach()), 1.0)
 
 
 def reweighted(samples: Samples, settings: config.Config, model: nn.Module, roles: Sequence[str], device: torch.device,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trainer.data.batch import NO_PADDING, PackedBatch, PadTo, batches, collate, pad_batch
-from trainer.data.samples import Samples
+from trainer.data.samples import Piece, Samples
 from trainer.data.step_plan import StepPlan
 from trainer.metrics.timers import Phases
 from trainer.retention.kl import KlToBase
@@ -42,7 +42,7 @@ class StepWork:
     weight: float
     counts: TokenCounts
     sources: list[str]
-    counted_weight: float = 0.0  # of the targets that a divergence from the base counts
+    kl_weight_sum: float = 0.0  # sum of the KL rows' weights, over all packs and ranks
     divergence: Tensor | None = field(default=None, compare=False)  # this rank's share of it, once the step has run; None: none counted
 
 
@@ -65,19 +65,19 @@ def prepare(plan: StepPlan, samples: Samples, step: int, dist: Distributed, devi
     """Collate this rank's packs of a step, filled up to `multiples`; count the whole step, without what fills it."""
     packs = plan[step]
     indices = np.concatenate(packs)
-    counted = indices[retention.counted[samples.sources[indices]]] if retention else indices[:0]
-    targets = retention.targets(samples, counted) if retention else samples.supervised[counted]
-    read = counted[:0] if retention and retention.stored else counted  # what is stored meets only the head
+    kl_samples = indices[retention.kl_sources[samples.sources[indices]]] if retention else indices[:0]
+    targets = retention.targets(samples, kl_samples) if retention else samples.supervised[kl_samples]
+    read = kl_samples[:0] if retention and retention.stored else kl_samples  # what is stored meets only the head
     counts = TokenCounts(*totals(samples, indices, samples.supervised[indices]), len(packs) * plan.batch.tokens_per_pack,
                     *totals(samples, read, targets))
     sources = [samples.names[s] for s in np.unique(samples.sources[indices])]
 
-    def lay(pieces: list[tuple]) -> PackedBatch:
+    def lay(pieces: list[Piece]) -> PackedBatch:
         return pad_batch((retention.collate if retention else collate)(pieces), multiples, plan.batch.tokens_per_pack)
 
     mine = batches(samples, packs[dist.rank :: dist.size], device, lay)
     weight = max(supervised_weight(samples, indices), 1e-8)
-    return StepWork(step, mine, weight, counts, sources, counted_weight=weight_of(samples, counted, targets))
+    return StepWork(step, mine, weight, counts, sources, kl_weight_sum=weight_of(samples, kl_samples, targets))
 
 
 def totals(samples: Samples, indices: np.ndarray, targets: np.ndarray) -> tuple[int, int, int]:
@@ -93,5 +93,3 @@ def supervised_weight(samples: Samples, indices: np.ndarray) -> float:
 
 def weight_of(samples: Samples, indices: np.ndarray, targets: np.ndarray) -> float:
     return float((targets * samples.weights[indices].astype(np.float64)).sum())
-
-

@@ -106,7 +106,7 @@ def train_step(job: Job, work: StepWork, phases: Phases) -> tuple[Tensor, Tensor
     """
     torch.manual_seed(hash_seed(job.config.seed, work.step, job.dist.rank))  # dropout's draws depend on the step alone
     total = torch.zeros((), device=job.device)
-    held = job.retention if work.counted_weight > 0 else None
+    held = job.retention if work.kl_weight_sum > 0 else None
     work.divergence = torch.zeros((), device=job.device) if held else None
     for batch in work.batches:
         reference = held.look_up(batch, phases) if held else None
@@ -116,7 +116,7 @@ def train_step(job: Job, work: StepWork, phases: Phases) -> tuple[Tensor, Tensor
             else:
                 (supervised, counted), out = held.hidden(job.model, batch), lm_head(job.model)
                 loss = cross_entropy(out, supervised, batch) / work.weight
-                divergence = held.divergence(out, counted, batch, reference) / work.counted_weight
+                divergence = held.divergence(out, counted, batch, reference) / work.kl_weight_sum
                 objective = loss + held.settings.kl * divergence
                 work.divergence += divergence.detach()
         with phases("backward"):

@@ -16,9 +16,9 @@ def batch_loss(model: nn.Module, batch: PackedBatch) -> Tensor:
 
 
 def cross_entropy(out: LmHead, hidden: Tensor, batch: PackedBatch) -> Tensor:
-    """The same of hidden states [S, D]. Tokens that the batch calls tempered weigh their own probability too."""
+    """The same of hidden states [S, D]. Tokens of the batch's DFT mask weigh their own probability too."""
     fixed = {"bias": out.bias, "ignore_index": None, "softcap": out.softcap, "logit_scale": out.logit_scale}
-    if batch.tempered is None:
+    if batch.dft_mask is None:
         return linear_cross_entropy(hidden, out.weight, batch.targets, token_weight=batch.weights, reduction="sum", **fixed)
     losses = linear_cross_entropy(hidden, out.weight, batch.targets, reduction="none", **fixed)
-    return losses.dot((batch.weights * own_probability(losses, batch.tempered)).to(losses.dtype))
+    return losses.dot((batch.weights * own_probability(losses, batch.dft_mask)).to(losses.dtype))

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from trainer.data.batch import NO_PADDING, PackedBatch, PadTo, collate, pad_batch
 from trainer.data.packing import pack
+from trainer.data.samples import Piece
 
 unhurried = settings(deadline=None)  # a busy machine is no failure
 
@@ -139,7 +140,7 @@ def sample_lists(draw):
         supervised = draw(st.lists(st.booleans(), min_size=1, max_size=12))
         ids = draw(st.lists(st.integers(0, 2**31 - 1), min_size=len(supervised), max_size=len(supervised)))
         weight = draw(st.floats(0.125, 8, width=32))
-        samples.append((np.array(ids, np.int32), np.array(supervised, np.bool_), weight, number % 3))
+        samples.append(Piece(np.array(ids, np.int32), np.array(supervised, np.bool_), weight, number % 3))
     return samples
 
 
@@ -147,7 +148,7 @@ def sample_lists(draw):
 @given(sample_lists())
 def test_batch_against_a_loop_over_tokens(samples):
     ids, positions, rows, targets, weights, starts = [], [], [], [], [], [0]
-    for input_ids, supervised, weight, _ in samples:
+    for input_ids, supervised, weight, *_ in samples:
         for t in range(len(input_ids)):
             if t + 1 < len(input_ids) and supervised[t + 1]:
                 rows.append(len(ids))
@@ -163,15 +164,15 @@ def test_batch_against_a_loop_over_tokens(samples):
     assert batch.supervised_rows.tolist() == rows
     assert batch.targets.tolist() == targets
     assert batch.weights.tolist() == weights
-    assert batch.source.tolist() == [source for *_, source in samples]
+    assert batch.source.tolist() == [sample.source for sample in samples]
     assert batch.max_seqlen == max(len(input_ids) for input_ids, *_ in samples)
     assert batch.tokens == len(ids)
     assert batch.weight_sum == pytest.approx(sum(weights), rel=1e-12)
 
 
-def two_samples() -> list:
-    first = (np.array([10, 11, 12], np.int32), np.array([False, True, True]), 1.0, 0)
-    second = (np.array([20, 21], np.int32), np.array([True, True]), 0.5, 2)
+def two_samples() -> list[Piece]:
+    first = Piece(np.array([10, 11, 12], np.int32), np.array([False, True, True]), 1.0, 0)
+    second = Piece(np.array([20, 21], np.int32), np.array([True, True]), 0.5, 2)
     return [first, second]
 
 
@@ -201,7 +202,7 @@ def test_collate_leaves_the_samples_alone():
 
 def test_no_supervised_target():
     first, second = (np.array([4, 5], np.int32), np.array([True, False])), (np.array([6], np.int32), np.array([True]))
-    batch = collate([(*first, 1.0, 0), (*second, 1.0, 0)])
+    batch = collate([Piece(*first), Piece(*second)])
     assert batch.targets.shape == batch.supervised_rows.shape == batch.weights.shape == (0,)
     assert batch.targets.dtype == torch.int64 and batch.weights.dtype == torch.float32
     assert batch.weight_sum == 0.0
@@ -212,7 +213,7 @@ def test_empty_samples_are_refused():
     with pytest.raises(ValueError, match="collate"):
         collate([])
     with pytest.raises(ValueError, match="collate"):
-        collate([*two_samples(), (np.array([], np.int32), np.array([], np.bool_), 1.0, 0)])
+        collate([*two_samples(), Piece(np.array([], np.int32), np.array([], np.bool_))])
 
 
 def test_moving_keeps_host_numbers():
@@ -225,8 +226,8 @@ def test_moving_keeps_host_numbers():
     assert batch.input_ids.device.type == "cpu"
 
 
-def chats(*lengths) -> list[tuple]:
-    return [(np.arange(5, 5 + n, dtype=np.int32), np.arange(n) >= n // 2, 0.5, 0) for n in lengths]
+def chats(*lengths) -> list[Piece]:
+    return [Piece(np.arange(5, 5 + n, dtype=np.int32), np.arange(n) >= n // 2, 0.5, 0) for n in lengths]
 
 
 def test_a_filled_batch_has_one_more_sample_and_rows_without_weight():
@@ -249,5 +250,5 @@ def test_filling_stays_within_the_capacity():
 
 
 def test_a_batch_without_targets_stays_so():
-    silent = collate([(ids, np.zeros(len(ids), bool), weight, source) for ids, _, weight, source in chats(5)])
+    silent = collate([sample._replace(supervised=np.zeros(5, bool)) for sample in chats(5)])
     assert not len(pad_batch(silent, PadTo(8, 32), capacity=100).targets)

@@ -56,14 +56,14 @@ def test_samples_are_the_encoded_chats(tmp_path):
     np.testing.assert_array_equal(samples.lengths, [len(e.input_ids) for e in expected])
     np.testing.assert_array_equal(samples.supervised, [sum(e.supervised) for e in expected])
     np.testing.assert_array_equal(samples.weights, np.float32(data["weight"]))
-    assert samples.over == {"facts": {"kept": 1203, "dropped": 0, "truncated": 0, "split": 0, "unsupervised": 0, "tokens_lost": 0}}
+    assert samples.length_report == {"facts": {"kept": 1203, "dropped": 0, "truncated": 0, "split": 0, "unsupervised": 0, "tokens_lost": 0}}
 
 
 def test_several_sources_lie_one_after_the_other(tmp_path):
     text = Dataset.from_list([{"text": "The quick brown fox", "weight": 2.0}] * 3)
     sources = [(source("a"), records(5)), (source("b"), text), (source("a"), records(2))]
     samples = tokenize(sources, TEMPLATE, Data(cache_dir=str(tmp_path)))
-    assert samples.names == ["a", "b", "a (2)"] and list(samples.over) == samples.names
+    assert samples.names == ["a", "b", "a (2)"] and list(samples.length_report) == samples.names
     assert samples.sources.tolist() == [0] * 5 + [1] * 3 + [2] * 2
     assert samples[6][0].tolist() == TEMPLATE.encode_text("The quick brown fox").input_ids
     assert samples[8][0].tolist() == samples[0][0].tolist()
@@ -106,7 +106,7 @@ def test_longer_samples(overlong, mixed):
 def test_every_lost_token_is_counted(overlong, mixed):
     data, expected, cache = mixed
     samples = make(data, cache, max_length=LIMIT, on_overlong=overlong)
-    tally, long = samples.over["facts"], sum(len(ids) > LIMIT for ids, _ in expected)
+    tally, long = samples.length_report["facts"], sum(len(ids) > LIMIT for ids, _ in expected)
     assert 0 < long < len(expected)
     what = {"drop": "dropped", "truncate": "truncated", "split": "split"}
     assert {key: tally[key] for key in what.values()} == {key: long if key == what[overlong] else 0 for key in what.values()}
@@ -142,8 +142,8 @@ def test_samples_without_a_target_are_counted_and_left_out(tmp_path):
     silent = {"messages": [{"role": "user", "content": "Hello?", "extra": None}], "weight": 1.0}
     data = Dataset.from_list([chat("Q", "A"), silent, chat("Q", "B"), silent])
     samples = make(data, tmp_path)
-    assert len(samples) == 2 and samples.over["facts"]["unsupervised"] == 2
-    assert samples.over["facts"]["tokens_lost"] == 2 * len(TEMPLATE.encode([{"role": "user", "content": "Hello?"}]).input_ids)
+    assert len(samples) == 2 and samples.length_report["facts"]["unsupervised"] == 2
+    assert samples.length_report["facts"]["tokens_lost"] == 2 * len(TEMPLATE.encode([{"role": "user", "content": "Hello?"}]).input_ids)
 
 
 def test_every_label_masked_is_an_error_that_says_why(tmp_path):
@@ -217,7 +217,7 @@ def test_the_cache_knows_what_decides_the_tokens(tmp_path, monkeypatch):
 
 
 SECOND_RUN = """
-import sys, trainer.data.samples
+import sys, trainer.data.tokenize
 from tests.helpers.tiny import tokenizer
 from trainer.data.chat_template import ChatTemplate
 from trainer.config import Data

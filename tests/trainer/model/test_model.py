@@ -23,6 +23,7 @@ from tests.helpers import tiny
 from tests.helpers.kernels import triton_mode
 from trainer.config import Config, Model
 from trainer.data.batch import NO_PADDING, collate
+from trainer.data.samples import Piece
 from trainer.errors import UserError
 from trainer.model import families
 from trainer.model.families import FAMILIES
@@ -55,7 +56,7 @@ UNKNOWN = {  # family: (settings, whether it packs)
 
 def pack(lengths=LENGTHS, vocab_size=400):
     rng = np.random.default_rng(1)
-    return collate([(rng.integers(5, vocab_size, n).astype(np.int32), np.ones(n, bool), 1.0, 0) for n in lengths])
+    return collate([Piece(rng.integers(5, vocab_size, n).astype(np.int32), np.ones(n, bool)) for n in lengths])
 
 
 def unlike_initial(model):

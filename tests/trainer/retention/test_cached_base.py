@@ -94,7 +94,7 @@ def objective(model: nn.Module, held: retention.KlToBase, work: StepWork) -> tup
         supervised, counted = (supervised_hidden(model, batch), None) if reference is None else held.hidden(model, batch)
         total = total + loss.cross_entropy(lm_head(model), supervised, batch) / work.weight
         if reference is not None:
-            divergence = divergence + held.divergence(lm_head(model), counted, batch, reference) / work.counted_weight
+            divergence = divergence + held.divergence(lm_head(model), counted, batch, reference) / work.kl_weight_sum
     trained = [p for p in model.parameters() if p.requires_grad]
     return float(divergence.detach()), torch.autograd.grad(total + held.settings.kl * divergence, trained)
 
@@ -118,10 +118,10 @@ def test_steps_of_two_epochs_have_the_gradients_of_a_live_base(model_folder, cha
     for step in range(inputs.plan.total):
         works = [prepare(inputs.plan, inputs.samples, step, Distributed(), CPU, one) for one in held]
         (live, expected), (stored, found) = (objective(model, one, work) for one, work in zip(held, works))
-        assert abs(live - stored) <= 1e-12 * live and (live > 1e-4) == (works[0].counted_weight > 0)
+        assert abs(live - stored) <= 1e-12 * live and (live > 1e-4) == (works[0].kl_weight_sum > 0)
         for a, b in zip(found, expected, strict=True):
             assert float((a - b).norm()) <= 1e-11 * float(b.norm()) + 1e-15
-        assert not any(batch.reference for batch in works[1].batches)
+        assert not any(batch.kl and batch.kl.reference for batch in works[1].batches)
         counting += [inputs.plan.place(step).epoch] * (live > 0)
     assert min(counting.count(epoch) for epoch in (0, 1)) > 3
 

@@ -26,6 +26,7 @@ from trainer import config
 from trainer.cli import parse
 from trainer.config import Config, Lora, Optim, validate
 from trainer.data.batch import collate
+from trainer.data.samples import Piece
 from trainer.errors import UserError
 from trainer.metrics.throughput import model_size
 from trainer.metrics.timers import Phases
@@ -78,42 +79,43 @@ def stir(model: nn.Module) -> None:
                 p += 0.05 * torch.randn(p.shape, generator=generator)
 
 
-def samples() -> list[tuple]:
+def samples() -> list[Piece]:
     """Domain and replay samples of unequal weight, some of whose tokens are supervised."""
     rng = np.random.default_rng(0)
-    return [(rng.integers(5, 300, n).astype(np.int32), rng.random(n) < 0.6, weight, source)
+    return [Piece(rng.integers(5, 300, n).astype(np.int32), rng.random(n) < 0.6, weight, source)
             for n, weight, source in ((9, 1.0, 0), (14, 0.5, 1), (5, 2.0, 1), (11, 1.5, 0), (7, 1.0, 1))]
 
 
-def step(job: Job, packs: list[list[tuple]], chats: list[tuple] | None = None):
+def step(job: Job, packs: list[list[Piece]], chats: list[Piece] | None = None):
     """Loss, divergence and gradients of one step on these packs, or of these packs' share of a step on `chats`."""
     chats = chats or [chat for pack in packs for chat in pack]
     weight = sum(collate([chat]).weight_sum for chat in chats)
-    counted = job.retention.counted if job.retention else np.zeros(2, dtype=bool)
+    kl_sources = job.retention.kl_sources if job.retention else np.zeros(2, dtype=bool)
     every = job.retention and job.retention.settings.kl_tokens == "all"
-    counted_weight = sum(chat[2] * (len(chat[0]) - 1) if every else collate([chat]).weight_sum for chat in chats if counted[chat[3]])
+    kl_weight_sum = sum(chat.weight * (len(chat.input_ids) - 1) if every else collate([chat]).weight_sum
+                        for chat in chats if kl_sources[chat.source])
     lay = job.retention.collate if job.retention else collate
-    work = StepWork(0, [lay(pack) for pack in packs], weight, TokenCounts(), [], counted_weight)
+    work = StepWork(0, [lay(pack) for pack in packs], weight, TokenCounts(), [], kl_weight_sum)
     loss, _ = train_step(job, work, Phases(CPU))
     return loss, work.divergence, job.seen[-1]
 
 
-def plain_rows(model: nn.Module, chat: tuple) -> torch.Tensor:
+def plain_rows(model: nn.Module, chat: Piece) -> torch.Tensor:
     """log-probabilities [S,V] at a sample's supervised tokens, by the stock model alone."""
-    ids = torch.from_numpy(chat[0].astype(np.int64))
-    return torch.log_softmax(model(ids[None], use_cache=False).logits[0, :-1].double(), -1)[torch.from_numpy(chat[1][1:])]
+    ids = torch.from_numpy(chat.input_ids.astype(np.int64))
+    return torch.log_softmax(model(ids[None], use_cache=False).logits[0, :-1].double(), -1)[torch.from_numpy(chat.supervised[1:])]
 
 
-def plain_step(model: nn.Module, base: nn.Module, chats: list[tuple], kl: float, kl_on: str, direction: str, tokens: str):
+def plain_step(model: nn.Module, base: nn.Module, chats: list[Piece], kl: float, kl_on: str, direction: str, tokens: str):
     """The objective's two terms and the gradient of their sum, in fp64."""
     loss = divergence = weight = counted = 0.0
     for chat in chats:
-        ids, supervised, own, source = chat
+        ids, supervised, own, source, _ = chat
         ours = plain_rows(model, chat)
         targets = torch.from_numpy(ids[1:].astype(np.int64))[torch.from_numpy(supervised[1:])]
         loss, weight = loss - own * ours.gather(1, targets[:, None]).sum(), weight + own * len(targets)
         if kl_on == "all" or source == 1:
-            whole = (ids, np.ones(len(ids), dtype=bool), own, source) if tokens == "all" else chat
+            whole = chat._replace(supervised=np.ones(len(ids), dtype=bool)) if tokens == "all" else chat
             ours, theirs = plain_rows(model, whole), plain_rows(base, whole).detach()
             mean = torch.log((ours.exp() + theirs.exp()) / 2)
             pairs = {"forward": [(theirs, ours)], "reverse": [(ours, theirs)], "js": [(theirs, mean), (ours, mean)]}[direction]
@@ -197,7 +199,7 @@ def test_at_its_start_an_adapter_is_the_base(dora):
 
 
 def test_steps_without_replay_have_no_divergence():
-    chats = [chat for chat in samples() if chat[3] == 0]
+    chats = [chat for chat in samples() if chat.source == 0]
     loss, divergence, gradients = step(job_of("llama", kl=0.7), [chats])
     plain = step(job_of("llama"), [chats])
     assert divergence is None and torch.equal(loss, plain[0]) and all(map(torch.equal, gradients, plain[2]))

@@ -31,7 +31,7 @@ RANDOM = 363  # perplexity of a token to a model with random weights, about: its
 
 def plain_losses(model: torch.nn.Module, chat: tuple) -> torch.Tensor:
     """-log p of a sample's supervised tokens."""
-    targets = torch.from_numpy(chat[0][1:].astype(np.int64))[torch.from_numpy(chat[1][1:])]
+    targets = torch.from_numpy(chat.input_ids[1:].astype(np.int64))[torch.from_numpy(chat.supervised[1:])]
     return -plain_rows(model, chat).gather(1, targets[:, None])[:, 0]
 
 
@@ -45,8 +45,8 @@ def test_dft_is_a_loss_times_its_own_probability(family, adapter, on):
     total = weight = 0.0
     for chat in samples():
         losses = plain_losses(model, chat)
-        tempered = losses * torch.exp(-losses.detach()) if on == "all" or chat[3] == 0 else losses
-        total, weight = total + chat[2] * tempered.sum(), weight + chat[2] * len(losses)
+        weighted = losses * torch.exp(-losses.detach()) if on == "all" or chat.source == 0 else losses
+        total, weight = total + chat.weight * weighted.sum(), weight + chat.weight * len(losses)
     expected = total / weight
     gradient = torch.autograd.grad(expected, [p for p in model.parameters() if p.requires_grad])
     for packs in ([samples()], [samples()[:2], samples()[2:]]):

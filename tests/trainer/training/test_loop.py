@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.helpers import tiny
 from trainer.config import Config, Lora
 from trainer.data.batch import PadTo, collate, pad_batch
+from trainer.data.samples import Piece
 from trainer.metrics.throughput import model_size
 from trainer.metrics.timers import Phases
 from trainer.model.loading import use_packed_attention
@@ -50,9 +51,9 @@ def job_of(family: str) -> Job:
     return Job(Config(), None, model, model_size(model), optimizer, None, Plan, None, CPU, Distributed(), None)
 
 
-def samples(lengths=(9, 14, 5)) -> list[tuple]:
+def samples(lengths=(9, 14, 5)) -> list[Piece]:
     rng = np.random.default_rng(0)
-    return [(rng.integers(5, 300, n).astype(np.int32), rng.random(n) < 0.6, weight, 0) for n, weight in zip(lengths, (1.0, 0.5, 2.0))]
+    return [Piece(rng.integers(5, 300, n).astype(np.int32), rng.random(n) < 0.6, weight) for n, weight in zip(lengths, (1.0, 0.5, 2.0))]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "phi3"])
@@ -71,7 +72,7 @@ def test_the_loss_is_the_weighted_mean_of_the_stock_models():
     batch = collate(chats)
     loss, _ = train_step(job, StepWork(0, [batch], batch.weight_sum, TokenCounts(), []), Phases(CPU))
     stock, total = tiny.model("llama").requires_grad_(False), 0.0
-    for ids, supervised, weight, _ in chats:
+    for ids, supervised, weight, *_ in chats:
         logits = stock(torch.from_numpy(ids.astype(np.int64))[None], use_cache=False).logits[0, :-1].double()
         losses = torch.nn.functional.cross_entropy(logits, torch.from_numpy(ids[1:].astype(np.int64)), reduction="none")
         total += weight * float(losses[torch.from_numpy(supervised[1:])].sum())
@@ -92,7 +93,7 @@ def test_what_fills_a_pack_up_changes_nothing(family):
 def test_a_pack_without_supervised_tokens_adds_nothing():
     one, two = job_of("llama"), job_of("llama")
     batch = collate(samples())
-    silent = collate([(ids, np.zeros(len(ids), dtype=bool), weight, 0) for ids, _, weight, _ in samples()])
+    silent = collate([sample._replace(supervised=np.zeros(len(sample.input_ids), dtype=bool)) for sample in samples()])
     loss_one, norm_one = train_step(one, StepWork(0, [batch], batch.weight_sum, TokenCounts(), []), Phases(CPU))
     loss_two, norm_two = train_step(two, StepWork(0, [silent, batch], batch.weight_sum, TokenCounts(), []), Phases(CPU))
     assert torch.equal(loss_one, loss_two) and torch.equal(norm_one, norm_two)

@@ -7,6 +7,7 @@ import torch
 from tests.helpers import tiny
 from trainer.config import BatchSize, Config, Lora
 from trainer.data.batch import collate
+from trainer.data.samples import Piece
 from trainer.model.forward import apply_activation_checkpointing
 from trainer.model.loading import use_packed_attention
 from trainer.model.lora import add_adapter
@@ -44,7 +45,7 @@ def test_activations_of_a_pack(checkpointing):
     patch(model)
     apply_activation_checkpointing(model, checkpointing)
     ids = np.arange(120, dtype=np.int32)
-    batch = collate([(ids, np.ones(120, dtype=bool), 1.0, 0)] * (TOKENS // 120))
+    batch = collate([Piece(ids, np.ones(120, dtype=bool))] * (TOKENS // 120))
     estimated = activation_bytes(model, TOKENS, 4, checkpointing, CPU)
     real = saved_bytes(model, batch) - TOKENS * 128 * 4  # the loss keeps one row gradient per supervised token
     assert estimated == pytest.approx(real, rel=0.1)
