@@ -40,3 +40,11 @@ def model_folder(tmp_path_factory):
     from tests.helpers import tiny
 
     return tiny.save_model(tmp_path_factory.mktemp("model"), "llama")
+
+
+@pytest.fixture(scope="session")
+def chats(tmp_path_factory):
+    """A file of chats about sums."""
+    from tests.helpers.runs import write_chats
+
+    return write_chats(tmp_path_factory.mktemp("data") / "sums.jsonl")

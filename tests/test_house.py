@@ -134,7 +134,7 @@ def test_the_distribution_holds_four_packages_and_their_data(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     built = {str(path.relative_to(tmp_path / "lib")) for path in (tmp_path / "lib").rglob("*") if path.is_file()}
-    folders, suffixes = (ROOT / "trainer", ROOT / "synth", ROOT / "benchmarks/forgetting/miniature"), ("jinja", "safetensors")
+    folders, suffixes = (ROOT / "trainer", ROOT / "synth", ROOT / "benchmarks/forgetting/miniature"), ("jinja", "safetensors", "yaml")
     data = [path for folder in folders for suffix in suffixes for path in folder.rglob(f"*.{suffix}")]
     expected = {name_of(path) for path in FILES + data if not name_of(path).startswith("tests/")}
     assert expected <= built

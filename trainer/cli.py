@@ -1,4 +1,4 @@
-"""YAML and dotted overrides into a configuration dataclass; every mistake becomes one line that names the key and the remedy."""
+"""Parse YAML files and dotted overrides into a configuration dataclass; report every mistake on one line, with the option and a remedy."""
 
 from __future__ import annotations
 
@@ -19,24 +19,26 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from trainer.errors import UserError
 
-NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}  # a disk that is full, or not ours to write on
-RECORDED = ("versions", "command")  # blocks of a run's own config.yaml that are no options: read over when it is given back
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}  # a disk that is full, or that may not be written to
+NOT_OPTIONS = ("versions", "command")  # blocks of a run's config.yaml that are no options: ignored when it is given as --config
 
 
 def parse(kind: type, argv: list[str], prog: str):
-    """An instance of the dataclass `kind` from `--config F.yaml` and `--section.key value` overrides.
+    """Return an instance of the dataclass `kind` from `--config F.yaml` and `--section.key value` overrides.
 
-    Raises UserError for anything that does not fit. `--help` and `--print_config` print and exit with status 0.
+    Option names may have dashes for underscores, and a switch needs no value: `--dry-run` is `--dry_run true`. Raises UserError for
+    anything that does not fit. `--help` and `--print_config` print and exit with status 0.
     """
+    argv = _with_values(kind, _with_underscores(argv))
     parser = ArgumentParser(prog=prog, exit_on_error=False, description=kind.__doc__)
     parser.add_argument("--config", action="config", help="YAML file; later options override it")
     parser.add_class_arguments(kind, None)
-    for record in RECORDED:
-        parser.add_argument(f"--{record}", type=Any, help=argparse.SUPPRESS)
+    for block in NOT_OPTIONS:
+        parser.add_argument(f"--{block}", type=Any, help=argparse.SUPPRESS)
     try:
         for path in _config_files(argv):
             _check_yaml(path)
-        parsed = parser.parse_args(_lone_switches(kind, argv))
+        parsed = parser.parse_args(argv)
         _check_sections(kind, parsed)
         config = parser.instantiate(parsed)
         return kind(**{f.name: getattr(config, f.name) for f in dataclasses.fields(kind)})
@@ -47,7 +49,7 @@ def parse(kind: type, argv: list[str], prog: str):
 
 
 def known_keys(kind: type, prefix: str = "") -> dict[str, type]:
-    """Dotted name -> annotated type, of every option of a configuration dataclass."""
+    """Return the type of every option of a configuration dataclass, by dotted name; sections are in it too."""
     keys = {}
     for name, annotation in typing.get_type_hints(kind).items():
         keys[prefix + name] = annotation
@@ -57,12 +59,12 @@ def known_keys(kind: type, prefix: str = "") -> dict[str, type]:
 
 
 def save_yaml(config, path: Path, **extra) -> None:
-    """Write a configuration, complete with defaults, and further blocks below it."""
+    """Write a configuration with all its defaults, and the blocks `extra` below it."""
     path.write_text(yaml.safe_dump(dataclasses.asdict(config) | extra, sort_keys=False, width=120))
 
 
 def main(run, kind: type, prog: str, usage: str) -> int:
-    """Parse, call `run(config)`, and turn a UserError, or a disk that refuses, into one line on standard error.
+    """Parse, call `run(config)`, and print a UserError or disk error as one line on standard error.
 
     Returns the exit status: that of `run`, 1 for an error, 2 for usage, 130 after Ctrl-C.
     """
@@ -72,43 +74,52 @@ def main(run, kind: type, prog: str, usage: str) -> int:
     try:
         config = parse(kind, sys.argv[1:], prog)
     except UserError as error:
-        return _complain(prog, error, 2)
+        return _print_error(prog, error, 2)
     try:
         return run(config) or 0
     except KeyboardInterrupt:  # in a run's start or end, or a second one
-        return _complain(prog, UserError("interrupted at once; what was saved before is whole"), 128 + signal.SIGINT)
+        return _print_error(prog, UserError("interrupted at once; earlier checkpoints are whole"), 128 + signal.SIGINT)
     except UserError as error:
-        return _complain(prog, error, 1)
+        return _print_error(prog, error, 1)
     except OSError as error:
-        if error.errno not in NO_ROOM:
+        if error.errno not in DISK_ERRORS:
             raise
-        return _complain(prog, UserError(f"{error.filename or 'output'}: {error.strerror}; free space, or choose another folder"), 1)
+        return _print_error(prog, UserError(f"{error.filename or 'output'}: {error.strerror}; free space, or choose another folder"), 1)
 
 
-def _complain(prog: str, error: UserError, status: int) -> int:
+def _print_error(prog: str, error: UserError, status: int) -> int:
     print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
     return status
 
 
-def _lone_switches(kind: type, argv: list[str]) -> list[str]:
-    """`--dry_run` alone means `--dry_run true`."""
+def _with_underscores(argv: list[str]) -> list[str]:
+    """Spell option names with underscores: `--dry-run` is `--dry_run`, and `--max-steps=3` is `--max_steps=3`."""
+    spelled = []
+    for argument in argv:
+        name, equals, value = argument.partition("=")
+        spelled.append("--" + name[2:].replace("-", "_") + equals + value if name.startswith("--") else argument)
+    return spelled
+
+
+def _with_values(kind: type, argv: list[str]) -> list[str]:
+    """Give every lone switch its value: `--dry_run` is `--dry_run true`."""
     switches = {f"--{key}" for key, annotation in known_keys(kind).items() if annotation is bool}
     spelled = []
-    for here, following in zip(argv, [*argv[1:], "--"]):
-        spelled += [here, "true"] if here in switches and following.startswith("--") else [here]
+    for argument, following in zip(argv, [*argv[1:], "--"]):
+        spelled += [argument, "true"] if argument in switches and following.startswith("--") else [argument]
     return spelled
 
 
 def _config_files(argv: list[str]) -> Iterator[Path]:
-    """The files given by `--config F` or `--config=F`."""
-    for here, following in zip(argv, [*argv[1:], ""]):
-        option, _, value = here.partition("=")
+    """Yield the files given by `--config F` or `--config=F`."""
+    for argument, following in zip(argv, [*argv[1:], ""]):
+        option, _, value = argument.partition("=")
         if option == "--config" and (value or following):
             yield Path(value or following)
 
 
 def _check_yaml(path: Path) -> None:
-    """Refuse a file that is not keys and values, or gives a key twice, of which YAML would keep the last in silence."""
+    """Raise UserError for a file that is not keys and values, or gives a key twice: YAML would silently keep the last."""
     try:
         top = yaml.compose(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -140,7 +151,7 @@ def _check_keys(node: yaml.Node, path: Path) -> None:
 
 
 def _check_sections(kind: type, parsed: Namespace) -> None:
-    """A section is keys and values, which the parser does not check."""
+    """Raise UserError for a section that is not keys and values: the parser does not check that."""
     for key, annotation in known_keys(kind).items():
         if dataclasses.is_dataclass(annotation) and not isinstance(parsed.get(key), Namespace):
             example = next(iter(known_keys(annotation, f"{key}.")))
@@ -148,7 +159,7 @@ def _check_sections(kind: type, parsed: Namespace) -> None:
 
 
 def _explain(message: str, kind: type) -> str:
-    """jsonargparse's words, shorter, on one line, with the nearest known key where one was misspelt."""
+    """Shorten a message of jsonargparse to one line, with the nearest known key where one was misspelt."""
     message = re.sub(r"<class '(\w+)'>", r"\1", " ".join(message.split()))
     keys = list(known_keys(kind))
     if found := re.match(r"unrecognized arguments: (?:--)?(\S+)", message):
@@ -174,12 +185,13 @@ def _explain(message: str, kind: type) -> str:
     return _plain(message)
 
 
-def _key(words: str) -> str:
-    return words.removeprefix("Parser key").strip(' "')
+def _key(text: str) -> str:
+    """Return the option that a message of jsonargparse names."""
+    return text.removeprefix("Parser key").strip(' "')
 
 
 def _unknown(key: str, keys: list[str]) -> str:
-    """Prefer a key whose last part is what was typed (`lr` -> `optim.lr`), then the nearest spelling."""
+    """Suggest a key whose last part was typed (`lr` -> `optim.lr`), else the nearest spelling."""
     last = key.split(".")[-1]
     close = [k for k in keys if k.split(".")[-1] == last] or difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
     remedy = f"did you mean {close[0]}?" if close else "--print_config shows all"
@@ -187,6 +199,7 @@ def _unknown(key: str, keys: list[str]) -> str:
 
 
 def _plain(message: str) -> str:
+    """Rewrite a message of jsonargparse as `expected X, got Y`."""
     message = message.replace("typing.", "").replace("Problems parsing config", "--config")
     message = re.sub(r"Literal\[(.*?)\]", r"one of \1", message)
     return re.sub(r"Expected (?:an? )?(.*?)\. Got value: (.*)", r"expected \1, got \2", message)

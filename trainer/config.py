@@ -163,8 +163,8 @@ class Optim:
 
 
 @dataclass
-class Evaluation:
-    """Held-out loss during training."""
+class Eval:
+    """Loss of the eval set during training."""
 
     every: int = 0  # steps between evaluations; 0: only at the end
     patience: int = 0  # stop after this many evaluations without a better loss, with the weights as they then are; 0: never
@@ -186,7 +186,7 @@ class Logging:
     tensorboard: bool = True
     wandb_project: str | None = None  # needs the `logging` extra
     progress: bool = True  # a progress bar on a terminal
-    profile: str | None = None  # FIRST-LAST, e.g. 20-25: watch step 20 for waits of the host, trace 21 to 25, write profile/
+    profile_steps: str | None = None  # FIRST-LAST, e.g. 20-25: find what makes the host wait in step 20, trace 21 to 25, write profile/
 
 
 @dataclass
@@ -211,7 +211,7 @@ class Config:
     compile: bool = False  # torch.compile the decoder layers
     device: Literal["auto", "cuda", "cpu"] = "auto"
     export: Literal["adapter", "merged", "both"] = "adapter"  # what a run with an adapter leaves in its folder; merged is dense
-    evaluation: Evaluation = field(default_factory=Evaluation)
+    eval: Eval = field(default_factory=Eval)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     resume: Literal["auto", "never"] = "never"  # auto: go on from the newest whole checkpoint in the run folder, if any
     logging: Logging = field(default_factory=Logging)
@@ -261,11 +261,11 @@ def validate(config: Config) -> None:
     _require(config.checkpoint.every >= 0, "checkpoint.every", "0 or more", config.checkpoint.every)
     _require(config.checkpoint.keep >= 1, "checkpoint.keep", "1 or more", config.checkpoint.keep)
     _require(config.logging.every >= 1, "logging.every", "1 or more", config.logging.every)
-    profiled_steps(config.logging.profile)
-    _require(config.evaluation.every >= 0 and config.evaluation.patience >= 0, "evaluation.every, evaluation.patience", "0 or more",
-             (config.evaluation.every, config.evaluation.patience))
-    _require(not config.evaluation.patience or config.evaluation.every > 0, "evaluation.patience",
-             "evaluation.every above 0 beside it", config.evaluation.every)
+    profiled_steps(config.logging.profile_steps)
+    _require(config.eval.every >= 0 and config.eval.patience >= 0, "eval.every, eval.patience", "0 or more",
+             (config.eval.every, config.eval.patience))
+    _require(not config.eval.patience or config.eval.every > 0, "eval.patience",
+             "eval.every above 0 beside it", config.eval.every)
 
 
 def _validate_retention(config: Config) -> None:
@@ -302,11 +302,11 @@ def _validate_auto(config: Config) -> None:
 
 
 def profiled_steps(given: str | None) -> range | None:
-    """The steps of `logging.profile`, counted from 1 as log lines are. (20:25 would be the number 1225 to YAML.)"""
+    """The steps of `logging.profile_steps`, counted from 1 as log lines are. (20:25 would be the number 1225 to YAML.)"""
     if given is None:
         return None
     match = re.fullmatch(r"(\d{1,9})-(\d{1,9})", given)
-    _require(bool(match) and 1 <= int(match[1]) < int(match[2]), "logging.profile",
+    _require(bool(match) and 1 <= int(match[1]) < int(match[2]), "logging.profile_steps",
              "FIRST-LAST, two steps with 1 <= FIRST < LAST, as in 20-25", given)
     return range(int(match[1]), int(match[2]) + 1)
 

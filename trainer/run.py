@@ -1,4 +1,4 @@
-"""`python -m trainer.run`: fine-tune a language model on chats. Parse, build, loop, report."""
+"""Fine-tune a language model on chats: `python -m trainer.run`. Prepares the data, builds, trains, saves and reports."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import datasets
 import torch
 import transformers
+from transformers import PreTrainedTokenizerBase
 
 from trainer import cli
 from trainer.config import Config, profiled_steps, validate
@@ -18,13 +19,15 @@ from trainer.metrics.profiler import check_steps_within
 from trainer.model import quantization
 from trainer.model.locate import load_tokenizer
 from trainer.retention import auto_replay, monitor
+from trainer.runtime import checkpoint
 from trainer.runtime.device import choose_device
 from trainer.runtime.distributed import Distributed, process_group
-from trainer.runtime.result import RunResult
+from trainer.runtime.result import Ending, RunResult
 from trainer.training import run_folder
-from trainer.training.build import build, require_work_for_all
-from trainer.training.dry_run import show
+from trainer.training.build import build, require_packs_for_all_ranks
+from trainer.training.dry_run import print_dry_run
 from trainer.training.loop import fit
+from trainer.training.training_run import TrainingRun
 
 USAGE = """\
 usage: python -m trainer.run --model.path MODEL --data.train FILE [--section.option value ...]
@@ -40,7 +43,7 @@ First, see what would be trained on, with masks, lengths and memory:      add --
 Keep what it knows, with as little replay as that takes:                  add --replay.auto --retention.items F --retention.floor 0.95
 Hold the base in 4 bits (QLoRA), or train all weights:                    add --method qlora, or --method full
 Go on after an interruption:                                              add --resume auto
-See where the time of a step goes, and every wait for the GPU:            add --logging.profile 20-25
+See where the time of a step goes, and every wait for the GPU:            add --logging.profile_steps 20-25
 Several GPUs:                             torchrun --nproc-per-node 4 -m trainer.run ...
 
 --help lists every option; --print_config prints them as YAML with their values."""
@@ -58,7 +61,10 @@ def main() -> int:
 
 
 def train(config: Config) -> RunResult | None:
-    """The whole run: returns its result, or None after a dry run. Raises UserError for anything the user can mend."""
+    """Do the whole run, with the search for a replay ratio if it has one; return None after a dry run.
+
+    Raises UserError for anything that the user can mend.
+    """
     validate(config)
     quantization.require_bitsandbytes(config)
     device = choose_device(config.device)
@@ -67,38 +73,44 @@ def train(config: Config) -> RunResult | None:
     with process_group(device.type) as dist:
         if config.replay.auto and not config.dry_run:
             try:
-                config = auto_replay.choose(config, lambda probe: run_one(probe, items, device, dist, leave=False), dist)
+                config = auto_replay.choose(config, lambda probe: run_one(probe, items, device, dist, save_outputs=False), dist)
             except auto_replay.Stopped as stopped:
                 if dist.is_main:
-                    print(f"stopped by signal {stopped.result.signal} in a probe; go on with the same command and --resume auto",
+                    print(f"stopped by signal {stopped.result.signal} in a probe; continue with the same command and --resume auto",
                           file=sys.stderr)
                 return stopped.result
         return run_one(config, items, device, dist)
 
 
-def run_one(config: Config, items: Sequence[ItemFile], device: torch.device, dist: Distributed, leave: bool = True) -> RunResult | None:
-    """Train once. A probe does not `leave` what it trained."""
+def run_one(config: Config, items: Sequence[ItemFile], device: torch.device, dist: Distributed,
+            save_outputs: bool = True) -> RunResult | None:
+    """Prepare the data, build, train and save; a probe run saves no outputs. Returns None after a dry run."""
     tokenizer = load_tokenizer(config.model)
     if dist.size > 1:
-        dist.on_main(lambda: prepare_data(config, tokenizer))  # the others then find its caches
-    inputs = prepare_data(config, tokenizer)
-    require_work_for_all(inputs, dist)
-    check_steps_within(profiled_steps(config.logging.profile), inputs.plan.total)
+        dist.on_main(lambda: prepare_data(config, tokenizer))  # the other ranks then find its caches
+    data = prepare_data(config, tokenizer)
+    require_packs_for_all_ranks(data.plan, dist)
+    check_steps_within(profiled_steps(config.logging.profile_steps), data.plan.total)
     if config.dry_run:
-        dist.on_main(lambda: show(config, inputs, device))
+        dist.on_main(lambda: print_dry_run(config, data, device))
         return None
-    job, state = build(config, inputs, device, dist, items)
-    ending = fit(job, state)
-    kept = None if ending.signal else job.watch
-    if leave:
-        if kept:
-            dist.on_main(lambda: kept.restore(state, job.optimizer))
-        job.optimizer.release()
-        dist.on_main(lambda: run_folder.leave(job.folder, config, job.model, tokenizer, ending))
-        if kept:
-            dist.on_main(kept.clean)
-    return RunResult(job.folder, state.step, state.loss, state.heldout_loss, ending.reason, ending.signal,
-                     kept.exported(state) if kept else state.measured)
+    run, state = build(config, data, device, dist, items)
+    ending = fit(run, state)
+    if save_outputs:
+        save(run, state, ending, tokenizer)
+    measured = run.monitor.exported(state) if run.monitor and not ending.signal else state.measured
+    return RunResult(run.folder, state.step, state.loss, state.heldout_loss, ending.reason, ending.signal, measured)
+
+
+def save(run: TrainingRun, state: checkpoint.State, ending: Ending, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write the adapter or model, with the best measured weights where there is a floor, and the report."""
+    restores = run.monitor is not None and not ending.signal
+    if restores:
+        run.dist.on_main(lambda: run.monitor.restore(state, run.optimizer))
+    run.optimizer.release()
+    run.dist.on_main(lambda: run_folder.save_outputs(run.folder, run.config, run.model, tokenizer, ending))
+    if restores:
+        run.dist.on_main(run.monitor.clean)
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def measure(kind: str, options: list[str], folder: Path, arguments: argparse.Nam
     """One epoch, and whether others can load what it left."""
     output = folder / kind
     steps = ["--max_steps", str(arguments.max_steps)] if arguments.max_steps else []
-    records = trained(output, folder, arguments, ["--data.eval_fraction", "0.03", "--evaluation.every", "50", *options, *steps])
+    records = trained(output, folder, arguments, ["--data.eval_fraction", "0.03", "--eval.every", "50", *options, *steps])
     evals, end = [r for r in records if r["kind"] == "eval"], records[-1]
     return {
         "line": kind, "steps": end["steps"], "tokens": end["tokens"], "seconds": end["seconds"], "tokens_per_second": end["tokens_per_s"],

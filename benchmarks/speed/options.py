@@ -113,14 +113,14 @@ class WithOptions(Steadfast):
     def __init__(self, setting: Setting, option: Option, steps: int):
         self.begin(setting, configuration(setting, option, steps))
         if option.all_rows:
-            compute_all_rows(self.job.model)
+            compute_all_rows(self.run.model)
 
     def first_steps(self) -> list[tuple[float, float]]:
         """Loss and gradient norm of each; what they take counts as building, since a compiled layer is compiled in them."""
         begun = time.process_time()
-        pairs = [train_step(self.job, next(self.works), self.phases) for _ in range(COMPARED)]
+        steps = [train_step(self.run, next(self.works), self.phases) for _ in range(COMPARED)]
         self.seconds += time.process_time() - begun
-        return [(loss.item(), float(norm)) for loss, norm in pairs]
+        return [(step.loss.item(), float(step.grad_norm)) for step in steps]
 
 
 def compute_all_rows(model: torch.nn.Module) -> None:
@@ -251,7 +251,7 @@ def run(arguments: argparse.Namespace) -> dict:
         with garbage_at_log_steps():  # as in a run; and there are many models to walk through
             samples = timing.interleave([Line(name, line.step) for name, line in made.items()], arguments.rounds, arguments.steps)
         mib = {name: step_costs(line.step, countable=False, steps=COUNTED).mib for name, line in made.items()}
-    size = made[PLAIN].job.size
+    size = made[PLAIN].run.size
     facts = {
         "model": f"Llama, {size.parameters - size.trainable:,} parameters, random weights", "chats": len(setting.samples),
         "tokens_per_step": TOKENS_PER_STEP, "rounds": arguments.rounds, "steps_per_round": arguments.steps, "compared": COMPARED,

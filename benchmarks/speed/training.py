@@ -58,7 +58,7 @@ from trainer.metrics.timers import Phases
 from trainer.runtime.device import fast_bf16
 from trainer.runtime.distributed import Distributed
 from trainer.training.build import build
-from trainer.training.loader import StepWork, TokenCounts, prefetch_steps
+from trainer.training.loader import StepWork, TokenCounts
 from trainer.training.loop import train_step
 
 VOCABULARY, CHATS, BATCH, TOKENS_PER_STEP, RANK, LEARNING_RATE = 8192, 500, 8, 1024, 16, 2e-4
@@ -182,25 +182,24 @@ class Steadfast:
         self.config, inputs = config, prepare_data(config, setting.tokenizer)
         begun = time.process_time()
         with redirect_stdout(StringIO()):
-            self.job, _ = build(config, inputs, torch.device("cpu"), Distributed())
+            self.run, _ = build(config, inputs, torch.device("cpu"), Distributed())
         self.seconds = time.process_time() - begun  # CPU time that it took to build
-        self.samples, self.phases = self.job.samples, Phases(self.job.device)
-        self.job.model.train()
-        self.works = prefetch_steps(self.job.plan, self.samples, 0, Distributed(), self.job.device, self.phases, self.job.retention,
-                                    self.job.multiples)
+        self.samples, self.phases = self.run.loader.samples, Phases(self.run.device)
+        self.run.model.train()
+        self.works = self.run.loader.prefetch(0, self.phases)
 
     def step(self) -> StepResult:
         work = next(self.works)
-        loss, _ = train_step(self.job, work, self.phases)
+        loss = train_step(self.run, work, self.phases).loss
         done = work.counts
-        flops = self.job.size.flops(done.tokens, done.supervised, done.squared_lengths)
+        flops = self.run.size.flops(done.tokens, done.supervised, done.squared_lengths)
         padding = sum(len(batch.input_ids) for batch in work.batches) - done.tokens
         return StepResult(loss.item(), done.tokens, done.supervised, padding, flops)
 
     def step_on(self, samples: Samples) -> StepResult:
-        batch = pad_batch(collate([Piece(ids, supervised) for ids, supervised in samples]), self.job.multiples, TOKENS_PER_STEP)
-        loss, _ = train_step(self.job, StepWork(0, [batch], batch.weight_sum, TokenCounts(), []), self.phases)
-        return counted(samples, loss.item(), batch.tokens, self.job.size)
+        batch = pad_batch(collate([Piece(ids, supervised) for ids, supervised in samples]), self.run.loader.pad_to, TOKENS_PER_STEP)
+        loss = train_step(self.run, StepWork(0, [batch], batch.weight_sum, TokenCounts(), []), self.phases).loss
+        return counted(samples, loss.item(), batch.tokens, self.run.size)
 
 
 def run_options(setting: Setting, precision: str, steps: int) -> options.Config:

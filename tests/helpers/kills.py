@@ -17,10 +17,10 @@ def killed_at(step: int) -> Iterator[None]:
     """What trains inside dies when it begins this step, counted from 1."""
     train_step = loop.train_step
 
-    def until(job, work, phases):
+    def until(run, work, phases):
         if work.step == step - 1:
             raise Killed
-        return train_step(job, work, phases)
+        return train_step(run, work, phases)
 
     with pytest.MonkeyPatch.context() as patched, pytest.raises(Killed):
         patched.setattr(loop, "train_step", until)

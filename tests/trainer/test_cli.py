@@ -20,7 +20,14 @@ def test_overrides_beat_the_file(tmp_path):
     file.write_text("data:\n  train: [{path: a.jsonl, columns: {prompt: question}}, b.jsonl]\noptim:\n  lr: 0.5\n")
     config = configured("--config", str(file), "--optim.lr", "1e-3", "--dry_run")
     assert config.optim.lr == 1e-3 and config.dry_run
+    assert config == configured("--config", str(file), "--optim.lr=1e-3", "--dry-run")
     assert config.data.train == [Source(path="a.jsonl", columns={"prompt": "question"}), "b.jsonl"]
+
+
+def test_option_names_may_have_dashes():
+    config = configured("--max-steps", "3", "--data.max-length=7", "--output", "runs/a-b", "--replay.data", "[a-b]", "--compile")
+    assert (config.max_steps, config.data.max_length, config.output, config.compile) == (3, 7, "runs/a-b", True)
+    assert config.replay.data == ["a-b"]
 
 
 def test_saved_configuration_reads_back_equal(tmp_path):
@@ -72,7 +79,7 @@ GOOD = ["--model.path", "m", "--data.train", "t.jsonl"]
     ([*GOOD, "--optim.warmup_ratio", "1"],
      "optim.warmup_ratio: expected 0 <= ratio < 1; for a number of steps set optim.warmup_steps, got 1.0"),
     ([*GOOD, "--optim.decay_steps", "-1"], "optim.decay_steps: expected 1 or more, or 0 to use optim.decay_ratio, got -1"),
-    ([*GOOD, "--evaluation.patience", "2"], "evaluation.patience: expected evaluation.every above 0"),
+    ([*GOOD, "--eval.patience", "2"], "eval.patience: expected eval.every above 0"),
     (["--model.path", "m", "--data.train", "[{bad"], "data"),
 ])
 def test_a_value_that_no_run_can_use_is_refused(arguments, expected):

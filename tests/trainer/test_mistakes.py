@@ -131,8 +131,8 @@ def test_a_value_of_the_wrong_type(given, expected):
 
 @pytest.mark.parametrize("option, value", [
     ("optim.beta1", "1"), ("optim.beta2", "-0.1"), ("optim.eps", "0"), ("optim.weight_decay", "-1"), ("optim.min_lr_ratio", "5"),
-    ("optim.max_grad_norm", "-1"), ("seed", str(2**64)), ("data.num_proc", "-1"), ("checkpoint.every", "-1"), ("evaluation.every", "-1"),
-    ("evaluation.patience", "-1"), ("epochs", "1e9"), ("output", ""),
+    ("optim.max_grad_norm", "-1"), ("seed", str(2**64)), ("data.num_proc", "-1"), ("checkpoint.every", "-1"), ("eval.every", "-1"),
+    ("eval.patience", "-1"), ("epochs", "1e9"), ("output", ""),
 ])
 def test_a_number_that_no_run_can_use_names_the_option(option, value):
     config = parse(Config, ["--model.path", "m", "--data.train", "f", f"--{option}", value], "run")

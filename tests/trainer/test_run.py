@@ -13,50 +13,22 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.helpers.runs import QUESTIONS, arguments, records, weights, write_chats
 from trainer.cli import parse
 from trainer.config import Config
 from trainer.data.prepare import prepare_data
 from trainer.errors import UserError
 from trainer.run import train
 
-QUESTIONS = [(f"What is {a} + {b}?", f"{a} + {b} = {a + b}. The answer is {a + b}.") for a in range(12) for b in range(10)]
-
-
-def write_chats(path: Path, rows=QUESTIONS) -> Path:
-    path.write_text("".join(json.dumps({"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}) + "\n"
-                            for q, a in rows))
-    return path
-
-
-@pytest.fixture(scope="module")
-def chats(tmp_path_factory):
-    return write_chats(tmp_path_factory.mktemp("data") / "sums.jsonl")
-
-
-def arguments(model_folder, chats, output, *more) -> list[str]:
-    return [
-        "--model.path", str(model_folder), "--data.train", str(chats), "--output", str(output), "--device", "cpu",
-        "--data.max_length", "128", "--batch.tokens_per_pack", "256", "--batch.tokens_per_step", "512", "--optim.lr", "5e-3",
-        "--logging.tensorboard", "false", "--logging.every", "2", "--data.num_proc", "1", "--lora.rank", "4", *more]
-
 
 def run(*args):
     return train(parse(Config, arguments(*args), "trainer.run"))
 
 
-def records(folder: Path, kind: str) -> list[dict]:
-    return [r for r in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if r["kind"] == kind]
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "adapter" / "adapter_model.safetensors")
-
-
 def test_a_lora_run_leaves_an_adapter_that_stock_peft_loads(model_folder, chats, tmp_path):
-    result = run(model_folder, chats, tmp_path / "run", "--epochs", "3", "--data.eval_fraction", "0.1", "--evaluation.every", "5",
+    result = run(model_folder, chats, tmp_path / "run", "--epochs", "3", "--data.eval_fraction", "0.1", "--eval.every", "5",
                  "--export", "both", "--logging.tensorboard", "true")
     folder = result.folder
     losses = [r["loss"] for r in records(folder, "eval")]
@@ -125,7 +97,7 @@ def test_early_stopping_once_memorising_sets_in(model_folder, tmp_path):
     few = write_chats(tmp_path / "few.jsonl", QUESTIONS[:8])
     others = write_chats(tmp_path / "others.jsonl", [(q, "No. " + a) for q, a in QUESTIONS[60:80]])
     result = run(model_folder, few, tmp_path / "run", "--data.eval", str(others), "--epochs", "300", "--optim.lr", "2e-2",
-                 "--optim.lr_scheduler", "constant", "--evaluation.every", "5", "--evaluation.patience", "2")
+                 "--optim.lr_scheduler", "constant", "--eval.every", "5", "--eval.patience", "2")
     losses = [r["loss"] for r in records(tmp_path / "run", "eval")]
     assert result.reason == "early stopping" and result.steps == 5 * (len(losses) - 1) < 300
     assert min(losses[-2:]) > losses[-3] == min(losses)
@@ -162,7 +134,7 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
 
 
 KILLS = int(os.environ.get("STEADFAST_KILLS", "2"))  # more of them by hand: each costs a start
-LONG = ("--epochs", "40", "--checkpoint.every", "3", "--lora.dropout", "0.1", "--data.eval_fraction", "0.1", "--evaluation.every", "10")
+LONG = ("--epochs", "40", "--checkpoint.every", "3", "--lora.dropout", "0.1", "--data.eval_fraction", "0.1", "--eval.every", "10")
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +170,7 @@ def test_a_signal_saves_and_the_run_goes_on(model_folder, chats, tmp_path, numbe
     process.send_signal(number)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 128 + number, output
-    assert "go on with the same command and --resume auto" in output
+    assert "continue with the same command and --resume auto" in output
     result = run(model_folder, chats, folder, *LONG, "--checkpoint.every", "0", "--resume", "auto")
     assert result.reason == "finished"
     assert all(torch.equal(t, weights(folder)[n]) for n, t in weights(uninterrupted).items())
@@ -218,7 +190,7 @@ def test_a_run_killed_after_its_last_checkpoint_is_finished_by_resuming(model_fo
 def test_an_early_stop_is_not_trained_past_by_resuming(model_folder, tmp_path):
     few, others = write_chats(tmp_path / "few.jsonl", QUESTIONS[:8]), write_chats(tmp_path / "others.jsonl", [("x", "y z")] * 4)
     options = ("--data.eval", str(others), "--epochs", "300", "--optim.lr", "2e-2", "--optim.lr_scheduler", "constant",
-               "--evaluation.every", "2", "--evaluation.patience", "1", "--checkpoint.every", "1")
+               "--eval.every", "2", "--eval.patience", "1", "--checkpoint.every", "1")
     stopped = run(model_folder, few, tmp_path / "run", *options)
     before = weights(tmp_path / "run")
     again = run(model_folder, few, tmp_path / "run", *options, "--resume", "auto")
@@ -282,16 +254,16 @@ def test_a_dry_run_shows_everything_and_trains_nothing(model_folder, chats, tmp_
 
 @pytest.mark.parametrize("able, precision, said", [(True, "auto", True), (False, "auto", False), (True, "fp32", False)])
 def test_a_cpu_that_could_be_faster_is_told_of(model_folder, chats, tmp_path, capsys, monkeypatch, able, precision, said):
-    monkeypatch.setattr("trainer.run.fast_bf16", lambda: able)
+    monkeypatch.setattr("trainer.training.build.fast_bf16", lambda: able)
     run(model_folder, chats, tmp_path / "run", "--max_steps", "1", "--precision", precision)
     assert ("--precision bf16" in capsys.readouterr().out) == said
 
 
 def test_a_bf16_run_fills_its_packs_up_and_says_so(model_folder, chats, tmp_path, capsys):
     run(model_folder, chats, tmp_path / "run", "--max_steps", "1", "--precision", "bf16")
-    assert "filled up to multiples of 64" in capsys.readouterr().out
+    assert "padded to multiples of 64" in capsys.readouterr().out
     run(model_folder, chats, tmp_path / "other", "--max_steps", "1")
-    assert "filled up" not in capsys.readouterr().out
+    assert "padded" not in capsys.readouterr().out
 
 
 def test_held_out_samples_that_are_trained_on_are_pointed_out(model_folder, chats, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""`--logging.profile FIRST-LAST`: where the time of a step goes, and where the host waits for the device.
+"""`--logging.profile_steps FIRST-LAST`: where the time of a step goes, and where the host waits for the device.
 
 Step FIRST is watched, operation by operation: whatever hands a value of the device to the host (`.item()`, `bool(t)`, `.tolist()`, a copy
 that blocks) and whatever makes a size depend on values (`nonzero`, a boolean index) is counted under the line that asked for it. A CPU run
@@ -196,7 +196,7 @@ def profiling(steps: range | None, folder: Path, device: torch.device, phases: P
 def check_steps_within(steps: range | None, total: int) -> None:
     """Raises UserError where a run of `total` steps has no such steps."""
     if steps is not None and steps[-1] > total:
-        raise UserError(f"logging.profile: expected steps of this run, which has {total}, got {steps[0]}-{steps[-1]}")
+        raise UserError(f"logging.profile_steps: expected steps of this run, which has {total}, got {steps[0]}-{steps[-1]}")
 
 
 # ---------------------------------------------------------------- what it says

@@ -1,7 +1,7 @@
-"""The look of every page we write: plots in a light and a dark theme, numbers in words, an HTML shell around them.
+"""Draw plots in a light and a dark theme, format numbers, and render HTML pages that share one style.
 
-A page is one file that opens without a network: its style sheet and images are part of it. A template extends
-`page.html.jinja` and fills the blocks `header` and `main`; `figure(plot)` there shows a plot in the reader's theme.
+A page is one file that opens without a network: its style sheet and images are embedded. A template extends `page.html.jinja` and fills
+the blocks `header` and `main`; `figure(plot)` there shows a plot in the reader's theme.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ DARK = Theme("#191e26", "#e6e9ee", "#98a2b3", "#2c333e", ("#6cb0e0", "#eba261", 
 
 @dataclass(frozen=True)
 class Plot:
-    """A drawing in both themes, as PNG."""
+    """A plot in both themes, as PNG."""
 
     name: str
     title: str
@@ -50,7 +50,7 @@ class Plot:
 
 
 def plot(name: str, title: str, caption: str, draw: Callable[[Axes, Theme], None], height: float = 2.6) -> Plot:
-    """Call `draw(axes, theme)` for each theme; `height` in inches of 100 CSS pixels."""
+    """Draw a plot in each theme by `draw(axes, theme)`; `height` is in inches of 100 CSS pixels."""
     return Plot(name, title, caption, *(_png(draw, theme, height) for theme in (LIGHT, DARK)))
 
 
@@ -76,18 +76,18 @@ def _png(draw: Callable[[Axes, Theme], None], theme: Theme, height: float) -> by
 
 
 def legend(axes: Axes) -> None:
-    """One row above the axes, where no data can be."""
+    """Add a legend above the axes, where it hides no data."""
     place = dict(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=4)
     axes.legend(**place, frameon=False, handlelength=1.2, columnspacing=1.4)
 
 
 def compact_axis(axis) -> None:
-    """Ticks such as 3.5k and 2M."""
+    """Format an axis's ticks as 3.5k and 2M."""
     axis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
 
 
 def write(path: Path, template: Path, plots: list[Plot], **values) -> None:
-    """Render `template` into the page `path`, and leave each plot's light image beside it as NAME.png."""
+    """Render `template` into the page `path`, and write each plot's light image beside it as NAME.png."""
     loader = jinja2.FileSystemLoader([template.parent, SHELL])
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
@@ -108,14 +108,14 @@ def _is_number(value) -> bool:
 
 
 def number(value) -> str:
-    """12,345 or 1.518; a dash where there is none."""
+    """Format a number as 12,345 or 1.518, and anything else as a dash."""
     if not _is_number(value):
         return "–"
     return f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def compact(value) -> str:
-    """950, 3.12k, 7.15M, 1.2B."""
+    """Format a number as 950, 3.12k, 7.15M or 1.2B."""
     if not _is_number(value):
         return "–"
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
@@ -125,12 +125,12 @@ def compact(value) -> str:
 
 
 def percent(value) -> str:
-    """A share of 1 as 12.3%."""
+    """Format a share of 1 as 12.3%."""
     return f"{100 * value:.1f}%" if _is_number(value) else "–"
 
 
 def duration(seconds) -> str:
-    """4.2 s, 12 min 4 s, 3 h 5 min."""
+    """Format seconds as 4.2 s, 12 min 4 s or 3 h 5 min."""
     if not _is_number(seconds):
         return "–"
     if seconds < 59.5:

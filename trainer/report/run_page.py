@@ -1,4 +1,4 @@
-"""The page about a run: how it ended, what it learnt, how fast, and from what. What was not recorded is left out."""
+"""Write the HTML page of a run: outcome, loss, forgetting, speed, data and setup. It leaves out what the run did not record."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ MOST_SOURCES = 10  # bars in the mixture plot; the rest are shown as one
 
 @dataclass
 class Run:
-    """What a run folder says. Absent files and entries are empty."""
+    """Contents of a run folder. Absent files and entries are empty."""
 
     name: str
     steps: list[dict] = field(default_factory=list)  # by step, one each
     evaluations: list[dict] = field(default_factory=list)
-    retention: list[dict] = field(default_factory=list)  # measurements of general and domain items
-    end: dict | None = None  # None: the run was killed, or goes on
+    retention: list[dict] = field(default_factory=list)  # scores of general and domain items
+    end: dict | None = None  # None: the run was killed, or is still running
     unreadable: int = 0  # lines of metrics.jsonl, torn by a kill
     data: dict = field(default_factory=dict)
     auto: dict = field(default_factory=dict)  # the probes that chose the replay, if any (trainer/retention/auto_replay.py)
@@ -61,7 +61,7 @@ class Phase(NamedTuple):
 def write_report(run_folder: Path) -> None:
     """Write report.html and its plots (PNG) from the config.yaml, metrics.jsonl and data.json of a run folder.
 
-    UserError if the folder does not exist, or if config.yaml or data.json is not what a run writes.
+    Raises UserError if the folder does not exist, or if config.yaml or data.json is not what a run writes.
     """
     run = read_run(Path(run_folder))
     page.write(
@@ -75,6 +75,7 @@ def write_report(run_folder: Path) -> None:
 
 
 def read_run(folder: Path) -> Run:
+    """Read a run folder. Raises UserError if there is none, or one of its files is malformed."""
     if not folder.is_dir():
         raise UserError(f"report: expected a run folder, found none at {folder}")
     config = _read_mapping(folder / "config.yaml", yaml.safe_load, yaml.YAMLError)
@@ -103,7 +104,7 @@ def _read_mapping(path: Path, parse, parse_error: type[Exception]) -> dict:
 
 
 def _read_metrics(path: Path, run: Run) -> None:
-    """Fill in steps, evaluations and end. A resumed run logs some steps again: a line undoes those of later steps."""
+    """Fill in steps, evaluations and end. A resumed run logs some steps again, so a line drops earlier lines of its own and later steps."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     logged = {"step": run.steps, "eval": run.evaluations, "retention": run.retention}
     for line in filter(str.strip, lines):
@@ -125,30 +126,30 @@ def _column(records: list[dict], key: str) -> np.ndarray:
     return np.array([math.nan if record.get(key) is None else record[key] for record in records], dtype=float)
 
 
-# --- In words
+# --- Text
 
 
 def outcome(run: Run) -> str:
-    """How the run ended and what came of it, in a sentence or two."""
+    """Say in a sentence or two how the run ended and where its loss went."""
     if not run.steps and not run.end:
         return "No step was logged."
     steps = run.end["steps"] if run.end else run.steps[-1]["step"]
-    counted = f"{number(steps)} {'step' if steps == 1 else 'steps'}"
+    count = f"{number(steps)} {'step' if steps == 1 else 'steps'}"
     if run.end is None:
-        ended = f"No end was logged after {counted}: the run was killed, or still goes on."
+        ended = f"No end was logged after {count}: the run was killed, or is still running."
     else:
         in_time = f" in {duration(run.end['seconds'])}" if "seconds" in run.end else ""
         ended = {
-            "finished": f"Finished {counted}{in_time}.",
-            "max_steps": f"Stopped at its limit of {counted}{in_time}.",
-            "early stopping": f"Stopped early after {counted}{in_time}: the held-out loss no longer fell.",
-            "floor": f"Stopped after {counted}{in_time}: the general items stayed below the floor.",
-            "signal": f"Stopped by a signal after {counted}{in_time}; checkpoint.resume: auto goes on from there.",
-        }.get(run.end.get("reason"), f"Ended after {counted}{in_time}: {run.end.get('reason', 'no reason given')}.")
+            "finished": f"Finished {count}{in_time}.",
+            "max_steps": f"Stopped at its limit of {count}{in_time}.",
+            "early stopping": f"Stopped early after {count}{in_time}: the held-out loss stopped falling.",
+            "floor": f"Stopped after {count}{in_time}: the general items stayed below the floor.",
+            "signal": f"Stopped by a signal after {count}{in_time}; to continue, run the same command with --resume auto.",
+        }.get(run.end.get("reason"), f"Ended after {count}{in_time}: {run.end.get('reason', 'no reason given')}.")
     exported = exported_state(run)
     if exported and "held" in exported:
         ended += (f" The state after step {number(exported['step'])} is exported, "
-                  + ("the best that holds the floor." if exported["held"] else "the nearest to the floor, which none holds."))
+                  + ("the best at or above the floor." if exported["held"] else "the nearest to the floor: no measured state reached it."))
     name, records = ("Held-out", run.evaluations) if len(run.evaluations) > 1 else ("Training", run.steps)
     if len(records) < 2:
         return ended
@@ -158,7 +159,7 @@ def outcome(run: Run) -> str:
 
 
 def exported_state(run: Run) -> dict | None:
-    """The measurement of what the run left; None where it measured nothing or has not ended."""
+    """Return the scores of the exported state; None where the run scored nothing or has not ended."""
     if not run.end or not run.retention:
         return None
     wanted = run.end.get("kept", run.retention[-1]["step"])
@@ -166,7 +167,7 @@ def exported_state(run: Run) -> dict | None:
 
 
 def facts(run: Run) -> list[Fact]:
-    """The figures worth a glance; those that the run did not record are left out."""
+    """Return the headline figures that the run recorded."""
     found = []
     heldout, loss = _column(run.evaluations, "loss"), _column(run.steps, "loss")
     if np.isfinite(heldout).any():
@@ -178,12 +179,12 @@ def facts(run: Run) -> list[Fact]:
     nats = _column(run.steps, "kl")
     nats = nats[np.isfinite(nats)]
     if len(nats):
-        found.append(Fact("From the base", number(nats[-1]), "nats per counted token, when last logged"))
+        found.append(Fact("KL to the base", number(nats[-1]), "nats per token, at the last logged step"))
     exported = exported_state(run) or {}
     for role in ("general", "domain"):
         if role in exported:
             base = percent(exported[f"{role}_base"])
-            found.append(Fact(f"{role.capitalize()} items", percent(exported[role]), f"answered right; by the base {base}"))
+            found.append(Fact(f"{role.capitalize()} items", percent(exported[role]), f"right; base {base}"))
     rate, supervised_rate, mfu = (_typical(run, key) for key in ("tokens_per_s", "supervised_per_s", "mfu"))
     if rate is not None:
         note = f"median; {compact(supervised_rate)} supervised" if supervised_rate is not None else "median"
@@ -199,18 +200,18 @@ def facts(run: Run) -> list[Fact]:
         found.append(Fact("Tokens seen", compact(run.end["tokens"]),
                           f"{percent(supervised / run.end['tokens'])} supervised" if supervised else ""))
     if run.data.get("packing_efficiency") is not None:
-        found.append(Fact("Packing", percent(run.data["packing_efficiency"]), "of pack capacity is real tokens"))
+        found.append(Fact("Packing", percent(run.data["packing_efficiency"]), "of pack capacity is used"))
     return found
 
 
 def _typical(run: Run, key: str) -> float | None:
-    """Median over the logged steps: unlike the mean, the first steps' warming up does not move it."""
+    """Return the median over the logged steps, which the slow first steps do not move; None where nothing is logged."""
     values = [record[key] for record in run.steps if record.get(key) is not None]
     return float(np.median(values)) if values else None
 
 
 def phases(run: Run) -> list[Phase]:
-    """Time by phase; each logged step stands for those since the one before. The rest is evaluation and saving."""
+    """Return the time by phase. A logged step stands for all steps since the one before; the rest of the run is evaluation and saving."""
     total: dict[str, float] = {}
     previous = 0
     for record in run.steps:
@@ -244,25 +245,25 @@ def model_table(run: Run) -> dict[str, str]:
     return table
 
 
-# --- In pictures
+# --- Plots
 
 
 def plots(run: Run) -> list[Plot]:
-    """Those that the run has figures for."""
+    """Draw the plots that the run has figures for."""
     made = []
     if run.steps:
-        made += [_loss(run), _learning_rate(run), _throughput(run)]
-        made += [_divergence(run)] if np.isfinite(_column(run.steps, "kl")).any() else []
+        made += [loss_plot(run), learning_rate_plot(run), throughput_plot(run)]
+        made += [kl_plot(run)] if np.isfinite(_column(run.steps, "kl")).any() else []
     if run.retention:
-        made += [draw(run) for draw, keys in ((_retention, ("general", "domain")), (_moved, ("general_kl", "domain_kl")))
+        made += [draw(run) for draw, keys in ((accuracy_plot, ("general", "domain")), (item_kl_plot, ("general_kl", "domain_kl")))
                  if any(key in record for record in run.retention for key in keys)]
     if run.data.get("lengths"):
-        made.append(_lengths(np.array(run.data["lengths"])))
+        made.append(lengths_plot(np.array(run.data["lengths"])))
     if run.data.get("pack_fill") and run.data.get("tokens_per_pack"):
-        made.append(_pack_fill(np.array(run.data["pack_fill"]) / run.data["tokens_per_pack"]))
+        made.append(pack_fill_plot(np.array(run.data["pack_fill"]) / run.data["tokens_per_pack"]))
     shares = [source.get(key) for source in run.sources for key in ("share_rows", "share_tokens")]
     if len(run.sources) > 1 and None not in shares:
-        made.append(_mixture(run.sources))
+        made.append(mixture_plot(run.sources))
     return made
 
 
@@ -273,11 +274,11 @@ def _step_axis(axes: Axes) -> None:
 
 
 def _marker(values: np.ndarray) -> str:
-    """A line through fewer than a handful of points shows them."""
+    """Mark the points of a line that has only a few."""
     return "o" if np.isfinite(values).sum() < 8 else ""
 
 
-def _loss(run: Run) -> Plot:
+def loss_plot(run: Run) -> Plot:
     step, loss = _column(run.steps, "step"), _column(run.steps, "loss")
     window = max(len(loss) // 25, 1)
 
@@ -298,19 +299,19 @@ def _loss(run: Run) -> Plot:
     return plot("loss", "Loss", f"Bold: mean over {window} log lines." if window > 1 else "", draw)
 
 
-def _divergence(run: Run) -> Plot:
+def kl_plot(run: Run) -> Plot:
     step, nats = _column(run.steps, "step"), _column(run.steps, "kl")
 
     def draw(axes: Axes, theme: Theme) -> None:
         axes.plot(step, nats, marker=_marker(nats), color=theme.series[0])
         axes.set_ylim(bottom=0)
-        axes.set_ylabel("nats per counted token")
+        axes.set_ylabel("nats per token")
         _step_axis(axes)
 
-    return plot("divergence", "Divergence from the base", "A part of the objective, beside the loss and before its weight.", draw)
+    return plot("kl", "KL to the base", "Part of the objective, shown without its weight.", draw)
 
 
-def _retention(run: Run) -> Plot:
+def accuracy_plot(run: Run) -> Plot:
     step, floor = _column(run.retention, "step"), run.retention[0].get("floor")
 
     def draw(axes: Axes, theme: Theme) -> None:
@@ -324,15 +325,15 @@ def _retention(run: Run) -> Plot:
             lowest = 100 * floor * run.retention[0]["general_base"]
             axes.axhline(lowest, color=theme.series[0], linestyle="--", linewidth=1.2, label="floor")
         axes.set_ylim(-2, 102)
-        axes.set_ylabel("items answered right, %")
+        axes.set_ylabel("accuracy, %")
         _step_axis(axes)
         page.legend(axes)
 
-    return plot("retention", "Kept and learnt", "Bands: the intervals of the accuracies." + (
+    return plot("retention", "General and domain accuracy", "Bands: confidence intervals." + (
         f" The floor is {percent(floor)} of the base's general accuracy." if floor is not None else ""), draw)
 
 
-def _moved(run: Run) -> Plot:
+def item_kl_plot(run: Run) -> Plot:
     step = _column(run.retention, "step")
 
     def draw(axes: Axes, theme: Theme) -> None:
@@ -345,30 +346,30 @@ def _moved(run: Run) -> Plot:
         _step_axis(axes)
         page.legend(axes)
 
-    return plot("retention_kl", "KL(base || model)", "Over the right answers to the items.", draw)
+    return plot("retention_kl", "KL(base || model)", "Over the tokens of the items' right answers.", draw)
 
 
-def _learning_rate(run: Run) -> Plot:
+def learning_rate_plot(run: Run) -> Plot:
     step, rate = _column(run.steps, "step"), _column(run.steps, "lr")
 
     def draw(axes: Axes, theme: Theme) -> None:
         axes.plot(step, rate, marker=_marker(rate), color=theme.series[0])
         axes.set_ylim(bottom=0)
         axes.set_ylabel("learning rate")
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _scientific(value)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: scientific(value)))
         _step_axis(axes)
 
     highest = np.nanmax(rate) if np.isfinite(rate).any() else math.nan
-    return plot("learning_rate", "Learning rate", f"Highest: {_scientific(highest)}.", draw)
+    return plot("learning_rate", "Learning rate", f"Highest: {scientific(highest)}.", draw)
 
 
-def _scientific(value: float) -> str:
-    """0, 2e-4, 1.5e-5."""
+def scientific(value: float) -> str:
+    """Format a number as 0, 2e-4 or 1.5e-5."""
     mantissa, _, exponent = f"{value:.1e}".partition("e")
     return f"{mantissa.removesuffix('.0')}e{int(exponent)}" if value and exponent else f"{value:g}"
 
 
-def _throughput(run: Run) -> Plot:
+def throughput_plot(run: Run) -> Plot:
     step = _column(run.steps, "step")
 
     def draw(axes: Axes, theme: Theme) -> None:
@@ -381,10 +382,10 @@ def _throughput(run: Run) -> Plot:
         _step_axis(axes)
         page.legend(axes)
 
-    return plot("throughput", "Throughput", "Padding counts as nothing; only supervised tokens are trained on.", draw)
+    return plot("throughput", "Throughput", "Padding is not counted; only supervised tokens have a loss.", draw)
 
 
-def _lengths(lengths: np.ndarray) -> Plot:
+def lengths_plot(lengths: np.ndarray) -> Plot:
     def draw(axes: Axes, theme: Theme) -> None:
         axes.hist(lengths, bins=np.linspace(0, lengths.max() + 1, 41), color=theme.series[0], rwidth=0.9)
         axes.set_xlim(0, lengths.max() + 1)
@@ -398,7 +399,7 @@ def _lengths(lengths: np.ndarray) -> Plot:
     return plot("lengths", "Sample lengths", caption, draw)
 
 
-def _pack_fill(fill: np.ndarray) -> Plot:
+def pack_fill_plot(fill: np.ndarray) -> Plot:
     def draw(axes: Axes, theme: Theme) -> None:
         axes.hist(100 * fill, bins=np.linspace(0, 100, 41), color=theme.series[0], rwidth=0.9, log=True)
         axes.set_xlim(0, 100)
@@ -413,7 +414,7 @@ def _pack_fill(fill: np.ndarray) -> Plot:
     return plot("pack_fill", "Pack fill", caption, draw)
 
 
-def _mixture(sources: list[dict]) -> Plot:
+def mixture_plot(sources: list[dict]) -> Plot:
     shown = sorted(sources, key=lambda source: -source["share_tokens"])
     if len(shown) > MOST_SOURCES:
         rest = shown[MOST_SOURCES - 1 :]
@@ -442,5 +443,5 @@ def _mixture(sources: list[dict]) -> Plot:
 
 
 def _shorten(name: str) -> str:
-    """At most 20 characters; the end is kept, because that is where numbered names differ."""
+    """Shorten a name to 20 characters, keeping its end, where numbered names differ."""
     return name if len(name) <= 20 else f"{name[:9]}…{name[-10:]}"

@@ -169,9 +169,9 @@ def as_probe(config: Config, share: float, kl: float) -> Config:
         probe, output=str(Path(config.output) / "auto" / f"share-{share:g}-kl-{kl:g}"), epochs=config.epochs * part,
         max_steps=None if config.max_steps is None else max(1, round(config.max_steps * part)),
         optim=replace(optim, warmup_steps=_scaled(optim.warmup_steps, part), decay_steps=_scaled(optim.decay_steps, part)),
-        retention=replace(probe.retention, every=0, patience=0), evaluation=replace(config.evaluation, every=0, patience=0),
+        retention=replace(probe.retention, every=0, patience=0), eval=replace(config.eval, every=0, patience=0),
         checkpoint=replace(config.checkpoint, every=0),
-        logging=replace(config.logging, every=sys.maxsize, tensorboard=False, wandb_project=None, profile=None))
+        logging=replace(config.logging, every=sys.maxsize, tensorboard=False, wandb_project=None, profile_steps=None))
 
 
 def _scaled(steps: int, part: float) -> int:

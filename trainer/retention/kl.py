@@ -80,7 +80,7 @@ class KlToBase:
     kl_sources: np.ndarray  # bool[sources], those on whose samples the KL is computed
     dft_sources: np.ndarray  # bool[sources], those whose losses DFT weights by their own probability
     stored: Callable[[Sequence[int]], Tensor] | None = None  # the base's hidden states of these samples [K, W]; None: it runs in each step
-    kept_head: LmHead | None = None  # the base's, where that of `base.model` is trained
+    kept_head: LmHead | None = None  # the base's, where that of `base`'s model is trained
 
     def targets(self, samples: Samples, indices: np.ndarray) -> np.ndarray:
         """How many tokens of each of these samples the divergence counts: int64[n]."""

@@ -1,16 +1,19 @@
-"""Build a run: model, adapter, optimiser, run folder, and the state it starts from."""
+"""Build a run in steps: model, what is measured of the base, optimizer, the state it starts from, run folder and log."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from trainer.config import Config
 from trainer.data.batch import NO_PADDING, PadTo
 from trainer.data.prepare import TrainingData, data_summary, heldout_line
+from trainer.data.samples import Samples
+from trainer.data.step_plan import StepPlan
 from trainer.errors import UserError
 from trainer.evaluation.items import ItemFile
 from trainer.metrics.log import Log
@@ -22,23 +25,70 @@ from trainer.model.loading import load_model, weights_fingerprint
 from trainer.model.patch import PatchReport, patch
 from trainer.optim.adamw import FlatAdamW
 from trainer.retention import cached_base, kl, monitor, token_weighting
+from trainer.retention.kl import KlToBase
+from trainer.retention.monitor import ForgettingMonitor
 from trainer.runtime import checkpoint
 from trainer.runtime.device import compute_dtype, dtype_name, fast_bf16
 from trainer.runtime.distributed import Distributed
 from trainer.training import run_folder
-from trainer.training.job import Job
+from trainer.training.loader import StepLoader
+from trainer.training.training_run import TrainingRun
 
 
-def require_work_for_all(inputs: TrainingData, dist: Distributed) -> None:
-    if inputs.plan.packs_per_step % dist.size:
-        pack = inputs.plan.batch.tokens_per_pack
-        raise UserError(f"batch.tokens_per_step: expected a multiple of {dist.size * pack}, one pack of {pack} tokens for each of the "
-                        f"{dist.size} ranks, got {inputs.plan.batch.tokens_per_step}")
+@dataclass
+class BaseMeasurements:
+    """What a run takes from its base before training changes it."""
+
+    samples: Samples  # with the weights and masks that the base gives their tokens
+    kl: KlToBase | None
+    monitor: ForgettingMonitor | None
+    summary_lines: list[str]
 
 
-def build(config: Config, inputs: TrainingData, device: torch.device, dist: Distributed,
-          items: Sequence[ItemFile] = ()) -> tuple[Job, checkpoint.State]:
-    """Model, adapter, patches, optimiser and run folder; from the newest checkpoint where the run goes on from one."""
+def build(config: Config, data: TrainingData, device: torch.device, dist: Distributed,
+          items: Sequence[ItemFile] = ()) -> tuple[TrainingRun, checkpoint.State]:
+    """Return a run that is ready to train, and the state it starts from: a fresh one, or that of the newest checkpoint.
+
+    Opens the run folder and prints the start summary. Raises UserError for anything that the user can mend.
+    """
+    output = Path(config.output)
+    model, patched = build_model(config, device)
+    identity = run_identity(config, data, items, dist)
+    base = measure_base(config, data, items, identity, model, device, dist)
+    data = replace(data, samples=base.samples)
+    optimizer = build_optimizer(config, model, dist)
+    if config.compile:
+        compile_layers(model)
+    state = load_or_start(output, config.resume, identity, optimizer, dist)
+    size, pad_to = model_size(model), padding_for(model)
+    summary = data_summary(data, config) | {
+        "model": {"path": config.model.path or config.model.config, "family": patched.family, "parameters": size.parameters,
+                  "trainable": size.trainable},
+        "backends": patched.backends}
+    dist.on_main(lambda: run_folder.open_run(output, config, summary))
+    if dist.is_main:
+        print_summary(config, data, summary, patched, pad_to, device)
+        print_lines(base.summary_lines)
+        print_lines([f"resuming from step {state.step}"] if state.step else [])
+    log = Log(output, config, data.plan.total, state.step) if dist.is_main else None
+    loader = StepLoader(data.plan, base.samples, dist, device, base.kl, pad_to)
+    return TrainingRun(config, output, device, dist, model, size, optimizer, data.plan, loader, base.kl, base.monitor, data.heldout,
+                       log), state
+
+
+def require_packs_for_all_ranks(plan: StepPlan, dist: Distributed) -> None:
+    """Raise UserError unless every rank gets as many packs of a step."""
+    if plan.packs_per_step % dist.size:
+        capacity = plan.batch.tokens_per_pack
+        raise UserError(f"batch.tokens_per_step: expected a multiple of {dist.size * capacity}, one pack of {capacity} tokens for each of "
+                        f"the {dist.size} ranks, got {plan.batch.tokens_per_step}")
+
+
+# ---------------------------------------------------------------- the steps of building
+
+
+def build_model(config: Config, device: torch.device) -> tuple[nn.Module, PatchReport]:
+    """Load the model, add the adapter, replace layers by fused ones, and set up activation checkpointing."""
     model, _ = load_model(config, device)
     torch.manual_seed(config.seed)
     if config.method != "full":
@@ -47,74 +97,101 @@ def build(config: Config, inputs: TrainingData, device: torch.device, dist: Dist
     refuse_misread_layers(lora.unfused_layers(model, config.model.fused_kernels))
     patched.backends |= quantization.describe(model)
     apply_activation_checkpointing(model, config.activation_checkpointing)
-    fingerprint, roles = inputs.samples.fingerprint, [part.role for part in inputs.mixture.parts]
-    watched = monitor.prepare(config, items, model, inputs.template, dist)
-    samples, told = token_weighting.reweighted(inputs.samples, config, model, roles, device, dist)
-    inputs, held, multiples = replace(inputs, samples=samples), kl.prepare(config.retention, model, roles), padding_for(model)
+    return model, patched
+
+
+def run_identity(config: Config, data: TrainingData, items: Sequence[ItemFile], dist: Distributed) -> dict:
+    """Return all that decides what a run computes. A checkpoint, or cached base states, serve only a run of the same identity."""
+    return checkpoint.identity(
+        config, dist.size, samples=data.samples.fingerprint, heldout_samples=data.heldout[0].fingerprint if data.heldout else None,
+        base_weights=weights_fingerprint(config.model), quantizer=quantization.bitsandbytes_version(config),
+        items=monitor.fingerprint(items))
+
+
+def measure_base(config: Config, data: TrainingData, items: Sequence[ItemFile], identity: dict, model: nn.Module, device: torch.device,
+                 dist: Distributed) -> BaseMeasurements:
+    """Run the base wherever a run needs it: to score items, to weight tokens, and to cache its hidden states.
+
+    Invariant: `model` is still the base here (with an adapter: the base is the model with the adapter switched off). So this comes before
+    a checkpoint is loaded and before the first step, also in a resumed run, which measures the same base again.
+
+    Order: the KL's states are cached last, since they are those of the samples whose tokens have been weighted and masked.
+    """
+    roles = [source.role for source in data.mixture.parts]
+    forgetting = monitor.prepare(config, items, model, data.template, dist)
+    samples, weighting_line = token_weighting.reweighted(data.samples, config, model, roles, device, dist)
+    kl_to_base = kl.prepare(config.retention, model, roles)
+    if config.retention.stores_base:
+        kl_to_base = cached_base.store(kl_to_base, samples, data.plan, Path(config.output), identity, device, dist)
+    lines = [weighting_line] if weighting_line else []
+    if forgetting and dist.is_main:
+        lines += forgetting.describe()
+    return BaseMeasurements(samples, kl_to_base, forgetting, lines)
+
+
+def build_optimizer(config: Config, model: nn.Module, dist: Distributed) -> FlatAdamW:
+    """Make the optimizer, give all ranks the weights of rank 0, and note where L2-SP pulls them back to."""
     optimizer = FlatAdamW(model.parameters(), config.optim)
     dist.broadcast([group.master.data for group in optimizer.groups])
     optimizer.publish()
     optimizer.enable_l2_sp(config.retention.l2)
-    output, size = Path(config.output), model_size(model)
-    heldout = inputs.heldout[0].fingerprint if inputs.heldout else None
-    identity = checkpoint.identity(config, dist.size, samples=fingerprint, heldout_samples=heldout,
-                                   base_weights=weights_fingerprint(config.model), quantizer=quantization.bitsandbytes_version(config),
-                                   items=monitor.fingerprint(items))
-    if config.retention.stores_base:  # while the model is still the base, which a checkpoint would end
-        held = cached_base.store(held, samples, inputs.plan, output, identity, device, dist)
-    if config.compile:
-        compile_layers(model)
-    state = start(output, config, identity, optimizer)
-    if len(set(dist.gather(state.step))) > 1:  # all ranks see it, so all stop
-        raise UserError(f"resume: ranks found different checkpoints in {output}; expected one folder that all of them see")
-    facts = data_summary(inputs, config) | {
-        "model": {"path": config.model.path or config.model.config, "family": patched.family, "parameters": size.parameters,
-                  "trainable": size.trainable}, "backends": patched.backends}
-    dist.on_main(lambda: run_folder.open_run(output, config, facts))
-    log = None
-    if dist.is_main:
-        greet(config, facts, inputs, device, patched, multiples)
-        for line in [*([told] if told else []), *(watched.describe() if watched else [])]:
-            print(line, flush=True)
-        if state.step:
-            print(f"resuming from step {state.step}")
-        log = Log(output, config, inputs.plan.total, state.step)
-    return Job(config, output, model, size, optimizer, inputs.samples, inputs.plan, inputs.heldout, device, dist, log,
-               held, watched, multiples), state
+    return optimizer
 
 
-def start(output: Path, config: Config, identity: dict, optimizer: FlatAdamW) -> checkpoint.State:
-    """A fresh state, or that of the newest checkpoint."""
-    last = checkpoint.newest(output / "checkpoints")
-    if config.resume == "never" or last is None:
-        return checkpoint.State(identity)
-    return checkpoint.load(last, identity, optimizer)
-
-
-def greet(config: Config, facts: dict, inputs: TrainingData, device: torch.device, patched: PatchReport, multiples: PadTo) -> None:
-    """Say, once, what runs where."""
-    dtype, model = compute_dtype(config.precision, device), facts["model"]
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    print(f"device: {name}; compute {dtype_name(dtype)}, fp32 masters; peak {peak_flops(device, dtype)[1]}")
-    if config.precision == "auto" and device.type == "cpu" and fast_bf16():
-        print("this CPU has bf16 products: with --precision bf16 a step takes about half the time")
-    print(patched)
-    print(f"parameters: {model['parameters']:,}, trained {model['trainable']:,} ({config.method})")
-    for share in facts["sources"]:
-        print(f"{share['role']} {share['name']}: {share['samples']:,} samples, {share['share_rows']:.1%} of rows, "
-              f"{share['share_tokens']:.1%} of tokens; dropped {share['dropped']}, truncated {share['truncated']}, split {share['split']}")
-    for line in kl.describe(config.retention, config.method, model["parameters"] * dtype.itemsize):
-        print(line)
-    if inputs.heldout:
-        print(heldout_line(inputs))
-    print(f"plan: {inputs.plan.total} steps of {inputs.plan.packs_per_step} packs of {config.batch.tokens_per_pack} tokens"
-          + (f", filled up to multiples of {multiples.tokens}" if multiples != NO_PADDING else ""), flush=True)
-
-
-def compile_layers(model: torch.nn.Module) -> None:
+def compile_layers(model: nn.Module) -> None:
     """Compile each decoder layer by itself: they are alike, so one graph serves all."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
             layer.compile(dynamic=True)
+
+
+def load_or_start(output: Path, resume: str, identity: dict, optimizer: FlatAdamW, dist: Distributed) -> checkpoint.State:
+    """Return the state of the newest checkpoint, loaded into the optimizer, or a fresh one.
+
+    Raises UserError if ranks see different checkpoints.
+    """
+    last = checkpoint.newest(output / "checkpoints")
+    fresh = resume == "never" or last is None
+    state = checkpoint.State(identity) if fresh else checkpoint.load(last, identity, optimizer)
+    if len(set(dist.gather(state.step))) > 1:  # all ranks see it, so all stop
+        raise UserError(f"resume: expected one run folder that all ranks see, found different checkpoints in {output}; "
+                        "put --output on a shared disk")
+    return state
+
+
+# ---------------------------------------------------------------- the start summary
+
+
+def print_summary(config: Config, data: TrainingData, summary: dict, patched: PatchReport, pad_to: PadTo, device: torch.device) -> None:
+    """Print what is trained on what, and on which device."""
+    dtype, model, plan = compute_dtype(config.precision, device), summary["model"], data.plan
+    lines = [f"device: {device_name(device)}; compute {dtype_name(dtype)}, fp32 masters; peak {peak_flops(device, dtype)[1]}"]
+    if config.precision == "auto" and device.type == "cpu" and fast_bf16():
+        lines.append("hint: this CPU has bf16 matmuls; a step is about twice as fast with --precision bf16")
+    lines += [str(patched), f"parameters: {model['parameters']:,}, trained {model['trainable']:,} ({config.method})"]
+    lines += [source_line(source) for source in summary["sources"]]
+    lines += kl.describe(config.retention, config.method, model["parameters"] * dtype.itemsize)
+    if data.heldout:
+        lines.append(heldout_line(data))
+    padded = f", padded to multiples of {pad_to.tokens}" if pad_to != NO_PADDING else ""
+    lines.append(f"plan: {plan.total} steps of {plan.packs_per_step} packs of {config.batch.tokens_per_pack} tokens{padded}")
+    print_lines(lines)
+
+
+def print_lines(lines: Sequence[str]) -> None:
+    for line in lines:
+        print(line, flush=True)
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu, {torch.get_num_threads()} threads"
+
+
+def source_line(source: dict) -> str:
+    s = source
+    return (f"{s['role']} {s['name']}: {s['samples']:,} samples, {s['share_rows']:.1%} of rows, {s['share_tokens']:.1%} of tokens; "
+            f"dropped {s['dropped']}, truncated {s['truncated']}, split {s['split']}")

@@ -1,5 +1,4 @@
-"""`--dry_run`: everything that can be known before a run, on one page of terminal: samples as the model sees them, what was cut,
-how packs fill, how long the run is, what it holds in memory."""
+"""Print what is known before a run starts (`--dry_run`): samples and masks, sources, packing, steps, and an estimate of memory."""
 
 from __future__ import annotations
 
@@ -19,41 +18,41 @@ from trainer.runtime.device import compute_dtype, dtype_name
 from trainer.training.memory_estimate import estimate
 
 SHOWN_CHARACTERS = 1200  # of each sample
-GREEN, DIM, BOLD, PLAIN = "\033[32m", "\033[2m", "\033[1m", "\033[0m"
+GREEN, BOLD, PLAIN = "\033[32m", "\033[1m", "\033[0m"
 
 
-def show(config: Config, inputs: TrainingData, device: torch.device) -> None:
+def print_dry_run(config: Config, data: TrainingData, device: torch.device) -> None:
     """Print the page. Raises UserError for whatever would have stopped the run."""
     model = meta_model(config)
     if config.method != "full":
         with torch.device("meta"):
             model = add_adapter(model, config.lora)
-    _show_samples(inputs, config.seed)
-    facts = data_summary(inputs, config)
-    _show_sources(facts["sources"])
-    _show_plan(inputs, facts, config)
+    summary = data_summary(data, config)
+    _print_samples(data, config.seed)
+    _print_sources(summary["sources"])
+    _print_plan(data, summary, config.data.max_length)
     size, dtype = model_size(model), compute_dtype(config.precision, device)
     for line in kl.describe(config.retention, config.method, size.parameters * dtype.itemsize):
         print(line)
     if config.retention.stores_base:
-        held = kl.prepare(config.retention, model, [part.role for part in inputs.mixture.parts])
-        print(cached_base.announce(Path(config.output), cached_base.layout(held, inputs.samples, inputs.plan, dtype)))
+        kl_to_base = kl.prepare(config.retention, model, [source.role for source in data.mixture.parts])
+        print(cached_base.announce(Path(config.output), cached_base.layout(kl_to_base, data.samples, data.plan, dtype)))
     if config.replay.auto:
-        print("replay.auto: the mixture above is without a ratio; probes choose it, and retention.kl, when the run starts")
+        print("replay.auto: the mixture above has no replay ratio yet; probe runs choose it, and retention.kl, when the run starts")
     print(f"model: {size.parameters:,} parameters, trained {size.trainable:,} ({config.method}), compute {dtype_name(dtype)}")
     print(f"memory: {estimate(model, config, dtype, device)}")
-    print("dry run: everything fits together; nothing was trained")
+    print("dry run: the options, data and model fit together; nothing was trained")
 
 
-def _show_samples(inputs: TrainingData, seed: int) -> None:
-    """Three samples; supervised tokens stand out: green on a terminal, between brackets elsewhere."""
+def _print_samples(data: TrainingData, seed: int) -> None:
+    """Print three samples; supervised tokens are green on a terminal, and in [[brackets]] elsewhere."""
     colour = sys.stdout.isatty()
     opening, closing = (GREEN, PLAIN) if colour else ("[[", "]]")
-    samples = inputs.samples
+    samples = data.samples
     count = min(3, len(samples.lengths))
     for i in np.sort(np.random.default_rng(seed).choice(len(samples.lengths), count, replace=False)):
         ids, supervised = samples[i]
-        pieces = inputs.template.segments(ids, supervised)
+        pieces = data.template.segments(ids, supervised)
         text = "".join(f"{opening}{piece}{closing}" if on else piece for piece, on in pieces)
         print(f"{BOLD * colour}sample {i} of {samples.names[samples.sources[i]]}: {len(ids)} tokens, "
               f"{samples.supervised[i]} supervised{PLAIN * colour}")
@@ -61,7 +60,7 @@ def _show_samples(inputs: TrainingData, seed: int) -> None:
         print()
 
 
-def _show_sources(sources: list[dict]) -> None:
+def _print_sources(sources: list[dict]) -> None:
     print(f"{'source':<20}{'role':<8}{'samples':>9}{'tokens':>12}{'superv.':>9}{'rows':>8}{'tokens':>8}"
           f"{'dropped':>9}{'trunc.':>8}{'split':>7}{'lost':>8}")
     for s in sources:
@@ -70,12 +69,12 @@ def _show_sources(sources: list[dict]) -> None:
               f"{s['tokens_lost']:>8,}")
 
 
-def _show_plan(inputs: TrainingData, facts: dict, config: Config) -> None:
-    lengths = np.array(facts["lengths"])
+def _print_plan(data: TrainingData, summary: dict, max_length: int) -> None:
+    lengths, plan = np.array(summary["lengths"]), data.plan
     low, middle, high = np.percentile(lengths, [10, 50, 90]).astype(int)
-    print(f"lengths: median {middle}, 10% below {low}, 10% above {high}, longest {lengths.max()} of {config.data.max_length} allowed")
-    print(f"packing: {len(facts['pack_fill'])} packs of {facts['tokens_per_pack']} tokens in the first epoch, "
-          f"{facts['packing_efficiency']:.1%} full, no padding")
-    if inputs.heldout:
-        print(heldout_line(inputs))
-    print(f"plan: {inputs.plan.total} steps of {inputs.plan.packs_per_step} packs, {inputs.plan.progress(inputs.plan.total):.3g} epochs")
+    print(f"lengths: median {middle}, 10% below {low}, 10% above {high}, longest {lengths.max()} of {max_length} allowed")
+    print(f"packing: {len(summary['pack_fill'])} packs of {summary['tokens_per_pack']} tokens in the first epoch, "
+          f"{summary['packing_efficiency']:.1%} full, no padding")
+    if data.heldout:
+        print(heldout_line(data))
+    print(f"plan: {plan.total} steps of {plan.packs_per_step} packs, {plan.progress(plan.total):.3g} epochs")

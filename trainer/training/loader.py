@@ -1,13 +1,12 @@
-"""A step's packs, collated on the CPU and queued for the device ahead of the step before them."""
+"""Collate the packs of each step on the CPU, and copy them to the device while the step before them runs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from trainer.data.batch import NO_PADDING, PackedBatch, PadTo, batches, collate, pad_batch
 from trainer.data.samples import Piece, Samples
@@ -19,77 +18,99 @@ from trainer.runtime.distributed import Distributed
 
 @dataclass
 class TokenCounts:
-    """Host-side sums over steps."""
+    """Sums over steps and ranks, counted on the CPU; padding is not counted."""
 
     tokens: int = 0
     supervised: int = 0
-    squared_lengths: int = 0
+    squared_lengths: int = 0  # sum of squared sample lengths, for attention's FLOPs
     capacity: int = 0  # tokens that the packs could have held
-    base_tokens: int = 0  # that the base reads beside the model, in the step itself
+    base_tokens: int = 0  # those that the base reads beside the model, in the step itself
     base_supervised: int = 0
     base_squared_lengths: int = 0
 
     def __add__(self, other: TokenCounts) -> TokenCounts:
-        return TokenCounts(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(self)))
+        return TokenCounts(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
 
 
 @dataclass
 class StepWork:
-    """One step's packs for this rank, on the device, and the whole step's host-side counts."""
+    """This rank's packs of one step, on the device, and sums over the whole step."""
 
     step: int
     batches: list[PackedBatch]
-    weight: float
+    weight_sum: float  # of the step's supervised tokens
     counts: TokenCounts
-    sources: list[str]
-    kl_weight_sum: float = 0.0  # sum of the KL rows' weights, over all packs and ranks
-    divergence: Tensor | None = field(default=None, compare=False)  # this rank's share of it, once the step has run; None: none counted
+    sources: list[str]  # names of the sources that the step's samples are from
+    kl_weight_sum: float = 0.0  # of the step's KL rows
+
+    @property
+    def has_kl(self) -> bool:
+        """Return whether any pack of the step, on any rank, has KL rows."""
+        return self.kl_weight_sum > 0
 
 
-def prefetch_steps(plan: StepPlan, samples: Samples, first: int, dist: Distributed, device: torch.device, phases: Phases,
-          retention: KlToBase | None = None, multiples: PadTo = NO_PADDING) -> Iterator[StepWork]:
-    """The work of steps first .. total - 1 for this rank, each one's copy started before the step before it runs."""
-    upcoming = None
-    for step in range(first, plan.total):
-        with phases("data"):
-            following = prepare(plan, samples, step, dist, device, retention, multiples)
+@dataclass(frozen=True)
+class StepLoader:
+    """Makes the work of each step of a plan for this rank."""
+
+    plan: StepPlan
+    samples: Samples
+    dist: Distributed
+    device: torch.device
+    kl: KlToBase | None = None
+    pad_to: PadTo = NO_PADDING
+
+    def prefetch(self, first: int, phases: Phases) -> Iterator[StepWork]:
+        """Yield the work of steps first .. total - 1; the copy of each to the device starts before the step ahead of it runs."""
+        upcoming = None
+        for step in range(first, self.plan.total):
+            with phases("data"):
+                following = self.load(step)
+            if upcoming:
+                yield upcoming
+            upcoming = following
         if upcoming:
             yield upcoming
-        upcoming = following
-    if upcoming:
-        yield upcoming
 
+    def load(self, step: int) -> StepWork:
+        """Collate and pad this rank's packs of a step, and count the tokens of the whole step."""
+        samples, packs = self.samples, self.plan[step]
+        indices = np.concatenate(packs)
+        kl_indices, kl_targets = self._kl_targets(indices)
+        base_reads = kl_indices[:0] if self.kl and self.kl.stored else kl_indices  # cached states meet only the head
+        counts = TokenCounts(*totals(samples, indices, samples.supervised[indices]), len(packs) * self.plan.batch.tokens_per_pack,
+                             *totals(samples, base_reads, kl_targets))
+        return StepWork(
+            step=step,
+            batches=batches(samples, packs[self.dist.rank :: self.dist.size], self.device, self._collate),
+            weight_sum=max(supervised_weight(samples, indices), 1e-8),
+            counts=counts,
+            sources=[samples.names[source] for source in np.unique(samples.sources[indices])],
+            kl_weight_sum=weight_of(samples, kl_indices, kl_targets))
 
-def prepare(plan: StepPlan, samples: Samples, step: int, dist: Distributed, device: torch.device, retention: KlToBase | None = None,
-            multiples: PadTo = NO_PADDING) -> StepWork:
-    """Collate this rank's packs of a step, filled up to `multiples`; count the whole step, without what fills it."""
-    packs = plan[step]
-    indices = np.concatenate(packs)
-    kl_samples = indices[retention.kl_sources[samples.sources[indices]]] if retention else indices[:0]
-    targets = retention.targets(samples, kl_samples) if retention else samples.supervised[kl_samples]
-    read = kl_samples[:0] if retention and retention.stored else kl_samples  # what is stored meets only the head
-    counts = TokenCounts(*totals(samples, indices, samples.supervised[indices]), len(packs) * plan.batch.tokens_per_pack,
-                    *totals(samples, read, targets))
-    sources = [samples.names[s] for s in np.unique(samples.sources[indices])]
+    def _kl_targets(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return those of these samples that have KL rows, and how many each has."""
+        if self.kl is None:
+            return indices[:0], np.zeros(0, dtype=np.int64)
+        chosen = indices[self.kl.kl_sources[self.samples.sources[indices]]]
+        return chosen, self.kl.targets(self.samples, chosen)
 
-    def lay(pieces: list[Piece]) -> PackedBatch:
-        return pad_batch((retention.collate if retention else collate)(pieces), multiples, plan.batch.tokens_per_pack)
-
-    mine = batches(samples, packs[dist.rank :: dist.size], device, lay)
-    weight = max(supervised_weight(samples, indices), 1e-8)
-    return StepWork(step, mine, weight, counts, sources, kl_weight_sum=weight_of(samples, kl_samples, targets))
+    def _collate(self, samples: Sequence[Piece]) -> PackedBatch:
+        batch = self.kl.collate(samples) if self.kl else collate(samples)
+        return pad_batch(batch, self.pad_to, self.plan.batch.tokens_per_pack)
 
 
 def totals(samples: Samples, indices: np.ndarray, targets: np.ndarray) -> tuple[int, int, int]:
-    """Tokens of these samples, so many targets, and sum(len^2)."""
+    """Return these samples' number of tokens, the sum of `targets`, and the sum of squared lengths."""
     lengths = samples.lengths[indices].astype(np.int64)
     return int(lengths.sum()), int(targets.sum()), int((lengths**2).sum())
 
 
 def supervised_weight(samples: Samples, indices: np.ndarray) -> float:
-    """Sum of the weights of the supervised tokens of these samples."""
+    """Return the sum of the weights of these samples' supervised tokens."""
     return weight_of(samples, indices, samples.supervised[indices])
 
 
 def weight_of(samples: Samples, indices: np.ndarray, targets: np.ndarray) -> float:
+    """Return the sum of weights of `targets[i]` tokens of each of these samples."""
     return float((targets * samples.weights[indices].astype(np.float64)).sum())

@@ -1,24 +1,66 @@
-"""Compute the training objective of a pack."""
+"""Compute the training objective of a pack: cross entropy, and where a run asks for it a KL to the base beside it.
+
+    objective of a step  =  Σ_i w_i ce_i / Σ_i w_i  +  kl_weight · Σ_k w_k KL_k / Σ_k w_k
+
+over the step's supervised tokens i and its KL rows k, in all packs and on all ranks (trainer/retention/kl.py). Both sums of weights are
+known on the CPU before the step runs, so each pack adds its share and how a step is divided into packs and ranks changes nothing.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from kernels import linear_cross_entropy
 from trainer.data.batch import PackedBatch
+from trainer.metrics.timers import Phases
 from trainer.model.forward import LmHead, lm_head, supervised_hidden
+from trainer.retention.kl import KlToBase
 from trainer.retention.token_weighting import own_probability
+from trainer.training.loader import StepWork
 
 
-def batch_loss(model: nn.Module, batch: PackedBatch) -> Tensor:
-    """Sum of weight * cross entropy over the supervised tokens of a pack; logits exist for those rows only, chunk by chunk."""
-    return cross_entropy(lm_head(model), supervised_hidden(model, batch), batch)
+class PackLoss(NamedTuple):
+    """One pack's share of a step's objective, which is what is minimised, of its loss and of its KL, in nats."""
+
+    objective: Tensor
+    loss: Tensor
+    kl: Tensor | None  # None where the pack has no KL rows
 
 
-def cross_entropy(out: LmHead, hidden: Tensor, batch: PackedBatch) -> Tensor:
-    """The same of hidden states [S, D]. Tokens of the batch's DFT mask weigh their own probability too."""
-    fixed = {"bias": out.bias, "ignore_index": None, "softcap": out.softcap, "logit_scale": out.logit_scale}
+def pack_loss(model: nn.Module, batch: PackedBatch, work: StepWork, kl: KlToBase | None, phases: Phases) -> PackLoss:
+    """Run the model, and the base where a KL needs it, on one of the packs of `work`; return the pack's share of the step."""
+    reference = kl.look_up(batch, phases) if kl and work.has_kl else None
+    with phases("forward"):
+        if reference is None:
+            loss = sft_loss(model, batch) / work.weight_sum
+            return PackLoss(loss, loss, None)
+        loss, divergence = sft_kl_loss(model, batch, kl, reference)
+        loss, divergence = loss / work.weight_sum, divergence / work.kl_weight_sum
+        return PackLoss(loss + kl.settings.kl * divergence, loss, divergence)
+
+
+def sft_loss(model: nn.Module, batch: PackedBatch) -> Tensor:
+    """Return the sum of weight * cross entropy over a pack's supervised tokens. Logits exist for their rows only, chunk by chunk."""
+    hidden = supervised_hidden(model, batch)
+    return cross_entropy(lm_head(model), hidden, batch)
+
+
+def sft_kl_loss(model: nn.Module, batch: PackedBatch, kl: KlToBase, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `sft_loss` and the sum of weight * KL over the pack's KL rows, from one forward pass.
+
+    `reference` [K, W] is the base's last hidden states at these rows.
+    """
+    supervised, at_kl_rows = kl.hidden(model, batch)
+    head = lm_head(model)
+    return cross_entropy(head, supervised, batch), kl.divergence(head, at_kl_rows, batch, reference)
+
+
+def cross_entropy(head: LmHead, hidden: Tensor, batch: PackedBatch) -> Tensor:
+    """Return the weighted sum of cross entropies from hidden states [S, W]. Targets marked for DFT also weigh their own probability."""
+    options = {"bias": head.bias, "ignore_index": None, "softcap": head.softcap, "logit_scale": head.logit_scale}
     if batch.dft_mask is None:
-        return linear_cross_entropy(hidden, out.weight, batch.targets, token_weight=batch.weights, reduction="sum", **fixed)
-    losses = linear_cross_entropy(hidden, out.weight, batch.targets, reduction="none", **fixed)
+        return linear_cross_entropy(hidden, head.weight, batch.targets, token_weight=batch.weights, reduction="sum", **options)
+    losses = linear_cross_entropy(hidden, head.weight, batch.targets, reduction="none", **options)
     return losses.dot((batch.weights * own_probability(losses, batch.dft_mask)).to(losses.dtype))

@@ -1,11 +1,11 @@
-"""What a run will hold on its device, from the model's shape alone: nothing is loaded and nothing is run.
+"""Estimate the memory of a run from the model's shape: nothing is loaded and nothing is run.
 
-Activations are those that the fused layers keep for the backward pass, per token and layer: the inputs of both norms, their
-outputs, the rotated queries and keys, the values, the attention's result, and gate and up of the MLP,
+Activations are those that the fused layers keep for the backward pass, per token and layer: inputs and outputs of both norms, rotated
+queries and keys, values, attention's output, and gate and up of the MLP,
 
     4 W + (2 H + 2 Hk) D + 2 I
 
-elements, with W model width, H query heads, Hk key heads, D head width, I MLP width, and on a CPU at most KEEP H D more: attention's
+elements, with W model width, H query heads, Hk key heads, D head width, I MLP width, and on a CPU at most KEEP H D more for attention's
 probabilities. Stock layers, DoRA and norms of queries and keys keep up to three quarters more.
 """
 
@@ -28,34 +28,38 @@ from trainer.optim.adamw_8bit import AdamW8bit
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes, by what holds them."""
+    """Bytes on the device, by use."""
 
-    weights: float  # of a base in 4 bits: its codes and scales, and its largest layer made dense; with retention.kl, a full model's copy
-    masters: float  # fp32 copies of trained weights of lower precision; with retention.l2, of those that training began with
+    weights: float  # QLoRA: 4-bit codes, scales, and the largest layer dequantised; full fine-tuning with retention.kl: the frozen copy too
+    masters: float  # fp32 copies of trained weights of lower precision; with retention.l2, a copy of the initial weights too
     gradients: float
     moments: float  # AdamW's two, with the scales of 8-bit ones
     activations: float  # of one pack
-    loss: float  # with a stored base, its states too: those of one step and of the next, if every token is counted
+    loss: float  # of one pack; with cached base states, those of this step and the next too, at most
 
     @property
     def total(self) -> float:
+        """Return the sum in bytes."""
         return sum(getattr(self, f.name) for f in fields(self))
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{f.name} {getattr(self, f.name) / 1e9:.2f}" for f in fields(self))
-        return f"about {self.total / 1e9:.2f} GB on the device: {parts} (of one pack)"
+        by_use = ", ".join(f"{f.name} {getattr(self, f.name) / 1e9:.2f}" for f in fields(self))
+        return f"about {self.total / 1e9:.2f} GB on the device with one pack at a time: {by_use}"
 
 
 def estimate(model: nn.Module, config: Config, dtype: torch.dtype, device: torch.device) -> MemoryEstimate:
-    """`model` may live on the meta device, where it is dense. Trainable parameters of adapters are fp32."""
+    """Estimate what a run with `model`, computing in `dtype`, holds on `device`.
+
+    `model` may be on the meta device, where its weights are dense, whatever the run makes of them. Adapters are fp32.
+    """
     width = dtype.itemsize
     trainable = [p for p in model.parameters() if p.requires_grad]
     trained = sum(p.numel() for p in trainable)
     adapter = config.method != "full"
-    stored, out = config.retention.stores_base, model.get_output_embeddings()
-    base = (out if stored else model).parameters() if config.retention.kl and not adapter else ()
-    copied = sum(p.numel() for p in base)
-    states = 2 * config.batch.tokens_per_step * out.weight.shape[1] * width if stored else 0
+    cached, head = config.retention.stores_base, model.get_output_embeddings()
+    frozen_copy = (head if cached else model).parameters() if config.retention.kl and not adapter else ()
+    copied = sum(p.numel() for p in frozen_copy)
+    states = 2 * config.batch.tokens_per_step * head.weight.shape[1] * width if cached else 0
     return MemoryEstimate(
         weights=frozen_bytes(model, config, width) + trained * (4 if adapter else width) + copied * width,
         masters=(0 if adapter or width == 4 else trained * 4) + (trained * 4 if config.retention.l2 else 0),
@@ -67,7 +71,7 @@ def estimate(model: nn.Module, config: Config, dtype: torch.dtype, device: torch
 
 
 def frozen_bytes(model: nn.Module, config: Config, width: int) -> float:
-    """Bytes of the weights that are not trained: dense ones, and with QLoRA those in 4 bits and room to make the largest dense."""
+    """Return the bytes of weights that are not trained; with QLoRA, of 4-bit weights and the largest layer dequantised."""
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     layers = layers_to_quantize(unwrap_peft(model), config.quantization.skip_modules) if config.method == "qlora" else []
     sizes = [layer.weight.numel() for layer in layers]
@@ -76,21 +80,24 @@ def frozen_bytes(model: nn.Module, config: Config, width: int) -> float:
 
 
 def loss_bytes(model: nn.Module, tokens: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Bytes that the loss holds: two rows a token, a chunk of logits (the reference keeps it in fp32 too), and a trained head's fp32
-    gradient; rounding that takes the chunk's place."""
+    """Return the bytes that the loss of a pack holds.
+
+    They are two rows a token, a chunk of logits (torch's backend keeps it in fp32 too), and a trained head's fp32 gradient, whose rounding
+    to `dtype` takes the chunk's place.
+    """
     head = model.get_output_embeddings().weight
     vocabulary, width = head.shape
     rows = rows_per_chunk(vocabulary, dtype, device.type)
     if head.requires_grad and device.type == "cuda":
         rows = max(rows, width)
-    held = dtype.itemsize if serving(device, dtype) == "triton" else 4 + dtype.itemsize
+    logit_bytes = dtype.itemsize if serving(device, dtype) == "triton" else 4 + dtype.itemsize
     rounded = head.numel() * dtype.itemsize if head.requires_grad else 0
-    logits = max(min(tokens, rows) * vocabulary * held, rounded)
+    logits = max(min(tokens, rows) * vocabulary * logit_bytes, rounded)
     return 2 * tokens * width * dtype.itemsize + logits + (head.numel() * 4 if head.requires_grad else 0)
 
 
 def activation_bytes(model: nn.Module, tokens: int, width: int, checkpointing: str, device: torch.device) -> float:
-    """Bytes kept for the backward pass of a pack of `tokens` tokens, elements `width` bytes wide."""
+    """Return the bytes kept for the backward pass of a pack of `tokens` tokens, with elements of `width` bytes."""
     shape = model.config.get_text_config()
     heads = shape.num_attention_heads
     key_heads = getattr(shape, "num_key_value_heads", None) or heads

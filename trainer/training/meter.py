@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,75 +18,102 @@ from trainer.metrics.timers import Phases, peak_memory_gb, synchronize
 from trainer.optim.schedule import learning_rate
 from trainer.runtime import checkpoint
 from trainer.runtime.result import Ending
-from trainer.training.job import Job
 from trainer.training.loader import StepWork, TokenCounts
+from trainer.training.training_run import TrainingRun
+
+
+class StepMetrics(NamedTuple):
+    """Figures of one step, on the device. Loss and KL are this rank's shares, and add up over ranks; the norm is the whole step's."""
+
+    loss: Tensor
+    grad_norm: Tensor
+    kl: Tensor | None  # None where the step has no KL rows
 
 
 @dataclass
 class Meter:
-    """Figures since the last log line; those of the device stay there until `report` reads them."""
+    """Figures since the last log line. Those of the device stay there until `log_interval` reads them."""
 
+    device: torch.device
     phases: Phases
-    losses: list[Tensor] = field(default_factory=list)
-    norms: list[Tensor] = field(default_factory=list)
-    divergences: list[Tensor] = field(default_factory=list)  # from the base, of steps that count it
-    works: list[tuple[int, list[str]]] = field(default_factory=list)
+    steps: list[StepMetrics] = field(default_factory=list)
+    sources: list[tuple[int, list[str]]] = field(default_factory=list)  # of each step: its number, and the sources of its samples
     counts: TokenCounts = field(default_factory=TokenCounts)
     started: float = field(default_factory=time.perf_counter)
-    aside: float = 0.0  # seconds of the whole run spent on evaluating and saving
+    paused_seconds: float = 0.0  # of the whole run, spent on evaluating and saving
 
-    def add(self, work: StepWork, loss: Tensor, norm: Tensor) -> None:
-        self.losses.append(loss)
-        self.norms.append(norm)
-        if work.divergence is not None:
-            self.divergences.append(work.divergence)
-        self.works.append((work.step, work.sources))
+    def add(self, work: StepWork, metrics: StepMetrics) -> None:
+        self.steps.append(metrics)
+        self.sources.append((work.step, work.sources))
         self.counts = self.counts + work.counts
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time spent inside out of the training rates. Waits for the steps that are still under way."""
+        synchronize(self.device)
+        begun = time.perf_counter()
+        yield
+        spent = time.perf_counter() - begun
+        self.started += spent
+        self.paused_seconds += spent
 
-def report(job: Job, state: checkpoint.State, meter: Meter) -> None:
-    """Wait for the device, check that the interval was finite, write its figures, start the next one."""
-    figures = torch.stack([torch.stack(meter.losses), torch.stack(meter.norms)])
-    divergence = torch.stack(meter.divergences).mean() if meter.divergences else None
-    job.dist.sum([figures[0]] if divergence is None else [figures[0], divergence])
-    synchronize(job.device)
+    def restart(self) -> None:
+        """Begin the next interval."""
+        self.steps, self.sources, self.counts = [], [], TokenCounts()
+        self.phases.read()  # on ranks that write no record
+        self.started = time.perf_counter()
+
+
+def log_interval(run: TrainingRun, state: checkpoint.State, meter: Meter) -> None:
+    """Wait for the device, check that the interval was finite, write its record, begin the next one. Raises UserError if it was not."""
+    figures = torch.stack([torch.stack([step.loss for step in meter.steps]), torch.stack([step.grad_norm for step in meter.steps])])
+    kls = [step.kl for step in meter.steps if step.kl is not None]
+    kl = torch.stack(kls).mean() if kls else None
+    run.dist.sum([figures[0]] if kl is None else [figures[0], kl])
+    synchronize(run.device)
     losses, norms = figures.tolist()
-    require_finite(job, meter, losses, norms)
-    seconds, counts, steps = time.perf_counter() - meter.started, meter.counts, len(losses)
-    phases = {name: spent / steps for name, spent in meter.phases.read().items()}
-    flops = job.size.flops(counts.tokens, counts.supervised, counts.squared_lengths)
-    if flops is not None:
-        flops += job.size.base_flops(counts.base_tokens, counts.base_supervised, counts.base_squared_lengths)
-    peak, _ = peak_flops(job.device, next(job.model.parameters()).dtype)
+    require_finite(run, meter, losses, norms)
     state.loss = float(np.mean(losses))
-    if job.log:
-        job.log.write({
-            "kind": "step", "step": state.step, "epoch": round(job.plan.progress(state.step), 4), "loss": state.loss,
-            **({} if divergence is None else {"kl": float(divergence)}),
-            "lr": learning_rate(state.step - 1, job.plan.total, job.config.optim), "grad_norm": float(np.mean(norms)),
-            "tokens": counts.tokens, "supervised": counts.supervised, "tokens_per_s": counts.tokens / seconds,
-            "supervised_per_s": counts.supervised / seconds, "steps_per_s": steps / seconds,
-            "mfu": None if flops is None else flops / seconds / (peak * job.dist.size),
-            "unfilled": 1 - counts.tokens / counts.capacity, "memory_gb": peak_memory_gb(job.device), "seconds": phases,
-        })
-    meter.losses, meter.norms, meter.divergences, meter.works, meter.counts = [], [], [], [], TokenCounts()
-    meter.started = time.perf_counter()
+    if run.log:
+        run.log.write(interval_record(run, state, meter, float(np.mean(norms)), kl))
+    meter.restart()
 
 
-def require_finite(job: Job, meter: Meter, losses: list[float], norms: list[float]) -> None:
-    for (step, sources), loss, norm in zip(meter.works, losses, norms):
+def interval_record(run: TrainingRun, state: checkpoint.State, meter: Meter, grad_norm: float, kl: Tensor | None) -> dict:
+    """Return the record of an interval whose steps the device has finished."""
+    seconds, counts, steps = time.perf_counter() - meter.started, meter.counts, len(meter.steps)
+    flops = run.size.flops(counts.tokens, counts.supervised, counts.squared_lengths)
+    if flops is not None:
+        flops += run.size.base_flops(counts.base_tokens, counts.base_supervised, counts.base_squared_lengths)
+    peak, _ = peak_flops(run.device, next(run.model.parameters()).dtype)
+    return {
+        "kind": "step", "step": state.step, "epoch": round(run.plan.progress(state.step), 4), "loss": state.loss,
+        **({} if kl is None else {"kl": float(kl)}),
+        "lr": learning_rate(state.step - 1, run.plan.total, run.config.optim), "grad_norm": grad_norm,
+        "tokens": counts.tokens, "supervised": counts.supervised, "tokens_per_s": counts.tokens / seconds,
+        "supervised_per_s": counts.supervised / seconds, "steps_per_s": steps / seconds,
+        "mfu": None if flops is None else flops / seconds / (peak * run.dist.size),
+        "unfilled": 1 - counts.tokens / counts.capacity, "memory_gb": peak_memory_gb(run.device),
+        "seconds": {name: spent / steps for name, spent in meter.phases.read().items()},
+    }
+
+
+def require_finite(run: TrainingRun, meter: Meter, losses: list[float], norms: list[float]) -> None:
+    """Raise UserError at the first step whose loss or gradient norm is not finite."""
+    for (step, sources), loss, norm in zip(meter.sources, losses, norms):
         if not np.isfinite(loss + norm):
-            last = checkpoint.newest(job.folder / "checkpoints")
+            last = checkpoint.newest(run.folder / "checkpoints")
             raise UserError(f"step {step + 1}: expected a finite loss and gradient, got loss {loss} and gradient norm {norm}; "
                             f"its batch holds samples of {', '.join(sources)}; last good checkpoint: {last or 'none'}; "
                             "lower optim.lr, or look at these sources' longest samples")
 
 
-def finish(job: Job, state: checkpoint.State, ending: Ending, totals: TokenCounts, seconds: float, aside: float) -> None:
-    """The record of the whole run: rates over the seconds that were not spent on evaluating and saving."""
-    if job.log:
-        training, kept = max(seconds - aside, 1e-9), {"kept": state.kept["step"]} if state.kept else {}
-        job.log.write({"kind": "end", "step": state.step, "steps": state.step, "seconds": seconds, "tokens": totals.tokens,
-                       "supervised": totals.supervised, "tokens_per_s": totals.tokens / training,
-                       "peak_memory_gb": peak_memory_gb(job.device), "reason": ending.reason, **kept})
-        job.log.close()
+def log_end(run: TrainingRun, state: checkpoint.State, ending: Ending, totals: TokenCounts, seconds: float, meter: Meter) -> None:
+    """Write the record of the whole run, its rates over the seconds that were not spent on evaluating and saving."""
+    if run.log:
+        training_seconds = max(seconds - meter.paused_seconds, 1e-9)
+        kept = {"kept": state.kept["step"]} if state.kept else {}
+        run.log.write({"kind": "end", "step": state.step, "steps": state.step, "seconds": seconds, "tokens": totals.tokens,
+                       "supervised": totals.supervised, "tokens_per_s": totals.tokens / training_seconds,
+                       "peak_memory_gb": peak_memory_gb(run.device), "reason": ending.reason, **kept})
+        run.log.close()

@@ -1,4 +1,4 @@
-"""The run folder: refused while it holds another run, opened with the whole configuration, left with what was made."""
+"""Check, open and fill the run folder."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ from trainer.versions import versions
 
 
 def refuse_used(output: Path, resume: str) -> None:
-    """UserError where a run could overwrite what an earlier one made, or went on from nothing."""
+    """Raise UserError if the folder holds an earlier run's checkpoints, unless the run resumes, or its outputs without checkpoints."""
     last = checkpoint.newest(output / "checkpoints")
     if last and resume == "never":
-        raise UserError(f"output: {output} holds checkpoints of an earlier run, the newest {last.name}; add --resume auto to go on from "
+        raise UserError(f"output: {output} holds checkpoints of an earlier run, the newest {last.name}; add --resume auto to continue "
                         "it, or choose another --output")
-    made = [name for name in ("adapter", "model") if (output / name).exists()]
-    if made and not last:
-        raise UserError(f"output: {output} holds the {made[0]} of a finished run; choose another --output, or remove it")
+    outputs = [name for name in ("adapter", "model") if (output / name).exists()]
+    if outputs and not last:
+        raise UserError(f"output: {output} holds the {outputs[0]} of a finished run; choose another --output, or remove it")
 
 
-def open_run(output: Path, config: Config, facts: dict) -> None:
-    """Make the folder; write config.yaml, with versions and the command, and data.json, the account of the data."""
+def open_run(output: Path, config: Config, summary: dict) -> None:
+    """Make the folder; write config.yaml with versions and the command, and `summary` of data and model as data.json."""
     try:
         output.mkdir(parents=True, exist_ok=True)
         cli.save_yaml(config, output / "config.yaml", versions=versions("torch", "transformers", "peft", "datasets", "tokenizers"),
                       command=shlex.join(sys.orig_argv))
-        (output / "data.json").write_text(json.dumps(facts))
+        (output / "data.json").write_text(json.dumps(summary))
     except OSError as error:
         raise UserError(f"output: cannot write the run folder {output}: {error.strerror}; choose another --output") from None
 
 
-def leave(output: Path, config: Config, model: nn.Module, tokenizer: PreTrainedTokenizerBase, ending: Ending) -> None:
-    """Write what the run made, and its page. A run stopped by a signal leaves its checkpoint only."""
+def save_outputs(output: Path, config: Config, model: nn.Module, tokenizer: PreTrainedTokenizerBase, ending: Ending) -> None:
+    """Write the adapter, the model or both, and the report. A run stopped by a signal leaves only its checkpoint and the report."""
     full = config.method == "full"
     if ending.signal:
-        print(f"stopped by signal {ending.signal}; go on with the same command and --resume auto", file=sys.stderr)
+        print(f"stopped by signal {ending.signal}; continue with the same command and --resume auto", file=sys.stderr)
     else:
         cached_base.discard(output)
         if not full and config.export in ("adapter", "both"):
@@ -55,6 +55,6 @@ def leave(output: Path, config: Config, model: nn.Module, tokenizer: PreTrainedT
         if full or config.export in ("merged", "both"):
             merge_and_save(model, tokenizer, output / "model")
             if config.method == "qlora":
-                print("model: the adapter merged into the dequantised weights that it was trained on")
+                print("model: the adapter is merged into the dequantised 4-bit weights that it was trained on")
     write_report(output)
     print(f"report: {output / 'report.html'}")

@@ -1,50 +1,56 @@
-"""Measure the loss on held-out samples during training."""
+"""Measure during training: the loss of the eval set, and what the forgetting monitor scores."""
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import torch
+from torch import nn
 
 from trainer.data.batch import batches
+from trainer.data.samples import Samples
 from trainer.errors import UserError
-from trainer.metrics.timers import synchronize
 from trainer.runtime import checkpoint
-from trainer.training.job import Job
+from trainer.runtime.distributed import Distributed
 from trainer.training.loader import supervised_weight
-from trainer.training.loss import batch_loss
+from trainer.training.loss import sft_loss
 from trainer.training.meter import Meter
+from trainer.training.training_run import TrainingRun
 
 
 @torch.no_grad()
-def heldout_loss(job: Job) -> tuple[float, int]:
-    """Mean loss over the held-out samples' supervised weight, and the number of their supervised tokens."""
-    samples, packs = job.heldout
-    job.model.eval()
-    total = torch.zeros((), device=job.device)
-    for pack in packs[job.dist.rank :: job.dist.size]:
-        total += sum(batch_loss(job.model, batch) for batch in batches(samples, [pack], job.device))
-    job.model.train()
-    job.dist.sum([total])
+def eval_loss(model: nn.Module, eval_set: tuple[Samples, list[np.ndarray]], device: torch.device, dist: Distributed) -> tuple[float, int]:
+    """Return the weighted mean loss of the eval set's supervised tokens in nats, and their number. Each rank runs its packs."""
+    samples, packs = eval_set
+    model.eval()
+    total = torch.zeros((), device=device)
+    for pack in packs[dist.rank :: dist.size]:
+        total += sum(sft_loss(model, batch) for batch in batches(samples, [pack], device))
+    model.train()
+    dist.sum([total])
     indices = np.concatenate(packs)
     return float(total) / supervised_weight(samples, indices), int(samples.supervised[indices].sum())
 
 
-def evaluate(job: Job, state: checkpoint.State, meter: Meter) -> None:
-    """Held-out loss into the log and `state`, with a count of evaluations since the best one. Raises UserError if it is not finite."""
-    synchronize(job.device)  # steps still under way are not evaluation's time
-    begun = time.perf_counter()
-    loss, tokens = heldout_loss(job)
-    if not np.isfinite(loss):
-        raise UserError(f"step {state.step}: expected a finite held-out loss, got {loss}; lower optim.lr, or look at the held-out samples")
-    state.heldout_loss = loss
-    if state.best is None or loss < state.best:
-        state.best, state.stale = loss, 0
-    else:
-        state.stale += 1
-    if job.log:
-        job.log.write({"kind": "eval", "step": state.step, "loss": loss, "tokens": tokens})
-    spent = time.perf_counter() - begun
-    meter.started += spent  # no part of the training rates
-    meter.aside += spent
+def evaluate(run: TrainingRun, state: checkpoint.State, meter: Meter) -> None:
+    """Write the eval loss into the log and `state`, with the number of evaluations since the best. Raises UserError if it is not finite."""
+    with meter.paused():
+        loss, tokens = eval_loss(run.model, run.eval_set, run.device, run.dist)
+        if not np.isfinite(loss):
+            raise UserError(f"step {state.step}: expected a finite held-out loss, got {loss}; lower optim.lr, "
+                            "or look at the held-out samples")
+        state.heldout_loss = loss
+        if state.best is None or loss < state.best:
+            state.best, state.stale = loss, 0
+        else:
+            state.stale += 1
+        if run.log:
+            run.log.write({"kind": "eval", "step": state.step, "loss": loss, "tokens": tokens})
+
+
+def measure_forgetting(run: TrainingRun, state: checkpoint.State, meter: Meter) -> None:
+    """Score general and domain items on rank 0 into the log and `state`, and keep the weights where they are the best so far."""
+    with meter.paused():
+        needs_loss = run.eval_set and run.monitor.wants_loss
+        loss = eval_loss(run.model, run.eval_set, run.device, run.dist)[0] if needs_loss else None
+        run.dist.on_main(lambda: run.monitor.measure(state, run.optimizer, loss, run.plan.total, run.log))
+        state.measured, state.kept, state.missed = run.dist.gather((state.measured, state.kept, state.missed))[0]

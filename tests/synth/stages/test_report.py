@@ -14,8 +14,8 @@ from synth.config import Clean, Judge, Report
 from synth.reporting import funnel
 from synth.stages.report import report
 from synth.stages.select import select
+from tests.helpers.runs import text_of
 from tests.helpers.synth_fakes import FakeEngine, fill, install, make_run, score
-from tests.trainer.report.test_run_page import text_of
 from trainer.errors import UserError
 
 PNG = b"\x89PNG\r\n\x1a\n"

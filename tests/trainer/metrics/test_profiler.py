@@ -1,4 +1,4 @@
-"""What a step makes the host wait for: nothing, between log steps; and what `--logging.profile` says of it."""
+"""What a step makes the host wait for: nothing, between log steps; and what `--logging.profile_steps` says of it."""
 
 import gzip
 import json
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.helpers import tiny
-from tests.trainer.test_run import arguments, chats  # noqa: F401  (a fixture)
+from tests.helpers.runs import arguments
 from trainer.cli import parse
 from trainer.config import Config, profiled_steps
 from trainer.errors import UserError
@@ -90,23 +90,23 @@ def test_values_of_the_host_are_its_own_to_read():
 @pytest.mark.parametrize("family, extra", [
     ("llama", ["--activation_checkpointing", "full", "--lora.dropout", "0.1"]), ("llama", ["--method", "full", "--precision", "bf16"]),
     ("llama", ["--method", "qlora", "--optim.name", "adamw_8bit"]), ("gemma2", ["--lora.dora"]), ("qwen3", [])])
-def test_a_step_between_log_steps_makes_the_host_wait_for_nothing(chats, tmp_path, family, extra, capsys):  # noqa: F811
+def test_a_step_between_log_steps_makes_the_host_wait_for_nothing(chats, tmp_path, family, extra, capsys):
     """The whole of it, with the staging of the next one: what the loop does from one step's end to the next one's."""
     model = tiny.save_model(tmp_path / "model", family)
-    run(model, chats, tmp_path / "run", "--logging.every", "50", "--max_steps", "4", "--logging.profile", "2-3", *extra)
+    run(model, chats, tmp_path / "run", "--logging.every", "50", "--max_steps", "4", "--logging.profile_steps", "2-3", *extra)
     assert "step 2: the host waits for the device 0 times" in capsys.readouterr().out
 
 
-def test_a_log_step_is_seen_and_named(model_folder, chats, tmp_path, capsys):  # noqa: F811
+def test_a_log_step_is_seen_and_named(model_folder, chats, tmp_path, capsys):
     """Turned round: the same count is not zero where the loop does read back."""
-    run(model_folder, chats, tmp_path / "run", "--logging.every", "2", "--logging.profile", "2-4", "--max_steps", "6")
+    run(model_folder, chats, tmp_path / "run", "--logging.every", "2", "--logging.profile_steps", "2-4", "--max_steps", "6")
     told = capsys.readouterr().out
     assert "trainer/training/loop.py" in told and "report" in told and "the host waits for the device 1 times" in told
 
 
-def test_the_trace_and_the_table(model_folder, chats, tmp_path):  # noqa: F811
+def test_the_trace_and_the_table(model_folder, chats, tmp_path):
     plain = run(model_folder, chats, tmp_path / "plain", "--max_steps", "6")
-    traced = run(model_folder, chats, tmp_path / "run", "--max_steps", "6", "--logging.profile", "2-5")
+    traced = run(model_folder, chats, tmp_path / "run", "--max_steps", "6", "--logging.profile_steps", "2-5")
     assert traced.loss == plain.loss  # looking changes nothing
     folder = traced.folder / "profile"
     with gzip.open(folder / "trace.json.gz", "rt") as file:
@@ -120,42 +120,42 @@ def test_the_trace_and_the_table(model_folder, chats, tmp_path):  # noqa: F811
     assert not (plain.folder / "profile").exists()
 
 
-def test_a_run_that_stops_early_leaves_what_it_has(model_folder, chats, tmp_path):  # noqa: F811
+def test_a_run_that_stops_early_leaves_what_it_has(model_folder, chats, tmp_path):
     """The plan is longer than patience."""
-    result = run(model_folder, chats, tmp_path / "run", "--optim.lr", "1e-30", "--data.eval_fraction", "0.1", "--evaluation.every", "2",
-                 "--evaluation.patience", "2", "--logging.profile", "2-8")
+    result = run(model_folder, chats, tmp_path / "run", "--optim.lr", "1e-30", "--data.eval_fraction", "0.1", "--eval.every", "2",
+                 "--eval.patience", "2", "--logging.profile_steps", "2-8")
     assert result.reason == "early stopping" and result.steps == 4
     assert (result.folder / "profile" / "summary.txt").read_text().startswith("profile: 2 steps")
 
 
-def test_resumed_behind_the_steps(model_folder, chats, tmp_path, capsys):  # noqa: F811
+def test_resumed_behind_the_steps(model_folder, chats, tmp_path, capsys):
     fixed = [model_folder, chats, tmp_path / "run", "--max_steps", "6", "--checkpoint.every", "4"]
     run(*fixed)
-    run(*fixed, "--resume", "auto", "--logging.profile", "2-3")
+    run(*fixed, "--resume", "auto", "--logging.profile_steps", "2-3")
     assert "profile: step 2 is done already, 4 are; nothing is profiled" in capsys.readouterr().out
 
 
-def test_compiled_layers_can_be_profiled(model_folder, chats, tmp_path, capsys):  # noqa: F811
-    run(model_folder, chats, tmp_path / "run", "--compile", "--max_steps", "4", "--logging.every", "9", "--logging.profile", "2-3")
+def test_compiled_layers_can_be_profiled(model_folder, chats, tmp_path, capsys):
+    run(model_folder, chats, tmp_path / "run", "--compile", "--max_steps", "4", "--logging.every", "9", "--logging.profile_steps", "2-3")
     assert "the host waits for the device 0 times" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("given", ["20", "25-20", "0-3", "5-5", "a-b", "20:25", "-3", "1-2-3", ""])
-def test_bad_steps_are_one_line(model_folder, chats, tmp_path, given):  # noqa: F811
-    with pytest.raises(UserError, match=r"^logging\.profile: expected FIRST-LAST, two steps with 1 <= FIRST < LAST, as in 20-25, got"):
-        run(model_folder, chats, tmp_path / "run", f"--logging.profile={given}")
+def test_bad_steps_are_one_line(model_folder, chats, tmp_path, given):
+    with pytest.raises(UserError, match="logging.profile_steps: expected FIRST-LAST, two steps with 1 <= FIRST < LAST, as in 20-25"):
+        run(model_folder, chats, tmp_path / "run", f"--logging.profile_steps={given}")
     assert not (tmp_path / "run").exists()
 
 
-def test_steps_beyond_the_run_are_one_line(model_folder, chats, tmp_path):  # noqa: F811
-    with pytest.raises(UserError, match=r"logging.profile: expected steps of this run, which has 6, got 5-7"):
-        run(model_folder, chats, tmp_path / "run", "--max_steps", "6", "--logging.profile", "5-7")
+def test_steps_beyond_the_run_are_one_line(model_folder, chats, tmp_path):
+    with pytest.raises(UserError, match=r"logging.profile_steps: expected steps of this run, which has 6, got 5-7"):
+        run(model_folder, chats, tmp_path / "run", "--max_steps", "6", "--logging.profile_steps", "5-7")
 
 
 def test_steps_from_yaml(tmp_path):
     path = tmp_path / "run.yaml"
-    path.write_text("logging: {profile: 20-25}\n")
-    assert profiled_steps(parse(Config, ["--config", str(path)], "trainer.run").logging.profile) == range(20, 26)
+    path.write_text("logging: {profile_steps: 20-25}\n")
+    assert profiled_steps(parse(Config, ["--config", str(path)], "trainer.run").logging.profile_steps) == range(20, 26)
 
 
 def test_the_summary_of_a_gpu_counts_its_own_time_and_its_waits():
@@ -175,9 +175,9 @@ def test_the_summary_of_a_gpu_counts_its_own_time_and_its_waits():
 
 
 @needs_cuda
-def test_torchs_own_debug_mode_finds_no_wait_in_a_step_on_a_gpu(model_folder, chats, tmp_path, capsys):  # noqa: F811
+def test_torchs_own_debug_mode_finds_no_wait_in_a_step_on_a_gpu(model_folder, chats, tmp_path, capsys):
     run(model_folder, chats, tmp_path / "run", "--device", "cuda", "--precision", "bf16", "--logging.every", "50", "--max_steps", "6",
-        "--logging.profile", "4-6")
+        "--logging.profile_steps", "4-6")
     assert "step 4: the host waits for the device 0 times (torch's sync debug mode counts 0)" in capsys.readouterr().out
 
 

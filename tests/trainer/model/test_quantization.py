@@ -19,9 +19,8 @@ from benchmarks.forgetting.miniature.domain import DOMAIN
 from benchmarks.forgetting.miniature.world import training_records, write_jsonl
 from kernels.nf4 import Nf4, dequantize_nf4
 from tests.helpers import tiny
+from tests.helpers.runs import Readbacks, arguments, records, samples, write_chats
 from tests.trainer.model.test_model import gradients, our_logits, pack, relative_error, stock_logits
-from tests.trainer.test_run import arguments, records, write_chats
-from tests.trainer.training.test_loop import Readbacks, samples
 from trainer import run
 from trainer.cli import parse
 from trainer.config import Config, Lora, Model, Optim, Quantization
@@ -439,7 +438,7 @@ QLORA = ("--method", "qlora", "--optim.name", "adamw_8bit", "--lora.rank", "32",
 
 
 def test_a_qlora_run_resumes_bit_for_bit(folders, chats, tmp_path, monkeypatch):
-    options = (*QLORA, "--max_steps", "6", "--checkpoint.every", "2", "--data.eval_fraction", "0.1", "--evaluation.every", "3")
+    options = (*QLORA, "--max_steps", "6", "--checkpoint.every", "2", "--data.eval_fraction", "0.1", "--eval.every", "3")
     whole = train(folders("llama"), chats, tmp_path / "whole", *options)
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut" / "adapter")  # as if killed between the checkpoints
@@ -476,7 +475,7 @@ def test_a_qlora_run_of_the_miniature_base(tmp_path, sound_bitsandbytes, capsys)
     assert last < 0.7 * first, (first, last)
     four_bit = stock_base(base)
     count = len(quantized_layers(four_bit))
-    assert f"4-bit base: {count} layers in NF4, " in shown and "adapter merged into the dequantised weights" in shown
+    assert f"4-bit base: {count} layers in NF4, " in shown and "adapter is merged into the dequantised 4-bit weights" in shown
     assert f" x {count}\n" in shown and "PEFT" not in shown
 
     tokenizer = AutoTokenizer.from_pretrained(result.folder / "adapter")

@@ -11,9 +11,9 @@ from itertools import product
 import pytest
 
 from tests.helpers.kills import Killed
+from tests.helpers.runs import arguments, records
 from tests.trainer.retention import test_monitor
 from tests.trainer.retention.test_monitor import BASE, options
-from tests.trainer.test_run import arguments, records
 from trainer.cli import parse
 from trainer.config import Config, validate
 from trainer.errors import UserError
@@ -72,13 +72,13 @@ def config(data, output, *more) -> Config:
 
 
 def test_a_probe_is_the_run_pressed_into_a_part(data, tmp_path):
-    given = config(data, tmp_path, "--max_steps", "null", "--epochs", "6", "--evaluation.every", "5", "--checkpoint.every", "3")
+    given = config(data, tmp_path, "--max_steps", "null", "--epochs", "6", "--eval.every", "5", "--checkpoint.every", "3")
     probe = auto_replay.as_probe(given, 0.2, 0.3)
     assert (probe.epochs, probe.max_steps) == (1.5, None)
     assert (probe.optim.warmup_steps, probe.optim.decay_ratio, probe.optim.decay_steps) == (1, 0.2, 0)
     assert (probe.replay.ratio, probe.retention.kl, probe.replay.auto, probe.retention.floor) == (0.2, 0.3, False, 0.8)
     assert probe.output == str(tmp_path / "auto" / "share-0.2-kl-0.3")
-    assert probe.retention.every == probe.evaluation.every == probe.checkpoint.every == 0
+    assert probe.retention.every == probe.eval.every == probe.checkpoint.every == 0
     assert auto_replay.decided(given, 0.2, 0.3).epochs == 6
 
 
@@ -145,11 +145,11 @@ def killed_in(monkeypatch, count: int) -> None:
     """The next runs, killed at the step of this number over all probes."""
     steps = []
 
-    def step(job, work, phases):
+    def step(run, work, phases):
         steps.append(work.step)
         if len(steps) == count:
             raise Killed
-        return train_step(job, work, phases)
+        return train_step(run, work, phases)
 
     monkeypatch.setattr(loop, "train_step", step)
 
@@ -199,7 +199,7 @@ def test_a_signal_in_a_probe_stops_the_command_which_then_goes_on(data, tmp_path
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 128 + signal.SIGTERM, output
-    assert f"stopped by signal {signal.SIGTERM} in a probe; go on with the same command and --resume auto" in output
+    assert f"stopped by signal {signal.SIGTERM} in a probe; continue with the same command and --resume auto" in output
 
 
 def test_two_ranks_choose_together(data, tmp_path):

@@ -15,13 +15,11 @@ import pytest
 import torch
 from torch import nn
 
-import trainer.run
 import trainer.training.run_folder
 from tests.helpers import tiny
 from tests.helpers.kills import Killed, killed_at
+from tests.helpers.runs import Readbacks, arguments, records, write_chats
 from tests.trainer.retention.test_kl import CPU, stir
-from tests.trainer.test_run import arguments, records, write_chats
-from tests.trainer.training.test_loop import Readbacks
 from trainer import config
 from trainer.cli import parse
 from trainer.config import Config, Lora
@@ -39,8 +37,8 @@ from trainer.retention import kl as retention
 from trainer.run import train
 from trainer.runtime import checkpoint
 from trainer.runtime.distributed import Distributed
-from trainer.training import loop, loss
-from trainer.training.loader import StepWork, prepare
+from trainer.training import build, loop, loss
+from trainer.training.loader import StepLoader, StepWork
 from trainer.training.loop import train_step
 from trainer.training.memory_estimate import estimate
 
@@ -92,7 +90,7 @@ def objective(model: nn.Module, held: retention.KlToBase, work: StepWork) -> tup
     for batch in work.batches:
         reference = held.look_up(batch, Phases(CPU))
         supervised, counted = (supervised_hidden(model, batch), None) if reference is None else held.hidden(model, batch)
-        total = total + loss.cross_entropy(lm_head(model), supervised, batch) / work.weight
+        total = total + loss.cross_entropy(lm_head(model), supervised, batch) / work.weight_sum
         if reference is not None:
             divergence = divergence + held.divergence(lm_head(model), counted, batch, reference) / work.kl_weight_sum
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -116,7 +114,7 @@ def test_steps_of_two_epochs_have_the_gradients_of_a_live_base(model_folder, cha
         stir(model)
     counting = []
     for step in range(inputs.plan.total):
-        works = [prepare(inputs.plan, inputs.samples, step, Distributed(), CPU, one) for one in held]
+        works = [StepLoader(inputs.plan, inputs.samples, Distributed(), CPU, one).load(step) for one in held]
         (live, expected), (stored, found) = (objective(model, one, work) for one, work in zip(held, works))
         assert abs(live - stored) <= 1e-12 * live and (live > 1e-4) == (works[0].kl_weight_sum > 0)
         for a, b in zip(found, expected, strict=True):
@@ -151,7 +149,7 @@ def test_a_step_counts_the_head_of_the_base_alone(model_folder, chats, tmp_path)
     model = add_adapter(tiny.model("llama"), Lora(rank=4))
     use_packed_attention(model.get_base_model())
     size = model_size(model)
-    live, stored = (prepare(inputs.plan, inputs.samples, 0, Distributed(), CPU, held).counts
+    live, stored = (StepLoader(inputs.plan, inputs.samples, Distributed(), CPU, held).load(0).counts
                     for held in held_both_ways(model, inputs, tmp_path))
     assert live.base_tokens > live.base_supervised == stored.base_supervised > 0
     assert size.base_flops(stored.base_tokens, stored.base_supervised, stored.base_squared_lengths) == \
@@ -220,12 +218,12 @@ def test_a_killed_run_goes_on_bit_for_bit(model_folder, chats, tmp_path, monkeyp
     capsys.readouterr()
 
     def as_it_was(*args):
-        state = start(*args)
+        state = load_or_start(*args)
         assert path.read_bytes() == before and state.step == 4
         return state
 
-    start = trainer.training.build.start
-    monkeypatch.setattr(trainer.run, "start", as_it_was)
+    load_or_start = build.load_or_start
+    monkeypatch.setattr(build, "load_or_start", as_it_was)
     run(model_folder, chats, tmp_path / "cut", *options, "--resume", "auto")
     shown = capsys.readouterr().out
     assert ("the base's hidden states are those in" in shown) == kept and ("the base read" in shown) != kept
@@ -238,10 +236,10 @@ def test_a_killed_run_goes_on_bit_for_bit(model_folder, chats, tmp_path, monkeyp
 def test_a_run_that_a_signal_stops_keeps_its_file(model_folder, chats, tmp_path, monkeypatch, capsys):
     options = ("--retention.base", "stored", "--max_steps", "4")
 
-    def stopped_after_step_two(job, work, phases):
+    def stopped_after_step_two(run, work, phases):
         if work.step == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return train_step(job, work, phases)
+        return train_step(run, work, phases)
 
     with monkeypatch.context() as patched:
         patched.setattr(loop, "train_step", stopped_after_step_two)
@@ -252,7 +250,7 @@ def test_a_run_that_a_signal_stops_keeps_its_file(model_folder, chats, tmp_path,
 
 
 def test_what_another_run_stored_is_not_read(model_folder, chats, tmp_path, monkeypatch):
-    def killed(job, work, phases):
+    def killed(run, work, phases):
         raise Killed
 
     names = []
@@ -289,11 +287,11 @@ def test_two_ranks_write_one_file(model_folder, chats, tmp_path):
 def test_a_step_reads_nothing_back(model_folder, chats, tmp_path):
     cfg = settings(model_folder, chats, tmp_path / "run", "--retention.base", "stored")
     inputs = prepare_data(cfg, load_tokenizer(cfg.model))
-    job, _ = trainer.training.build.build(cfg, inputs, CPU, Distributed())
-    work = prepare(inputs.plan, inputs.samples, 0, Distributed(), CPU, job.retention)
+    run, _ = build.build(cfg, inputs, CPU, Distributed())
+    work = run.loader.load(0)
     with Readbacks() as readbacks:
-        train_step(job, work, Phases(CPU))
-    assert readbacks.found == [] and float(work.divergence) == pytest.approx(0, abs=1e-6)
+        kl = train_step(run, work, Phases(CPU)).kl
+    assert readbacks.found == [] and float(kl) == pytest.approx(0, abs=1e-6)
 
 
 def test_the_run_and_the_dry_run_say_what_it_takes(model_folder, chats, tmp_path, capsys):

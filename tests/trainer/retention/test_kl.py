@@ -18,10 +18,10 @@ from benchmarks.forgetting.miniature.domain import DOMAIN
 from benchmarks.forgetting.miniature.family import FAMILY
 from benchmarks.forgetting.miniature.skills import GENERAL
 from benchmarks.forgetting.miniature.world import training_records, write_jsonl
+from kernels import linear_cross_entropy
 from tests.helpers import tiny
 from tests.helpers.kills import killed_at
-from tests.trainer.test_run import arguments, records, weights
-from tests.trainer.training.test_loop import Readbacks
+from tests.helpers.runs import Readbacks, arguments, records, weights
 from trainer import config
 from trainer.cli import parse
 from trainer.config import Config, Lora, Optim, validate
@@ -39,18 +39,17 @@ from trainer.retention import kl as retention
 from trainer.run import train
 from trainer.runtime import checkpoint
 from trainer.runtime.distributed import Distributed
-from trainer.training import loop
-from trainer.training.job import Job
 from trainer.training.loader import StepWork, TokenCounts
 from trainer.training.loop import train_step
 from trainer.training.memory_estimate import estimate
+from trainer.training.training_run import TrainingRun
 
 CPU = torch.device("cpu")
 ROLES = ("domain", "replay")
 
 
-def job_of(family: str, adapter: str = "lora", **options) -> Job:
-    """A job whose adapter, if any, is not at its start, and whose optimiser keeps the gradients it was given instead of stepping."""
+def ready_run(family: str, adapter: str = "lora", **options) -> TrainingRun:
+    """A run whose adapter, if any, is not at its start, and whose optimiser keeps the gradients it was given instead of stepping."""
     model = tiny.model(family).train()
     use_packed_attention(model)
     if adapter == "lora":
@@ -60,11 +59,11 @@ def job_of(family: str, adapter: str = "lora", **options) -> Job:
     held = retention.prepare(config.Retention(**options), model, ROLES)
     if adapter == "full":
         stir(model)  # away from the copy
-    job = Job(Config(), None, model, model_size(model), FlatAdamW(model.parameters(), Optim()), None, Plan,
-              None, CPU, Distributed(), None, held)
-    job.seen = []
-    job.optimizer.step = lambda lr: job.seen.append([p.grad.clone() for p in model.parameters() if p.requires_grad]) or torch.zeros(())
-    return job
+    run = TrainingRun(Config(), None, CPU, Distributed(), model, model_size(model), FlatAdamW(model.parameters(), Optim()), Plan, None,
+                      held)
+    run.seen = []
+    run.optimizer.step = lambda lr: run.seen.append([p.grad.clone() for p in model.parameters() if p.requires_grad]) or torch.zeros(())
+    return run
 
 
 class Plan:
@@ -86,18 +85,18 @@ def samples() -> list[Piece]:
             for n, weight, source in ((9, 1.0, 0), (14, 0.5, 1), (5, 2.0, 1), (11, 1.5, 0), (7, 1.0, 1))]
 
 
-def step(job: Job, packs: list[list[Piece]], chats: list[Piece] | None = None):
+def step(run: TrainingRun, packs: list[list[Piece]], chats: list[Piece] | None = None):
     """Loss, divergence and gradients of one step on these packs, or of these packs' share of a step on `chats`."""
     chats = chats or [chat for pack in packs for chat in pack]
     weight = sum(collate([chat]).weight_sum for chat in chats)
-    kl_sources = job.retention.kl_sources if job.retention else np.zeros(2, dtype=bool)
-    every = job.retention and job.retention.settings.kl_tokens == "all"
+    kl_sources = run.kl.kl_sources if run.kl else np.zeros(2, dtype=bool)
+    every = run.kl and run.kl.settings.kl_tokens == "all"
     kl_weight_sum = sum(chat.weight * (len(chat.input_ids) - 1) if every else collate([chat]).weight_sum
                         for chat in chats if kl_sources[chat.source])
-    lay = job.retention.collate if job.retention else collate
+    lay = run.kl.collate if run.kl else collate
     work = StepWork(0, [lay(pack) for pack in packs], weight, TokenCounts(), [], kl_weight_sum)
-    loss, _ = train_step(job, work, Phases(CPU))
-    return loss, work.divergence, job.seen[-1]
+    loss, _, kl = train_step(run, work, Phases(CPU))
+    return loss, kl, run.seen[-1]
 
 
 def plain_rows(model: nn.Module, chat: Piece) -> torch.Tensor:
@@ -126,13 +125,13 @@ def plain_step(model: nn.Module, base: nn.Module, chats: list[Piece], kl: float,
     return loss, divergence, torch.autograd.grad(loss + kl * divergence, trained)
 
 
-def stock(job: Job) -> tuple[nn.Module, nn.Module]:
-    """The job's model and its base as transformers and PEFT have them, in fp64."""
-    full = not isinstance(job.model, PeftModel)
-    model = tiny.model(job.model.config.model_type)
+def stock(run: TrainingRun) -> tuple[nn.Module, nn.Module]:
+    """The run's model and its base as transformers and PEFT have them, in fp64."""
+    full = not isinstance(run.model, PeftModel)
+    model = tiny.model(run.model.config.model_type)
     base = copy.deepcopy(model)
     model = model if full else add_adapter(model, Lora(rank=4))
-    model.load_state_dict({name: tensor.clone() for name, tensor in job.model.state_dict().items()})
+    model.load_state_dict({name: tensor.clone() for name, tensor in run.model.state_dict().items()})
     return model.double(), base.double().requires_grad_(False)
 
 
@@ -148,9 +147,9 @@ def assert_close(ours, expected, tolerance: float = 1e-4) -> None:
     ("llama", "full", "replay", "forward"), ("qwen3", "full", "all", "js"), ("gemma2", "full", "replay", "reverse"),
 ])
 def test_the_step_is_that_of_plain_torch(family, adapter, kl_on, direction, tokens):
-    job = job_of(family, adapter, kl=0.7, kl_on=kl_on, kl_direction=direction, kl_tokens=tokens)
-    expected = plain_step(*stock(job), samples(), 0.7, kl_on, direction, tokens)
-    loss, divergence, gradients = step(job, [samples()])
+    run = ready_run(family, adapter, kl=0.7, kl_on=kl_on, kl_direction=direction, kl_tokens=tokens)
+    expected = plain_step(*stock(run), samples(), 0.7, kl_on, direction, tokens)
+    loss, divergence, gradients = step(run, [samples()])
     assert float(divergence) > 1e-3
     assert_close((loss, divergence), expected[:2])
     assert_close(gradients, expected[2])
@@ -160,10 +159,10 @@ def test_the_step_is_that_of_plain_torch(family, adapter, kl_on, direction, toke
 @pytest.mark.parametrize("kl_on, tokens", [("replay", "supervised"), ("all", "supervised"), ("replay", "all")])
 def test_how_a_step_is_packed_changes_nothing(adapter, kl_on, tokens):
     chats = samples()
-    job = job_of("llama", adapter, kl=0.7, kl_on=kl_on, kl_tokens=tokens)
-    whole = step(job, [chats])
+    run = ready_run("llama", adapter, kl=0.7, kl_on=kl_on, kl_tokens=tokens)
+    whole = step(run, [chats])
     for packs in ([[chat] for chat in chats], [[chats[0], chats[3]], [chats[4], chats[1]], [chats[2]]], [chats[::-1]]):
-        one = step(job, packs)
+        one = step(run, packs)
         assert_close(one[:2], whole[:2], 1e-5)
         assert_close(one[2], whole[2], 1e-4)
 
@@ -171,10 +170,10 @@ def test_how_a_step_is_packed_changes_nothing(adapter, kl_on, tokens):
 def test_two_ranks_add_up_to_one():
     """What each rank gives, added: the weights that both divide by are the whole step's."""
     chats = samples()
-    job = job_of("llama", kl=0.7)
+    run = ready_run("llama", kl=0.7)
     packs = [[chats[0], chats[1]], [chats[2]], [chats[3]], [chats[4]]]
-    whole = step(job, packs)
-    ranks = [step(job, packs[rank::2], chats) for rank in (0, 1)]
+    whole = step(run, packs)
+    ranks = [step(run, packs[rank::2], chats) for rank in (0, 1)]
     for i in (0, 1):
         assert_close([ranks[0][i] + ranks[1][i]], [whole[i]], 1e-5)
     assert_close([a + b for a, b in zip(ranks[0][2], ranks[1][2])], whole[2], 1e-5)
@@ -182,14 +181,14 @@ def test_two_ranks_add_up_to_one():
 
 @pytest.mark.parametrize("dora", [False, True])
 def test_at_its_start_an_adapter_is_the_base(dora):
-    def start(**options) -> Job:
+    def start(**options) -> TrainingRun:
         model = tiny.model("llama").train()
         use_packed_attention(model)
         model = add_adapter(model, Lora(rank=4, dora=dora, dropout=0.5))
         patch(model)
-        made = job_of("llama", **options)
+        made = ready_run("llama", **options)
         made.model, made.optimizer = model, FlatAdamW(model.parameters(), Optim())
-        made.retention = retention.prepare(config.Retention(**options), model, ROLES)
+        made.kl = retention.prepare(config.Retention(**options), model, ROLES)
         made.optimizer.step = lambda lr: made.seen.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
         return made
 
@@ -200,8 +199,8 @@ def test_at_its_start_an_adapter_is_the_base(dora):
 
 def test_steps_without_replay_have_no_divergence():
     chats = [chat for chat in samples() if chat.source == 0]
-    loss, divergence, gradients = step(job_of("llama", kl=0.7), [chats])
-    plain = step(job_of("llama"), [chats])
+    loss, divergence, gradients = step(ready_run("llama", kl=0.7), [chats])
+    plain = step(ready_run("llama"), [chats])
     assert divergence is None and torch.equal(loss, plain[0]) and all(map(torch.equal, gradients, plain[2]))
 
 
@@ -210,9 +209,9 @@ def test_steps_without_replay_have_no_divergence():
     ("full", {"weighting": "dft", "kl": 0.3, "kl_tokens": "all"}),
 ])
 def test_a_step_reads_nothing_back(adapter, options):
-    job = job_of("llama", adapter, **options)
+    run = ready_run("llama", adapter, **options)
     with Readbacks() as readbacks:
-        step(job, [samples(), samples()])
+        step(run, [samples(), samples()])
     assert readbacks.found == []
 
 
@@ -220,17 +219,17 @@ def test_without_options_the_step_has_the_bits_it_always_had():
     """The step as it was before there were any, written out."""
     assert Config().retention == config.Retention(kl=0.0, weighting="none", l2=0.0)
     assert retention.prepare(Config().retention, None, ROLES) is None and retention.describe(Config().retention, "lora", 0) == []
-    job, before = job_of("gemma2"), job_of("gemma2")
+    run, before = ready_run("gemma2"), ready_run("gemma2")
     packs, total = [samples()[:3], samples()[3:]], torch.zeros(())
     weight = sum(collate([chat]).weight_sum for chat in samples())
     for pack in packs:
         batch, out = collate(pack), before.model.get_output_embeddings()
         rows = forward_hidden(before.model, batch, batch.supervised_rows)
-        loss = loop.linear_cross_entropy(rows, out.weight, batch.targets, bias=out.bias, token_weight=batch.weights, ignore_index=None,
-                                         softcap=before.model.config.final_logit_softcapping, reduction="sum") / weight
+        loss = linear_cross_entropy(rows, out.weight, batch.targets, bias=out.bias, token_weight=batch.weights, ignore_index=None,
+                                    softcap=before.model.config.final_logit_softcapping, reduction="sum") / weight
         loss.backward()
         total += loss.detach()
-    found, divergence, gradients = step(job, packs)
+    found, divergence, gradients = step(run, packs)
     assert divergence is None and torch.equal(found, total)
     assert all(map(torch.equal, gradients, (p.grad for p in before.model.parameters() if p.requires_grad)))
 
@@ -239,17 +238,17 @@ def test_without_options_the_step_has_the_bits_it_always_had():
 
 
 def test_switching_off_leaves_fused_layers_and_gradients_as_they_were(caplog):
-    job = job_of("llama")
-    layers, batch = adapted_layers(job.model), collate(samples())
-    trained = [p.requires_grad for p in job.model.parameters()]
+    run = ready_run("llama")
+    layers, batch = adapted_layers(run.model), collate(samples())
+    trained = [p.requires_grad for p in run.model.parameters()]
     base = tiny.model("llama")
     use_packed_attention(base)
     patch(base)
-    before = forward_hidden(job.model, batch)
+    before = forward_hidden(run.model, batch)
     with adapters_disabled(layers), torch.no_grad():
-        assert torch.equal(forward_hidden(job.model, batch), forward_hidden(base, batch))
-    assert torch.equal(forward_hidden(job.model, batch), before) and not caplog.records
-    assert [p.requires_grad for p in job.model.parameters()] == trained
+        assert torch.equal(forward_hidden(run.model, batch), forward_hidden(base, batch))
+    assert torch.equal(forward_hidden(run.model, batch), before) and not caplog.records
+    assert [p.requires_grad for p in run.model.parameters()] == trained
 
 
 def test_pefts_own_layers_are_switched_off_too():
@@ -371,8 +370,8 @@ def test_a_run_with_it_stays_nearer_to_its_base(miniature, tmp_path):
     assert all(r["kl"] >= 0 and r["seconds"]["base"] > 0 for r in steps) and steps[0]["kl"] != steps[-1]["kl"]
     assert not any("kl" in r or "base" in r["seconds"] for r in records(tmp_path / "without", "step"))
     page = (tmp_path / "with" / "report.html").read_text()
-    assert "Divergence from the base" in page and (tmp_path / "with" / "divergence.png").exists()
-    assert "Divergence from the base" not in (tmp_path / "without" / "report.html").read_text()
+    assert "KL to the base" in page and (tmp_path / "with" / "kl.png").exists()
+    assert "KL to the base" not in (tmp_path / "without" / "report.html").read_text()
 
 
 def test_a_run_says_what_it_holds_to(miniature, tmp_path, capsys):

@@ -17,7 +17,7 @@ from benchmarks.forgetting.miniature.family import FAMILY
 from benchmarks.forgetting.miniature.skills import GENERAL
 from benchmarks.forgetting.miniature.world import heldout_items, training_records, write_jsonl
 from tests.helpers.kills import killed_at
-from tests.trainer.test_run import arguments, records, weights
+from tests.helpers.runs import arguments, records, weights
 from trainer import evaluate
 from trainer.cli import parse
 from trainer.config import Config
@@ -238,7 +238,7 @@ def test_where_nothing_holds_the_floor_the_nearest_is_exported_and_the_status_sa
 @pytest.mark.parametrize("heldout", [True, False])
 def test_without_domain_items_the_held_out_loss_decides_or_the_latest(data, tmp_path, scripted, heldout):
     scripted({step: (16,) for step in (2, 4, 6, 8)})
-    more = ("--data.eval_fraction", "0.1", "--optim.lr", "0.3", "--evaluation.every", "4") if heldout else ()
+    more = ("--data.eval_fraction", "0.1", "--optim.lr", "0.3", "--eval.every", "4") if heldout else ()
     result = run(data, tmp_path / "run", "--retention.domain_items", "[]", "--retention.every", "2", "--retention.floor", "1", *more)
     found = records(result.folder, "retention")
     losses = {r["step"]: r["heldout_loss"] for r in found[1:]} if heldout else {8: 0.0}
@@ -249,7 +249,7 @@ def test_without_domain_items_the_held_out_loss_decides_or_the_latest(data, tmp_
 
 def test_an_early_stop_is_measured_where_it_stops(data, tmp_path, scripted):
     scripted({step: (16, 1) for step in range(9)})
-    more = ("--data.eval_fraction", "0.1", "--optim.lr", "1", "--evaluation.every", "1", "--evaluation.patience", "1")
+    more = ("--data.eval_fraction", "0.1", "--optim.lr", "1", "--eval.every", "1", "--eval.patience", "1")
     result = run(data, tmp_path / "run", "--retention.every", "5", "--retention.floor", "0.5", *more)
     assert result.reason == "early stopping" and result.retention["step"] == result.steps < 5
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.trainer.retention.test_kl import assert_close, job_of, plain_rows, samples, step, stir, stock
-from tests.trainer.test_run import QUESTIONS, arguments, records, write_chats
+from tests.helpers.runs import QUESTIONS, arguments, records, write_chats
+from tests.trainer.retention.test_kl import assert_close, plain_rows, ready_run, samples, step, stir, stock
 from trainer.cli import parse
 from trainer.config import BatchSize, Config, Data, Lora, Retention
 from trainer.data.batch import batches
@@ -40,8 +40,8 @@ def plain_losses(model: torch.nn.Module, chat: tuple) -> torch.Tensor:
 
 @pytest.mark.parametrize("family, adapter, on", [("llama", "lora", "domain"), ("gemma2", "lora", "all"), ("llama", "full", "domain")])
 def test_dft_is_a_loss_times_its_own_probability(family, adapter, on):
-    job = job_of(family, adapter, weighting="dft", weighting_on=on)
-    model, _ = stock(job)
+    run = ready_run(family, adapter, weighting="dft", weighting_on=on)
+    model, _ = stock(run)
     total = weight = 0.0
     for chat in samples():
         losses = plain_losses(model, chat)
@@ -50,16 +50,16 @@ def test_dft_is_a_loss_times_its_own_probability(family, adapter, on):
     expected = total / weight
     gradient = torch.autograd.grad(expected, [p for p in model.parameters() if p.requires_grad])
     for packs in ([samples()], [samples()[:2], samples()[2:]]):
-        loss, divergence, gradients = step(job, packs)
+        loss, divergence, gradients = step(run, packs)
         assert divergence is None
         assert_close([loss], [expected])
         assert_close(gradients, gradient)
 
 
 def test_dft_beside_a_divergence_adds_up():
-    both, dft = (job_of("llama", weighting="dft", kl=kl) for kl in (0.5, 0.0))
-    kl, plain = job_of("llama", kl=0.5), job_of("llama")
-    (a, divergence, one), (b, _, two), (_, same, three), (_, _, four) = (step(job, [samples()]) for job in (both, dft, kl, plain))
+    both, dft = (ready_run("llama", weighting="dft", kl=kl) for kl in (0.5, 0.0))
+    kl, plain = ready_run("llama", kl=0.5), ready_run("llama")
+    (a, divergence, one), (b, _, two), (_, same, three), (_, _, four) = (step(run, [samples()]) for run in (both, dft, kl, plain))
     assert torch.equal(a, b) and torch.equal(divergence, same)
     assert_close([x - y for x, y in zip(one, two)], [x - y for x, y in zip(three, four)], 1e-3)
 

@@ -3,12 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers import tiny
+from tests.helpers.runs import Readbacks, samples
 from trainer.config import Config, Lora
 from trainer.data.batch import PadTo, collate, pad_batch
-from trainer.data.samples import Piece
 from trainer.metrics.throughput import model_size
 from trainer.metrics.timers import Phases
 from trainer.model.loading import use_packed_attention
@@ -16,29 +15,14 @@ from trainer.model.lora import add_adapter
 from trainer.model.patch import patch
 from trainer.optim.adamw import FlatAdamW
 from trainer.runtime.distributed import Distributed
-from trainer.training.job import Job
 from trainer.training.loader import StepWork, TokenCounts
 from trainer.training.loop import train_step
+from trainer.training.training_run import TrainingRun
 
 CPU = torch.device("cpu")
 
 
-class Readbacks(TorchDispatchMode):
-    """Counts the operations whose result the host has to wait for: scalars read back, and sizes that depend on values."""
-
-    WAITS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.masked_select.default}
-
-    def __init__(self):
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func in self.WAITS:
-            self.found.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
-def job_of(family: str) -> Job:
+def ready_run(family: str) -> TrainingRun:
     model = tiny.model(family).train()
     use_packed_attention(model)
     model = add_adapter(model, Lora(rank=4))
@@ -48,19 +32,14 @@ def job_of(family: str) -> Job:
     class Plan:
         total = 100
 
-    return Job(Config(), None, model, model_size(model), optimizer, None, Plan, None, CPU, Distributed(), None)
-
-
-def samples(lengths=(9, 14, 5)) -> list[Piece]:
-    rng = np.random.default_rng(0)
-    return [Piece(rng.integers(5, 300, n).astype(np.int32), rng.random(n) < 0.6, weight) for n, weight in zip(lengths, (1.0, 0.5, 2.0))]
+    return TrainingRun(Config(), None, CPU, Distributed(), model, model_size(model), optimizer, Plan, None)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "phi3"])
 def test_a_step_reads_nothing_back(family):
-    job, batch = job_of(family), collate(samples())
+    run, batch = ready_run(family), collate(samples())
     with Readbacks() as readbacks:
-        train_step(job, StepWork(0, [batch, batch], 2 * batch.weight_sum, TokenCounts(), []), Phases(CPU))
+        train_step(run, StepWork(0, [batch, batch], 2 * batch.weight_sum, TokenCounts(), []), Phases(CPU))
     assert readbacks.found == []
     with Readbacks() as readbacks:
         torch.ones(()).item()
@@ -68,9 +47,9 @@ def test_a_step_reads_nothing_back(family):
 
 
 def test_the_loss_is_the_weighted_mean_of_the_stock_models():
-    job, chats = job_of("llama"), samples()
+    run, chats = ready_run("llama"), samples()
     batch = collate(chats)
-    loss, _ = train_step(job, StepWork(0, [batch], batch.weight_sum, TokenCounts(), []), Phases(CPU))
+    loss = train_step(run, StepWork(0, [batch], batch.weight_sum, TokenCounts(), []), Phases(CPU)).loss
     stock, total = tiny.model("llama").requires_grad_(False), 0.0
     for ids, supervised, weight, *_ in chats:
         logits = stock(torch.from_numpy(ids.astype(np.int64))[None], use_cache=False).logits[0, :-1].double()
@@ -81,19 +60,19 @@ def test_the_loss_is_the_weighted_mean_of_the_stock_models():
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_what_fills_a_pack_up_changes_nothing(family):
-    one, two, batch = job_of(family), job_of(family), collate(samples())
+    one, two, batch = ready_run(family), ready_run(family), collate(samples())
     longer = pad_batch(batch, PadTo(tokens=64, rows=32), capacity=64)
     assert len(longer.input_ids) == 64 and len(longer.targets) == 32
-    outcomes = [(*train_step(job, StepWork(0, [b], b.weight_sum, TokenCounts(), []), Phases(CPU)), job.optimizer.groups[0].master)
-                for job, b in ((one, batch), (two, longer))]
+    outcomes = [(*train_step(run, StepWork(0, [b], b.weight_sum, TokenCounts(), []), Phases(CPU))[:2], run.optimizer.groups[0].master)
+                for run, b in ((one, batch), (two, longer))]
     for mine, other in zip(*outcomes, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
 
 
 def test_a_pack_without_supervised_tokens_adds_nothing():
-    one, two = job_of("llama"), job_of("llama")
+    one, two = ready_run("llama"), ready_run("llama")
     batch = collate(samples())
     silent = collate([sample._replace(supervised=np.zeros(len(sample.input_ids), dtype=bool)) for sample in samples()])
-    loss_one, norm_one = train_step(one, StepWork(0, [batch], batch.weight_sum, TokenCounts(), []), Phases(CPU))
-    loss_two, norm_two = train_step(two, StepWork(0, [silent, batch], batch.weight_sum, TokenCounts(), []), Phases(CPU))
+    loss_one, norm_one, _ = train_step(one, StepWork(0, [batch], batch.weight_sum, TokenCounts(), []), Phases(CPU))
+    loss_two, norm_two, _ = train_step(two, StepWork(0, [silent, batch], batch.weight_sum, TokenCounts(), []), Phases(CPU))
     assert torch.equal(loss_one, loss_two) and torch.equal(norm_one, norm_two)

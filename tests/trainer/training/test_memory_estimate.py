@@ -13,7 +13,7 @@ from trainer.model.loading import use_packed_attention
 from trainer.model.lora import add_adapter
 from trainer.model.patch import patch
 from trainer.optim.adamw import FlatAdamW
-from trainer.training.loss import batch_loss
+from trainer.training.loss import sft_loss
 from trainer.training.memory_estimate import activation_bytes, estimate
 
 TOKENS = 960
@@ -32,7 +32,7 @@ def saved_bytes(model, batch) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = batch_loss(model, batch)
+        loss = sft_loss(model, batch)
     del loss
     return sum(kept.values())
 

@@ -1,4 +1,4 @@
-"""Everything that the training loop works on."""
+"""Hold together what the training loop works on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from trainer.config import Config
-from trainer.data.batch import NO_PADDING, PadTo
 from trainer.data.samples import Samples
 from trainer.data.step_plan import StepPlan
 from trainer.metrics.log import Log
@@ -19,23 +18,23 @@ from trainer.optim.adamw import FlatAdamW
 from trainer.retention.kl import KlToBase
 from trainer.retention.monitor import ForgettingMonitor
 from trainer.runtime.distributed import Distributed
+from trainer.training.loader import StepLoader
 
 
 @dataclass
-class Job:
-    """Everything a loop works on."""
+class TrainingRun:
+    """A run that is ready to train; `trainer.training.build.build` makes it."""
 
     config: Config
     folder: Path
+    device: torch.device
+    dist: Distributed
     model: nn.Module
     size: ModelSize
     optimizer: FlatAdamW
-    samples: Samples
     plan: StepPlan
-    heldout: tuple[Samples, list[np.ndarray]] | None  # samples, and the packs of their indices
-    device: torch.device
-    dist: Distributed
-    log: Log | None  # rank 0's
-    retention: KlToBase | None = None
-    watch: ForgettingMonitor | None = None
-    multiples: PadTo = NO_PADDING  # that packs are filled up to
+    loader: StepLoader
+    kl: KlToBase | None = None
+    monitor: ForgettingMonitor | None = None
+    eval_set: tuple[Samples, list[np.ndarray]] | None = None  # samples, and the packs of their indices
+    log: Log | None = None  # on rank 0

@@ -1,0 +1,51 @@
+"""Every recipe runs as it stands but for paths and sizes, and explains each of its options."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import tiny
+from tests.helpers.runs import write_chats
+from trainer.cli import parse
+from trainer.config import Config
+from trainer.run import train
+
+RECIPES = sorted((Path(__file__).parents[2] / "trainer" / "recipes").glob("*.yaml"))
+NAMES = [path.stem for path in RECIPES]
+SMALL = ["--device", "cpu", "--max_steps", "2", "--data.max_length", "128", "--batch.tokens_per_pack", "256",
+         "--batch.tokens_per_step", "512", "--logging.tensorboard", "false", "--data.num_proc", "1"]
+OWN = {  # options of one recipe alone; GENERAL stands for a file of general chats
+    "replay": ["--replay.data", "GENERAL"],
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A model that is wide enough for 4-bit weights."""
+    return tiny.save_model(tmp_path_factory.mktemp("model"), "llama", hidden_size=128, intermediate_size=256)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=NAMES)
+def test_a_recipe_runs(path, model, chats, tmp_path):
+    if path.stem == "qlora" and importlib.util.find_spec("bitsandbytes") is None:
+        pytest.skip("qlora needs bitsandbytes")
+    general = str(write_chats(tmp_path / "general.jsonl", [(f"Say {i}.", f"{i}") for i in range(40)]))
+    own = [general if value == "GENERAL" else value for value in OWN.get(path.stem, [])]
+    argv = ["--config", str(path), "--model.path", str(model), "--data.train", str(chats), "--output", str(tmp_path / "run"), *SMALL, *own]
+    result = train(parse(Config, argv, "trainer.run"))
+    assert result.steps == 2 and (tmp_path / "run" / "report.html").exists()
+    assert (tmp_path / "run" / ("model" if path.stem == "full" else "adapter")).is_dir()
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=NAMES)
+def test_a_recipe_begins_with_its_command_and_explains_every_option(path):
+    first, *lines = path.read_text().splitlines()
+    assert first == f"# python -m trainer.run --config trainer/recipes/{path.name}"
+    options = [line for line in lines if line.strip() and not line.startswith("#") and not re.fullmatch(r"\w+:", line)]
+    assert options and all("  # " in line for line in options)
+
+
+def test_there_is_a_recipe_for_each_way_to_train():
+    assert set(NAMES) >= {"lora", "qlora", "full", "replay"}
