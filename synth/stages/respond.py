@@ -1,45 +1,71 @@
-"""Stage `respond`: every model answers every instruction that was kept, and the base says how likely each answer is under itself.
+"""Stage `respond`: every model responds to every clean item, and the base scores the likelihood of every response.
 
-The base comes last, so that its one engine answers, and then reads what the others said. Its own answers need no reading: how likely they
-are is known from when they were sampled.
+The base comes last, so that it is loaded once: it samples its own responses, then scores those of the other models. The likelihood of its
+own responses is known from sampling them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from synth.config import Model, name_of
 from synth.engines import kind_of
 from synth.engines.chat_format import ChatFormat
-from synth.engines.interface import CompletionRequest, Failure, Likelihood, LikelihoodRequest, Prompt, Sampling
+from synth.engines.interface import Completion, CompletionRequest, Failure, Likelihood, LikelihoodRequest, Prompt, Sampling
 from synth.pool import seeds
 from synth.pool.run import SynthesisRun, identity, usable
 from synth.pool.store import CLEAN, Chat
 from synth.pool.writer import Worker
 
-GREEDY = -1  # the number of a greedy answer
+GREEDY = -1  # sample number of a greedy response
+
+COUNT_CLEAN = f"SELECT count(*) FROM items WHERE {CLEAN}"
+SAMPLES_OF_MODEL = "SELECT item, sample FROM responses WHERE model = ?"
+# Usable responses of other models that the base has not scored
+UNSCORED = "FROM responses WHERE base_tokens IS NULL AND reason IS NULL"
+UNSCORED_KEYS = f"SELECT item, model, sample {UNSCORED} ORDER BY item, model, sample"
+UNSCORED_OF_ITEM = f"SELECT model, sample, text {UNSCORED} AND item = ? ORDER BY model, sample"
+SET_LIKELIHOOD = "UPDATE responses SET base_logprob = ?, base_tokens = ? WHERE item = ? AND model = ? AND sample = ?"
 
 
 def respond(run: SynthesisRun) -> None:
+    """Run the stage: request the responses and likelihoods that the pool lacks."""
     config = run.config
     models = [*config.responders, run.base]
     run.settle("respond", {"models": [identity(model) for model in models], **dataclasses.asdict(config.respond)})
     run.require("clean")
     for model in models:
-        answering = Answering(run, model)
-        missing, unread = answering.missing(), len(_unread(run)) if model is run.base else 0
-        if missing or unread:
+        task = ResponseTask(run, model)
+        missing, unscored = task.count_missing(), _unscored_keys(run) if model is run.base else []
+        if missing or unscored:
             with run.at_work("respond", model) as worker:
                 if missing:
-                    worker.complete(answering.requests(), missing, answering.write)
+                    worker.complete(task.requests(), missing, task.write)
                 if model is run.base:
-                    read(run, worker)
+                    score_likelihood(run, worker)
     run.finish("respond")
 
 
-class Answering:
-    """One model's answers: which are missing, their requests, and what becomes of the results."""
+class ResponseRow(NamedTuple):
+    """A row of the table `responses`."""
+
+    item: int
+    model: str
+    sample: int
+    text: str | None
+    tokens: int | None
+    finish: str | None
+    logprob: float | None
+    base_logprob: float | None
+    base_tokens: int | None
+    seed: int
+    reason: str | None  # why it is not usable
+
+
+class ResponseTask:
+    """Sample the responses that one model has not given yet."""
 
     def __init__(self, run: SynthesisRun, model: Model):
         self.run, self.model, self.name, self.options = run, model, name_of(model), run.config.respond
@@ -47,24 +73,23 @@ class Answering:
         self.is_base = model is run.base
         self.samples = [*range(self.options.num_samples), *([GREEDY] if self.is_base and self.options.include_greedy else [])]
 
-    def _have(self) -> set[int]:
-        """Answers that are in the pool, as numbers: millions of pairs would not fit."""
-        rows = self.run.pool.select("SELECT item, sample FROM responses WHERE model = ?", self.name)
-        return {self._number(item, sample) for item, sample in rows}
+    def _done(self) -> set[int]:
+        """Return the numbers of the responses in the pool: a set of millions of pairs would not fit in memory."""
+        return {self._number(item, sample) for item, sample in self.run.pool.select(SAMPLES_OF_MODEL, self.name)}
 
     def _number(self, item: int, sample: int) -> int:
         return item * (self.options.num_samples + 1) + sample + 1
 
-    def missing(self) -> int:
-        kept, = self.run.pool.select(f"SELECT count(*) FROM items WHERE {CLEAN}")[0]
-        return kept * len(self.samples) - len(self._have())
+    def count_missing(self) -> int:
+        (items,), = self.run.pool.select(COUNT_CLEAN)
+        return items * len(self.samples) - len(self._done())
 
     def requests(self) -> Iterator[CompletionRequest]:
-        have = self._have()
+        done = self._done()
         for chat in self.run.pool.chats():
-            wanted = [sample for sample in self.samples if self._number(chat.item, sample) not in have]
-            prompt = self._prompt(chat) if wanted else None
-            for sample in wanted:
+            missing = [sample for sample in self.samples if self._number(chat.item, sample) not in done]
+            prompt = self._prompt(chat) if missing else None
+            for sample in missing:
                 yield CompletionRequest((chat.item, sample), prompt, self._sampling(sample), self._seed(chat.item, sample))
 
     def _prompt(self, chat: Chat) -> Prompt:
@@ -85,50 +110,45 @@ class Answering:
     def write(self, results: list) -> None:
         self.run.pool.insert("responses", [self._row(result) for result in results])
 
-    def _row(self, result) -> tuple:
+    def _row(self, result: Completion | Failure) -> ResponseRow:
         item, sample = result.key
         seed = self._seed(item, sample)
         if isinstance(result, Failure):
-            return (item, self.name, sample, None, None, None, None, None, None, seed, result.reason)
-        said = self.format.answer(result.text) if self.format else result.text
-        leaked = self.format.leaked(said or "") if self.format else None
-        reason = usable(result, leaked) or ("no answer in its final channel" if said is None else None)
-        own = (result.logprob, result.tokens) if self.is_base and not reason else (None, None)
-        return (item, self.name, sample, (said or "").strip(), result.tokens, result.finish, result.logprob, *own, seed, reason)
+            return ResponseRow(item, self.name, sample, None, None, None, None, None, None, seed, result.reason)
+        answer = self.format.answer(result.text) if self.format else result.text
+        leaked = self.format.leaked(answer or "") if self.format else None
+        reason = usable(result, leaked) or ("no answer in its final channel" if answer is None else None)
+        base_logprob, base_tokens = (result.logprob, result.tokens) if self.is_base and not reason else (None, None)
+        return ResponseRow(item, self.name, sample, (answer or "").strip(), result.tokens, result.finish, result.logprob, base_logprob,
+                           base_tokens, seed, reason)
 
 
-# ---------------------------------------------------------------- how likely answers are under the base
+# ---------------------------------------------------------------- likelihood under the base
 
 
-def _unread(run: SynthesisRun) -> list[tuple[int, str, int]]:
-    """Usable answers of other models that the base has not read yet."""
-    if not run.config.respond.score_with_base:
-        return []
-    return run.pool.select("SELECT item, model, sample FROM responses WHERE base_tokens IS NULL AND reason IS NULL "
-                           "ORDER BY item, model, sample")
+def _unscored_keys(run: SynthesisRun) -> list[tuple[int, str, int]]:
+    """Return (item, model, sample) of the responses whose likelihood the base still has to score."""
+    return run.pool.select(UNSCORED_KEYS) if run.config.respond.score_with_base else []
 
 
-def read(run: SynthesisRun, worker: Worker) -> None:
-    """Log-probability under the base of every answer and of the end of the turn after it. What cannot be read has base_tokens 0."""
-    unread = _unread(run)
-    if not unread:
+def score_likelihood(run: SynthesisRun, worker: Worker) -> None:
+    """Write every response's log-probability under the base, its end of turn included; base_tokens is 0 where that fails."""
+    unscored = _unscored_keys(run)
+    if not unscored:
         return
     format = run.format(run.base)
 
     def requests() -> Iterator[LikelihoodRequest]:
-        wanted = {item for item, *_ in unread}
+        items = {item for item, *_ in unscored}
         for chat in run.pool.chats():
-            if chat.item not in wanted:
+            if chat.item not in items:
                 continue
             prompt = Prompt(format.response(chat.messages, chat.system))
-            answers = run.pool.select("SELECT model, sample, text FROM responses WHERE item = ? AND base_tokens IS NULL AND reason IS NULL "
-                                      "ORDER BY model, sample", chat.item)
-            for model, sample, text in answers:
+            for model, sample, text in run.pool.select(UNSCORED_OF_ITEM, chat.item):
                 yield LikelihoodRequest((chat.item, model, sample), prompt, format.continuation(text))
 
     def write(results: list) -> None:
-        run.pool.connection.executemany(
-            "UPDATE responses SET base_logprob = ?, base_tokens = ? WHERE item = ? AND model = ? AND sample = ?",
-            [((r.logprob, r.tokens) if isinstance(r, Likelihood) else (None, 0)) + tuple(r.key) for r in results])
+        likelihoods = [(result.logprob, result.tokens) if isinstance(result, Likelihood) else (None, 0) for result in results]
+        run.pool.connection.executemany(SET_LIKELIHOOD, [(*pair, *result.key) for pair, result in zip(likelihoods, results, strict=True)])
 
-    worker.likelihood(requests(), len(unread), write)
+    worker.likelihood(requests(), len(unscored), write)

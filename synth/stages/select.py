@@ -1,10 +1,17 @@
-"""Stage `select`: which answer to each instruction goes into the replay set, and which one it is to be preferred to.
+"""Stage `select`: choose the response to each instruction for the replay set, and a rejected one for preference pairs.
 
-The best-rated one; or, of those within `select.margin` points of the best, the one that most of them say word for word (self-consistency,
-Wang et al., arXiv 2203.11171) and, of several, the most likely under the base, per token (GRAPE, arXiv 2502.04194): it moves the model
-least. Where answers are long no two are alike, and likelihood alone decides. Where the two best were compared, the one preferred over both
-orders and all judges. Or the first of those named, which needs no judge: a single answer, or the greedy one. Cheap, and done anew at every
-call: only this stage's own drops, ratings and choices change, so one pool gives replay sets of every rule.
+The rules (`select.rule`):
+
+- best: the response with the best rating;
+- majority: of the responses within `select.margin` points of the best, the text that most of them have word for word (self-consistency,
+  Wang et al., arXiv 2203.11171), and of several such texts the likeliest one per token under the base. Long responses are all different,
+  so that the likelihood alone decides;
+- base_likelihood: of the responses within the margin the likeliest one per token under the base, which changes the base least (GRAPE,
+  arXiv 2502.04194);
+- first: the first of `select.candidates`, which needs no judge.
+
+Where judges compared the two best responses, the one that they prefer over both orders is chosen, whatever the rule. The stage starts
+afresh at every call and changes only its own drops, ratings and choices, so that one pool gives replay sets by every rule.
 """
 
 from __future__ import annotations
@@ -12,6 +19,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
 from synth.config import Config, name_of
@@ -24,194 +32,236 @@ from synth.stages.judge import pin_judge_settings
 from synth.stages.respond import GREEDY
 from trainer.errors import UserError
 
-EQUAL = 1e-9  # points within which two ratings are the same
-NO_ANSWER, NO_JUDGEMENT, LOW, NO_WEIGHT = "no usable answer", "no complete judgement", "below the floor", "weight 0"
+EQUAL = 1e-9  # points within which two ratings are equal
+# Reasons for a drop, as the pool keeps them
+NO_RESPONSE, NO_RATING, LOW_SCORE, NO_WEIGHT = "no usable response", "no response with all scores", "below min_score", "weight 0"
+
+# Every clean item with its weight, once for each of its usable responses; a row is a CandidateRow
+CANDIDATES = f"""
+    SELECT id, t.weight, r.model, r.sample, r.text, q.value, r.base_logprob, r.base_tokens
+    FROM items LEFT JOIN traits AS t ON t.item = id
+    LEFT JOIN responses AS r ON r.item = id AND r.reason IS NULL
+    LEFT JOIN ratings AS q ON q.item = id AND q.model = r.model AND q.sample = r.sample
+    WHERE {CLEAN} ORDER BY id, r.model, r.sample"""
+COMPARISONS = "SELECT item, judge, model, sample, other_model, other_sample, preference FROM comparisons ORDER BY item"
+DROPS_BY_REASON = "SELECT reason, count(*) FROM drops WHERE stage = 'select' GROUP BY reason ORDER BY reason"
 
 
-class Answer(NamedTuple):
-    """A usable answer, its rating (None: incomplete), and how likely each of its tokens is under the base (mean log-probability)."""
+class ResponseKey(NamedTuple):
+    """A response to a given item."""
+
+    model: str
+    sample: int
+
+
+class Candidate(NamedTuple):
+    """A usable response to a given item."""
 
     model: str
     sample: int
     text: str
-    value: float | None
-    likelihood: float | None = None
+    value: float | None  # rating; None where a score is missing
+    likelihood: float | None = None  # mean log-probability of its tokens under the base; None where the base has not read it
 
     @property
-    def key(self) -> tuple[str, int]:
-        return self.model, self.sample
+    def key(self) -> ResponseKey:
+        return ResponseKey(self.model, self.sample)
 
 
-class Decision(NamedTuple):
-    """A row of `selection`, without the item."""
+class Selection(NamedTuple):
+    """A row of the table `selection`, without the item."""
 
-    chosen: Answer
-    rejected: Answer | None
+    chosen: Candidate
+    rejected: Candidate | None
 
     @property
     def row(self) -> tuple:
-        rejected = self.rejected
-        return (*self.chosen.key, self.chosen.value, *((*rejected.key, rejected.value) if rejected else (None, None, None)))
+        rejected = (*self.rejected.key, self.rejected.value) if self.rejected else (None, None, None)
+        return *self.chosen.key, self.chosen.value, *rejected
 
 
 def select(run: SynthesisRun) -> None:
-    judged = run.config.select.rule != "first"
-    run.require("judge" if judged else "respond")
-    if judged:
+    """Run the stage, and write the replay set."""
+    options = run.config.select
+    needs_judges = options.rule != "first"
+    run.require("judge" if needs_judges else "respond")
+    if needs_judges:
         pin_judge_settings(run)
-    order = Among(run)
+    allowed = AllowedCandidates(run)
     with run.pool.transaction():
         run.pool.set("done.select", False)
-        run.pool.connection.execute("DELETE FROM drops WHERE stage = 'select'")
-        run.pool.connection.execute("DELETE FROM selection")
-        scales = rate_answers(run) if judged else unrated(run)
-        preferred = preferences(run) if run.config.judge.pairwise else {}
-        chosen, dropped = [], []
-        for item, weight, answers in candidates(run):
-            answers = sorted(filter(order.has, answers), key=order)
-            reason, detail = drop_reason(answers, weight, run.config.select.min_score if judged else None)
-            if reason:
-                dropped.append((item, "select", reason, detail))
-            elif judged:
-                chosen.append((item, *choose(run.config, item, answers, preferred.get(item)).row))
-            else:
-                chosen.append((item, *Decision(answers[0], None).row))
-        run.pool.insert("selection", chosen)
-        run.pool.insert("drops", dropped)
-    tell(run)
+        for statement in ("DELETE FROM drops WHERE stage = 'select'", "DELETE FROM selection", "DELETE FROM ratings"):
+            run.pool.connection.execute(statement)
+        scales = rate_answers(run) if needs_judges else {}
+        preferred = read_preferences(run) if run.config.judge.pairwise else {}
+        selections, drops = [], []
+        for item, weight, candidates in read_candidates(run):
+            candidates = allowed.ordered(candidates)
+            drop = drop_reason(candidates, weight, options.min_score if needs_judges else None)
+            if drop:
+                drops.append((item, "select", *drop))
+                continue
+            selection = choose(run.config, item, candidates, preferred.get(item)) if needs_judges else Selection(candidates[0], None)
+            selections.append((item, *selection.row))
+        run.pool.insert("selection", selections)
+        run.pool.insert("drops", drops)
+    run.say(summary_line(run))
     export(run, scales)
     run.finish("select")
 
 
-def tell(run: SynthesisRun) -> None:
-    kept, pairs = run.pool.select("SELECT count(*), count(rejected_model) FROM selection")[0]
-    reasons = run.pool.select("SELECT reason, count(*) FROM drops WHERE stage = 'select' GROUP BY reason ORDER BY reason")
-    answers, complete = run.pool.select("SELECT count(*), count(value) FROM ratings")[0]
-    out = "".join(f", {count:,} {reason}" for reason, count in reasons)
-    left_out = f"{answers - complete:,} of {answers:,} answers lack a judge's score and were left out" if answers else "nothing was judged"
-    run.say(f"select: {kept:,} items chosen, {pairs:,} with a rejected answer{out}; {left_out}")
+def summary_line(run: SynthesisRun) -> str:
+    """Return a line for the console: items selected and dropped, and responses left out."""
+    (selected, pairs), = run.pool.select("SELECT count(*), count(rejected_model) FROM selection")
+    (responses, complete), = run.pool.select("SELECT count(*), count(value) FROM ratings")
+    dropped = "".join(f"; dropped {count:,}: {reason}" for reason, count in run.pool.select(DROPS_BY_REASON))
+    left_out = f"{responses - complete:,} of {responses:,} responses lack a score and were left out" if responses else "no judge was needed"
+    return f"select: {selected:,} items selected, {pairs:,} of them with a rejected response{dropped}; {left_out}"
 
 
-# ---------------------------------------------------------------- what there is to choose from
+# ---------------------------------------------------------------- candidates
 
 
-def candidates(run: SynthesisRun) -> Iterator[tuple[int, float, list[Answer]]]:
-    """Every clean item with its weight and its usable answers, in the order of their keys."""
-    found = run.pool.connection.execute(
-        "SELECT id, t.weight, r.model, r.sample, r.text, q.value, r.base_logprob, r.base_tokens FROM items "
-        "LEFT JOIN traits AS t ON t.item = id LEFT JOIN responses AS r ON r.item = id AND r.reason IS NULL "
-        "LEFT JOIN ratings AS q ON q.item = id AND q.model = r.model AND q.sample = r.sample "
-        f"WHERE {CLEAN} ORDER BY id, r.model, r.sample")
-    for item, rows in itertools.groupby(found, key=lambda row: row[0]):
-        rows = list(rows)
-        weight = 1.0 if rows[0][1] is None else rows[0][1]
-        yield item, weight, [Answer(model, sample, text, value, logprob / tokens if logprob is not None and tokens else None)
-                             for _, _, model, sample, text, value, logprob, tokens in rows if model is not None]
+class CandidateRow(NamedTuple):
+    """A row of the query CANDIDATES; an item without usable responses has one row without a model."""
+
+    item: int
+    weight: float | None
+    model: str | None
+    sample: int | None
+    text: str | None
+    value: float | None
+    base_logprob: float | None
+    base_tokens: int | None
+
+    def candidate(self) -> Candidate:
+        is_read = self.base_logprob is not None and self.base_tokens
+        return Candidate(self.model, self.sample, self.text, self.value, self.base_logprob / self.base_tokens if is_read else None)
 
 
-class Among:
-    """Which answers `select.candidates` names, and their order. UserError for a name or a number that the pool does not have."""
+def read_candidates(run: SynthesisRun) -> Iterator[tuple[int, float, list[Candidate]]]:
+    """Yield every clean item with its weight and its usable responses, in the order of their keys."""
+    rows = map(CandidateRow._make, run.pool.connection.execute(CANDIDATES))
+    for item, of_item in itertools.groupby(rows, key=attrgetter("item")):
+        of_item = list(of_item)
+        weight = of_item[0].weight
+        yield item, 1.0 if weight is None else weight, [row.candidate() for row in of_item if row.model is not None]
+
+
+class AllowedCandidates:
+    """The responses that `select.candidates` names, in that order; UserError for one that the pool does not have."""
 
     def __init__(self, run: SynthesisRun):
-        named, config = run.config.select.candidates, run.config
-        self.models = [name_of(model) for model in (config.base, *config.responders)]
-        samples = {model: list(range(config.respond.num_samples)) for model in self.models}
+        config = run.config
+        models = [name_of(model) for model in (config.base, *config.responders)]
+        samples = {model: list(range(config.respond.num_samples)) for model in models}
         if config.respond.include_greedy:
             samples[name_of(config.base)].append(GREEDY)
-        every = {f"{model}:{'greedy' if k == GREEDY else k}": (model, k) for model in self.models for k in samples[model]}
-        keys = []
-        for name in named or self.models:
-            if name not in every and name not in samples:
-                raise UserError(f"select.candidates: expected names among {', '.join([*self.models, *every])}, got {name}")
-            keys += [every[name]] if name in every else [(name, k) for k in samples[name]]
-        self.place = {key: place for place, key in reversed(list(enumerate(keys)))}
+        by_name = {model: [ResponseKey(model, sample) for sample in samples[model]] for model in models}
+        single = {f"{key.model}:{'greedy' if key.sample == GREEDY else key.sample}": [key] for keys in by_name.values() for key in keys}
+        names = by_name | single
+        for name in config.select.candidates:
+            if name not in names:
+                raise UserError(f"select.candidates: expected names among {', '.join([*models, *single])}, got {name}")
+        keys = [key for name in config.select.candidates or models for key in names[name]]
+        self.position = {key: position for position, key in reversed(list(enumerate(keys)))}  # the first of several
 
-    def has(self, answer: Answer) -> bool:
-        return answer.key in self.place
-
-    def __call__(self, answer: Answer) -> int:
-        return self.place[answer.key]
-
-
-def unrated(run: SynthesisRun) -> dict:
-    """No ratings, and no judges' scales: nobody was asked."""
-    run.pool.connection.execute("DELETE FROM ratings")
-    return {}
+    def ordered(self, candidates: Iterable[Candidate]) -> list[Candidate]:
+        """Return those of `candidates` that are allowed, in their order."""
+        allowed = (candidate for candidate in candidates if candidate.key in self.position)
+        return sorted(allowed, key=lambda candidate: self.position[candidate.key])
 
 
-def drop_reason(answers: Sequence[Answer], weight: float, floor: float | None) -> tuple[str | None, str | None]:
-    """Why an item is out, and a figure; (None, None) where it stays. Without a floor nobody has to have judged the answers."""
+def drop_reason(candidates: Sequence[Candidate], weight: float, min_score: float | None) -> tuple[str, str | None] | None:
+    """Return the reason to drop an item and a detail; None where it is kept. Without `min_score` no rating is needed."""
     if weight <= 0:
         return NO_WEIGHT, None
-    if not answers:
-        return NO_ANSWER, None
-    if floor is None:
-        return None, None
-    best = max((answer.value for answer in answers if answer.value is not None), default=None)
-    if best is None:
-        return NO_JUDGEMENT, None
-    return (LOW, f"{best:.3f}") if best < floor - EQUAL else (None, None)
-
-
-def preferences(run: SynthesisRun) -> dict[int, tuple[str, int]]:
-    """By item, which of the two that were compared is preferred; none where it is even, or no judge spoke in both orders."""
-    rows = run.pool.connection.execute(
-        "SELECT item, judge, model, sample, other_model, other_sample, preference FROM comparisons ORDER BY item")
-    found = ((item, preferred([row[1:] for row in rows])) for item, rows in itertools.groupby(rows, key=lambda row: row[0]))
-    return {item: key for item, key in found if key}
-
-
-def preferred(comparisons: Iterable[tuple]) -> tuple[str, int] | None:
-    """The answer whose mean share, over the judges that spoke in both orders, is above one half.
-
-    `comparisons`: (judge, model, sample, other_model, other_sample, share of the first) of one item.
-    """
-    shares = defaultdict(dict)
-    for judge, *keys, share in comparisons:
-        if share is not None:
-            shares[judge][tuple(keys[:2])] = share
-    both = sorted((judge, sorted(shown.items())) for judge, shown in shares.items() if len(shown) == 2)
-    if not both:
+    if not candidates:
+        return NO_RESPONSE, None
+    if min_score is None:
         return None
-    (one, _), (other, _) = both[0][1]
-    mean = sum((first[1] + 1 - second[1]) / 2 for _, (first, second) in both) / len(both)
-    return None if abs(mean - 0.5) < EQUAL else one if mean > 0.5 else other
+    best = max((candidate.value for candidate in candidates if candidate.value is not None), default=None)
+    if best is None:
+        return NO_RATING, None
+    return (LOW_SCORE, f"{best:.3f}") if best < min_score - EQUAL else None
+
+
+# ---------------------------------------------------------------- pairwise preferences
+
+
+class Comparison(NamedTuple):
+    """A row of the query COMPARISONS: one judge saw the response of `model` first and that of `other_model` second."""
+
+    item: int
+    judge: str
+    model: str
+    sample: int
+    other_model: str
+    other_sample: int
+    preference: float | None  # the first response's share; None where it could not be read
+
+    @property
+    def first(self) -> ResponseKey:
+        return ResponseKey(self.model, self.sample)
+
+
+def read_preferences(run: SynthesisRun) -> dict[int, ResponseKey]:
+    """Return the preferred response of each item whose two best were compared with a clear result."""
+    rows = map(Comparison._make, run.pool.connection.execute(COMPARISONS))
+    by_item = ((item, preferred_response(comparisons)) for item, comparisons in itertools.groupby(rows, key=attrgetter("item")))
+    return {item: key for item, key in by_item if key}
+
+
+def preferred_response(comparisons: Iterable[Comparison]) -> ResponseKey | None:
+    """Return the response whose mean share, over the judges with a result in both orders, is above one half.
+
+    `comparisons` are those of one item. None where the shares are even or no judge has both results.
+    """
+    shares: dict[str, dict[ResponseKey, float]] = defaultdict(dict)  # by judge and by the response shown first
+    for comparison in comparisons:
+        if comparison.preference is not None:
+            shares[comparison.judge][comparison.first] = comparison.preference
+    complete = [sorted(shares[judge].items()) for judge in sorted(shares) if len(shares[judge]) == 2]
+    if not complete:
+        return None
+    (one, _), (other, _) = complete[0]
+    mean = sum((share_of_one + 1 - share_of_other) / 2 for (_, share_of_one), (_, share_of_other) in complete) / len(complete)
+    if abs(mean - 0.5) < EQUAL:
+        return None
+    return one if mean > 0.5 else other
 
 
 # ---------------------------------------------------------------- the choice
 
 
-def choose(config: Config, item: int, answers: Sequence[Answer], preferred: tuple[str, int] | None = None) -> Decision:
-    """The answer that the rule takes and the one to be rejected, of answers of which at least one is rated."""
-    rated = [answer for answer in answers if answer.value is not None]
-    chosen = next((answer for answer in rated if answer.key == preferred), None) or by_rule(config, item, rated)
-    return Decision(chosen, rejected(config, item, rated, chosen))
+def choose(config: Config, item: int, candidates: Sequence[Candidate], preferred: ResponseKey | None = None) -> Selection:
+    """Choose and reject among candidates of which at least one is rated."""
+    rated = [candidate for candidate in candidates if candidate.value is not None]
+    chosen = next((candidate for candidate in rated if candidate.key == preferred), None) or choose_by_rule(config, item, rated)
+    return Selection(chosen, choose_rejected(config, item, rated, chosen))
 
 
-def by_rule(config: Config, item: int, rated: Sequence[Answer]) -> Answer:
-    """best: the best. Else, of those near the best: majority: what most say, then the likeliest of it; base_likelihood: the likeliest.
-
-    The best, where the base could read none of those. Ties by the seed.
-    """
-    best = max(answer.value for answer in rated)
-    if config.select.rule != "best":
-        near = [answer for answer in rated if answer.value >= best - config.select.margin - EQUAL]
-        said = Counter(answer.text if config.select.rule == "majority" else None for answer in near)
-        read = [answer for answer in near if answer.likelihood is not None]
+def choose_by_rule(config: Config, item: int, rated: Sequence[Candidate]) -> Candidate:
+    """Choose by `select.rule`; the best one where the base has read no response within the margin. The seed breaks ties."""
+    rule, best = config.select.rule, max(candidate.value for candidate in rated)
+    if rule != "best":
+        near = [candidate for candidate in rated if candidate.value >= best - config.select.margin - EQUAL]
+        votes = Counter(candidate.text for candidate in near) if rule == "majority" else Counter()
+        read = [candidate for candidate in near if candidate.likelihood is not None]
         if read:
-            return min(read, key=lambda answer: (-said[answer.text], -answer.likelihood, lot(config, item, answer)))
-    return min((answer for answer in rated if answer.value >= best - EQUAL), key=lambda answer: lot(config, item, answer))
+            return min(read, key=lambda candidate: (-votes[candidate.text], -candidate.likelihood, tie_break(config, item, candidate)))
+    return min((candidate for candidate in rated if candidate.value >= best - EQUAL), key=lambda one: tie_break(config, item, one))
 
 
-def rejected(config: Config, item: int, rated: Sequence[Answer], chosen: Answer) -> Answer | None:
-    """The worst answer that reads otherwise, if it is clearly worse: by more than the points within which answers count as near."""
-    others = [answer for answer in rated if answer.text != chosen.text]
-    worst = min((answer.value for answer in others), default=chosen.value)
+def choose_rejected(config: Config, item: int, rated: Sequence[Candidate], chosen: Candidate) -> Candidate | None:
+    """Return the worst response with another text than the chosen one, if it is worse by more than `select.margin`."""
+    others = [candidate for candidate in rated if candidate.text != chosen.text]
+    worst = min((candidate.value for candidate in others), default=chosen.value)
     if worst >= chosen.value - config.select.margin - EQUAL:
         return None
-    return min((answer for answer in others if answer.value <= worst + EQUAL), key=lambda answer: lot(config, item, answer))
+    return min((candidate for candidate in others if candidate.value <= worst + EQUAL), key=lambda one: tie_break(config, item, one))
 
 
-def lot(config: Config, item: int, answer: Answer) -> int:
-    """What decides between equals."""
-    return seeds.seed(config.seed, "select", answer.model, answer.sample, item)
+def tie_break(config: Config, item: int, candidate: Candidate) -> int:
+    """Return a number drawn from the seed that decides between equal candidates."""
+    return seeds.seed(config.seed, "select", candidate.model, candidate.sample, item)

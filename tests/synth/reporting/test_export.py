@@ -100,7 +100,7 @@ def test_the_manifest_by_hand(tmp_path):
     assert found["models"][1] == {"name": "other", "engine": "scripted 1.0", "path": BASE, "fingerprint": "f2", "deterministic": False}
     assert found["deterministic"] is False and found["seed"] == 0 and found["pool_version"] == 1
     assert found["counts"] == {
-        "items": 4, "dropped": {"select": {"no complete judgement": 1}}, "comparisons": 0, "selected": 3,
+        "items": 4, "dropped": {"select": {"no response with all scores": 1}}, "comparisons": 0, "selected": 3,
         "responses": {"base": {"all": 5, "usable": 5}, "other": {"all": 4, "usable": 3}}, "scores": {"base": {"all": 8, "read": 7}}}
     assert found["incomplete"] == {"scores": pytest.approx(1 / 8), "answers": pytest.approx(1 / 8)}
     texts = {"base": [], "other": []}

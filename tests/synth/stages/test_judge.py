@@ -80,7 +80,7 @@ def test_answers_that_a_later_selection_dropped_are_still_judged(tmp_path, monke
     run = make_run(tmp_path, ["base"])
     fill_pool(run, CHATS, {"base": ANSWERS["base"]})
     with run.pool.transaction():
-        run.pool.insert("drops", [(0, "select", "below the floor", "1.000")])
+        run.pool.insert("drops", [(0, "select", "below min_score", "1.000")])
     install(monkeypatch, **engines_for(run))
     judge(run)
     assert {key[0] for key in scores(run)} == {0, 1, 2}

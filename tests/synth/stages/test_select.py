@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from synth.config import Config, Judge, Respond, Select
 from synth.judging.calibration import JudgeScale, ScoreSums, combine_scores, fit_scales, judges_by_author, rate_answers
 from synth.stages.respond import respond
-from synth.stages.select import Answer, by_rule, choose, drop_reason, preferred, rejected, select
+from synth.stages.select import Candidate, Comparison, choose, choose_by_rule, choose_rejected, drop_reason, preferred_response, select
 from tests.helpers.synth_fakes import FakeEngine, fill, install, make_run, score
 from trainer.errors import UserError
 
@@ -145,7 +145,7 @@ def test_incomplete_answers_have_no_value_and_missing_scores_stop_the_stage(tmp_
     run = judged_run(tmp_path / "a", scores, judge=plain, say=said.append)
     select(run)
     assert ratings(run) == {(0, "base", 0): (None, None, 1), (0, "other", 0): (2.5, 0.5, 2)}
-    assert said[0] == ("select: 1 items chosen, 0 with a rejected answer; 1 of 2 answers lack a judge's score and were left out")
+    assert said[0] == ("select: 1 items selected, 0 of them with a rejected response; 1 of 2 responses lack a score and were left out")
     del scores[0, "base", 0, "base"], scores[0, "other", 0, "other"]
     run = judged_run(tmp_path / "b", scores, judge=plain)
     before = run.pool.dump()
@@ -227,7 +227,7 @@ def test_the_first_answer_needs_no_judge(tmp_path, among, chosen):
     run.config.select = Select(rule="first", candidates=among)
     select(run)
     assert selection(run)[0][:3] == (*chosen, None) and ratings(run) == {}
-    assert said[0] == "select: 1 items chosen, 0 with a rejected answer; nothing was judged"
+    assert said[0] == "select: 1 items selected, 0 of them with a rejected response; no judge was needed"
 
 
 def test_a_candidate_that_the_pool_does_not_have_is_refused(tmp_path):
@@ -282,31 +282,31 @@ def config(rule="best", within=0.5, seed=0, floor=0.0):
     return Config(select=Select(rule=rule, margin=within, min_score=floor), seed=seed)
 
 
-A, B = Answer("x", 0, "a", 4.0, -1.0), Answer("x", 1, "b", 3.6, -0.2)
-C, D = Answer("y", 0, "c", 3.4, -0.1), Answer("y", 1, "d", None, 0.0)
+A, B = Candidate("x", 0, "a", 4.0, -1.0), Candidate("x", 1, "b", 3.6, -0.2)
+C, D = Candidate("y", 0, "c", 3.4, -0.1), Candidate("y", 1, "d", None, 0.0)
 
 
 def test_the_best_or_the_likeliest_near_it():
-    assert by_rule(config("best"), 0, [A, B, C]) == A
-    assert by_rule(config("base_likelihood"), 0, [A, B, C]) == B
-    assert by_rule(config("base_likelihood", within=0.6), 0, [A, B, C]) == C
-    assert by_rule(config("base_likelihood", within=0.0), 0, [A, B, C]) == A
+    assert choose_by_rule(config("best"), 0, [A, B, C]) == A
+    assert choose_by_rule(config("base_likelihood"), 0, [A, B, C]) == B
+    assert choose_by_rule(config("base_likelihood", within=0.6), 0, [A, B, C]) == C
+    assert choose_by_rule(config("base_likelihood", within=0.0), 0, [A, B, C]) == A
     assert choose(config("base_likelihood"), 0, [A, B, C, D]).chosen == B
 
 
 def test_of_those_near_the_best_what_most_say_wins():
     """Alone, c is likelier than b; two that say b outweigh that, and what they say is judged well enough. Far below, nobody is asked."""
-    again, far = B._replace(model="y", sample=2), [Answer("z", k, "d", 1.0, -0.1) for k in range(3)]
-    assert by_rule(config("majority", within=0.6), 0, [A, B, C]) == C
-    assert by_rule(config("majority", within=0.6), 0, [A, B, C, again, *far]) in (B, again)
-    assert by_rule(config("base_likelihood", within=0.6), 0, [A, B, C, again]) == C
-    assert by_rule(config("majority", within=0.0), 0, [A, B, C, again]) == A
+    again, far = B._replace(model="y", sample=2), [Candidate("z", k, "d", 1.0, -0.1) for k in range(3)]
+    assert choose_by_rule(config("majority", within=0.6), 0, [A, B, C]) == C
+    assert choose_by_rule(config("majority", within=0.6), 0, [A, B, C, again, *far]) in (B, again)
+    assert choose_by_rule(config("base_likelihood", within=0.6), 0, [A, B, C, again]) == C
+    assert choose_by_rule(config("majority", within=0.0), 0, [A, B, C, again]) == A
 
 
 def test_where_the_base_read_none_of_the_near_ones_the_best_is_taken():
     unread = [answer._replace(likelihood=None) for answer in (A, B)]
-    assert by_rule(config("base_likelihood"), 0, [*unread, C]) == unread[0]
-    assert by_rule(config("base_likelihood"), 0, [unread[0], B, C]) == B
+    assert choose_by_rule(config("base_likelihood"), 0, [*unread, C]) == unread[0]
+    assert choose_by_rule(config("base_likelihood"), 0, [unread[0], B, C]) == B
 
 
 def test_likelihoods_count_per_token_and_unread_answers_have_none(tmp_path):
@@ -319,30 +319,30 @@ def test_likelihoods_count_per_token_and_unread_answers_have_none(tmp_path):
 
 
 def test_ties_are_broken_by_the_seed_evenly_and_whatever_the_order():
-    tied = [Answer(model, sample, f"{model}{sample}", 4.0) for model in "xy" for sample in range(2)]
-    picks = [by_rule(config(), item, tied) for item in range(2000)]
+    tied = [Candidate(model, sample, f"{model}{sample}", 4.0) for model in "xy" for sample in range(2)]
+    picks = [choose_by_rule(config(), item, tied) for item in range(2000)]
     for answer in tied:
         assert 430 < picks.count(answer) < 570  # 500 +- 3.6 standard deviations of 19.4
-    assert picks == [by_rule(config(), item, tied[::-1]) for item in range(2000)]
-    assert picks != [by_rule(config(seed=1), item, tied) for item in range(2000)]
+    assert picks == [choose_by_rule(config(), item, tied[::-1]) for item in range(2000)]
+    assert picks != [choose_by_rule(config(seed=1), item, tied) for item in range(2000)]
 
 
 def test_the_rejected_answer_is_clearly_worse_and_reads_otherwise():
-    low, lower = Answer("y", 2, "e", 3.5), Answer("y", 3, "f", 2.0)
-    assert rejected(config(), 0, [A, low], A) is None  # 0.5 below is near
-    assert rejected(config(within=0.4), 0, [A, low], A) == low
-    assert rejected(config(), 0, [A, low, lower], A) == lower
-    assert rejected(config(), 0, [A, low, lower._replace(text="a")], A) is None
-    assert rejected(config(within=0.0), 0, [A, A._replace(sample=5, text="z")], A) is None
+    low, lower = Candidate("y", 2, "e", 3.5), Candidate("y", 3, "f", 2.0)
+    assert choose_rejected(config(), 0, [A, low], A) is None  # 0.5 below is near
+    assert choose_rejected(config(within=0.4), 0, [A, low], A) == low
+    assert choose_rejected(config(), 0, [A, low, lower], A) == lower
+    assert choose_rejected(config(), 0, [A, low, lower._replace(text="a")], A) is None
+    assert choose_rejected(config(within=0.0), 0, [A, A._replace(sample=5, text="z")], A) is None
     assert choose(config(), 0, [A, lower, D]).row == ("x", 0, 4.0, "y", 3, 2.0)
     assert choose(config(), 0, [A]).row == ("x", 0, 4.0, None, None, None)
 
 
 def test_reasons_to_drop_an_item():
-    assert drop_reason([A, B], 1.0, 0.0) == (None, None) and drop_reason([A, B], 1.0, 4.0) == (None, None)
-    assert drop_reason([B, C, D], 1.0, 4.0) == ("below the floor", "3.600")
-    assert drop_reason([], 1.0, 0.0) == ("no usable answer", None)
-    assert drop_reason([D], 1.0, 0.0) == ("no complete judgement", None)
+    assert drop_reason([A, B], 1.0, 0.0) is None and drop_reason([A, B], 1.0, 4.0) is None
+    assert drop_reason([B, C, D], 1.0, 4.0) == ("below min_score", "3.600")
+    assert drop_reason([], 1.0, 0.0) == ("no usable response", None)
+    assert drop_reason([D], 1.0, 0.0) == ("no response with all scores", None)
     assert drop_reason([A], 0.0, 0.0) == ("weight 0", None)
 
 
@@ -351,6 +351,10 @@ def test_reasons_to_drop_an_item():
 
 def test_a_preference_is_over_both_orders_and_all_judges():
     x, y = ("x", 0), ("y", 1)
+
+    def preferred(comparisons):
+        return preferred_response([Comparison(0, *row) for row in comparisons])
+
     assert preferred([("j", *x, *y, 0.9), ("j", *y, *x, 0.3)]) == x  # (.9 + .7) / 2
     assert preferred([("j", *x, *y, 0.9), ("j", *y, *x, 0.95)]) == y  # each time the first shown: a bias, which cancels
     assert preferred([("j", *x, *y, 0.9), ("j", *y, *x, 0.9)]) is None
@@ -410,7 +414,7 @@ def test_the_order_of_scores_and_earlier_selections_leave_no_trace(tmp_path):
 def test_what_other_stages_dropped_stays_so(tmp_path):
     run = random_pool(tmp_path)
     with run.pool.transaction():
-        run.pool.insert("drops", [(3, "clean", "too short", None), (4, "select", "below the floor", "1")])
+        run.pool.insert("drops", [(3, "clean", "too short", None), (4, "select", "below min_score", "1")])
     select(run)
     assert 3 not in selection(run) and 4 in selection(run)
     assert run.pool.select("SELECT * FROM drops WHERE item = 3") == [(3, "clean", "too short", None)]
@@ -424,8 +428,8 @@ def test_items_without_a_choice_are_dropped_with_their_reason(tmp_path):
     select(run)
     assert set(selection(run)) == {0} and run.done("select")
     assert run.pool.select("SELECT * FROM drops ORDER BY item") == [
-        (1, "select", "no usable answer", None), (2, "select", "no complete judgement", None), (3, "select", "below the floor", "1.000"),
-        (4, "select", "weight 0", None)]
+        (1, "select", "no usable response", None), (2, "select", "no response with all scores", None),
+        (3, "select", "below min_score", "1.000"), (4, "select", "weight 0", None)]
 
 
 def test_an_empty_replay_set_is_an_error_that_says_who_dropped_what(tmp_path):
@@ -434,7 +438,7 @@ def test_an_empty_replay_set_is_an_error_that_says_who_dropped_what(tmp_path):
     with run.pool.transaction():
         run.pool.insert("drops", [(2, "clean", "too short", None)])
     score(run, {(0, "base", 0, "base"): 4, (1, "base", 0, "base"): 3})
-    with pytest.raises(UserError, match=r"none of 3 left \(select dropped 2: below the floor; clean dropped 1: too short\)") as refused:
+    with pytest.raises(UserError, match=r"none of 3 left \(select dropped 2: below min_score; clean dropped 1: too short\)") as refused:
         select(run)
     assert "\n" not in str(refused.value) and not run.done("select")
     run.config.select.min_score = 4.0
