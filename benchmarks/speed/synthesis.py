@@ -28,7 +28,7 @@ from synth.pool import seeds
 from synth.pool.run import SynthesisRun
 from synth.pool.store import Pool
 from synth.pool.writer import Worker
-from synth.stages.instruct import Asking, plan, sample_turns
+from synth.stages.instruct import TurnTask, plan, sample_turns
 from trainer.errors import UserError
 
 BARE = "vLLM bare, with log-probs"  # what the method needs: the base's own log-prob of each instruction is kept
@@ -71,7 +71,7 @@ def rate(sample: Sample) -> float:
 def overhead(engine: Engine, model: Model, arguments: argparse.Namespace, work: Path) -> tuple[dict[str, list[Sample]], dict[str, float]]:
     """Stage `instruct` against one `LLM.generate` call on the same requests, in two processes that take turns."""
     with fresh_run(model, work, Config(base=model, instruct=Instruct(num_instructions=arguments.prompts, max_tokens=64))) as run:
-        asking = Asking(run, 0)
+        asking = TurnTask(run, 0)
         requests = [{"token_ids": r.prompt.token_ids, "seed": r.seed, **r.sampling._asdict()}
                     for r in asking.requests(range(arguments.prompts))]
     texts = {}

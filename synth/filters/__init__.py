@@ -1,1 +1,1 @@
-"""Filters of the stage clean: length, repetition, language, duplicates, contamination."""
+"""Filters of the stage `clean`: repetition, language, contamination and near-duplicates."""

@@ -1,16 +1,13 @@
-"""Groups of near-duplicates: MinHash and locality-sensitive hashing find candidates, true Jaccard similarity decides, links make groups.
+"""Group near-duplicates: MinHash with locality-sensitive hashing finds candidate pairs, their true Jaccard similarity decides.
 
-J(a, b) = |A ∩ B| / |A ∪ B| over the sets of 5-grams: of words, or of characters where a text has fewer than 20 words. A short text with
-another number asks something else ("What is 801 plus 5?"): its numbers are part of each of its 5-grams. A MinHash is the
-minimum of each of 128 random permutations of the set; two texts agree in one with probability J (Broder 1997), so texts that agree in
-all rows of one of several bands are candidates (datasketch chooses the bands, for few misses: candidates are checked anyway). At J = 0.8
-a pair is found with probability 0.95, at 0.9 always.
+J(a, b) = |A ∩ B| / |A ∪ B| over the sets of 5-grams: of words, or of characters where a text has fewer than 20 words. Short texts with
+different numbers are different questions ("What is 801 plus 5?"), so the numbers of a short text are part of each of its 5-grams. A
+MinHash is the minimum of each of 128 random permutations of the set; two texts agree in one of them with probability J (Broder 1997), so
+texts that agree in all rows of one of several bands are candidates. datasketch chooses the bands for few misses, as false candidates are
+removed anyway: a pair with J = 0.8 is found with probability 0.95, one with J = 0.9 practically always.
 
-Texts that are equal but for case and spaces are one before any of this, so a thousand times "hi" costs nothing. What is computed depends
-on the set of texts alone, never on their order.
-
-The bands are sorted with numpy here, rather than kept in datasketch's own index: that takes 530 MB and 8 s for 100,000 texts, this takes
-20 MB and 1 s.
+Texts that differ only in case and spaces count as one text, so that frequent ones cost nothing. The result depends on the set of texts,
+never on their order. The bands are sorted with numpy here because that needs far less memory and time than datasketch's own index.
 """
 
 from __future__ import annotations
@@ -22,33 +19,33 @@ from functools import lru_cache
 
 import numpy as np
 
-from synth.filters.ngrams import character_hashes, plain, runs, word_hashes, words
+from synth.filters.ngrams import character_hashes, ngram_hashes, normalize, word_hashes, words
 
 GRAM = 5
-SHORT = 20  # words from which a text has enough 5-grams of words
+MIN_WORDS = 20  # from which 5-grams of words are enough
 PERMUTATIONS = 128
-STRICTEST = 0.95  # similarity from which 128 permutations make too few bands
+MAX_BAND_SIMILARITY = 0.95  # above it 128 permutations make too few bands
 SEED = 1  # of the permutations
-WEIGHTS = (0.05, 0.95)  # of false and missed candidates, in datasketch's choice of bands
-WINDOW = 50  # texts that follow in a band's bucket and that each is compared with: keeps the work linear where thousands are alike
-BLOCK = 10_000  # pairs that are looked at together
-MARGIN = 0.15  # what the estimate of J may be wrong by: four standard deviations, sqrt(J (1 - J) / 128)
+ERROR_WEIGHTS = (0.05, 0.95)  # of false and missed candidates, in datasketch's choice of bands
+WINDOW = 50  # following texts of its bucket with which each text is compared: keeps the work linear where thousands are alike
+BLOCK = 10_000  # pairs that are compared at once
+MARGIN = 0.15  # error of the estimate of J: four standard deviations, sqrt(J (1 - J) / 128)
 
 
-def group(texts: Sequence[str], similarity: float) -> list[int]:
-    """For each text the index of the first text of its group of near-duplicates."""
-    plains = [plain(text) for text in texts]
-    distinct = sorted(set(plains))
-    links = Links(len(distinct))
+def group_near_duplicates(texts: Sequence[str], similarity: float) -> list[int]:
+    """Return for each text the index of the first text in its group of near-duplicates."""
+    normalized = [normalize(text) for text in texts]
+    distinct = sorted(set(normalized))
+    groups = UnionFind(len(distinct))
     if len(distinct) > 1:
-        _link(distinct, similarity, links)
-    place = {text: i for i, text in enumerate(distinct)}
+        _join_similar(distinct, similarity, groups)
+    index = {text: i for i, text in enumerate(distinct)}
     first: dict[int, int] = {}
-    return [first.setdefault(links.root(place[text]), i) for i, text in enumerate(plains)]
+    return [first.setdefault(groups.root(index[text]), i) for i, text in enumerate(normalized)]
 
 
-class Links:
-    """Sets that grow together (union-find): each has its smallest member for a root."""
+class UnionFind:
+    """Disjoint sets that can be joined; the root of a set is its smallest member."""
 
     def __init__(self, count: int):
         self.parent = list(range(count))
@@ -64,59 +61,59 @@ class Links:
 
 
 def shingles(text: str) -> np.ndarray:
-    """The set of a text's 5-grams, as sorted numbers. Blanks around a short text put each of its characters into five of them."""
-    found = words(text)
-    if len(found) >= SHORT:
-        return np.unique(runs(word_hashes(found), GRAM))
+    """Return the set of a text's 5-grams as sorted hashes; spaces around a short text put each character into five of them."""
+    text_words = words(text)
+    if len(text_words) >= MIN_WORDS:
+        return np.unique(ngram_hashes(word_hashes(text_words), GRAM))
     margin = " " * (GRAM - 1)
     numbers = word_hashes([" ".join(re.findall(r"\d+", text))])
-    return np.unique(runs(character_hashes(margin + plain(text) + margin), GRAM) ^ numbers)
+    return np.unique(ngram_hashes(character_hashes(margin + normalize(text) + margin), GRAM) ^ numbers)
 
 
 def jaccard(a: np.ndarray, b: np.ndarray) -> float:
-    """|A ∩ B| / |A ∪ B| of two sets, as sorted arrays."""
+    """Return |A ∩ B| / |A ∪ B| of two sets, given as sorted arrays."""
     shared = len(np.intersect1d(a, b, assume_unique=True))
     return shared / (len(a) + len(b) - shared)
 
 
-def signatures(texts: Sequence[str]) -> np.ndarray:
-    """(texts, PERMUTATIONS) uint32: their MinHashes."""
+def minhash_signatures(texts: Sequence[str]) -> np.ndarray:
+    """Return the MinHashes of texts: (texts, PERMUTATIONS) uint32."""
     from datasketch import MinHash  # imports scipy
     empty = MinHash(PERMUTATIONS, seed=SEED, hashfunc=int)
-    found = np.empty((len(texts), PERMUTATIONS), np.uint32)
+    signatures = np.empty((len(texts), PERMUTATIONS), np.uint32)
     for i, text in enumerate(texts):
         minhash = empty.copy()
         minhash.update_batch((shingles(text) >> np.uint64(32)).tolist())
-        found[i] = minhash.hashvalues
-    return found
+        signatures[i] = minhash.hashvalues
+    return signatures
 
 
-def _link(distinct: Sequence[str], similarity: float, links: Links) -> None:
+def _join_similar(distinct: Sequence[str], similarity: float, groups: UnionFind) -> None:
     """Join all pairs that LSH finds and whose Jaccard similarity is high enough."""
-    remembered = lru_cache(4 * WINDOW)(lambda i: shingles(distinct[i]))
-    found = signatures(distinct)
-    for pairs in _candidates(found, similarity):
+    cached_shingles = lru_cache(4 * WINDOW)(lambda i: shingles(distinct[i]))
+    for pairs in _candidate_pairs(minhash_signatures(distinct), similarity):
         for i, j in itertools.chain.from_iterable(pairs[start:start + BLOCK].tolist() for start in range(0, len(pairs), BLOCK)):
-            if links.root(i) != links.root(j) and jaccard(remembered(i), remembered(j)) >= similarity:
-                links.join(i, j)
+            if groups.root(i) != groups.root(j) and jaccard(cached_shingles(i), cached_shingles(j)) >= similarity:
+                groups.join(i, j)
 
 
-def _candidates(found: np.ndarray, similarity: float) -> Iterator[np.ndarray]:
-    """(pairs, 2) for each band: texts that agree in all its rows, and in about enough of all permutations."""
+def _candidate_pairs(signatures: np.ndarray, similarity: float) -> Iterator[np.ndarray]:
+    """Yield (pairs, 2) for each band: texts that agree in all its rows, and by estimate in enough of all permutations."""
     from datasketch import MinHashLSH
-    index = MinHashLSH(min(similarity, STRICTEST), PERMUTATIONS, weights=WEIGHTS)
+    index = MinHashLSH(min(similarity, MAX_BAND_SIMILARITY), PERMUTATIONS, weights=ERROR_WEIGHTS)
     for band in range(index.b):
-        rows = np.ascontiguousarray(found[:, band * index.r:(band + 1) * index.r])
+        rows = np.ascontiguousarray(signatures[:, band * index.r:(band + 1) * index.r])
         buckets = np.unique(rows.view(np.dtype((np.void, rows.itemsize * index.r))).ravel(), return_inverse=True)[1]
         order = np.argsort(buckets, kind="stable").astype(np.int32)
-        near = [_alike(found, order[:-k], order[k:], buckets, similarity - MARGIN) for k in range(1, min(WINDOW, len(order)))]
+        near = [_similar_pairs(signatures, order[:-k], order[k:], buckets, similarity - MARGIN) for k in range(1, min(WINDOW, len(order)))]
         pairs = np.concatenate(near)
         yield pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
 
 
-def _alike(found: np.ndarray, i: np.ndarray, j: np.ndarray, buckets: np.ndarray, least: float) -> np.ndarray:
-    """(pairs, 2) of i and j in one bucket whose estimated similarity is `least` or more."""
+def _similar_pairs(signatures: np.ndarray, i: np.ndarray, j: np.ndarray, buckets: np.ndarray, min_similarity: float) -> np.ndarray:
+    """Return (pairs, 2) of i and j that are in one bucket with an estimated similarity of at least `min_similarity`."""
     same = np.flatnonzero(buckets[i] == buckets[j])
     i, j = i[same], j[same]
-    agree = [np.mean(found[i[start:start + BLOCK]] == found[j[start:start + BLOCK]], 1) for start in range(0, max(1, len(i)), BLOCK)]
-    return np.stack((i, j), 1)[np.concatenate(agree) >= least]
+    estimates = [np.mean(signatures[i[start:start + BLOCK]] == signatures[j[start:start + BLOCK]], 1)
+                 for start in range(0, max(1, len(i)), BLOCK)]
+    return np.stack((i, j), 1)[np.concatenate(estimates) >= min_similarity]

@@ -1,11 +1,11 @@
-"""Words of a text, and every run of n of them as one 64-bit number: what texts are compared by.
+"""Split texts into words and hash their n-grams to 64-bit numbers.
 
-Words are compared without case and punctuation. Ideographs and kana, which no spaces part, are words by themselves; a word is worth about
-two of them. Thai, Lao, Khmer and Burmese have no spaces between words either and stay whole phrases.
+Words are compared without case and punctuation. Ideographs and kana, which are written without spaces, are words by themselves; one word
+of other scripts is worth about two of them. Thai, Lao, Khmer and Burmese have no spaces between words either and stay whole phrases.
 
-Hashes are fixed functions of the text (Python's own `hash` differs between processes): word w is v(w) = BLAKE2b in 64 bits, and the run
-from word i is h(i, n) = Σ_k v(i+k) M^k mod 2^64 with an odd M: a difference of prefix sums times M^-i (Karp and Rabin 1987), the same
-cost for every n. Two different runs share a number with probability 2^-64.
+Hashes are fixed functions of the text (Python's `hash` differs between processes): word w has v(w) = BLAKE2b in 64 bits, and the n-gram
+from word i has h(i, n) = Σ_k v(i+k) M^k mod 2^64 with an odd M, computed for every n from prefix sums times M^-i (Karp and Rabin 1987).
+Two different n-grams share a hash with probability 2^-64.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from functools import lru_cache
 import numpy as np
 
 M = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2^64
-VOCABULARY = 1 << 18  # words whose hashes are remembered
+CACHED_WORDS = 1 << 18  # words whose hashes are cached
 UNSPACED = ("CJK", "HIRAGANA", "KATAKANA")  # how Unicode's names of their characters begin
 
 
-class _Plain(dict):
-    """What a character becomes: letters, marks and digits stay, ideographs and kana stand alone, all else parts words."""
+class _CharacterMap(dict):
+    """A map from characters: letters, marks and digits stay, ideographs and kana get spaces around them, all else becomes a space."""
 
     def __missing__(self, code: int) -> str:
         char = chr(code)
@@ -34,44 +34,48 @@ class _Plain(dict):
         return self[code]
 
 
-_PLAIN = _Plain()
+_CHARACTER_MAP = _CharacterMap()
 
 
 def words(text: str) -> list[str]:
-    """The words of a text, without case and punctuation."""
-    return unicodedata.normalize("NFKC", text).casefold().translate(_PLAIN).split()
+    """Return the words of a text, without case and punctuation."""
+    return unicodedata.normalize("NFKC", text).casefold().translate(_CHARACTER_MAP).split()
 
 
-def is_unspaced(found: Sequence[str]) -> bool:
-    """Whether most of these words are ideographs or kana, of which two are worth a word."""
-    return 2 * sum(len(word) == 1 and not word.isascii() and unicodedata.name(word, "").startswith(UNSPACED) for word in found) > len(found)
+def is_unspaced(words: Sequence[str]) -> bool:
+    """Return whether most of these words are ideographs or kana, of which two are worth a word."""
+    unspaced = sum(len(word) == 1 and not word.isascii() and unicodedata.name(word, "").startswith(UNSPACED) for word in words)
+    return 2 * unspaced > len(words)
 
 
-def plain(text: str) -> str:
-    """The text without what two spellings of the same may differ in: case and spaces."""
+def normalize(text: str) -> str:
+    """Return the text in lower case, with single spaces."""
     return " ".join(text.casefold().split())
 
 
-@lru_cache(VOCABULARY)
-def _hashed(word: str) -> int:
+@lru_cache(CACHED_WORDS)
+def _hash(word: str) -> int:
     return int.from_bytes(hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
-def word_hashes(found: Sequence[str]) -> np.ndarray:
-    """(words,) uint64"""
-    return np.fromiter(map(_hashed, found), np.uint64, len(found))
+def word_hashes(words: Sequence[str]) -> np.ndarray:
+    """Return the hash of each word: (words,) uint64."""
+    return np.fromiter(map(_hash, words), np.uint64, len(words))
 
 
 def character_hashes(text: str) -> np.ndarray:
-    """(characters,) uint64: code points, mixed by the finalizer of SplitMix64 (Steele, Lea and Flood 2014)."""
+    """Return the hash of each character: (characters,) uint64.
+
+    Code points are mixed by the finalizer of SplitMix64 (Steele, Lea and Flood 2014).
+    """
     mixed = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.uint64) + np.uint64(M)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
     return mixed ^ (mixed >> np.uint64(31))
 
 
-def runs(hashes: np.ndarray, n: int) -> np.ndarray:
-    """(units,) hashes -> (units - n + 1,) numbers of all runs of n units in their order; none where the text is shorter. n >= 1."""
+def ngram_hashes(hashes: np.ndarray, n: int) -> np.ndarray:
+    """Return the hashes of all n-grams in their order: (units,) -> (units - n + 1,); empty where the text is shorter. n >= 1."""
     count = len(hashes) - n + 1
     if count <= 0:
         return np.empty(0, np.uint64)
@@ -83,7 +87,7 @@ def runs(hashes: np.ndarray, n: int) -> np.ndarray:
 
 @lru_cache(32)
 def _powers(count: int) -> tuple[np.ndarray, np.ndarray]:
-    """M^i and M^-i mod 2^64 for i below `count`."""
+    """Return M^i and M^-i mod 2^64 for i below `count`."""
     def table(factor: int) -> np.ndarray:
         return np.cumprod(np.array([1, *[factor] * (count - 1)], np.uint64), dtype=np.uint64)
 

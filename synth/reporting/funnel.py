@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from synth.config import STAGES
+from synth.filters.rules import RULES
 from synth.pool.run import SynthesisRun
 from synth.pool.seeds import uniform
 from synth.pool.store import CLEAN, Pool
@@ -102,8 +103,6 @@ def steps(run: SynthesisRun) -> list[Step]:
 def _rules(items: Iterable[Item]) -> list[tuple[str, str | None]]:
     """Stage and reason of the drops before any answer was sampled, in the order in which they are applied; turns that are unusable for
     whatever reason go together."""
-    from synth.stages.clean import RULES  # loads what it computes with
-
     found = {("instruct", None) if item.stage == "instruct" else (item.stage, item.reason) for item in items}
     order = [rule for rule in found if rule[0] in ("instruct", "clean")]
     return sorted(order, key=lambda rule: (_place(STAGES, rule[0]), _place(RULES, rule[1]), rule[1] or ""))

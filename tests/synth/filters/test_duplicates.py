@@ -5,8 +5,8 @@ import random
 import numpy as np
 import pytest
 
-from synth.filters.duplicates import PERMUTATIONS, Links, group, jaccard, shingles, signatures
-from synth.filters.ngrams import plain, words
+from synth.filters.duplicates import PERMUTATIONS, UnionFind, group_near_duplicates, jaccard, minhash_signatures, shingles
+from synth.filters.ngrams import normalize, words
 from tests.helpers import real_prompts
 
 LONG = ("Please write a short story for children in which a fox and an owl meet on a rainy day in the old town, become friends in spite of "
@@ -18,7 +18,7 @@ def grams(text):
     found = words(text)
     if len(found) >= 20:
         return {tuple(found[i:i + 5]) for i in range(len(found) - 4)}
-    padded = " " * 4 + plain(text) + " " * 4
+    padded = " " * 4 + normalize(text) + " " * 4
     numbers = "".join(c if c.isdecimal() else " " for c in text).split()
     return {(padded[i:i + 5], *numbers) for i in range(len(padded) - 4)}
 
@@ -55,17 +55,17 @@ def test_similarities_are_those_of_the_sets(texts):
 def test_minhashes_estimate_similarities(texts):
     pairs = [(changed(LONG, n, random.Random(n)), LONG) for n in range(1, 8)]
     for a, b in pairs:
-        one, other = signatures([a, b])
+        one, other = minhash_signatures([a, b])
         assert abs(np.mean(one == other) - similarity(a, b)) < 4 * 0.5 / PERMUTATIONS ** 0.5
 
 
 @pytest.mark.parametrize("least", [0.5, 0.8, 0.97, 1.0])
 def test_groups_are_those_of_all_pairs(texts, least):
-    links, sets = Links(len(texts)), [grams(text) for text in texts]
+    links, sets = UnionFind(len(texts)), [grams(text) for text in texts]
     pairs = [(i, j) for i in range(len(texts)) for j in range(i) if len(sets[i] & sets[j]) >= least * len(sets[i] | sets[j])]
     for i, j in pairs:
         links.join(i, j)
-    found = group(texts, least)
+    found = group_near_duplicates(texts, least)
     together = sum(found[i] == found[j] for i, j in pairs)
     assert together >= 0.95 * len(pairs) and len(pairs) >= 20  # LSH misses a few pairs close to the threshold
     expected = [links.root(i) for i in range(len(texts))]
@@ -75,13 +75,13 @@ def test_groups_are_those_of_all_pairs(texts, least):
 def test_the_order_of_texts_does_not_matter(texts):
     shuffled = texts[:]
     random.Random(1).shuffle(shuffled)
-    assert partition(texts, group(texts, 0.7)) == partition(shuffled, group(shuffled, 0.7))
+    assert partition(texts, group_near_duplicates(texts, 0.7)) == partition(shuffled, group_near_duplicates(shuffled, 0.7))
 
 
 def test_a_group_is_named_by_its_first_text():
-    found = group(["hi", LONG, "Hi ", "Hello", LONG.replace("fox", "cat"), "HI"], 0.7)
+    found = group_near_duplicates(["hi", LONG, "Hi ", "Hello", LONG.replace("fox", "cat"), "HI"], 0.7)
     assert found == [0, 1, 0, 3, 1, 0]
-    assert group([], 0.8) == [] and group(["", " ", "x"], 0.8) == [0, 0, 2]
+    assert group_near_duplicates([], 0.8) == [] and group_near_duplicates(["", " ", "x"], 0.8) == [0, 0, 2]
 
 
 @pytest.mark.parametrize("one, other", [
@@ -90,15 +90,15 @@ def test_a_group_is_named_by_its_first_text():
     ("What is the capital of Austria?", "What is the capital of Australia?"),
 ])
 def test_short_texts_that_ask_something_else_are_apart(one, other):
-    assert group([one, other], 0.8) == [0, 1]
+    assert group_near_duplicates([one, other], 0.8) == [0, 1]
 
 
 def test_thousands_alike_are_one_group():
     rng = random.Random(2)
     many = list({changed(LONG, 1, rng) for _ in range(2000)})
-    assert len(many) > 100 and set(group(many, 0.7)) == {0}
+    assert len(many) > 100 and set(group_near_duplicates(many, 0.7)) == {0}
 
 
 def test_real_prompts_are_hardly_ever_near_duplicates():
-    found = group(real_prompts.prompts("gsm8k_train"), 0.8)
+    found = group_near_duplicates(real_prompts.prompts("gsm8k_train"), 0.8)
     assert len(found) == 7473 and len(set(found)) == 7472  # Josie's and Amanda's fifty dollars

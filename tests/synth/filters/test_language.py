@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from synth.filters.language import UNTOLD, check_codes, check_shares, factors, language_of
+from synth.filters.language import UNKNOWN, check_codes, check_shares, language_of, weight_factors
 from tests.helpers import real_prompts
 from trainer.errors import UserError
 
@@ -33,18 +33,18 @@ def test_sentences(code, text):
 
 @pytest.mark.parametrize("text", ["hi", "What is oqulih reversed?", "", "17 + 4 = ?", "xqzt"])
 def test_what_has_no_language_is_not_guessed(text):
-    assert language_of(text) in UNTOLD
+    assert language_of(text) in UNKNOWN
 
 
 def test_real_prompts_are_english_or_cannot_be_told():
     found = [language_of(text) for text in real_prompts.prompts(*real_prompts.COLUMNS)]
-    assert sum(code not in ("en", *UNTOLD) for code in found) <= 2 and found.count("en") > 0.99 * len(found)
+    assert sum(code not in ("en", *UNKNOWN) for code in found) <= 2 and found.count("en") > 0.99 * len(found)
 
 
 def test_codes_and_shares_are_checked():
     check_codes("clean.languages", ["en", "zh"])
     check_shares("instruct.languages", {"en": 0.6, "de": 0.4})
-    with pytest.raises(UserError, match="clean.languages: expected ISO 639-1 codes .* found 'english'"):
+    with pytest.raises(UserError, match="clean.languages: expected ISO 639-1 codes .* got 'english'"):
         check_codes("clean.languages", ["english"])
     for wrong in ({"en": 0.7, "de": 0.4}, {"en": 0.0}, {"en": -0.1}):
         with pytest.raises(UserError, match="instruct.languages: expected shares above 0 that sum to at most 1"):
@@ -53,9 +53,9 @@ def test_codes_and_shares_are_checked():
 
 def shares(actual, wanted):
     """Shares after the weights, among the languages that are known; and the sum of all."""
-    now = {code: weight * factor for (code, weight), factor in zip(actual.items(), factors(actual, wanted).values())}
-    known = sum(weight for code, weight in now.items() if code not in UNTOLD)
-    return {code: pytest.approx(weight / known) for code, weight in now.items() if code not in UNTOLD}, pytest.approx(sum(now.values()))
+    now = {code: weight * factor for (code, weight), factor in zip(actual.items(), weight_factors(actual, wanted).values())}
+    known = sum(weight for code, weight in now.items() if code not in UNKNOWN)
+    return {code: pytest.approx(weight / known) for code, weight in now.items() if code not in UNKNOWN}, pytest.approx(sum(now.values()))
 
 
 @pytest.mark.parametrize("actual, wanted, expected", [
@@ -69,12 +69,12 @@ def shares(actual, wanted):
 ])
 def test_wanted_shares_are_reached(actual, wanted, expected):
     assert shares(actual, wanted) == (expected, sum(actual.values()))
-    assert all(factors(actual, wanted)[code] == 1 for code in UNTOLD if code in actual)
+    assert all(weight_factors(actual, wanted)[code] == 1 for code in UNKNOWN if code in actual)
 
 
 @given(st.dictionaries(st.sampled_from(["en", "de", "fr", "zh", "und"]), st.floats(0.01, 1000), min_size=1),
        st.dictionaries(st.sampled_from(["en", "de", "fr", "ja"]), st.floats(0.01, 0.25)))
 def test_the_sum_stays_and_no_weight_vanishes(actual, wanted):
-    found = factors(actual, wanted)
+    found = weight_factors(actual, wanted)
     assert found.keys() == actual.keys() and min(found.values()) > 0
     assert sum(actual[code] * found[code] for code in actual) == pytest.approx(sum(actual.values()))

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from synth.filters.ngrams import character_hashes, is_unspaced, plain, runs, word_hashes, words
+from synth.filters.ngrams import character_hashes, is_unspaced, ngram_hashes, normalize, word_hashes, words
 
 
 @pytest.mark.parametrize("text, expected", [
@@ -28,13 +28,13 @@ def test_words(text, expected):
     assert is_unspaced(found) == (text[0] in "我こ")
 
 
-def test_plain_is_blind_to_case_and_spaces_alone():
-    assert plain(" Hi\n\tThere! ") == plain("hi there!") == "hi there!" != plain("hi there")
+def test_normalize_is_blind_to_case_and_spaces_alone():
+    assert normalize(" Hi\n\tThere! ") == normalize("hi there!") == "hi there!" != normalize("hi there")
 
 
 @given(st.lists(st.sampled_from("ab"), max_size=40), st.integers(1, 12))
 def test_runs_are_equal_where_their_words_are(letters, n):
-    found = runs(word_hashes(letters), n)
+    found = ngram_hashes(word_hashes(letters), n)
     expected = [tuple(letters[i:i + n]) for i in range(len(letters) - n + 1)]
     assert len(found) == len(expected)
     assert len(set(zip(expected, found.tolist()))) == len(set(expected)) == len(set(found.tolist()))
@@ -43,11 +43,11 @@ def test_runs_are_equal_where_their_words_are(letters, n):
 @given(st.text(max_size=60), st.text(max_size=20))
 def test_a_run_has_the_same_number_wherever_it_stands(text, before):
     alone, later = character_hashes(text), character_hashes(before + text)
-    assert np.array_equal(runs(alone, 5), runs(later, 5)[len(before):]) if len(text) >= 5 else len(runs(alone, 5)) == 0
+    assert np.array_equal(ngram_hashes(alone, 5), ngram_hashes(later, 5)[len(before):]) if len(text) >= 5 else len(ngram_hashes(alone, 5)) == 0
 
 
 def test_hashes_do_not_depend_on_the_process():
-    code = "from synth.filters.ngrams import *; print(runs(word_hashes(words('One two three four five six')), 5).tolist())"
+    code = "from synth.filters.ngrams import *; print(ngram_hashes(word_hashes(words('One two three four five six')), 5).tolist())"
     told = {subprocess.run([sys.executable, "-c", code], env={"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(sys.path)}, text=True,
                            capture_output=True, check=True).stdout for seed in ("1", "2")}
-    assert told == {f"{runs(word_hashes(words('One two three four five six')), 5).tolist()}\n"}
+    assert told == {f"{ngram_hashes(word_hashes(words('One two three four five six')), 5).tolist()}\n"}

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from synth.config import Clean, Instruct
 from synth.filters import ngrams
-from synth.stages.clean import LEAST, RULES, balanced, clean, most_of, thin
+from synth.filters.rules import RULES
+from synth.stages.clean import MIN_SHARE_CAP, balance_languages, cap_count, clean, thin_groups
 from tests.helpers import real_prompts
 from tests.helpers.synth_fakes import FakeEngine, fill, install, make_run
 from trainer.errors import UserError
@@ -59,16 +60,16 @@ def test_each_rule_and_what_it_says(tmp_path, exam):
     assert drops(run) == {
         0: ("too short", "1 characters"),
         1: ("too long", "300 characters"),
-        2: ("repetition", "0.97 of it is one phrase"),
+        2: ("repetition", "one phrase makes up 0.97 of it"),
         3: ("language", "de"),
         4: ("contaminated", f"{exam}, line 1: a train leaves the old station at nine and reaches the harbour two"),
-        11 - first: ("near-duplicate", "group 5 of 2, 1 stay"),
+        11 - first: ("near-duplicate", "group of item 5: 1 of 2 kept"),
     }
     assert traits(run)[first] == ["en", 5, 1.0] and traits(run)[11 - first] == ["en", 5, 0.0]
     assert traits(run)[3] == ["de", None, 0.0] and traits(run)[7] == ["und", 7, 1.0]
     assert [chat.item for chat in run.pool.chats()] == [first, 7]
-    assert said[:-1] == [f"clean: {rule}: 1 of 8 items dropped (12.5%)" for rule in RULES]
-    assert said[-1] == "clean: 2 of 8 items stay (25.0%), in 2 groups"
+    assert said[:-1] == [f"clean: dropped 1 of 8 items (12.5%): {rule}" for rule in RULES]
+    assert said[-1] == "clean: kept 2 of 8 items (25.0%), in 2 groups of near-duplicates"
 
 
 def test_the_instruction_is_the_last_turn_and_contamination_is_sought_in_all_of_the_users(tmp_path, exam):
@@ -131,7 +132,7 @@ def test_real_prompts_stay(tmp_path):
 def test_what_stays_of_a_group(named, seed, rule_and_cap):
     rule, cap = rule_and_cap
     groups = {item: min(i for i in named if named[i] == name) for item, name in named.items()}
-    dropped, weights = thin(groups, rule, cap, seed)
+    dropped, weights = thin_groups(groups, rule, cap, seed)
     assert dropped.keys() | weights.keys() == groups.keys() and not dropped.keys() & weights.keys()
     kept = Counter(groups[item] for item in weights)
     for first, size in Counter(groups.values()).items():
@@ -140,21 +141,21 @@ def test_what_stays_of_a_group(named, seed, rule_and_cap):
         weight = 1 / size if rule == "weight" else 1.0
         assert all(weights[item] == weight for item in weights if groups[item] == first)
     shuffled = dict(random.Random(seed).sample(list(groups.items()), len(groups)))
-    assert thin(shuffled, rule, cap, seed) == (dropped, weights)
+    assert thin_groups(shuffled, rule, cap, seed) == (dropped, weights)
 
 
 def test_who_stays_is_drawn_and_not_the_first():
     groups = dict.fromkeys(range(1000), 0)
-    found = [set(thin(groups, "cap", 5, seed)[1]) for seed in range(200)]
+    found = [set(thin_groups(groups, "cap", 5, seed)[1]) for seed in range(200)]
     assert len({frozenset(kept) for kept in found}) == 200
     mean = sum(sum(kept) / 5 for kept in found) / len(found)
     assert abs(mean - 499.5) < 4 * 288.7 / (5 * 200) ** 0.5
 
 
 @pytest.mark.parametrize("count, items, expected",
-                         [(5, 100_000, 5), (1, 3, 1), (0.002, 4000, 8), (0.002, 100_000, 200), (0.002, 100, LEAST)])
+                         [(5, 100_000, 5), (1, 3, 1), (0.002, 4000, 8), (0.002, 100_000, 200), (0.002, 100, MIN_SHARE_CAP)])
 def test_a_cap_is_a_number_or_a_share(count, items, expected):
-    assert most_of(count, items) == expected
+    assert cap_count(count, items) == expected
 
 
 def test_weights_bring_languages_to_their_shares(tmp_path):
@@ -166,8 +167,8 @@ def test_weights_bring_languages_to_their_shares(tmp_path):
     weights = {code: sum(weight for language, _, weight in found.values() if language == code) for code in ("en", "de", "und")}
     assert weights == {"en": pytest.approx(5 * 0.5 / 0.9), "de": pytest.approx(5 * 0.4 / 0.9), "und": 1.0}
     assert found[3] == found[4] == ["en", 3, found[0][2] / 2]
-    assert "clean: instruct.languages: no item is in 'sw'; its share goes to the other languages that are listed" in said
-    assert balanced({0: 1.0}, {0: "en"}, {}) == {0: 1.0}
+    assert "clean: instruct.languages: no item is in 'sw'; the other listed languages get its share" in said
+    assert balance_languages({0: 1.0}, {0: "en"}, {}) == {0: 1.0}
 
 
 # ---------------------------------------------------------------- the same pool, however it came about
@@ -199,7 +200,7 @@ def test_the_order_of_writing_does_not_matter(tmp_path):
 def test_a_second_call_has_nothing_to_do(tmp_path, monkeypatch):
     run = cleaned(tmp_path, [ENGLISH, "hi", "?"])
     before = run.pool.dump()
-    monkeypatch.setattr("synth.stages.clean.judged", None)
+    monkeypatch.setattr("synth.stages.clean.apply_rules", None)
     assert cleaned(tmp_path, []).pool.dump() == before
 
 
@@ -258,7 +259,7 @@ def test_what_the_base_puts_next_to_an_evaluation_item_is_out(tmp_path, exam, mo
     assert drops(run) == {1: ("contaminated", f"{exam}, line 1: cosine 1.000"), 2: ("contaminated", f"{exam}, line 1: cosine 1.000"),
                           5: ("contaminated", f"{exam}, line 1: {' '.join(ngrams.words(QUESTION))[:80]}")}
     assert len(base.asked) == 5 and base.closed == 1  # the item and four texts; equal ones once
-    assert "clean: 1 texts have no embedding and resemble nothing: longer than the context" in said
+    assert "clean: contamination_cosine: 1 texts were not checked, they could not be embedded: longer than the context" in said
     assert run.pool.select("SELECT * FROM models") == []
     run = cleaned(tmp_path / "looser", chats, contamination=[exam], contamination_cosine=0.6, max_repetition=1.0)
     assert set(drops(run)) == {0, 1, 2, 3, 5}
