@@ -1,6 +1,6 @@
-"""What a run leaves for others to load: PEFT's adapter folder, or a safetensors model folder of transformers.
+"""Export a trained model: PEFT's adapter folder, or transformers' model folder.
 
-A folder is written beside its place and renamed into it, so whoever looks finds it whole or not at all.
+A folder is written atomically, with safetensors weights.
 """
 
 from __future__ import annotations
@@ -21,48 +21,48 @@ from trainer.model.quantization import is_quantized, nf4_of, quantized_layers
 
 
 def save_adapter(model: PeftModel, folder: Path | str, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-    """Write `adapter_config.json` and `adapter_model.safetensors` for `PeftModel.from_pretrained`, vLLM and others, and the tokenizer.
+    """Write an adapter folder that PEFT and vLLM load, with the tokenizer.
 
-    The adapter names its base model as it was loaded: an absolute path, or a name on the hub.
+    The adapter names its base model as it was loaded: an absolute path, or a hub name.
     """
-    with atomic_folder(folder) as aside:
-        model.save_pretrained(aside)
+    with atomic_folder(folder) as tmp:
+        model.save_pretrained(tmp)
         if tokenizer is not None:
-            tokenizer.save_pretrained(aside)
+            tokenizer.save_pretrained(tmp)
 
 
 def merge_and_save(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path | str) -> None:
-    """Write a model folder for `AutoModelForCausalLM.from_pretrained`, with the adapter, if any, added into the weights.
+    """Write a model folder for transformers, with the adapter, if any, merged into the weights.
 
-    The model in memory stays as it is, adapter and all. Merged weights are on the CPU while they are written. A base in 4 bits is
-    written dense, in the dtype it computes in: the adapter was trained on its dequantised weights, and is added to those.
+    The model in memory does not change. Merged weights are on the CPU while they are written. A 4-bit base is written dense, in the dtype
+    it computes in: the adapter was trained on its dequantized weights, and is added to those.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     state = merged_state(base)
-    shell = _dense_shell(base) if quantized_layers(base) else base
-    with atomic_folder(folder) as aside:
-        shell.save_pretrained(aside, state_dict=state)
-        tokenizer.save_pretrained(aside)
+    dense = _dense_on_meta(base) if quantized_layers(base) else base
+    with atomic_folder(folder) as tmp:
+        dense.save_pretrained(tmp, state_dict=state)
+        tokenizer.save_pretrained(tmp)
 
 
-def _dense_shell(base: PreTrainedModel) -> PreTrainedModel:
-    """The model that a 4-bit one would be without quantisation: its class and settings, no weights."""
-    settings = copy.deepcopy(base.config)
-    del settings.quantization_config
+def _dense_on_meta(base: PreTrainedModel) -> PreTrainedModel:
+    """Return the dense form of a 4-bit model on the meta device, to save its merged weights with."""
+    config = copy.deepcopy(base.config)
+    del config.quantization_config
     with torch.device("meta"):
-        shell = type(base)(settings).to(nf4_of(quantized_layers(base)[0]).dtype)
-    shell.generation_config = base.generation_config
-    return shell
+        dense = type(base)(config).to(nf4_of(quantized_layers(base)[0]).dtype)
+    dense.generation_config = base.generation_config
+    return dense
 
 
 @torch.no_grad()
 def merged_state(base: nn.Module) -> dict[str, Tensor]:
-    """The state dict that `base` would have without adapters and 4-bit layers: updates added to dense weights, stock names."""
+    """Return the state dict of `base` with adapters merged into dense weights, under stock names."""
     state = base.state_dict()
     for name, module in base.named_modules():
         if is_quantized(module):
-            for part in [key for key in state if key.startswith(f"{name}.weight.")]:
-                del state[part]
+            for quant_state_key in [key for key in state if key.startswith(f"{name}.weight.")]:
+                del state[quant_state_key]
             state[f"{name}.weight"] = dequantize_nf4(nf4_of(module)).cpu()
     for name, module in base.named_modules():
         if is_adapted(module):
@@ -71,12 +71,15 @@ def merged_state(base: nn.Module) -> dict[str, Tensor]:
 
 
 def _merged_weight(module: nn.Module) -> Tensor:
-    """The layer's weight with its active adapter, by PEFT's own arithmetic: a safe merge makes a new tensor, the old one is put back."""
+    """Return a layer's weight with its active adapter merged by PEFT, and restore the layer.
+
+    PEFT's safe merge makes a new tensor, so putting the old one back undoes it.
+    """
     layer = module.base_layer
     weight = layer.weight.data
     try:
         module.merge(safe_merge=True)
-    except ValueError as error:  # weights that are not finite
+    except ValueError as error:  # the weights are not finite
         raise UserError(f"cannot merge the adapter: {error}") from error
     merged = layer.weight.data.cpu()
     layer.weight.data = weight
@@ -85,7 +88,10 @@ def _merged_weight(module: nn.Module) -> Tensor:
 
 
 def _merged_nf4(module: nn.Module) -> Tensor:
-    """The same onto the dequantised weight, in fp32 and rounded once. (PEFT would quantise the sum again.)"""
+    """Return a 4-bit layer's dequantized weight with its adapter merged, in fp32 and rounded once.
+
+    PEFT would quantize the sum again.
+    """
     if reason := why_not_fused(module):
         raise UserError(f"cannot merge the adapter: {reason}")
     weight, _, lora = projection(module)
@@ -95,5 +101,3 @@ def _merged_nf4(module: nn.Module) -> Tensor:
     if not merged.isfinite().all():
         raise UserError("cannot merge the adapter: its weights are not finite")
     return merged.to(weight.dtype).cpu()
-
-

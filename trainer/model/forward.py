@@ -1,4 +1,9 @@
-"""Run the model on a pack up to its last hidden states, and describe its head."""
+"""Run a model on a pack up to its last hidden states, and describe its head.
+
+The head and the loss are ours (`kernels.linear_cross_entropy`), so a model's own forward is called only up to its last norm.
+
+Shapes: T tokens of a pack, S selected rows, W model width, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +22,15 @@ from trainer.errors import UserError
 from trainer.model.fused_layers import row_selecting_layer
 from trainer.model.packed_attention import decoder, is_packed
 
-FEW_SHAPES = PadTo(tokens=64, rows=32)
+CPU_16BIT_PADDING = PadTo(tokens=64, rows=32)
 
 
 class LmHead(NamedTuple):
-    """logits = cap(logit_scale (hidden weight' + bias)), with cap(z) = softcap tanh(z / softcap) where softcap is set."""
+    """Head of a model: logits = cap(logit_scale (hidden weight' + bias)).
+
+    cap(z) = softcap tanh(z / softcap) if softcap is set, else z.
+    """
+
 
     weight: Tensor  # [V, W]
     bias: Tensor | None  # [V]
@@ -29,62 +38,77 @@ class LmHead(NamedTuple):
     logit_scale: float
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [..., W] -> logits [..., V] in fp32 or better, all of them at once: for a few tokens, not for training."""
-        raw = nn.functional.linear(hidden, self.weight, self.bias)
-        raw = raw.to(torch.promote_types(raw.dtype, torch.float32)) * self.logit_scale
-        return raw if self.softcap is None else self.softcap * torch.tanh(raw / self.softcap)
+        """Return the logits [..., V] of hidden [..., W] in fp32 or better.
+
+        All of them are in memory at once: for a few tokens, not for training.
+        """
+        logits = nn.functional.linear(hidden, self.weight, self.bias)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * self.logit_scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
 def unwrap_peft(model: nn.Module) -> PreTrainedModel:
-    """The transformers model, without PEFT's wrapper around it."""
+    """Return the transformers model inside PEFT's wrapper, if there is one."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def lm_head(model: nn.Module) -> LmHead:
-    """What turns the last hidden state into logits: Granite divides them, Cohere multiplies them, Gemma 2 caps them."""
+    """Return the model's head: Granite divides its logits, Cohere multiplies them, Gemma 2 caps them."""
     base = unwrap_peft(model)
-    settings, layer = base.config.get_text_config(), base.get_output_embeddings()
+    layer = base.get_output_embeddings()
     if type(layer) is not nn.Linear:
         raise ValueError(f"head: expected a plain linear layer, got {type(layer).__name__}")
-    scale = (getattr(settings, "logit_scale", None) or 1.0) / (getattr(settings, "logits_scaling", None) or 1.0)
-    return LmHead(layer.weight, layer.bias, getattr(settings, "final_logit_softcapping", None), scale)
+    config = base.config.get_text_config()
+    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    return LmHead(layer.weight, layer.bias, getattr(config, "final_logit_softcapping", None), scale)
 
 
 def forward_hidden(model: nn.Module, batch: PackedBatch, rows: Tensor | None = None) -> Tensor:
-    """The last hidden state [T,W] of a pack's tokens, each seeing only its own sample; or that of the tokens `rows` alone [S,W].
+    """Return the last hidden states [T,W] of a pack, in which each token sees only its own sample.
 
-    Nothing reads what follows the last layer's attention at other tokens, so families with our layers do not compute it.
+    If `rows` [S] is given, return those of these tokens only [S,W]. Families with our layers then skip the other tokens after the last
+    layer's attention.
     """
     base = unwrap_peft(model)
-    if rows is not None and not (is_packed(base) and row_selecting_layer(base)):
-        return forward_hidden(model, batch).index_select(0, rows)
-    ids, positions = batch.input_ids[None], batch.position_ids[None]
-    run = partial(decoder(base), use_cache=False)
-    if is_packed(base):
-        few = {} if rows is None else {"rows": rows}
-        packed = run(input_ids=ids, position_ids=positions, cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen, **few)
-        return packed.last_hidden_state.squeeze(0)
+    if not is_packed(base):
+        hidden = _one_sample_at_a_time(base, batch)
+        return hidden if rows is None else hidden.index_select(0, rows)
+    skips_rows = rows is not None and row_selecting_layer(base) is not None
+    out = decoder(base)(
+        input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen,
+        rows=rows if skips_rows else None, use_cache=False)
+    hidden = out.last_hidden_state.squeeze(0)
+    return hidden if rows is None or skips_rows else hidden.index_select(0, rows)
+
+
+def _one_sample_at_a_time(base: PreTrainedModel, batch: PackedBatch) -> Tensor:
+    """Return the last hidden states [T,W] of a pack whose samples run through the model one by one."""
     lengths = batch.cu_seqlens.diff().tolist()
-    samples = zip(ids.split(lengths, dim=1), positions.split(lengths, dim=1), strict=True)
-    return torch.cat([run(input_ids=i, position_ids=p).last_hidden_state.squeeze(0) for i, p in samples])
+    samples = zip(batch.input_ids[None].split(lengths, dim=1), batch.position_ids[None].split(lengths, dim=1), strict=True)
+    run = partial(decoder(base), use_cache=False)
+    return torch.cat([run(input_ids=ids, position_ids=positions).last_hidden_state.squeeze(0) for ids, positions in samples])
 
 
 def padding_for(model: nn.Module) -> PadTo:
-    """What packs for this model are filled up to. In 16 bits a CPU compiles each product anew for every shape it meets, for a tenth of a
-    millisecond and more: few shapes are worth the rows that fill them. Models that run one sample at a time gain nothing."""
+    """Return the padding of packs for this model.
+
+    In 16 bits oneDNN compiles each matmul for every new shape on a CPU, so few shapes are worth their padding. Models that run one
+    sample at a time gain nothing from it.
+    """
     base = unwrap_peft(model)
-    return FEW_SHAPES if base.device.type == "cpu" and base.dtype.itemsize == 2 and is_packed(base) else NO_PADDING
+    return CPU_16BIT_PADDING if base.device.type == "cpu" and base.dtype.itemsize == 2 and is_packed(base) else NO_PADDING
 
 
 def supervised_hidden(model: nn.Module, batch: PackedBatch) -> Tensor:
-    """The last hidden state [S,W] of the pack's supervised rows, which are all that a head needs."""
+    """Return the last hidden states [S,W] of the supervised rows, which are all that the loss needs."""
     return forward_hidden(model, batch, batch.supervised_rows)
 
 
 def apply_activation_checkpointing(model: nn.Module, mode: Literal["none", "selective", "full"]) -> None:
-    """Keep only the inputs of every layer (full), or of every second layer (selective), and compute the rest again in the backward pass.
+    """Recompute every layer (full) or every second one (selective) in the backward pass.
 
-    Works while the model is in training mode. UserError if the model's layers do not support it.
+    Only the inputs of these layers are saved. It takes effect while the model is in training mode. Raises UserError if the model's layers
+    do not support it.
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if mode != "none" and not layers:

@@ -1,4 +1,11 @@
-"""Forwards of decoder layers, attention, MLP and norms with fused operations."""
+"""Compute decoder layers, attention, MLPs and norms with fused operations.
+
+Each `*_forward` takes the stock module as its first argument and becomes that module's `forward` (patch.py). It runs the class's own
+forward where the fused operation does not apply. Where one fused operation includes a norm, the norm module's forward is skipped,
+unless it has hooks.
+
+Shapes: T tokens, S selected rows, W model width, H query heads, Hk key heads, D head width.
+"""
 
 from __future__ import annotations
 
@@ -19,16 +26,22 @@ from trainer.model.families import BEFORE_MLP, Family
 
 
 def norm_forward(norm: nn.Module, eps: float, offset: float, x: Tensor) -> Tensor:
+    """Compute RMSNorm with weight offset + weight."""
     return rms_norm(x, norm.weight, eps, offset=offset)
 
 
 class NormSettings(NamedTuple):
+    """Arguments of an RMSNorm beside its weight."""
+
     eps: float
     offset: float
 
 
 def fusable_norm(norm: nn.Module) -> NormSettings | None:
-    """The settings of a norm that a larger operation may cover: it has our forward, and no hook waits for it."""
+    """Return the settings of a norm that a larger fused operation may include, or None.
+
+    Such a norm has our forward and no hooks, so skipping its module changes nothing.
+    """
     hooks = norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks
     forward = norm.forward
     return None if hooks or not isinstance(forward, partial) or forward.func is not norm_forward else NormSettings(*forward.args[1:])
@@ -36,11 +49,12 @@ def fusable_norm(norm: nn.Module) -> NormSettings | None:
 
 def layer_forward(layer: nn.Module, stream_norm: str, last: bool, hidden_states: Tensor, *args, rows: Tensor | None = None,
                   **kwargs) -> Tensor:
-    """A decoder layer in which attention joins the residual stream, and the stream is normalised for the MLP, in one operation.
+    """Compute a decoder layer, fusing the residual addition after attention with the next norm.
 
-    With `rows` [S] the last one gives these tokens alone [1,S,W]: what follows its attention is left out for the others.
+    If `rows` [S] is given, the last layer returns only these tokens [1,S,W]: its output projection and MLP skip the others.
     """
-    norm, rows = getattr(layer, stream_norm), rows if last else None
+    rows = rows if last else None
+    norm = getattr(layer, stream_norm)
     settings = fusable_norm(norm)
     if args or settings is None:
         out = type(layer).forward(layer, hidden_states, *args, **kwargs)
@@ -56,7 +70,7 @@ def layer_forward(layer: nn.Module, stream_norm: str, last: bool, hidden_states:
 
 
 class AttentionTraits(NamedTuple):
-    """What one attention layer's forward needs beside its weights."""
+    """Arguments of one attention layer's forward beside its weights."""
 
     head_dim: int
     heads: int
@@ -64,10 +78,11 @@ class AttentionTraits(NamedTuple):
     window: int | None
     softcap: float | None
     rope: bool
-    norm: str | None  # of queries and keys: "head" (each head alone), "width" (all heads as one vector), or none
+    norm: str | None  # of queries and keys: "head" (each head by itself), "width" (all heads as one vector), or none
 
 
 def attention_traits(attention: nn.Module, family: Family) -> AttentionTraits:
+    """Read the traits of one attention module."""
     config, q_norm = attention.config, getattr(attention, "q_norm", None)
     holder = config if family.window_in_config else attention
     return AttentionTraits(
@@ -84,9 +99,10 @@ def attention_traits(attention: nn.Module, family: Family) -> AttentionTraits:
 def attention_forward(attention: nn.Module, traits: AttentionTraits, hidden_states: Tensor, position_embeddings=None,
                       attention_mask=None, past_key_values=None, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None,
                       rows: Tensor | None = None, **kwargs) -> tuple[Tensor, Tensor | None]:
-    """Attention of a pack [1,T,W], with no transpose between projections and heads. Anything but a pack gets the class's own forward.
+    """Compute attention of a pack [1,T,W], without transposing between projections and heads.
 
-    With `rows` [S] only these tokens look, at all that they may see, and the result is theirs [1,S,W].
+    Any other input runs the class's own forward. If `rows` [S] is given, return outputs only for these query positions [1,S,W]; keys and
+    values still cover the whole pack.
     """
     if cu_seqlens is None or attention_mask is not None or past_key_values is not None:
         out, weights = type(attention).forward(
@@ -97,16 +113,16 @@ def attention_forward(attention: nn.Module, traits: AttentionTraits, hidden_stat
     q, k = position_heads(attention, traits, q, k, position_embeddings)
     out = packed_attention(q, k, v, cu_seqlens, max_seqlen, scale=traits.scale, window=traits.window, softcap=traits.softcap,
                            dropout=attention.attention_dropout if attention.training else 0.0)
-    seen = out.flatten(1)
-    return attention.o_proj(seen if rows is None else seen.index_select(0, rows)).unsqueeze(0), None
+    out = out.flatten(1)
+    return attention.o_proj(out if rows is None else out.index_select(0, rows)).unsqueeze(0), None
 
 
 def project_heads(attention: nn.Module, traits: AttentionTraits, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x [T,W] -> q [T,H,D], k and v [T,Hk,D], normalised where the family takes all heads as one vector."""
+    """Project x [T,W] to q [T,H,D] and k, v [T,Hk,D], normalized if the norm is over all heads."""
     if hasattr(attention, "qkv_proj"):
         fused = attention.qkv_proj(x).unflatten(-1, (-1, traits.head_dim))
-        others = (fused.shape[1] - traits.heads) // 2
-        return fused.split((traits.heads, others, others), dim=1)
+        key_heads = (fused.shape[1] - traits.heads) // 2
+        return fused.split((traits.heads, key_heads, key_heads), dim=1)
     q, k, v = lora.project(x, (attention.q_proj, attention.k_proj, attention.v_proj))
     if traits.norm == "width":
         q, k = attention.q_norm(q), attention.k_norm(k)
@@ -114,7 +130,7 @@ def project_heads(attention: nn.Module, traits: AttentionTraits, x: Tensor) -> t
 
 
 def position_heads(attention: nn.Module, traits: AttentionTraits, q: Tensor, k: Tensor, position_embeddings) -> tuple[Tensor, Tensor]:
-    """q [T,H,D] and k [T,Hk,D], normalised head by head where the family does so, then turned by their positions where the layer does."""
+    """Normalize q [T,H,D] and k [T,Hk,D] per head and apply RoPE, each where the layer does so."""
     cos, sin = (x.squeeze(0) for x in position_embeddings) if traits.rope else (None, None)
     if traits.norm == "head":
         settings = fusable_norm(attention.q_norm)
@@ -125,7 +141,7 @@ def position_heads(attention: nn.Module, traits: AttentionTraits, q: Tensor, k: 
 
 
 def mlp_forward(mlp: nn.Module, activation: str, x: Tensor) -> Tensor:
-    """down(activation(gate(x)) * up(x)), as one operation where the three are linear layers, adapted or not."""
+    """Compute down(activation(gate(x)) * up(x)), in one operation if any layer has an adapter."""
     layers = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
     if lora.any_adapter(layers) and lora.fusable(layers):
         weights, biases, loras = zip(*map(lora.projection, layers), strict=True)
@@ -134,18 +150,18 @@ def mlp_forward(mlp: nn.Module, activation: str, x: Tensor) -> Tensor:
 
 
 def fused_mlp_forward(mlp: nn.Module, activation: str, x: Tensor) -> Tensor:
-    """The same where gate and up are one layer."""
+    """Compute the MLP of families whose gate and up projections are one layer."""
     gate, up = mlp.gate_up_proj(x).chunk(2, dim=-1)
     return mlp.down_proj(glu(gate, up, activation))
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The decoder layers, in their order."""
+    """Return the decoder layers in order."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def row_selecting_layer(model: nn.Module) -> nn.Module | None:
-    """The last decoder layer, where its forward takes `rows`; else None."""
+    """Return the last decoder layer if its forward takes `rows`, else None."""
     last = next(reversed(decoder_layers(model)), None)
     forward = getattr(last, "forward", None)
     return last if isinstance(forward, partial) and forward.func is layer_forward and forward.args[2] else None

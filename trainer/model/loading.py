@@ -1,9 +1,4 @@
-"""The model and its tokenizer: loaded, run on packs up to its last hidden state, and described at its head.
-
-The head and the loss are ours (`kernels.linear_cross_entropy`), so the model's own forward is called only up to the last norm.
-
-Shapes: T tokens of a pack, n samples in it, W model width, V vocabulary.
-"""
+"""Load a model and its tokenizer, and check that they fit each other and our packed attention."""
 
 from __future__ import annotations
 
@@ -14,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from trainer import config
+from trainer.config import Config, Model
 from trainer.errors import UserError
 from trainer.model import quantization
 from trainer.model.families import family_of
@@ -26,87 +21,91 @@ from trainer.runtime.device import compute_dtype
 logger = logging.getLogger(__name__)
 
 
-# ---------------------------------------------------------------- loading
+def load_model(config: Config, device: torch.device | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the model of `config.model` and its tokenizer, in the compute dtype on `device`.
 
-
-def load_model(cfg: config.Config, device: torch.device | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the model of `cfg.model` in the compute dtype on `device`, or make it with random weights drawn with `cfg.seed`.
-
-    Weights have the compute dtype. With bf16, fp32 masters that are made from them start at the rounded values, which matters only for
-    full fine-tuning of a checkpoint that is itself fp32; precision fp32 keeps every bit. A QLoRA base has its linear layers in 4 bits.
-    UserError says what is missing or unfit.
+    A model that is only described gets random weights, drawn with `config.seed`. With bf16, fp32 masters made from the weights start at
+    the rounded values, which matters only for full fine-tuning of a checkpoint that is itself fp32; precision fp32 keeps every bit. A
+    QLoRA base has its linear layers in 4 bits. Raises UserError if something is missing or does not fit.
     """
     device = torch.device(device)
-    dtype, source = compute_dtype(cfg.precision, device), model_source(cfg.model)
-    tokenizer = load_tokenizer(cfg.model)
-    if cfg.model.path is not None:
-        model = _load_weights(cfg, source, dtype, device)
+    dtype, source = compute_dtype(config.precision, device), model_source(config.model)
+    tokenizer = load_tokenizer(config.model)
+    if config.model.path is not None:
+        model = _load_weights(config, source, dtype, device)
     else:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(cfg.seed)
-            model = _without_weights(cfg.model, source, dtype, device)
+            torch.manual_seed(config.seed)
+            model = _without_weights(config.model, source, dtype, device)
     _check_vocabulary(model, tokenizer)
     use_packed_attention(model)
     return model, tokenizer
 
 
-def meta_model(cfg: config.Config) -> PreTrainedModel:
-    """The model of `cfg.model` with shapes but no memory (on the meta device), after the checks that need no weights."""
-    source = model_source(cfg.model)
-    if cfg.model.path is not None:
-        _quantized_settings(cfg, source, torch.float32)
-    model = _without_weights(cfg.model, source, torch.float32, torch.device("meta"))
-    _check_vocabulary(model, load_tokenizer(cfg.model))
+def meta_model(config: Config) -> PreTrainedModel:
+    """Return the model of `config.model` on the meta device, after the checks that need no weights."""
+    source = model_source(config.model)
+    if config.model.path is not None:
+        _quantization_config(config, source, torch.float32)
+    model = _without_weights(config.model, source, torch.float32, torch.device("meta"))
+    _check_vocabulary(model, load_tokenizer(config.model))
     return model
 
 
-def weights_fingerprint(settings: config.Model) -> str | None:
-    """What tells one set of base weights from another without reading them: names, sizes and times of a folder's files, or the
-    hub's commit. None for random weights, which the seed decides."""
-    if settings.path is None:
+def weights_fingerprint(model: Model) -> str | None:
+    """Return what identifies base weights without reading them.
+
+    Of a folder these are file names, sizes and times, of a hub model its commit. None for random weights, which the seed determines.
+    """
+    if model.path is None:
         return None
-    folder = Path(settings.path).expanduser()
+    folder = Path(model.path).expanduser()
     if not folder.is_dir():
-        return getattr(AutoConfig.from_pretrained(settings.path, trust_remote_code=settings.trust_remote_code), "_commit_hash", None)
+        return getattr(AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code), "_commit_hash", None)
     files = sorted(folder.glob("*.safetensors"))
     return hashlib.sha256(repr([(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]).encode()).hexdigest()[:16]
 
 
-def _quantized_settings(cfg: config.Config, source: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """How from_pretrained is to quantise the model: not at all, unless it is for QLoRA and dense as yet. UserError where it cannot be."""
+def _quantization_config(config: Config, source: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """Return how from_pretrained quantizes the model, or None.
+
+    Only a dense checkpoint is quantized, and only for the method qlora. Raises UserError for a checkpoint that the method cannot use.
+    """
     with one_line_errors("model.path", source):
-        found = AutoConfig.from_pretrained(source, trust_remote_code=cfg.model.trust_remote_code)
-    if quantization.is_nf4_checkpoint(source, found, cfg.method) or cfg.method != "qlora":
+        found = AutoConfig.from_pretrained(source, trust_remote_code=config.model.trust_remote_code)
+    if quantization.is_nf4_checkpoint(source, found, config.method) or config.method != "qlora":
         return None
-    return quantization.nf4_config(cfg.quantization, _without_weights(cfg.model, source, dtype, torch.device("meta")), dtype)
+    return quantization.nf4_config(config.quantization, _without_weights(config.model, source, dtype, torch.device("meta")), dtype)
 
 
-def _load_weights(cfg: config.Config, source: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    quantized = _quantized_settings(cfg, source, dtype)
+def _load_weights(config: Config, source: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """Load the checkpoint, and refuse weights that are missing or of other shapes than its config's."""
+    quantization_config = _quantization_config(config, source, dtype)
     with one_line_errors("model.path", source):
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded, info = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, device_map=device if device.type == "cuda" else None, use_safetensors=True,
-            trust_remote_code=cfg.model.trust_remote_code, output_loading_info=True, ignore_mismatched_sizes=True,
-            **({} if quantized is None else {"quantization_config": quantized}))
-    if unfit := sorted(info["mismatched_keys"]):
-        name, found, expected = unfit[0]
-        raise UserError(f"model.path: {len(unfit)} weights in {source} do not fit its config.json: expected {tuple(expected)} for {name}, "
-                        f"found {tuple(found)}")
+            trust_remote_code=config.model.trust_remote_code, output_loading_info=True, ignore_mismatched_sizes=True,
+            **({} if quantization_config is None else {"quantization_config": quantization_config}))
+    if mismatched := sorted(info["mismatched_keys"]):
+        name, found, expected = mismatched[0]
+        raise UserError(f"model.path: {len(mismatched)} weights in {source} do not fit its config.json: "
+                        f"expected {tuple(expected)} for {name}, found {tuple(found)}")
     if missing := sorted(info["missing_keys"]):
-        raise UserError(f"model.path: {source} lacks {len(missing)} weights of {type(model).__name__}, such as {missing[0]}")
-    quantization.prepare_quantized(model, dtype)
-    return model
+        raise UserError(f"model.path: {source} lacks {len(missing)} weights of {type(loaded).__name__}, such as {missing[0]}")
+    quantization.prepare_quantized(loaded, dtype)
+    return loaded
 
 
-def _without_weights(settings: config.Model, source: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The model that a config describes, with weights from the random generator (or none, on the meta device)."""
-    trust = settings.trust_remote_code
-    with one_line_errors("model.path" if settings.path else "model.config", source), torch.device(device):
+def _without_weights(model: Model, source: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """Return the model that a config describes, with random weights (on the meta device, without memory)."""
+    trust = model.trust_remote_code
+    with one_line_errors("model.path" if model.path else "model.config", source), torch.device(device):
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source, trust_remote_code=trust), dtype=dtype,
                                                 trust_remote_code=trust)
 
 
 def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer with more tokens than the model's embedding has rows."""
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise UserError(f"model.tokenizer: expected at most {rows} tokens, the rows of the model's embedding, found {len(tokenizer)}; "
@@ -114,7 +113,10 @@ def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
-    """Run packs in one call; a family that we have not read has to show first that its samples stay apart."""
+    """Let the model run a pack in one call.
+
+    An unknown family must first pass a probe that samples do not affect each other.
+    """
     if family_of(model) is None:
         _check_head(model)
         if fault := packing_fault(model):
@@ -126,7 +128,7 @@ def use_packed_attention(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def _check_head(model: PreTrainedModel) -> None:
-    """UserError unless `head` describes how the model makes logits of its last hidden state."""
+    """Check that `lm_head` describes how the model computes logits. Raises UserError if it does not."""
     ids = torch.arange(8, device=model.device)[None]
     hidden = decoder(model)(input_ids=ids, use_cache=False).last_hidden_state
     expected = model(input_ids=ids, use_cache=False).logits.float()
@@ -134,8 +136,3 @@ def _check_head(model: PreTrainedModel) -> None:
     if not error < (1e-3 if model.dtype == torch.float32 else 5e-2):
         raise UserError(f"model: the head of {model.config.model_type} is not a linear layer with a scale or soft cap that we know "
                         f"(logits differ by {error:.0%}); train another model")
-
-
-# ---------------------------------------------------------------- running
-
-

@@ -1,4 +1,4 @@
-"""Where a model is described and its tokenizer lies: a folder or a name on the hub, checked; what is unfit is one line."""
+"""Find a model's folder or hub name and its tokenizer; report what is unfit in one line."""
 
 from __future__ import annotations
 
@@ -13,49 +13,51 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from trainer import config
+from trainer.config import Model
 from trainer.errors import UserError
 
 TOKENIZER_FILES = ("tokenizer.*", "vocab*", "*.model", "*.tiktoken", "tekken.json")  # not tokenizer_config.json, which has no tokens
 
 
-def load_tokenizer(settings: config.Model) -> PreTrainedTokenizerBase:
-    """The tokenizer of `settings.tokenizer`, or the model's own. UserError where there is none."""
-    option, source = "model.tokenizer", _locate("model.tokenizer", settings.tokenizer) if settings.tokenizer else model_source(settings)
+def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of `model.tokenizer`, or the model's own. Raises UserError if there is none."""
+    option = "model.tokenizer"
+    source = _locate(option, model.tokenizer) if model.tokenizer else model_source(model)
     folder = Path(source).parent if Path(source).is_file() else Path(source)
     if folder.is_dir() and not any(next(folder.glob(pattern), None) for pattern in TOKENIZER_FILES):
         raise UserError(f"{option}: no tokenizer in {folder}; set {option} to a folder or hub name that has one")
     with one_line_errors(option, source):
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
 
 
-def model_source(settings: config.Model) -> str:
-    """Where the model is described: a folder with weights, a config.json, or a name on the hub."""
-    if (settings.path is None) == (settings.config is None):
-        raise UserError("model.path, model.config: expected exactly one of them, got " + ("neither" if settings.path is None else "both"))
-    if settings.path is not None:
-        source = _locate("model.path", settings.path)
+def model_source(model: Model) -> str:
+    """Return where the model is described: a folder with weights, a config.json, or a hub name."""
+    if (model.path is None) == (model.config is None):
+        raise UserError("model.path, model.config: expected exactly one of them, got " + ("neither" if model.path is None else "both"))
+    if model.path is not None:
+        source = _locate("model.path", model.path)
         if Path(source).exists():
             _check_folder(Path(source))
         return source
-    path = Path(settings.config).expanduser()
+    path = Path(model.config).expanduser()
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise UserError(f"model.config: expected a config.json or its folder, found no file {file}")
     return str(file.resolve())
 
 
-def _locate(option: str, given: str) -> str:
-    """An absolute path where there is such a file or folder; else `given`, if it may be a name on the hub."""
-    path = Path(given).expanduser()
+def _locate(option: str, name: str) -> str:
+    """Return the absolute path of an existing file or folder; else `name`, if it may be a hub name."""
+    path = Path(name).expanduser()
     if path.exists():
         return str(path.resolve())
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", given):
-        raise UserError(f"{option}: there is no folder {given}")
-    return given
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
+        raise UserError(f"{option}: there is no folder {name}")
+    return name
 
 
 def _check_folder(folder: Path) -> None:
+    """Check that a local folder holds a config and safetensors weights. Raises UserError."""
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
         raise UserError(f"model.path: {folder} holds an adapter; set lora.path to it and model.path to its base model ({base})")
@@ -72,7 +74,10 @@ def _check_folder(folder: Path) -> None:
 
 @contextmanager
 def one_line_errors(option: str, source: str | Path) -> Iterator[None]:
-    """Turn what the libraries raise for unreadable, unknown or unreachable models into one line, without their warnings before it."""
+    """Turn the libraries' errors while loading a model into one-line UserErrors.
+
+    Their warnings are silenced.
+    """
     verbosity = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()
     try:
@@ -82,7 +87,7 @@ def one_line_errors(option: str, source: str | Path) -> Iterator[None]:
         if "trust_remote_code" in why:
             why = "it needs Python code of its own; add --model.trust_remote_code true if you trust it"
         elif not Path(source).exists():
-            why = f"no such folder here, and not to be had from the hub under this name ({type(error).__name__})"
+            why = f"no such folder here, and the hub did not serve this name ({type(error).__name__})"
         raise UserError(f"{option}: cannot load {source}: {why[:300]}") from error
     finally:
         transformers.utils.logging.set_verbosity(verbosity)

@@ -1,9 +1,9 @@
-"""Low-rank adapters: made, saved and named by PEFT, computed by our fused operations.
+"""Add low-rank adapters (LoRA): made, saved and named by PEFT, computed by our fused operations.
 
 An adapter adds s B A x to a linear layer's W x (Hu et al., arXiv 2106.09685), with s = alpha / rank, or alpha / sqrt(rank) (rsLoRA,
 arXiv 2312.03732); DoRA (arXiv 2402.09353) also rescales each output to a trained magnitude. PEFT's modules hold A [R,K] and B [N,R]; a
-fused forward reads them at each call, so whatever PEFT changes later (merging, disabling, switching adapters) is seen, and what the
-fused operations do not cover runs PEFT's own forward, with one warning that says why.
+fused forward reads them at each call, so later changes by PEFT (merging, disabling, switching adapters) take effect; where the fused
+operations do not apply, PEFT's own forward runs, with one warning that says why.
 """
 
 from __future__ import annotations
@@ -33,56 +33,63 @@ from trainer.model.quantization import is_quantized, nf4_of, why_not_nf4
 
 logger = logging.getLogger(__name__)
 
+DISABLED_BY_US = "_steadfast_disabled"  # attribute of PEFT's layers inside `adapters_disabled`
+
 
 # ---------------------------------------------------------------- making and loading
 
 
-def add_adapter(model: PreTrainedModel, settings: config.Lora) -> PeftModel:
-    """Freeze `model` and put a trainable adapter on its linear layers: a new one (fp32, B = 0), or the one saved at `settings.path`.
+def add_adapter(model: PreTrainedModel, lora: config.Lora) -> PeftModel:
+    """Freeze `model` and put a trainable adapter on its linear layers.
 
-    A saved adapter brings its own rank and targets. Raises UserError for numbers out of range, targets that are not there, a rank
-    larger than a matrix, or a folder that does not hold a LoRA adapter for this model. Call `patch` afterwards to fuse it.
+    The adapter is new (fp32, B = 0), or the one saved at `lora.path`. A saved adapter brings its own rank and targets. Raises UserError
+    for numbers out of range, targets the model does not have, a rank larger than a matrix, or a folder without a LoRA adapter for this
+    model. Call `patch` afterwards to fuse it.
     """
-    if settings.path is not None:
-        return _load_adapter(model, settings.path)
-    _check_numbers(settings)
-    _check_targets(model, settings)
-    alpha = int(settings.alpha) if settings.alpha == int(settings.alpha) else settings.alpha  # readers of the JSON expect an int
+    if lora.path is not None:
+        return _load_adapter(model, lora.path)
+    _check_numbers(lora)
+    _check_targets(model, lora)
+    alpha = int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha  # readers of the JSON expect an int
     return get_peft_model(model, LoraConfig(
-        task_type="CAUSAL_LM", r=settings.rank, lora_alpha=alpha, lora_dropout=settings.dropout,
-        target_modules=settings.target_modules, use_rslora=settings.rslora, use_dora=settings.dora,
+        task_type="CAUSAL_LM", r=lora.rank, lora_alpha=alpha, lora_dropout=lora.dropout,
+        target_modules=lora.target_modules, use_rslora=lora.rslora, use_dora=lora.dora,
     ))
 
 
-def _check_numbers(settings: config.Lora) -> None:
-    if settings.rank <= 0:
-        raise UserError(f"lora.rank: expected at least 1, got {settings.rank}")
-    if not settings.alpha > 0:
-        raise UserError(f"lora.alpha: expected more than 0, got {settings.alpha}")
-    if not 0 <= settings.dropout < 1:
-        raise UserError(f"lora.dropout: expected 0 <= dropout < 1, got {settings.dropout}")
+def _check_numbers(lora: config.Lora) -> None:
+    """Refuse a rank, alpha or dropout out of range."""
+    if lora.rank <= 0:
+        raise UserError(f"lora.rank: expected at least 1, got {lora.rank}")
+    if not lora.alpha > 0:
+        raise UserError(f"lora.alpha: expected more than 0, got {lora.alpha}")
+    if not 0 <= lora.dropout < 1:
+        raise UserError(f"lora.dropout: expected 0 <= dropout < 1, got {lora.dropout}")
 
 
-def _check_targets(model: PreTrainedModel, settings: config.Lora) -> None:
-    """Every target names some linear layer, nothing else, not the head; and no matrix is smaller than the rank."""
-    matched = _matched(model, settings.target_modules)
+def _check_targets(model: PreTrainedModel, lora: config.Lora) -> None:
+    """Check that every target names linear layers, none of them the head, and none smaller than the rank."""
+    matched = _match_targets(model, lora.target_modules)
     for name, module in matched.items():
         if module is model.get_output_embeddings():
-            raise UserError(f"lora.target_modules: {name} is the head, which takes no adapter; leave it out of {settings.target_modules!r}")
+            raise UserError(f"lora.target_modules: {name} is the head, which takes no adapter; leave it out of {lora.target_modules!r}")
         if not isinstance(module, (nn.Linear, Conv1D)):
             raise UserError(f"lora.target_modules: expected linear layers, "
-                            f"but {settings.target_modules!r} matches {name}, a {type(module).__name__}")
+                            f"but {lora.target_modules!r} matches {name}, a {type(module).__name__}")
         rows, columns = module.weight.shape if isinstance(module, Conv1D) else (module.out_features, module.in_features)
-        if settings.rank > min(rows, columns):
+        if lora.rank > min(rows, columns):
             raise UserError(f"lora.rank: expected at most {min(rows, columns)}, the smaller side of {name} ({rows} x {columns}), "
-                            f"got {settings.rank}")
+                            f"got {lora.rank}")
 
 
-def _matched(model: PreTrainedModel, targets: str | list[str]) -> dict[str, nn.Module]:
-    """The modules that PEFT would adapt: a list holds last parts of names, a string is a regular expression for whole names."""
+def _match_targets(model: PreTrainedModel, targets: str | list[str]) -> dict[str, nn.Module]:
+    """Return the modules that PEFT would adapt.
+
+    A list holds ends of names, a string is a regular expression for whole names.
+    """
     modules = {name: module for name, module in model.named_modules() if name}
     linear = {name: m for name, m in modules.items() if isinstance(m, (nn.Linear, Conv1D)) and m is not model.get_output_embeddings()}
-    there = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
+    available = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
     if targets == "all-linear":
         return linear
     if isinstance(targets, str):
@@ -90,19 +97,23 @@ def _matched(model: PreTrainedModel, targets: str | list[str]) -> dict[str, nn.M
             matched = {name: m for name, m in modules.items() if re.fullmatch(targets, name)}
         except re.error as error:
             raise UserError(f"lora.target_modules: {targets!r} is not a regular expression ({error}); "
-                            f"for names write a list: [{there}]") from None
+                            f"for names write a list: [{available}]") from None
         if not matched:
             raise UserError(f"lora.target_modules: no layer's whole name matches the regular expression {targets!r}; "
-                            f"for last parts of names write a list, of: {there}")
+                            f"for last parts of names write a list, of: {available}")
         return matched
     found = {t: [name for name in modules if name == t or name.endswith(f".{t}")] for t in targets}
     missing = [t for t, names in found.items() if not names]
     if missing or not targets:
-        raise UserError(f"lora.target_modules: no layer is called {', '.join(missing) or '(empty list)'}; the model has: {there}")
+        raise UserError(f"lora.target_modules: no layer is called {', '.join(missing) or '(empty list)'}; the model has: {available}")
     return {name: modules[name] for names in found.values() for name in names}
 
 
 def _load_adapter(model: PreTrainedModel, path: str) -> PeftModel:
+    """Load a saved adapter for further training.
+
+    Raises UserError if it is not a LoRA adapter for this model.
+    """
     folder = Path(path).expanduser()
     if not (folder / "adapter_config.json").is_file():
         raise UserError(f"lora.path: expected a folder with adapter_config.json, found none in {folder}")
@@ -115,9 +126,9 @@ def _load_adapter(model: PreTrainedModel, path: str) -> PeftModel:
             raise UserError(f"lora.path: expected a LoRA adapter without modules_to_save, found {saved.peft_type} in {folder}")
         adapted = PeftModel.from_pretrained(model, folder, is_trainable=True, low_cpu_mem_usage=model.device.type == "meta")
         with safe_open(weights, "pt") as file:
-            strange = set(file.keys()) ^ set(get_peft_model_state_dict(adapted))
-        if strange:  # PEFT loads what fits and leaves the rest as it was
-            raise ValueError(f"{len(strange)} tensors are in one but not in the other, such as {min(strange)}")
+            unmatched = set(file.keys()) ^ set(get_peft_model_state_dict(adapted))
+        if unmatched:  # PEFT would load the tensors that fit and ignore the others
+            raise ValueError(f"{len(unmatched)} tensors are in one but not in the other, such as {min(unmatched)}")
         return adapted
     # Another model's shapes or names, an unknown kind of adapter, a file cut short.
     except (ValueError, RuntimeError, OSError, KeyError, TypeError, SafetensorError) as error:
@@ -128,7 +139,7 @@ def _load_adapter(model: PreTrainedModel, path: str) -> PeftModel:
 
 
 class Projection(NamedTuple):
-    """The tensors of one linear layer: weight [N,K], dense or in 4 bits, bias [N], and its adapter."""
+    """Tensors of one linear layer: weight [N,K], dense or in 4 bits, bias [N], and its adapter."""
 
     weight: Tensor | Nf4
     bias: Tensor | None
@@ -136,20 +147,28 @@ class Projection(NamedTuple):
 
 
 def is_adapted(module: nn.Module) -> bool:
+    """Return whether this is a linear layer with one of PEFT's LoRA adapters."""
     return isinstance(module, AdaptedLinear) or _is_adapted_4bit(module)
 
 
 def _is_adapted_4bit(module: nn.Module) -> bool:
-    """PEFT has a class of its own for adapters on 4-bit layers, in a file that needs bitsandbytes."""
+    """Return whether this is PEFT's class for adapters on 4-bit layers.
+
+    It is recognized by name, as importing it needs bitsandbytes.
+    """
     return isinstance(module, LoraLayer) and type(module).__name__ == "Linear4bit"
 
 
 def any_adapter(modules: Sequence[nn.Module]) -> bool:
+    """Return whether any of the modules has an adapter."""
     return any(map(is_adapted, modules))
 
 
 def why_not_fused(module: nn.Module) -> str | None:
-    """Why a linear layer, adapted or not, has to run its own forward just now; None if `projection` says all there is."""
+    """Return why a linear layer, adapted or not, must run its own forward now, or None.
+
+    None means that `projection` describes the layer fully.
+    """
     if type(module) is nn.Linear or is_quantized(module):
         return "hooks on a linear layer" if _hooked(module) else why_not_nf4(module)
     if type(module) is not AdaptedLinear and not _is_adapted_4bit(module):
@@ -159,9 +178,9 @@ def why_not_fused(module: nn.Module) -> str | None:
         return f"the adapted layer is a {type(base).__name__}"
     if reason := why_not_nf4(base):
         return reason
-    disabled = module.disable_adapters and not getattr(module, "switched_off", False)
-    if disabled or module.merged:
-        return "the adapter is " + ("disabled" if disabled else "merged")
+    disabled_by_others = module.disable_adapters and not getattr(module, DISABLED_BY_US, False)
+    if disabled_by_others or module.merged:
+        return "the adapter is " + ("disabled" if disabled_by_others else "merged")
     if len(active) != 1 or active[0] not in module.lora_A:
         return f"expected one active adapter, found {', '.join(active) or 'none'}"
     name = active[0]
@@ -174,40 +193,43 @@ def why_not_fused(module: nn.Module) -> str | None:
 
 
 def adapted_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers with an adapter, of whatever kind."""
+    """Return the layers that have an adapter of any kind."""
     return [module for module in model.modules() if isinstance(module, LoraLayer)]
 
 
 @contextmanager
 def adapters_disabled(layers: Sequence[nn.Module]) -> Iterator[None]:
-    """The base alone for a while, fused where it was, so that it is the very base that the adapter is trained on.
+    """Run the base without its adapters inside this context, by the kernels of training.
 
-    PEFT's `disable_adapter` also takes the adapter's parameters out of the gradient and puts them back, which training cannot have in the
-    middle of a step. So only its flag is set, and `switched_off` beside it for the fused forwards, which step aside for the flag alone.
+    It sets two attributes on each layer. `_disable_adapters` is PEFT's own flag: PEFT's forward and `projection` then leave the adapter
+    out. DISABLED_BY_US tells `why_not_fused` that the layer may stay fused all the same. PEFT's `disable_adapter` cannot be used: it also
+    turns `requires_grad` of the adapter off and on, which must not happen in the middle of a step.
     """
     for layer in layers:
-        layer._disable_adapters = layer.switched_off = True
+        layer._disable_adapters = True
+        setattr(layer, DISABLED_BY_US, True)
     try:
         yield
     finally:
         for layer in layers:
-            layer._disable_adapters = layer.switched_off = False
+            layer._disable_adapters = False
+            setattr(layer, DISABLED_BY_US, False)
 
 
 def unfused_layers(model: nn.Module, patched: bool) -> list[nn.Module]:
-    """The linear layers, without their adapters, whose weights our fused operations are not alone to read: they run their own forward,
-    or PEFT takes DoRA's first magnitudes from them."""
+    """Return the linear layers that run their own forward, or whose weight PEFT reads to initialize DoRA."""
     adapted = [module for module in model.modules() if is_adapted(module)]
     fused = {module.base_layer for module in adapted if patched and not why_not_fused(module) and not module.lora_variant}
     return [module for module in model.modules() if isinstance(module, nn.Linear) and module not in fused]
 
 
 def _hooked(module: nn.Module) -> bool:
+    """Return whether a fused forward would skip hooks of this module."""
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
 def projection(module: nn.Module) -> Projection:
-    """Read the tensors of a layer for which `why_not_fused` has nothing to say."""
+    """Read the tensors of a layer for which `why_not_fused` returns None."""
     if not is_adapted(module):
         return Projection(_weight(module), module.bias, None)
     if module.disable_adapters:
@@ -228,11 +250,11 @@ def _weight(layer: nn.Module) -> Tensor | Nf4:
 
 @functools.cache  # once per reason, however many layers and steps
 def _warn_not_fused(reason: str) -> None:
-    logger.warning("fused linear layers step aside for stock ones: %s", reason)
+    logger.warning("linear layers run unfused, by their own forward: %s", reason)
 
 
 def fusable(modules: Sequence[nn.Module]) -> bool:
-    """Whether all the layers can be fused now; says so, once, where they cannot."""
+    """Return whether all the layers can be fused now; warn once per reason if not."""
     for module in modules:
         if reason := why_not_fused(module):
             _warn_not_fused(reason)
@@ -241,7 +263,7 @@ def fusable(modules: Sequence[nn.Module]) -> bool:
 
 
 def project(x: Tensor, modules: Sequence[nn.Module]) -> tuple[Tensor, ...]:
-    """Outputs of linear layers that share the input x [..., K], in one operation if any has an adapter."""
+    """Compute linear layers that share the input x [..., K], in one operation if any has an adapter."""
     if not any_adapter(modules) or not fusable(modules):
         return tuple(module(x) for module in modules)
     weights, biases, loras = zip(*map(projection, modules), strict=True)
@@ -249,7 +271,7 @@ def project(x: Tensor, modules: Sequence[nn.Module]) -> tuple[Tensor, ...]:
 
 
 def linear_forward(module: nn.Module, x: Tensor, *args, **kwargs) -> Tensor:
-    """The forward of one adapted layer; extra arguments are PEFT's, for its own forward."""
+    """Compute one adapted layer; extra arguments are meant for PEFT's forward, which then runs."""
     if args or kwargs or not fusable((module,)):
         return type(module).forward(module, x, *args, **kwargs)
     weight, bias, lora = projection(module)

@@ -1,10 +1,10 @@
-"""Attention inside packs, for the attention modules of any transformers model.
+"""Compute attention inside packs, for the attention modules of any transformers model.
 
 Samples lie end to end in one sequence of T tokens, and each token sees only earlier tokens of its own sample. `packed` is registered
-with transformers as an attention implementation, so stock modules call it; where one sample ends and the next begins reaches it as
-keyword arguments of the model's call. No mask is built anywhere: transformers makes none for a name it does not know.
+with transformers as an attention implementation, so stock modules call it; the bounds of the samples reach it as keyword arguments of
+the model's call. No mask is built: transformers makes none for an implementation it does not know.
 
-A model that is not among our families gets this implementation only if a probe shows that nothing else crosses from sample to sample.
+A model outside our families gets this implementation only if a probe shows that no other operation mixes samples.
 
 Shapes: B batch, T tokens, H heads, D head width.
 """
@@ -20,19 +20,19 @@ from transformers import AttentionInterface, PreTrainedModel
 from kernels.attention import packed_attention
 
 PACKED = "steadfast_packed"
-SEES_EARLIER = {"full_attention", "sliding_attention"}  # the kinds of layer that a causal window describes
+SEES_EARLIER = {"full_attention", "sliding_attention"}  # kinds of layers whose mask is causal, with or without a window
 
 
 def packed(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *,
            scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None, softcap: float | None = None,
            cu_seqlens: Tensor | None = None, max_seqlen: int | None = None, **kwargs) -> tuple[Tensor, None]:
-    """Causal attention of query [B,H,T,D], key and value [B,Hk,T,D] -> [B,T,H,D], in the signature of transformers' interface.
+    """Compute causal attention in the signature of transformers' attention interface.
 
-    `cu_seqlens[n+1]` bounds the n samples of a batch of one row. Without it each row is one sample. ValueError for what packs
-    cannot express: a mask, a cache, a layer that sees by chunks.
+    Of query [B,H,T,D], key and value [B,Hk,T,D] it returns [B,T,H,D]. `cu_seqlens[n+1]` bounds the n samples of a batch of one row;
+    without it each row is one sample. Raises ValueError for what packs cannot express: a mask, a cache, chunked attention.
     """
     batch, _, tokens, _ = query.shape
-    _check(module, key.shape[2] - tokens, attention_mask, sliding_window)
+    _check_call(module, key.shape[2] - tokens, attention_mask, sliding_window)
     if cu_seqlens is None:
         cu_seqlens, max_seqlen = torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32, device=query.device), tokens
     elif batch != 1:
@@ -42,7 +42,8 @@ def packed(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attenti
     return out.unflatten(0, (batch, tokens)), None
 
 
-def _check(module: nn.Module, cached: int, attention_mask: Tensor | None, sliding_window: int | None) -> None:
+def _check_call(module: nn.Module, cached: int, attention_mask: Tensor | None, sliding_window: int | None) -> None:
+    """Refuse a call that packed attention cannot compute."""
     if attention_mask is not None or cached:
         found = "a mask" if attention_mask is not None else f"{cached} cached tokens"
         raise ValueError(f"packed attention: expected neither mask nor cache, got {found}; "
@@ -57,29 +58,33 @@ AttentionInterface.register(PACKED, packed)
 
 
 def refuse_mask(module: nn.Module, args: tuple, kwargs: dict) -> None:
-    """A forward pre-hook: transformers drops the mask of a padded batch on its way to an implementation it does not know."""
+    """Refuse the mask of a padded batch, in a forward pre-hook.
+
+    transformers would drop it silently for an implementation that it does not know.
+    """
     if kwargs.get("attention_mask") is not None and module.config._attn_implementation == PACKED:
         raise ValueError("packed attention: expected no attention_mask, got one; drop it for packed batches, or "
                          "call model.set_attn_implementation('sdpa') for padded batches and generation")
 
 
 def is_packed(model: PreTrainedModel) -> bool:
-    """Whether `model` runs packs in one call; otherwise its samples go through it one at a time."""
+    """Return whether `model` runs a pack in one call; otherwise its samples run one at a time."""
     return model.config._attn_implementation == PACKED
 
 
 def decoder(model: PreTrainedModel) -> nn.Module:
-    """The part of a causal language model that ends in the last hidden state."""
-    found = model.get_decoder()
-    return model.model if found is model else found
+    """Return the part of a causal language model that ends in the last hidden state."""
+    part = model.get_decoder()
+    return model.model if part is model else part
 
 
 @torch.no_grad()
 def packing_fault(model: PreTrainedModel) -> str | None:
-    """Try two samples in one pack, with our attention, against each alone with stock attention; say what is wrong, if anything.
+    """Return why a model cannot run packs, or None if it can.
 
-    Run for families whose code we have not read. It sees leaks (state-space layers, convolutions, dropped keyword arguments),
-    attention that the interface does not describe (biases, sinks), and positions that are not counted from position_ids.
+    Compares two samples in one pack, with our attention, to each by itself with stock attention. It runs for families whose code we have
+    not read, and detects leaks between samples (state-space layers, convolutions, dropped keyword arguments), attention that the
+    interface does not describe (biases, sinks), and positions that do not come from position_ids.
     """
     run = partial(decoder(model), use_cache=False)
     if not model._can_set_attn_implementation():
@@ -90,16 +95,16 @@ def packing_fault(model: PreTrainedModel) -> str | None:
     cu_seqlens = torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32, device=model.device)
     positions = torch.cat([torch.arange(n, device=model.device) for n in lengths])
     model.eval()
-    alone = torch.cat([run(input_ids=part[None]).last_hidden_state[0] for part in ids.split(lengths)])
+    separate = torch.cat([run(input_ids=part[None]).last_hidden_state[0] for part in ids.split(lengths)])
     model.set_attn_implementation(PACKED)
     try:
-        together = run(input_ids=ids[None], position_ids=positions[None], cu_seqlens=cu_seqlens,
-                       max_seqlen=max(lengths)).last_hidden_state[0]
-    except (TypeError, ValueError, RuntimeError, AttributeError) as error:  # arguments its code does not take; what `packed` refuses
+        together = run(input_ids=ids[None], position_ids=positions[None], cu_seqlens=cu_seqlens, max_seqlen=max(lengths),
+                       rows=None).last_hidden_state[0]
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:  # arguments refused by its code or by `packed`
         return str(error).splitlines()[0]
     finally:
         model.set_attn_implementation(stock)
         model.train(was_training)
-    error = float((together - alone).float().norm() / alone.float().norm())
+    error = float((together - separate).float().norm() / separate.float().norm())
     tolerance = 1e-3 if model.dtype == torch.float32 else 5e-2
     return None if error < tolerance else f"samples in one pack change each other, by {error:.0%}"

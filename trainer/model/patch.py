@@ -1,4 +1,10 @@
-"""Give the modules of a model their fused forwards, and report which backend serves each operation."""
+"""Give a model's modules fused forwards, and report which backend serves each operation.
+
+`patch(model)` sets `forward` on instances, never on classes: RMSNorm, attention, gated MLP, decoder layers, and linear layers with
+adapters. Weights, names and classes stay, so state dicts, saving, hooks, activation checkpointing (which wraps a layer's forward in its
+class's `__call__`) and code that inspects the model work as before. A forward is a functools.partial of a function of fused_layers.py or
+lora.py, which pickles and copies with its module.
+"""
 
 from __future__ import annotations
 
@@ -29,25 +35,25 @@ from trainer.model.packed_attention import is_packed
 
 @dataclass
 class PatchReport:
-    """Which backend serves each operation of a model, and how many of its modules use it; printed once when a run starts."""
+    """Backend of each operation of a model, and how many modules use it; printed when a run starts."""
 
     family: str
     backends: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return "\n".join([f"model family: {self.family}", *(f"  {op}: {serving}" for op, serving in self.backends.items())])
+        return "\n".join([f"model family: {self.family}", *(f"  {op}: {backend}" for op, backend in self.backends.items())])
 
 
 def patch(model: nn.Module, enabled: bool = True) -> PatchReport:
-    """Give the modules of `model` (bare, or with an adapter already on it) their fused forwards. Patching twice changes nothing.
+    """Give the modules of `model` their fused forwards; patching again is a no-op.
 
-    A family that is not in FAMILIES keeps its stock modules; only linear layers with adapters are fused there. With
-    `enabled=False` nothing is touched and the report says so. UserError if KERNELS_BACKEND asks for what cannot be had.
+    The model may have an adapter. In a family that is not in FAMILIES only linear layers with adapters are fused. With `enabled=False`
+    nothing changes and the report says so. Raises UserError if KERNELS_BACKEND names a backend that is not available.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     family = family_of(base) if enabled else None
     try:
-        served = serving(base.device, base.dtype)
+        kernel_backend = serving(base.device, base.dtype)
     except ValueError as error:
         raise UserError(str(error)) from None
     counts: Counter[str] = Counter()
@@ -55,11 +61,14 @@ def patch(model: nn.Module, enabled: bool = True) -> PatchReport:
     for name, module in base.named_modules():
         if enabled:
             counts.update(_patch_module(module, name.rsplit(".", 1)[-1], family, module is last))
-    return _report(base, family, enabled, served, counts)
+    return _report(base, family, enabled, kernel_backend, counts)
 
 
 def _patch_module(module: nn.Module, name: str, family: Family | None, last: bool) -> dict[str, int]:
-    """Fuse one module, told by its class and name; returns how many operations of each kind that adds to the model, or takes away."""
+    """Fuse one module, recognized by its class and name.
+
+    Returns how many fused operations of each kind that adds to the model or, negative, replaces.
+    """
     if lora.is_adapted(module):
         module.forward = partial(lora.linear_forward, module)
         return {} if lora.why_not_fused(module) else {"adapter": 1}
@@ -77,18 +86,21 @@ def _patch_module(module: nn.Module, name: str, family: Family | None, last: boo
     if name == "mlp" and (activation := ACTIVATIONS.get(type(getattr(module, family.activation)))):
         module.forward = partial(fused_mlp_forward if hasattr(module, "gate_up_proj") else mlp_forward, module, activation)
         return {"glu": 1}
-    if isinstance(module, GradientCheckpointingLayer) and _joins_plainly(module, family):
+    if isinstance(module, GradientCheckpointingLayer) and _adds_attention_as_is(module, family):
         module.forward = partial(layer_forward, module, family.stream_norm, last)
         return {"add_rms_norm": 1, "rms_norm": -1}
     return {}
 
 
-def _joins_plainly(layer: nn.Module, family: Family) -> bool:
-    """Whether attention joins the residual stream as it is; Phi-3's dropout there is off in every checkpoint we know."""
+def _adds_attention_as_is(layer: nn.Module, family: Family) -> bool:
+    """Return whether attention is added to the residual stream without scale or dropout.
+
+    Phi-3 has a dropout there, which is off in every checkpoint we know.
+    """
     return family.stream_norm is not None and not getattr(getattr(layer, "resid_attn_dropout", None), "p", 0.0)
 
 
-def _report(base: PreTrainedModel, family: Family | None, enabled: bool, served: str, counts: Counter[str]) -> PatchReport:
+def _report(base: PreTrainedModel, family: Family | None, enabled: bool, kernel_backend: str, counts: Counter[str]) -> PatchReport:
     why_stock = "unknown family" if enabled else "model.fused_kernels is off"
     report = PatchReport(base.config.model_type if family else f"{base.config.model_type} ({why_stock}: stock layers)")
     softcap = base.config.attn_logit_softcapping if family and family.softcap else None
@@ -97,10 +109,10 @@ def _report(base: PreTrainedModel, family: Family | None, enabled: bool, served:
     if family:
         for op in ("rms_norm", "add_rms_norm", "qk_norm_rope", "rope", "glu"):
             if counts[op]:
-                report.backends[op] = f"{served} x {counts[op]}"
+                report.backends[op] = f"{kernel_backend} x {counts[op]}"
         report.backends.setdefault("glu", "stock")
     if adapted := sum(lora.is_adapted(module) for module in base.modules()):
         stock = adapted - counts["adapter"]
-        report.backends["adapter"] = f"{served} x {counts['adapter']}" + (f", PEFT x {stock}" if stock else "")
-    report.backends["linear cross entropy"] = served
+        report.backends["adapter"] = f"{kernel_backend} x {counts['adapter']}" + (f", PEFT x {stock}" if stock else "")
+    report.backends["linear cross entropy"] = kernel_backend
     return report

@@ -1,8 +1,8 @@
-"""4-bit base weights (QLoRA) and 8-bit optimiser states, both through bitsandbytes.
+"""Load and read base weights in 4 bits (QLoRA), through bitsandbytes.
 
-A QLoRA run freezes its base model in NF4 (Dettmers et al., arXiv 2305.14314): transformers quantises each linear layer but the head as
-it is loaded, so the dense model is never held whole, and bitsandbytes' `Linear4bit` holds the codes. Our fused operations read them as
-`kernels.nf4.Nf4`, and make a dense weight just before each product. Checkpoints that bitsandbytes quantised before load as they are.
+A QLoRA run freezes its base in NF4 (Dettmers et al., arXiv 2305.14314). transformers quantizes each linear layer but the head while
+loading it, so the dense model is never in memory as a whole, and bitsandbytes' `Linear4bit` stores the codes. Our fused operations read
+them as `kernels.nf4.Nf4`, and dequantize a weight just before each matmul. A checkpoint that is in NF4 already loads as it is.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from kernels import serving
 from kernels.nf4 import GROUP, Nf4
-from trainer import config
+from trainer.config import Config, Quantization
 from trainer.errors import UserError
 
-BLOCK = 64  # weights that share a scale, as transformers has bitsandbytes do it
+BLOCK = 64  # weights that share a scale, as transformers configures bitsandbytes
 
 
 def import_bitsandbytes(option: str) -> ModuleType:
-    """bitsandbytes. UserError that names the option which needs it, where it is not installed."""
+    """Import bitsandbytes for `option`. Raises UserError if it is not installed."""
     try:
         import bitsandbytes
     except ImportError as error:
@@ -33,25 +33,28 @@ def import_bitsandbytes(option: str) -> ModuleType:
     return bitsandbytes
 
 
-def require_bitsandbytes(settings: config.Config) -> None:
-    """UserError where the run needs bitsandbytes and there is none."""
-    if settings.method == "qlora":
+def require_bitsandbytes(config: Config) -> None:
+    """Check that bitsandbytes is installed if the run needs it. Raises UserError."""
+    if config.method == "qlora":
         import_bitsandbytes("method qlora")
-    if settings.optim.name == "adamw_8bit":
+    if config.optim.name == "adamw_8bit":
         import_bitsandbytes("optim.name adamw_8bit")
 
 
-def bitsandbytes_version(settings: config.Config) -> str | None:
-    """What made the base's 4-bit weights: another version may round in another way."""
-    return f"bitsandbytes {import_bitsandbytes('method qlora').__version__}" if settings.method == "qlora" else None
+def bitsandbytes_version(config: Config) -> str | None:
+    """Return the library version that quantizes the base, or None; another may round differently."""
+    return f"bitsandbytes {import_bitsandbytes('method qlora').__version__}" if config.method == "qlora" else None
 
 
 # ---------------------------------------------------------------- loading
 
 
-def is_nf4_checkpoint(source: str, found: PreTrainedConfig, method: str) -> bool:
-    """Whether a QLoRA run finds its base in NF4 already. UserError for a quantised checkpoint that the run is not for."""
-    saved = getattr(found, "quantization_config", None)
+def is_nf4_checkpoint(source: str, model_config: PreTrainedConfig, method: str) -> bool:
+    """Return whether a QLoRA run's base is in NF4 already.
+
+    Raises UserError for a quantized checkpoint that the method cannot use.
+    """
+    saved = getattr(model_config, "quantization_config", None)
     if saved is None:
         return False
     saved = saved if isinstance(saved, dict) else saved.to_dict()
@@ -69,27 +72,33 @@ def is_nf4_checkpoint(source: str, found: PreTrainedConfig, method: str) -> bool
 
 
 def layers_to_quantize(dense: PreTrainedModel, skip: list[str]) -> list[nn.Module]:
-    """The layers of a dense model, adapted or not, that loading would quantise."""
-    kept = [*get_keys_to_not_convert(dense), *skip]
+    """Return the layers of a dense model, adapted or not, that loading would quantize."""
+    kept_dense = [*get_keys_to_not_convert(dense), *skip]
     linear = {name.removesuffix(".base_layer"): module for name, module in dense.named_modules()
               if type(module) in (nn.Linear, Conv1D) and not module.weight.requires_grad}
-    return [module for name, module in linear.items() if should_convert_module(name, kept)]
+    return [module for name, module in linear.items() if should_convert_module(name, kept_dense)]
 
 
-def nf4_config(settings: config.Quantization, outline: PreTrainedModel, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """What from_pretrained is given. `outline` is the model without memory; UserError where a name to skip is not in it."""
-    names = {name for name, module in outline.named_modules() if isinstance(module, nn.Linear)}
-    if missing := [skip for skip in settings.skip_modules if not any(f".{name}".endswith(f".{skip}") for name in names)]:
-        there = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
-        raise UserError(f"quantization.skip_modules: no linear layer is called {', '.join(missing)}; the model has: {there}")
+def nf4_config(quantization: Quantization, meta_model: PreTrainedModel, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """Return how from_pretrained quantizes a dense checkpoint.
+
+    `meta_model` is the model on the meta device. Raises UserError if it lacks a layer of `skip_modules`.
+    """
+    names = {name for name, module in meta_model.named_modules() if isinstance(module, nn.Linear)}
+    if missing := [skip for skip in quantization.skip_modules if not any(f".{name}".endswith(f".{skip}") for name in names)]:
+        available = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
+        raise UserError(f"quantization.skip_modules: no linear layer is called {', '.join(missing)}; the model has: {available}")
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=settings.double_quant, bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=[*get_keys_to_not_convert(outline), *settings.skip_modules])
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=quantization.double_quant, bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=[*get_keys_to_not_convert(meta_model), *quantization.skip_modules])
 
 
 def prepare_quantized(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Settle what a loaded 4-bit model computes in. UserError for a head in 4 bits, which the loss cannot read, and for weights of other
-    shapes than the config's, which quantising hides."""
+    """Check a loaded 4-bit model, and set the dtype that its layers compute in.
+
+    Raises UserError for a head in 4 bits, which the loss cannot read, and for weights of other shapes than the config's, which
+    transformers does not report once they are quantized.
+    """
     for name, module in model.named_modules():
         expected = getattr(module, "out_features", 0), getattr(module, "in_features", 0)
         if is_quantized(module) and module.weight.quant_state.shape != expected:
@@ -107,16 +116,20 @@ def prepare_quantized(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether this is bitsandbytes' 4-bit layer; told by name, so that nobody has to import the library to ask."""
+    """Return whether this is bitsandbytes' 4-bit layer.
+
+    It is recognized by name, so that the library need not be installed.
+    """
     return isinstance(module, nn.Linear) and type(module).__name__ == "Linear4bit"
 
 
 def quantized_layers(model: nn.Module) -> list[nn.Module]:
+    """Return the 4-bit layers of a model."""
     return [module for module in model.modules() if is_quantized(module)]
 
 
 def why_not_nf4(module: nn.Module) -> str | None:
-    """Why `nf4_of` cannot describe a layer in 4 bits; None if it can, or if the layer is dense."""
+    """Return why `nf4_of` cannot describe a 4-bit layer; None if it can, or if the layer is dense."""
     if not is_quantized(module):
         return None
     state = getattr(module.weight, "quant_state", None)
@@ -130,7 +143,7 @@ def why_not_nf4(module: nn.Module) -> str | None:
 
 
 def nf4_of(module: nn.Module) -> Nf4:
-    """The weight of a 4-bit layer, to be made dense in the dtype that the layer computes in. A view: nothing is copied."""
+    """Return a view of a 4-bit layer's weight, which dequantizes to the dtype the layer computes in."""
     state = module.weight.quant_state
     nested = (state.state2.code, state.state2.absmax, state.offset) if state.nested else (None, None, None)
     return Nf4(module.weight.data.view(torch.uint8), state.absmax, *nested, (module.out_features, module.in_features),
@@ -138,18 +151,18 @@ def nf4_of(module: nn.Module) -> Nf4:
 
 
 def weight_count(parameter: Tensor) -> int:
-    """Weights in a parameter, of which two share a byte in 4 bits."""
+    """Return the number of weights in a parameter, of which two share a byte in 4 bits."""
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else state.shape.numel()
 
 
 def bytes_per_weight(double_quant: bool) -> float:
-    """0.516 with double quantisation, 0.5625 without."""
+    """Return the bytes of an NF4 weight, scales included."""
     return 0.5 + ((1 + 4 / GROUP) / BLOCK if double_quant else 4 / BLOCK)
 
 
 def describe(model: nn.Module) -> dict[str, str]:
-    """What a run says of its 4-bit base when it starts; nothing of a dense one."""
+    """Return the startup report of a 4-bit base as {name: text}; empty for a dense one."""
     weights = [nf4_of(layer) for layer in quantized_layers(model)]
     if not weights:
         return {}

@@ -1,1 +1,1 @@
-"""AdamW over flat fp32 masters, its 8-bit form, and the learning rate schedules."""
+"""AdamW on flat fp32 masters, with moments in fp32 or 8 bits, and the learning rate schedules."""

@@ -1,11 +1,12 @@
-"""AdamW over flat fp32 masters, with clipping and the non-finite guard inside its one fused pass, and the schedules.
+"""Update all trainable weights with AdamW on flat fp32 master vectors.
 
-All trainable weights live end to end in one fp32 vector per weight-decay group, their gradients in another: zeroing, norm,
-clipping, all-reduce and update are one operation each, however many layers there are. (With 8-bit moments, matrices large enough
-for them are a vector of their own.) A parameter that is fp32 is a view of the master. One of lower precision (bf16 compute) keeps
-its own storage: after each pack its gradient is added to the fp32 vector and dropped, after each step the master is rounded into it.
+Trainable weights lie end to end in one fp32 vector per weight-decay group, their gradients in another. Zeroing, norm, clipping,
+all-reduce and update are then one operation each, however many layers there are. With 8-bit moments, the matrices large enough for
+them form a vector of their own. An fp32 parameter is a view of its master. A parameter of lower precision (bf16 compute) keeps its own
+storage: after each pack its gradient is added to the fp32 vector and freed, and after each step the master is rounded into it.
 
-A step whose gradient norm is not finite changes nothing, on the device and without asking the host (`found_inf`).
+Clipping and the check for a finite gradient norm happen in the optimizer's one fused pass (`grad_scale`, `found_inf`): a step whose
+norm is not finite changes nothing, and the host never waits for the device.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from trainer.config import Optim
 from trainer.errors import UserError
 from trainer.optim.adamw_8bit import AdamW8bit
 
-ALIGNMENT = 32  # elements: every weight starts on a 128-byte boundary, as it would in a tensor of its own
+ALIGNMENT = 32  # elements: every weight starts on a 128-byte boundary, as in a tensor of its own
 
 
 class FlatGroup:
-    """Trainable parameters end to end in one fp32 master vector, with a gradient vector of the same layout."""
+    """Trainable parameters end to end in one fp32 master vector, and a gradient vector of equal layout."""
 
     def __init__(self, parameters: list[nn.Parameter], alignment: int = ALIGNMENT):
         self.parameters = parameters
@@ -34,46 +35,51 @@ class FlatGroup:
         device = parameters[0].device
         self.master = nn.Parameter(torch.zeros(total, dtype=torch.float32, device=device))
         self.master.grad = torch.zeros_like(self.master)
-        self.low: list[nn.Parameter] = []
-        self.low_masters: list[Tensor] = []
+        self.low_precision: list[nn.Parameter] = []  # parameters that are not fp32
+        self.low_precision_masters: list[Tensor] = []
         for p, offset in zip(parameters, offsets):
-            self._adopt(p, slice(offset, offset + p.numel()))
+            self._attach(p, slice(offset, offset + p.numel()))
 
     @torch.no_grad()
-    def _adopt(self, p: nn.Parameter, place: slice) -> None:
-        master, grad = self.master.data[place].view_as(p), self.master.grad[place].view_as(p)
+    def _attach(self, p: nn.Parameter, span: slice) -> None:
+        """Make a parameter a view of its span of the master.
+
+        One of lower precision keeps its storage, and adds its gradients to its span of the flat gradient.
+        """
+        master = self.master.data[span].view_as(p)
+        grad = self.master.grad[span].view_as(p)
         master.copy_(p)
         if p.dtype == torch.float32:
             p.data, p.grad = master, grad
             return
-        self.low.append(p)
-        self.low_masters.append(master)
+        self.low_precision.append(p)
+        self.low_precision_masters.append(master)
 
-        def gather(parameter: nn.Parameter) -> None:
+        def move_gradient(parameter: nn.Parameter) -> None:
             grad.add_(parameter.grad)
             parameter.grad = None
 
-        p.register_post_accumulate_grad_hook(gather)
+        p.register_post_accumulate_grad_hook(move_gradient)
 
     @torch.no_grad()
     def publish(self) -> None:
         """Round the masters into the parameters of lower precision."""
-        if self.low:
-            torch._foreach_copy_(self.low, self.low_masters)
+        if self.low_precision:
+            torch._foreach_copy_(self.low_precision, self.low_precision_masters)
 
 
 class FusedAdamW:
-    """torch's AdamW on one flat fp32 vector; clipping and the guard happen inside its one pass."""
+    """torch's fused AdamW on one flat fp32 vector."""
 
     STATE = ("step", "exp_avg", "exp_avg_sq")
 
-    def __init__(self, master: nn.Parameter, weight_decay: float, settings: Optim):
+    def __init__(self, master: nn.Parameter, weight_decay: float, optim: Optim):
         self.master = master
-        self.adamw = torch.optim.AdamW([master], lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=settings.eps,
+        self.adamw = torch.optim.AdamW([master], lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps,
                                        weight_decay=weight_decay, fused=True)
 
     def step(self, lr: float, finite: Tensor, divisor: Tensor | None) -> None:
-        """Update with the gradient / divisor, or change nothing where `finite`, a scalar on the device, is not."""
+        """Update with gradient / divisor; change nothing where the device scalar `finite` is false."""
         self.adamw.found_inf, self.adamw.grad_scale = (~finite).float(), divisor
         self.adamw.param_groups[0]["lr"] = lr
         self.adamw.step()
@@ -85,53 +91,58 @@ class FusedAdamW:
         self.adamw.state[self.master].update({name: tensors[name].to(self.master.device, copy=True) for name in self.STATE})
 
 
-def has_8bit_moments(p: Tensor, settings: Optim) -> bool:
-    """Whether the moments of a parameter take a byte each."""
-    return settings.name == "adamw_8bit" and p.ndim >= 2 and p.numel() >= AdamW8bit.MIN_ELEMENTS
+def has_8bit_moments(p: Tensor, optim: Optim) -> bool:
+    """Return whether each moment of a parameter is kept in a byte."""
+    return optim.name == "adamw_8bit" and p.ndim >= 2 and p.numel() >= AdamW8bit.MIN_ELEMENTS
 
 
 class FlatAdamW:
-    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) on the trainable parameters of a model; decay on matrices only."""
+    """AdamW (arXiv 1711.05101) on a model's trainable parameters, with weight decay on matrices only."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter], settings: Optim):
+    def __init__(self, parameters: Iterable[nn.Parameter], optim: Optim):
         trainable = [p for p in parameters if p.requires_grad]
         if not trainable:
             raise UserError("nothing to train: expected at least one trainable weight, found none; check lora.target_modules")
-        large = [p for p in trainable if has_8bit_moments(p, settings)]
-        matrices = [p for p in trainable if p.ndim >= 2 and not has_8bit_moments(p, settings)]
+        large = [p for p in trainable if has_8bit_moments(p, optim)]
+        matrices = [p for p in trainable if p.ndim >= 2 and not has_8bit_moments(p, optim)]
         vectors = [p for p in trainable if p.ndim < 2]
-        in_bytes = [FlatGroup(large, AdamW8bit.BLOCK)] if large else []  # aligned, so that no two weights share a scale
-        self.groups = in_bytes + [FlatGroup(parameters) for parameters in (matrices, vectors) if parameters]
-        self.max_norm, self.l2, self.starts = settings.max_grad_norm, 0.0, []
-        self.updates = [(AdamW8bit if group in in_bytes else FusedAdamW)(
-            group.master, settings.weight_decay if group.parameters[0].ndim >= 2 else 0.0, settings) for group in self.groups]
+        groups_8bit = [FlatGroup(large, AdamW8bit.BLOCK)] if large else []  # aligned, so that no two weights share a scale
+        self.groups = groups_8bit + [FlatGroup(parameters) for parameters in (matrices, vectors) if parameters]
+        self.updates = [(AdamW8bit if group in groups_8bit else FusedAdamW)(
+            group.master, optim.weight_decay if group.parameters[0].ndim >= 2 else 0.0, optim) for group in self.groups]
+        self.max_norm = optim.max_grad_norm
+        self.l2_sp = 0.0
+        self.start_masters: list[Tensor] = []
 
     @property
     def gradients(self) -> list[Tensor]:
-        """The flat fp32 gradient vectors, one per group."""
+        """Return the flat fp32 gradient vectors, one per group."""
         return [g.master.grad for g in self.groups]
 
     def zero_grad(self) -> None:
+        """Set all gradients to zero."""
         for gradient in self.gradients:
             gradient.zero_()
 
-    def enable_l2_sp(self, l2: float) -> None:
-        """From now on every step first decays all weights towards what they are now, by lr * l2: decoupled L2 (Loshchilov and Hutter) with
-        a centre other than 0, the L2-SP of Li et al., arXiv 1802.01483. Costs 4 bytes a trained weight.
+    def enable_l2_sp(self, weight: float) -> None:
+        """Decay all weights towards their present values by lr * weight in every later step; 0 disables it.
 
-        Of an adapter these are A and B, each towards its start, B's being 0. The distance itself, the norm of the product s B A, would have
-        to be made for every layer at every step; where B is near 0 so is the product, and A near its start keeps the two in proportion.
+        This is L2-SP (Li et al., arXiv 1802.01483) as a decoupled decay (Loshchilov and Hutter). It costs 4 bytes a trained weight.
+
+        Of an adapter, A and B each decay towards their start, which for B is 0. The exact distance, the norm of s B A, would need a matmul
+        for every layer in every step; where B is near 0 so is s B A, and A near its start keeps the two in proportion.
         """
-        self.l2, self.starts = l2, [group.master.data.clone() for group in self.groups] if l2 else []
+        self.l2_sp = weight
+        self.start_masters = [group.master.data.clone() for group in self.groups] if weight else []
 
     @torch.no_grad()
     def step(self, lr: float) -> Tensor:
-        """Clip, update, publish. Returns the gradient norm before clipping, a scalar left on the device."""
+        """Clip, update and publish; return the gradient norm before clipping, a scalar on the device."""
         norm = torch.stack([torch.linalg.vector_norm(g) for g in self.gradients]).square().sum().sqrt()
         finite = norm.isfinite()
         divisor = (norm / self.max_norm).clamp(min=1.0) if self.max_norm > 0 else None
-        for group, start in zip(self.groups, self.starts):
-            group.master.data.lerp_(start, lr * self.l2 * finite.float())
+        for group, start in zip(self.groups, self.start_masters):
+            group.master.data.lerp_(start, lr * self.l2_sp * finite.float())
         for update in self.updates:
             update.step(lr, finite, divisor)
         self.publish()
@@ -139,19 +150,19 @@ class FlatAdamW:
 
     @torch.no_grad()
     def release(self) -> None:
-        """Give every trained parameter storage of its own again, for saving. The last call."""
+        """Give every trained parameter its own storage again, for saving; no step may follow."""
         for group in self.groups:
             for p in group.parameters:
                 if p.dtype == torch.float32:
                     p.data, p.grad = p.data.clone(), None
 
     def publish(self) -> None:
-        """Round every master into its parameter of lower precision; fp32 parameters are their masters."""
+        """Round every master into its parameter of lower precision; fp32 parameters are views already."""
         for group in self.groups:
             group.publish()
 
     def state(self) -> dict[str, Tensor]:
-        """Everything the next step depends on, by name."""
+        """Return every tensor the next step depends on, by name."""
         tensors = {}
         for i, (group, update) in enumerate(zip(self.groups, self.updates)):
             tensors |= {f"{i}.master": group.master.data} | {f"{i}.{name}": value for name, value in update.state().items()}
@@ -159,7 +170,7 @@ class FlatAdamW:
 
     @torch.no_grad()
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Restore what `state` gave. Raises KeyError or ValueError where the layout differs."""
+        """Restore the tensors of `state`. Raises KeyError or ValueError if their layout differs."""
         for i, (group, update) in enumerate(zip(self.groups, self.updates)):
             saved = tensors[f"{i}.master"]
             if saved.shape != group.master.shape:
@@ -167,5 +178,3 @@ class FlatAdamW:
             group.master.data.copy_(saved)
             update.load_state({name: tensors[f"{i}.{name}"] for name in update.STATE})
         self.publish()
-
-

@@ -1,8 +1,8 @@
-"""Data parallelism under `torchrun`: who we are, and the one collective of a step.
+"""Train data-parallel under `torchrun`: this process's rank, and its collectives.
 
-Every rank derives the same plan of steps from the same seed and takes every world-size-th pack of a step, so the step's
-supervised weight is known to all without asking. Gradients are sums over packs already divided by that weight: adding the
-flat gradient vectors of all ranks is the whole of synchronisation, and a rank may even have no pack in a step.
+Every rank derives the same step plan from the same seed and takes every world-size-th pack of a step, so all ranks know the step's
+supervised weight without communication. Gradients are sums over packs already divided by that weight, so one all-reduce of the flat
+gradient vectors is all the synchronization a step needs, and a rank may even have no pack in a step.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ PATIENCE = timedelta(hours=12)  # ranks wait while rank 0 tokenizes, saves or me
 
 @dataclass(frozen=True)
 class Distributed:
+    """One process of a distributed run; by default, the only one."""
+
     rank: int = 0
     size: int = 1
     local_rank: int = 0
@@ -34,26 +36,29 @@ class Distributed:
         return self.rank == 0
 
     def sum(self, tensors: list[Tensor]) -> None:
-        """Add up each tensor over the ranks, in place."""
+        """Sum each tensor over the ranks, in place."""
         if self.size > 1:
             for tensor in tensors:
                 torch.distributed.all_reduce(tensor)
 
     def broadcast(self, tensors: list[Tensor]) -> None:
-        """Give every rank rank 0's values, in place."""
+        """Copy rank 0's values to every rank, in place."""
         if self.size > 1:
             for tensor in tensors:
                 torch.distributed.broadcast(tensor, src=0)
 
     def gather(self, value: Any) -> list:
-        """Every rank's number, or anything else that can be pickled, on every rank."""
+        """Return every rank's value, which may be anything that can be pickled, on every rank."""
         values = [value] * self.size
         if self.size > 1:
             torch.distributed.all_gather_object(values, value)
         return values
 
     def on_main(self, work: Callable[[], object]) -> None:
-        """Run `work` on rank 0 while the others wait. A UserError there is raised on every rank, so that none waits for ever."""
+        """Run `work` on rank 0 while the others wait.
+
+        A UserError raised there is raised on every rank, so that none waits for ever.
+        """
         error: str | None = None
         if self.is_main:
             try:
@@ -61,25 +66,25 @@ class Distributed:
             except UserError as raised:
                 error = str(raised)
         if self.size > 1:
-            box = [error]
-            torch.distributed.broadcast_object_list(box, src=0)
-            error = box[0]
+            errors = [error]
+            torch.distributed.broadcast_object_list(errors, src=0)
+            error = errors[0]
         if error is not None:
             raise UserError(error)
 
 
 @contextmanager
 def process_group(device_type: str):
-    """The process group that `torchrun` describes in the environment, or a world of one."""
+    """Yield this process of the group that `torchrun` describes in the environment, or the only process."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield Distributed()
         return
-    here = Distributed(int(os.environ["RANK"]), size, int(os.environ.get("LOCAL_RANK", "0")))
+    dist = Distributed(int(os.environ["RANK"]), size, int(os.environ.get("LOCAL_RANK", "0")))
     if device_type == "cuda":
-        torch.cuda.set_device(here.local_rank)
+        torch.cuda.set_device(dist.local_rank)
     torch.distributed.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=PATIENCE)
     try:
-        yield here
+        yield dist
     finally:
         torch.distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C as a wish to stop after the step in hand."""
+"""Turn SIGTERM and Ctrl-C into a request to stop after the current step."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import signal
 
 
 class Interrupts:
-    """Notes the first signal in `received`; a second one stops at once."""
+    """Context that notes the first signal in `received`; a second signal stops the process at once."""
 
     def __init__(self):
         self.received: int | None = None

@@ -1,11 +1,11 @@
-"""Say how a run ended, and with which exit status."""
+"""Describe how a run ended, and its exit status."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-FLOOR_MISSED = 3  # exit status of a run none of whose states holds the floor
+FLOOR_MISSED = 3  # exit status of a run where no measured state holds the floor
 
 
 @dataclass
@@ -30,7 +30,7 @@ class RunResult:
 
     @property
     def status(self) -> int:
-        """The exit status of the command."""
+        """Return the exit status of the command."""
         if self.signal:
             return 128 + self.signal
         return FLOOR_MISSED if self.retention and not self.retention.get("held", True) else 0

@@ -27,7 +27,7 @@ from trainer.data.samples import Piece
 from trainer.errors import UserError
 from trainer.model import families
 from trainer.model.families import FAMILIES
-from trainer.model.forward import FEW_SHAPES, apply_activation_checkpointing, forward_hidden, lm_head, padding_for
+from trainer.model.forward import CPU_16BIT_PADDING, apply_activation_checkpointing, forward_hidden, lm_head, padding_for
 from trainer.model.fused_layers import row_selecting_layer
 from trainer.model.loading import load_model, meta_model, use_packed_attention
 from trainer.model.packed_attention import PACKED, is_packed
@@ -452,7 +452,7 @@ def test_precision_bf16_loads_bf16(model_folder):
 
 def test_packs_are_filled_up_for_16_bit_products_on_a_cpu_alone(model_folder):
     models = [load_model(Config(model=Model(path=str(model_folder)), precision=precision), "cpu")[0] for precision in ("fp32", "bf16")]
-    assert [padding_for(model) for model in models] == [NO_PADDING, FEW_SHAPES]
+    assert [padding_for(model) for model in models] == [NO_PADDING, CPU_16BIT_PADDING]
     models[1].set_attn_implementation("sdpa")  # one sample at a time
     assert padding_for(models[1]) == NO_PADDING
 
