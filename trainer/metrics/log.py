@@ -1,4 +1,4 @@
-"""Where a run's figures go: metrics.jsonl always; TensorBoard, Weights & Biases and a progress bar where asked for."""
+"""Write a run's figures to metrics.jsonl, the console, TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trainer.files import atomic_file
 
 
 class Log:
-    """Writes each record, a flat dict with `kind` and `step`, everywhere. Rank 0 alone has one."""
+    """Writer of records, flat dicts with `kind` and `step`, to every destination; only rank 0 has one."""
 
     def __init__(self, folder: Path, config: Config, total_steps: int, first_step: int):
         self.path = folder / "metrics.jsonl"
@@ -29,6 +29,7 @@ class Log:
         self.bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=not visible, dynamic_ncols=True)
 
     def write(self, record: dict) -> None:
+        """Write one record everywhere."""
         self.file.write(json.dumps(record | {"time": round(time.time(), 3)}) + "\n")
         figures = {f"{record['kind']}/{k}": v for k, v in record.items() if isinstance(v, (int, float)) and k != "step"}
         for sink in self.sinks:
@@ -36,13 +37,16 @@ class Log:
         self._show(record)
 
     def advance(self) -> None:
+        """Move the progress bar by one step."""
         self.bar.update()
 
     def close(self) -> None:
+        """Close the file and the progress bar."""
         self.bar.close()
         self.file.close()
 
     def _show(self, record: dict) -> None:
+        """Print a record's line, or put it beside the progress bar."""
         line = _LINES[record["kind"]](record)
         if self.bar.disable:
             print(line, flush=True)
@@ -53,7 +57,7 @@ class Log:
 
 
 def keep_records(path: Path, first_step: int) -> None:
-    """Drop what an interrupted run wrote beyond the checkpoint it goes on from."""
+    """Drop the records that an interrupted run wrote after the checkpoint it resumes from."""
     if not path.exists():
         return
     if first_step == 0:
@@ -65,7 +69,7 @@ def keep_records(path: Path, first_step: int) -> None:
 
 
 def _whole_records(path: Path) -> Iterator[dict]:
-    """The file's records, but for lines that a kill cut short."""
+    """Yield the file's records, without lines that a kill cut short."""
     for line in path.read_text().splitlines():
         try:
             yield json.loads(line)

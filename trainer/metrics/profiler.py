@@ -1,11 +1,11 @@
-"""`--logging.profile_steps FIRST-LAST`: where the time of a step goes, and where the host waits for the device.
+"""Profile steps FIRST to LAST: the costliest operations, and the host's waits for the device.
 
-Step FIRST is watched, operation by operation: whatever hands a value of the device to the host (`.item()`, `bool(t)`, `.tolist()`, a copy
-that blocks) and whatever makes a size depend on values (`nonzero`, a boolean index) is counted under the line that asked for it. A CPU run
-counts what a GPU run would wait for; on a GPU torch's sync debug mode counts a second time, by other means. Watching is slow, so it is the
-steps after FIRST, to LAST, that run under torch.profiler. (Both slow the run: read no rate off log lines around these steps.)
+Step FIRST is watched, operation by operation. Every operation that hands a device value to the host (`.item()`, `bool(t)`, `.tolist()`,
+a blocking copy) or makes a size depend on values (`nonzero`, a boolean index) is counted under the line of code that called it. A CPU run
+counts the waits that a GPU run would have; on a GPU torch's sync debug mode counts them a second time, independently. Watching is slow, so
+torch.profiler traces the steps after FIRST, to LAST. (Both slow the run: ignore the rates in log lines around these steps.)
 
-The run's folder gets profile/trace.json.gz, for Perfetto or chrome://tracing, and profile/summary.txt, which is printed too: the ten
+The run folder gets profile/trace.json.gz, for Perfetto or chrome://tracing, and profile/summary.txt, which is also printed: the ten
 costliest operations, and every wait.
 """
 
@@ -27,16 +27,16 @@ from trainer.errors import UserError
 from trainer.metrics.timers import Phases, synchronize
 
 COSTLIEST = 10
-OURS = ("trainer", "kernels", "benchmarks", "tests")  # packages whose lines are worth naming
-READS = {torch.Tensor.tolist: "tolist", torch.Tensor.numpy: "numpy", torch.Tensor.cpu: "cpu"}  # on a CPU no operation shows these
-SYNC_WARNING = "called a synchronizing"  # how torch's sync debug mode begins
+OURS = ("trainer", "kernels", "benchmarks", "tests")  # packages whose lines are reported
+READS = {torch.Tensor.tolist: "tolist", torch.Tensor.numpy: "numpy", torch.Tensor.cpu: "cpu"}  # on a CPU these dispatch no operation
+SYNC_WARNING = "called a synchronizing"  # start of the warnings of torch's sync debug mode
 
 
-# ---------------------------------------------------------------- what the host waits for
+# ---------------------------------------------------------------- waits of the host
 
 
 def waits_for_device(func, args: tuple, kwargs: dict) -> bool:
-    """Whether the host has to wait for the device before this aten operation can return."""
+    """Return whether the host must wait for the device before this aten operation returns."""
     base, tensors = func.overloadpacket, [a for a in args if isinstance(a, Tensor)]
     if base in (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_):
         return any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in args[1])
@@ -48,11 +48,12 @@ def waits_for_device(func, args: tuple, kwargs: dict) -> bool:
 
 
 def any_on(device: torch.device, values) -> bool:
+    """Return whether any of the values is a tensor on this kind of device."""
     return any(isinstance(v, Tensor) and v.device.type == device.type for v in values)
 
 
 def calling_line() -> str:
-    """The innermost line of ours that is running, else the innermost that is not torch's."""
+    """Return the innermost running line of our packages, else the innermost outside torch."""
     frame, other = sys._getframe(1), None
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
@@ -67,7 +68,7 @@ def calling_line() -> str:
 
 
 class HostWaits(TorchDispatchMode):
-    """Counts, by operation and asking line, the waits of everything that runs inside."""
+    """Counter of waits, by operation and calling line, of everything that runs inside `watching`."""
 
     def __init__(self, device: torch.device):
         super().__init__()
@@ -81,6 +82,7 @@ class HostWaits(TorchDispatchMode):
 
     @contextmanager
     def watching(self) -> Iterator[HostWaits]:
+        """Count inside this context."""
         with ExitStack() as stack:
             if self.device.type == "cuda":
                 stack.enter_context(self._sync_debug())
@@ -91,14 +93,15 @@ class HostWaits(TorchDispatchMode):
 
     @contextmanager
     def _sync_debug(self):
-        def note(message, *_, **__) -> None:
+        """Count the warnings of torch's sync debug mode."""
+        def count_sync(message, *_, **__) -> None:
             if str(message).startswith(SYNC_WARNING):
                 self.by_torch += 1
 
         before = torch.cuda.get_sync_debug_mode()
         with warnings.catch_warnings():
             warnings.simplefilter("always")
-            warnings.showwarning = note
+            warnings.showwarning = count_sync
             torch.cuda.set_sync_debug_mode("warn")
             try:
                 yield
@@ -107,7 +110,11 @@ class HostWaits(TorchDispatchMode):
 
 
 class HostReads(TorchFunctionMode):
-    """Counts a CPU tensor's `.tolist()`, `.numpy()` and `.cpu()`, which run no operation there, but would wait for a GPU."""
+    """Counter of a CPU tensor's `.tolist()`, `.numpy()` and `.cpu()`.
+
+    They dispatch no operation on a CPU, but would wait for a GPU.
+    """
+
 
     def __init__(self, counter: HostWaits):
         super().__init__()
@@ -119,18 +126,21 @@ class HostReads(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-# ---------------------------------------------------------------- the steps of a run
+# ---------------------------------------------------------------- steps of a run
 
 
 class Profile:
-    """Watches step `steps[0]` and traces the others, as `at` is told how many steps are done."""
+    """Watcher of step `steps[0]` and tracer of the others, driven by calls of `step_done`."""
 
     def __init__(self, steps: range, folder: Path, device: torch.device, phases: Phases):
         self.steps, self.folder, self.device, self.phases = steps, folder / "profile", device, phases
-        self.waits, self.watch, self.tracer, self.traced = HostWaits(device), None, None, 0
+        self.waits = HostWaits(device)
+        self.watch: ExitStack | None = None  # while step `steps[0]` runs
+        self.tracer: torch.profiler.profile | None = None  # while the others run
+        self.traced = 0  # steps
 
-    def at(self, done: int) -> None:
-        """`done` steps of the run are done, and the next one, if it is there, begins now."""
+    def step_done(self, done: int) -> None:
+        """Stop or start watching and tracing, now that `done` steps of the run are done."""
         self._end(done)
         if done + 1 == self.steps[0]:
             self.watch = ExitStack()
@@ -139,6 +149,7 @@ class Profile:
             self._trace()
 
     def _trace(self) -> None:
+        """Start torch.profiler."""
         activities = [torch.profiler.ProfilerActivity.CPU]
         if self.device.type == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -148,6 +159,7 @@ class Profile:
         self.phases.label = torch.profiler.record_function
 
     def _end(self, done: int) -> None:
+        """Stop watching, and tracing after the last step."""
         if self.watch:
             self.watch.close()
             self.watch = None
@@ -157,7 +169,7 @@ class Profile:
                 self.close()
 
     def close(self) -> None:
-        """Write what there is, whether or not the run went on to the last step."""
+        """Write the steps traced so far, even if the run ended before the last one."""
         if self.watch:
             self.watch.close()
             self.watch = None
@@ -170,6 +182,7 @@ class Profile:
             self.tracer = None
 
     def _write(self) -> None:
+        """Write the trace and the summary, and print the summary."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.tracer.export_chrome_trace(str(self.folder / "trace.json.gz"))
         text = summary(self.tracer.key_averages(), self.traced, self.waits, self.steps[0])
@@ -179,55 +192,61 @@ class Profile:
 
 @contextmanager
 def profiling(steps: range | None, folder: Path, device: torch.device, phases: Phases, done: int) -> Iterator[Callable[[int], None]]:
-    """Gives the function to call after each step with the number of steps done; `steps` None: it does nothing."""
+    """Yield the function to call after each step with the number of steps done; a no-op without `steps`."""
     if steps is None:
         yield lambda done: None
         return
     if done >= steps[0]:
-        print(f"profile: step {steps[0]} is done already, {done} are; nothing is profiled", flush=True)
+        print(f"profile: nothing is profiled: step {steps[0]} was done before this start, which resumes from step {done}", flush=True)
     profile = Profile(steps, folder, device, phases)
-    profile.at(done)
+    profile.step_done(done)
     try:
-        yield profile.at
+        yield profile.step_done
     finally:
         profile.close()
 
 
 def check_steps_within(steps: range | None, total: int) -> None:
-    """Raises UserError where a run of `total` steps has no such steps."""
+    """Check that a run of `total` steps has the steps to profile. Raises UserError."""
     if steps is not None and steps[-1] > total:
         raise UserError(f"logging.profile_steps: expected steps of this run, which has {total}, got {steps[0]}-{steps[-1]}")
 
 
-# ---------------------------------------------------------------- what it says
+# ---------------------------------------------------------------- summary
 
 
 def summary(averages: list, steps: int, found: HostWaits, watched: int) -> str:
-    """The costliest operations by their own time on the device (on the CPU where that is the device), then every wait."""
+    """Return the summary: the costliest operations by their own time on the device, then every wait."""
     cuda = found.device.type == "cuda"
 
-    def own(event) -> float:  # µs
+    def own(event) -> float:
+        """Return the event's own time in µs."""
         return event.self_device_time_total if cuda else event.self_cpu_time_total
 
-    whole = sum(own(e) for e in averages) or 1.0
-    lines = [f"profile: {steps} steps, {whole / steps / 1e3:.2f} ms a step on the {'GPU' if cuda else 'CPU'}; the {COSTLIEST} costliest "
+    total = sum(own(e) for e in averages) or 1.0
+    lines = [f"profile: {steps} steps, {total / steps / 1e3:.2f} ms a step on the {'GPU' if cuda else 'CPU'}; the {COSTLIEST} costliest "
              "operations by their own time:", f"{'operation':<52}{'ms a step':>10}{'share':>8}{'calls a step':>14}"]
     for event in sorted(averages, key=own, reverse=True)[:COSTLIEST]:
         name = event.key + (", outside any operation" if event.is_user_annotation else "")
-        lines.append(f"{name[:50]:<52}{own(event) / steps / 1e3:>10.3f}{own(event) / whole:>8.1%}{event.count / steps:>14.1f}")
+        lines.append(f"{name[:50]:<52}{own(event) / steps / 1e3:>10.3f}{own(event) / total:>8.1%}{event.count / steps:>14.1f}")
     runtime = [e for e in averages if "Synchronize" in e.key]
     lines += [f"{e.key[:50]:<52}{e.cpu_time_total / steps / 1e3:>10.3f}{'':>8}{e.count / steps:>14.1f}" for e in runtime]
     return "\n".join(lines + wait_lines(found, watched)) + "\n"
 
 
 def wait_lines(found: HostWaits, watched: int) -> list[str]:
-    cuda, counted, apart = found.device.type == "cuda", Counter(), 0
+    """Return the lines of the summary about step `watched`."""
+    cuda = found.device.type == "cuda"
+    waits: Counter[tuple[str, str]] = Counter()
+    cpu_only = 0
     for (operation, line), count in found.found.items():
         if not cuda and line.startswith("kernels/"):
-            apart += count
+            cpu_only += count
         else:
-            counted[operation, line] += count
-    seen = f" (torch's sync debug mode counts {found.by_torch})" if cuda else ", had the tensors been on a GPU"
-    lines = [f"step {watched}: the host waits for the device {counted.total()} times{seen}{':' if counted else ''}"]
-    lines += [f"{count:>6}  {operation:<44}  {line}" for (operation, line), count in counted.most_common()]
-    return lines + [f"{apart:>6}  reads in the forms that kernels/ has for a CPU, which a GPU does not run"] * bool(apart)
+            waits[operation, line] += count
+    qualifier = f" (torch's sync debug mode counts {found.by_torch})" if cuda else ", had the tensors been on a GPU"
+    lines = [f"step {watched}: the host waits for the device {waits.total()} times{qualifier}{':' if waits else ''}"]
+    lines += [f"{count:>6}  {operation:<44}  {line}" for (operation, line), count in waits.most_common()]
+    if cpu_only:
+        lines.append(f"{cpu_only:>6}  reads in the CPU versions of kernels/, which a GPU does not run")
+    return lines

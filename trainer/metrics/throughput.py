@@ -1,11 +1,10 @@
-"""Rates a run reports: real and supervised tokens per second, model FLOP utilisation (MFU), peak memory, time by phase.
+"""Count the FLOP of a training step, and find the peak rate for model FLOP utilisation (MFU).
 
 FLOP convention (a step of T real tokens, S supervised rows): matrices of frozen weights 4 P T (forward, and the gradient of
 the input), trained ones 6 P T; the head 4 V D S frozen, 6 V D S trained; causal attention 6 * sum(len^2) * heads * head_dim a
-layer. Padding, recomputation and ignored rows through the head count nothing: only useful work does; so ignored rows through what follows
-attention in the last layer count nothing either, where the family's layers leave them out. Where a base is read beside the
-model (`trainer/retention/kl.py`), its forward counts a third of a full training step over the samples that it reads, head included; the
-model's own logits, which the divergence makes again, count once.
+layer. Only useful work counts: not padding, not recomputation, not unsupervised rows through the head, nor, in families whose last layer
+skips them, through what follows its attention. Where the base runs beside the model (retention/kl.py), its forward counts a third of a
+full training step over the samples that it reads, head included; the model's own logits, which the KL recomputes, count once.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from trainer.metrics.timers import synchronize
 from trainer.model.fused_layers import row_selecting_layer
 from trainer.model.quantization import weight_count
 
-# Dense bf16 product rates that the makers state, FLOP/s.
+# Dense bf16 matmul rates stated by the makers, FLOP/s.
 STATED_PEAK = {
     "H200": 989e12, "H100": 989e12, "H800": 989e12, "B200": 2250e12, "A100": 312e12, "A800": 312e12,
     "L40S": 362e12, "RTX 4090": 165e12, "RTX 5090": 210e12, "MI300X": 1307e12,
@@ -31,21 +30,24 @@ STATED_PEAK = {
 
 @dataclass(frozen=True)
 class ModelSize:
-    """What the FLOP convention needs to know of a model."""
+    """Sizes of a model that the FLOP convention needs."""
 
     parameters: int
     trainable: int
-    frozen_matrices: int  # weights of frozen matrices that every token passes, without the head
+    frozen_matrices: int  # weights of frozen matrices that every token passes through, without the head
     trained_matrices: int
     head: int  # V * D
     head_trained: bool
-    experts: bool  # routes tokens to experts, of which the convention says nothing
-    attention_width: int  # sum over layers of heads * head_dim; a window is not taken into account
-    frozen_late: int = 0  # of the frozen matrices: those that supervised rows alone pass, as the head
-    trained_late: int = 0
+    experts: bool  # the model routes tokens to experts, which the convention does not cover
+    attention_width: int  # sum over layers of heads * head_dim; windows are ignored
+    frozen_late: int = 0  # part of frozen_matrices that only supervised rows pass through
+    trained_late: int = 0  # part of trained_matrices, likewise
 
     def flops(self, tokens: int, supervised: int, squared_lengths: int) -> float | None:
-        """FLOP of a training step over `tokens` real tokens, `supervised` rows and sum(len^2) = `squared_lengths`; None with experts."""
+        """Return the FLOP of a training step; None with experts.
+
+        The step has `tokens` real tokens, `supervised` rows and sum(len^2) = `squared_lengths`.
+        """
         if self.experts:
             return None
         matrices = (4 * self.frozen_matrices + 6 * self.trained_matrices) * tokens
@@ -54,13 +56,14 @@ class ModelSize:
         return matrices + head + 6 * squared_lengths * self.attention_width
 
     def base_flops(self, tokens: int, supervised: int, squared_lengths: int) -> float:
-        """FLOP of the base's forward over so much: without adapters, and without gradients."""
+        """Return the FLOP of the base's forward, without adapters and gradients; arguments as in `flops`."""
         matrices = 2 * (self.frozen_matrices or self.trained_matrices) * tokens
         matrices -= 2 * (self.frozen_late if self.frozen_matrices else self.trained_late) * (tokens - supervised)
         return matrices + 2 * self.head * supervised + 2 * squared_lengths * self.attention_width
 
 
 def model_size(model: nn.Module) -> ModelSize:
+    """Measure a model, which may have an adapter or 4-bit layers."""
     config = model.config.get_text_config()
     head = model.get_output_embeddings()
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -76,34 +79,38 @@ def model_size(model: nn.Module) -> ModelSize:
 
 
 def matrix_weights(modules: Iterable[nn.Module], head: nn.Module) -> dict[bool, int]:
-    """Elements of the modules' own matrices but embeddings and the head, by whether they are trained."""
+    """Count the weights of the modules' matrices, without embeddings and head, by whether they train."""
     counts = {True: 0, False: 0}
     for module in modules:
-        weight = module._parameters.get("weight")  # of the module itself: a wrapper may show its inner layer's
+        weight = module._parameters.get("weight")  # its own: a wrapper's attribute may be its inner layer's weight
         if weight is not None and weight.ndim == 2 and not isinstance(module, nn.Embedding) and module is not head:
             counts[weight.requires_grad] += weight_count(weight)
     return counts
 
 
 def modules_after_attention(model: nn.Module) -> list[nn.Module]:
-    """The modules that only supervised rows pass, the head aside: what follows attention in the last layer, where it takes rows."""
+    """Return the modules after the last layer's attention, if only supervised rows pass through them."""
     layer = row_selecting_layer(model)
     return [*layer.self_attn.o_proj.modules(), *layer.mlp.modules()] if layer else []
 
 
 @functools.cache
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """FLOP/s that MFU is a share of, and where the figure comes from: the maker's for known GPUs in bf16, else measured here."""
+    """Return the peak FLOP/s for MFU, and the source of the figure as text.
+
+    It is the maker's for known GPUs in bf16, else measured here.
+    """
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
-        for part, peak in STATED_PEAK.items():
-            if part in name:
-                return peak, f"{peak / 1e12:.0f} TFLOP/s, stated for dense bf16 on {part}"
+        for gpu, peak in STATED_PEAK.items():
+            if gpu in name:
+                return peak, f"{peak / 1e12:.0f} TFLOP/s, stated for dense bf16 on {gpu}"
     rate = _measured_rate(device, dtype)
-    return rate, f"{rate / 1e9:.0f} GFLOP/s, measured on a product of {dtype} matrices here"
+    return rate, f"{rate / 1e9:.0f} GFLOP/s, measured here on a {dtype} matmul"
 
 
 def _measured_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Measure the FLOP/s of a large square matmul, best of eight."""
     size = 8192 if device.type == "cuda" else 768
     a, b = torch.randn(2, size, size, device=device).to(dtype)
     best = float("inf")
@@ -114,5 +121,3 @@ def _measured_rate(device: torch.device, dtype: torch.dtype) -> float:
         synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
-
-

@@ -12,12 +12,13 @@ import torch
 
 
 def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has finished its work; a no-op on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """Most memory held so far, in 10^9 bytes: by tensors on a GPU, by the process on a CPU."""
+    """Return the peak memory in 10^9 bytes: of tensors on a GPU, of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
@@ -25,11 +26,11 @@ def peak_memory_gb(device: torch.device) -> float:
 
 
 class Phases:
-    """Seconds by named phase. On a GPU from events on its stream, so that nothing waits until they are read."""
+    """Seconds by named phase; on a GPU from events on its stream, so that only reading them waits."""
 
     def __init__(self, device: torch.device):
         self.cuda = device.type == "cuda"
-        self.label = nullcontext  # or torch.profiler.record_function, while a trace is taken
+        self.label = nullcontext  # torch.profiler.record_function while a trace is taken
         self.spans: list[tuple[str, object, object]] = []
 
     @contextmanager
@@ -47,7 +48,7 @@ class Phases:
         return event
 
     def read(self) -> dict[str, float]:
-        """Seconds per phase since the last reading. Call only after the device was waited for."""
+        """Return the seconds per phase since the last reading; call `synchronize` before."""
         seconds: dict[str, float] = defaultdict(float)
         for name, start, end in self.spans:
             seconds[name] += start.elapsed_time(end) / 1e3 if self.cuda else end - start
