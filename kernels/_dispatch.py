@@ -79,8 +79,8 @@ def operator(fake: Callable) -> Callable[[Callable], Callable]:
         node.register_fake(fake)
 
         @functools.wraps(function)
-        def call(*args):
-            return node(*args) if torch.compiler.is_compiling() else function(*args)
+        def call(*args, **options):
+            return node(*args, **options) if torch.compiler.is_compiling() else function(*args, **options)
 
         call.node = node  # for torch.library.opcheck
         return call

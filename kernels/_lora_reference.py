@@ -1,23 +1,16 @@
-"""LoRA projections of one x in plain torch, with the letters of kernels/lora.py: what runs on a CPU, and wherever the passes of
-kernels/_lora_passes.py do not serve.
+"""LoRA projections of one x in plain torch, with the symbols of kernels/lora.py.
 
-Products for P projections without dropout: forward P base + 1 (all S_i, the A_i stacked) + P (S_i B_iᵀ); backward
+Serves on a CPU and wherever the Triton passes of kernels/_lora_passes.py do not.
+
+Matmuls for P projections without dropout: forward P base + 1 (all S_i, the A_i stacked) + P (S_i B_iᵀ); backward
 P base + P (D_i) + 1 (Σ D_i A_i) + 1 (all ∂A_i) + P (∂B_i). Frozen base weights get no ∂W_i; where x needs no gradient
-the backward's P base products and Σ D_i A_i fall away too. Dropout makes the stacked products one per projection.
+the backward's P base matmuls and Σ D_i A_i are skipped too. Dropout makes the stacked matmuls one per projection.
 
-The small products are 6TR(K+N) FLOP beside the base's 4TKN, but as autograd nodes they also write and read y, ∂x and
-the scaled branch several times; here they accumulate into the base product's output. Measured on one Zen 5 core with
-T=1000, R=16: forward + backward, fp32, as a multiple of the bare base products xWᵀ and ∂yW (PEFT's module in brackets):
-
-                      plain           dropout 0.1      DoRA
-    256 -> 256        1.33 (1.43)     1.60 (1.88)      1.49 (1.64)
-    256 -> 688        1.26 (1.40)     1.33 (1.45)      1.38 (1.80)
-    3 x 256 -> 256    1.28 (1.37)     1.58 (1.91)      1.38 (1.63)
-    the same, bf16    1.55 (1.83)     2.69 (4.15)      2.14 (2.86)
-
-The FLOPs alone make 256 -> 256 1.19. mm, F.linear and pre-transposed weights run within 5% of each other.
+The small matmuls accumulate into the base matmul's output; as autograd nodes of their own they would also write and read y, ∂x and
+the scaled adapter output several times.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -43,124 +36,148 @@ class Projection(NamedTuple):
     stream: int  # the number of its mask among those of the seed
 
 
+TENSORS = Projection._fields[:5]  # the fields of a projection that may need a gradient
+
+
+class Needs(NamedTuple):
+    """Whether each of a projection's TENSORS needs a gradient."""
+
+    weight: bool
+    bias: bool
+    A: bool
+    B: bool
+    magnitude: bool
+
+
+@dataclass
+class Gradients:
+    """The gradients of a projection's TENSORS; None where one is not needed."""
+
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    A: Tensor | None = None
+    B: Tensor | None = None
+    magnitude: Tensor | None = None
+
+
 def dense(weight: Tensor | Nf4, dtype: torch.dtype) -> Tensor:
-    """W in the dtype of the products; an NF4 weight is made dense for the product at hand and not kept."""
+    """Return W in the dtype of the matmuls; an NF4 weight is dequantised for the matmul at hand and not kept."""
     return dequantize_nf4(weight, dtype) if isinstance(weight, Nf4) else weight.to(dtype)
 
 
-def masked(x: Tensor, part: Projection) -> tuple[Tensor, Tensor | None]:
-    """(m ∘ x, m); (x, None) without dropout."""
-    if part.seed is None:
+def apply_dropout(x: Tensor, projection: Projection) -> tuple[Tensor, Tensor | None]:
+    """Return m ∘ x and m; x and None without dropout."""
+    if projection.seed is None:
         return x, None
-    mask = draw_mask(x, part.seed, part.stream, part.dropout)
+    mask = draw_mask(x, projection.seed, projection.stream, projection.dropout)
     return x * mask, mask
 
 
-def gain(part: Projection) -> float:
-    """a_i: the scaling over the fraction that dropout keeps."""
-    return part.scaling / kept_fraction(part.dropout)
+def gain(projection: Projection) -> float:
+    """Return a_i: the scaling over the fraction that dropout keeps."""
+    return projection.scaling / kept_fraction(projection.dropout)
 
 
-def columns(S: Tensor | None, parts: list[Projection]) -> list[Tensor | None]:
-    """The views of S [T, ΣR] that belong to each projection; None where it has no adapter."""
+def split_by_projection(S: Tensor | None, projections: list[Projection]) -> list[Tensor | None]:
+    """Return each projection's columns of S [T, ΣR] as views; None where it has no adapter."""
     views, start = [], 0
-    for part in parts:
-        width = 0 if part.A is None else part.A.shape[0]
-        views.append(S[:, start:start + width] if part.A is not None else None)
+    for projection in projections:
+        width = 0 if projection.A is None else projection.A.shape[0]
+        views.append(S[:, start:start + width] if projection.A is not None else None)
         start += width
     return views
 
 
-def stacked_A(parts: list[Projection], dtype: torch.dtype) -> Tensor:
-    """All A_i above one another, [ΣR, K], in the dtype of the products."""
-    stack = [part.A.to(dtype) for part in parts if part.A is not None]
+def stacked_A(projections: list[Projection], dtype: torch.dtype) -> Tensor:
+    """Return all A_i on top of one another, [ΣR, K], in the dtype of the matmuls."""
+    stack = [projection.A.to(dtype) for projection in projections if projection.A is not None]
     return stack[0] if len(stack) == 1 else torch.cat(stack)
 
 
-def squeeze(x: Tensor, parts: list[Projection]) -> Tensor | None:
-    """S [T, ΣR] of x [T, K]: one product, or one per projection where x is dropped."""
-    adapted = [part for part in parts if part.A is not None]
+def compute_S(x: Tensor, projections: list[Projection]) -> Tensor | None:
+    """Return S [T, ΣR] of x [T, K]: one matmul, or one per projection with dropout; None without any adapter."""
+    adapted = [projection for projection in projections if projection.A is not None]
     if not adapted:
         return None
-    if all(part.seed is None for part in adapted):
+    if all(projection.seed is None for projection in adapted):
         return x @ stacked_A(adapted, x.dtype).t()
-    return torch.cat([masked(x, part)[0] @ part.A.to(x.dtype).t() for part in adapted], 1)
+    return torch.cat([apply_dropout(x, projection)[0] @ projection.A.to(x.dtype).t() for projection in adapted], 1)
 
 
-def norms_of(part: Projection, weight: Tensor) -> Tensor | None:
-    """n_i of a DoRA projection, whose dense weight is at hand."""
-    if part.magnitude is None:
+def dora_norm(projection: Projection, weight: Tensor) -> Tensor | None:
+    """Return n_i of a DoRA projection, else None; `weight` is its dense weight."""
+    if projection.magnitude is None:
         return None
-    return row_norms(weight if isinstance(part.weight, Nf4) else part.weight, part.A, part.B, part.scaling)
+    dense_weight = weight if isinstance(projection.weight, Nf4) else projection.weight
+    return row_norms(dense_weight, projection.A, projection.B, projection.scaling)
 
 
-def project_reference(x: Tensor, parts: list[Projection]) -> tuple[Tensor | None, list[Tensor], list[Tensor | None]]:
-    """x [T, K] -> S [T, ΣR], V_i [T, N_i] (the bias already in it unless DoRA has still to scale it), n_i [N_i]."""
-    S = squeeze(x, parts)
+def project_reference(x: Tensor, projections: list[Projection]) -> tuple[Tensor | None, list[Tensor], list[Tensor | None]]:
+    """Return S [T, ΣR], V_i [T, N_i] and n_i [N_i] of x [T, K]; V_i includes the bias unless DoRA has yet to scale it."""
+    S = compute_S(x, projections)
     values, norms = [], []
-    for part, s in zip(parts, columns(S, parts), strict=True):
-        weight = dense(part.weight, x.dtype)
-        bias = None if part.bias is None or part.magnitude is not None else part.bias.to(x.dtype)
+    for projection, s in zip(projections, split_by_projection(S, projections), strict=True):
+        weight = dense(projection.weight, x.dtype)
+        bias = None if projection.bias is None or projection.magnitude is not None else projection.bias.to(x.dtype)
         value = F.linear(x, weight, bias)
         if s is not None:
-            value.addmm_(s, part.B.to(x.dtype).t(), alpha=gain(part))
+            value.addmm_(s, projection.B.to(x.dtype).t(), alpha=gain(projection))
         values.append(value)
-        norms.append(norms_of(part, weight))
+        norms.append(dora_norm(projection, weight))
     return S, values, norms
 
 
-def master_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b for a parameter of `dtype`. CUDA delivers the fp32 sums; the CPU's bf16 product rounds them once."""
+def parameter_matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a @ b as the gradient of a parameter of `dtype`.
+
+    CUDA returns the fp32 sums; the CPU's bf16 matmul rounds them once.
+    """
     if a.is_cuda and dtype == torch.float32 and a.dtype != dtype:
         return torch.mm(a, b, out_dtype=dtype)
     return (a @ b).to(dtype)
 
 
-def project_backward_reference(
-    G: list[Tensor], x: Tensor, S: Tensor | None, parts: list[Projection], need_x: bool, needs: list[tuple[bool, ...]],
-    grads: list[list[Tensor | None]],
-) -> Tensor | None:
-    """∂x, and into `grads` the gradients of each projection's weight, A and B where `needs` wants them."""
+def project_backward_reference(G: list[Tensor], x: Tensor, S: Tensor | None, projections: list[Projection], need_x: bool,
+                               needs: list[Needs], grads: list[Gradients]) -> Tensor | None:
+    """Return ∂x, and write the needed gradients of each projection's weight, A and B into `grads`."""
     grad_x, D = None, None if S is None else torch.empty_like(S)
-    for g, part, s, d, need, grad in zip(G, parts, columns(S, parts), columns(D, parts), needs, grads, strict=True):
-        need_weight, _, need_A, need_B, _ = need
-        if need_weight:
-            grad[0] = master_product(g.t(), x, part.weight.dtype)
+    S_views, D_views = split_by_projection(S, projections), split_by_projection(D, projections)
+    for g, projection, s, d, need, grad in zip(G, projections, S_views, D_views, needs, grads, strict=True):
+        if need.weight:
+            grad.weight = parameter_matmul(g.t(), x, projection.weight.dtype)
         if need_x:
-            weight = dense(part.weight, x.dtype)
+            weight = dense(projection.weight, x.dtype)
             grad_x = g @ weight if grad_x is None else grad_x.addmm_(g, weight)
-        if need_B:
-            # (SᵀG)ᵀ rather than GᵀS: the tall operand on the right is a third faster on the CPU
-            grad[3] = master_product(s.t(), g, part.B.dtype).t().mul_(gain(part))
-        if d is not None and (need_A or need_x):
-            d.addmm_(g, part.B.to(x.dtype), beta=0, alpha=gain(part))
+        if need.B:
+            # (SᵀG)ᵀ rather than GᵀS: on a CPU the tall operand is faster on the right
+            grad.B = parameter_matmul(s.t(), g, projection.B.dtype).t().mul_(gain(projection))
+        if d is not None and (need.A or need_x):
+            d.addmm_(g, projection.B.to(x.dtype), beta=0, alpha=gain(projection))
     if S is not None:
-        grad_x = squeeze_backward(D, x, parts, grad_x, [need[2] for need in needs], grads)
+        grad_x = adapter_backward(D, x, projections, grad_x, needs, grads)
     return grad_x
 
 
-def squeeze_backward(
-    D: Tensor, x: Tensor, parts: list[Projection], grad_x: Tensor | None, needs_A: list[bool],
-    grads: list[list[Tensor | None]],
-) -> Tensor | None:
-    """Adds Σ m_i ∘ (D_i A_i) to grad_x (None: not wanted) in place, and puts the ∂A_i into `grads`."""
-    if all(part.seed is None for part in parts):
+def adapter_backward(D: Tensor, x: Tensor, projections: list[Projection], grad_x: Tensor | None, needs: list[Needs],
+                     grads: list[Gradients]) -> Tensor | None:
+    """Add Σ m_i ∘ (D_i A_i) to grad_x in-place (None: not needed), and write the needed ∂A_i into `grads`."""
+    if all(projection.seed is None for projection in projections):
         if grad_x is not None:
-            grad_x.addmm_(D, stacked_A(parts, x.dtype))
-        if any(needs_A):
-            adapted = [i for i, part in enumerate(parts) if part.A is not None]
-            stack = master_product(D.t(), x, parts[adapted[0]].A.dtype)
-            rows = stack.split([parts[i].A.shape[0] for i in adapted])
+            grad_x.addmm_(D, stacked_A(projections, x.dtype))
+        if any(need.A for need in needs):
+            adapted = [i for i, projection in enumerate(projections) if projection.A is not None]
+            stack = parameter_matmul(D.t(), x, projections[adapted[0]].A.dtype)
+            rows = stack.split([projections[i].A.shape[0] for i in adapted])
             for i, grad_A in zip(adapted, rows, strict=True):
-                grads[i][2] = grad_A.to(parts[i].A.dtype) if needs_A[i] else None
+                grads[i].A = grad_A.to(projections[i].A.dtype) if needs[i].A else None
         return grad_x
-    for part, d, need_A, grad in zip(parts, columns(D, parts), needs_A, grads, strict=True):
+    for projection, d, need, grad in zip(projections, split_by_projection(D, projections), needs, grads, strict=True):
         if d is None:
             continue
-        dropped, mask = masked(x, part)
+        dropped, mask = apply_dropout(x, projection)
         if grad_x is not None:
-            grad_dropped = d @ part.A.to(x.dtype)
+            grad_dropped = d @ projection.A.to(x.dtype)
             grad_x = grad_x.add_(grad_dropped) if mask is None else grad_x.addcmul_(grad_dropped, mask)
-        if need_A:
-            grad[2] = master_product(d.t(), dropped, part.A.dtype)
+        if need.A:
+            grad.A = parameter_matmul(d.t(), dropped, projection.A.dtype)
     return grad_x

@@ -1,31 +1,19 @@
-"""Head and cross entropy in one op: the S x V logits never exist, only one chunk of rows at a time.
+"""Language-model head and cross entropy in one operation, without materialising the [S, V] logits.
 
-For row i with target t_i, weight w_i and the loss l of a row of logits that `_cross_entropy_rows.py` states, optionally with LoRA:
+For row i with target t_i, weight w_i and the loss l of a row of logits that `_cross_entropy_rows.py` defines, optionally with LoRA:
 
     y_i = W x_i + b + a·B A x_i                          LoRA on the head: A [R, D], B [V, R], a its scaling
     sum:   L = Σ w_i l(y_i)     mean: L = Σ w_i l(y_i) / Σ w_i     none: w_i l(y_i)
     g_i = w_i·∂l/∂y_i            h_i = Bᵀg_i
     ∂L/∂x_i = Wᵀg_i + a·Aᵀh_i    ∂L/∂W = Σ g_i x_iᵀ    ∂L/∂b = Σ g_i    ∂L/∂A = a Σ h_i x_iᵀ    ∂L/∂B = a Σ g_i (A x_i)ᵀ
 
-Why it pays. At V = 128k the logits of 8192 rows are 2 GB in bf16 and 4 GB in fp32, written and read several times; the three products
-(y, ∂x, ∂W) cost 2·S·D·V FLOP each and are nearly all of the time. So the only real gains are fewer rows and fewer products:
-- rows whose target is `ignore_index` are left out before the first product;
-- frozen head: g_i depends on row i alone, so the forward keeps the unit gradient Wᵀg_i (S x D) and the backward is a row scale: 2 products
-  for any upstream gradient, where recomputing takes 3;
-- trained head, sum or mean: the upstream is one number, so the gradients are made in the forward: 3 products (LoRA alone: 2);
-- trained head, none: the upstream is not known in the forward, so the backward computes the logits again: 4 products (LoRA alone: 3);
-- nothing to differentiate: 1 product.
-LoRA adds small ones: A x_i and B(A x_i) to each y; h and Aᵀh to ∂x; one each to ∂A and ∂B. Statistics of the rows cost no product.
-
-Products run in x's dtype (autocast is not consulted), statistics and the sums over chunks in fp32 (fp64 for fp64), rounded once. On a GPU
-a chunk is one launch each for y, the rows, ∂x and ∂W, whose product adds to the fp32 sum in place; ignored rows add a gather, a scatter
-and the one wait for the host that learns how many rows are left.
-
-On an H200 at 8192 x 4096 x 128256 in bf16, predicted, not measured (11.6 ms a product, at 75% of 989 TFLOP/s; memory at 4.8 TB/s):
-- frozen 23.2 + 0.9 (rows) = 24 ms, half of the rows ignored 12. Memory: one chunk of 2048 rows, 0.53 GB, and the unit gradient, 0.07 GB;
-- trained 34.8 + 0.9 + up to 1.3 (the fp32 ∂W is written by the first of two chunks, read and written by the second) = 36 to 37 ms. Memory
-  3.3 GB: the fp32 ∂W, 2.1 GB, and a chunk of D rows, whose 1.05 GB go to the rounded ∂W when the chunk is gone. With 3 products and exact
-  sums it cannot be less than min(2·S, 4·D) bytes per token of the vocabulary, 2.1 GB: every row's 16-bit g, or the sums.
+Logits are computed for one chunk of rows at a time. Rows whose target is `ignore_index` are dropped before the first matmul. Nearly all
+of the time goes into the three matmuls (y, ∂x, ∂W; 2·S·D·V FLOP each), so each case computes as few as it can:
+- frozen head: g_i depends on row i only, so the forward computes Wᵀg_i and the backward scales its rows: 2 matmuls;
+- trained head, sum or mean: the upstream gradient is a scalar, so the forward computes all gradients: 3 matmuls;
+- trained head, none: the upstream gradient is unknown in the forward, so the backward recomputes the logits: 4 matmuls;
+- nothing requires a gradient: 1 matmul.
+Matmuls run in x's dtype (autocast does not apply); statistics and sums over chunks are fp32 (fp64 for fp64), rounded once.
 """
 
 from contextlib import nullcontext
@@ -40,35 +28,36 @@ from kernels._cross_entropy_rows import Loss, check_targets, cross_entropy_rows,
 from kernels._dispatch import operator, serving
 from kernels.lora import Lora
 
-# One chunk of fp32 logits. Forward + backward, best ms on one core at S=500, D=256, V=8192, fp32 / bf16:
-#   chunk           1 MB        4 MB        8 MB        16 MB       stock, full logits
-#   head frozen     55 / 17     51 / 15     52 / 14     48 / 15     54 / 17
-#   head trained    84 / 39     78 / 25     76 / 22     73 / 22     82 / 23
+# Chunks on a CPU: logits that fit its caches, but at least CPU_MIN_ROWS rows, since every chunk reads all of W.
 CPU_CHUNK_BYTES = 8 << 20
-# Each chunk reads all of W, so a wide vocabulary needs rows more than a cache-sized chunk. ms on one core, head frozen,
-# at S=512, D=1024, V=128256 in bf16 by rows: 16 -> 1694, 64 -> 850, 128 -> 752, 256 -> 690, 512 -> 710.
 CPU_MIN_ROWS = 256
-# At 2048 rows a product does 2048 FLOP per byte of W that it reads, ten times what a GPU needs to be bound by arithmetic; rows come in
-# whole tiles of the product.
+# Chunks on a GPU: at 2048 rows a matmul does 2048 FLOP per byte of W, which makes it bound by arithmetic. Rows come in whole tiles of it.
 DEVICE_CHUNK_BYTES = 1 << 29
 DEVICE_MIN_ROWS = 2048
 TILE_ROWS = 128
 
-Head = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]  # x, weight, bias, A, B
+
+class Head(NamedTuple):
+    """Hidden states and the head that turns them into logits."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    lora: Lora | None
 
 
-class Settings(NamedTuple):
-    """What the op takes beside its tensors."""
+class Options(NamedTuple):
+    """Every argument of the public functions that is no tensor."""
 
     loss: Loss
     ignore_index: int | None
-    lora_scaling: float
     chunk_bytes: int | None
-    statistics: bool
+    reduction: str = "none"
+    statistics: bool = False  # also compute the rows' log-probabilities, entropies and whether they are correct
 
 
 class TokenStatistics(NamedTuple):
-    """The loss, and by row what its logits say of the target; an ignored row has 0, 0, False."""
+    """The loss, and per row what the logits say of the target; ignored rows have 0, 0, False."""
 
     loss: Tensor  # as `linear_cross_entropy` returns it
     log_prob: Tensor  # [S] log p_t
@@ -77,9 +66,10 @@ class TokenStatistics(NamedTuple):
 
 
 def rows_per_chunk(vocabulary: int, dtype: torch.dtype, device_type: str, chunk_bytes: int | None = None) -> int:
-    """Rows whose logits fill `chunk_bytes`: in `dtype` where Triton serves it, in the statistics dtype in the reference.
+    """Return how many rows of logits fit into `chunk_bytes`.
 
-    The defaults keep at least CPU_MIN_ROWS or DEVICE_MIN_ROWS. The reference also holds a copy of 16-bit logits in their own dtype.
+    Logits have `dtype` with Triton and the statistics dtype in the reference, which also holds a copy of 16-bit logits in their own dtype.
+    The default chunk_bytes keep at least CPU_MIN_ROWS or DEVICE_MIN_ROWS.
     """
     device = torch.device(device_type)
     if serving(device, dtype) == "triton":
@@ -93,51 +83,55 @@ def rows_per_chunk(vocabulary: int, dtype: torch.dtype, device_type: str, chunk_
     return max(DEVICE_MIN_ROWS, DEVICE_CHUNK_BYTES // row_bytes // TILE_ROWS * TILE_ROWS)
 
 
-def _results(x, weight, target, bias, A, B, row_weight, label_smoothing, z_loss, softcap, logit_scale, temperature, ignore_index,
-             lora_scaling, chunk_bytes, statistics, wanted):
-    """What `_linear_cross_entropy` returns, uninitialised."""
+# ---------------------------------------------------------------- the operator: losses, statistics and gradients, chunk by chunk
+
+
+def _empty_results(x, weight, bias, A, B, target, row_weight, *, statistics, wanted, **_):
+    """Return uninitialised results of `linear_cross_entropy_chunks`."""
     exact, S = statistics_dtype(x), x.shape[0]
     sums = (x.new_empty(t.shape if want else 0, dtype=exact) for t, want in zip((weight, bias, A, B), wanted[1:]))
     return (x.new_empty(S, dtype=exact), x.new_empty(3 if statistics else 0, S, dtype=exact), x.new_empty(x.shape if wanted[0] else 0),
             *sums)
 
 
-@operator(_results)
-def _linear_cross_entropy(
-        x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, A: Tensor | None, B: Tensor | None, row_weight: Tensor | None,
-        label_smoothing: float, z_loss: float, softcap: float | None, logit_scale: float, temperature: float, ignore_index: int | None,
-        lora_scaling: float, chunk_bytes: int | None, statistics: bool, wanted: list[bool]
+@operator(_empty_results)
+def linear_cross_entropy_chunks(
+        x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor | None, B: Tensor | None, target: Tensor, row_weight: Tensor | None, *,
+        lora_scaling: float, label_smoothing: float, z_loss: float, softcap: float | None, logit_scale: float, temperature: float,
+        ignore_index: int | None, chunk_bytes: int | None, statistics: bool, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Losses l_i [S], unweighted; statistics [3, S]; and the wanted gradients of Σ row_weight_i·l_i (row_weight None: all 1).
+    """Return losses l_i [S], statistics [3, S] and the wanted gradients of Σ row_weight_i·l_i (row_weight None: all 1).
 
-    `wanted` are those of x, weight, bias, A, B: x's in its dtype, the others in the statistics dtype; what is not wanted is empty.
+    Losses are not weighted. `wanted` says whether x, weight, bias, A, B need a gradient: x's comes in its dtype, the others in the
+    statistics dtype; one that is not wanted is empty.
     """
     loss = Loss(label_smoothing, z_loss, softcap, logit_scale, temperature)
     exact, (S, D), V = statistics_dtype(x), x.shape, weight.shape[0]
     if x.device.type == "cpu":
         check_targets(target, ignore_index, V)
     target, row_weight = target.contiguous(), None if row_weight is None else row_weight.to(exact).contiguous()
-    # The one place that reads the device: how many rows are left is known to the host only after a sync.
-    kept = None if ignore_index is None else (target != ignore_index).nonzero()[:, 0]
-    count = S if kept is None else kept.shape[0]
-    results = _results(x, weight, target, bias, A, B, row_weight, *loss, ignore_index, lora_scaling, chunk_bytes, statistics, wanted)
-    losses, figures, dx, dweight, dbias, dA, dB = results
+    # The only read from the device: the host needs the number of rows that are not ignored.
+    used_rows = None if ignore_index is None else (target != ignore_index).nonzero()[:, 0]
+    count = S if used_rows is None else used_rows.shape[0]
+    results = _empty_results(x, weight, bias, A, B, target, row_weight, statistics=statistics, wanted=wanted)
+    losses, row_statistics, dx, dweight, dbias, dA, dB = results
     want_x, want_weight, want_bias, want_A, want_B = wanted
-    for result in (losses, figures, dx, dbias) if count else results:  # the other sums are written by the first chunk
+    for result in (losses, row_statistics, dx, dbias) if count else results:  # the other sums are written by the first chunk
         result.zero_()
 
     step = rows_per_chunk(V, x.dtype, x.device.type, chunk_bytes)
     if want_weight and chunk_bytes is None and x.is_cuda:
-        step = max(step, D)  # as much as the rounded ∂W will take when the chunks are gone
+        step = max(step, D)  # as much memory as the rounded ∂W takes once the chunks are freed
     buffer = new_logits(min(step, count), V, x)
     A, B = (None if t is None else t.to(x.dtype) for t in (A, B))
     with torch.autocast(x.device.type, enabled=False) if autocast_is_on(x.device) else nullcontext():
         for start in range(0, count, step):
-            rows = slice(start, min(start + step, count)) if kept is None else kept[start:start + step]
+            first = start == 0
+            rows = slice(start, min(start + step, count)) if used_rows is None else used_rows[start:start + step]
             x_rows = x[rows]
             logits = buffer[:x_rows.shape[0]]
-            squeezed = _logits((x_rows, weight, bias, A, B), lora_scaling, out=logits)
-            g = cross_entropy_rows(logits, rows, target, row_weight, losses, figures if statistics else None, loss, any(wanted))
+            x_A = _write_logits(x_rows, weight, bias, A, B, lora_scaling, out=logits)
+            g = cross_entropy_rows(logits, rows, target, row_weight, losses, row_statistics if statistics else None, loss, any(wanted))
             if g is None:
                 continue
             if want_bias:
@@ -145,63 +139,74 @@ def _linear_cross_entropy(
             g = g if g.dtype == x.dtype else logits.copy_(g)
             h = g @ B if want_A or (want_x and B is not None) else None
             if want_x:
-                part = g @ weight
-                dx[rows] = part if h is None else part.addmm_(h, A, alpha=lora_scaling)
+                dx_rows = g @ weight
+                dx[rows] = dx_rows if h is None else dx_rows.addmm_(h, A, alpha=lora_scaling)
             if want_weight:
-                add_product(dweight, g.t(), x_rows, start)
+                accumulate_matmul(dweight, g.t(), x_rows, first)
             if want_A:
-                add_product(dA, h.t(), x_rows, start)
+                accumulate_matmul(dA, h.t(), x_rows, first)
             if want_B:
-                add_product(dB, g.t(), squeezed, start)
+                accumulate_matmul(dB, g.t(), x_A, first)
     for result in (dA, dB) if A is not None else ():
         result.mul_(lora_scaling)
     return results
 
 
-def _logits(head: Head, scaling: float, out: Tensor) -> Tensor | None:
-    """Writes y [n, V] to `out`; returns x Aᵀ [n, R] where there is LoRA."""
-    x, weight, bias, A, B = head
+def _write_logits(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor | None, B: Tensor | None, scaling: float, out: Tensor
+                  ) -> Tensor | None:
+    """Write y [n, V] to `out`; return x Aᵀ [n, R], or None without LoRA."""
     if bias is None:
         torch.mm(x, weight.t(), out=out)
     else:
         torch.addmm(bias, x, weight.t(), out=out)
     if A is None:
         return None
-    squeezed = x @ A.t()
-    out.addmm_(squeezed, B.t(), alpha=scaling)
-    return squeezed
+    x_A = x @ A.t()
+    out.addmm_(x_A, B.t(), alpha=scaling)
+    return x_A
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor, start: int) -> None:
-    """total += a b, or total = a b of the first chunk, in total's dtype. On a GPU the product itself adds: no second matrix of its size."""
-    beta = 1.0 if start else 0.0
+def accumulate_matmul(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """Add a @ b to `total` in total's dtype; overwrite it if `first`.
+
+    On a GPU the matmul itself accumulates, so no second matrix of total's size exists.
+    """
+    beta = 0.0 if first else 1.0
     if total.dtype == a.dtype:
         torch.addmm(total, a, b, beta=beta, out=total)
     elif total.is_cuda:
         torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
-    elif start:
-        total += a @ b
-    else:
+    elif first:
         total.copy_(a @ b)
+    else:
+        total += a @ b
 
 
 # ---------------------------------------------------------------- autograd
 
 
-def _run(head: Head, target: Tensor, row_weight: Tensor | None, settings: Settings, wanted: list[bool]) -> tuple[Tensor, ...]:
-    x, weight, bias, A, B = head
-    return _linear_cross_entropy(x, weight, target, bias, A, B, row_weight, *settings.loss, *settings[1:], wanted)
+def _run(tensors: tuple[Tensor | None, ...], target: Tensor, row_weight: Tensor | None, lora_scaling: float, options: Options,
+         wanted: list[bool]) -> tuple[Tensor, ...]:
+    """Call the operator for `tensors` = (x, weight, bias, A, B)."""
+    loss = options.loss
+    return linear_cross_entropy_chunks(
+        *tensors, target, row_weight, lora_scaling=lora_scaling, label_smoothing=loss.label_smoothing, z_loss=loss.z_loss,
+        softcap=loss.softcap, logit_scale=loss.logit_scale, temperature=loss.temperature, ignore_index=options.ignore_index,
+        chunk_bytes=options.chunk_bytes, statistics=options.statistics, wanted=wanted)
 
 
-class _InForward(torch.autograd.Function):
-    """Gradients made in the forward, scaled in the backward: of every row's loss under a frozen head, or of Σ row_weight_i·l_i."""
+class _GradientsInForward(torch.autograd.Function):
+    """Compute the gradients in the forward and scale them in the backward.
+
+    They are those of every row's loss (row_weight None, frozen head), or of Σ row_weight_i·l_i.
+    """
 
     @staticmethod
-    def forward(ctx, target, settings, row_weight, *head):
-        wanted = list(ctx.needs_input_grad[3:])
-        losses, statistics, *gradients = _run(head, target, row_weight, settings, wanted)
+    def forward(ctx, target, lora_scaling, options, row_weight, *tensors):
+        wanted = list(ctx.needs_input_grad[4:])
+        losses, statistics, *gradients = _run(tensors, target, row_weight, lora_scaling, options, wanted)
         ctx.save_for_backward(losses, *gradients)
-        ctx.dtypes = [t.dtype if want else None for t, want in zip(head, wanted)]
+        ctx.dtypes = [t.dtype if want else None for t, want in zip(tensors, wanted)]
         ctx.mark_non_differentiable(statistics)
         return losses if row_weight is None else losses.dot(row_weight), statistics
 
@@ -212,47 +217,49 @@ class _InForward(torch.autograd.Function):
         scale = upstream[:, None] if upstream.dim() else upstream
         # rounded once, on a GPU without an fp32 copy on the way
         scaled = (torch.mul(g, scale, out=torch.empty_like(g, dtype=dtype)) if dtype else None for g, dtype in zip(gradients, ctx.dtypes))
-        return None, None, losses * upstream if ctx.needs_input_grad[2] else None, *scaled
+        return None, None, None, losses * upstream if ctx.needs_input_grad[3] else None, *scaled
 
 
-class _Recomputed(torch.autograd.Function):
-    """Losses of all rows under a trained head: the backward computes the logits again, the rows' weights now known."""
+class _GradientsInBackward(torch.autograd.Function):
+    """Losses of all rows under a trained head; the backward, which knows the rows' weights, recomputes the logits."""
 
     @staticmethod
-    def forward(ctx, target, settings, *head):
-        ctx.save_for_backward(target, *head)
-        ctx.settings = settings._replace(statistics=False)
-        losses, statistics, *_ = _run(head, target, None, settings, [False] * 5)
+    def forward(ctx, target, lora_scaling, options, *tensors):
+        ctx.save_for_backward(target, *tensors)
+        ctx.lora_scaling, ctx.options = lora_scaling, options._replace(statistics=False)
+        losses, statistics, *_ = _run(tensors, target, None, lora_scaling, options, [False] * 5)
         ctx.mark_non_differentiable(statistics)
         return losses, statistics
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream, _):
-        target, *head = ctx.saved_tensors
-        wanted = list(ctx.needs_input_grad[2:])
-        _, _, *gradients = _run(head, target, upstream, ctx.settings, wanted)
-        return None, None, *(g.to(t.dtype) if want else None for g, t, want in zip(gradients, head, wanted))
+        target, *tensors = ctx.saved_tensors
+        wanted = list(ctx.needs_input_grad[3:])
+        _, _, *gradients = _run(tensors, target, upstream, ctx.lora_scaling, ctx.options, wanted)
+        return None, None, None, *(g.to(t.dtype) if want else None for g, t, want in zip(gradients, tensors, wanted))
 
 
-def _losses(head: Head, target: Tensor, token_weight: Tensor | None, reduction: str, settings: Settings) -> tuple[Tensor, Tensor]:
-    """The public loss, differentiable by the cheapest way, and statistics [3, S]."""
-    exact = statistics_dtype(head[0])
+def _reduced_loss(head: Head, target: Tensor, token_weight: Tensor | None, options: Options) -> tuple[Tensor, Tensor]:
+    """Return the public loss, differentiated in the cheapest way, and statistics [3, S] (empty unless wanted)."""
+    A, B, lora_scaling = (None, None, 1.0) if head.lora is None else (head.lora.A, head.lora.B, float(head.lora.scaling))
+    tensors = head.x, head.weight, head.bias, A, B
+    exact = statistics_dtype(head.x)
     row_weight = torch.ones_like(target, dtype=exact) if token_weight is None else token_weight.to(exact)
-    trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in head[1:])
-    if trained and reduction != "none":
-        loss, statistics = _InForward.apply(target, settings, row_weight, *head)
+    trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors[1:])
+    if trained and options.reduction != "none":
+        loss, statistics = _GradientsInForward.apply(target, lora_scaling, options, row_weight, *tensors)
     else:
         if trained:
-            losses, statistics = _Recomputed.apply(target, settings, *head)
-        elif torch.is_grad_enabled() and head[0].requires_grad:
-            losses, statistics = _InForward.apply(target, settings, None, *head)
+            losses, statistics = _GradientsInBackward.apply(target, lora_scaling, options, *tensors)
+        elif torch.is_grad_enabled() and head.x.requires_grad:
+            losses, statistics = _GradientsInForward.apply(target, lora_scaling, options, None, *tensors)
         else:
-            losses, statistics, *_ = _run(head, target, None, settings, [False] * 5)
-        loss = losses * row_weight if reduction == "none" else losses.dot(row_weight)
-    if reduction == "mean":
-        kept = row_weight if settings.ignore_index is None else row_weight.masked_fill(target == settings.ignore_index, 0.0)
-        total = kept.sum()
+            losses, statistics, *_ = _run(tensors, target, None, lora_scaling, options, [False] * 5)
+        loss = losses * row_weight if options.reduction == "none" else losses.dot(row_weight)
+    if options.reduction == "mean":
+        used = row_weight if options.ignore_index is None else row_weight.masked_fill(target == options.ignore_index, 0.0)
+        total = used.sum()
         loss = loss / torch.where(total == 0, 1.0, total)
     return loss, statistics
 
@@ -260,9 +267,10 @@ def _losses(head: Head, target: Tensor, token_weight: Tensor | None, reduction: 
 # ---------------------------------------------------------------- public
 
 
-def _check(op: str, x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, lora: Lora | None, token_weight: Tensor | None,
-           reduction: str, chunk_bytes: int | None, loss: Loss) -> None:
-    """ValueError unless all arguments fit each other."""
+def _check(op: str, head: Head, target: Tensor, token_weight: Tensor | None, options: Options) -> None:
+    """Raise ValueError unless all arguments fit each other."""
+    x, weight, bias, lora = head
+    loss = options.loss
 
     def expect(right: bool, expected: str, *got):
         if not right:
@@ -289,31 +297,25 @@ def _check(op: str, x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | No
         expect_tensor("lora.B", lora.B, (V, *R), None)
         expect(lora.dropout == 0, "a lora without dropout on the head", lora.dropout)
         expect(lora.magnitude is None, "a lora without magnitude on the head", "one")
-    expect(reduction in ("sum", "mean", "none"), "reduction 'sum', 'mean' or 'none'", repr(reduction))
-    expect(chunk_bytes is None or chunk_bytes > 0, "chunk_bytes > 0 or None", chunk_bytes)
+    expect(options.reduction in ("sum", "mean", "none"), "reduction 'sum', 'mean' or 'none'", repr(options.reduction))
+    expect(options.chunk_bytes is None or options.chunk_bytes > 0, "chunk_bytes > 0 or None", options.chunk_bytes)
     expect(0 <= loss.label_smoothing < 1, "label_smoothing in [0, 1)", loss.label_smoothing)
     expect(loss.softcap is None or loss.softcap > 0, "softcap > 0 or None", loss.softcap)
     expect(loss.temperature > 0, "temperature > 0", loss.temperature)
 
 
-def _checked_losses(op: str, statistics: bool, x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, lora: Lora | None,
-                    token_weight: Tensor | None, reduction: str, ignore_index: int | None, chunk_bytes: int | None,
-                    loss: Loss) -> tuple[Tensor, Tensor]:
-    _check(op, x, weight, target, bias, lora, token_weight, reduction, chunk_bytes, loss)
-    A, B, scaling = (None, None, 1.0) if lora is None else lora[:3]
-    settings = Settings(loss, ignore_index, float(scaling), chunk_bytes, statistics)
-    return _losses((x, weight, bias, A, B), target, token_weight, reduction, settings)
-
-
 def linear_log_prob(x: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None = None, lora: Lora | None = None,
                     ignore_index: int | None = -100, softcap: float | None = None, logit_scale: float = 1.0, temperature: float = 1.0,
                     chunk_bytes: int | None = None) -> Tensor:
-    """log p(target_i | x_i) [S] in fp32 for x [S, D], weight [V, D], target [S]; 0 where the target is ignore_index.
+    """Return log p(target_i | x_i) [S] in fp32, differentiable, for x [S, D], weight [V, D], target [S].
 
-    Options and errors as in `linear_cross_entropy`.
+    Rows whose target is ignore_index have 0. Options and errors as in `linear_cross_entropy`.
     """
-    loss = Loss(0.0, 0.0, softcap, logit_scale, temperature)
-    return -_checked_losses("linear_log_prob", False, x, weight, target, bias, lora, None, "none", ignore_index, chunk_bytes, loss)[0]
+    head = Head(x, weight, bias, lora)
+    options = Options(Loss(0.0, 0.0, softcap, logit_scale, temperature), ignore_index, chunk_bytes)
+    _check("linear_log_prob", head, target, None, options)
+    losses, _ = _reduced_loss(head, target, None, options)
+    return -losses
 
 
 def linear_cross_entropy_statistics(
@@ -321,14 +323,15 @@ def linear_cross_entropy_statistics(
         token_weight: Tensor | None = None, ignore_index: int | None = -100, label_smoothing: float = 0.0, z_loss: float = 0.0,
         softcap: float | None = None, logit_scale: float = 1.0, temperature: float = 1.0, reduction: str = "none",
         chunk_bytes: int | None = None) -> TokenStatistics:
-    """`linear_cross_entropy`, and what else its pass over the logits sees, at no extra product.
+    """Return `linear_cross_entropy` and per-token statistics, which cost no further matmul.
 
-    Only the loss is differentiable; log_prob, entropy and correct are marked as not. A log-probability with a gradient is
-    `linear_log_prob`: this loss times -1 for reduction "none" without weights, smoothing and z-loss.
+    Only the loss is differentiable; use `linear_log_prob` for a log-probability with a gradient.
     """
+    head = Head(x, weight, bias, lora)
     loss = Loss(label_smoothing, z_loss, softcap, logit_scale, temperature)
-    value, (log_prob, entropy, correct) = _checked_losses(
-        "linear_cross_entropy_statistics", True, x, weight, target, bias, lora, token_weight, reduction, ignore_index, chunk_bytes, loss)
+    options = Options(loss, ignore_index, chunk_bytes, reduction, statistics=True)
+    _check("linear_cross_entropy_statistics", head, target, token_weight, options)
+    value, (log_prob, entropy, correct) = _reduced_loss(head, target, token_weight, options)
     return TokenStatistics(value, log_prob, entropy, correct != 0)
 
 
@@ -337,14 +340,17 @@ def linear_cross_entropy(
         token_weight: Tensor | None = None, ignore_index: int | None = -100, label_smoothing: float = 0.0, z_loss: float = 0.0,
         softcap: float | None = None, logit_scale: float = 1.0, temperature: float = 1.0, reduction: str = "sum",
         chunk_bytes: int | None = None) -> Tensor:
-    """Cross entropy of softcap(logit_scale·(x Wᵀ + b + LoRA)) / temperature with target, in fp32 (fp64 for fp64 inputs).
+    """Return the cross entropy of softcap(logit_scale·(x Wᵀ + b + LoRA)) / temperature with target.
 
     x [S, D], weight [V, D], bias [V], target [S] int64, token_weight [S] (differentiable); lora: A [R, D] and B [V, R] in any floating
-    dtype, no dropout, no magnitude. `mean` divides by the summed weight of the rows that are not ignored. With nothing to sum the result
-    is a differentiable 0. `ignore_index=None` says that no row is ignored: then nothing waits for the device. `chunk_bytes` bounds the
-    largest tensor of logits: one chunk's, in x's dtype with Triton and in fp32 (fp64) in the reference (`rows_per_chunk`).
-    ValueError for arguments that do not fit. A target outside [0, V) is one on a CPU, and on a GPU makes loss and gradients NaN.
+    dtype, no dropout, no magnitude. The result is fp32 (fp64 for fp64 inputs). `mean` divides by the summed weight of the rows that are
+    not ignored; without any row the result is a differentiable 0. With `ignore_index=None` no row is ignored and nothing waits for the
+    device. `chunk_bytes` bounds the largest tensor of logits (`rows_per_chunk`).
+    Raises ValueError for arguments that do not fit each other and, on a CPU, for targets outside [0, V); on a GPU such a target makes the
+    loss and its gradients NaN.
     """
+    head = Head(x, weight, bias, lora)
     loss = Loss(label_smoothing, z_loss, softcap, logit_scale, temperature)
-    return _checked_losses("linear_cross_entropy", False, x, weight, target, bias, lora, token_weight, reduction, ignore_index,
-                           chunk_bytes, loss)[0]
+    options = Options(loss, ignore_index, chunk_bytes, reduction)
+    _check("linear_cross_entropy", head, target, token_weight, options)
+    return _reduced_loss(head, target, token_weight, options)[0]

@@ -1,38 +1,25 @@
-"""Two heads and the divergence of what they predict in one op: the S x V logits never exist, only one chunk of rows at a time.
+"""Two language-model heads and the divergence of their predictions in one operation, without materialising the [S, V] logits.
 
 For row i with weight w_i, student hidden state x_i under the head (W, b) and reference hidden state y_i under (W', b'):
 
     u_i = W x_i + b        u'_i = W' y_i + b'        d_i = divergence of softmax(logits(u_i)) and softmax(logits(u'_i))
     sum:   L = Σ w_i d_i        mean: L = Σ w_i d_i / Σ w_i        none: w_i d_i
-    g_i = ∂d_i/∂u_i                                    kernels/_kl_rows.py has the divergences, their gradients and the row pass
+    g_i = ∂d_i/∂u_i                                    kernels/_kl_rows.py has the divergences, their gradients and the row kernel
     ∂L/∂x_i = w_i·Wᵀg_i          ∂L/∂W = Σ w_i·g_i x_iᵀ          ∂L/∂b = Σ w_i·g_i
 
-The reference gives no gradient: not to y, W' or b', nor, where both sides share one trained head, to W through u'. (A
-regulariser pulls the student towards the reference, never the reference towards the student.)
+The reference gets no gradient: neither y, W' and b', nor, where both sides share one trained head, W through u'.
 
-Products of 2·S·D·V FLOP each, as in `linear_cross_entropy` with one more for the reference; a shared head makes both sides'
-in one call, on a chunk of the student's rows stacked on the reference's, and so reads W once for the two:
-- rows outside `keep` are left out before the first product;
-- frozen head: g_i depends on row i alone, so the forward keeps the unit gradient Wᵀg_i (S x D) and the backward is a row
-  scale: 3 products for any upstream gradient;
-- trained head, sum or mean: the upstream is one number, so the gradients are made in the forward: 4 products;
-- trained head, none: the backward computes both sides again: 6 products;
-- nothing to differentiate: 2 products.
-
-Memory: one chunk of both sides' logits, of `chunk_bytes` as `linear_cross_entropy` counts them, g written over the student's;
-beside it what is returned or kept: S x D, and V x D in fp32 for a trained head. Launches per chunk on a GPU: one
-row kernel, 1 or 2 head products, then one for each gradient, and where the head is shared the copy that stacks the rows.
-
-Predicted on an H200 at 8192 x 4096 x 128256 in bf16 (11.6 ms a product at 75% of 989 TFLOP/s, memory at 4.8 TB/s): frozen head
-34.8 + 2.2 (rows: 10·S·V bytes; Jensen-Shannon 3.1) = 37 ms; trained head 46.4 + 2.2 + up to 2 for the sums of ∂W = 51 ms.
-
-Best ms on one core, forward + backward at S=500, D=256, V=8192, one shared frozen head (one product: 20 / 4):
-                              forward      reverse      Jensen-Shannon
-    fp32 / bf16               78 / 31      80 / 32      88 / 41
-    the same, full logits     78 / 33      82 / 35      110 / 63
-
-Products run in x's dtype (autocast is not consulted), statistics and the sums over chunks in fp32 (fp64 for fp64).
+Logits of both sides are computed for one chunk of rows at a time. Rows outside `keep` are dropped before the first matmul. The number of
+matmuls (2·S·D·V FLOP each) is that of `linear_cross_entropy` plus one for the reference:
+- frozen head: the forward computes Wᵀg_i and the backward scales its rows: 3 matmuls;
+- trained head, sum or mean: the forward computes all gradients: 4 matmuls;
+- trained head, none: the backward recomputes both sides' logits: 6 matmuls;
+- nothing requires a gradient: 2 matmuls.
+A shared head serves both sides with one call, on the student's rows stacked on the reference's, which reads W once.
+Matmuls run in x's dtype (autocast does not apply); statistics and sums over chunks are fp32 (fp64 for fp64).
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,13 +29,37 @@ from kernels._autocast import without_autocast
 from kernels._cross_entropy_rows import new_logits, statistics_dtype
 from kernels._dispatch import operator
 from kernels._kl_rows import DIVERGENCES, Rule, kl_rows
-from kernels.linear_cross_entropy import add_product, rows_per_chunk
+from kernels.linear_cross_entropy import accumulate_matmul, rows_per_chunk
 
 REDUCTIONS = ("sum", "mean", "none")
 
 
-def _fake_chunks(x, weight, x_ref, weight_ref, bias, bias_ref, row_weight, keep, divergence, beta, softcap, logit_scale, temperature,
-                 chunk_bytes, want_x, want_weight, want_bias):
+class Sides(NamedTuple):
+    """Hidden states and head of student and reference; weight_ref None: both sides use weight and bias."""
+
+    x: Tensor
+    weight: Tensor
+    x_ref: Tensor
+    weight_ref: Tensor | None
+    bias: Tensor | None
+    bias_ref: Tensor | None
+
+
+class Wanted(NamedTuple):
+    """Whether x, weight and bias need a gradient."""
+
+    x: bool
+    weight: bool
+    bias: bool
+
+
+NOTHING = Wanted(False, False, False)
+
+
+# ---------------------------------------------------------------- the operator: divergences and gradients, chunk by chunk
+
+
+def _fake_chunks(x, weight, x_ref, weight_ref, bias, bias_ref, row_weight, keep, *, want_x, want_weight, want_bias, **_):
     exact = statistics_dtype(x)
     return (x.new_empty(x.shape[0], dtype=exact), x.new_empty(x.shape if want_x else 0),
             weight.new_empty(weight.shape if want_weight else 0, dtype=exact),
@@ -58,13 +69,13 @@ def _fake_chunks(x, weight, x_ref, weight_ref, bias, bias_ref, row_weight, keep,
 @operator(_fake_chunks)
 def linear_kl_chunks(
         x: Tensor, weight: Tensor, x_ref: Tensor, weight_ref: Tensor | None, bias: Tensor | None, bias_ref: Tensor | None,
-        row_weight: Tensor | None, keep: Tensor | None, divergence: str, beta: float, softcap: float | None, logit_scale: float,
+        row_weight: Tensor | None, keep: Tensor | None, *, divergence: str, beta: float, softcap: float | None, logit_scale: float,
         temperature: float, chunk_bytes: int | None, want_x: bool, want_weight: bool, want_bias: bool
-        ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Divergences d_i [S], unweighted, and the gradients of Σ row_weight_i·d_i (row_weight None: all 1).
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return divergences d_i [S] and the wanted gradients of Σ row_weight_i·d_i (row_weight None: all 1).
 
-    weight_ref None: one head, weight and bias, for both sides. dx [S, D] is in x's dtype, dweight [V, D] and dbias [V] in the
-    statistics dtype; one that is not wanted is empty. Rows outside `keep` have divergence and dx 0.
+    Divergences are not weighted. ∂x [S, D] has x's dtype, ∂W [V, D] and ∂b [V] the statistics dtype; one that is not wanted is empty.
+    Rows outside `keep` have divergence and ∂x 0.
     """
     exact, V = statistics_dtype(x), weight.shape[0]
     rule = Rule(divergence, beta, softcap, logit_scale, temperature)
@@ -72,84 +83,96 @@ def linear_kl_chunks(
     dx = x.new_zeros(x.shape if want_x else 0)
     dweight = weight.new_empty(weight.shape if want_weight else 0, dtype=exact)  # written by the first chunk
     dbias = weight.new_zeros(V if want_bias else 0, dtype=exact)
-    # The one place that reads the device: how many rows are left is known to the host only after a sync.
-    kept = None if keep is None else keep.nonzero()[:, 0]
-    count = x.shape[0] if kept is None else kept.shape[0]
+    # The only read from the device: the host needs the number of kept rows.
+    kept_rows = None if keep is None else keep.nonzero()[:, 0]
+    count = x.shape[0] if kept_rows is None else kept_rows.shape[0]
     if not count:
         dweight.zero_()
     step = max(1, min(rows_per_chunk(2 * V, x.dtype, x.device.type, chunk_bytes), count))
     buffer = new_logits(2 * step, V, x)
     for start in range(0, count, step):
         stop = min(start + step, count)
-        rows, n = slice(start, stop) if kept is None else kept[start:stop], stop - start
+        rows, n = slice(start, stop) if kept_rows is None else kept_rows[start:stop], stop - start
         x_rows, student, reference = x[rows], buffer[:n], buffer[n:2 * n]
         if weight_ref is None:
-            _product(torch.cat([x_rows, x_ref[rows]]), weight, bias, out=buffer[:2 * n])
+            _linear(torch.cat([x_rows, x_ref[rows]]), weight, bias, out=buffer[:2 * n])
         else:
-            _product(x_rows, weight, bias, out=student)
-            _product(x_ref[rows], weight_ref, bias_ref, out=reference)
-        scale = None if row_weight is None else row_weight[rows].contiguous()  # an upstream may be one number, expanded
+            _linear(x_rows, weight, bias, out=student)
+            _linear(x_ref[rows], weight_ref, bias_ref, out=reference)
+        scale = None if row_weight is None else row_weight[rows].contiguous()  # an upstream gradient may be an expanded scalar
         losses[rows] = kl_rows(student, reference, scale, rule, want_x or want_weight or want_bias)
         if want_bias:
             dbias += student.sum(0, dtype=exact)
         if want_x:
             dx[rows] = student @ weight
         if want_weight:
-            add_product(dweight, student.t(), x_rows, start)
+            accumulate_matmul(dweight, student.t(), x_rows, first=start == 0)
     return losses, dx, dweight, dbias
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
     return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
 
 
+# ---------------------------------------------------------------- autograd
+
+
+def _run(sides, row_weight: Tensor | None, keep: Tensor | None, rule: Rule, chunk_bytes: int | None, wanted: Wanted
+         ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Call the operator."""
+    return linear_kl_chunks(
+        *sides, row_weight, keep, divergence=rule.divergence, beta=rule.beta, softcap=rule.softcap, logit_scale=rule.logit_scale,
+        temperature=rule.temperature, chunk_bytes=chunk_bytes, want_x=wanted.x, want_weight=wanted.weight, want_bias=wanted.bias)
+
+
+# The inputs of all three Functions begin with the six fields of Sides, then `keep`, the rule and chunk_bytes.
+
+
 class _FrozenRows(torch.autograd.Function):
-    """Divergences of all rows under a head that gets no gradient: the saved unit gradients wait for their row's scale."""
+    """Divergences of all rows under a frozen head; the backward scales the rows of the saved Wᵀg_i."""
 
     @staticmethod
     @without_autocast
     def forward(ctx, x, weight, x_ref, weight_ref, bias, bias_ref, keep, rule, chunk_bytes, want_x):
-        losses, unit, _, _ = linear_kl_chunks(x, weight, x_ref, weight_ref, bias, bias_ref, None, keep, *rule, chunk_bytes,
-                                              want_x, False, False)
-        ctx.save_for_backward(unit)
+        losses, dx, _, _ = _run((x, weight, x_ref, weight_ref, bias, bias_ref), None, keep, rule, chunk_bytes, Wanted(want_x, False, False))
+        ctx.save_for_backward(dx)
         return losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):
-        unit, = ctx.saved_tensors
-        return (unit * upstream[:, None]).to(unit.dtype), *(None,) * 9
+        dx, = ctx.saved_tensors
+        return (dx * upstream[:, None]).to(dx.dtype), *(None,) * 9
 
 
 class _TrainedRows(torch.autograd.Function):
-    """Divergences of all rows under a trained head: the backward computes the logits again, the rows' weights now known."""
+    """Divergences of all rows under a trained head; the backward, which knows the rows' weights, recomputes the logits."""
 
     @staticmethod
     @without_autocast
     def forward(ctx, x, weight, x_ref, weight_ref, bias, bias_ref, keep, rule, chunk_bytes):
         ctx.save_for_backward(x, weight, x_ref, weight_ref, bias, bias_ref, keep)
         ctx.rule, ctx.chunk_bytes = rule, chunk_bytes
-        return linear_kl_chunks(x, weight, x_ref, weight_ref, bias, bias_ref, None, keep, *rule, chunk_bytes, False, False, False)[0]
+        return _run((x, weight, x_ref, weight_ref, bias, bias_ref), None, keep, rule, chunk_bytes, NOTHING)[0]
 
     @staticmethod
     @once_differentiable
     @without_autocast
     def backward(ctx, upstream):
-        *tensors, keep = ctx.saved_tensors
+        *sides, keep = ctx.saved_tensors
         wanted = _wanted(ctx)
-        _, *gradients = linear_kl_chunks(*tensors, upstream, keep, *ctx.rule, ctx.chunk_bytes, *wanted)
-        return *_in_place(gradients, wanted, tensors[1].dtype), None, None, None
+        _, *gradients = _run(sides, upstream, keep, ctx.rule, ctx.chunk_bytes, wanted)
+        return *_by_side(gradients, wanted, sides[1].dtype), None, None, None
 
 
 class _TrainedSum(torch.autograd.Function):
-    """Σ row_weight_i·d_i under a trained head: all gradients are made in the forward, the backward scales them."""
+    """Σ row_weight_i·d_i under a trained head; the forward computes all gradients, the backward scales them."""
 
     @staticmethod
     @without_autocast
     def forward(ctx, x, weight, x_ref, weight_ref, bias, bias_ref, keep, rule, chunk_bytes, row_weight):
         ctx.wanted, ctx.dtype = _wanted(ctx), weight.dtype
-        losses, *gradients = linear_kl_chunks(x, weight, x_ref, weight_ref, bias, bias_ref, row_weight, keep, *rule, chunk_bytes,
-                                              *ctx.wanted)
+        losses, *gradients = _run((x, weight, x_ref, weight_ref, bias, bias_ref), row_weight, keep, rule, chunk_bytes, ctx.wanted)
         ctx.save_for_backward(losses, *gradients)
         return losses.dot(row_weight)
 
@@ -159,21 +182,27 @@ class _TrainedSum(torch.autograd.Function):
         losses, dx, *gradients = ctx.saved_tensors
         scaled = [(dx * upstream).to(dx.dtype), *(g * upstream for g in gradients)]
         drow_weight = losses * upstream if ctx.needs_input_grad[9] else None
-        return *_in_place(scaled, ctx.wanted, ctx.dtype), None, None, None, drow_weight
+        return *_by_side(scaled, ctx.wanted, ctx.dtype), None, None, None, drow_weight
 
 
-def _wanted(ctx) -> tuple[bool, bool, bool]:
-    """Whether x, weight and bias want a gradient."""
-    return ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[4]
+def _wanted(ctx) -> Wanted:
+    x, weight, _, _, bias, *_ = ctx.needs_input_grad
+    return Wanted(x, weight, bias)
 
 
-def _in_place(gradients, wanted: tuple[bool, bool, bool], dtype: torch.dtype) -> tuple[Tensor | None, ...]:
-    """The gradients of x, weight and bias where a Function's first six inputs expect them."""
+def _by_side(gradients, wanted: Wanted, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+    """Return the gradients of the six fields of Sides from those of x, weight and bias."""
     dx, dweight, dbias = (g if want else None for g, want in zip(gradients, wanted, strict=True))
     return dx, None if dweight is None else dweight.to(dtype), None, None, None if dbias is None else dbias.to(dtype), None
 
 
-def _check(x, weight, x_ref, weight_ref, bias, bias_ref, token_weight, keep, rule: Rule, reduction: str) -> None:
+# ---------------------------------------------------------------- public
+
+
+def _check(sides: Sides, token_weight: Tensor | None, keep: Tensor | None, rule: Rule, reduction: str) -> None:
+    """Raise ValueError unless all arguments fit each other."""
+    x, weight, x_ref, weight_ref, bias, bias_ref = sides
+
     def expect(right: bool, expected: str, got: str) -> None:
         if not right:
             raise ValueError(f"linear_kl: expected {expected}, got {got}")
@@ -209,17 +238,18 @@ def linear_kl(x: Tensor, weight: Tensor, x_ref: Tensor, weight_ref: Tensor | Non
               beta: float = 0.5, bias: Tensor | None = None, bias_ref: Tensor | None = None, token_weight: Tensor | None = None,
               keep: Tensor | None = None, softcap: float | None = None, logit_scale: float = 1.0, temperature: float = 1.0,
               reduction: str = "sum", chunk_bytes: int | None = None) -> Tensor:
-    """Divergence, in nats and fp32 (fp64 for fp64 inputs), of the student x Wᵀ + b from the reference x_ref W'ᵀ + b'.
+    """Return the divergence of the student x Wᵀ + b from the reference x_ref W'ᵀ + b', in nats and fp32 (fp64 for fp64 inputs).
 
-    x [S, D], weight [V, D], bias [V]; x_ref [S, D'], weight_ref [V, D'], bias_ref [V], of which none gets a gradient; without
+    x [S, D], weight [V, D], bias [V]; x_ref [S, D'], weight_ref [V, D'], bias_ref [V], none of which gets a gradient; without
     weight_ref both sides use weight and bias. divergence: "forward" KL(reference‖student), "reverse" KL(student‖reference), or
     "jensen_shannon" with weight beta on KL(reference‖mixture). Logits are softcap·tanh(logit_scale·u/softcap)/temperature on
     both sides; the loss is not multiplied by temperature². token_weight [S] is differentiable. `keep` [S] bool drops the rows
-    where it is False (without it nothing waits for the device); `mean` divides by the summed weight of those kept. With nothing
-    to sum the result is a differentiable 0. `chunk_bytes` bounds one chunk of both sides' logits.
+    where it is False (without it nothing waits for the device); `mean` divides by the summed weight of the kept rows. Without any
+    row the result is a differentiable 0. `chunk_bytes` bounds one chunk of both sides' logits.
+    Raises ValueError for arguments that do not fit each other.
     """
     rule = Rule(divergence, beta, softcap, logit_scale, temperature)
-    _check(x, weight, x_ref, weight_ref, bias, bias_ref, token_weight, keep, rule, reduction)
+    _check(Sides(x, weight, x_ref, weight_ref, bias, bias_ref), token_weight, keep, rule, reduction)
     exact = statistics_dtype(x)
     x_ref, weight_ref, bias_ref = (None if t is None else t.detach() for t in (x_ref, weight_ref, bias_ref))
     inputs = x, weight, x_ref, weight_ref, bias, bias_ref, keep, rule, chunk_bytes
@@ -228,8 +258,8 @@ def linear_kl(x: Tensor, weight: Tensor, x_ref: Tensor, weight_ref: Tensor | Non
     if trained and reduction != "none":
         loss = _TrainedSum.apply(*inputs, row_weight)
     else:
-        rows = _TrainedRows.apply(*inputs) if trained else _FrozenRows.apply(*inputs, torch.is_grad_enabled() and x.requires_grad)
-        loss = rows * row_weight if reduction == "none" else rows.dot(row_weight)
+        losses = _TrainedRows.apply(*inputs) if trained else _FrozenRows.apply(*inputs, torch.is_grad_enabled() and x.requires_grad)
+        loss = losses * row_weight if reduction == "none" else losses.dot(row_weight)
     if reduction != "mean":
         return loss
     total = (row_weight if keep is None else row_weight.masked_fill(~keep, 0.0)).sum()
@@ -237,10 +267,11 @@ def linear_kl(x: Tensor, weight: Tensor, x_ref: Tensor, weight_ref: Tensor | Non
 
 
 def _aot(divergence: str, trained: bool, softcap: float | None = None):
-    """Llama-3.1-8B's head, one chunk of rows."""
+    """Launch one chunk of rows of Llama-3.1-8B's head."""
     x, x_ref, weight = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in ((1024, 4096), (1024, 4096), (128256, 4096)))
     row_weight = torch.empty(1024, device="meta") if trained else None
-    linear_kl_chunks(x, weight, x_ref, None, None, None, row_weight, None, divergence, 0.5, softcap, 1.0, 1.0, None, True, trained, False)
+    rule = Rule(divergence, 0.5, softcap, 1.0, 1.0)
+    _run(Sides(x, weight, x_ref, None, None, None), row_weight, None, rule, None, Wanted(True, trained, False))
 
 
 AOT = {

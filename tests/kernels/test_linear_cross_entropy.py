@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels._cross_entropy_rows import LAUNCH, Loss, cross_entropy_rows, new_logits
 from kernels.linear_cross_entropy import (
-    _linear_cross_entropy,
     linear_cross_entropy,
+    linear_cross_entropy_chunks,
     linear_cross_entropy_statistics,
     linear_log_prob,
     rows_per_chunk,
@@ -36,6 +36,7 @@ from tests.helpers.kernels import (
 )
 
 S, D, V = 13, 6, 17
+FLAGS = dict(lora_scaling=1.0, **Loss()._asdict(), ignore_index=-100, chunk_bytes=None, statistics=False)  # of the operator
 ROW = V * 8  # bytes of one fp64 row of logits
 
 
@@ -271,8 +272,9 @@ def test_no_tensor_is_larger_than_a_chunk_and_products_are_few(dtype, wanted, pr
     tensors = inputs(dtype, rows=rows, width=width, vocabulary=vocabulary)
     x, weight, _, target, token_weight = (t.detach() for t in tensors)
     with Allocations() as seen:
-        _linear_cross_entropy(x, weight, target, None, None, None, token_weight, 0.1, 0.01, 5.0, 0.5, 1.0, -100, 1.0,
-                              chunk_rows * vocabulary * 4, False, ["x" in wanted, "weight" in wanted, False, False, False])
+        flags = FLAGS | Loss(0.1, 0.01, 5.0, 0.5, 1.0)._asdict() | dict(chunk_bytes=chunk_rows * vocabulary * 4)
+        linear_cross_entropy_chunks(x, weight, None, None, None, target, token_weight, **flags,
+                                    wanted=["x" in wanted, "weight" in wanted, False, False, False])
     assert seen.largest == chunk_rows * vocabulary * 4
     kept = int((target >= 0).sum())
     assert kept == 64 and seen.products == products * kept // chunk_rows
@@ -282,14 +284,14 @@ def test_no_tensor_is_larger_than_a_chunk_and_products_are_few(dtype, wanted, pr
                                                      ("lora", 2), ("lora, none", 3), ("all, statistics", 3), ("x, statistics", 2)])
 def test_products_behind_the_public_function(monkeypatch, differentiate, products):
     """Counts what each call of the op asks for: one product for the losses and one for each large gradient."""
-    asked = []
+    calls = []
 
-    def counted(*args):
-        asked.append(1 + args[-1][0] + args[-1][1])
-        return _linear_cross_entropy(*args)
+    def counted(*tensors, wanted, **flags):
+        calls.append(1 + wanted[0] + wanted[1])
+        return linear_cross_entropy_chunks(*tensors, wanted=wanted, **flags)
 
-    # The package lends the module's name to the function, so the module is asked for by import.
-    monkeypatch.setattr(importlib.import_module("kernels.linear_cross_entropy"), "_linear_cross_entropy", counted)
+    # `kernels.linear_cross_entropy` is the function; only an import by name gives the module.
+    monkeypatch.setattr(importlib.import_module("kernels.linear_cross_entropy"), "linear_cross_entropy_chunks", counted)
     x, weight, _, target, _ = inputs(trained=differentiate.startswith("all"))
     if differentiate == "nothing":
         x = x.detach()
@@ -301,7 +303,7 @@ def test_products_behind_the_public_function(monkeypatch, differentiate, product
         loss = (result.loss if differentiate.endswith("statistics") else result).sum()
     if loss.requires_grad:
         loss.backward()
-    assert sum(asked) == products
+    assert sum(calls) == products
 
 
 @pytest.mark.parametrize("rows", [0, 6])
@@ -402,8 +404,8 @@ def test_compiles_in_one_graph_with_ignored_rows(trained, reduction):
 def test_op_schema_and_fake_kernel(wanted, statistics):
     x, weight, bias, target, token_weight = (t.detach() for t in inputs(torch.bfloat16))
     A, B = torch.randn(2, D), torch.randn(V, 2)
-    torch.library.opcheck(_linear_cross_entropy.node, (
-        x, weight, target, bias, A, B, token_weight, 0.1, 0.0, None, 1.0, 0.7, -100, 2.0, None, statistics, wanted))
+    flags = FLAGS | dict(lora_scaling=2.0, label_smoothing=0.1, temperature=0.7, statistics=statistics, wanted=wanted)
+    torch.library.opcheck(linear_cross_entropy_chunks.node, (x, weight, bias, A, B, target, token_weight), flags)
 
 
 def test_autocast_is_not_consulted():
@@ -686,7 +688,8 @@ def test_kernel_keeps_to_the_chunk(dtype, vocabulary):
     width = 256 if vocabulary == 256 else 272
     size = chunk_rows * width * dtype.itemsize
     with triton_mode(), Allocations() as seen:
-        _linear_cross_entropy(x, weight, target, None, None, None, None, *Loss(), -100, 1.0, size + 1, False, [True] + [False] * 4)
+        flags = FLAGS | dict(chunk_bytes=size + 1, wanted=[True] + [False] * 4)
+        linear_cross_entropy_chunks(x, weight, None, None, None, target, None, **flags)
     assert seen.largest == size and seen.products == 2 * 16 // chunk_rows
     with triton_mode():
         assert new_logits(3, vocabulary, x).stride() == (width, 1)
@@ -735,8 +738,8 @@ def test_kernel_schema(wanted):
     x, weight, bias, target, token_weight = (t.detach().to(DEVICE) for t in inputs(torch.bfloat16))
     A, B = torch.randn(2, D, device=DEVICE), torch.randn(V, 2, device=DEVICE)
     with triton_mode():
-        torch.library.opcheck(_linear_cross_entropy.node, (
-            x, weight, target, bias, A, B, token_weight, 0.1, 0.0, None, 1.0, 0.7, -100, 2.0, None, True, wanted))
+        flags = FLAGS | dict(lora_scaling=2.0, label_smoothing=0.1, temperature=0.7, statistics=True, wanted=wanted)
+        torch.library.opcheck(linear_cross_entropy_chunks.node, (x, weight, bias, A, B, target, token_weight), flags)
 
 
 @runs_triton

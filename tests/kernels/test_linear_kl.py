@@ -175,6 +175,12 @@ def test_chunk_size_changes_nothing_but_rounding(rows, chunk_rows, trained, shar
     assert_same(*losses, [x, weight] if trained else [x], 1e-12)
 
 
+def flags(want_x, want_weight, want_bias, chunk_bytes=None, **rule):
+    """The operator's keyword arguments."""
+    rule = dict(divergence="forward", beta=0.5, softcap=None, logit_scale=1.0, temperature=1.0) | rule
+    return rule | dict(chunk_bytes=chunk_bytes, want_x=want_x, want_weight=want_weight, want_bias=want_bias)
+
+
 class Allocations(TorchDispatchMode):
     """The size in bytes of the largest tensor an op returns, and the FLOP of the products computed."""
 
@@ -203,8 +209,8 @@ def test_no_tensor_is_larger_than_a_chunk_and_products_are_few(dtype, divergence
     keep = weights_and_mask(rows)[1]
     chunk_bytes = chunk_rows * 2 * vocabulary * 4
     with Allocations() as seen:
-        linear_kl_chunks(x, weight, x_ref, None if shared else weight_ref, None, None, None, keep, divergence, 0.5, 5.0, 0.5, 1.0,
-                         chunk_bytes, *wanted, False)
+        linear_kl_chunks(x, weight, x_ref, None if shared else weight_ref, None, None, None, keep,
+                         **flags(*wanted, False, chunk_bytes, divergence=divergence, softcap=5.0, logit_scale=0.5))
     assert chunk_bytes // 2 <= seen.largest <= chunk_bytes
     assert seen.flop == products * 2 * int(keep.sum()) * width * vocabulary
 
@@ -212,13 +218,13 @@ def test_no_tensor_is_larger_than_a_chunk_and_products_are_few(dtype, divergence
 @pytest.mark.parametrize("differentiate, products", [("nothing", 2), ("no_grad", 2), ("x", 3), ("all", 4), ("all, none", 6)])
 def test_products_behind_the_public_function(monkeypatch, differentiate, products):
     """Counts what each call of the op asks for: two products for the divergences and one for each large gradient."""
-    asked = []
+    calls = []
 
-    def counted(*args):
-        asked.append(2 + args[-3] + args[-2])
-        return linear_kl_chunks(*args)
+    def counted(*tensors, **flags):
+        calls.append(2 + flags["want_x"] + flags["want_weight"])
+        return linear_kl_chunks(*tensors, **flags)
 
-    # The package may lend the module's name to the function, so the module is asked for by import.
+    # `kernels.linear_kl` may be the function; only an import by name gives the module.
     monkeypatch.setattr(importlib.import_module("kernels.linear_kl"), "linear_kl_chunks", counted)
     x, weight, _, x_ref, weight_ref, _ = inputs(trained=differentiate.startswith("all"))
     if differentiate == "nothing":
@@ -227,7 +233,7 @@ def test_products_behind_the_public_function(monkeypatch, differentiate, product
         loss = linear_kl(x, weight, x_ref, weight_ref, reduction="none" if differentiate.endswith("none") else "sum").sum()
     if loss.requires_grad:
         loss.backward()
-    assert sum(asked) == products
+    assert sum(calls) == products
 
 
 @pytest.mark.parametrize("rows", [0, 6])
@@ -370,7 +376,7 @@ def test_op_schema_and_fake_kernel(wants, shared):
     x, weight, bias, x_ref, weight_ref, bias_ref = (t.detach() for t in inputs(torch.bfloat16))
     token_weight, keep = weights_and_mask(dtype=torch.float32)
     side = (torch.randn_like(x), None, bias, None) if shared else (x_ref, weight_ref, bias, bias_ref)
-    torch.library.opcheck(linear_kl_chunks.node, (x, weight, *side, token_weight, keep, "reverse", 0.5, 3.0, 1.0, 1.0, None, *wants))
+    torch.library.opcheck(linear_kl_chunks.node, (x, weight, *side, token_weight, keep), flags(*wants, divergence="reverse", softcap=3.0))
 
 
 @pytest.mark.parametrize("change, message", [
@@ -486,8 +492,8 @@ def test_kernels_compile_in_one_graph(reduction):
     with triton_mode():
         compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(x, weight)
         slopes = gradients(compiled, [x, weight])
-        torch.library.opcheck(linear_kl_chunks.node, (*(t.detach() for t in (x, weight, x_ref, weight_ref)), None, None, None, None,
-                                                      "reverse", 0.5, None, 1.0, 1.0, None, True, True, False))
+        torch.library.opcheck(linear_kl_chunks.node, (*(t.detach() for t in (x, weight, x_ref, weight_ref)), None, None, None, None),
+                              flags(True, True, False, divergence="reverse"))
     theirs = stock(x, weight, x_ref, weight_ref, divergence="reverse", reduction=reduction)
     torch.testing.assert_close(compiled, theirs)
     torch.testing.assert_close(slopes, gradients(theirs, [x, weight]))
