@@ -1,8 +1,8 @@
-"""The operations that fine-tuning spends its time in, each with hand-derived gradients, as plain functions of tensors.
+"""The operations that fine-tuning spends its time in, as plain functions of tensors.
 
-One file holds one operation: its maths, a torch reference (which is the CPU path), Triton kernels and its public function. Nothing here
-knows about models or trainers, and nothing but torch (and Triton, on a GPU) is needed. The import name is shared with Hugging Face's hub
-client: see `_hub_client`.
+One file holds one operation: its maths, hand-derived gradients, a torch reference (which is the CPU path), Triton kernels and its public
+function. Nothing here knows about models or trainers; only torch is needed, and Triton on a GPU. `serving` says whether Triton or the
+reference serves a device and dtype. The import name is shared with Hugging Face's hub client: see `_hub_client`.
 """
 
 from kernels import _hub_client

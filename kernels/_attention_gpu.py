@@ -1,14 +1,16 @@
-"""Packed attention on a GPU: whose kernels serve, and what each has to be told. One launch each way, and nothing is read back.
+"""Packed attention on a GPU, by the flash kernels of other packages.
+
+Each makes one launch each way and reads nothing back:
 
     varlen_attn      torch's own build of FlashAttention 2: the default; neither softcap nor dropout
-    flash_attn 2, 3  where those packages are installed (3 on Hopper): softcap; dropout in 2 alone
+    flash_attn 2, 3  where those packages are installed (3 on Hopper): softcap; dropout in 2 only
     flex_attention   compiled by torch for softcap, where neither is installed
 
-fp32, dropout without flash-attn 2, dropout with a softcap, heads wider than 256, and GPUs before Ampere get the tiles of
-`kernels.attention`, many launches a document: a last resort. FlashAttention sums ∂q in whatever order its programs end, in a fixed
-one (and more slowly) under `torch.use_deterministic_algorithms(True)`.
+fp32, dropout without flash-attn 2, dropout with a softcap, heads wider than 256, and GPUs before Ampere use the tiles of
+`kernels.attention`, with many launches per document: a last resort. FlashAttention sums ∂q in a varying order, and in a fixed one
+(more slowly) under `torch.use_deterministic_algorithms(True)`.
 
-What is derived from a pack, and not from a layer, is made once and kept as long as the pack's cu_seqlens: `per_pack`.
+Values that depend on the pack but not on the layer are computed once per pack and cached with its cu_seqlens: `per_pack`.
 
 Shapes: T tokens, n documents, H query heads, Hk key heads, D head width.
 """
@@ -28,7 +30,7 @@ from kernels import _dispatch
 INSTALLED = {name: importlib.util.find_spec(name) is not None for name in ("flash_attn", "flash_attn_interface")}
 HEAD_DIMS = range(16, 257)
 FLEX_BLOCK = 128  # rows and columns of FlexAttention's blocks
-_packs = WeakTensorKeyDictionary()  # cu_seqlens -> the version of its contents, and what was made of them
+_packs = WeakTensorKeyDictionary()  # cu_seqlens -> the version of its contents, and the values cached for them
 
 
 @torch.compiler.assume_constant_result
@@ -37,7 +39,10 @@ def _generation(device: torch.device) -> int:
 
 
 def backend(device: torch.device, dtype: torch.dtype, softcap: float | None = None, dropout: float = 0.0) -> str:
-    """Who serves attention there: "tiles" or one of BACKENDS. Flash kernels want 16 bits and Ampere or later."""
+    """Return the backend of attention: "tiles" or one of BACKENDS.
+
+    Flash kernels need 16-bit dtypes and Ampere or later.
+    """
     if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16) or (softcap is not None and dropout):
         return "tiles"
     generation = _generation(device)
@@ -53,7 +58,7 @@ def backend(device: torch.device, dtype: torch.dtype, softcap: float | None = No
 
 
 def check_backward_offsets(tokens: int, documents: int, heads: int, head_dim: int) -> None:
-    """ValueError where flash-attn 2's varlen backward (torch's varlen_attn too) would overflow its 32-bit offsets."""
+    """Raise ValueError where flash-attn 2's varlen backward (and torch's) would overflow 32-bit offsets."""
     size = (tokens + 128 * documents) * heads * (-(-head_dim // 32) * 32)
     if size >= 2**31:
         raise ValueError(
@@ -64,17 +69,20 @@ def check_backward_offsets(tokens: int, documents: int, heads: int, head_dim: in
 # ---------------------------------------------------------------- once per pack
 
 
-def per_pack(cu_seqlens: Tensor, what: Hashable, make: Callable[[], object]):
-    """make(), called once for these contents of this very tensor, which all layers of a model are given."""
-    if cu_seqlens.is_inference() or _capturing(cu_seqlens):  # no version to tell contents by; other contents at each replay
-        return make()
-    version, made = _packs.get(cu_seqlens, (None, {}))
+def per_pack(cu_seqlens: Tensor, key: Hashable, compute: Callable[[], object]):
+    """Return compute(), cached under `key` for this tensor and its contents.
+
+    All layers of a model share one cu_seqlens.
+    """
+    if cu_seqlens.is_inference() or _capturing(cu_seqlens):  # no version counter; other contents in each replay
+        return compute()
+    version, cached = _packs.get(cu_seqlens, (None, {}))
     if version != cu_seqlens._version:
-        made = {}
-        _packs[cu_seqlens] = cu_seqlens._version, made
-    if what not in made:
-        made[what] = make()
-    return made[what]
+        cached = {}
+        _packs[cu_seqlens] = cu_seqlens._version, cached
+    if key not in cached:
+        cached[key] = compute()
+    return cached[key]
 
 
 def _capturing(t: Tensor) -> bool:
@@ -82,12 +90,15 @@ def _capturing(t: Tensor) -> bool:
 
 
 def host_bounds(cu_seqlens: Tensor) -> list[int]:
-    """cu_seqlens as a list: from a GPU, one wait for the device per pack."""
+    """Return cu_seqlens as a list; on a GPU this waits for the device once per pack."""
     return cu_seqlens.tolist() if cu_seqlens.device.type == "cpu" else per_pack(cu_seqlens, "bounds", cu_seqlens.tolist)
 
 
 def assert_bounds(cu_seqlens: Tensor, tokens: int, max_seqlen: int) -> None:
-    """Has the device check cu_seqlens, which would make kernels read astray; the host learns of a fault at its next wait."""
+    """Check cu_seqlens on the device; the host sees an error the next time it waits.
+
+    Kernels would read out of bounds with a wrong one.
+    """
     lengths = cu_seqlens.diff()
     rises = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == tokens) & ((lengths >= 0) & (lengths <= max_seqlen)).all()
     torch._assert_async(rises, f"packed_attention: expected cu_seqlens to rise from 0 to {tokens} by {max_seqlen} or less a document")
@@ -97,7 +108,7 @@ def assert_bounds(cu_seqlens: Tensor, tokens: int, max_seqlen: int) -> None:
 
 
 def _flash_window(window: int | None) -> tuple[int, int]:
-    """Tokens seen to the left and to the right of one's own."""
+    """Return how many tokens to the left and to the right of a token it attends to; -1: all."""
     return (-1 if window is None else window - 1, 0)
 
 
@@ -108,7 +119,7 @@ def _options_of(function: Callable) -> frozenset[str]:
 
 @torch.compiler.assume_constant_result
 def _gqa_has_a_flag() -> bool:
-    """From torch 2.12 on; 2.11 takes fewer key heads as they come."""
+    """Return whether varlen_attn has enable_gqa (torch 2.12); older ones need no flag for it."""
     from torch.nn.attention.varlen import varlen_attn
 
     return "enable_gqa" in _options_of(varlen_attn)
@@ -117,8 +128,8 @@ def _gqa_has_a_flag() -> bool:
 def _varlen_attn(q, k, v, cu_seqlens, max_seqlen, scale, window, softcap, dropout) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] and _gqa_has_a_flag() else {}
-    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale, window_size=_flash_window(window), **grouped)
+    gqa = {"enable_gqa": True} if q.shape[1] != k.shape[1] and _gqa_has_a_flag() else {}
+    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale, window_size=_flash_window(window), **gqa)
 
 
 def _flash_attn_2(q, k, v, cu_seqlens, max_seqlen, scale, window, softcap, dropout) -> Tensor:
@@ -139,10 +150,10 @@ def _flash_attn_3(q, k, v, cu_seqlens, max_seqlen, scale, window, softcap, dropo
 
 
 def block_mask(cu_seqlens: Tensor, tokens: int, window: int | None):
-    """FlexAttention's BlockMask of a pack, without looking at its T² pairs.
+    """Return FlexAttention's BlockMask of a pack without testing its T² pairs.
 
-    Documents are intervals, so a block below the diagonal has a visible pair where its nearest pair (first row, last key) is one, and
-    hides none where its farthest pair (last row, first key) is visible: two comparisons of a row's and a key's ends per block.
+    Documents are intervals, so a block below the diagonal has a visible pair if its nearest pair (first row, last key) is visible, and
+    only visible pairs if its farthest pair (last row, first key) is: two comparisons per block.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -156,30 +167,36 @@ def block_mask(cu_seqlens: Tensor, tokens: int, window: int | None):
     first = positions[::FLEX_BLOCK]
     last = (first + FLEX_BLOCK - 1).clamp(max=tokens - 1)
     row, below = first[:, None], first[:, None] > first  # (blocks, blocks)
-    seen = (below & visible(0, 0, row, last[None])) | (row == first)
-    whole = below & visible(0, 0, last[:, None], first[None]) & (row + FLEX_BLOCK <= tokens)
+    any_visible = (below & visible(0, 0, row, last[None])) | (row == first)
+    all_visible = below & visible(0, 0, last[:, None], first[None]) & (row + FLEX_BLOCK <= tokens)
 
-    def listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-        """How many blocks each row of blocks has, and their indices, those first."""
+    def counts_and_indices(blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """Return each row's number of these blocks, and its block indices with these first."""
         order = blocks.int().argsort(dim=1, descending=True, stable=True)
         return blocks.sum(1, dtype=torch.int32)[None, None], order.int()[None, None]
 
-    return BlockMask.from_kv_blocks(*listed(seen & ~whole), *listed(whole), BLOCK_SIZE=FLEX_BLOCK, mask_mod=visible,
-                                    seq_lengths=(tokens, tokens))
+    return BlockMask.from_kv_blocks(*counts_and_indices(any_visible & ~all_visible), *counts_and_indices(all_visible),
+                                    BLOCK_SIZE=FLEX_BLOCK, mask_mod=visible, seq_lengths=(tokens, tokens))
 
 
-def _capped(softcap: float):
-    """A score_mod. Compiled code is told apart by a function's code and what it closes over, so each softcap compiles once."""
+def _softcap_mod(softcap: float):
+    """Return a score_mod that applies the softcap.
 
-    def capped(score, b, h, i, j):
+    torch.compile identifies a function by its code and closure, so each softcap compiles once.
+    """
+
+    def score_mod(score, b, h, i, j):
         return softcap * torch.tanh(score / softcap)
 
-    return capped
+    return score_mod
 
 
 @functools.cache
 def _compiled_flex_attention():
-    """fullgraph: too many kinds of layer are then an error. Uncompiled, FlexAttention would quietly hold T² scores."""
+    """Return the compiled flex_attention.
+
+    With fullgraph, too many kinds of layer are an error; uncompiled, FlexAttention would silently materialise T² scores.
+    """
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention, dynamic=True, fullgraph=True)
@@ -194,7 +211,7 @@ def _flex_attention(q, k, v, cu_seqlens, max_seqlen, scale, window, softcap, dro
     else:
         attend = _compiled_flex_attention()
         blocks = per_pack(cu_seqlens, ("blocks", window), lambda: block_mask(cu_seqlens, q.shape[2], window))
-    score_mod = None if softcap is None else _capped(softcap)
+    score_mod = None if softcap is None else _softcap_mod(softcap)
     out = attend(q, k, v, score_mod=score_mod, block_mask=blocks, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     return out[0].transpose(0, 1)
 
@@ -203,14 +220,18 @@ BACKENDS = {"varlen_attn": _varlen_attn, "flash_attn 2": _flash_attn_2, "flash_a
 
 
 def _aligned(t: Tensor) -> Tensor:
-    """t, or a copy of it, with heads that 16-byte loads can read. (A compiler places the offsets of its own tensors.)"""
+    """Return t, or a copy whose heads 16-byte loads can read."""
     fits = t.stride(2) == 1 and t.stride(0) % 8 == t.stride(1) % 8 == 0
+    # under torch.compile the compiler chooses the offsets
     return t if fits and (torch.compiler.is_compiling() or t.storage_offset() % 8 == 0) else t.contiguous()
 
 
 def gpu_attention(name: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, window: int | None,
                   softcap: float | None, dropout: float) -> Tensor:
-    """o [T, H, D] from BACKENDS[name], for D in HEAD_DIMS. Heads whose D is no multiple of 8 are padded with zeros."""
+    """Return o [T, H, D] from BACKENDS[name], for D in HEAD_DIMS.
+
+    Heads whose D is no multiple of 8 are padded with zeros.
+    """
     (tokens, heads, dim), documents = q.shape, len(cu_seqlens) - 1
     if name in ("varlen_attn", "flash_attn 2") and torch.is_grad_enabled():
         check_backward_offsets(tokens, documents, heads, dim)

@@ -1,4 +1,4 @@
-"""Autocast around hand-written autograd Functions: inputs are cast once, at the public function."""
+"""Apply autocast to hand-written autograd Functions: inputs are cast once, at the public function."""
 
 import functools
 
@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 def autocast_is_on(device: torch.device) -> bool:
-    """Whether autocast casts on this device; never on "meta", of which torch will not even be asked."""
+    """Return whether autocast is on for this device; never for "meta", which torch does not know here."""
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def without_autocast(method):
-    """Runs an autograd Function's forward or backward in the dtypes it is given: the public op has cast x already."""
+    """Run an autograd Function's forward or backward with autocast off; the public function has cast x."""
 
     @functools.wraps(method)
     def run(ctx, first, *rest):
@@ -25,7 +25,7 @@ def without_autocast(method):
 
 
 def autocast_input(x: Tensor) -> Tensor:
-    """x in the dtype that autocast, where it is on, gives to products (it leaves fp64 alone)."""
+    """Return x in autocast's dtype for matmuls where autocast is on; fp64 is not cast."""
     if x.dtype == torch.float64 or not autocast_is_on(x.device):
         return x
     return x.to(torch.get_autocast_dtype(x.device.type))

@@ -1,4 +1,4 @@
-"""Loss, statistics and gradient of rows of logits, in place: what `linear_cross_entropy` does between its products.
+"""Compute loss, statistics and in-place gradient of rows of logits, for `linear_cross_entropy`.
 
 For the raw logits y of a row with target t, weight w, label smoothing ε, z-loss ζ, logit scale s, softcap c, temperature τ:
 
@@ -9,10 +9,7 @@ For the raw logits y of a row with target t, weight w, label smoothing ε, z-los
     statistics: log p_t,  entropy −Σ_v p_v log p_v,  and whether t is the (first) largest z
 
 One program per row. It reads the row once for an online sum of exponentials (Milakov and Gimelshein, https://arxiv.org/abs/1805.02867)
-and everything else of that list, and once more, from its end, where the cache still holds it, to write the gradient over the logits.
-Device memory sees a read and a write, 4 bytes per 16-bit logit, or a read where no gradient is wanted; the reference in torch takes 28. At
-8192 x 128256 that is 4.2 GB, 0.9 ms at an H200's 4.8 TB/s, beside which 2.1 exponentials per logit keep its special function units busy for
-0.6 ms (predicted, not measured).
+and everything else of that list, and once more, from the end, where it is still cached, to write the gradient over the logits.
 """
 
 from typing import NamedTuple
@@ -23,11 +20,11 @@ from torch import Tensor
 from kernels._dispatch import triton_serves
 from kernels._launch import ANY, Launch, cdiv, constexpr, jit, launch, pick, tl
 
-ALIGNED = 16  # elements: rows that begin at multiples of it are read and written 16 bytes at a time, for odd vocabularies too
+ALIGNED = 16  # elements: rows that begin at multiples of it are read and written 16 bytes at a time, even if the vocabulary is odd
 
 
 class Loss(NamedTuple):
-    """The function of a row of logits, in the order of the operator's schema."""
+    """Options of the loss of a row of logits."""
 
     label_smoothing: float = 0.0
     z_loss: float = 0.0
@@ -37,21 +34,28 @@ class Loss(NamedTuple):
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype of statistics and sums: fp32, and fp64 for fp64."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def padded(vocabulary: int) -> int:
-    """Elements from one row of logits to the next, with Triton."""
+    """Return the stride of rows of logits, in elements, with Triton."""
     return cdiv(vocabulary, ALIGNED) * ALIGNED
 
 
 def new_logits(rows: int, vocabulary: int, like: Tensor) -> Tensor:
-    """Uninitialised logits [rows, V] of the dtype and device of `like`, laid out as `cross_entropy_rows` needs them."""
+    """Return uninitialised logits [rows, V] with the strides that `cross_entropy_rows` needs.
+
+    They have the dtype and device of `like`.
+    """
     return like.new_empty(rows, padded(vocabulary) if triton_serves(like) else vocabulary)[:, :vocabulary]
 
 
 def check_targets(target: Tensor, ignore_index: int | None, vocabulary: int) -> None:
-    """ValueError; only for the CPU, where reading values costs nothing. On a GPU such a row's loss and gradient are NaN."""
+    """Raise ValueError for targets outside the vocabulary.
+
+    Only for the CPU, where reading values does not wait; on a GPU such a row's loss and gradient are NaN.
+    """
     wrong = (target < 0) | (target >= vocabulary)
     if ignore_index is not None:
         wrong &= target != ignore_index
@@ -63,7 +67,10 @@ def check_targets(target: Tensor, ignore_index: int | None, vocabulary: int) -> 
 
 def cross_entropy_rows_reference(logits: Tensor, target: Tensor, row_weight: Tensor | None, loss: Loss, want_statistics: bool,
                                  want_gradient: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """l [n], statistics [3, n] and ∂(w·l)/∂y [n, V] of logits [n, V], which it may overwrite; all in the statistics dtype."""
+    """Return l [n], statistics [3, n] and ∂(w·l)/∂y [n, V] of logits [n, V], in the statistics dtype.
+
+    The logits may be overwritten; statistics and gradient are None where not wanted.
+    """
     smoothing, z_loss, softcap, logit_scale, temperature = loss
     columns = target[:, None]
     z = logits.to(statistics_dtype(logits))
@@ -76,7 +83,7 @@ def cross_entropy_rows_reference(logits: Tensor, target: Tensor, row_weight: Ten
     z_max, z_target = z.amax(1, keepdim=True), z.gather(1, columns)
     z_mean = z.mean(1, keepdim=True) if smoothing else 0.0
     correct = z.argmax(1) == target if want_statistics else None
-    # torch's fused softmax takes half the time of logsumexp; its largest entry is exp(z_max - lse), never an underflow.
+    # torch's fused softmax is faster than logsumexp; its largest entry is exp(z_max - lse), which never underflows.
     p = torch.softmax(z, 1) if softcap is not None and want_gradient else torch.softmax(z, 1, out=z)
     lse = z_max - p.amax(1, keepdim=True).log()
     losses = (lse - (1.0 - smoothing) * z_target - smoothing * z_mean + z_loss * lse.square())[:, 0]
@@ -105,7 +112,10 @@ def cross_entropy_rows_reference(logits: Tensor, target: Tensor, row_weight: Ten
 
 @jit
 def _transformed(y, inner, outer, SOFTCAP: constexpr):
-    """z of raw logits y, and the softcap's tanh. inner, outer: s/c and c/τ, without a softcap any and s/τ."""
+    """Return z of raw logits y, and the softcap's tanh.
+
+    inner and outer are s/c and c/τ; without a softcap inner is unused and outer is s/τ.
+    """
     if SOFTCAP:
         t = 2.0 * tl.sigmoid(2.0 * inner * y) - 1.0
     else:
@@ -117,10 +127,10 @@ def _transformed(y, inner, outer, SOFTCAP: constexpr):
 def _rows_kernel(logits, rows, target, row_weight, losses, statistics, stride, V, first, total, inner, outer, slope, smoothing, z_loss,
                  SOFTCAP: constexpr, SMOOTHING: constexpr, STATISTICS: constexpr, GRADIENT: constexpr, BLOCK: constexpr, GROUP: constexpr,
                  ALIGNED: constexpr):
-    """Row i of logits [n, V] belongs to rows[i], or to first + i, of the `total` rows of target, row_weight, losses, statistics.
+    """Process row i of logits [n, V]: row rows[i], or first + i, of the `total` rows of the other tensors.
 
-    A target outside [0, V) makes the row's loss and its gradient NaN. A thread keeps the online sums of its GROUP neighbouring logits,
-    a 16-byte access, so that they need one rescaling, and threads meet only at the end of the row.
+    A target outside [0, V) makes the row's loss and its gradient NaN. A thread keeps online sums of its GROUP neighbouring logits
+    (a 16-byte access), which need one rescaling, and threads combine them only at the end of the row.
     """
     i = tl.program_id(0).to(tl.int64)
     if rows is None:
@@ -204,17 +214,18 @@ LAUNCH = {
 
 def cross_entropy_rows(logits: Tensor, rows: slice | Tensor, target: Tensor, row_weight: Tensor | None, losses: Tensor,
                        statistics: Tensor | None, loss: Loss, want_gradient: bool) -> Tensor | None:
-    """Writes l to losses[rows] and the statistics to statistics[:, rows]; returns ∂(w·l)/∂y [n, V] (None: not wanted).
+    """Write the losses and statistics of `rows`, and return their gradients ∂(w·l)/∂y [n, V] or None.
 
-    logits [n, V] as `new_logits` makes them are overwritten; with Triton the gradient stands in their place and dtype, otherwise it is
-    in the statistics dtype. target, row_weight, losses [S] and statistics [3, S] are dense; row_weight, losses, statistics in the latter.
+    l goes to losses[rows], the statistics to statistics[:, rows]. logits [n, V] from `new_logits` are overwritten; with Triton the gradient
+    replaces them, otherwise it is in the statistics dtype. target, row_weight, losses [S] and statistics [3, S] are dense; the last three
+    have the statistics dtype.
     """
     if not triton_serves(logits):
         weight = None if row_weight is None else row_weight[rows]
-        losses[rows], figures, gradient = cross_entropy_rows_reference(logits, target[rows], weight, loss, statistics is not None,
-                                                                       want_gradient)
+        losses[rows], row_statistics, gradient = cross_entropy_rows_reference(logits, target[rows], weight, loss, statistics is not None,
+                                                                              want_gradient)
         if statistics is not None:
-            statistics[:, rows] = figures
+            statistics[:, rows] = row_statistics
         return gradient
     n, V = logits.shape
     smoothing, z_loss, softcap, logit_scale, temperature = loss
@@ -231,8 +242,8 @@ def _aot(vocabulary: int, loss: Loss, statistics: bool, want_gradient: bool):
     S = 8192
     logits = new_logits(2048, vocabulary, torch.empty(0, dtype=torch.bfloat16, device="meta"))
     target = torch.empty(S, dtype=torch.int64, device="meta")
-    weight, losses, figures = (torch.empty(shape, device="meta") for shape in (S, S, (3, S)))
-    cross_entropy_rows(logits, target[:2048], target, weight, losses, figures if statistics else None, loss, want_gradient)
+    weight, losses, row_statistics = (torch.empty(shape, device="meta") for shape in (S, S, (3, S)))
+    cross_entropy_rows(logits, target[:2048], target, weight, losses, row_statistics if statistics else None, loss, want_gradient)
 
 
 AOT = {

@@ -1,10 +1,10 @@
-"""Which of an operation's two forms serves a tensor, and how torch.compile sees it.
+"""Choose between Triton and the torch reference, and register operations with torch.compile.
 
 KERNELS_BACKEND=auto        Triton on a GPU, the torch reference on a CPU
 KERNELS_BACKEND=triton      Triton, or an error; on a CPU it needs Triton's interpreter (TRITON_INTERPRET=1): for tests, very slow
 KERNELS_BACKEND=reference   the torch reference everywhere
 
-fp64 is for checking gradients and always runs the reference.
+fp64 exists to check gradients and always runs the reference.
 """
 
 import contextlib
@@ -22,17 +22,18 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def _checked(mode: str) -> str:
+    """Return `mode`; raise ValueError unless it is one of MODES."""
     if mode not in MODES:
         raise ValueError(f"KERNELS_BACKEND: expected one of {', '.join(MODES)}, got {mode!r}")
     return mode
 
 
-_mode = os.environ.get("KERNELS_BACKEND", "auto")  # checked where it is first asked for, so that importing this never fails
+_mode = os.environ.get("KERNELS_BACKEND", "auto")  # checked on first use, so that importing this file never fails
 
 
 @contextlib.contextmanager
 def backend_mode(mode: str) -> Iterator[None]:
-    """KERNELS_BACKEND for the operations called inside."""
+    """Set KERNELS_BACKEND for the operations called inside."""
     global _mode
     _mode, before = _checked(mode), _mode
     try:
@@ -42,12 +43,15 @@ def backend_mode(mode: str) -> Iterator[None]:
 
 
 def mode() -> str:
-    """KERNELS_BACKEND as it stands."""
+    """Return the current KERNELS_BACKEND."""
     return _mode
 
 
 def serving(device: torch.device, dtype: torch.dtype) -> str:
-    """"triton" or "reference"; ValueError where KERNELS_BACKEND is none of MODES, or is triton and that cannot be had."""
+    """Return the backend for tensors of this device and dtype: "triton" or "reference".
+
+    Raises ValueError if KERNELS_BACKEND is none of MODES, or is triton where Triton cannot run.
+    """
     if _mode == "reference" or dtype not in DTYPES:
         return "reference"
     if device.type == "meta":
@@ -64,14 +68,15 @@ def serving(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def triton_serves(x: Tensor) -> bool:
+    """Return whether Triton serves x."""
     return serving(x.device, x.dtype) == "triton"
 
 
 def operator(fake: Callable) -> Callable[[Callable], Callable]:
-    """Makes a function of tensors one opaque node, `steadfast::<its name>`, under torch.compile, with `fake` telling its results' shapes.
+    """Register a function of tensors as one opaque node, `steadfast::<its name>`, under torch.compile.
 
-    In eager mode the function is called as it is: the dispatcher would add 6 microseconds to each call. The function's annotations are
-    its schema; it must return new tensors and write none of its arguments.
+    `fake` takes the same arguments and returns empty results of the right shapes. The function's annotations are its schema; it must
+    return new tensors and write none of its arguments. In eager mode it is called directly, without the cost of torch's dispatcher.
     """
 
     def wrap(function: Callable) -> Callable:

@@ -1,13 +1,14 @@
-"""Dropout masks that are made again in the backward instead of kept: a seed from torch's default generator decides each.
+"""Draw dropout masks from a seed, so that the backward recomputes them instead of saving them.
 
-The torch form draws from a generator that the seed starts. The Triton form has no state: element (row, column) of mask number `stream` is
+The seed comes from torch's default generator. The torch form seeds a generator with it. The Triton form has no state: element
+(row, column) of mask number `stream` is
 
     lane column % 8 of Philox4x32(key = seed, counter = (column // 8, row's high half, row's low half, stream)) < 2¹⁶ · fraction kept
 
-so any kernel, whatever its tiles, can make any part of a mask where it needs it. Philox with 7 rounds passes BigCrush (Salmon et al.,
-"Parallel random numbers: as easy as 1, 2, 3", SC11, table 2); its four 32-bit words are eight lanes of 16 bits, and none is wasted. A
-thread that loads eight neighbours of a row holds the draw that decides them, so no value changes threads; and the first two of the rounds
-multiply per row and per column, not per element. Counted in sm_90's machine code: 6 to 7 instructions an element.
+so any kernel, whatever its tiles, can compute any part of a mask. Philox with 7 rounds passes BigCrush (Salmon et al.,
+"Parallel random numbers: as easy as 1, 2, 3", SC11, table 2); its four 32-bit words are eight lanes of 16 bits. A thread that loads eight
+neighbouring columns computes the draw that decides them, so no value changes threads; the first two rounds multiply per row and per
+column, not per element.
 """
 
 import torch
@@ -20,29 +21,34 @@ RESOLUTION = 1 << 16  # of the fraction kept
 
 
 def draw_seed(device: torch.device) -> Tensor:
-    """A seed, int64 [], from `device`'s default generator. It stays there: torch.compile traces the draw, a captured graph draws anew in
-    every replay, and activation checkpointing, which restores the generator, draws it again."""
+    """Return a seed, int64 [] on `device`, from its default generator.
+
+    The seed stays on the device: torch.compile traces the draw, a captured graph draws a new one in every replay, and activation
+    checkpointing, which restores the generator, draws the same one again.
+    """
     return torch.randint(2**62, (), device=device)
 
 
 def lanes_kept(dropout: float) -> int:
-    """How many of 2¹⁶ values of a lane keep their element: 2¹⁶ exactly where nothing is dropped."""
+    """Return how many of the 2¹⁶ values of a lane keep their element: 2¹⁶ only where nothing is dropped."""
     return min(max(round((1 - dropout) * RESOLUTION), 1), RESOLUTION - 1) if dropout else RESOLUTION
 
 
 def kept_fraction(dropout: float) -> float:
-    """1 - dropout in steps of 2⁻¹⁶, the resolution of the masks."""
+    """Return 1 - dropout, rounded to 2⁻¹⁶, the resolution of the masks."""
     return lanes_kept(dropout) / RESOLUTION
 
 
 def dropout_mask(shape: torch.Size, dropout: float, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Ones with probability `kept_fraction(dropout)`, else zeros. The four 16-bit lanes of a 64-bit draw decide four
-    elements: 0.24 ms for 1000 x 256 where bernoulli_ takes 1.07 ms, as long as a 256 x 256 base product."""
+    """Return a mask of ones, with probability `kept_fraction(dropout)`, and zeros.
+
+    The four 16-bit lanes of one 64-bit draw decide four elements, which is faster than bernoulli_.
+    """
     n = shape.numel()
     draws = torch.empty(-(-n // 4), dtype=torch.int64, device=generator.device)
     draws.random_(-(2**63), None, generator=generator)
     threshold = lanes_kept(dropout) - RESOLUTION // 2
-    # compared straight into x's dtype: a bool mask costs three times as much to multiply with
+    # compared straight into x's dtype: multiplying with a bool mask is slower
     return torch.lt(draws.view(torch.int16)[:n].view(shape), threshold, out=draws.new_empty(shape, dtype=dtype))
 
 
@@ -51,9 +57,9 @@ def dropout_mask(shape: torch.Size, dropout: float, dtype: torch.dtype, generato
 
 @jit
 def philox(key, c0, c1, c2, c3):
-    """Four uint32 words of Philox4x32-7 for a 64-bit key; the uint32 counters may be of any shapes that broadcast together.
+    """Return four uint32 words of Philox4x32-7 for a 64-bit key and uint32 counters that broadcast.
 
-    One 64-bit product gives both halves that a round needs, where tl.philox multiplies twice.
+    One 64-bit multiplication gives both halves that a round needs, where tl.philox multiplies twice.
     """
     k0, k1 = (key & 0xFFFFFFFF).to(tl.uint32), (key >> 32).to(tl.uint32)
     for _ in tl.static_range(7):
@@ -66,7 +72,10 @@ def philox(key, c0, c1, c2, c3):
 
 @jit
 def kept(key, stream, rows, column, lanes, BLOCK: constexpr):
-    """Which of columns [column, column + BLOCK) of the int64 `rows` are kept, [rows, BLOCK]; column and BLOCK are multiples of 8."""
+    """Return whether columns [column, column + BLOCK) of the int64 `rows` are kept, [rows, BLOCK].
+
+    column and BLOCK are multiples of 8.
+    """
     octets = (column // 8 + tl.arange(0, BLOCK // 8)).to(tl.uint32)[None, :]
     low, high = rows.to(tl.uint32)[:, None], (rows >> 32).to(tl.uint32)[:, None]
     w0, w1, w2, w3 = philox(key, octets, high, low, stream)
@@ -76,7 +85,7 @@ def kept(key, stream, rows, column, lanes, BLOCK: constexpr):
 
 @jit
 def _mask_kernel(mask, seed, stream, lanes, T, K, BLOCK_M: constexpr, BLOCK_K: constexpr):
-    """mask [T, K] of ones and zeros."""
+    """Write mask [T, K] of ones and zeros."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     first = tl.program_id(1) * BLOCK_K
     columns = first + tl.arange(0, BLOCK_K)
@@ -89,14 +98,17 @@ MASK = {(ANY, None): Launch({"BLOCK_M": 16, "BLOCK_K": 256}, 4)}
 
 @operator(lambda x, seed, stream, dropout: x.new_empty(x.shape))
 def draw_mask(x: Tensor, seed: Tensor, stream: int, dropout: float) -> Tensor:
-    """Mask number `stream` of a seed, ones and zeros in x's dtype, for x [T, K]: what the backend that serves x drops elsewhere too.
-    The torch form has to read the seed; on a GPU (fp64, KERNELS_BACKEND=reference) it waits for it."""
+    """Return mask number `stream` of a seed, ones and zeros in x's dtype, for x [T, K].
+
+    It is the mask that the backend of x applies everywhere. The torch form reads the seed, so on a GPU (fp64,
+    KERNELS_BACKEND=reference) it waits for the device.
+    """
     if not triton_serves(x):
         return dropout_mask(x.shape, dropout, x.dtype, torch.Generator(x.device).manual_seed(int(seed) + stream))
     mask = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    (T, K), how = x.shape, pick(MASK, x.shape[1], x.device)
-    grid = cdiv(T, how.blocks["BLOCK_M"]), cdiv(K, how.blocks["BLOCK_K"])
-    launch(_mask_kernel, grid, how, mask, seed, stream, lanes_kept(dropout), T, K)
+    (T, K), settings = x.shape, pick(MASK, x.shape[1], x.device)
+    grid = cdiv(T, settings.blocks["BLOCK_M"]), cdiv(K, settings.blocks["BLOCK_K"])
+    launch(_mask_kernel, grid, settings, mask, seed, stream, lanes_kept(dropout), T, K)
     return mask
 
 

@@ -1,12 +1,12 @@
 """Share the import name `kernels` with Hugging Face's hub client when that is installed too.
 
 transformers looks for a distribution called `kernels` and, finding one, does `from kernels import LayerRepository, ...` at import
-time. Inside this checkout that name is ours, so we lend it the client: the client's folder joins our `__path__`, which makes its
-submodules importable (ours are found first), and its public names resolve on demand.
+time. Inside this checkout that name is ours, so this package serves the client too: the client's folder joins our `__path__`, which
+makes its submodules importable (ours are found first), and its public names resolve on demand.
 
-Only where the client is installed does anything of it show. In particular we have no `__version__` of our own: transformers
-would take it for the client's. Where it is not, bitsandbytes finds no `get_kernel` here, falls back to its own code, and would advise to
-`pip install kernels`, which this checkout would hide: that one warning is filtered out.
+Where the client is not installed, none of its names resolve. This package has no `__version__`, which transformers would take for the
+client's. bitsandbytes then finds no `get_kernel` here and falls back to its own code; its warning, which advises to `pip install kernels`
+(this checkout would hide that), is filtered out.
 """
 
 import logging
@@ -20,7 +20,10 @@ _BITSANDBYTES = logging.getLogger("bitsandbytes.backends.cpu.ops")
 
 
 def lend(package: str, path: list[str]):
-    """Append the client's folder to `path`, the `__path__` of `package`; return a module `__getattr__` that serves its names."""
+    """Return a module `__getattr__` for `package` that serves the hub client's names.
+
+    Appends the client's folder to `path`, the package's `__path__`.
+    """
     init = _client_init(path)
     if init is None:
         _BITSANDBYTES.addFilter(_is_not_about_the_client)
@@ -37,7 +40,7 @@ def lend(package: str, path: list[str]):
 
 
 def _client_init(path: list[str]) -> Path | None:
-    """The client's `__init__.py`, or None where it is not installed (or where ours was installed over it)."""
+    """Return the client's `__init__.py`; None if it is not installed, or ours was installed over it."""
     try:
         init = Path(distribution("kernels").locate_file("kernels/__init__.py")).resolve()
     except PackageNotFoundError:
@@ -53,7 +56,10 @@ def _is_not_about_the_client(record: logging.LogRecord) -> bool:
 
 
 def _load(init: Path):
-    """Execute the client's `__init__.py` once. Its relative imports resolve to `kernels.*`, so its modules exist once too."""
+    """Execute the client's `__init__.py` once and return its module.
+
+    Its relative imports resolve to `kernels.*`, so its modules exist once too.
+    """
     if _ALIAS not in sys.modules:
         spec = spec_from_file_location(_ALIAS, init)
         spec.submodule_search_locations = None  # a plain module of the package `kernels`, not a package of its own

@@ -1,6 +1,6 @@
-"""Divergence between two rows of logits and its gradient, written over the first row: what `linear_kl` does to a chunk.
+"""Compute the divergence of two rows of logits, and its gradient in-place, for `linear_kl`.
 
-Of one row's head products u (student) and u' (reference), with logit scale s, softcap c and temperature τ:
+For one row's raw logits u (student) and u' (reference), with logit scale s, softcap c and temperature τ:
 
     z = (c/τ)·tanh(s·u/c)    z' alike    (c absent: z = s·u/τ)          dz/du = (s/τ)·(1 − tanh²(s·u/c))
     p = softmax(z)           q = softmax(z')          t = log p − log q
@@ -10,24 +10,21 @@ Of one row's head products u (student) and u' (reference), with logit scale s, s
     jensen_shannon   β·KL(q‖m) + (1−β)·KL(p‖m), m = β·q + (1−β)·p    ∂/∂z = (1−β)·p ⊙ (ℓ − Σ p·ℓ),  ℓ = log(p/m)
 
 (The generalised Jensen-Shannon divergence of GKD, https://arxiv.org/abs/2306.13649, equation 1, with the reference as its
-teacher; TRL's GKDTrainer has the same β. There β = 0 and 1 mean forward and reverse, which are named here.)
+teacher; TRL's GKDTrainer has the same β. There β = 0 and 1 mean forward and reverse, which have names here.)
 
-The gradients follow from ∂L/∂z = p ⊙ (a − Σ p·a), a = ∂L/∂p. Forward: a = −q/p. Reverse: a = t + 1. Jensen-Shannon:
-a = −β·q·(1−β)/m + (1−β)·(ℓ + 1 − (1−β)·p/m) = (1−β)·ℓ, for β·q + (1−β)·p is m. Constants in a drop out.
-
-Rounding. The two log-sum-exps carry an error of about 10⁻⁶ in fp32, which a sum of q·t takes over whole; Σ(p − q), which is
-0 but for those errors, cancels them to first order, so it is added: the forward terms become p − q − q·t >= 0, right to
-10⁻⁷, and a small divergence keeps a digit more. With w = p/q and log(m/q) = log(1 + (1−β)·(w − 1)) the Jensen-Shannon terms
-are (1−β)·p·t − m·log(m/q) >= 0, which is insensitive to those errors as it stands. Where the weight (p or q) is 0 the term is
-0, whatever the logarithms are: logits of −∞ and underflow do no harm.
-
-One program per row. Sweep 1 finds both log-sum-exps online and, for reverse, Σ p·(z − z') beside them, kept relative to the
-running maxima, so that a common shift of the logits costs no digits; a thread keeps those of its GROUP neighbouring logits, and
-threads meet at the end of the row. Sweep 2 sums the divergence and writes the gradient; for Jensen-Shannon it finds Σ p·ℓ first
-and sweep 3 writes. Every sweep begins at the end where the last one stopped, and the cache still holds the row. Per row in a
-16-bit dtype: 2 sweeps read 8V bytes, 3 read 12V, the gradient writes 2V; eager's log_softmax, exp, product and sum in fp32 move
-some 60V, and keep them.
+One program per row. Sweep 1 computes both log-sum-exps online (and, for reverse, Σ p·(z − z')), sweep 2 sums the divergence and writes
+the gradient; for Jensen-Shannon sweep 2 computes Σ p·ℓ and sweep 3 writes. Each sweep starts at the end where the last one stopped,
+while the row is still cached.
 """
+
+# Gradients follow from ∂L/∂z = p ⊙ (a − Σ p·a), a = ∂L/∂p. Forward: a = −q/p. Reverse: a = t + 1. Jensen-Shannon:
+# a = −β·q·(1−β)/m + (1−β)·(ℓ + 1 − (1−β)·p/m) = (1−β)·ℓ, because β·q + (1−β)·p is m. Constants in a drop out.
+#
+# Rounding: the two log-sum-exps have an error of about 10⁻⁶ in fp32, all of which enters a sum of q·t. Σ(p − q), which would be 0 without
+# those errors, cancels them to first order, so it is added: the forward terms become p − q − q·t >= 0, with an error of about 10⁻⁷. With
+# w = p/q and log(m/q) = log(1 + (1−β)·(w − 1)) the Jensen-Shannon terms are (1−β)·p·t − m·log(m/q) >= 0, which those errors do not affect.
+# Where the weight (p or q) is 0 the term is 0 whatever the logarithms are, so logits of −∞ and underflow are safe. Sums are relative to
+# the running maxima, so that a common shift of the logits costs no precision.
 
 from typing import NamedTuple
 
@@ -43,7 +40,7 @@ LARGEST_RATIO = 80.0  # |log p/q| beyond which the smaller of the two is nothing
 
 
 class Rule(NamedTuple):
-    """How two rows of products are compared."""
+    """Options of the divergence of two rows of logits."""
 
     divergence: str
     beta: float
@@ -52,14 +49,17 @@ class Rule(NamedTuple):
     temperature: float
 
     def factors(self) -> tuple[float, float]:
-        """(a, b) of z = b·tanh(a·u), or of z = a·u and b = 1."""
+        """Return (a, b) of z = b·tanh(a·u), or without a softcap of z = a·u and b = 1."""
         if self.softcap is None:
             return self.logit_scale / self.temperature, 1.0
         return self.logit_scale / self.softcap, self.softcap / self.temperature
 
 
 def kl_rows_reference(u: Tensor, u_ref: Tensor, row_scale: Tensor | None, rule: Rule, want_gradient: bool) -> Tensor:
-    """Divergences [n] of products u and u_ref [n, V], which may both be overwritten; u becomes row_scale ⊙ ∂/∂u where wanted."""
+    """Return divergences [n] of raw logits u and u_ref [n, V], which may be overwritten.
+
+    With want_gradient, u becomes row_scale ⊙ ∂/∂u.
+    """
     z, z_ref = _logits(u, rule), _logits(u_ref, rule)
     log_p, log_q = torch.log_softmax(z, 1), torch.log_softmax(z_ref, 1)
     p, q = log_p.exp(), log_q.exp()
@@ -111,7 +111,7 @@ _DIVERGE = dict(zip(DIVERGENCES, (_forward, _reverse, _jensen_shannon)))
 
 @jit
 def _tanh(x):
-    """tanh to a few parts in 10⁷: its series where 2σ(2x) − 1 would cancel."""
+    """Return tanh(x) to a few parts in 10⁷, from its series where 2σ(2x) − 1 would cancel."""
     square = x * x
     series = x * (1.0 + square * (-0.33333333 + square * (0.13333333 - 0.05396825 * square)))
     return tl.where(square < 0.04, series, 2.0 * tl.sigmoid(2.0 * x) - 1.0)
@@ -119,7 +119,10 @@ def _tanh(x):
 
 @jit
 def _load_logits(u, columns, stride, V, a, b, CAPPED: constexpr):
-    """z (−∞ beyond V) and dz/du. Rows are as long as their stride, so that an odd V loads in whole vectors too."""
+    """Load z (−∞ beyond V) and dz/du.
+
+    Reads up to the stride, so that an odd V loads in whole vectors too.
+    """
     z = tl.load(u + columns, mask=columns < stride, other=0.0).to(tl.float32) * a
     slope = a
     if CAPPED:
@@ -131,14 +134,14 @@ def _load_logits(u, columns, stride, V, a, b, CAPPED: constexpr):
 
 @jit
 def _shares(z, z_ref, log_total, log_total_ref):
-    """p, q and log(p/q) of logits relative to their maxima."""
+    """Return p, q and log(p/q) of logits relative to their maxima."""
     log_p, log_q = z - log_total, z_ref - log_total_ref
     return tl.exp(log_p), tl.exp(log_q), log_p - log_q
 
 
 @jit
 def _mixture(p, q, t, beta, LARGEST: constexpr):
-    """log(p/q), kept finite, and log(m/q)."""
+    """Return log(p/q), clamped to stay finite, and log(m/q)."""
     t = tl.where(p + q > 0.0, tl.minimum(tl.maximum(t, -LARGEST), LARGEST), 0.0)
     return t, tl.log(1.0 + (1.0 - beta) * (tl.exp(t) - 1.0))
 
@@ -146,7 +149,7 @@ def _mixture(p, q, t, beta, LARGEST: constexpr):
 @jit
 def _kl_rows_kernel(u, u_ref, row_scale, losses, stride, ref_stride, V, a, b, beta, DIVERGENCE: constexpr, CAPPED: constexpr,
                     WANT_GRADIENT: constexpr, LARGEST: constexpr, BLOCK: constexpr, GROUP: constexpr):
-    """losses [rows] and, where wanted, the gradient over u [rows, V]: one program per row."""
+    """Write losses [rows] and, where wanted, the gradient over u [rows, V]: one program per row."""
     row = tl.program_id(0).to(tl.int64)
     u += row * stride
     u_ref += row * ref_stride
@@ -217,7 +220,7 @@ def _kl_rows_kernel(u, u_ref, row_scale, losses, stride, ref_stride, V, a, b, be
             tl.store(u + columns, gradient * slope * scale, mask=columns < stride)
 
 
-# Wide programs leave few rows in flight, whose ends the cache still holds when the next sweep begins there.
+# With wide programs few rows are in flight at a time, so a row's end is still cached when the next sweep starts there.
 LAUNCH = {(ANY, 512): Launch({"BLOCK": 512}, 2), (ANY, 4096): Launch({"BLOCK": 2048}, 4), (ANY, None): Launch({"BLOCK": 8192}, 32),
           ("gfx942", 512): Launch({"BLOCK": 512}, 1), ("gfx942", 4096): Launch({"BLOCK": 2048}, 4),
           ("gfx942", None): Launch({"BLOCK": 8192}, 16)}
@@ -225,12 +228,12 @@ GROUP = 8  # 16-bit logits that one thread reads at once
 
 
 def kl_rows(u: Tensor, u_ref: Tensor, row_scale: Tensor | None, rule: Rule, want_gradient: bool) -> Tensor:
-    """`kl_rows_reference` from the backend that serves u; u and u_ref are rows of `new_logits`."""
+    """Run `kl_rows_reference` or its kernel; u and u_ref are rows of `new_logits`."""
     if not triton_serves(u):
         return kl_rows_reference(u, u_ref, row_scale, rule, want_gradient)
     losses = torch.empty(u.shape[0], dtype=torch.float32, device=u.device)
-    how = pick(LAUNCH, u.shape[1], u.device)
-    launch(_kl_rows_kernel, (u.shape[0],), how, u, u_ref, row_scale, losses, u.stride(0), u_ref.stride(0), u.shape[1], *rule.factors(),
+    settings = pick(LAUNCH, u.shape[1], u.device)
+    launch(_kl_rows_kernel, (u.shape[0],), settings, u, u_ref, row_scale, losses, u.stride(0), u_ref.stride(0), u.shape[1], *rule.factors(),
            rule.beta, DIVERGENCE=rule.divergence, CAPPED=rule.softcap is not None, WANT_GRADIENT=want_gradient, LARGEST=LARGEST_RATIO,
            GROUP=GROUP)
     return losses

@@ -1,10 +1,11 @@
-"""Triton where it is installed, and the one door through which its kernels are launched.
+"""Import Triton if it is installed, and launch its kernels.
 
-Kernel files take `tl`, `constexpr` and `jit` from here, so that they can be imported where there is no Triton (the references then serve).
-A launch is described by its grid, its arguments and a `Launch`, looked up by GPU and size in a small table that stands beside the kernel.
+Kernel files take `tl`, `constexpr` and `jit` from here, so that they can be imported without Triton (the references then serve). Every
+launch goes through `launch`, with a `Launch` (block sizes, warps, stages) that `pick` looks up by GPU architecture and size in a table
+beside the kernel.
 
-`recording` turns launches into descriptions of launches: the ahead-of-time tests run the real launchers on tensors of device "meta" and
-compile what would have been launched on the part they name.
+Inside `recording`, launches are described instead of made: the ahead-of-time tests run the real launchers on tensors of device "meta"
+and compile what would have been launched on a named architecture.
 """
 
 import contextlib
@@ -13,7 +14,7 @@ import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # every launch says it too; unset, Triton 3.9 warns
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # every launch sets it too; unset, Triton 3.9 warns
 
 import torch
 from torch import Tensor
@@ -26,18 +27,18 @@ except ImportError:  # no Triton for this platform
 
 constexpr = object if tl is None else tl.constexpr
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret
-# The parts that kernels are compiled for ahead of time, with the shared memory that one program may have on each, in bytes.
+# The GPU architectures that kernels are compiled for ahead of time, with the shared memory that one program may have on each, in bytes.
 SHARED_MEMORY = {"sm_80": 166912, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, "gfx942": 65536}
-ANY = "any part"
+ANY = "any arch"
 
 
 def jit(fn):
-    """triton.jit, or the plain function where there is no Triton."""
+    """Apply triton.jit; without Triton, return the plain function."""
     return fn if triton is None else triton.jit(fn)
 
 
 class Launch(NamedTuple):
-    """How a kernel is launched: its block sizes by name, warps in a program, stages of its software pipeline."""
+    """Launch settings: block sizes by name, warps in a program, stages of its software pipeline."""
 
     blocks: dict[str, int]
     num_warps: int = 4
@@ -45,7 +46,7 @@ class Launch(NamedTuple):
 
 
 class Recorded(NamedTuple):
-    """A launch that `recording` caught: positional arguments as they are, constexprs by name."""
+    """A launch made inside `recording`: positional arguments as they are, constexprs by name."""
 
     kernel: Any
     args: tuple
@@ -55,7 +56,7 @@ class Recorded(NamedTuple):
 
 
 class _Recorder(NamedTuple):
-    part: str
+    arch: str
     launches: list[Recorded]
 
 
@@ -63,10 +64,10 @@ _recorder: _Recorder | None = None
 
 
 @contextlib.contextmanager
-def recording(part: str) -> Iterator[list[Recorded]]:
-    """Collects the launches made inside, as if on `part` (a key of SHARED_MEMORY), instead of making them."""
+def recording(arch: str) -> Iterator[list[Recorded]]:
+    """Collect the launches made inside, as if on `arch` (a key of SHARED_MEMORY), instead of making them."""
     global _recorder
-    _recorder, before = _Recorder(part, []), _recorder
+    _recorder, before = _Recorder(arch, []), _recorder
     try:
         yield _recorder.launches
     finally:
@@ -74,59 +75,66 @@ def recording(part: str) -> Iterator[list[Recorded]]:
 
 
 def is_recording() -> bool:
+    """Return whether this runs inside `recording`."""
     return _recorder is not None
 
 
 @functools.cache
-def _part_of(index: int) -> str:
+def _arch_of_index(index: int) -> str:
     if torch.version.hip:
         return torch.cuda.get_device_properties(index).gcnArchName.partition(":")[0]
     major, minor = torch.cuda.get_device_capability(index)
     return f"sm_{major}{minor}"
 
 
-def part(device: torch.device) -> str:
-    """The GPU that `device` is, as compilers name it; ANY for the interpreter, which runs on a CPU."""
+def arch_of(device: torch.device) -> str:
+    """Return the GPU architecture of `device` as compilers name it; ANY on a CPU (the interpreter)."""
     if _recorder is not None:
-        return _recorder.part
-    return _part_of(device.index or 0) if device.type == "cuda" else ANY
+        return _recorder.arch
+    return _arch_of_index(device.index or 0) if device.type == "cuda" else ANY
 
 
 def pick(table: dict[tuple[str, int | None], Launch], size: int, device: torch.device) -> Launch:
-    """The row of `table` for this part (ANY where it has none of its own) with the least bound that holds `size`; None is no bound."""
-    name = part(device)
-    name = name if any(row == name for row, _ in table) else ANY
-    bounds = [bound for row, bound in table if row == name]
+    """Return the launch settings for this device's architecture and a problem of `size`.
+
+    Keys of `table` are (architecture, upper bound of size). The smallest bound that holds `size` wins, None is no bound, and an
+    architecture without rows of its own has those of ANY.
+    """
+    arch = arch_of(device)
+    arch = arch if any(row == arch for row, _ in table) else ANY
+    bounds = [bound for row, bound in table if row == arch]
     fitting = [bound for bound in bounds if bound is not None and size <= bound]
-    return table[name, min(fitting) if fitting else None]
+    return table[arch, min(fitting) if fitting else None]
 
 
 def next_power_of_2(n: int) -> int:
+    """Return the smallest power of two that is at least n, and at least 1."""
     return 1 << max(0, n - 1).bit_length()
 
 
 def cdiv(a: int, b: int) -> int:
+    """Return a / b rounded up."""
     return -(-a // b)
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """x [..., N] as [rows, N] whose last dimension is dense; a view wherever one exists."""
+    """Return x [..., N] as [rows, N] with a dense last dimension; a view wherever possible."""
     x = x.reshape(-1, x.shape[-1])
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def launch(kernel, grid: tuple[int, ...], how: Launch, *args, **constexprs) -> None:
-    """Runs `kernel` on the device of its first tensor; an empty grid is no launch.
+def launch(kernel, grid: tuple[int, ...], settings: Launch, *args, **constexprs) -> None:
+    """Launch `kernel` on the device of its first tensor; an empty grid is a no-op.
 
-    `how`'s blocks and `constexprs` are the kernel's constexpr parameters, `args` all of the others, in order.
+    The blocks of `settings` and `constexprs` are the kernel's constexpr parameters, `args` all of the others, in order.
     """
     if 0 in grid:
         return
-    constexprs = how.blocks | constexprs
+    constexprs = settings.blocks | constexprs
     if _recorder is not None:
-        _recorder.launches.append(Recorded(kernel, args, constexprs, how.num_warps, how.num_stages))
+        _recorder.launches.append(Recorded(kernel, args, constexprs, settings.num_warps, settings.num_stages))
         return
-    options = dict(num_warps=how.num_warps, num_stages=how.num_stages, enable_fp_fusion=True)
+    options = dict(num_warps=settings.num_warps, num_stages=settings.num_stages, enable_fp_fusion=True)
     device = next(a.device for a in args if isinstance(a, Tensor))
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         kernel[grid](*args, **constexprs, **options)

@@ -1,26 +1,16 @@
-"""What a LoRA linear does beside its base product, in Triton: one launch forward, two backward, for the projections of one x together.
+"""Triton passes of LoRA linears: everything but the base matmuls.
 
-With the letters of kernels/lora.py, T tokens, x [T, K], y_i [T, N_i], ranks R_i <= 256:
+One launch forward and two backward, for all projections of one x. With the symbols of kernels/lora.py, T tokens, x [T, K], y_i [T, N_i],
+ranks R_i <= 256:
 
-    lora_forward     S_i = (m_i ∘ x) A_iᵀ,  Y⁰_i = a_i S_i B_iᵀ + b_i          the base product is then added: Y⁰_i += x W_iᵀ
+    lora_forward     S_i = (m_i ∘ x) A_iᵀ,  Y⁰_i = a_i S_i B_iᵀ + b_i          the base matmul is then added: Y⁰_i += x W_iᵀ
     lora_backward    D_i = a_i G_i B_i,     X⁰ = Σ m_i ∘ (D_i A_i)             then X⁰ += G_i W_i
     lora_gradients   ∂B_i = a_i G_iᵀ S_i,   ∂A_i = D_iᵀ (m_i ∘ x)              in slices of T, summed by one more launch
 
-The adapter comes first and the base product accumulates on top of it, so cuBLAS keeps its plain operands and reads Y⁰ while it multiplies.
-A program of the first two kernels owns a few rows: it walks the long side down to rank R, keeps the narrow result, and walks the other
-side up. The third turns its products, so that the long side fills the tensor cores' rows and R their columns. Masks are made again
-wherever they are needed (kernels/_dropout.py); A and B are read as they are, fp32 masters say, and rounded to x's dtype in registers.
-
-Predicted for an H200 (4.8 TB/s; base products of 366 µs at 750 TFLOP/s) at T=8192, K=N=4096, R=16, bf16, in µs beside the base products:
-
-                                          forward                                        backward                                 sum
-    these passes                          x, Y⁰: 134 MB, 28                              G, X⁰, then x, G: 268 MB, 58              86
-    one product of [x | S] and [W | aB]   x: 67 MB, 14; 1.6% more of the product: 6      3% more of it: 11; ∂x twice, x, G: 58     89
-    eager                                 dropped x, mask, branch, sum: 0.6 GB, 130      0.8 GB, 160                              290
-
-The augmented product (second line; exact too) never moves Y⁰ and gets D as columns of ∂x. But it wants x written into a wider buffer by
-whoever makes it, weights stored so that nobody else can use them as they are, and a library that multiplies K + R columns as well as K.
-For the same bytes the plain operands stay; neither was measured.
+The adapter comes first and the base matmul accumulates into its output, so cuBLAS gets plain operands. A program of the first two
+kernels owns a few rows: it reduces the long side to rank R, keeps the narrow result, and expands to the other side. The third transposes
+its matmuls, so that the long side fills the tensor cores' rows and R their columns. Masks are recomputed wherever they are needed
+(kernels/_dropout.py); A and B are read in their own dtype (fp32 masters, say) and rounded to x's dtype in registers.
 """
 
 import torch
@@ -28,16 +18,16 @@ from torch import Tensor
 
 from kernels._dispatch import operator
 from kernels._dropout import RESOLUTION, kept
-from kernels._launch import ANY, Launch, cdiv, constexpr, jit, launch, next_power_of_2, part, pick, rows_of, tl
+from kernels._launch import ANY, Launch, arch_of, cdiv, constexpr, jit, launch, next_power_of_2, pick, rows_of, tl
 
 MAX_RANK = 256
 MAX_TOGETHER = 3  # projections in one launch
-PROGRAMS = 512  # of lora_gradients, about: four for each multiprocessor of an H200
+PROGRAMS = 512  # of lora_gradients, approximately: four per multiprocessor of an H200
 
 
 @jit
 def _load(matrix, rows, columns, stride, height, width):
-    """A tile of a matrix [height, width] whose rows are dense and `stride` apart; zeros outside of it."""
+    """Load a tile of a matrix [height, width] with dense rows, `stride` apart; zeros outside."""
     inside = (rows < height)[:, None] & (columns < width)[None, :]
     return tl.load(matrix + rows[:, None] * stride + columns[None, :], mask=inside, other=0.0)
 
@@ -50,7 +40,7 @@ def _store(matrix, value, rows, columns, stride, height, width):
 
 @jit
 def _drop(value, key, stream, rows, column, lanes, BLOCK: constexpr):
-    """m ∘ value, for columns [column, column + BLOCK) of x or ∂x; lanes None: nothing is dropped."""
+    """Return m ∘ value for columns [column, column + BLOCK) of x or ∂x; without dropout lanes is None."""
     if lanes is not None:
         value = tl.where(kept(key, stream, rows, column, lanes, BLOCK), value, 0.0)
     return value
@@ -59,7 +49,7 @@ def _drop(value, key, stream, rows, column, lanes, BLOCK: constexpr):
 @jit
 def _lora_forward_kernel(x, A, B, bias, S, Y, seed, gains, streams, lanes, x_stride, S_stride, T, K, N, R,
                          BLOCK_M: constexpr, BLOCK_K: constexpr, BLOCK_N: constexpr, BLOCK_R: constexpr):
-    """S [T, P·BLOCK_R], zeros beyond each R, and the Y⁰_i [T, N_i]. A program owns BLOCK_M rows of all of them."""
+    """Write S [T, P·BLOCK_R], zeros beyond each R, and the Y⁰_i [T, N_i]; a program owns BLOCK_M rows."""
     P: constexpr = len(A)
     rows, r = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R)
     key = 0 if seed is None else tl.load(seed)
@@ -92,7 +82,10 @@ def _lora_forward_kernel(x, A, B, bias, S, Y, seed, gains, streams, lanes, x_str
 @jit
 def _lora_backward_kernel(D, G, A, B, dx, seed, gains, streams, lanes, G_strides, D_stride, T, K, N, R, ADD: constexpr,
                           BLOCK_M: constexpr, BLOCK_K: constexpr, BLOCK_N: constexpr, BLOCK_R: constexpr):
-    """D [T, P·BLOCK_R], zeros beyond each R, and X⁰ [T, K] (ADD: added to dx) unless dx is None. A program owns BLOCK_M rows."""
+    """Write D [T, P·BLOCK_R], zeros beyond each R, and X⁰ [T, K] unless dx is None.
+
+    ADD: X⁰ is added to dx. A program owns BLOCK_M rows.
+    """
     P: constexpr = len(A)
     rows, r = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R)
     key = 0 if seed is None else tl.load(seed)
@@ -123,7 +116,10 @@ def _lora_backward_kernel(D, G, A, B, dx, seed, gains, streams, lanes, G_strides
 @jit
 def _lora_gradients_kernel(x, G, S, D, dA, dB, seed, gains, streams, lanes, x_stride, G_strides, S_stride, T, K, N, R, slice_rows,
                            slice_stride, BLOCK_T: constexpr, BLOCK_C: constexpr, BLOCK_R: constexpr):
-    """∂A_i and ∂B_i, fp32, of one slice of rows (axis 1): BLOCK_C columns of x for all ∂A_i (axis 2: 0), or of G_i for ∂B_i (i + 1)."""
+    """Write the ∂A_i and ∂B_i, fp32, of one slice of rows (grid axis 1).
+
+    Along grid axis 2, job 0 takes BLOCK_C columns of x for all ∂A_i, job i + 1 columns of G_i for ∂B_i.
+    """
     P: constexpr = len(G)
     column, job = tl.program_id(0) * BLOCK_C, tl.program_id(2)
     columns, r = column + tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_R)
@@ -160,8 +156,8 @@ def _lora_gradients_kernel(x, G, S, D, dA, dB, seed, gains, streams, lanes, x_st
             _store(dB[i] + place, gains[i] * total, columns, r, R[i], N[i], R[i])
 
 
-# Launch settings by `_size`. A large GPU runs one program of the first two kernels on each of its multiprocessors, whose stages have to
-# hold all that is in flight: 36 KB on an H200.
+# Launch settings by `_size`. A large GPU runs one program of the first two kernels per multiprocessor, so that program's stages have to
+# hold all loads in flight: 36 KB on an H200.
 LARGE = ("sm_90", "sm_100")
 ROWS = {
     (ANY, 32): Launch({"BLOCK_K": 128, "BLOCK_N": 128}, 8, 3),
@@ -169,7 +165,7 @@ ROWS = {
     (ANY, 192): Launch({"BLOCK_K": 32, "BLOCK_N": 64}, 8, 3),
     (ANY, 256): Launch({"BLOCK_K": 32, "BLOCK_N": 64}, 8, 2),
     (ANY, None): Launch({"BLOCK_K": 32, "BLOCK_N": 32}, 8, 2),
-} | {(name, bound): how for name in LARGE for bound, how in {
+} | {(name, bound): settings for name in LARGE for bound, settings in {
     32: Launch({"BLOCK_K": 128, "BLOCK_N": 128}, 8, 4),
     96: Launch({"BLOCK_K": 64, "BLOCK_N": 128}, 8, 4),
     384: Launch({"BLOCK_K": 64, "BLOCK_N": 64}, 8, 3),
@@ -184,30 +180,30 @@ GRADIENTS = {
 
 
 def block_r(A: list[Tensor]) -> int:
-    """Columns that each projection has in S and D: the largest rank, as tiles have it."""
+    """Return how many columns each projection has in S and D: the largest rank, rounded up to a tile."""
     return max(16, next_power_of_2(max(a.shape[0] for a in A)))
 
 
 def _groups(count: int, width: int, like: Tensor) -> list[slice]:
-    """Which projections are launched together, when each has `width` columns of S."""
-    room = 384 if part(like.device) in LARGE else 256  # bytes a row; parts whose products read from registers have less to spare
+    """Return the slices of projections that are launched together, each with `width` columns of S."""
+    room = 384 if arch_of(like.device) in LARGE else 256  # bytes a row; fewer where matmuls read their operands from registers
     size = max(1, min(MAX_TOGETHER, room // (width * like.itemsize)))
     return [slice(first, min(first + size, count)) for first in range(0, count, size)]
 
 
 def _size(width: int, dtype: torch.dtype) -> int:
-    """Bytes a row of a launch's narrow results; twice as many in fp32, where the other tiles grow too."""
+    """Return the bytes per row of a launch's narrow results; doubled in fp32, whose other tiles grow too."""
     return width * dtype.itemsize * (dtype.itemsize // 2)
 
 
 def _block_m(T: int) -> int:
-    """Rows to a program: fewer where T is small, since it takes about a hundred programs to fill a large GPU."""
+    """Return the rows per program: fewer where T is small, since a large GPU needs about 100 programs."""
     return 64 if T > 6144 else 32 if T > 3072 else 16
 
 
 def _by_rows(table: dict, T: int, size: int, device: torch.device) -> Launch:
-    how = pick(table, size, device)
-    return how._replace(blocks=how.blocks | {"BLOCK_M": _block_m(T)})
+    settings = pick(table, size, device)
+    return settings._replace(blocks=settings.blocks | {"BLOCK_M": _block_m(T)})
 
 
 def _lanes(lanes: list[int]) -> tuple[int | None, ...]:
@@ -225,14 +221,17 @@ def _fake_forward(x, A, B, biases, seed, gains, streams, lanes):
 @operator(_fake_forward)
 def lora_forward(x: Tensor, A: list[Tensor], B: list[Tensor], biases: list[Tensor | None], seed: Tensor | None, gains: list[float],
                  streams: list[int], lanes: list[int]) -> tuple[Tensor, list[Tensor]]:
-    """S [T, P·block_r(A)] and the Y⁰_i [T, N_i], in x's dtype, of x [T, K]. streams, lanes: of each mask (kernels/_dropout.py)."""
+    """Return S [T, P·block_r(A)] and the Y⁰_i [T, N_i] of x [T, K], in x's dtype.
+
+    streams and lanes are those of each projection's mask (kernels/_dropout.py), gains the a_i.
+    """
     x, A, B, biases, lanes = rows_of(x), _dense(A), _dense(B), _dense(biases), _lanes(lanes)
     (T, K), width = x.shape, block_r(A)
     S, Y = _fake_forward(x, A, B, biases, seed, gains, streams, lanes)
     for group in _groups(len(A), width, x):
         P = len(A[group])
-        how = _by_rows(FORWARD, T, _size(P * width, x.dtype), x.device)
-        launch(_lora_forward_kernel, (cdiv(T, how.blocks["BLOCK_M"]),), how, x, A[group], B[group], biases[group],
+        settings = _by_rows(FORWARD, T, _size(P * width, x.dtype), x.device)
+        launch(_lora_forward_kernel, (cdiv(T, settings.blocks["BLOCK_M"]),), settings, x, A[group], B[group], biases[group],
                S[:, group.start * width:], tuple(Y[group]), seed, tuple(gains[group]), tuple(streams[group]), lanes[group], x.stride(0),
                S.stride(0), T, K, tuple(b.shape[0] for b in B[group]), tuple(a.shape[0] for a in A[group]), BLOCK_R=width)
     return S, Y
@@ -246,21 +245,22 @@ def _fake_backward(G, A, B, seed, gains, streams, lanes, need_x):
 @operator(_fake_backward)
 def lora_backward(G: list[Tensor], A: list[Tensor], B: list[Tensor], seed: Tensor | None, gains: list[float], streams: list[int],
                   lanes: list[int], need_x: bool) -> tuple[Tensor, Tensor]:
-    """D [T, P·block_r(A)] and X⁰ [T, K] (empty unless need_x), in the G_i's dtype, of the G_i [T, N_i]."""
+    """Return D [T, P·block_r(A)] and X⁰ [T, K] (empty unless need_x) of the G_i [T, N_i], in their dtype."""
     D, dx = _fake_backward(G, A, B, seed, gains, streams, lanes, need_x)
     G, A, B, lanes = tuple(rows_of(g) for g in G), _dense(A), _dense(B), _lanes(lanes)
     (T, K), width = (G[0].shape[0], A[0].shape[1]), block_r(A)
     for group in _groups(len(A), width, D):
-        how = _by_rows(ROWS, T, _size(len(A[group]) * width, D.dtype), D.device)
-        launch(_lora_backward_kernel, (cdiv(T, how.blocks["BLOCK_M"]),), how, D[:, group.start * width:], G[group], A[group], B[group],
-               dx if need_x else None, seed, tuple(gains[group]), tuple(streams[group]), lanes[group], tuple(g.stride(0) for g in G[group]),
+        settings = _by_rows(ROWS, T, _size(len(A[group]) * width, D.dtype), D.device)
+        grid = cdiv(T, settings.blocks["BLOCK_M"]),
+        launch(_lora_backward_kernel, grid, settings, D[:, group.start * width:], G[group], A[group], B[group], dx if need_x else None,
+               seed, tuple(gains[group]), tuple(streams[group]), lanes[group], tuple(g.stride(0) for g in G[group]),
                D.stride(0), T, K, tuple(b.shape[0] for b in B[group]), tuple(a.shape[0] for a in A[group]), ADD=group.start > 0,
                BLOCK_R=width)
     return D, dx
 
 
 def _sizes(K: int, N: list[int], ranks: list[int], need_A: list[bool], need_B: list[bool]) -> list[int]:
-    """Elements of each ∂A_i, then of each ∂B_i; 0 where it is not needed."""
+    """Return the elements of each ∂A_i, then of each ∂B_i; 0 where it is not needed."""
     return [R * K * need for R, need in zip(ranks, need_A)] + [R * n * need for R, n, need in zip(ranks, N, need_B)]
 
 
@@ -271,23 +271,24 @@ def _fake_gradients(x, G, S, D, ranks, need_A, need_B, seed, gains, streams, lan
 @operator(_fake_gradients)
 def lora_gradients(x: Tensor, G: list[Tensor], S: Tensor, D: Tensor | None, ranks: list[int], need_A: list[bool], need_B: list[bool],
                    seed: Tensor | None, gains: list[float], streams: list[int], lanes: list[int]) -> Tensor:
-    """The needed ∂A_i [R_i, K], then the needed ∂B_i [N_i, R_i], one after another in one flat fp32 tensor."""
+    """Return the needed ∂A_i [R_i, K], then ∂B_i [N_i, R_i], end to end in one flat fp32 tensor."""
     x, G, lanes = rows_of(x), tuple(rows_of(g) for g in G), _lanes(lanes)
     (T, K), P, N = x.shape, len(G), [g.shape[1] for g in G]
     width, sizes = S.shape[1] // P, _sizes(K, N, ranks, need_A, need_B)
     groups = _groups(P, width, x)
-    how = pick(GRADIENTS, _size(width * (groups[0].stop - groups[0].start), x.dtype), x.device)
-    blocks = [cdiv(n, how.blocks["BLOCK_C"]) for n in (K, *N)]
-    # many programs, but slices so long that their sums (8 R bytes a column, written and read) are few beside their rows (2 bytes each)
+    settings = pick(GRADIENTS, _size(width * (groups[0].stop - groups[0].start), x.dtype), x.device)
+    blocks = [cdiv(n, settings.blocks["BLOCK_C"]) for n in (K, *N)]
+    # many programs, but slices so long that their sums (8 R bytes per column, written and read) are small beside their rows (2 bytes each)
     slices = max(1, min(cdiv(PROGRAMS, sum(blocks)), T // (32 * width)))
+    slice_rows = cdiv(T, slices * settings.blocks["BLOCK_T"]) * settings.blocks["BLOCK_T"]
     partial = torch.empty(slices, sum(sizes), dtype=torch.float32, device=x.device)
-    # the first slice's gradients; the others lie a row of `partial` further each
-    parts = [part if size else None for part, size in zip(partial[0].split(sizes), sizes)]
+    # the first slice's gradients; each further slice's are one row of `partial` away
+    first_slice = [gradient if size else None for gradient, size in zip(partial[0].split(sizes), sizes)]
     for group in groups:
-        dA, dB = tuple(parts[:P][group]), tuple(parts[P:][group])
-        adapters = any(part is not None for part in dA)
-        launch(_lora_gradients_kernel, (max(blocks), slices, 1 + len(dA)), how, x if adapters else None, G[group],
-               S[:, group.start * width:], D[:, group.start * width:] if adapters else None, dA, dB, seed, tuple(gains[group]),
+        dA, dB = tuple(first_slice[:P][group]), tuple(first_slice[P:][group])
+        need_any_A = any(gradient is not None for gradient in dA)
+        launch(_lora_gradients_kernel, (max(blocks), slices, 1 + len(dA)), settings, x if need_any_A else None, G[group],
+               S[:, group.start * width:], D[:, group.start * width:] if need_any_A else None, dA, dB, seed, tuple(gains[group]),
                tuple(streams[group]), lanes[group], x.stride(0), tuple(g.stride(0) for g in G[group]), S.stride(0), T, K, tuple(N[group]),
-               tuple(ranks[group]), cdiv(T, slices * how.blocks["BLOCK_T"]) * how.blocks["BLOCK_T"], partial.stride(0), BLOCK_R=width)
+               tuple(ranks[group]), slice_rows, partial.stride(0), BLOCK_R=width)
     return partial.sum(0) if slices > 1 else partial.view(-1)

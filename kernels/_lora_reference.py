@@ -61,7 +61,7 @@ class Gradients:
 
 
 def dense(weight: Tensor | Nf4, dtype: torch.dtype) -> Tensor:
-    """Return W in the dtype of the matmuls; an NF4 weight is dequantised for the matmul at hand and not kept."""
+    """Return W in the dtype of the matmuls; an NF4 weight is dequantised anew for each matmul."""
     return dequantize_nf4(weight, dtype) if isinstance(weight, Nf4) else weight.to(dtype)
 
 
@@ -95,7 +95,10 @@ def stacked_A(projections: list[Projection], dtype: torch.dtype) -> Tensor:
 
 
 def compute_S(x: Tensor, projections: list[Projection]) -> Tensor | None:
-    """Return S [T, ΣR] of x [T, K]: one matmul, or one per projection with dropout; None without any adapter."""
+    """Return S [T, ΣR] of x [T, K]; None without any adapter.
+
+    One matmul, or one per projection with dropout.
+    """
     adapted = [projection for projection in projections if projection.A is not None]
     if not adapted:
         return None
@@ -113,7 +116,10 @@ def dora_norm(projection: Projection, weight: Tensor) -> Tensor | None:
 
 
 def project_reference(x: Tensor, projections: list[Projection]) -> tuple[Tensor | None, list[Tensor], list[Tensor | None]]:
-    """Return S [T, ΣR], V_i [T, N_i] and n_i [N_i] of x [T, K]; V_i includes the bias unless DoRA has yet to scale it."""
+    """Return S [T, ΣR], V_i [T, N_i] and n_i [N_i] of x [T, K].
+
+    V_i includes the bias unless DoRA has yet to scale V_i.
+    """
     S = compute_S(x, projections)
     values, norms = [], []
     for projection, s in zip(projections, split_by_projection(S, projections), strict=True):

@@ -100,10 +100,10 @@ def linear_cross_entropy_chunks(
         lora_scaling: float, label_smoothing: float, z_loss: float, softcap: float | None, logit_scale: float, temperature: float,
         ignore_index: int | None, chunk_bytes: int | None, statistics: bool, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return losses l_i [S], statistics [3, S] and the wanted gradients of Σ row_weight_i·l_i (row_weight None: all 1).
+    """Return losses l_i [S], statistics [3, S] and the wanted gradients of Σ row_weight_i·l_i.
 
-    Losses are not weighted. `wanted` says whether x, weight, bias, A, B need a gradient: x's comes in its dtype, the others in the
-    statistics dtype; one that is not wanted is empty.
+    Losses are not weighted; row_weight None means all 1. `wanted` says whether x, weight, bias, A, B need a gradient: x's comes in its
+    dtype, the others in the statistics dtype; one that is not wanted is empty.
     """
     loss = Loss(label_smoothing, z_loss, softcap, logit_scale, temperature)
     exact, (S, D), V = statistics_dtype(x), x.shape, weight.shape[0]
@@ -221,7 +221,10 @@ class _GradientsInForward(torch.autograd.Function):
 
 
 class _GradientsInBackward(torch.autograd.Function):
-    """Losses of all rows under a trained head; the backward, which knows the rows' weights, recomputes the logits."""
+    """Losses of all rows under a trained head; the backward recomputes the logits.
+
+    Only the backward knows the rows' weights.
+    """
 
     @staticmethod
     def forward(ctx, target, lora_scaling, options, *tensors):
@@ -241,7 +244,7 @@ class _GradientsInBackward(torch.autograd.Function):
 
 
 def _reduced_loss(head: Head, target: Tensor, token_weight: Tensor | None, options: Options) -> tuple[Tensor, Tensor]:
-    """Return the public loss, differentiated in the cheapest way, and statistics [3, S] (empty unless wanted)."""
+    """Return the reduced loss and statistics [3, S] (empty unless wanted); pick the cheapest backward."""
     A, B, lora_scaling = (None, None, 1.0) if head.lora is None else (head.lora.A, head.lora.B, float(head.lora.scaling))
     tensors = head.x, head.weight, head.bias, A, B
     exact = statistics_dtype(head.x)

@@ -1,6 +1,7 @@
-"""Two language-model heads and the divergence of their predictions in one operation, without materialising the [S, V] logits.
+"""Two language-model heads and the divergence of their predictions in one operation.
 
-For row i with weight w_i, student hidden state x_i under the head (W, b) and reference hidden state y_i under (W', b'):
+The [S, V] logits are never materialised. For row i with weight w_i, student hidden state x_i under the head (W, b) and reference hidden
+state y_i under (W', b'):
 
     u_i = W x_i + b        u'_i = W' y_i + b'        d_i = divergence of softmax(logits(u_i)) and softmax(logits(u'_i))
     sum:   L = Σ w_i d_i        mean: L = Σ w_i d_i / Σ w_i        none: w_i d_i
@@ -146,7 +147,10 @@ class _FrozenRows(torch.autograd.Function):
 
 
 class _TrainedRows(torch.autograd.Function):
-    """Divergences of all rows under a trained head; the backward, which knows the rows' weights, recomputes the logits."""
+    """Divergences of all rows under a trained head; the backward recomputes the logits.
+
+    Only the backward knows the rows' weights.
+    """
 
     @staticmethod
     @without_autocast
@@ -166,7 +170,7 @@ class _TrainedRows(torch.autograd.Function):
 
 
 class _TrainedSum(torch.autograd.Function):
-    """Σ row_weight_i·d_i under a trained head; the forward computes all gradients, the backward scales them."""
+    """Σ row_weight_i·d_i under a trained head; the backward scales gradients computed in the forward."""
 
     @staticmethod
     @without_autocast
@@ -238,15 +242,15 @@ def linear_kl(x: Tensor, weight: Tensor, x_ref: Tensor, weight_ref: Tensor | Non
               beta: float = 0.5, bias: Tensor | None = None, bias_ref: Tensor | None = None, token_weight: Tensor | None = None,
               keep: Tensor | None = None, softcap: float | None = None, logit_scale: float = 1.0, temperature: float = 1.0,
               reduction: str = "sum", chunk_bytes: int | None = None) -> Tensor:
-    """Return the divergence of the student x Wᵀ + b from the reference x_ref W'ᵀ + b', in nats and fp32 (fp64 for fp64 inputs).
+    """Return the divergence of the student x Wᵀ + b from the reference x_ref W'ᵀ + b', in nats.
 
-    x [S, D], weight [V, D], bias [V]; x_ref [S, D'], weight_ref [V, D'], bias_ref [V], none of which gets a gradient; without
-    weight_ref both sides use weight and bias. divergence: "forward" KL(reference‖student), "reverse" KL(student‖reference), or
-    "jensen_shannon" with weight beta on KL(reference‖mixture). Logits are softcap·tanh(logit_scale·u/softcap)/temperature on
-    both sides; the loss is not multiplied by temperature². token_weight [S] is differentiable. `keep` [S] bool drops the rows
-    where it is False (without it nothing waits for the device); `mean` divides by the summed weight of the kept rows. Without any
-    row the result is a differentiable 0. `chunk_bytes` bounds one chunk of both sides' logits.
-    Raises ValueError for arguments that do not fit each other.
+    The result is fp32 (fp64 for fp64 inputs). x [S, D], weight [V, D], bias [V]; x_ref [S, D'], weight_ref [V, D'], bias_ref [V], none of
+    which gets a gradient; without weight_ref both sides use weight and bias. divergence: "forward" KL(reference‖student), "reverse"
+    KL(student‖reference), or "jensen_shannon" with weight beta on KL(reference‖mixture). Logits are
+    softcap·tanh(logit_scale·u/softcap)/temperature on both sides; the loss is not multiplied by temperature². token_weight [S] is
+    differentiable. `keep` [S] bool drops the rows where it is False (without it nothing waits for the device); `mean` divides by the summed
+    weight of the kept rows. Without any row the result is a differentiable 0. `chunk_bytes` bounds one chunk of both sides' logits. Raises
+    ValueError for arguments that do not fit each other.
     """
     rule = Rule(divergence, beta, softcap, logit_scale, temperature)
     _check(Sides(x, weight, x_ref, weight_ref, bias, bias_ref), token_weight, keep, rule, reduction)

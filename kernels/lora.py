@@ -140,7 +140,7 @@ def parameter_gradients(G: list[Tensor], x: Tensor, S: Tensor | None, D: Tensor 
 
 
 def project(x: Tensor, projections: list[Projection], fused: bool) -> tuple[Tensor | None, list[Tensor], list[Tensor | None]]:
-    """Return S, V_i [T, N_i] and n_i [N_i] of x [T, K]; V_i includes the bias unless DoRA has yet to scale it."""
+    """Return S, V_i [T, N_i] and n_i [N_i] of x [T, K] (`project_reference`)."""
     return project_fused(x, projections) if fused else project_reference(x, projections)
 
 
@@ -299,11 +299,11 @@ def check_projection(op: str, x: Tensor, width: int, weight: Tensor | Nf4, lora:
 
 
 def lora_qkv(x: Tensor, weights, loras, biases=None) -> tuple[Tensor, ...]:
-    """Return one [..., N_i] per weight [N_i, K] for x [..., K]: any number of projections of one x (q, k and v, say).
+    """Return one [..., N_i] per weight [N_i, K] for x [..., K].
 
-    weights: dense, or `Nf4`, frozen; loras: a `Lora` per weight, or None for no adapter; biases: likewise, or None for none
-    at all. Matmuls run in x's dtype (autocast's where it is on); the gradients of A and B have their own dtypes.
-    Raises ValueError where shapes, dtypes or devices do not fit.
+    Serves any number of projections of one x (q, k and v, say). weights: dense, or `Nf4`, frozen; loras: a `Lora` per weight, or None for
+    no adapter; biases: likewise, or None for none at all. Matmuls run in x's dtype (autocast's where it is on); the gradients of A and B
+    have their own dtypes. Raises ValueError where shapes, dtypes or devices do not fit.
     """
     biases = (None,) * len(weights) if biases is None else biases
     if not len(weights) == len(loras) == len(biases) > 0:
@@ -316,7 +316,10 @@ def lora_qkv(x: Tensor, weights, loras, biases=None) -> tuple[Tensor, ...]:
 
 
 def lora_linear(x: Tensor, weight: Tensor | Nf4, lora: Lora | None, bias: Tensor | None = None) -> Tensor:
-    """Return the linear of x [..., K] with weight [N, K] plus its adapter, [..., N]; dtypes and errors as in `lora_qkv`."""
+    """Return the linear of x [..., K] with weight [N, K] plus its adapter: [..., N].
+
+    Dtypes and errors as in `lora_qkv`.
+    """
     check_input("lora_linear", x)
     check_projection("lora_linear", x, x.shape[-1], weight, lora, bias)
     return _projections(x, (weight,), (lora,), (bias,))[0]

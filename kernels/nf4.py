@@ -1,21 +1,17 @@
-"""NF4, the 4-bit weights of QLoRA (Dettmers et al., https://arxiv.org/abs/2305.14314, section 3), in bitsandbytes' layout, made dense.
+"""Dequantise NF4, the 4-bit weights of QLoRA, in bitsandbytes' layout.
 
-A weight W [N, K] is cut, row after row, into blocks of 64 elements (the last may be shorter). An element of block b with code c is
+NF4 is defined in section 3 of Dettmers et al., https://arxiv.org/abs/2305.14314. A weight W [N, K] is divided, row after row, into
+blocks of 64 elements (the last may be shorter). An element of block b with code c is
 
     W = q[c] · m(b)        q: 16 quantiles of a normal distribution, in [−1, 1]        m(b): the block's largest magnitude
 
-Doubly quantised, m itself takes a byte a block, an index into a table t of 256 values, a scale for each 256 blocks, and one offset:
+With double quantisation m takes one byte a(b) per block, an index into a table t of 256 values, a scale s per 256 blocks, and an offset o:
 
     m(b) = t[a(b)] · s(b div 256) + o
 
-Every product and sum is rounded to fp32, the result once more to the dtype asked for: the same bits as bitsandbytes' on a CPU. (Where K is
+Every product and sum is rounded to fp32 and the result once more to the wanted dtype: bit-identical to bitsandbytes on a CPU. (Where K is
 even but rows do not end with a block, bitsandbytes 0.50.2 pairs elements with the magnitudes of other blocks, on a CPU with AVX-512.)
-
-Why fusing pays: bound by memory. One pass reads 0.5 + 1/64 bytes an element and writes 2 (bf16); bitsandbytes first writes m in fp32 and
-reads it twice (offset, weights): two more launches and 0.25 bytes. Dequantising the 6.98e9 weights of Llama-3.1-8B's layers once moves
-17.6 GB: 3.7 ms at the 4.8 TB/s of an H200, twice or three times a step (forward, backward, recomputation).
-
-Quantising is bitsandbytes' own, once per run.
+One pass dequantises m and the weight; bitsandbytes first writes m in fp32. Quantising is left to bitsandbytes, once per run.
 """
 
 from functools import cache
@@ -29,7 +25,7 @@ from kernels._launch import ANY, Launch, cdiv, constexpr, jit, launch, pick, tl
 
 GROUP = 256  # blocks that share one scale of their doubly quantised magnitudes
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-# q as bitsandbytes has it: fp32, spelled with the digits that give these bits.
+# q of bitsandbytes: fp32, with the digits that give exactly its bits.
 QUANTILES = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
@@ -45,7 +41,7 @@ class Nf4(NamedTuple):
     nested_absmax: Tensor | None  # s, fp32 [ceil(blocks / 256)]
     offset: Tensor | None  # o, an fp32 scalar
     shape: tuple[int, int]  # N, K
-    dtype: torch.dtype  # of the weight before it was quantised, and of what it becomes unless told otherwise
+    dtype: torch.dtype  # of the weight before it was quantised, and by default of the dequantised weight
     blocksize: int
 
     @property
@@ -64,13 +60,13 @@ def _quantiles(device: torch.device) -> Tensor:
 
 @cache
 def _pairs(device: torch.device) -> Tensor:
-    """The two values of every byte, fp32, as one int64 each: one selection then moves both."""
+    """Return the two fp32 values of every byte as one int64 each, so that one lookup gets both."""
     byte = torch.arange(256, device=device)
     return _quantiles(device)[torch.stack([byte >> 4, byte & 15], dim=1)].view(torch.int64).flatten()
 
 
 def dequantize_nf4_reference(weight: Nf4, dtype: torch.dtype) -> Tensor:
-    """The formula. Selecting pairs takes a third of the time that single values do: 0.3 ms a million elements on one core."""
+    """Return the dense weight [N, K], looking up pairs of values."""
     rows, columns = weight.shape
     total, size = rows * columns, weight.blocksize
     if not total:
@@ -84,7 +80,7 @@ def dequantize_nf4_reference(weight: Nf4, dtype: torch.dtype) -> Tensor:
 
 
 def _magnitudes(weight: Nf4) -> Tensor:
-    """m, fp32 [blocks]."""
+    """Return m, fp32 [blocks]."""
     if weight.nested_code is None:
         return weight.absmax
     scales = weight.nested_absmax.repeat_interleave(GROUP)[: weight.absmax.numel()]
@@ -109,12 +105,11 @@ def _magnitude(absmax, nested_code, nested_absmax, offset, block, inside, GROUP:
 @jit
 def _dequantize_nf4_kernel(codes, absmax, nested_code, nested_absmax, offset, quantiles, out, words, GROUP: constexpr, BLOCKSIZE: constexpr,
                            NIBBLES: constexpr, BLOCK: constexpr):
-    """out [words · NIBBLES]: one program per BLOCK times four words of codes, an int32 of 8 each or a byte of 2.
+    """Write out [words · NIBBLES]: one program per BLOCK times four words of codes.
 
-    Four words never straddle two blocks, so m is computed once for them; a thread loads 16 bytes of codes, and stores 16 at a time.
-    Compiled for sm_90 by Triton 3.9, machine instructions an element by how q is looked up: in shared memory, of which 32 lanes read 16
-    words without a conflict, 8.5; loads from global memory, with their 64-bit addresses, 10.3; shuffles between lanes 17; selects 19.5.
-    An H200 issues 128 a clock and multiprocessor, so 15 elements, where its memory feeds 8.6. (Triton 3.6: 6.8 with shared memory.)
+    A word is an int32 of 8 codes or a byte of 2. Four words never straddle two blocks, so m is computed once for them; a thread loads 16
+    bytes of codes and stores 16 at a time. q is looked up in shared memory, where 32 lanes read 16 words without bank conflicts: fewer
+    machine instructions than global loads, shuffles or selects.
     """
     four = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     word = four[:, None] * 4 + tl.arange(0, 4)[None, :]  # (BLOCK, 4)
@@ -142,23 +137,24 @@ def _fake(codes, absmax, nested_code, nested_absmax, offset, rows, columns, bloc
 @operator(_fake)
 def dequantize_nf4_forward(codes: Tensor, absmax: Tensor, nested_code: Tensor | None, nested_absmax: Tensor | None, offset: Tensor | None,
                            rows: int, columns: int, blocksize: int, dtype: torch.dtype) -> Tensor:
-    """W [rows, columns], dense, from the backend that serves the codes' device: one launch."""
+    """Return W [rows, columns], dense, from the backend that serves the codes' device: one launch."""
     weight = Nf4(codes, absmax, nested_code, nested_absmax, offset, (rows, columns), dtype, blocksize)
     if serving(codes.device, dtype) != "triton":
         return dequantize_nf4_reference(weight, dtype)
     total = rows * columns
-    # room for the second code of the last byte, which is no element where there is an odd number of them
+    # with an odd number of elements, the second code of the last byte is written beyond the last of them
     out = torch.empty(total + total % 2, dtype=dtype, device=codes.device)
     wide = codes.numel() % 4 == 0 and codes.data_ptr() % 16 == 0
     words, nibbles = (codes.flatten().view(torch.int32), 8) if wide else (codes, 2)
-    how = pick(LAUNCH, total, codes.device)
-    launch(_dequantize_nf4_kernel, (cdiv(words.numel(), 4 * how.blocks["BLOCK"]),), how, words, absmax, nested_code, nested_absmax, offset,
-           _quantiles(codes.device), out, words.numel(), GROUP=GROUP, BLOCKSIZE=blocksize, NIBBLES=nibbles)
+    settings = pick(LAUNCH, total, codes.device)
+    grid = cdiv(words.numel(), 4 * settings.blocks["BLOCK"]),
+    launch(_dequantize_nf4_kernel, grid, settings, words, absmax, nested_code, nested_absmax, offset, _quantiles(codes.device), out,
+           words.numel(), GROUP=GROUP, BLOCKSIZE=blocksize, NIBBLES=nibbles)
     return out[:total].view(rows, columns)
 
 
 def _check(weight: Nf4, dtype: torch.dtype) -> None:
-    """ValueError where the parts do not make a weight. Shapes, dtypes and devices only: values are the quantiser's."""
+    """Raise ValueError where the tensors do not fit each other; their values are not checked."""
     if len(weight.shape) != 2:
         raise ValueError(f"dequantize_nf4: expected a shape of two sizes, got {tuple(weight.shape)}")
     if weight.blocksize not in BLOCKSIZES:
@@ -170,20 +166,25 @@ def _check(weight: Nf4, dtype: torch.dtype) -> None:
         raise ValueError("dequantize_nf4: expected all of nested_code, nested_absmax and offset, or none, got some")
     total = weight.shape[0] * weight.shape[1]
     blocks = cdiv(total, weight.blocksize)
-    parts = {"codes": (weight.codes, torch.uint8, cdiv(total, 2))}
+    tensors = {"codes": (weight.codes, torch.uint8, cdiv(total, 2))}
     if nested[0] is None:
-        parts["absmax"] = weight.absmax, torch.float32, blocks
+        tensors["absmax"] = weight.absmax, torch.float32, blocks
     else:
-        parts |= {"absmax": (weight.absmax, torch.uint8, blocks), "nested_code": (weight.nested_code, torch.float32, 256),
-                  "nested_absmax": (weight.nested_absmax, torch.float32, cdiv(blocks, GROUP)), "offset": (weight.offset, torch.float32, 1)}
-    for name, (t, expected, size) in parts.items():
+        tensors["absmax"] = weight.absmax, torch.uint8, blocks
+        tensors["nested_code"] = weight.nested_code, torch.float32, 256
+        tensors["nested_absmax"] = weight.nested_absmax, torch.float32, cdiv(blocks, GROUP)
+        tensors["offset"] = weight.offset, torch.float32, 1
+    for name, (t, expected, size) in tensors.items():
         if t.dtype != expected or t.numel() != size or t.device != weight.device or not t.is_contiguous():
             raise ValueError(f"dequantize_nf4: expected {name} of {size} contiguous {expected} on {weight.device} for a weight of "
                              f"{tuple(weight.shape)} in blocks of {weight.blocksize}, got {tuple(t.shape)} {t.dtype} on {t.device}")
 
 
 def dequantize_nf4(weight: Nf4, dtype: torch.dtype | None = None) -> Tensor:
-    """The dense weight [N, K], a new tensor in `dtype` (default: weight.dtype), without a gradient."""
+    """Return the dense weight [N, K], a new tensor in `dtype` (default: weight.dtype), without a gradient.
+
+    Raises ValueError where the tensors of `weight` do not fit each other.
+    """
     dtype = weight.dtype if dtype is None else dtype
     _check(weight, dtype)
     codes, absmax, nested_code, nested_absmax, offset, (rows, columns), _, blocksize = weight

@@ -1,15 +1,11 @@
-"""RMS norm of each head of q and k, then their rotary embedding, as one operation (Qwen3, Gemma 3).
+"""RMS norm of each head of q and k, then rotary embedding, in one operation (Qwen3, Gemma 3).
 
     n = norm(x)     y = R(θ)·n          per head x [Dh] of q and of k, with the roundings of rms_norm: n is cast before it turns
     ∂n = R(−θ)·∂y   ∂x = r·(w' ⊙ ∂n) − x·r³·c/Dh    c = Σ_j w'_j·∂n_j·x_j    ∂w = Σ_(tokens, heads) r·(∂n ⊙ x)     w' = w + offset
 
-Notation as in `rms_norm` and `rope`. Kept for the backward: q and k from before the norm, which their projections made, and r. The
-norm is taken of whole heads also where only the first Dr of Dh channels rotate.
-
-Why fusing pays: the op is bound by memory. Bytes per channel of bf16 q and k, and launches: eager 56 in 26 forward and 113 in 42
-backward; rms_norm twice and rope 8 in 3 and 10 in 3; here 4 in 1 and 6 in 1. Trained weights (one [Dh] each for q and k) add 4 launches:
-partial sums [512 programs, Dh] leave the backward, a second pass adds them up (no atomics); frozen ones cost nothing. Predicted for
-8192 tokens of 32 + 8 heads of 128 (Qwen3-8B) on an H200 (4.8 TB/s): 36 and 54 µs.
+Notation as in `rms_norm` and `rope`. Saved for the backward: q and k from before the norm, and r. The norm covers whole heads even where
+only the first Dr of Dh channels rotate. On a GPU each direction is one kernel; for trained weights the backward also writes partial sums
+[512 programs, Dh], which a second pass adds up (no atomics).
 """
 
 import torch
@@ -25,14 +21,14 @@ PROGRAMS = 512  # that share the gradients of trained weights
 
 
 def qk_norm_rope_reference(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
-    """y [..., T, H, Dh] for q or k, and r [..., T, H, 1]."""
+    """Return y [..., T, H, Dh] for q or k, and r [..., T, H, 1]."""
     normed, rstd = rms_norm_reference(x, weight, eps, offset)
     return rope_reference(normed, cos, sin), rstd
 
 
 def qk_norm_rope_backward_reference(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, cos: Tensor, sin: Tensor, offset: float,
                                     want_weight: bool) -> tuple[Tensor, Tensor | None]:
-    """∂x, and ∂w if wanted, for q or k."""
+    """Return ∂x, and ∂w if wanted, for q or k."""
     return rms_norm_backward_reference(rope_reference(dy, cos, -sin), x, weight, rstd, offset, want_weight)
 
 
@@ -41,7 +37,7 @@ def qk_norm_rope_backward_reference(dy: Tensor, x: Tensor, weight: Tensor, rstd:
 
 @jit
 def _normed(x, r, w, to, ROUND_FIRST: constexpr, DTYPE: constexpr):
-    """w ⊙ (r·x) rounded as the norm's result, whose dtype `to` has."""
+    """Return w ⊙ (r·x), rounded to the dtype of `to`, the norm's result."""
     x *= r
     if ROUND_FIRST:
         x = x.to(DTYPE).to(tl.float32)
@@ -56,7 +52,10 @@ def _load(pointer, mask, offset):
 @jit
 def _forward(x, weight, y, rstd, x_n, x_h, cos, sin, block, tokens, eps, offset, HEADS: constexpr, DIM: constexpr,
              ROTARY: constexpr, ROUND_FIRST: constexpr, ROWS: constexpr, HALF: constexpr, REST: constexpr):
-    """ROWS heads of x [tokens, HEADS, DIM] into the dense y, and their r: a and b are the halves that turn, p what passes through."""
+    """Write the dense y and r of ROWS heads of x [tokens, HEADS, DIM].
+
+    a and b are the halves that rotate, p the channels that pass through.
+    """
     half: constexpr = ROTARY // 2
     row = block * ROWS + tl.arange(0, ROWS)
     token, head = row // HEADS, row % HEADS
@@ -88,7 +87,7 @@ def _forward(x, weight, y, rstd, x_n, x_h, cos, sin, block, tokens, eps, offset,
 def _qk_norm_rope_kernel(q, k, q_weight, k_weight, q_out, k_out, q_rstd, k_rstd, q_n, q_h, k_n, k_h, cos, sin, q_blocks,
                          tokens, eps, offset, Q_HEADS: constexpr, K_HEADS: constexpr, DIM: constexpr, ROTARY: constexpr,
                          ROUND_FIRST: constexpr, ROWS: constexpr, HALF: constexpr, REST: constexpr):
-    """The first q_blocks programs take ROWS heads of q each, the others of k."""
+    """Process ROWS heads of q in each of the first q_blocks programs, of k in the others."""
     block = tl.program_id(0)
     if block < q_blocks:
         _forward(q, q_weight, q_out, q_rstd, q_n, q_h, cos, sin, block, tokens, eps, offset, Q_HEADS, DIM, ROTARY,
@@ -101,7 +100,10 @@ def _qk_norm_rope_kernel(q, k, q_weight, k_weight, q_out, k_out, q_rstd, k_rstd,
 @jit
 def _backward(dy, x, weight, rstd, dx, partial, dy_n, dy_h, x_n, x_h, cos, sin, first, span, tokens, offset,
               HEADS: constexpr, DIM: constexpr, ROTARY: constexpr, ROWS: constexpr, HALF: constexpr, REST: constexpr):
-    """∂x of `span` blocks of ROWS heads, and their share of ∂w into the row `partial` where there is one; v is r·x, d is ∂n, then w'·∂n."""
+    """Write ∂x of `span` blocks of ROWS heads, and their sum of ∂w into the row `partial` if any.
+
+    v is r·x; d is ∂n, then w'·∂n.
+    """
     half: constexpr = ROTARY // 2
     j, k = tl.arange(0, HALF)[None, :], ROTARY + tl.arange(0, REST)[None, :]
     wa, wb, wp = _load(weight + j, j < half, offset), _load(weight + half + j, j < half, offset), _load(weight + k, k < DIM, offset)
@@ -151,7 +153,10 @@ def _backward(dy, x, weight, rstd, dx, partial, dy_n, dy_h, x_n, x_h, cos, sin, 
 def _qk_norm_rope_backward_kernel(dq, dk, q, k, q_weight, k_weight, q_rstd, k_rstd, q_grad, k_grad, partial, dq_n, dq_h, dk_n, dk_h, q_n,
                                   q_h, k_n, k_h, cos, sin, q_programs, span, tokens, offset, Q_HEADS: constexpr,
                                   K_HEADS: constexpr, DIM: constexpr, ROTARY: constexpr, ROWS: constexpr, HALF: constexpr, REST: constexpr):
-    """The first q_programs programs take span·ROWS heads of q each, the others of k; `partial` [programs, DIM] or None."""
+    """Process span·ROWS heads of q in each of the first q_programs programs, of k in the others.
+
+    `partial` is [programs, DIM] or None.
+    """
     program = tl.program_id(0)
     if partial is not None:
         partial += program.to(tl.int64) * DIM
@@ -180,7 +185,7 @@ def _fake_forward(q, k, q_weight, k_weight, cos, sin, eps, offset):
 @operator(_fake_forward)
 def qk_norm_rope_forward(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float, offset: float
                          ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q and k normalised and turned, and their r, dense, from the backend that serves them."""
+    """Return q and k, normalised and rotated, and their r, dense, from the backend that serves them."""
     if not _kernels_serve(q, k, q_weight, k_weight):
         (q_out, q_rstd), (k_out, k_rstd) = (qk_norm_rope_reference(x, w, cos, sin, eps, offset) for x, w in ((q, q_weight), (k, k_weight)))
         return q_out.contiguous(), k_out.contiguous(), q_rstd.contiguous(), k_rstd.contiguous()
@@ -189,9 +194,9 @@ def qk_norm_rope_forward(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tenso
     lead, q, k = q.shape[:-2], heads_of(q), heads_of(k)
     (tokens, q_heads, dim), k_heads = q.shape, k.shape[1]
     cos, sin = (angle_rows(x, tokens, lead) for x in (cos, sin))
-    how = pick(LAUNCH, dim, q.device)
-    q_blocks, k_blocks = (cdiv(tokens * heads, how.blocks["ROWS"]) for heads in (q_heads, k_heads))
-    launch(_qk_norm_rope_kernel, (q_blocks + k_blocks,), how, q, k, q_weight, k_weight, q_out, k_out, q_rstd, k_rstd, *strides(q),
+    settings = pick(LAUNCH, dim, q.device)
+    q_blocks, k_blocks = (cdiv(tokens * heads, settings.blocks["ROWS"]) for heads in (q_heads, k_heads))
+    launch(_qk_norm_rope_kernel, (q_blocks + k_blocks,), settings, q, k, q_weight, k_weight, q_out, k_out, q_rstd, k_rstd, *strides(q),
            *strides(k), cos, sin, q_blocks, tokens, eps, offset, Q_HEADS=q_heads, K_HEADS=k_heads, ROUND_FIRST=not offset,
            **channels(dim, cos.shape[-1]))
     return q_out, k_out, q_rstd, k_rstd
@@ -204,7 +209,7 @@ def _fake_backward(dq, dk, q, k, q_weight, k_weight, q_rstd, k_rstd, cos, sin, o
 @operator(_fake_backward)
 def qk_norm_rope_backward(dq: Tensor, dk: Tensor, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, q_rstd: Tensor, k_rstd: Tensor,
                           cos: Tensor, sin: Tensor, offset: float, want_weights: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """∂q, ∂k, and the two ∂w (empty unless wanted), from the backend that serves q and k."""
+    """Return ∂q, ∂k, and the two ∂w (empty unless wanted), from the backend that serves q and k."""
     if not _kernels_serve(q, k, q_weight, k_weight):
         sides = ((dq, q, q_weight, q_rstd), (dk, k, k_weight, k_rstd))
         (dq, dqw), (dk, dkw) = (qk_norm_rope_backward_reference(*side, cos, sin, offset, want_weights) for side in sides)
@@ -214,13 +219,13 @@ def qk_norm_rope_backward(dq: Tensor, dk: Tensor, q: Tensor, k: Tensor, q_weight
     dq, dk, q, k = map(heads_of, (dq, dk, q, k))
     (tokens, q_heads, dim), k_heads = q.shape, k.shape[1]
     cos, sin = (angle_rows(x, tokens, lead) for x in (cos, sin))
-    how = pick(LAUNCH, dim, q.device)
-    q_blocks, k_blocks = (cdiv(tokens * heads, how.blocks["ROWS"]) for heads in (q_heads, k_heads))
+    settings = pick(LAUNCH, dim, q.device)
+    q_blocks, k_blocks = (cdiv(tokens * heads, settings.blocks["ROWS"]) for heads in (q_heads, k_heads))
     span = max(1, cdiv(q_blocks + k_blocks, PROGRAMS)) if want_weights else 1
     q_programs, k_programs = cdiv(q_blocks, span), cdiv(k_blocks, span)
     partial = torch.empty(q_programs + k_programs, dim, dtype=torch.float32, device=q.device) if want_weights else None
-    launch(_qk_norm_rope_backward_kernel, (q_programs + k_programs,), how, dq, dk, q, k, q_weight, k_weight, q_rstd, k_rstd, q_grad, k_grad,
-           partial, *strides(dq), *strides(dk), *strides(q), *strides(k), cos, sin, q_programs, span, tokens, offset,
+    launch(_qk_norm_rope_backward_kernel, (q_programs + k_programs,), settings, dq, dk, q, k, q_weight, k_weight, q_rstd, k_rstd,
+           q_grad, k_grad, partial, *strides(dq), *strides(dk), *strides(q), *strides(k), cos, sin, q_programs, span, tokens, offset,
            Q_HEADS=q_heads, K_HEADS=k_heads, **channels(dim, cos.shape[-1]))
     if not want_weights:
         return q_grad, k_grad, q_weight.new_empty(0), k_weight.new_empty(0)
@@ -248,9 +253,10 @@ class _QkNormRope(torch.autograd.Function):
 
 def qk_norm_rope(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float, *, offset: float = 0.0
                  ) -> tuple[Tensor, Tensor]:
-    """q [..., T, Hq, Dh] and k [..., T, Hk, Dh], each head normalised as by rms_norm with weights [Dh], then turned as by apply_rope.
+    """Return q [..., T, Hq, Dh] and k [..., T, Hk, Dh] with each head normalised, then rotated.
 
-    cos and sin [..., T, Dr] hold each angle twice and have no gradient; Dr <= Dh, even. q and k may be strided views.
+    Like rms_norm with weights [Dh], then apply_rope. cos and sin [..., T, Dr] hold each angle twice and have no gradient; Dr <= Dh, even.
+    q and k may be strided views. Raises ValueError where shapes, dtypes or devices do not fit.
     """
     check_heads("qk_norm_rope", q, k, cos, sin)
     for name, w in (("q_weight", q_weight), ("k_weight", k_weight)):

@@ -1,4 +1,6 @@
-"""RMS norm over the last dimension, alone or of a residual sum, saving only its input and one number a row.
+"""RMS norm over the last dimension, optionally of a residual sum.
+
+Saves its input and one number per row.
 
     r = (mean_j x_j² + ε)^(-1/2)          y = w' ⊙ (r·x)                       w' = w + offset
     ∂x = r·(w' ⊙ ∂y) − x·r³·c/D           c = Σ_j w'_j·∂y_j·x_j                ∂w = Σ_rows r·(∂y ⊙ x)
@@ -7,13 +9,8 @@
 Two roundings are in use. offset 0 is Llama's: r·x is cast to x's dtype, then multiplied by w. A nonzero offset
 (Gemma's 1) multiplies by w + offset in fp32 and casts last. Statistics and the whole backward are fp32 (fp64 for fp64).
 
-Why fusing pays: the op is bound by memory. In bf16 with w frozen, bytes per element and launches, eager -> one kernel each way:
-
-    norm         forward 36 in 8 -> 4 in 1      backward 84 in 14 -> 6 in 1      saved 4 -> 2 (x, which the caller holds anyway)
-    sum + norm   forward 42 in 9 -> 8 in 1      backward 90 in 15 -> 8 in 1      saved 4 -> 2 (h, likewise)
-
-A trained w adds a small launch or two: fp32 partial sums [256 programs, D] leave the backward, a second pass adds them up (no atomics)
-and casts. Predicted for [8192, 4096] on an H200 (4.8 TB/s): 28 and 42 µs, of a sum 56 and 56.
+On a GPU each direction is one kernel. For a trained w the backward also writes fp32 partial sums [256 programs, D], which a second pass
+adds up (no atomics).
 """
 
 import torch
@@ -25,14 +22,14 @@ from kernels._launch import ANY, Launch, cdiv, constexpr, jit, launch, next_powe
 
 WIDEST = 16384  # the kernels hold a row in registers; wider ones get the reference
 WIDEST_TRAINED = 8192  # beside ∂w's sums of this width; of wider ones torch makes ∂w
-PROGRAMS = 256  # that share a trained weight's gradient: the same on every GPU, so that its sums are too
+PROGRAMS = 256  # that share a trained weight's gradient: as many on every GPU, so that its sums are bit-identical
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
-    """y in the shape of x [..., D], and r [..., 1] in the statistics dtype."""
+    """Return y in the shape of x [..., D], and r [..., 1] in the statistics dtype."""
     exact = torch.promote_types(x.dtype, torch.float32)
     x_exact = x.to(exact)
-    # vector_norm reads x once and writes nothing: half the time of x.pow(2).mean(-1).
+    # vector_norm reads x once and writes no [..., D] tensor, unlike x.pow(2).mean(-1)
     rstd = torch.linalg.vector_norm(x_exact, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     y = x_exact * rstd
     if offset:
@@ -43,10 +40,9 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, offset: float) -> 
 
 def rms_norm_backward_reference(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: float, want_weight: bool,
                                 dh: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """∂x in x's dtype, dh added where given, and if wanted ∂w in weight's; one buffer of x's size serves every pass.
+    """Return ∂x in x's dtype, plus dh where given, and ∂w in weight's if wanted.
 
-    Forward + backward, best ms on one core, w frozen, stock eager -> this (F.rms_norm is as slow as eager on a CPU):
-    [1000, 256] fp32 0.67 -> 0.27, bf16 0.60 -> 0.41; [4000, 2048] fp32 29 -> 13, bf16 30 -> 23.
+    One buffer of x's size serves every pass.
     """
     exact, width = rstd.dtype, x.shape[-1]
     dy, x_exact, scale = dy.to(exact), x.to(exact), weight.to(exact) + offset
@@ -57,7 +53,7 @@ def rms_norm_backward_reference(dy: Tensor, x: Tensor, weight: Tensor, rstd: Ten
     slope = (buffer @ scale).unsqueeze(-1).mul_(rstd.pow(3)).div_(-width)
     dx = torch.mul(dy, rstd, out=buffer).mul_(scale).addcmul_(x_exact, slope).to(x.dtype)
     if dh is not None:
-        dx.add_(dh)  # rounded before, as autograd would: in bf16 on a CPU adding to fp32 takes almost twice as long
+        dx.add_(dh)  # rounded before, as autograd would: in bf16 on a CPU adding to fp32 is slower
     return dx, dweight
 
 
@@ -71,7 +67,10 @@ def _weight_gradient(dy_x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
 @jit
 def _rms_norm_kernel(x, z, weight, y, h, rstd, x_n, x_m, z_n, z_m, rows, M, eps, offset, D: constexpr, ROUND_FIRST: constexpr,
                      ROWS: constexpr, BLOCK: constexpr):
-    """y and r of ROWS rows of x [N, M, D], or of h = x + z where there is a z; row n·M + m begins at n·x_n + m·x_m."""
+    """Write y and r of ROWS rows of x [N, M, D], or h = x + z and those of h.
+
+    Row n·M + m of x begins at n·x_n + m·x_m.
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     n, m = (row // M).to(tl.int64)[:, None], (row % M).to(tl.int64)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
@@ -96,7 +95,10 @@ def _rms_norm_kernel(x, z, weight, y, h, rstd, x_n, x_m, z_n, z_m, rows, M, eps,
 @jit
 def _rms_norm_backward_kernel(dy, dh, x, weight, rstd, dx, partial, dy_n, dy_m, dh_n, dh_m, x_n, x_m, rows, M, span, offset,
                               D: constexpr, STAGES: constexpr, ROWS: constexpr, BLOCK: constexpr):
-    """∂x, plus ∂h where there is one, of `span` blocks of ROWS rows; their share of ∂w into `partial` [programs, D] where there is one."""
+    """Write ∂x of `span` blocks of ROWS rows, plus ∂h where there is one.
+
+    Their partial sum of ∂w goes into `partial` [programs, D] where there is one.
+    """
     first = tl.program_id(0) * span
     column = tl.arange(0, BLOCK)[None, :]
     w = tl.load(weight + column, mask=column < D, other=0.0).to(tl.float32) + offset
@@ -132,12 +134,13 @@ LAUNCH = {
 
 
 def heads_of(x: Tensor) -> Tensor:
-    """x [..., M, D] as [N, M, D] whose last dimension is dense; a view wherever one exists."""
+    """Return x [..., M, D] as [N, M, D] with a dense last dimension; a view wherever possible."""
     x = x[(None,) * (3 - x.dim())] if x.dim() < 3 else x.flatten(0, -3)
     return x if x.stride(2) == 1 else x.contiguous()
 
 
 def strides(x: Tensor | None) -> tuple[int, int]:
+    """Return the first two strides of x; zeros without an x."""
     return (0, 0) if x is None else x.stride()[:2]
 
 
@@ -146,6 +149,7 @@ def _kernels_serve(x: Tensor, weight: Tensor) -> bool:
 
 
 def result_dtype(x: Tensor, weight: Tensor, offset: float) -> torch.dtype:
+    """Return the dtype of y."""
     return x.dtype if offset else torch.promote_types(x.dtype, weight.dtype)
 
 
@@ -157,7 +161,7 @@ def _fake_forward(x, z, weight, eps, offset):
 
 @operator(_fake_forward)
 def rms_norm_forward(x: Tensor, z: Tensor | None, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor, Tensor]:
-    """y, h = x + z (empty without a z) and r, dense, from the backend that serves x."""
+    """Return y, h = x + z (empty without a z) and r, dense, from the backend that serves x."""
     if not _kernels_serve(x, weight):
         h = x.new_empty(0) if z is None else (x + z).contiguous()
         y, rstd = rms_norm_reference(x if z is None else h, weight, eps, offset)
@@ -166,9 +170,9 @@ def rms_norm_forward(x: Tensor, z: Tensor | None, weight: Tensor, eps: float, of
     h = torch.empty(0 if z is None else x.shape, dtype=x.dtype, device=x.device)
     rstd = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
     x, z = heads_of(x), None if z is None else heads_of(z)
-    (N, M, D), how = x.shape, pick(LAUNCH, x.shape[2], x.device)
-    launch(_rms_norm_kernel, (cdiv(N * M, how.blocks["ROWS"]),), how, x, z, weight, y, h, rstd, *strides(x), *strides(z), N * M, M, eps,
-           offset, D=D, ROUND_FIRST=not offset, BLOCK=next_power_of_2(D))
+    (N, M, D), settings = x.shape, pick(LAUNCH, x.shape[2], x.device)
+    launch(_rms_norm_kernel, (cdiv(N * M, settings.blocks["ROWS"]),), settings, x, z, weight, y, h, rstd, *strides(x), *strides(z), N * M,
+           M, eps, offset, D=D, ROUND_FIRST=not offset, BLOCK=next_power_of_2(D))
     return y, h, rstd
 
 
@@ -179,22 +183,22 @@ def _fake_backward(dy, dh, x, weight, rstd, offset, want_weight):
 @operator(_fake_backward)
 def rms_norm_backward(dy: Tensor, dh: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor, offset: float, want_weight: bool
                       ) -> tuple[Tensor, Tensor]:
-    """∂x plus dh where given, and ∂w (empty unless wanted), from the backend that serves x."""
+    """Return ∂x plus dh where given, and ∂w (empty unless wanted), from the backend that serves x."""
     if not _kernels_serve(x, weight):
         dx, dweight = rms_norm_backward_reference(dy, x, weight, rstd, offset, want_weight, dh)
         return dx.contiguous(), weight.new_empty(0) if dweight is None else dweight
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dy, dh, x = heads_of(dy), None if dh is None else heads_of(dh), heads_of(x)
-    (N, M, D), how = x.shape, pick(LAUNCH, x.shape[2], x.device)
-    blocks = cdiv(N * M, how.blocks["ROWS"])
-    summed = want_weight and D <= WIDEST_TRAINED
-    span = max(1, cdiv(blocks, PROGRAMS)) if summed else 1
+    (N, M, D), settings = x.shape, pick(LAUNCH, x.shape[2], x.device)
+    blocks = cdiv(N * M, settings.blocks["ROWS"])
+    kernel_sums_weight = want_weight and D <= WIDEST_TRAINED
+    span = max(1, cdiv(blocks, PROGRAMS)) if kernel_sums_weight else 1
     programs = cdiv(blocks, span)
-    partial = torch.empty(programs, D, dtype=torch.float32, device=x.device) if summed else None
-    prefetches = span > 1 and D * dy.element_size() <= 16384  # the next rows, into shared memory: three such rows are 48 KB
-    launch(_rms_norm_backward_kernel, (programs,), how, dy, dh, x, weight, rstd, dx, partial, *strides(dy), *strides(dh), *strides(x),
+    partial = torch.empty(programs, D, dtype=torch.float32, device=x.device) if kernel_sums_weight else None
+    prefetches = span > 1 and D * dy.element_size() <= 16384  # the next rows, into shared memory: three rows are at most 48 KB
+    launch(_rms_norm_backward_kernel, (programs,), settings, dy, dh, x, weight, rstd, dx, partial, *strides(dy), *strides(dh), *strides(x),
            N * M, M, span, offset, D=D, STAGES=1 + prefetches, BLOCK=next_power_of_2(D))
-    if summed:
+    if kernel_sums_weight:
         return dx, partial.sum(0).to(weight.dtype)
     return dx, _weight_gradient(dy.float() * x, weight, rstd) if want_weight else weight.new_empty(0)
 
@@ -235,6 +239,7 @@ class _AddRmsNorm(torch.autograd.Function):
 
 
 def _check(op: str, x: Tensor, weight: Tensor) -> None:
+    """Raise ValueError unless weight fits x."""
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"{op}: expected weight of shape {tuple(x.shape[-1:])} to match x's last dim, got {tuple(weight.shape)}")
     if x.device != weight.device or not x.is_floating_point() or not weight.is_floating_point():
@@ -243,18 +248,24 @@ def _check(op: str, x: Tensor, weight: Tensor) -> None:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0) -> Tensor:
-    """x [..., D] over its root mean square, times weight [D] + offset; the top says what offset does to rounding."""
+    """Return x [..., D] over its root mean square, times weight [D] + offset.
+
+    A nonzero offset also changes the rounding, see the top of this file. Raises ValueError where weight does not fit x.
+    """
     _check("rms_norm", x, weight)
     return _RmsNorm.apply(x, weight, eps, float(offset))
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0) -> tuple[Tensor, Tensor]:
-    """rms_norm(h) and h = x + residual, rounded to their dtype, for x and residual [..., D] of one shape."""
+    """Return rms_norm(h) and h = x + residual, rounded to their dtype, for x and residual [..., D].
+
+    Raises ValueError where the tensors do not fit each other.
+    """
     _check("add_rms_norm", x, weight)
     if x.shape != residual.shape or x.device != residual.device:
         raise ValueError(f"add_rms_norm: expected x and residual of one shape and device, got {tuple(x.shape)} on {x.device} and "
                          f"{tuple(residual.shape)} on {residual.device}")
-    if x.dtype != residual.dtype:  # autocast may leave the two so; their sum has the wider one
+    if x.dtype != residual.dtype:  # possible under autocast; the sum has the wider dtype
         h = x + residual
         return rms_norm(h, weight, eps, offset=offset), h
     return _AddRmsNorm.apply(x, residual, weight, eps, float(offset))

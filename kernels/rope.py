@@ -1,16 +1,12 @@
-"""Rotary position embedding of q and k, saving only the angles.
+"""Rotary position embedding of q and k, which saves only the angles.
 
 The first Dr of a head's Dh channels rotate in pairs (j, j + Dr/2), the "rotate_half" convention; the rest pass through:
 
     y_j        = x_j·cos θ_j        − x_{j+Dr/2}·sin θ_j
     y_{j+Dr/2} = x_{j+Dr/2}·cos θ_j + x_j·sin θ_j            j < Dr/2
 
-A rotation's transpose is the rotation by −θ, so ∂x is the same op with sin negated, and nothing of q or k is kept.
-
-Why fusing pays: the op is bound by memory. In bf16 eager moves 20 bytes per channel of q and k in 10 launches forward
-and 28 in 14 backward; the kernel moves 4 in 1, each way. Predicted for 8192 tokens of 32 + 8 heads of 128 on an H200
-(4.8 TB/s): 36 µs each way. On a CPU there are one roll and two passes: both halves meet their partner by a roll of
-Dr/2, which is rotate_half with the sign moved into sin.
+A rotation's transpose is the rotation by −θ, so ∂x is this operation with sin negated, and neither q nor k is saved. On a GPU each
+direction is one kernel.
 """
 
 import torch
@@ -23,18 +19,16 @@ from kernels.rms_norm import heads_of, strides
 
 
 def rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates x [..., T, H, Dh] by the angles of cos, sin [..., T, Dr].
+    """Rotate x [..., T, H, Dh] by the angles of cos, sin [..., T, Dr].
 
-    Forward + backward of q and k, best ms on one core, stock eager -> this: [1000, 8+4, 32] fp32 0.80 -> 0.58, bf16
-    1.03 -> 0.80; [2000, 16+4, 128] fp32 15.7 -> 9.0, bf16 11.5 -> 7.0. Passes over the two halves apart are up to 1.6
-    times as fast as the roll in fp32 and 3 times as slow in bf16.
+    A roll by Dr/2 pairs the two halves: it is rotate_half with the sign moved into sin.
     """
     rotary = cos.shape[-1]
     half = rotary // 2
     signed_sin = torch.cat((-sin[..., :half], sin[..., half:]), -1).unsqueeze(-2)
-    turning = x[..., :rotary]
-    turned = (turning * cos.unsqueeze(-2)).addcmul_(turning.roll(half, -1), signed_sin).to(x.dtype)
-    return turned if rotary == x.shape[-1] else torch.cat((turned, x[..., rotary:]), -1)
+    rotating = x[..., :rotary]
+    rotated = (rotating * cos.unsqueeze(-2)).addcmul_(rotating.roll(half, -1), signed_sin).to(x.dtype)
+    return rotated if rotary == x.shape[-1] else torch.cat((rotated, x[..., rotary:]), -1)
 
 
 # ---------------------------------------------------------------- Triton
@@ -42,7 +36,10 @@ def rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @jit
 def load_angles(cos, sin, angle, known, INVERSE: constexpr, ROTARY: constexpr, HALF: constexpr):
-    """cos and sin of θ, negated where INVERSE, (ROWS, HALF) of rows `angle`; NaN for rows that are not `known`."""
+    """Load cos and sin of θ, (ROWS, HALF), of rows `angle`; sin negated where INVERSE.
+
+    Rows that are not `known` are NaN.
+    """
     j = tl.arange(0, HALF)[None, :]
     start, inside = angle.to(tl.int64)[:, None] * ROTARY + j, known[:, None] & (j < ROTARY // 2)
     c = tl.load(cos + start, mask=inside, other=float("nan")).to(tl.float32)
@@ -55,7 +52,7 @@ def load_angles(cos, sin, angle, known, INVERSE: constexpr, ROTARY: constexpr, H
 @jit
 def _rotate(x, y, x_n, x_h, cos, sin, positions, angles, block, tokens, HEADS: constexpr, DIM: constexpr, ROTARY: constexpr,
             INVERSE: constexpr, ROWS: constexpr, HALF: constexpr, REST: constexpr):
-    """ROWS heads of x [tokens, HEADS, DIM] into the dense y."""
+    """Rotate ROWS heads of x [tokens, HEADS, DIM] into the dense y."""
     row = block * ROWS + tl.arange(0, ROWS)
     present = row < tokens * HEADS
     token = row // HEADS
@@ -83,7 +80,7 @@ def _rotate(x, y, x_n, x_h, cos, sin, positions, angles, block, tokens, HEADS: c
 def _rope_kernel(q, k, q_out, k_out, q_n, q_h, k_n, k_h, cos, sin, positions, angles, q_blocks, tokens, Q_HEADS: constexpr,
                  K_HEADS: constexpr, DIM: constexpr, ROTARY: constexpr, INVERSE: constexpr, ROWS: constexpr, HALF: constexpr,
                  REST: constexpr):
-    """The first q_blocks programs take ROWS heads of q each, the others of k."""
+    """Rotate ROWS heads of q in each of the first q_blocks programs, of k in the others."""
     block = tl.program_id(0)
     if block < q_blocks:
         _rotate(q, q_out, q_n, q_h, cos, sin, positions, angles, block, tokens, Q_HEADS, DIM, ROTARY, INVERSE, ROWS, HALF,
@@ -99,18 +96,19 @@ LAUNCH = {
 
 
 def channels(dim: int, rotary: int) -> dict[str, int]:
-    """The kernels' constexprs for heads of `dim` channels, of which `rotary` rotate."""
+    """Return the kernels' constexprs for heads of `dim` channels, of which `rotary` rotate."""
     return dict(DIM=dim, ROTARY=rotary, HALF=next_power_of_2(rotary // 2), REST=next_power_of_2(dim - rotary))
 
 
 def angle_rows(angles: Tensor, tokens: int, lead: tuple[int, ...]) -> Tensor:
-    """cos or sin [..., T, Dr] as [tokens, Dr], a row for every token of q's leading dimensions, dense."""
+    """Return cos or sin [..., T, Dr] as a dense [tokens, Dr], a row per token of q's leading dimensions."""
     if angles.numel() != tokens * angles.shape[-1]:
         angles = angles.expand(*lead, angles.shape[-1])
     return angles.reshape(-1, angles.shape[-1]).contiguous()
 
 
 def _check_positions(position_ids: Tensor, rows: int) -> None:
+    """Raise ValueError unless all positions are rows of cos."""
     if position_ids.numel() and not (0 <= int(position_ids.min()) and int(position_ids.max()) < rows):
         raise ValueError(f"apply_rope: expected position_ids in [0, {rows}), the rows of cos, got {int(position_ids.min())} to "
                          f"{int(position_ids.max())}")
@@ -118,7 +116,7 @@ def _check_positions(position_ids: Tensor, rows: int) -> None:
 
 @operator(lambda q, k, cos, sin, position_ids, inverse: (q.new_empty(q.shape), k.new_empty(k.shape)))
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
-    """q and k rotated by θ, or by −θ, dense, from the backend that serves q."""
+    """Return q and k rotated by θ, or by −θ, dense, from the backend that serves q."""
     if position_ids is not None and position_ids.device.type == "cpu":
         _check_positions(position_ids, cos.shape[0])
     if not (triton_serves(q) and triton_serves(k)):
@@ -133,9 +131,9 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | 
         cos, sin = (angle_rows(x, tokens, lead) for x in (cos, sin))
     else:
         cos, sin, position_ids = cos.contiguous(), sin.contiguous(), position_ids.contiguous()
-    how = pick(LAUNCH, dim, q.device)
-    q_blocks, k_blocks = (cdiv(tokens * heads, how.blocks["ROWS"]) for heads in (q_heads, k_heads))
-    launch(_rope_kernel, (q_blocks + k_blocks,), how, q, k, q_out, k_out, *strides(q), *strides(k), cos, sin, position_ids,
+    settings = pick(LAUNCH, dim, q.device)
+    q_blocks, k_blocks = (cdiv(tokens * heads, settings.blocks["ROWS"]) for heads in (q_heads, k_heads))
+    launch(_rope_kernel, (q_blocks + k_blocks,), settings, q, k, q_out, k_out, *strides(q), *strides(k), cos, sin, position_ids,
            cos.shape[0], q_blocks, tokens, Q_HEADS=q_heads, K_HEADS=k_heads, INVERSE=inverse, **channels(dim, cos.shape[-1]))
     return q_out, k_out
 
@@ -156,7 +154,10 @@ class _Rope(torch.autograd.Function):
 
 
 def check_heads(op: str, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, tokens: torch.Size | None = None) -> None:
-    """ValueError unless q and k [..., T, H, Dh] fit each other and cos, sin [..., T, Dr]; `tokens` is what T has to fit if not cos."""
+    """Raise ValueError unless q and k [..., T, H, Dh] fit each other and cos, sin [..., T, Dr].
+
+    `tokens` is the expected T where it is not that of cos.
+    """
     angles, dim = cos.shape, q.shape[-1]
     for name, x in (("q", q.shape), ("k", k.shape)):
         fits = len(x) >= 3 and len(angles) >= 2 and (angles[-2:-1] if tokens is None else tokens) == x[-3:-2]
@@ -166,7 +167,7 @@ def check_heads(op: str, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, tokens:
     if angles != sin.shape:
         raise ValueError(f"{op}: expected cos and sin of one shape, got {tuple(angles)} and {tuple(sin.shape)}")
     if q.shape[:-2] != k.shape[:-2] or dim != k.shape[-1]:
-        raise ValueError(f"{op}: expected q and k to differ in heads alone, got {tuple(q.shape)} and {tuple(k.shape)}")
+        raise ValueError(f"{op}: expected q and k to differ in their number of heads only, got {tuple(q.shape)} and {tuple(k.shape)}")
     if not (q.device == k.device == cos.device == sin.device and q.is_floating_point() and k.is_floating_point()
             and cos.is_floating_point() and sin.is_floating_point()):
         got = ", ".join(f"{x.dtype} on {x.device}" for x in (q, k, cos, sin))
@@ -174,12 +175,12 @@ def check_heads(op: str, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, tokens:
 
 
 def apply_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """q [..., T, Hq, Dh] and k [..., T, Hk, Dh] rotated by cos, sin [..., T, Dr], Dr <= Dh and even.
+    """Return q [..., T, Hq, Dh] and k [..., T, Hk, Dh] rotated by cos, sin [..., T, Dr].
 
-    cos and sin hold each angle twice, θ in both halves of Dr, as transformers makes them, and are constants without
-    gradient. They may be fp32 beside bf16 q and k; the results have the dtypes of q and k. With integer position_ids [T]
-    they are caches [P, Dr] of which token t takes row position_ids[t]; a row that is not there is a ValueError on a CPU,
-    and NaN in a kernel on a GPU, where looking first would wait for it.
+    Dr <= Dh is even. cos and sin hold each angle twice, θ in both halves of Dr, as in transformers, and are constants without gradient.
+    They may be fp32 beside bf16 q and k; the results have the dtypes of q and k. With integer position_ids [T] they are caches [P, Dr] and
+    token t takes row position_ids[t]; a row out of range raises ValueError on a CPU and gives NaN in a kernel on a GPU, where a check would
+    wait for the device. Raises ValueError where shapes, dtypes or devices do not fit.
     """
     check_heads("apply_rope", q, k, cos, sin, None if position_ids is None else position_ids.shape)
     if position_ids is not None and (cos.dim() != 2 or q.dim() != 3 or position_ids.dtype not in (torch.int32, torch.int64)

@@ -71,7 +71,7 @@ OPTIONS = [
 @pytest.mark.parametrize("heads", [(2, 2), (4, 2)])
 def test_gradcheck(options, heads, multiple, probabilities, monkeypatch):
     monkeypatch.setattr(MODULE, "BLOCK", 2)
-    monkeypatch.setattr(MODULE, "rounding", lambda dtype, device: multiple)
+    monkeypatch.setattr(MODULE, "row_multiple", lambda dtype, device: multiple)
     q, k, v, *rest = pack([3, 1, 4], heads, dim=2)
 
     def op(*_):
@@ -103,7 +103,7 @@ def test_any_packing_equals_eager(lengths, groups, kv_heads, dim, window, softca
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MODULE, "BLOCK", block)
         patch.setattr(MODULE, "KEEP", keep)
-        patch.setattr(MODULE, "rounding", lambda dtype, device: multiple)
+        patch.setattr(MODULE, "row_multiple", lambda dtype, device: multiple)
         ours = packed_attention(q, k, v, *rest, window=window, softcap=softcap)
         assert_same(ours, eager(q, k, v, *rest, window=window, softcap=softcap), [q, k, v])
 

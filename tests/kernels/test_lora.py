@@ -473,12 +473,12 @@ def test_kernels_at_every_number_of_rows_a_program_owns(rows, monkeypatch):
 
 
 @runs_triton
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU has the blocks of its own part")
-@pytest.mark.parametrize("part", ["sm_90", "gfx942"])
-def test_kernels_with_the_blocks_of_other_parts(part, monkeypatch):
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU has the blocks of its own arch")
+@pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
+def test_kernels_with_the_blocks_of_other_archs(arch, monkeypatch):
     """Blocks as launched on the GPUs that have settings of their own, and on those that share the rest."""
     for module in (_lora_passes, _launch):
-        monkeypatch.setattr(module, "part", lambda device: part)
+        monkeypatch.setattr(module, "arch_of", lambda device: arch)
     for case in (Case(37, 150, [(140, 16, 0.2, True, False)]), Case(20, 40, [(33, 40, 0.3, True, False)] * 3)):
         assert_as_exact_as_torch(ours_of(case), stock_of(case), inputs_of(case), torch.bfloat16)
 

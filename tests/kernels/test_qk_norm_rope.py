@@ -148,7 +148,7 @@ def test_mistakes_are_named():
         qk_norm_rope(q, k, torch.ones(32), k_weight, cos, sin, EPS)
     with pytest.raises(ValueError, match=r"qk_norm_rope: expected floating k_weight of shape \(8,\) on cpu, got .* on meta"):
         qk_norm_rope(q, k, q_weight, k_weight.to("meta"), cos, sin, EPS)
-    with pytest.raises(ValueError, match="qk_norm_rope: expected q and k to differ in heads alone"):
+    with pytest.raises(ValueError, match="qk_norm_rope: expected q and k to differ in their number of heads only"):
         qk_norm_rope(q, k[None], q_weight, k_weight, cos, sin, EPS)
 
 

@@ -148,7 +148,7 @@ def test_mistakes_are_named():
         apply_rope(q, k, cos, sin[..., :4])
     with pytest.raises(ValueError, match="even Dr <= Dh"):
         apply_rope(q, k, cos.repeat(1, 2), sin.repeat(1, 2))
-    with pytest.raises(ValueError, match="expected q and k to differ in heads alone"):
+    with pytest.raises(ValueError, match="expected q and k to differ in their number of heads only"):
         apply_rope(q[None], k, cos, sin)
     with pytest.raises(ValueError, match="expected floating q, k, cos and sin on one device, got .*float64 on cpu, .* on meta"):
         apply_rope(q, k.to("meta"), cos, sin)
