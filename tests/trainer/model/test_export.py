@@ -9,7 +9,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.helpers import tiny
-from tests.trainer.model.test_model import our_logits, pack, relative_error, stock_logits
+from tests.helpers.models import our_logits, pack, relative_error, stock_logits
 from trainer.config import Config, Lora, Model
 from trainer.errors import UserError
 from trainer.model.export import merge_and_save, save_adapter

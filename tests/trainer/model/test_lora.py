@@ -9,7 +9,7 @@ import torch
 from peft.tuners.lora.variants import DoraLinearVariant
 
 from tests.helpers import tiny
-from tests.trainer.model.test_model import LENGTHS, gradients, our_logits, pack, ready, relative_error, stock_logits
+from tests.helpers.models import LENGTHS, gradients, our_logits, pack, relative_error, stock_logits, with_packed_attention
 from trainer.config import Lora
 from trainer.errors import UserError
 from trainer.model import lora
@@ -41,7 +41,7 @@ def adapted(family, dtype=torch.float64, **settings):
 
 
 def ours_of(model):
-    ready(model.get_base_model())
+    with_packed_attention(model.get_base_model())
     patch(model)
     return model
 
@@ -76,7 +76,7 @@ def test_unknown_family_has_fused_adapters():
         torch.manual_seed(0)
         return add_adapter(tiny.AutoModelForCausalLM.from_config(config).eval(), Lora(rank=4))
     stock, ours = made(), made()
-    ready(ours.get_base_model())
+    with_packed_attention(ours.get_base_model())
     report, batch = patch(ours), pack()
     assert report.backends["adapter"] == "reference x 12"
     expected, found = stock_logits(stock, batch), our_logits(ours, batch)
@@ -237,7 +237,7 @@ def test_adapted_model_pickles():
 def test_hidden_state_and_head_are_found_under_pefts_wrapper():
     model = adapted("granite")
     assert lm_head(model).weight is model.get_base_model().lm_head.weight
-    ready(model.get_base_model())
+    with_packed_attention(model.get_base_model())
     assert forward_hidden(model, pack()).shape == (sum(LENGTHS), 64)
 
 

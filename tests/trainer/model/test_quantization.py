@@ -19,8 +19,8 @@ from benchmarks.forgetting.miniature.domain import DOMAIN
 from benchmarks.forgetting.miniature.world import training_records, write_jsonl
 from kernels.nf4 import Nf4, dequantize_nf4
 from tests.helpers import tiny
+from tests.helpers.models import gradients, our_logits, pack, relative_error, stock_logits
 from tests.helpers.runs import Readbacks, arguments, records, samples, write_chats
-from tests.trainer.model.test_model import gradients, our_logits, pack, relative_error, stock_logits
 from trainer import run
 from trainer.cli import parse
 from trainer.config import Config, Lora, Model, Optim, Quantization
