@@ -77,33 +77,36 @@ class Replay:
 
 @dataclass
 class Model:
-    """The model, its tokenizer, and how they are loaded."""
+    """Model, tokenizer, and how they are loaded."""
 
     path: str | None = None  # folder or hub name with config, tokenizer and safetensors weights
-    config: str | None = None  # instead of `path`: a config.json (or its folder) to start from random weights
+    config: str | None = None  # instead of `path`: a config.json (or its folder) of a model that starts from random weights
     tokenizer: str | None = None  # folder or hub name; default: the model's own
-    fused_kernels: bool = True  # use the fused layers where the family is known
+    fused_kernels: bool = True  # use our fused layers if the model family is supported
     trust_remote_code: bool = False  # run Python code that comes with the model
 
 
 @dataclass
 class Lora:
-    """The low-rank adapter, in PEFT's terms."""
+    """Low-rank adapter, in PEFT's terms."""
 
-    rank: int = 16
+    rank: int = 16  # of A and B
     alpha: float = 32.0  # the update is scaled by alpha / rank (rsLoRA: alpha / sqrt(rank))
-    dropout: float = 0.0
+    dropout: float = 0.0  # on the adapter's input
     target_modules: str | list[str] = "all-linear"  # names of linear layers, a regular expression, or all-linear (all but the head)
-    rslora: bool = False
-    dora: bool = False
+    rslora: bool = False  # scale by alpha / sqrt(rank)
+    dora: bool = False  # also train a magnitude of each output (DoRA)
     path: str | None = None  # continue from this saved adapter instead of a new one
 
 
 @dataclass
 class Quantization:
-    """The base of a QLoRA run: bitsandbytes' NF4 in blocks of 64 weights. A checkpoint that is in NF4 already stays as it is."""
+    """4-bit base of a QLoRA run: bitsandbytes' NF4 in blocks of 64 weights.
 
-    double_quant: bool = True  # the blocks' scales in 8 bits too: 4.1 bits a weight instead of 4.5
+    A checkpoint that is in NF4 already stays as it is.
+    """
+
+    double_quant: bool = True  # keep the scales of blocks in 8 bits: 4.1 bits a weight instead of 4.5
     skip_modules: list[str] = field(default_factory=list)  # linear layers to keep dense, by the ends of their names; the head stays dense
 
 
@@ -145,10 +148,10 @@ class BatchSize:
 
 @dataclass
 class Optim:
-    """AdamW and its schedule."""
+    """AdamW and its learning rate schedule."""
 
-    lr: float = 2e-4
-    name: Literal["adamw", "adamw_8bit"] = "adamw"  # adamw_8bit: moments of matrices in a byte each (bitsandbytes), 2 bytes instead of 8
+    lr: float = 2e-4  # the peak learning rate
+    name: Literal["adamw", "adamw_8bit"] = "adamw"  # adamw_8bit (bitsandbytes): moments of matrices take 2 bytes a weight, not 8
     weight_decay: float = 0.0  # on matrices only, never on norms and biases
     beta1: float = 0.9
     beta2: float = 0.999
@@ -158,8 +161,8 @@ class Optim:
     warmup_steps: int = 0  # steps of the warm-up; above 0 they replace the share
     decay_ratio: float = 0.2  # wsd only: share of all steps in the final linear decay, below 1
     decay_steps: int = 0  # wsd only: steps of that decay; above 0 they replace the share
-    min_lr_ratio: float = 0.1  # the schedule ends at lr times this (constant: never decays)
-    max_grad_norm: float = 1.0  # clip the gradient's norm; 0: never
+    min_lr_ratio: float = 0.1  # the schedule ends at lr times this; unused by `constant`
+    max_grad_norm: float = 1.0  # clip the gradient norm to this; 0: no clipping
 
 
 @dataclass
