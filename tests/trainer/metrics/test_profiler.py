@@ -101,7 +101,7 @@ def test_a_log_step_is_seen_and_named(model_folder, chats, tmp_path, capsys):
     """Turned round: the same count is not zero where the loop does read back."""
     run(model_folder, chats, tmp_path / "run", "--logging.every", "2", "--logging.profile_steps", "2-4", "--max_steps", "6")
     told = capsys.readouterr().out
-    assert "trainer/training/loop.py" in told and "report" in told and "the host waits for the device 1 times" in told
+    assert "trainer/training/meter.py" in told and "log_interval" in told and "the host waits for the device 1 times" in told
 
 
 def test_the_trace_and_the_table(model_folder, chats, tmp_path):
