@@ -1,4 +1,7 @@
-"""Parse YAML files and dotted overrides into a configuration dataclass; report every mistake on one line, with the option and a remedy."""
+"""Parse YAML files and dotted overrides into a configuration dataclass.
+
+Every mistake is one line that names the option and a remedy.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ NOT_OPTIONS = ("versions", "command")  # blocks of a run's config.yaml that are 
 
 
 def parse(kind: type, argv: list[str], prog: str):
-    """Return an instance of the dataclass `kind` from `--config F.yaml` and `--section.key value` overrides.
+    """Return a `kind`, a dataclass of options, from `--config F.yaml` and `--section.key value` overrides.
 
     Option names may have dashes for underscores, and a switch needs no value: `--dry-run` is `--dry_run true`. Raises UserError for
     anything that does not fit. `--help` and `--print_config` print and exit with status 0.
@@ -49,7 +52,7 @@ def parse(kind: type, argv: list[str], prog: str):
 
 
 def known_keys(kind: type, prefix: str = "") -> dict[str, type]:
-    """Return the type of every option of a configuration dataclass, by dotted name; sections are in it too."""
+    """Return the type of every option and section of a configuration dataclass, by dotted name."""
     keys = {}
     for name, annotation in typing.get_type_hints(kind).items():
         keys[prefix + name] = annotation
@@ -93,7 +96,7 @@ def _print_error(prog: str, error: UserError, status: int) -> int:
 
 
 def _with_underscores(argv: list[str]) -> list[str]:
-    """Spell option names with underscores: `--dry-run` is `--dry_run`, and `--max-steps=3` is `--max_steps=3`."""
+    """Spell option names with underscores: `--dry-run` is `--dry_run`, `--max-steps=3` `--max_steps=3`."""
     spelled = []
     for argument in argv:
         name, equals, value = argument.partition("=")
@@ -119,7 +122,7 @@ def _config_files(argv: list[str]) -> Iterator[Path]:
 
 
 def _check_yaml(path: Path) -> None:
-    """Raise UserError for a file that is not keys and values, or gives a key twice: YAML would silently keep the last."""
+    """Raise UserError for a file that is not keys and values, or has a key twice (YAML keeps the last)."""
     try:
         top = yaml.compose(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Interpolate between a base and the model or adapter trained from it (WiSE-FT): `python -m trainer.interpolate`.
+"""Interpolate between a base and what was trained from it (WiSE-FT): `python -m trainer.interpolate`.
 
     θ(α) = (1 - α) θ_base + α θ_tuned         α = 0 is the base, α = 1 the tuned model
 
@@ -41,7 +41,7 @@ One alpha is written to FOLDER, several to FOLDER/alpha-0.25 and so on."""
 
 @dataclass
 class Interpolate:
-    """Write models between a base and what was trained from it: `python -m trainer.interpolate --model.path M --adapter A`."""
+    """Options of `python -m trainer.interpolate --model.path M --adapter A`."""
 
     output: str = ""  # the folder that is written; with several alphas, a folder in it for each
     model: Model = field(default_factory=Model)  # the base
@@ -55,7 +55,10 @@ def main() -> int:
 
 
 def interpolate(config: Interpolate) -> None:
-    """Write the model or adapter at each alpha. Raises UserError for anything that does not fit, before anything is written."""
+    """Write the model or adapter at each alpha.
+
+    Raises UserError for anything that does not fit, before anything is written.
+    """
     alphas = check(config)
     if not sys.stderr.isatty():
         disable_progress_bar()
@@ -169,7 +172,10 @@ def load(model: Model, option: str) -> PreTrainedModel:
 
 
 def between(alpha: float, base: Tensor, tuned: Tensor) -> Tensor:
-    """Return (1 - alpha) base + alpha tuned, computed in fp32 and rounded to tuned's dtype; at 1, and for integers, `tuned` itself."""
+    """Return (1 - alpha) base + alpha tuned, computed in fp32 and rounded to tuned's dtype.
+
+    At alpha 1, and for integers, it is `tuned` itself.
+    """
     if alpha == 1 or not tuned.is_floating_point():
         return tuned
     return torch.lerp(base.float(), tuned.float(), alpha).to(tuned.dtype)

@@ -1,4 +1,7 @@
-"""Fine-tune a language model on chats: `python -m trainer.run`. Prepares the data, builds, trains, saves and reports."""
+"""Fine-tune a language model on chats: `python -m trainer.run`.
+
+Prepares the data, builds, trains, saves and reports.
+"""
 
 from __future__ import annotations
 
@@ -99,7 +102,7 @@ def run_one(config: Config, items: Sequence[ItemFile], device: torch.device, dis
     if save_outputs:
         save(run, state, ending, tokenizer)
     measured = run.monitor.exported(state) if run.monitor and not ending.signal else state.measured
-    return RunResult(run.folder, state.step, state.loss, state.heldout_loss, ending.reason, ending.signal, measured)
+    return RunResult(run.folder, state.step, state.loss, state.eval_loss, ending.reason, ending.signal, measured)
 
 
 def save(run: TrainingRun, state: checkpoint.State, ending: Ending, tokenizer: PreTrainedTokenizerBase) -> None:

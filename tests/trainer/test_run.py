@@ -32,7 +32,7 @@ def test_a_lora_run_leaves_an_adapter_that_stock_peft_loads(model_folder, chats,
                  "--export", "both", "--logging.tensorboard", "true")
     folder = result.folder
     losses = [r["loss"] for r in records(folder, "eval")]
-    assert losses[-1] < losses[0] - 0.3 and result.heldout_loss == losses[-1] and result.reason == "finished"
+    assert losses[-1] < losses[0] - 0.3 and result.eval_loss == losses[-1] and result.reason == "finished"
     steps = records(folder, "step")
     assert steps[-1]["epoch"] == 3.0 and steps[-1]["step"] == result.steps and all(r["mfu"] > 0 for r in steps)
     assert {"forward", "backward", "optimizer", "data"} <= set(steps[0]["seconds"])
@@ -183,7 +183,7 @@ def test_a_run_killed_after_its_last_checkpoint_is_finished_by_resuming(model_fo
     run(model_folder, chats, cut, *options)
     shutil.rmtree(cut / "adapter")  # as if killed before the export
     result = run(model_folder, chats, cut, *options, "--resume", "auto")
-    assert (result.steps, result.loss, result.heldout_loss) == (whole.steps, whole.loss, whole.heldout_loss)
+    assert (result.steps, result.loss, result.eval_loss) == (whole.steps, whole.loss, whole.eval_loss)
     assert all(torch.equal(t, weights(cut)[n]) for n, t in weights(tmp_path / "whole").items())
 
 

@@ -101,7 +101,7 @@ def _retention_line(r: dict) -> str:
 _LINES = {
     "retention": _retention_line,
     "step": _step_line,
-    "eval": lambda r: f"step {r['step']}  held-out loss {r['loss']:.4f} over {r['tokens']:,} supervised tokens",
+    "eval": lambda r: f"step {r['step']}  eval loss {r['loss']:.4f} over {r['tokens']:,} supervised tokens",
     "end": lambda r: (f"{r['reason']} after {r['steps']} steps, {r['seconds']:.1f} s, {r['tokens']:,} tokens "
                       f"at {r['tokens_per_s']:,.0f} a second, peak memory {r['peak_memory_gb']:.2f} GB"),
 }

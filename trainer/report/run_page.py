@@ -1,4 +1,7 @@
-"""Write the HTML page of a run: outcome, loss, forgetting, speed, data and setup. It leaves out what the run did not record."""
+"""Write the HTML page of a run: outcome, loss, forgetting, speed, data and setup.
+
+It leaves out what the run did not record.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +62,7 @@ class Phase(NamedTuple):
 
 
 def write_report(run_folder: Path) -> None:
-    """Write report.html and its plots (PNG) from the config.yaml, metrics.jsonl and data.json of a run folder.
+    """Write report.html and its plots (PNG) from a run folder's config.yaml, metrics.jsonl and data.json.
 
     Raises UserError if the folder does not exist, or if config.yaml or data.json is not what a run writes.
     """
@@ -104,7 +107,10 @@ def _read_mapping(path: Path, parse, parse_error: type[Exception]) -> dict:
 
 
 def _read_metrics(path: Path, run: Run) -> None:
-    """Fill in steps, evaluations and end. A resumed run logs some steps again, so a line drops earlier lines of its own and later steps."""
+    """Fill in steps, evaluations and end.
+
+    A resumed run logs some steps again, so a line drops earlier lines of its own and later steps.
+    """
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     logged = {"step": run.steps, "eval": run.evaluations, "retention": run.retention}
     for line in filter(str.strip, lines):
@@ -142,7 +148,7 @@ def outcome(run: Run) -> str:
         ended = {
             "finished": f"Finished {count}{in_time}.",
             "max_steps": f"Stopped at its limit of {count}{in_time}.",
-            "early stopping": f"Stopped early after {count}{in_time}: the held-out loss stopped falling.",
+            "early stopping": f"Stopped early after {count}{in_time}: the eval loss stopped falling.",
             "floor": f"Stopped after {count}{in_time}: the general items stayed below the floor.",
             "signal": f"Stopped by a signal after {count}{in_time}; to continue, run the same command with --resume auto.",
         }.get(run.end.get("reason"), f"Ended after {count}{in_time}: {run.end.get('reason', 'no reason given')}.")
@@ -150,7 +156,7 @@ def outcome(run: Run) -> str:
     if exported and "held" in exported:
         ended += (f" The state after step {number(exported['step'])} is exported, "
                   + ("the best at or above the floor." if exported["held"] else "the nearest to the floor: no measured state reached it."))
-    name, records = ("Held-out", run.evaluations) if len(run.evaluations) > 1 else ("Training", run.steps)
+    name, records = ("Eval", run.evaluations) if len(run.evaluations) > 1 else ("Training", run.steps)
     if len(records) < 2:
         return ended
     first, last = _column(records, "loss")[[0, -1]]
@@ -169,11 +175,11 @@ def exported_state(run: Run) -> dict | None:
 def facts(run: Run) -> list[Fact]:
     """Return the headline figures that the run recorded."""
     found = []
-    heldout, loss = _column(run.evaluations, "loss"), _column(run.steps, "loss")
-    if np.isfinite(heldout).any():
-        best = int(np.nanargmin(heldout))
+    eval_loss, loss = _column(run.evaluations, "loss"), _column(run.steps, "loss")
+    if np.isfinite(eval_loss).any():
+        best = int(np.nanargmin(eval_loss))
         at = run.evaluations[best]["step"]
-        found.append(Fact("Held-out loss", number(heldout[best]), f"best, at step {number(at)}"))
+        found.append(Fact("Eval loss", number(eval_loss[best]), f"best, at step {number(at)}"))
     elif run.steps:
         found.append(Fact("Training loss", number(loss[-1]), "at the last logged step"))
     nats = _column(run.steps, "kl")
@@ -205,13 +211,16 @@ def facts(run: Run) -> list[Fact]:
 
 
 def _typical(run: Run, key: str) -> float | None:
-    """Return the median over the logged steps, which the slow first steps do not move; None where nothing is logged."""
+    """Return the median over the logged steps, which slow first steps do not move; None without records."""
     values = [record[key] for record in run.steps if record.get(key) is not None]
     return float(np.median(values)) if values else None
 
 
 def phases(run: Run) -> list[Phase]:
-    """Return the time by phase. A logged step stands for all steps since the one before; the rest of the run is evaluation and saving."""
+    """Return the time by phase.
+
+    A logged step stands for all steps since the one before; the rest of the run is evaluation and saving.
+    """
     total: dict[str, float] = {}
     previous = 0
     for record in run.steps:
@@ -228,7 +237,7 @@ def phases(run: Run) -> list[Phase]:
 
 
 def cost_of_probes(run: Run) -> str:
-    """What choosing the replay cost, beside the run."""
+    """Say how many tokens and seconds the probe runs took, and their share of the run's tokens."""
     probes = run.auto.get("probes", [])
     tokens, seconds = (sum(probe[name] for probe in probes) for name in ("tokens", "seconds"))
     of_run = f", {percent(tokens / run.end['tokens'])} of the run's" if run.end and run.end.get("tokens") else ""
@@ -291,7 +300,7 @@ def loss_plot(run: Run) -> Plot:
             axes.plot(step, loss, marker=_marker(loss), color=theme.series[0], label="training")
         if run.evaluations:
             axes.plot(_column(run.evaluations, "step"), _column(run.evaluations, "loss"), marker="o",
-                      color=theme.series[1], label="held-out")
+                      color=theme.series[1], label="eval")
         axes.set_ylabel("loss per supervised token")
         _step_axis(axes)
         page.legend(axes)

@@ -44,7 +44,7 @@ class State:
     identity: dict  # what the run computes: configuration, data, base model
     step: int = 0  # optimizer steps done
     loss: float | None = None  # mean training loss of the last log interval
-    heldout_loss: float | None = None  # of the last evaluation
+    eval_loss: float | None = None  # of the last evaluation
     best: float | None = None  # the lowest of them
     stale: int = 0  # evaluations since it was reached
     measured: dict | None = None  # the last measurement of general and domain items (trainer/retention/monitor.py)

@@ -23,7 +23,7 @@ class RunResult:
     folder: Path
     steps: int
     loss: float | None  # mean training loss of the last log interval
-    heldout_loss: float | None
+    eval_loss: float | None
     reason: str
     signal: int | None = None
     retention: dict | None = None  # of runs with retention.items: the measurement of what is exported, or of the last state if stopped

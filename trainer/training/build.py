@@ -1,4 +1,4 @@
-"""Build a run in steps: model, what is measured of the base, optimizer, the state it starts from, run folder and log."""
+"""Build a run in steps: model, measurements of the base, optimizer, initial state, run folder and log."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from trainer.training.training_run import TrainingRun
 
 @dataclass
 class BaseMeasurements:
-    """What a run takes from its base before training changes it."""
+    """Results of running the base, before training changes it."""
 
     samples: Samples  # with the weights and masks that the base gives their tokens
     kl: KlToBase | None
@@ -47,9 +47,10 @@ class BaseMeasurements:
 
 def build(config: Config, data: TrainingData, device: torch.device, dist: Distributed,
           items: Sequence[ItemFile] = ()) -> tuple[TrainingRun, checkpoint.State]:
-    """Return a run that is ready to train, and the state it starts from: a fresh one, or that of the newest checkpoint.
+    """Return a run that is ready to train, and the state it starts from.
 
-    Opens the run folder and prints the start summary. Raises UserError for anything that the user can mend.
+    The state is a fresh one, or that of the newest checkpoint if the run resumes. Opens the run folder and prints the start summary. Raises
+    UserError for anything that the user can mend.
     """
     output = Path(config.output)
     model, patched = build_model(config, device)
@@ -101,7 +102,10 @@ def build_model(config: Config, device: torch.device) -> tuple[nn.Module, PatchR
 
 
 def run_identity(config: Config, data: TrainingData, items: Sequence[ItemFile], dist: Distributed) -> dict:
-    """Return all that decides what a run computes. A checkpoint, or cached base states, serve only a run of the same identity."""
+    """Return all that decides what a run computes.
+
+    A checkpoint, or cached base states, serve only a run of the same identity.
+    """
     return checkpoint.identity(
         config, dist.size, samples=data.samples.fingerprint, heldout_samples=data.heldout[0].fingerprint if data.heldout else None,
         base_weights=weights_fingerprint(config.model), quantizer=quantization.bitsandbytes_version(config),
@@ -110,7 +114,7 @@ def run_identity(config: Config, data: TrainingData, items: Sequence[ItemFile], 
 
 def measure_base(config: Config, data: TrainingData, items: Sequence[ItemFile], identity: dict, model: nn.Module, device: torch.device,
                  dist: Distributed) -> BaseMeasurements:
-    """Run the base wherever a run needs it: to score items, to weight tokens, and to cache its hidden states.
+    """Run the base to score items, to weight tokens and to cache its hidden states, as the run needs it.
 
     Invariant: `model` is still the base here (with an adapter: the base is the model with the adapter switched off). So this comes before
     a checkpoint is loaded and before the first step, also in a resumed run, which measures the same base again.

@@ -1,4 +1,4 @@
-"""Print what is known before a run starts (`--dry_run`): samples and masks, sources, packing, steps, and an estimate of memory."""
+"""Print samples, masks, sources, packing, steps and estimated memory, and train nothing: `--dry_run`."""
 
 from __future__ import annotations
 

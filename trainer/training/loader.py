@@ -1,4 +1,4 @@
-"""Collate the packs of each step on the CPU, and copy them to the device while the step before them runs."""
+"""Prefetch steps: collate packs on the CPU and copy them to the device while the step before runs."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from trainer.runtime.distributed import Distributed
 
 @dataclass
 class TokenCounts:
-    """Sums over steps and ranks, counted on the CPU; padding is not counted."""
+    """Sums over steps and ranks, known on the CPU, without padding."""
 
     tokens: int = 0
     supervised: int = 0
     squared_lengths: int = 0  # sum of squared sample lengths, for attention's FLOPs
-    capacity: int = 0  # tokens that the packs could have held
+    capacity: int = 0  # tokens that would fill the packs
     base_tokens: int = 0  # those that the base reads beside the model, in the step itself
     base_supervised: int = 0
     base_squared_lengths: int = 0
@@ -61,7 +61,10 @@ class StepLoader:
     pad_to: PadTo = NO_PADDING
 
     def prefetch(self, first: int, phases: Phases) -> Iterator[StepWork]:
-        """Yield the work of steps first .. total - 1; the copy of each to the device starts before the step ahead of it runs."""
+        """Yield the work of steps first .. total - 1.
+
+        The copy of each to the device starts before the step ahead of it runs.
+        """
         upcoming = None
         for step in range(first, self.plan.total):
             with phases("data"):

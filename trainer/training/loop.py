@@ -1,4 +1,4 @@
-"""Run the training loop: a step is packs forward and backward, one sum over ranks, one optimizer update.
+"""Run the training loop. A step: packs forward and backward, a sum over ranks, an optimizer update.
 
 The loss of a step is the weighted mean over the supervised tokens of all its packs, on all ranks; the sum of weights is known on the
 CPU before anything runs. The host waits for the device only at log, evaluation and checkpoint steps.
@@ -68,12 +68,12 @@ def fit(run: TrainingRun, state: checkpoint.State) -> Ending:
 
 
 def train_step(run: TrainingRun, work: StepWork, phases: Phases) -> StepMetrics:
-    """Do one optimizer update from this rank's packs of a step: forward and backward of each, the sum over ranks, the update.
+    """Train on one step: forward and backward of this rank's packs, the sum over ranks, the update.
 
     Reads of `run`: model, kl, optimizer, plan.total, dist, device, config.seed and config.optim. `work` comes from `run.loader`. Nothing
     waits for the device.
     """
-    torch.manual_seed(hash_seed(run.config.seed, work.step, run.dist.rank))  # dropout depends on the step alone
+    torch.manual_seed(hash_seed(run.config.seed, work.step, run.dist.rank))  # dropout depends on nothing but the step
     loss = torch.zeros((), device=run.device)
     kl = torch.zeros((), device=run.device) if work.has_kl else None
     for batch in work.batches:
@@ -91,7 +91,7 @@ def train_step(run: TrainingRun, work: StepWork, phases: Phases) -> StepMetrics:
 
 
 def out_of_patience(run: TrainingRun, state: checkpoint.State) -> bool:
-    """Return whether the eval loss, or the share of the base's accuracy, has stayed too long without getting better."""
+    """Return whether the eval loss or the general accuracy has gone too long without improving."""
     patience = run.config.eval.patience
     return (patience > 0 and state.stale >= patience) or floor_given_up(run, state)
 

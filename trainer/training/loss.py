@@ -1,4 +1,4 @@
-"""Compute the training objective of a pack: cross entropy, and where a run asks for it a KL to the base beside it.
+"""Compute the training objective of a pack: cross entropy, and a KL to the base if the run has one.
 
     objective of a step  =  Σ_i w_i ce_i / Σ_i w_i  +  kl_weight · Σ_k w_k KL_k / Σ_k w_k
 
@@ -22,7 +22,7 @@ from trainer.training.loader import StepWork
 
 
 class PackLoss(NamedTuple):
-    """One pack's share of a step's objective, which is what is minimised, of its loss and of its KL, in nats."""
+    """One pack's shares of a step's objective, which is minimised, and of its loss and KL, in nats."""
 
     objective: Tensor
     loss: Tensor
@@ -30,7 +30,7 @@ class PackLoss(NamedTuple):
 
 
 def pack_loss(model: nn.Module, batch: PackedBatch, work: StepWork, kl: KlToBase | None, phases: Phases) -> PackLoss:
-    """Run the model, and the base where a KL needs it, on one of the packs of `work`; return the pack's share of the step."""
+    """Compute the losses of one pack of `work`, running the base too where the KL needs it."""
     reference = kl.look_up(batch, phases) if kl and work.has_kl else None
     with phases("forward"):
         if reference is None:
@@ -42,7 +42,10 @@ def pack_loss(model: nn.Module, batch: PackedBatch, work: StepWork, kl: KlToBase
 
 
 def sft_loss(model: nn.Module, batch: PackedBatch) -> Tensor:
-    """Return the sum of weight * cross entropy over a pack's supervised tokens. Logits exist for their rows only, chunk by chunk."""
+    """Return the sum of weight * cross entropy over a pack's supervised tokens.
+
+    Logits exist for their rows only, chunk by chunk.
+    """
     hidden = supervised_hidden(model, batch)
     return cross_entropy(lm_head(model), hidden, batch)
 
@@ -58,7 +61,10 @@ def sft_kl_loss(model: nn.Module, batch: PackedBatch, kl: KlToBase, reference: T
 
 
 def cross_entropy(head: LmHead, hidden: Tensor, batch: PackedBatch) -> Tensor:
-    """Return the weighted sum of cross entropies from hidden states [S, W]. Targets marked for DFT also weigh their own probability."""
+    """Return the weighted sum of cross entropies from hidden states [S, W].
+
+    Targets marked for DFT also weigh their own probability.
+    """
     options = {"bias": head.bias, "ignore_index": None, "softcap": head.softcap, "logit_scale": head.logit_scale}
     if batch.dft_mask is None:
         return linear_cross_entropy(hidden, head.weight, batch.targets, token_weight=batch.weights, reduction="sum", **options)

@@ -71,7 +71,10 @@ def estimate(model: nn.Module, config: Config, dtype: torch.dtype, device: torch
 
 
 def frozen_bytes(model: nn.Module, config: Config, width: int) -> float:
-    """Return the bytes of weights that are not trained; with QLoRA, of 4-bit weights and the largest layer dequantised."""
+    """Return the bytes of weights that are not trained.
+
+    With QLoRA these are the 4-bit weights, the dense ones, and the largest 4-bit layer dequantised.
+    """
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     layers = layers_to_quantize(unwrap_peft(model), config.quantization.skip_modules) if config.method == "qlora" else []
     sizes = [layer.weight.numel() for layer in layers]
@@ -97,7 +100,7 @@ def loss_bytes(model: nn.Module, tokens: int, dtype: torch.dtype, device: torch.
 
 
 def activation_bytes(model: nn.Module, tokens: int, width: int, checkpointing: str, device: torch.device) -> float:
-    """Return the bytes kept for the backward pass of a pack of `tokens` tokens, with elements of `width` bytes."""
+    """Return the bytes that a pack of `tokens` keeps for the backward pass, `width` bytes an element."""
     shape = model.config.get_text_config()
     heads = shape.num_attention_heads
     key_heads = getattr(shape, "num_key_value_heads", None) or heads

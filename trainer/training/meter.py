@@ -23,7 +23,10 @@ from trainer.training.training_run import TrainingRun
 
 
 class StepMetrics(NamedTuple):
-    """Figures of one step, on the device. Loss and KL are this rank's shares, and add up over ranks; the norm is the whole step's."""
+    """Figures of one step, on the device.
+
+    Loss and KL are this rank's shares, and add up over ranks; the norm is the whole step's.
+    """
 
     loss: Tensor
     grad_norm: Tensor
@@ -65,7 +68,10 @@ class Meter:
 
 
 def log_interval(run: TrainingRun, state: checkpoint.State, meter: Meter) -> None:
-    """Wait for the device, check that the interval was finite, write its record, begin the next one. Raises UserError if it was not."""
+    """Wait for the device, check that the interval was finite, write its record, begin the next one.
+
+    Raises UserError if it was not.
+    """
     figures = torch.stack([torch.stack([step.loss for step in meter.steps]), torch.stack([step.grad_norm for step in meter.steps])])
     kls = [step.kl for step in meter.steps if step.kl is not None]
     kl = torch.stack(kls).mean() if kls else None
@@ -109,7 +115,7 @@ def require_finite(run: TrainingRun, meter: Meter, losses: list[float], norms: l
 
 
 def log_end(run: TrainingRun, state: checkpoint.State, ending: Ending, totals: TokenCounts, seconds: float, meter: Meter) -> None:
-    """Write the record of the whole run, its rates over the seconds that were not spent on evaluating and saving."""
+    """Write the record of the whole run; its rates leave out the time of evaluating and saving."""
     if run.log:
         training_seconds = max(seconds - meter.paused_seconds, 1e-9)
         kept = {"kept": state.kept["step"]} if state.kept else {}

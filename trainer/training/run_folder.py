@@ -22,7 +22,7 @@ from trainer.versions import versions
 
 
 def refuse_used(output: Path, resume: str) -> None:
-    """Raise UserError if the folder holds an earlier run's checkpoints, unless the run resumes, or its outputs without checkpoints."""
+    """Raise UserError if the folder holds the outputs of a finished run, or checkpoints without `resume`."""
     last = checkpoint.newest(output / "checkpoints")
     if last and resume == "never":
         raise UserError(f"output: {output} holds checkpoints of an earlier run, the newest {last.name}; add --resume auto to continue "
@@ -33,7 +33,7 @@ def refuse_used(output: Path, resume: str) -> None:
 
 
 def open_run(output: Path, config: Config, summary: dict) -> None:
-    """Make the folder; write config.yaml with versions and the command, and `summary` of data and model as data.json."""
+    """Make the folder, and write config.yaml (with versions and the command) and data.json (`summary`)."""
     try:
         output.mkdir(parents=True, exist_ok=True)
         cli.save_yaml(config, output / "config.yaml", versions=versions("torch", "transformers", "peft", "datasets", "tokenizers"),
@@ -44,7 +44,10 @@ def open_run(output: Path, config: Config, summary: dict) -> None:
 
 
 def save_outputs(output: Path, config: Config, model: nn.Module, tokenizer: PreTrainedTokenizerBase, ending: Ending) -> None:
-    """Write the adapter, the model or both, and the report. A run stopped by a signal leaves only its checkpoint and the report."""
+    """Write the adapter, the model or both, and the report.
+
+    A run stopped by a signal leaves only its checkpoint and the report.
+    """
     full = config.method == "full"
     if ending.signal:
         print(f"stopped by signal {ending.signal}; continue with the same command and --resume auto", file=sys.stderr)

@@ -19,7 +19,10 @@ from trainer.training.training_run import TrainingRun
 
 @torch.no_grad()
 def eval_loss(model: nn.Module, eval_set: tuple[Samples, list[np.ndarray]], device: torch.device, dist: Distributed) -> tuple[float, int]:
-    """Return the weighted mean loss of the eval set's supervised tokens in nats, and their number. Each rank runs its packs."""
+    """Return the weighted mean loss of the eval set's supervised tokens in nats, and their number.
+
+    Each rank runs its packs.
+    """
     samples, packs = eval_set
     model.eval()
     total = torch.zeros((), device=device)
@@ -32,13 +35,16 @@ def eval_loss(model: nn.Module, eval_set: tuple[Samples, list[np.ndarray]], devi
 
 
 def evaluate(run: TrainingRun, state: checkpoint.State, meter: Meter) -> None:
-    """Write the eval loss into the log and `state`, with the number of evaluations since the best. Raises UserError if it is not finite."""
+    """Write the eval loss into the log and `state`, with the number of evaluations since the best.
+
+    Raises UserError if it is not finite.
+    """
     with meter.paused():
         loss, tokens = eval_loss(run.model, run.eval_set, run.device, run.dist)
         if not np.isfinite(loss):
-            raise UserError(f"step {state.step}: expected a finite held-out loss, got {loss}; lower optim.lr, "
-                            "or look at the held-out samples")
-        state.heldout_loss = loss
+            raise UserError(f"step {state.step}: expected a finite eval loss, got {loss}; lower optim.lr, or look at "
+                            "the samples of data.eval")
+        state.eval_loss = loss
         if state.best is None or loss < state.best:
             state.best, state.stale = loss, 0
         else:
@@ -48,7 +54,7 @@ def evaluate(run: TrainingRun, state: checkpoint.State, meter: Meter) -> None:
 
 
 def measure_forgetting(run: TrainingRun, state: checkpoint.State, meter: Meter) -> None:
-    """Score general and domain items on rank 0 into the log and `state`, and keep the weights where they are the best so far."""
+    """Score general and domain items into the log and `state`; keep the best weights so far."""
     with meter.paused():
         needs_loss = run.eval_set and run.monitor.wants_loss
         loss = eval_loss(run.model, run.eval_set, run.device, run.dist)[0] if needs_loss else None

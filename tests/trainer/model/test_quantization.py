@@ -447,7 +447,7 @@ def test_a_qlora_run_resumes_bit_for_bit(folders, chats, tmp_path, monkeypatch):
         patched.setattr(bitsandbytes, "__version__", "9.9")
         train(folders("llama"), chats, tmp_path / "cut", *options, "--resume", "auto")
     result = train(folders("llama"), chats, tmp_path / "cut", *options, "--resume", "auto")
-    assert (result.steps, result.loss, result.heldout_loss) == (whole.steps, whole.loss, whole.heldout_loss)
+    assert (result.steps, result.loss, result.eval_loss) == (whole.steps, whole.loss, whole.eval_loss)
     one, two = ((tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("whole", "cut"))
     assert one == two
 

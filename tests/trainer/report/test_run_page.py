@@ -73,8 +73,8 @@ def whole(tmp_path_factory):
 
 def test_the_page_says_what_the_run_logged(whole):
     text = text_of(whole[1])
-    assert "my-run Finished 20 steps in 2 min 30 s. Held-out loss fell from 2.25 to 1.125." in text
-    assert "Held-out loss 1.125 best, at step 20" in text
+    assert "my-run Finished 20 steps in 2 min 30 s. Eval loss fell from 2.25 to 1.125." in text
+    assert "Eval loss 1.125 best, at step 20" in text
     assert "Real tokens/s 1.01k median; 400 supervised" in text
     assert "Tokens seen 20k 40.0% supervised" in text
     assert "gsm8k domain 100 5k 7 3 2 1,234 100 1 75.0% 60.0%" in text
@@ -114,7 +114,7 @@ def test_names_are_escaped(whole):
     ([step(1)], "No end was logged after 1 step: the run was killed, or is still running."),
     ([step(5), end(5, "max_steps")], "Stopped at its limit of 5 steps in 2 min 30 s."),
     ([step(5, 1.0), step(9, 2.0), end(9, "signal")], "run the same command with --resume auto. Training loss rose from 1 to 2."),
-    ([step(5), end(5, "early stopping")], "Stopped early after 5 steps in 2 min 30 s: the held-out loss stopped falling"),
+    ([step(5), end(5, "early stopping")], "Stopped early after 5 steps in 2 min 30 s: the eval loss stopped falling"),
     ([step(5), end(5, "disk full", seconds=3.0)], "Ended after 5 steps in 3 s: disk full."),
     ([step(5), step(6, float("nan"))], "Training loss went from 2 to nan."),
 ])
@@ -185,7 +185,7 @@ def test_the_loss_plot_shows_both_losses(tmp_path, monkeypatch):
     run = read_run(run_folder(tmp_path, [step(10, 3.0), evaluation(10, 2.5), step(20, 2.0), evaluation(20, 1.5)]))
     lines = drawn(lambda: run_page.loss_plot(run), monkeypatch).lines
     shown = {line.get_label(): line.get_xydata().tolist() for line in lines}
-    assert shown == {"training": [[10, 3.0], [20, 2.0]], "held-out": [[10, 2.5], [20, 1.5]]}
+    assert shown == {"training": [[10, 3.0], [20, 2.0]], "eval": [[10, 2.5], [20, 1.5]]}
 
 
 def test_a_long_loss_curve_is_smoothed_in_place(tmp_path, monkeypatch):
