@@ -1,4 +1,7 @@
-"""Every option of `python -m trainer.run`, its default, and what it does. YAML sections and dotted overrides bear these names."""
+"""Define every option of `python -m trainer.run`: name, type, default and meaning, and check their values.
+
+The sections are those of a YAML file; on the command line an option is `--section.name value`.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Literal
 
 from trainer.errors import UserError
 
-MANY = 100_000  # passes over the data: more are a slip of the keyboard, and would take minutes to plan
+MOST_PASSES = 100_000  # over the data: more are a typing mistake, and would take minutes to plan
 Metric = Literal["auto", "exact", "choice", "regex", "logprob"]
 
 
@@ -18,12 +21,12 @@ class Source:
     """One file, folder or hub data set, read into chat records."""
 
     path: str  # JSON, JSONL, Parquet or CSV file; a folder written by `save_to_disk`; or a hub name
-    name: str | None = None  # how reports call it; default: the file's stem
-    format: Literal["auto", "chat", "sharegpt", "alpaca", "prompt_completion", "text"] = "auto"  # auto: told from the columns
+    name: str | None = None  # in reports and logs; default: the file's stem
+    format: Literal["auto", "chat", "sharegpt", "alpaca", "prompt_completion", "text"] = "auto"  # auto: inferred from the columns
     columns: dict[str, str] | None = None  # ours -> the file's, e.g. {prompt: question, completion: answer}
     split: str = "train"  # split of a hub data set or saved folder
     subset: str | None = None  # configuration name of a hub data set
-    weight: float = 1.0  # times each sample is seen per epoch; 0.5 takes a fresh half every epoch
+    weight: float = 1.0  # times each sample is seen per epoch; 0.5 takes another half every epoch
     max_records: int | None = None  # keep the first n records
 
 
@@ -32,16 +35,16 @@ class Items:
     """One file of items with known answers, or of held-out text, and how it is scored."""
 
     path: str  # JSON, JSONL, Parquet or CSV file; a folder written by `save_to_disk`; or a hub name
-    name: str | None = None  # how reports call it; default: the file's stem
+    name: str | None = None  # in reports and logs; default: the file's stem
     # exact: the answer equals what is generated; choice: the likeliest of several; regex: what a pattern finds in both; logprob: of text
-    metric: Metric = "auto"  # auto: that of the section, and if that is auto too, told from the columns
+    metric: Metric = "auto"  # auto: that of the section, and if that is auto too, inferred from the columns
     columns: dict[str, str] | None = None  # ours -> the file's: prompt, answer, choices, messages, text, input, system, id
     regex: str = ""  # a pattern with a group, searched in what is generated; default: that of the section
-    answer_regex: str | None = None  # the same for the file's answers; default: as regex; "" takes an answer as it stands
-    take: Literal["first", "last"] = "first"  # which match of the pattern counts
+    answer_regex: str | None = None  # a pattern for the file's answers; default: `regex`; "" takes an answer as it is
+    take: Literal["first", "last"] = "first"  # the match of the pattern that is compared
     ignore_case: bool = False  # compare without regard to case
     ignore_punctuation: bool = False  # compare without punctuation
-    choice_by: Literal["sum", "characters", "tokens"] = "sum"  # decides by the log-prob of a choice, or that per character or token
+    choice_by: Literal["sum", "characters", "tokens"] = "sum"  # compare the log-probs of choices, or those per character or token
     split: str = "train"  # split of a hub data set or saved folder
     subset: str | None = None  # configuration name of a hub data set
     max_records: int | None = None  # keep the first n items
@@ -49,14 +52,14 @@ class Items:
 
 @dataclass
 class Data:
-    """What is trained on, and how chats become tokens."""
+    """The training data, the eval set, and how chats become tokens."""
 
     train: str | list[str | Source] = field(default_factory=list)  # the domain: a path, or a list of paths and sources
-    eval: str | list[str | Source] = field(default_factory=list)  # evaluated during training, never trained on
-    eval_fraction: float = 0.0  # take this share of the domain's samples as held-out instead
+    eval: str | list[str | Source] = field(default_factory=list)  # the eval set: its loss is measured during training; same forms
+    eval_fraction: float = 0.0  # instead of `eval`: this share of the domain's records, which are then not trained on
     train_on: Literal["assistant", "last", "all"] = "assistant"  # supervised: every assistant turn, the last one, or every token
-    max_length: int = 2048  # tokens of one sample, at most
-    on_overlong: Literal["error", "drop", "truncate", "split"] = "error"  # what happens to longer samples
+    max_length: int = 2048  # longest sample, in tokens
+    on_overlong: Literal["error", "drop", "truncate", "split"] = "error"  # what to do with longer samples
     chat_template: str | None = None  # a Jinja file to use instead of the tokenizer's own template
     num_proc: int = 0  # processes that tokenize; 0: one per core, at most 8
     cache_dir: str | None = None  # folder of tokenized data; default: the cache of `datasets`
@@ -64,7 +67,7 @@ class Data:
 
 @dataclass
 class Replay:
-    """The general set that keeps the model's abilities, mixed with the domain."""
+    """General data that is mixed with the domain, so that the model keeps its abilities."""
 
     data: str | list[str | Source] = field(default_factory=list)  # a path, or a list of paths and sources
     ratio: float | None = None  # share of the mix that is replay, 0 <= ratio < 1; default: every replay sample once per epoch
@@ -141,9 +144,9 @@ class Retention:
 class BatchSize:
     """Batch size, in tokens."""
 
-    tokens_per_pack: int = 4096  # capacity of one packed sequence: what a device holds at once
-    tokens_per_step: int = 16384  # capacity of one optimiser step, over all packs and ranks
-    max_samples_per_pack: int = 1024  # samples in one pack, at most
+    tokens_per_pack: int = 4096  # capacity of a pack: the tokens that a device holds at once
+    tokens_per_step: int = 16384  # global batch size: capacity of one optimizer step, over all packs and ranks
+    max_samples_per_pack: int = 1024  # at most
 
 
 @dataclass
@@ -153,8 +156,8 @@ class Optim:
     lr: float = 2e-4  # the peak learning rate
     name: Literal["adamw", "adamw_8bit"] = "adamw"  # adamw_8bit (bitsandbytes): moments of matrices take 2 bytes a weight, not 8
     weight_decay: float = 0.0  # on matrices only, never on norms and biases
-    beta1: float = 0.9
-    beta2: float = 0.999
+    beta1: float = 0.9  # decay of the first moment
+    beta2: float = 0.999  # decay of the second moment
     eps: float = 1e-8
     lr_scheduler: Literal["constant", "linear", "cosine", "wsd"] = "cosine"  # after the warm-up
     warmup_ratio: float = 0.03  # share of all steps in the linear warm-up, below 1
@@ -170,12 +173,12 @@ class Eval:
     """Loss of the eval set during training."""
 
     every: int = 0  # steps between evaluations; 0: only at the end
-    patience: int = 0  # stop after this many evaluations without a better loss, with the weights as they then are; 0: never
+    patience: int = 0  # stop after this many evaluations without a better loss, and keep the last weights; 0: never stop
 
 
 @dataclass
 class Checkpoint:
-    """Saved states that a run resumes from, bit for bit."""
+    """Saved states, from which a run resumes bit for bit."""
 
     every: int = 0  # steps between checkpoints; 0: only when the run is stopped by a signal
     keep: int = 2  # newest checkpoints kept
@@ -183,12 +186,12 @@ class Checkpoint:
 
 @dataclass
 class Logging:
-    """Where figures go."""
+    """Logs of a run's figures; metrics.jsonl is always written."""
 
-    every: int = 10  # steps between log lines; the device is waited for only here
-    tensorboard: bool = True
-    wandb_project: str | None = None  # needs the `logging` extra
-    progress: bool = True  # a progress bar on a terminal
+    every: int = 10  # steps between log lines; between them the host never waits for the device
+    tensorboard: bool = True  # write tensorboard/
+    wandb_project: str | None = None  # log to this Weights & Biases project (`logging` extra)
+    progress: bool = True  # show a progress bar on a terminal
     profile_steps: str | None = None  # FIRST-LAST, e.g. 20-25: find what makes the host wait in step 20, trace 21 to 25, write profile/
 
 
@@ -206,49 +209,74 @@ class Config:
     retention: Retention = field(default_factory=Retention)
     batch: BatchSize = field(default_factory=BatchSize)
     optim: Optim = field(default_factory=Optim)
-    epochs: float = 1.0
+    epochs: float = 1.0  # passes over the domain
     max_steps: int | None = None  # stop here even if epochs remain
-    seed: int = 0
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # compute; masters are fp32. auto: bf16 on a GPU that has it, else fp32
-    activation_checkpointing: Literal["none", "selective", "full"] = "none"  # selective: every second layer
+    seed: int = 0  # of the adapter's weights, the order of samples, and dropout
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of computation; masters are fp32. auto: bf16 on a GPU that has it, else fp32
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"  # recompute (selective: every second layer) in the backward pass
     compile: bool = False  # torch.compile the decoder layers
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    export: Literal["adapter", "merged", "both"] = "adapter"  # what a run with an adapter leaves in its folder; merged is dense
+    export: Literal["adapter", "merged", "both"] = "adapter"  # what a LoRA or QLoRA run writes; merged: a whole, dense model
     eval: Eval = field(default_factory=Eval)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
-    resume: Literal["auto", "never"] = "never"  # auto: go on from the newest whole checkpoint in the run folder, if any
+    resume: Literal["auto", "never"] = "never"  # auto: from the newest checkpoint in the run folder, if there is one
     logging: Logging = field(default_factory=Logging)
-    dry_run: bool = False  # validate, show samples and estimates, and stop
+    dry_run: bool = False  # check everything, print samples, packing and memory, and train nothing
 
 
 def validate(config: Config) -> None:
-    """Refuse values that no run can use. Types are checked before, by the parser. Raises UserError naming the option."""
-    data, batch, optim = config.data, config.batch, config.optim
-    for source in [*_listed(data.train), *_listed(data.eval), *_listed(config.replay.data)]:
-        weight = 1.0 if isinstance(source, str) else source.weight
-        _require(not str(source).startswith(("[", "{")), "data", "a path or a list of sources in YAML", source)
-        max_records = None if isinstance(source, str) else source.max_records
-        _require(0 < weight <= MANY, "weight of a source", f"above 0, at most {MANY:,}", weight)
-        _require(max_records is None or max_records >= 1, "max_records of a source", "1 or more records", max_records)
+    """Raise UserError, which names the option, for values that no run can use. The parser has checked their types."""
+    for source in [*_listed(config.data.train), *_listed(config.data.eval), *_listed(config.replay.data)]:
+        _validate_source(source)
     _require(bool(config.output.strip()), "output", "a folder", "none")
-    _require(bool(data.train), "data.train", "at least one file, folder or hub data set", "none")
-    _require((config.model.path is None) != (config.model.config is None), "model.path, model.config", "exactly one of them",
-             "neither" if config.model.path is None else "both")
-    _require(config.model.config is None or config.method == "full", "method",
-             "full beside model.config: an adapter on random weights has no base that others could load", config.method)
-    _require(data.max_length >= 2, "data.max_length", "2 tokens or more", data.max_length)
-    _require(batch.tokens_per_pack >= data.max_length, "batch.tokens_per_pack",
-             f"at least data.max_length = {data.max_length}, so that every sample fits a pack", batch.tokens_per_pack)
-    _require(batch.tokens_per_step % batch.tokens_per_pack == 0 and batch.tokens_per_step > 0, "batch.tokens_per_step",
-             f"a multiple of batch.tokens_per_pack = {batch.tokens_per_pack}", batch.tokens_per_step)
-    _require(batch.max_samples_per_pack >= 1, "batch.max_samples_per_pack", "1 or more", batch.max_samples_per_pack)
-    _require(0 <= data.eval_fraction < 1, "data.eval_fraction", "0 <= share < 1", data.eval_fraction)
-    _require(not (data.eval and data.eval_fraction), "data.eval, data.eval_fraction", "one of them", "both")
+    _validate_model(config)
+    _validate_data(config.data)
+    _validate_batch(config.batch, config.data.max_length)
     _require(config.replay.ratio is None or 0 <= config.replay.ratio < 1, "replay.ratio", "0 <= ratio < 1", config.replay.ratio)
-    _require(optim.lr > 0, "optim.lr", "above 0", optim.lr)
+    _validate_optim(config.optim)
     _validate_retention(config)
     if config.replay.auto:
         _validate_auto(config)
+    _require(0 <= config.seed < 2**63, "seed", "0 <= seed < 2^63", config.seed)
+    _require(0 < config.epochs <= MOST_PASSES, "epochs", f"above 0, at most {MOST_PASSES:,}; to end after some steps, set max_steps",
+             config.epochs)
+    _require(config.max_steps is None or config.max_steps >= 1, "max_steps", "1 or more", config.max_steps)
+    _validate_intervals(config)
+
+
+def _validate_source(source: str | Source) -> None:
+    _require(not str(source).startswith(("[", "{")), "data", "a path or a list of sources in YAML", source)
+    if isinstance(source, Source):
+        _require(0 < source.weight <= MOST_PASSES, "weight of a source", f"above 0, at most {MOST_PASSES:,}", source.weight)
+        _require(source.max_records is None or source.max_records >= 1, "max_records of a source", "1 or more records", source.max_records)
+
+
+def _validate_model(config: Config) -> None:
+    model = config.model
+    _require((model.path is None) != (model.config is None), "model.path, model.config", "exactly one of them",
+             "neither" if model.path is None else "both")
+    _require(model.config is None or config.method == "full", "method",
+             "full beside model.config: an adapter on random weights has no base that others could load", config.method)
+
+
+def _validate_data(data: Data) -> None:
+    _require(bool(data.train), "data.train", "at least one file, folder or hub data set", "none")
+    _require(data.max_length >= 2, "data.max_length", "2 tokens or more", data.max_length)
+    _require(0 <= data.eval_fraction < 1, "data.eval_fraction", "0 <= share < 1", data.eval_fraction)
+    _require(not (data.eval and data.eval_fraction), "data.eval, data.eval_fraction", "one of them", "both")
+    _require(data.num_proc >= 0, "data.num_proc", "0 or more", data.num_proc)
+
+
+def _validate_batch(batch: BatchSize, max_length: int) -> None:
+    _require(batch.tokens_per_pack >= max_length, "batch.tokens_per_pack",
+             f"at least data.max_length = {max_length}, so that every sample fits a pack", batch.tokens_per_pack)
+    _require(batch.tokens_per_step % batch.tokens_per_pack == 0 and batch.tokens_per_step > 0, "batch.tokens_per_step",
+             f"a multiple of batch.tokens_per_pack = {batch.tokens_per_pack}", batch.tokens_per_step)
+    _require(batch.max_samples_per_pack >= 1, "batch.max_samples_per_pack", "1 or more", batch.max_samples_per_pack)
+
+
+def _validate_optim(optim: Optim) -> None:
+    _require(optim.lr > 0, "optim.lr", "above 0", optim.lr)
     for name, ratio, steps in (("warmup", optim.warmup_ratio, optim.warmup_steps), ("decay", optim.decay_ratio, optim.decay_steps)):
         _require(0 <= ratio < 1, f"optim.{name}_ratio", f"0 <= ratio < 1; for a number of steps set optim.{name}_steps", ratio)
         _require(steps >= 0, f"optim.{name}_steps", f"1 or more, or 0 to use optim.{name}_ratio", steps)
@@ -257,18 +285,17 @@ def validate(config: Config) -> None:
     _require(optim.weight_decay >= 0, "optim.weight_decay", "0 or more", optim.weight_decay)
     _require(0 <= optim.min_lr_ratio <= 1, "optim.min_lr_ratio", "0 <= ratio <= 1", optim.min_lr_ratio)
     _require(optim.max_grad_norm >= 0, "optim.max_grad_norm", "above 0, or 0 for no clipping", optim.max_grad_norm)
-    _require(0 <= config.seed < 2**63, "seed", "0 <= seed < 2^63", config.seed)
-    _require(0 < config.epochs <= MANY, "epochs", f"above 0, at most {MANY:,}; to end after some steps, set max_steps", config.epochs)
-    _require(config.max_steps is None or config.max_steps >= 1, "max_steps", "1 or more", config.max_steps)
-    _require(data.num_proc >= 0, "data.num_proc", "0 or more", data.num_proc)
+
+
+def _validate_intervals(config: Config) -> None:
+    """Check the numbers of steps between logs, evaluations and checkpoints."""
     _require(config.checkpoint.every >= 0, "checkpoint.every", "0 or more", config.checkpoint.every)
     _require(config.checkpoint.keep >= 1, "checkpoint.keep", "1 or more", config.checkpoint.keep)
     _require(config.logging.every >= 1, "logging.every", "1 or more", config.logging.every)
     profiled_steps(config.logging.profile_steps)
-    _require(config.eval.every >= 0 and config.eval.patience >= 0, "eval.every, eval.patience", "0 or more",
-             (config.eval.every, config.eval.patience))
-    _require(not config.eval.patience or config.eval.every > 0, "eval.patience",
-             "eval.every above 0 beside it", config.eval.every)
+    every, patience = config.eval.every, config.eval.patience
+    _require(every >= 0 and patience >= 0, "eval.every, eval.patience", "0 or more", (every, patience))
+    _require(not patience or every > 0, "eval.patience", "eval.every above 0 beside it", every)
 
 
 def _validate_retention(config: Config) -> None:
@@ -304,13 +331,16 @@ def _validate_auto(config: Config) -> None:
     _require(0 < replay.auto_part <= 1, "replay.auto_part", "0 < part <= 1", replay.auto_part)
 
 
-def profiled_steps(given: str | None) -> range | None:
-    """The steps of `logging.profile_steps`, counted from 1 as log lines are. (20:25 would be the number 1225 to YAML.)"""
-    if given is None:
+def profiled_steps(steps: str | None) -> range | None:
+    """Parse `logging.profile_steps`, such as 20-25: steps from 1, as in log lines.
+
+    The dash is there because YAML 1.1 reads 20:25 as the number 1225.
+    """
+    if steps is None:
         return None
-    match = re.fullmatch(r"(\d{1,9})-(\d{1,9})", given)
+    match = re.fullmatch(r"(\d{1,9})-(\d{1,9})", steps)
     _require(bool(match) and 1 <= int(match[1]) < int(match[2]), "logging.profile_steps",
-             "FIRST-LAST, two steps with 1 <= FIRST < LAST, as in 20-25", given)
+             "FIRST-LAST, two steps with 1 <= FIRST < LAST, as in 20-25", steps)
     return range(int(match[1]), int(match[2]) + 1)
 
 
