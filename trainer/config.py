@@ -213,7 +213,7 @@ class Config:
     max_steps: int | None = None  # stop here even if epochs remain
     seed: int = 0  # of the adapter's weights, the order of samples, and dropout
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of computation; masters are fp32. auto: bf16 on a GPU that has it, else fp32
-    activation_checkpointing: Literal["none", "selective", "full"] = "none"  # recompute layers in the backward pass; selective: every second
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"  # recompute layers in backward; selective: every second
     compile: bool = False  # torch.compile the decoder layers
     device: Literal["auto", "cuda", "cpu"] = "auto"
     export: Literal["adapter", "merged", "both"] = "adapter"  # what a LoRA or QLoRA run writes; merged: a whole, dense model
