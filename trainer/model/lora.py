@@ -74,7 +74,7 @@ def _check_targets(model: PreTrainedModel, lora: config.Lora) -> None:
         if module is model.get_output_embeddings():
             raise UserError(f"lora.target_modules: {name} is the head, which takes no adapter; leave it out of {lora.target_modules!r}")
         if not isinstance(module, (nn.Linear, Conv1D)):
-            raise UserError(f"lora.target_modules: expected linear layers, "
+            raise UserError("lora.target_modules: expected linear layers, "
                             f"but {lora.target_modules!r} matches {name}, a {type(module).__name__}")
         rows, columns = module.weight.shape if isinstance(module, Conv1D) else (module.out_features, module.in_features)
         if lora.rank > min(rows, columns):
