@@ -201,7 +201,7 @@ def test_a_disk_that_fills_up_under_safetensors_leaves_the_checkpoint_before(tmp
     for p in model.parameters():
         p.grad.normal_()
     optimizer.step(1e-3)
-    kept = checkpoint.save(tmp_path, checkpoint.State(step=1, best=None, stale=0, identity={}), optimizer, keep=2)
+    kept = checkpoint.save(tmp_path, checkpoint.State(step=1, best_eval_loss=None, evals_since_best=0, identity={}), optimizer, keep=2)
     before = (kept / "state.safetensors").read_bytes()
 
     def full(tensors, path):
@@ -209,7 +209,7 @@ def test_a_disk_that_fills_up_under_safetensors_leaves_the_checkpoint_before(tmp
         raise checkpoint.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(checkpoint, "save_file", full)
-    state = checkpoint.State(step=2, best=None, stale=0, identity={})
+    state = checkpoint.State(step=2, best_eval_loss=None, evals_since_best=0, identity={})
     message = refused(checkpoint.save, tmp_path, state, optimizer, 2)
     assert "the disk is full" in message and f"the last checkpoint, {kept}, is whole" in message
     assert [path.name for path in tmp_path.iterdir()] == [kept.name] and (kept / "state.safetensors").read_bytes() == before
@@ -221,7 +221,7 @@ def test_a_disk_that_fills_up_under_safetensors_leaves_the_checkpoint_before(tmp
 def test_a_damaged_checkpoint_is_named(tmp_path, file, harm):
     optimizer = FlatAdamW(tiny.model("llama").parameters(), Config().optim)
     optimizer.step(1e-3)
-    saved = checkpoint.save(tmp_path, checkpoint.State(step=1, best=None, stale=0, identity={}), optimizer, keep=2)
+    saved = checkpoint.save(tmp_path, checkpoint.State(step=1, best_eval_loss=None, evals_since_best=0, identity={}), optimizer, keep=2)
     (saved / file).write_bytes(harm((saved / file).read_bytes()))
     message = refused(checkpoint.load, saved, {}, optimizer)
     assert message.startswith(f"resume: cannot read the checkpoint {saved}: ")

@@ -45,8 +45,8 @@ class State:
     step: int = 0  # optimizer steps done
     loss: float | None = None  # mean training loss of the last log interval
     eval_loss: float | None = None  # of the last evaluation
-    best: float | None = None  # the lowest of them
-    stale: int = 0  # evaluations since it was reached
+    best_eval_loss: float | None = None  # the lowest so far
+    evals_since_best: int = 0  # evaluations after that one
     measured: dict | None = None  # the last measurement of general and domain items (trainer/retention/monitor.py)
     kept: dict | None = None  # that of the state whose weights are kept
     missed: int = 0  # measurements in a row, in the second half, that missed the floor and came no nearer to it

@@ -93,7 +93,7 @@ def train_step(run: TrainingRun, work: StepWork, phases: Phases) -> StepMetrics:
 def out_of_patience(run: TrainingRun, state: checkpoint.State) -> bool:
     """Return whether the eval loss or the general accuracy has gone too long without improving."""
     patience = run.config.eval.patience
-    return (patience > 0 and state.stale >= patience) or floor_given_up(run, state)
+    return (patience > 0 and state.evals_since_best >= patience) or floor_given_up(run, state)
 
 
 def floor_given_up(run: TrainingRun, state: checkpoint.State) -> bool:

@@ -45,10 +45,10 @@ def evaluate(run: TrainingRun, state: checkpoint.State, meter: Meter) -> None:
             raise UserError(f"step {state.step}: expected a finite eval loss, got {loss}; lower optim.lr, or look at "
                             "the samples of data.eval")
         state.eval_loss = loss
-        if state.best is None or loss < state.best:
-            state.best, state.stale = loss, 0
+        if state.best_eval_loss is None or loss < state.best_eval_loss:
+            state.best_eval_loss, state.evals_since_best = loss, 0
         else:
-            state.stale += 1
+            state.evals_since_best += 1
         if run.log:
             run.log.write({"kind": "eval", "step": state.step, "loss": loss, "tokens": tokens})
 

@@ -25,7 +25,7 @@ def optimizer(seed: int = 0) -> FlatAdamW:
 
 
 def state(step: int, **identity) -> State:
-    return State(step=step, loss=1.25, eval_loss=1.75, best=1.5, stale=2, identity=identity)
+    return State(step=step, loss=1.25, eval_loss=1.75, best_eval_loss=1.5, evals_since_best=2, identity=identity)
 
 
 def test_round_trip_and_keep_last(tmp_path):
