@@ -1,8 +1,8 @@
-"""Makes Triton's interpreter tell the truth about bf16, so that bf16 kernels can be checked without a GPU.
+"""Correct bf16 in Triton's interpreter, so that bf16 kernels can be checked without a GPU.
 
-Two of its operations are wrong for bf16 (seen in Triton 3.6 to 3.9): storing fp32 as bf16 cuts bits off instead of rounding, and `tl.dot`
-multiplies the bit patterns as integers. Here torch rounds, and products are taken of the fp32 values. Arithmetic on bf16 tensors
-(`a + b`, `tl.sum`) stays wrong: kernels widen what they load first, which they should anyway.
+Two of its operations are wrong for bf16 (Triton 3.6 to 3.9): storing fp32 as bf16 truncates instead of rounding, and `tl.dot` multiplies
+the bit patterns as integers. Here torch rounds, and matmuls use the fp32 values. Arithmetic on bf16 tensors (`a + b`, `tl.sum`) stays
+wrong: kernels convert what they load to fp32 first, as they should anyway.
 """
 
 import numpy as np
@@ -12,14 +12,14 @@ TESTED = ("3.6.", "3.7.", "3.8.", "3.9.")
 
 
 def mend_bf16() -> None:
-    """Patches Triton's interpreter, once. RuntimeError for a version that this has not been tested with."""
+    """Patch Triton's interpreter, once; raise RuntimeError for a version that this has not been tested with."""
     import triton
     import triton.language as tl
     from triton.runtime import interpreter
 
     if not triton.__version__.startswith(TESTED):
-        raise RuntimeError(f"tests/helpers/interpreter.py: expected Triton {' or '.join(TESTED)}x, found {triton.__version__}; "
-                           "check it and add it")
+        raise RuntimeError(f"tests/helpers/interpreter.py: expected Triton {' or '.join(TESTED)}x, got {triton.__version__}; "
+                           "check that version and add it to TESTED")
     if hasattr(interpreter, "_steadfast_mended"):
         return
     interpreter._steadfast_mended = True

@@ -1,11 +1,10 @@
-"""How every kernel is tested: against the formula in fp64, judged by the error that plain torch makes in the same dtype.
+"""Test a kernel against its formula in fp64, relative to the error of plain torch in the same dtype.
 
 On a machine with a GPU the compiled kernels run there; elsewhere Triton's interpreter runs them on the CPU.
 """
 
 import contextlib
-import functools
-import inspect
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -17,27 +16,11 @@ from kernels._dispatch import backend_mode
 try:
     from hypothesis import given, settings
     from hypothesis import strategies as st
-except ImportError:  # the GPU check runs wherever torch, Triton and pytest are
-
-    class st:
-        """Stands in for hypothesis.strategies: any strategy of any arguments."""
-
-        booleans = data = floats = integers = just = lists = none = permutations = sampled_from = tuples = staticmethod(
-            lambda *args, **kwargs: None)
+except ImportError:  # `make gpu` needs only torch, Triton and pytest: without hypothesis its tests are skipped
+    st = MagicMock()  # any strategy of any arguments
 
     def given(*args, **kwargs):
-        """Skips the test by name; what hypothesis would have given is taken from its signature, fixtures stay."""
-
-        def absent(test):
-            @functools.wraps(test)
-            def skipped(**_): ...
-
-            names = [name for name in inspect.signature(test).parameters if name not in kwargs]
-            names = names[:len(names) - len(args)]
-            skipped.__signature__ = inspect.Signature([inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names])
-            return pytest.mark.skip(reason="needs hypothesis")(skipped)
-
-        return absent
+        return pytest.mark.skip(reason="needs hypothesis")  # a skipped test needs none of its arguments
 
     def settings(*args, **kwargs):
         return lambda test: test
@@ -52,12 +35,12 @@ runs_triton = pytest.mark.skipif(
 
 
 def triton_mode():
-    """`with triton_mode():` the kernels serve, compiled on a GPU or interpreted."""
+    """Let the kernels serve inside `with triton_mode():`, compiled on a GPU or interpreted."""
     return backend_mode("triton")
 
 
 def error(value: Tensor, truth: Tensor) -> float:
-    """‖value − truth‖ / ‖truth‖ in fp64; values that are not finite, or a zero truth missed, are an infinite error."""
+    """Return ‖value − truth‖ / ‖truth‖ in fp64; infinite for values that are not finite or miss a zero truth."""
     value, truth = value.detach().double().cpu(), truth.detach().double().cpu()
     assert value.shape == truth.shape, (value.shape, truth.shape)
     if not torch.isfinite(value).all():
@@ -67,7 +50,10 @@ def error(value: Tensor, truth: Tensor) -> float:
 
 
 def value_and_gradients(op, inputs: list[Tensor], upstreams: list[Tensor] | None = None) -> tuple[list[Tensor], list[Tensor]]:
-    """op(*inputs)'s results and the gradients of those inputs that are floating and require one, for the given upstreams (1 if None)."""
+    """Return the results of op(*inputs) and the gradients of the inputs that require one.
+
+    `upstreams` are the results' gradients, 1 if None.
+    """
     results = op(*inputs)
     results = list(results) if isinstance(results, (tuple, list)) else [results]
     upstreams = [torch.ones_like(r) for r in results] if upstreams is None else upstreams
@@ -78,17 +64,17 @@ def value_and_gradients(op, inputs: list[Tensor], upstreams: list[Tensor] | None
 
 
 def to(inputs, dtype: torch.dtype | None = None, device=DEVICE) -> list:
-    """Copies of the inputs as leaves: floating tensors in `dtype`, everything on `device`, requires_grad kept."""
+    """Return copies of the inputs as leaves on `device`, floating tensors in `dtype`, requires_grad kept."""
     return [t if not isinstance(t, Tensor) else
             t.detach().to(device, dtype if t.is_floating_point() and dtype else t.dtype, copy=True).requires_grad_(t.requires_grad)
             for t in inputs]
 
 
 def assert_as_exact_as_torch(ours, stock, inputs, dtype: torch.dtype, tiny: float = 1e-6, upstreams=None) -> None:
-    """err(ours) <= 2 err(stock) + tiny for every result and every gradient; the truth is `stock` in fp64 on the same rounded inputs.
+    """Assert err(ours) <= 2 err(stock) + tiny for every result and every gradient.
 
-    `inputs` are fp64 tensors, rounded to `dtype` first. What `ours` runs are Triton kernels, twice, on poisoned memory: both runs must
-    agree bit for bit, and no input may change.
+    The truth is `stock` in fp64 on the same inputs, which are fp64 tensors rounded to `dtype` first. `ours` runs Triton kernels twice on
+    memory filled with NaN: both runs must be bit-identical, and no input may change.
     """
     rounded = to(inputs, dtype)
     exact = to(rounded, torch.float64, "cpu")
@@ -108,7 +94,7 @@ def assert_as_exact_as_torch(ours, stock, inputs, dtype: torch.dtype, tiny: floa
 
 @contextlib.contextmanager
 def poisoned():
-    """torch.empty and its kin hand out NaN (integers: the largest), so that reading what was never written shows."""
+    """Fill new memory of torch.empty and its like with NaN (integers: the largest), to expose reads of unwritten memory."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:

@@ -21,8 +21,8 @@ from kernels._attention_gpu import (
     per_pack,
 )
 from kernels.attention import packed_attention
+from tests.helpers.attention_cases import DOUBLE, assert_same, eager, pack, sdpa
 from tests.helpers.kernels import DEVICE, error
-from tests.kernels.test_attention import DOUBLE, assert_same, eager, pack, sdpa
 
 ATTENTION, GPU = sys.modules["kernels.attention"], sys.modules["kernels._attention_gpu"]
 needs_gpu = pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU")

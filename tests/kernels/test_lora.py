@@ -1,67 +1,18 @@
 """lora_linear and lora_qkv against the plain formula, torch's gradcheck and PEFT's own modules."""
 
-import importlib
 from typing import NamedTuple
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from kernels import _dora, _launch, _lora_passes
 from kernels._dispatch import backend_mode
-from kernels._dropout import draw_mask, draw_seed, kept_fraction
+from kernels._dropout import kept_fraction
 from kernels.lora import Lora, lora_linear, lora_qkv
-from kernels.nf4 import Nf4, dequantize_nf4
+from kernels.nf4 import dequantize_nf4
 from tests.helpers.kernels import DEVICE, DTYPES, assert_as_exact_as_torch, error, given, runs_triton, settings, st, to, triton_mode
-
-DOUBLE = torch.float64
-FORMS = [pytest.param(lambda: backend_mode("reference"), id="reference"), pytest.param(triton_mode, id="triton", marks=runs_triton)]
-
-
-def make(n, k, r=3, scaling=1.7, dropout=0.0, dora=False, dtype=DOUBLE, master=None, base_grad=False):
-    """A weight [n, k], a bias and a Lora whose tensors want gradients."""
-    weight = (torch.randn(n, k, dtype=DOUBLE) / k**0.5).to(dtype).requires_grad_(base_grad)
-    bias = torch.randn(n, dtype=DOUBLE).to(dtype).requires_grad_(base_grad)
-    A, B = (torch.randn(*shape, dtype=DOUBLE).to(master or dtype).requires_grad_() for shape in ((r, k), (n, r)))
-    magnitude = torch.rand(n, dtype=DOUBLE).add(0.5).to(master or dtype).requires_grad_() if dora else None
-    return weight, bias, Lora(A, B, scaling, dropout, magnitude)
-
-
-def formula(x, weight, lora, bias=None, mask=None):
-    """The definition in plain differentiable torch; `mask` is the dropout's multiplier of x."""
-    if lora is None:
-        return F.linear(x, weight, bias)
-    A, B = lora.A.to(x.dtype), lora.B.to(x.dtype)
-    value = x @ weight.t() + lora.scaling * ((x if mask is None else x * mask) @ A.t()) @ B.t()
-    if lora.magnitude is not None:
-        norm = (weight + lora.scaling * B @ A).norm(dim=1).detach()
-        value = value * (lora.magnitude / norm)
-    return value if bias is None else value + bias
-
-
-def masks(inputs, *dropouts):
-    """What the next call multiplies each of its projections' inputs with: one seed for the call, mask i for projection i."""
-    seed = draw_seed(inputs[0].device)
-    return [draw_mask(x.detach().flatten(0, -2), seed, i, p).view(x.shape).div(kept_fraction(p))
-            for i, (x, p) in enumerate(zip(inputs, dropouts * len(inputs) if len(dropouts) == 1 else dropouts, strict=True))]
-
-
-def trained(*things):
-    """Every tensor in `things` (Loras opened up) that wants a gradient."""
-    flat = [t for thing in things for t in (thing if isinstance(thing, tuple) else (thing,))]
-    return [t for t in flat if isinstance(t, torch.Tensor) and t.requires_grad]
-
-
-def assert_same(ours, theirs, inputs, scale=1e-10):
-    """Outputs and all gradients, for one random upstream gradient."""
-    upstream = [torch.randn_like(y) for y in ours]
-    for mine, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine, other, rtol=scale, atol=scale)
-    got, expected = (torch.autograd.grad(y, inputs, upstream) for y in (ours, theirs))
-    for mine, other in zip(got, expected, strict=True):
-        torch.testing.assert_close(mine, other, rtol=scale, atol=scale)
+from tests.helpers.lora_cases import DOUBLE, FORMS, Counted, assert_same, formula, lora_of, make, masks, nf4, peft_linear, relative, trained
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -144,22 +95,6 @@ class FixedDropout(torch.nn.Module):
         return x * self.multiplier
 
 
-def peft_linear(n, k, bias, **config):
-    peft = pytest.importorskip("peft")
-    from peft.tuners.lora.layer import Linear as PeftLinear
-
-    base = torch.nn.Linear(k, n, bias=bias, dtype=DOUBLE).requires_grad_(False)
-    module = PeftLinear(base, "default", config=peft.LoraConfig(r=4, lora_alpha=10, **config), r=4, lora_alpha=10).double()
-    torch.nn.init.normal_(module.lora_B["default"].weight)
-    return module
-
-
-def lora_of(module, dropout=0.0):
-    magnitude = module.lora_magnitude_vector["default"].weight if "default" in module.lora_magnitude_vector else None
-    A, B = module.lora_A["default"].weight, module.lora_B["default"].weight
-    return Lora(A, B, module.scaling["default"], dropout, magnitude)
-
-
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("config", [
     {}, {"use_rslora": True}, {"use_dora": True}, {"use_dora": True, "use_rslora": True}])
@@ -214,10 +149,6 @@ def test_checkpoint_and_global_seed_replay_the_masks():
         grads.append((y, *torch.autograd.grad(y.square().sum(), trained(x, lora))))
     for one, other in zip(*grads, strict=True):
         assert torch.equal(one, other)
-
-
-def relative(got, exact):
-    return float((got.detach().double() - exact.detach()).norm() / exact.detach().norm())
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -315,13 +246,6 @@ def test_compiles_in_one_graph(dora, dynamic):
             ys = op(x, weights, loras, biases)
             runs.append((*ys, *torch.autograd.grad(ys, trained(x, *loras), [torch.ones_like(y) for y in ys])))
         assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
-
-
-def nf4(weight):
-    """`weight` quantised by bitsandbytes, doubly."""
-    quantize = pytest.importorskip("bitsandbytes").functional.quantize_4bit
-    codes, state = quantize(weight.detach(), blocksize=64, compress_statistics=True, quant_type="nf4")
-    return Nf4(codes, state.absmax, state.state2.code, state.state2.absmax, state.offset, tuple(weight.shape), weight.dtype, 64)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -575,30 +499,9 @@ def test_kernels_save_x_s_and_a_seed():
     assert sum(t.numel() for t in saved if t.data_ptr() not in parameters) == x.numel() + 50 * 16 + 1
 
 
-class Counted(TorchDispatchMode):
-    """Counts products, and sums over slices, that torch is asked for, and Triton's launches."""
-
-    def __init__(self, monkeypatch):
-        super().__init__()
-        self.products = self.launches = self.sums = 0
-        for module in (_lora_passes, _dora, importlib.import_module("kernels.glu")):
-            monkeypatch.setattr(module, "launch", self.counting(module.launch))
-
-    def counting(self, launch):
-        def run(*args, **constexprs):
-            self.launches += 1
-            launch(*args, **constexprs)
-        return run
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.products += function._schema.name in ("aten::mm", "aten::addmm", "aten::addmm_", "aten::linear", "aten::bmm")
-        self.sums += function._schema.name == "aten::sum"
-        return function(*args, **kwargs or {})
-
-
 @runs_triton
 @pytest.mark.parametrize("T, P, dora, slices", [(37, 3, False, 0), (37, 3, True, 0), (1030, 1, False, 1)])
-def test_products_and_launches_are_as_few_as_the_docstring_says(T, P, dora, slices, monkeypatch):
+def test_products_and_launches_are_as_few_as_the_readme_says(T, P, dora, slices, monkeypatch):
     case = Case(T, 8, [(16, 3, 0.3, False, dora)] * P)
     tensors = to(inputs_of(case), torch.float32)
     monkeypatch.setattr(_lora_passes, "_block_m", lambda T: 64)

@@ -9,7 +9,7 @@ from kernels.lora import Lora
 from kernels.lora_mlp import lora_mlp
 from kernels.nf4 import dequantize_nf4
 from tests.helpers.kernels import DEVICE, DTYPES, assert_as_exact_as_torch, given, runs_triton, settings, st, to, triton_mode
-from tests.kernels.test_lora import (
+from tests.helpers.lora_cases import (
     DOUBLE,
     FORMS,
     Counted,
@@ -277,7 +277,7 @@ def test_kernels_save_x_gate_up_and_the_narrow_products():
 
 
 @runs_triton
-def test_products_and_launches_are_as_few_as_the_docstring_says(monkeypatch):
+def test_products_and_launches_are_as_few_as_the_readme_says(monkeypatch):
     ours, _, inputs = kernel_case(37, 8, 16, 8, (2, 3, 4), 0.3, bias=False)
     tensors = to(inputs, torch.float32)
     wanted = [t for t in tensors if t is not None and t.requires_grad]
