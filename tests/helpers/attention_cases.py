@@ -7,14 +7,14 @@ DOUBLE = torch.float64
 
 
 def pack(lengths, heads=(2, 2), dim=4, dtype=DOUBLE, grad=True):
-    """q, k, v, cu_seqlens, max_seqlen."""
+    """Return q, k, v, cu_seqlens, max_seqlen."""
     tokens = sum(lengths)
     q, k, v = (torch.randn(tokens, h, dim, dtype=DOUBLE).to(dtype).requires_grad_(grad) for h in (*heads, heads[1]))
     return q, k, v, torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32), max(lengths)
 
 
 def eager(q, k, v, cu_seqlens, max_seqlen, scale=None, window=None, softcap=None, mask=None):
-    """The definition, a document at a time: repeated key heads, full scores, softmax in fp32 or better."""
+    """Return attention one document at a time: repeated key heads, full scores, softmax in fp32 or better."""
     groups, scale, outs = q.shape[1] // k.shape[1], q.shape[2] ** -0.5 if scale is None else scale, []
     for begin, end in zip(cu_seqlens.tolist(), cu_seqlens.tolist()[1:]):
         repeated = q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)

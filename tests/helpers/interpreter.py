@@ -12,7 +12,7 @@ TESTED = ("3.6.", "3.7.", "3.8.", "3.9.")
 
 
 def mend_bf16() -> None:
-    """Patch Triton's interpreter, once; raise RuntimeError for a version that this has not been tested with."""
+    """Patch Triton's interpreter once; raise RuntimeError for a version not in TESTED."""
     import triton
     import triton.language as tl
     from triton.runtime import interpreter

@@ -40,7 +40,10 @@ def triton_mode():
 
 
 def error(value: Tensor, truth: Tensor) -> float:
-    """Return ‖value − truth‖ / ‖truth‖ in fp64; infinite for values that are not finite or miss a zero truth."""
+    """Return ‖value − truth‖ / ‖truth‖ in fp64.
+
+    It is infinite for values that are not finite or differ from a truth of zero.
+    """
     value, truth = value.detach().double().cpu(), truth.detach().double().cpu()
     assert value.shape == truth.shape, (value.shape, truth.shape)
     if not torch.isfinite(value).all():
@@ -94,7 +97,7 @@ def assert_as_exact_as_torch(ours, stock, inputs, dtype: torch.dtype, tiny: floa
 
 @contextlib.contextmanager
 def poisoned():
-    """Fill new memory of torch.empty and its like with NaN (integers: the largest), to expose reads of unwritten memory."""
+    """Fill new memory with NaN (integers: the largest value), to expose reads of unwritten memory."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:

@@ -19,7 +19,7 @@ FORMS = [pytest.param(lambda: backend_mode("reference"), id="reference"), pytest
 
 
 def make(n, k, r=3, scaling=1.7, dropout=0.0, dora=False, dtype=DOUBLE, master=None, base_grad=False):
-    """A weight [n, k], a bias and a Lora whose tensors want gradients."""
+    """Return a weight [n, k], a bias and a Lora whose tensors require gradients."""
     weight = (torch.randn(n, k, dtype=DOUBLE) / k**0.5).to(dtype).requires_grad_(base_grad)
     bias = torch.randn(n, dtype=DOUBLE).to(dtype).requires_grad_(base_grad)
     A, B = (torch.randn(*shape, dtype=DOUBLE).to(master or dtype).requires_grad_() for shape in ((r, k), (n, r)))
@@ -28,7 +28,7 @@ def make(n, k, r=3, scaling=1.7, dropout=0.0, dora=False, dtype=DOUBLE, master=N
 
 
 def formula(x, weight, lora, bias=None, mask=None):
-    """The definition in plain differentiable torch; `mask` is the dropout's multiplier of x."""
+    """Return the projection in plain differentiable torch; `mask` is the dropout's multiplier of x."""
     if lora is None:
         return F.linear(x, weight, bias)
     A, B = lora.A.to(x.dtype), lora.B.to(x.dtype)
@@ -40,20 +40,20 @@ def formula(x, weight, lora, bias=None, mask=None):
 
 
 def masks(inputs, *dropouts):
-    """What the next call multiplies each of its projections' inputs with: one seed for the call, mask i for projection i."""
+    """Return the dropout multipliers of the next call: one seed per call, mask i for projection i."""
     seed = draw_seed(inputs[0].device)
     return [draw_mask(x.detach().flatten(0, -2), seed, i, p).view(x.shape).div(kept_fraction(p))
             for i, (x, p) in enumerate(zip(inputs, dropouts * len(inputs) if len(dropouts) == 1 else dropouts, strict=True))]
 
 
 def trained(*things):
-    """Every tensor in `things` (Loras opened up) that wants a gradient."""
+    """Return every tensor in `things` and their Loras that requires a gradient."""
     flat = [t for thing in things for t in (thing if isinstance(thing, tuple) else (thing,))]
     return [t for t in flat if isinstance(t, torch.Tensor) and t.requires_grad]
 
 
 def assert_same(ours, theirs, inputs, scale=1e-10):
-    """Outputs and all gradients, for one random upstream gradient."""
+    """Assert that outputs and all gradients agree, for one random upstream gradient."""
     upstream = [torch.randn_like(y) for y in ours]
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other, rtol=scale, atol=scale)
@@ -83,14 +83,14 @@ def lora_of(module, dropout=0.0):
 
 
 def nf4(weight):
-    """`weight` quantised by bitsandbytes, doubly."""
+    """Return `weight` quantised by bitsandbytes, with double quantisation."""
     quantize = pytest.importorskip("bitsandbytes").functional.quantize_4bit
     codes, state = quantize(weight.detach(), blocksize=64, compress_statistics=True, quant_type="nf4")
     return Nf4(codes, state.absmax, state.state2.code, state.state2.absmax, state.offset, tuple(weight.shape), weight.dtype, 64)
 
 
 class Counted(TorchDispatchMode):
-    """Counts products, and sums over slices, that torch is asked for, and Triton's launches."""
+    """Counts torch's matmuls and sums over slices, and Triton's launches."""
 
     def __init__(self, monkeypatch):
         super().__init__()

@@ -18,7 +18,7 @@ MODULE = sys.modules["kernels.attention"]
 
 @pytest.fixture(params=["kept", "recomputed"])
 def probabilities(request, monkeypatch):
-    """Both backward paths: probabilities kept from the forward, and computed again."""
+    """Run both backward paths: with probabilities saved by the forward, and recomputed."""
     monkeypatch.setattr(MODULE, "KEEP", 10**9 if request.param == "kept" else 0)
     return request.param
 
@@ -75,15 +75,15 @@ def test_packed_equals_separate():
     together = packed_attention(q, k, v, cu_seqlens, longest)
     grads = torch.autograd.grad(together, (q, k, v), upstream)
     for begin, end in zip(cu_seqlens.tolist(), cu_seqlens.tolist()[1:]):
-        alone = [t[begin:end].detach().requires_grad_() for t in (q, k, v)]
-        one = packed_attention(*alone, torch.tensor([0, end - begin], dtype=torch.int32), end - begin)
+        inputs = [t[begin:end].detach().requires_grad_() for t in (q, k, v)]
+        one = packed_attention(*inputs, torch.tensor([0, end - begin], dtype=torch.int32), end - begin)
         torch.testing.assert_close(one, together[begin:end], rtol=1e-12, atol=1e-12)
-        for mine, other in zip(torch.autograd.grad(one, alone, upstream[begin:end]), grads, strict=True):
+        for mine, other in zip(torch.autograd.grad(one, inputs, upstream[begin:end]), grads, strict=True):
             torch.testing.assert_close(mine, other[begin:end], rtol=1e-12, atol=1e-12)
 
 
 def product_shapes(lengths):
-    """The shapes of all batched products, forward and backward, of a bf16 pack."""
+    """Return the shapes of all batched matmuls, forward and backward, of a bf16 pack."""
     q, k, v, *rest = pack(lengths, (4, 2), 16, torch.bfloat16)
     found = set()
 
@@ -99,13 +99,13 @@ def product_shapes(lengths):
 
 
 def test_16_bit_products_have_few_shapes():
-    """Each one is compiled before it first runs."""
+    """oneDNN compiles a matmul for each new shape."""
     assert product_shapes(list(range(33, 49))) == product_shapes([48])
     assert len(product_shapes([48])) == 3
 
 
 def test_rows_beyond_a_tile_change_nothing_in_bf16(probabilities):
-    """What lies behind a document's last tile is no other document's, which may hold infinities."""
+    """Rows beyond a document's last tile are padding, not the next document, which may hold infinities."""
     q, k, v, cu_seqlens, longest = pack([37, 20], (4, 2), 16, torch.bfloat16, grad=False)
     others = [t.clone() for t in (q, k, v)]
     for t in others:

@@ -1,4 +1,4 @@
-"""Attention's GPU backends: here with stand-ins that take what the real ones take, on a GPU with the real ones."""
+"""Attention's GPU backends: stand-ins with the same arguments here, the real ones on a GPU."""
 
 import gc
 import sys
@@ -128,7 +128,7 @@ def test_the_device_checks_cu_seqlens(bounds):
 
 
 def flash(q, k, v, cu_seqlens, longest, scale, window_size, softcap=None):
-    """What a variable-length flash kernel computes, which also insists on what such kernels need."""
+    """Compute what a variable-length flash kernel does, and assert what such kernels require."""
     assert all(t.stride(2) == 1 and t.shape[2] % 8 == t.stride(0) % 8 == t.stride(1) % 8 == t.storage_offset() % 8 == 0 for t in (q, k, v))
     left, right = window_size
     assert right == 0 and isinstance(window_size, tuple)
@@ -247,7 +247,7 @@ def test_block_mask_does_not_look_at_every_pair():
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="has its own test on a GPU")
 @pytest.mark.parametrize("window", [None, 9])
 def test_flex_attention_sees_what_the_tiles_see(window, served_by, monkeypatch):
-    """Traced and run without its compiled kernels: uncompiled, FlexAttention warns and materialises the scores."""
+    """FlexAttention is traced but not compiled; untraced, it would warn and materialise the scores."""
     from torch.nn.attention.flex_attention import flex_attention
 
     traced = torch.compile(flex_attention, backend="aot_eager")
@@ -280,7 +280,10 @@ def test_flex_attention_is_not_compiled_again_for_each_pack_or_layer(served_by, 
 
 
 def shapes_only(graphs: list):
-    """A compiler whose code returns zeros of the right shapes, and notes the graph: what is traced needs no device that could run it."""
+    """Return a compiler whose code returns zeros of the right shapes, and which records the graph.
+
+    Tracing then needs no device that could run the graph.
+    """
 
     def compiler(graph, inputs):
         graphs.append([str(node.target) for node in graph.graph.nodes])

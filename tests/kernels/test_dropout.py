@@ -1,4 +1,4 @@
-"""Dropout masks: their rate and independence in both forms, and Triton's against Philox as its authors define it."""
+"""Dropout masks: rate and independence in both forms, and Triton's against the definition of Philox."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def philox(key, counter, rounds):
 
 
 def test_the_oracle_gives_its_authors_known_answers():
-    """From Random123's kat_vectors."""
+    """The vectors are Random123's kat_vectors."""
     assert philox(0, [0] * 4, 7) == [0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48]
     assert philox(0, [0] * 4, 10) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
     ones = 0xFFFFFFFF
@@ -47,7 +47,7 @@ def test_an_element_is_the_lane_that_the_docstring_says(stream):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dropout", [1e-7, 0.05, 0.5, 0.97])
 def test_rate_and_independence(form, dropout):
-    """Of neighbours, of rows, of a call's masks, of two seeds."""
+    """Neighbours, rows, a call's masks and two seeds are independent."""
     T, K = (101, 499) if form == "triton" and INTERPRETED else (401, 997)
     first, second, other = (mask(form, *which, T, K, dropout) for which in ((5, 0), (5, 1), (6, 0)))
     fraction, n = kept_fraction(dropout), T * K

@@ -56,7 +56,7 @@ def adapter(dtype=torch.float64, rank=3, width=D, vocabulary=V):
 
 def stock(x, weight, target, *, bias=None, lora=None, token_weight=None, ignore_index=-100, label_smoothing=0.0, z_loss=0.0,
           softcap=None, logit_scale=1.0, temperature=1.0, reduction="sum"):
-    """The formula over full logits: made in the dtype of x, read in fp32 (fp64 for fp64)."""
+    """Return the loss from full logits, computed in the dtype of x and reduced in fp32 (fp64 for fp64)."""
     y = F.linear(x, weight, bias)
     if lora is not None:
         y = y + lora.scaling * F.linear(F.linear(x, lora.A.to(x.dtype)), lora.B.to(x.dtype))
@@ -283,15 +283,15 @@ def test_no_tensor_is_larger_than_a_chunk_and_products_are_few(dtype, wanted, pr
 @pytest.mark.parametrize("differentiate, products", [("nothing", 1), ("no_grad", 1), ("x", 2), ("all", 3), ("all, none", 4),
                                                      ("lora", 2), ("lora, none", 3), ("all, statistics", 3), ("x, statistics", 2)])
 def test_products_behind_the_public_function(monkeypatch, differentiate, products):
-    """Counts what each call of the op asks for: one product for the losses and one for each large gradient."""
+    """Counts one matmul per call for the losses and one per large gradient."""
     calls = []
 
-    def counted(*tensors, wanted, **flags):
+    def recorded(*tensors, wanted, **flags):
         calls.append(1 + wanted[0] + wanted[1])
         return linear_cross_entropy_chunks(*tensors, wanted=wanted, **flags)
 
     # `kernels.linear_cross_entropy` is the function; only an import by name gives the module.
-    monkeypatch.setattr(importlib.import_module("kernels.linear_cross_entropy"), "linear_cross_entropy_chunks", counted)
+    monkeypatch.setattr(importlib.import_module("kernels.linear_cross_entropy"), "linear_cross_entropy_chunks", recorded)
     x, weight, _, target, _ = inputs(trained=differentiate.startswith("all"))
     if differentiate == "nothing":
         x = x.detach()

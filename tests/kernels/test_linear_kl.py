@@ -54,7 +54,7 @@ def divergence_of(z, z_ref, divergence, beta):
 
 def stock(x, weight, x_ref, weight_ref=None, *, divergence="forward", beta=0.5, bias=None, bias_ref=None, token_weight=None, keep=None,
           softcap=None, logit_scale=1.0, temperature=1.0, reduction="sum"):
-    """The formula over full logits, its statistics in fp32 or better; the reference detached."""
+    """Return the loss from full logits, statistics in fp32 or better, the reference detached."""
     if weight_ref is None:
         weight_ref, bias_ref = weight.detach(), None if bias is None else bias.detach()
     exact = torch.promote_types(x.dtype, torch.float32)
@@ -176,7 +176,7 @@ def test_chunk_size_changes_nothing_but_rounding(rows, chunk_rows, trained, shar
 
 
 def flags(want_x, want_weight, want_bias, chunk_bytes=None, **rule):
-    """The operator's keyword arguments."""
+    """Return the operator's keyword arguments."""
     rule = dict(divergence="forward", beta=0.5, softcap=None, logit_scale=1.0, temperature=1.0) | rule
     return rule | dict(chunk_bytes=chunk_bytes, want_x=want_x, want_weight=want_weight, want_bias=want_bias)
 
@@ -217,15 +217,15 @@ def test_no_tensor_is_larger_than_a_chunk_and_products_are_few(dtype, divergence
 
 @pytest.mark.parametrize("differentiate, products", [("nothing", 2), ("no_grad", 2), ("x", 3), ("all", 4), ("all, none", 6)])
 def test_products_behind_the_public_function(monkeypatch, differentiate, products):
-    """Counts what each call of the op asks for: two products for the divergences and one for each large gradient."""
+    """Counts two matmuls per call for the divergences and one per large gradient."""
     calls = []
 
-    def counted(*tensors, **flags):
+    def recorded(*tensors, **flags):
         calls.append(2 + flags["want_x"] + flags["want_weight"])
         return linear_kl_chunks(*tensors, **flags)
 
     # `kernels.linear_kl` may be the function; only an import by name gives the module.
-    monkeypatch.setattr(importlib.import_module("kernels.linear_kl"), "linear_kl_chunks", counted)
+    monkeypatch.setattr(importlib.import_module("kernels.linear_kl"), "linear_kl_chunks", recorded)
     x, weight, _, x_ref, weight_ref, _ = inputs(trained=differentiate.startswith("all"))
     if differentiate == "nothing":
         x = x.detach()
@@ -259,7 +259,7 @@ def test_dropped_rows_are_never_read():
 
 
 def check_extremes(divergence, device):
-    """A student that equals its reference, huge logits, a common shift, logits of −∞: what must hold on either backend."""
+    """Check a student that equals its reference, huge logits, a common shift and logits of −∞."""
     x, weight, _, x_ref, weight_ref, _ = inputs(torch.float32, rows=5, vocabulary=300, scale=2.0, device=device)
     call = dict(divergence=divergence, reduction="none", beta=0.3)
 
@@ -294,7 +294,7 @@ def test_extremes(divergence):
 
 
 def check_small_divergences_keep_their_digits(divergence, device):
-    """Logits 0.004 apart in fp32: kl_div of their log_softmaxes is wrong by up to 4·10⁻⁷, which Σ(p − q) brings down."""
+    """Check logits 0.004 apart in fp32, where adding Σ(p − q) reduces the rounding error of kl_div."""
     z = torch.randn(32, 1000).mul(3).to(device)
     z_ref = z + torch.randn(32, 1000).mul(4e-3).to(device)
     truth = divergence_of(z.double(), z_ref.double(), divergence, 0.5)

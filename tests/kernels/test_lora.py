@@ -314,7 +314,7 @@ def test_counts_must_agree():
 
 
 class Case(NamedTuple):
-    """Projections of one x [T, K] as a kernel test wants them. Per projection: N, rank (0: no adapter), dropout, bias, DoRA."""
+    """Projections of one x [T, K]; of each: N, rank (0: no adapter), dropout, bias, DoRA."""
 
     T: int
     K: int
@@ -323,7 +323,10 @@ class Case(NamedTuple):
 
 
 def inputs_of(case):
-    """x, then W, bias, A, B, magnitude and the dropout's multiplier of x for every projection (None where it has none), in fp64."""
+    """Return x, then every projection's W, bias, A, B, magnitude and dropout multiplier of x, in fp64.
+
+    None where it has none.
+    """
     def wants(letter, *shape, scale=1.0):
         return torch.randn(shape, dtype=DOUBLE).mul(scale).requires_grad_(letter not in case.frozen)
 
@@ -390,7 +393,7 @@ def test_kernels_are_as_exact_as_torch(name, dtype):
 @runs_triton
 @pytest.mark.parametrize("rows", [32, 64])
 def test_kernels_at_every_number_of_rows_a_program_owns(rows, monkeypatch):
-    """The others test 16; so many rows also that gradients come in slices."""
+    """The other tests have 16; with so many rows gradients are summed in slices."""
     monkeypatch.setattr(_lora_passes, "_block_m", lambda T: rows)
     case = Case(1030, 24, [(16, 3, 0.3, False, False), (9, 2, 0.0, True, False)])
     assert_as_exact_as_torch(ours_of(case), stock_of(case), inputs_of(case), torch.bfloat16)
@@ -419,7 +422,7 @@ def test_dora_sums_come_in_slices_of_rows():
 
 @runs_triton
 def test_kernels_take_fp32_masters_of_a_bf16_model():
-    """At most twice the error of PEFT's way, which casts A and B to bf16; their gradients stay fp32."""
+    """The error is at most twice that of PEFT, which casts A and B to bf16; their gradients stay fp32."""
     weight, bias, lora = make(40, 72, r=16, dtype=torch.bfloat16, master=torch.float32)
     x, dy = (torch.randn(37, n, dtype=DOUBLE).bfloat16() for n in (72, 40))
     x, weight, bias, A, B, dy = to([x.requires_grad_(), weight, bias, lora.A, lora.B, dy])

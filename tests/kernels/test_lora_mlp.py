@@ -215,7 +215,10 @@ def test_only_the_down_adapter_wants_gradients():
 
 
 def kernel_case(T, width, inner, out, ranks, dropout=0.0, dora=False, bias=True, frozen="W"):
-    """Inputs in fp64, and ours and stock as functions of them: x, then W, bias, A, B, magnitude and mask of each projection."""
+    """Return ours and stock as functions of the fp64 inputs, and those inputs.
+
+    They are x, then W, bias, A, B, magnitude and mask of each projection.
+    """
     sizes = ((inner, width), (inner, width), (out, inner))
 
     def wants(letter, *shape, scale=1.0):

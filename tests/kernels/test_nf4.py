@@ -1,4 +1,4 @@
-"""NF4 against bitsandbytes' CPU implementation, bit for bit, and against the formula taken element by element."""
+"""NF4 against bitsandbytes on a CPU, bit for bit, and against the formula element by element."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ SHAPES = [(1, 1), (1, 2), (3, 5), (1, 7), (7, 9), (31, 33), (64, 64), (17, 241),
 
 
 def random_weight(shape, blocksize=64, nested=True, dtype=torch.float32, device=DEVICE) -> Nf4:
-    """Any bytes are a weight."""
+    """Return a weight of random bytes, all of which are valid."""
     blocks = -(-shape[0] * shape[1] // blocksize)
     codes = torch.randint(0, 256, (-(-shape[0] * shape[1] // 2), 1), dtype=torch.uint8, device=device)
     if not nested:
@@ -37,7 +37,10 @@ def element_by_element(weight: Nf4) -> torch.Tensor:
 
 
 def quantized(dense: torch.Tensor, nested: bool, blocksize: int, dtype: torch.dtype) -> tuple[Nf4, torch.Tensor]:
-    """The weight as bitsandbytes quantises it on a CPU, and as it dequantises it: as one row, whose blocks no row's end can shift."""
+    """Return the weight as bitsandbytes quantises it on a CPU, and its dequantised values.
+
+    It is quantised as one row, so that no row's end shifts the blocks.
+    """
     functional = pytest.importorskip("bitsandbytes.functional")
     codes, state = functional.quantize_4bit(dense, blocksize=blocksize, compress_statistics=nested, quant_type="nf4")
     weight = Nf4(codes, state.absmax, *((state.state2.code, state.state2.absmax, state.offset) if nested else (None,) * 3),
@@ -152,7 +155,7 @@ def test_kernel_has_the_bits_of_bitsandbytes(dtype):
 @runs_triton
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_kernel_rounds_overflows_and_passes_on_what_is_not_finite(dtype):
-    """The product of the nested magnitude is rounded before the offset is added, whatever its size."""
+    """The nested magnitude's product is rounded before the offset is added, whatever its size."""
     weight = random_weight((8, 640), 64)
     weight.nested_code[:8] = torch.tensor([3e38, -3e38, float("inf"), float("nan"), 1e-40, -1e-40, 0.0, -0.0])
     weight = weight._replace(absmax=torch.arange(80, dtype=torch.uint8, device=DEVICE) % 16, offset=torch.tensor(1e5, device=DEVICE))

@@ -1,4 +1,4 @@
-"""Norm and rotary embedding of q and k in one against the two operations, transformers' modules in fp64, and gradcheck."""
+"""qk_norm_rope against the two operations, transformers' modules in fp64, and gradcheck."""
 
 import importlib
 

@@ -1,4 +1,4 @@
-"""RMS norm, alone and of a residual sum, against transformers' own modules, torch's rms_norm in fp64 and gradcheck."""
+"""RMS norm, also of a residual sum, against transformers, torch's rms_norm in fp64 and gradcheck."""
 
 import importlib
 
@@ -78,7 +78,7 @@ def test_rounds_where_transformers_rounds(module, offset, weight_dtype):
 
 
 def test_frozen_weight_costs_no_gradient(monkeypatch):
-    """The backward is asked for ∂w only when w is trained, and then alone makes it."""
+    """The backward computes ∂w only when w is trained."""
     made = []
     backward = MODULE.rms_norm_backward_reference
 

@@ -1,4 +1,4 @@
-"""Rotary embedding against transformers' apply_rotary_pos_emb, a rotation by complex numbers, and gradcheck."""
+"""Rotary embedding against transformers, a rotation by complex numbers, and gradcheck."""
 
 import pytest
 import torch
@@ -128,7 +128,7 @@ def test_results_are_dense_as_the_compiler_is_told():
 
 
 def test_positions_choose_rows_of_a_cache():
-    """Samples of 3 and 4 tokens in one pack, each counted from 0; the cache has more rows than are used."""
+    """Samples of 3 and 4 tokens in one pack, each with positions from 0; the cache has more rows than are used."""
     q, k, cos, sin, _ = inputs()
     positions = torch.tensor([0, 1, 2, 0, 1, 2, 3])
     for index in (positions, positions.int()):
@@ -175,7 +175,7 @@ def test_mistaken_positions_are_named():
 
 
 def stock_heads(q, k, cos, sin):
-    """The formula for [..., T, H, Dh], op by op as transformers has it."""
+    """Return the rotation for [..., T, H, Dh], op by op as in transformers."""
     rotary = cos.shape[-1]
 
     def one(x):
