@@ -1,6 +1,6 @@
-"""What a pool becomes: the replay set that `trainer.run` reads, preference pairs in TRL's format, and the manifest of both.
+"""Write the replay set that `trainer.run` reads, preference pairs in TRL's format, and the manifest of both.
 
-Every file is written beside its place and renamed into it. Equal pools give equal bytes: nothing says when or where it was written.
+Every file is written atomically. Equal pools give equal bytes: no file contains a time or a path.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow
 import pyarrow.parquet
@@ -19,86 +20,108 @@ from synth.reporting.manifest import manifest
 from trainer.errors import UserError
 from trainer.files import atomic_file
 
-ROWS = 10_000  # of one group of a Parquet file
+ROW_GROUP = 10_000  # rows of a Parquet row group
 MESSAGE = pyarrow.struct([("role", pyarrow.string()), ("content", pyarrow.string())])
 RECORD = pyarrow.schema([("messages", pyarrow.list_(MESSAGE)), ("id", pyarrow.string()), ("source", pyarrow.string()),
                          ("weight", pyarrow.float64())])
 
+DROPS_BY_REASON = "SELECT stage, reason, count(*) FROM drops GROUP BY stage, reason ORDER BY count(*) DESC, stage, reason"
+# Every selected item with the texts of its chosen and rejected responses, in the order of items; a row is a SelectedRow
+SELECTED = """
+    SELECT s.item, t.weight, s.model, c.text, s.value, r.text, s.rejected_value
+    FROM selection AS s JOIN responses AS c ON c.item = s.item AND c.model = s.model AND c.sample = s.sample
+    LEFT JOIN responses AS r ON r.item = s.item AND r.model = s.rejected_model AND r.sample = s.rejected_sample
+    LEFT JOIN traits AS t ON t.item = s.item ORDER BY s.item"""
+IS_SELECTED = "id IN (SELECT item FROM selection)"
+
 
 def export(run: SynthesisRun, scales: Mapping[str, JudgeScale]) -> None:
-    """Write replay.jsonl or .parquet, pairs.jsonl and manifest.json. UserError where nothing was chosen, or the disk does not take it."""
+    """Write replay.jsonl or replay.parquet, pairs.jsonl and manifest.json.
+
+    Raises UserError where nothing was selected, or the files cannot be written.
+    """
     if not run.pool.select("SELECT 1 FROM selection LIMIT 1"):
-        raise nothing_left(run)
-    write = {"jsonl": write_lines, "parquet": write_parquet}
+        raise nothing_selected(run)
+    writers = {"jsonl": write_json_lines, "parquet": write_parquet}
     replay = run.folder / f"replay.{run.config.format}"
     try:
-        write[run.config.format](replay, records(run))
-        for other in write.keys() - {run.config.format}:
+        writers[run.config.format](replay, replay_records(run))
+        for other in writers.keys() - {run.config.format}:
             (run.folder / f"replay.{other}").unlink(missing_ok=True)
-        write_lines(run.folder / "pairs.jsonl", pairs(run))
-        with atomic_file(run.folder / "manifest.json") as aside:
-            aside.write_text(json.dumps(manifest(run, scales, replay.name), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json_lines(run.folder / "pairs.jsonl", preference_pairs(run))
+        with atomic_file(run.folder / "manifest.json") as tmp:
+            tmp.write_text(json.dumps(manifest(run, scales, replay.name), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     except OSError as error:
-        raise UserError(f"cannot write the replay set in {run.folder}: {error.strerror or error}; the pool is whole: free space or rights, "
-                        "and run again: --stages '[select]'") from None
+        raise UserError(f"cannot write the replay set in {run.folder}: {error.strerror or error}; the pool is complete: free disk space or "
+                        "change permissions, and run again: --stages '[select]'") from None
     run.say(f"select: wrote {replay}, pairs.jsonl and manifest.json")
 
 
-def nothing_left(run: SynthesisRun) -> UserError:
-    planned = run.pool.select("SELECT count(*) FROM items")[0][0]
-    dropped = run.pool.select("SELECT stage, reason, count(*) FROM drops GROUP BY stage, reason ORDER BY count(*) DESC, stage, reason")
-    said = "; ".join(f"{stage} dropped {count:,}: {reason}" for stage, reason, count in dropped)
-    return UserError(f"pool {run.pool.path}: expected items for a replay set, found none of {planned:,} left "
-                     f"({said or 'none was sampled'}); loosen what dropped the most")
+def nothing_selected(run: SynthesisRun) -> UserError:
+    """Return an error that says which rules dropped all items."""
+    (planned,), = run.pool.select("SELECT count(*) FROM items")
+    drops = "; ".join(f"{stage} dropped {count:,}: {reason}" for stage, reason, count in run.pool.select(DROPS_BY_REASON))
+    return UserError(f"pool {run.pool.path}: expected items for a replay set, got none: of {planned:,} planned items none is left "
+                     f"({drops or 'none was sampled'}); loosen the rule that dropped the most")
 
 
 # ---------------------------------------------------------------- records
 
 
-def records(run: SynthesisRun) -> Iterator[dict]:
-    """Chats with the chosen answer, in the order of their items."""
-    for item, prompt, weight, author, text, *_ in _chosen(run):
-        yield {"messages": [*prompt, _answer(text)], "id": f"synth-{item}", "source": author, "weight": weight}
+class SelectedRow(NamedTuple):
+    """A row of the query SELECTED."""
+
+    item: int
+    weight: float | None
+    model: str
+    chosen: str
+    value: float | None
+    rejected: str | None
+    rejected_value: float | None
 
 
-def pairs(run: SynthesisRun) -> Iterator[dict]:
-    """Chosen and rejected answers of the items that have both, with their ratings."""
-    for _, prompt, _, _, text, value, rejected, rejected_value in _chosen(run):
-        if rejected is not None:
-            yield {"prompt": prompt, "chosen": [_answer(text)], "rejected": [_answer(rejected)], "score_chosen": value,
-                   "score_rejected": rejected_value}
+def replay_records(run: SynthesisRun) -> Iterator[dict]:
+    """Yield the selected chats with their chosen response, in the order of items."""
+    for prompt, row in _selected_chats(run):
+        weight = 1.0 if row.weight is None else row.weight
+        yield {"messages": [*prompt, _response(row.chosen)], "id": f"synth-{row.item}", "source": row.model, "weight": weight}
 
 
-def _answer(text: str) -> dict:
+def preference_pairs(run: SynthesisRun) -> Iterator[dict]:
+    """Yield chosen and rejected responses with their ratings, for the items that have both."""
+    for prompt, row in _selected_chats(run):
+        if row.rejected is not None:
+            yield {"prompt": prompt, "chosen": [_response(row.chosen)], "rejected": [_response(row.rejected)],
+                   "score_chosen": row.value, "score_rejected": row.rejected_value}
+
+
+def _response(text: str) -> dict:
     return {"role": "assistant", "content": text}
 
 
-def _chosen(run: SynthesisRun) -> Iterator[tuple]:
-    """Item, prompt messages, weight, author, chosen text, its rating, rejected text and its rating, for each row of `selection`."""
-    rows = run.pool.connection.execute(
-        "SELECT s.item, t.weight, s.model, c.text, s.value, r.text, s.rejected_value FROM selection AS s "
-        "JOIN responses AS c ON c.item = s.item AND c.model = s.model AND c.sample = s.sample "
-        "LEFT JOIN responses AS r ON r.item = s.item AND r.model = s.rejected_model AND r.sample = s.rejected_sample "
-        "LEFT JOIN traits AS t ON t.item = s.item ORDER BY s.item")
-    chats = run.pool.chats("id IN (SELECT item FROM selection)")
-    for chat, (item, weight, *rest) in zip(chats, rows, strict=True):
-        assert chat.item == item
-        # a blank system prompt is none to the trainer
+def _selected_chats(run: SynthesisRun) -> Iterator[tuple[list[dict], SelectedRow]]:
+    """Yield the prompt's messages with each selected row."""
+    rows = map(SelectedRow._make, run.pool.connection.execute(SELECTED))
+    for chat, row in zip(run.pool.chats(IS_SELECTED), rows, strict=True):
+        assert chat.item == row.item
+        # the trainer ignores a blank system prompt
         system = [{"role": "system", "content": chat.system}] if chat.system and chat.system.strip() else []
-        yield item, [*system, *chat.messages], 1.0 if weight is None else weight, *rest
+        yield [*system, *chat.messages], row
 
 
 # ---------------------------------------------------------------- files
 
 
-def write_lines(path: Path, rows: Iterable[dict]) -> None:
-    with atomic_file(path) as aside, aside.open("w", encoding="utf-8", newline="\n") as file:
+def write_json_lines(path: Path, rows: Iterable[dict]) -> None:
+    """Write one JSON object a line."""
+    with atomic_file(path) as tmp, tmp.open("w", encoding="utf-8", newline="\n") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def write_parquet(path: Path, rows: Iterable[dict]) -> None:
+    """Write records in the schema RECORD."""
     rows = iter(rows)
-    with atomic_file(path) as aside, pyarrow.parquet.ParquetWriter(aside, RECORD) as file:
-        while batch := list(itertools.islice(rows, ROWS)):
+    with atomic_file(path) as tmp, pyarrow.parquet.ParquetWriter(tmp, RECORD) as file:
+        while batch := list(itertools.islice(rows, ROW_GROUP)):
             file.write_table(pyarrow.Table.from_pylist(batch, schema=RECORD))

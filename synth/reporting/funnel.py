@@ -1,8 +1,8 @@
-"""What became of a pool's items: how many each stage left, why the others went, and samples of what was there after each rule."""
+"""Follow a pool's items through the stages: how many each one left, why the others were dropped, and samples after each rule."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,17 +12,32 @@ from synth.filters.rules import RULES
 from synth.pool.run import SynthesisRun
 from synth.pool.seeds import uniform
 from synth.pool.store import CLEAN, Pool
-from synth.reporting.distribution import Sample
+from synth.reporting.distribution import InstructionSample
 
 CHUNK = 500  # items of one query
 
+SAMPLED = """
+    SELECT count(*) FROM items WHERE id NOT IN (SELECT item FROM drops WHERE stage = 'instruct')
+    AND EXISTS (SELECT 1 FROM turns WHERE item = id AND position = 2 * items.turns - 2)"""
+DROPS_BY_REASON = "SELECT stage, reason, count(*) FROM drops GROUP BY stage, reason ORDER BY count(*) DESC, reason"
+RESPONSES_BY_MODEL = "SELECT model, count(*), count(*) - count(reason) FROM responses GROUP BY model ORDER BY model"
+UNUSABLE_RESPONSES = """
+    SELECT model, reason, count(*) FROM responses WHERE reason IS NOT NULL
+    GROUP BY model, reason ORDER BY model, count(*) DESC, reason"""
+# Every item with a first turn; a row is a SampledItem
+SAMPLED_ITEMS = """
+    SELECT turns.item, stage, reason, coalesce(weight, 1.0)
+    FROM turns LEFT JOIN drops USING (item) LEFT JOIN traits USING (item) WHERE position = 0 AND text IS NOT NULL"""
+# Rows of these are InstructionRows
+FIRST_TURNS = "SELECT item, text, logprob, tokens FROM turns WHERE position = 0 AND item IN ({ids})"
+REFERENCE = "SELECT id, text, logprob, tokens FROM fresh WHERE text IS NOT NULL"
 
-def yields(pool: Pool) -> dict:
-    """Items left after each stage that has begun, drops by stage and reason, and what was unusable of answers and scores."""
+
+def pool_yield(pool: Pool) -> dict:
+    """Count the items left after each stage that has begun, drops by stage and reason, and usable responses."""
     left = {"planned": _count(pool, "SELECT count(*) FROM items")}
     if _count(pool, "SELECT EXISTS (SELECT 1 FROM turns)"):
-        left["sampled"] = _count(pool, "SELECT count(*) FROM items WHERE id NOT IN (SELECT item FROM drops WHERE stage = 'instruct') AND "
-                                       "EXISTS (SELECT 1 FROM turns WHERE item = id AND position = 2 * items.turns - 2)")
+        left["sampled"] = _count(pool, SAMPLED)
     if pool.get("done.clean"):
         left["clean"] = _count(pool, f"SELECT count(*) FROM items WHERE {CLEAN}")
     for name, table, condition in (("answered", "responses", "reason IS NULL"), ("judged", "scores", "score IS NOT NULL")):
@@ -30,102 +45,119 @@ def yields(pool: Pool) -> dict:
             left[name] = _count(pool, f"SELECT count(DISTINCT item) FROM {table} WHERE {condition}")
     if _count(pool, "SELECT EXISTS (SELECT 1 FROM selection)"):
         left["selected"] = _count(pool, "SELECT count(*) FROM selection")
-    drops = [{"stage": stage, "reason": reason, "items": count} for stage, reason, count in pool.select(
-        "SELECT stage, reason, count(*) FROM drops GROUP BY stage, reason ORDER BY count(*) DESC, reason")]
-    return {"left": left, "drops": sorted(drops, key=lambda drop: _place(STAGES, drop["stage"])), "responses": _responses(pool)}
+    drops = [{"stage": stage, "reason": reason, "items": count} for stage, reason, count in pool.select(DROPS_BY_REASON)]
+    drops.sort(key=lambda drop: _position(STAGES, drop["stage"]))
+    return {"left": left, "drops": drops, "responses": _responses(pool)}
 
 
 def _responses(pool: Pool) -> dict[str, dict]:
-    found = {model: {"all": count, "usable": usable, "reasons": {}} for model, count, usable in pool.select(
-        "SELECT model, count(*), count(*) - count(reason) FROM responses GROUP BY model ORDER BY model")}
-    for model, reason, count in pool.select("SELECT model, reason, count(*) FROM responses WHERE reason IS NOT NULL GROUP BY model, reason "
-                                            "ORDER BY model, count(*) DESC, reason"):
-        found[model]["reasons"][reason] = count
-    return found
+    by_model = {model: {"all": count, "usable": usable, "reasons": {}} for model, count, usable in pool.select(RESPONSES_BY_MODEL)}
+    for model, reason, count in pool.select(UNUSABLE_RESPONSES):
+        by_model[model]["reasons"][reason] = count
+    return by_model
 
 
 def _count(pool: Pool, query: str) -> int:
-    return pool.select(query)[0][0]
+    (count,), = pool.select(query)
+    return count
 
 
-def _place(order, name: str) -> int:
+def _position(order: Sequence[str], name: str | None) -> int:
+    """Return the index of a name, behind all others for one that is not in `order`."""
     return order.index(name) if name in order else len(order)
 
 
-# ---------------------------------------------------------------- samples at each step
+# ---------------------------------------------------------------- samples after each step
 
 
-class Step(NamedTuple):
+class FunnelStep(NamedTuple):
+    """The instructions that are left after a step."""
+
     name: str
-    items: int  # that are left
-    sample: Sample
+    items: int
+    sample: InstructionSample
 
 
-class Item(NamedTuple):
+class SampledItem(NamedTuple):
+    """A row of the query SAMPLED_ITEMS."""
+
     id: int
-    stage: str | None  # that dropped it
+    dropped_by: str | None  # stage
     reason: str | None
     weight: float
 
-
-def fresh(run: SynthesisRun) -> Sample:
-    """Samples apart, in a random order."""
-    ids = [item for item, in run.pool.select("SELECT id FROM fresh WHERE text IS NOT NULL")]
-    rows = {row[0]: row[1:] for row in run.pool.select("SELECT id, text, logprob, tokens FROM fresh")}
-    return _sample(rows, _shuffled(run, ids, "report fresh")[:run.config.report.sample])
+    @property
+    def rule(self) -> tuple[str | None, str | None]:
+        """Return the stage and the rule that dropped it; unusable turns count as one rule, whatever their reason."""
+        return ("instruct", None) if self.dropped_by == "instruct" else (self.dropped_by, self.reason)
 
 
-def steps(run: SynthesisRun) -> list[Step]:
-    """The pool's instructions as sampled, after every rule that dropped some in the order of the rules, weighted, and selected.
+class InstructionRow(NamedTuple):
+    """A row of the queries FIRST_TURNS and REFERENCE."""
 
-    Of an item with several turns the first one counts: fresh samples are first turns. Each step shows the same items as the one before, as
-    far as they are left. Where items have weights, one stays with a probability of its weight over the largest one: what is shown is
-    distributed as the replay set is.
+    item: int
+    text: str
+    logprob: float | None
+    tokens: int
+
+
+def reference_sample(run: SynthesisRun) -> InstructionSample:
+    """Read the reference samples, in a random order."""
+    rows = {row.item: row for row in map(InstructionRow._make, run.pool.select(REFERENCE))}
+    return _instruction_sample([rows[item] for item in _shuffled(run, rows, "report fresh")[:run.config.report.sample]])
+
+
+def funnel_steps(run: SynthesisRun) -> list[FunnelStep]:
+    """Sample the pool's instructions as sampled, after every rule that dropped some, weighted, and selected.
+
+    Of an item with several turns the first one is compared, because reference samples are first turns. Each step shows the same items as
+    the one before, as far as they are left. Where items have weights, one is kept with a probability of its weight over the largest
+    weight, so that the sample is distributed as the replay set is.
     """
-    most = run.config.report.sample
-    found = {row[0]: Item(*row) for row in run.pool.select(
-        "SELECT turns.item, stage, reason, coalesce(weight, 1.0) FROM turns LEFT JOIN drops USING (item) LEFT JOIN traits USING (item) "
-        "WHERE position = 0 AND text IS NOT NULL")}
-    left = [found[item] for item in _shuffled(run, found, "report")]
+    items = {item.id: item for item in map(SampledItem._make, run.pool.select(SAMPLED_ITEMS))}
+    left = [items[item] for item in _shuffled(run, items, "report")]
     plan = [("sampled", left)]
-    for stage, reason in _rules(left):
-        left = [item for item in left if (item.stage, item.reason if reason else None) != (stage, reason)]
+    for rule in _rules_in_order(left):
+        left = [item for item in left if item.rule != rule]
+        _, reason = rule
         plan.append((f"without {reason or 'unusable'}", left))
     if len({item.weight for item in left}) > 1:
-        plan.append(("weights", _thinned(run, left)))
-    if chosen := {item for item, in run.pool.select("SELECT item FROM selection")}:
-        plan.append(("selected", _thinned(run, [item for item in left if item.id in chosen])))
-    shown = {name: [item.id for item in items[:most]] for name, items in plan}
+        plan.append(("weighted", _thin_by_weight(run, left)))
+    if selected := {item for item, in run.pool.select("SELECT item FROM selection")}:
+        plan.append(("selected", _thin_by_weight(run, [item for item in left if item.id in selected])))
+    shown = {name: [item.id for item in items[:run.config.report.sample]] for name, items in plan}
     rows = _first_turns(run.pool, {item for ids in shown.values() for item in ids})
-    return [Step(name, len(items), _sample(rows, shown[name])) for name, items in plan]
+    return [FunnelStep(name, len(items), _instruction_sample([rows[item] for item in shown[name]])) for name, items in plan]
 
 
-def _rules(items: Iterable[Item]) -> list[tuple[str, str | None]]:
-    """Stage and reason of the drops before any answer was sampled, in the order in which they are applied; turns that are unusable for
-    whatever reason go together."""
-    found = {("instruct", None) if item.stage == "instruct" else (item.stage, item.reason) for item in items}
-    order = [rule for rule in found if rule[0] in ("instruct", "clean")]
-    return sorted(order, key=lambda rule: (_place(STAGES, rule[0]), _place(RULES, rule[1]), rule[1] or ""))
+def _rules_in_order(items: Iterable[SampledItem]) -> list[tuple[str, str | None]]:
+    """Return the rules that dropped items before any response was sampled, in the order in which they are applied."""
+    rules = {item.rule for item in items if item.dropped_by in ("instruct", "clean")}
+
+    def order(rule: tuple[str, str | None]) -> tuple:
+        stage, reason = rule
+        return _position(STAGES, stage), _position(RULES, reason), reason or ""
+
+    return sorted(rules, key=order)
 
 
 def _shuffled(run: SynthesisRun, ids: Iterable[int], name: str) -> list[int]:
     return sorted(ids, key=lambda item: (uniform(run.config.seed, name, item), item))
 
 
-def _thinned(run: SynthesisRun, items: list[Item]) -> list[Item]:
+def _thin_by_weight(run: SynthesisRun, items: list[SampledItem]) -> list[SampledItem]:
     largest = max((item.weight for item in items), default=0.0)
     return [item for item in items if uniform(run.config.seed, "report weight", item.id) < item.weight / (largest or 1.0)]
 
 
-def _first_turns(pool: Pool, ids: set[int]) -> dict[int, tuple]:
-    wanted, rows = sorted(ids), {}
-    for start in range(0, len(wanted), CHUNK):
-        chunk = ",".join(map(str, wanted[start:start + CHUNK]))
-        rows |= {row[0]: row[1:] for row in pool.select(
-            f"SELECT item, text, logprob, tokens FROM turns WHERE position = 0 AND item IN ({chunk})")}
+def _first_turns(pool: Pool, items: set[int]) -> dict[int, InstructionRow]:
+    ids, rows = sorted(items), {}
+    for start in range(0, len(ids), CHUNK):
+        chunk = ",".join(map(str, ids[start:start + CHUNK]))
+        rows |= {row.item: row for row in map(InstructionRow._make, pool.select(FIRST_TURNS.format(ids=chunk)))}
     return rows
 
 
-def _sample(rows: Mapping[int, tuple], ids: list[int]) -> Sample:
-    texts, logprobs, tokens = ([rows[item][i] for item in ids] for i in range(3))
-    return Sample(texts, np.array([np.nan if x is None else x for x in logprobs], float), np.array(tokens, float))
+def _instruction_sample(rows: Sequence[InstructionRow]) -> InstructionSample:
+    logprobs = np.array([np.nan if row.logprob is None else row.logprob for row in rows], float)
+    return InstructionSample([row.text for row in rows], logprobs, np.array([row.tokens for row in rows], float))

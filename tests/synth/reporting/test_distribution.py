@@ -14,14 +14,22 @@ from scipy.sparse import csr_matrix
 from benchmarks.forgetting.miniature.family import MODELS, load
 from benchmarks.forgetting.miniature.recovery import sample_instructions
 from benchmarks.forgetting.miniature.tokenizer import BOS, EOT, USER
-from synth.reporting.distribution import Sample, Topics, Yardstick, classifier_auc, likelihoods, mmd, repeats
+from synth.reporting.distribution import (
+    InstructionSample,
+    ReferenceComparison,
+    Topics,
+    classifier_auc,
+    compare_likelihoods,
+    compare_repeats,
+    squared_mmd,
+)
 
 COUNT = 2000
 
 
-def sample(texts, nats=None) -> Sample:
+def sample(texts, nats=None) -> InstructionSample:
     tokens = np.array([len(text) + 1 for text in texts])
-    return Sample(list(texts), np.full(len(texts), np.nan) if nats is None else -np.asarray(nats) * tokens, tokens)
+    return InstructionSample(list(texts), np.full(len(texts), np.nan) if nats is None else -np.asarray(nats) * tokens, tokens)
 
 
 # ---------------------------------------------------------------- the miniature's own samples
@@ -59,11 +67,11 @@ def measured():
     texts |= {"good": more[:COUNT], "deduplicated": random.Random(0).sample(list(dict.fromkeys(more)), COUNT)}
     texts["cold"] = sample_instructions(model, tokenizer, COUNT, 4, temperature=0.7)
     logprobs, vectors = read(model, tokenizer, [text for found in texts.values() for text in found])
-    samples = {name: Sample(found, np.array([logprobs[text] for text in found]), np.array([len(text) + 1 for text in found]))
+    samples = {name: InstructionSample(found, np.array([logprobs[text] for text in found]), np.array([len(text) + 1 for text in found]))
                for name, found in texts.items()}
     fresh = samples.pop("fresh")
-    with_vectors = Yardstick(fresh, list(samples.values()), 12, vectors)
-    without = Yardstick(fresh, list(samples.values()), 12)
+    with_vectors = ReferenceComparison(fresh, list(samples.values()), 12, vectors)
+    without = ReferenceComparison(fresh, list(samples.values()), 12)
     return {name: with_vectors.compare(found) | {f"{key} of words": value for key, value in without.compare(found).items() if "mmd" in key}
             for name, found in samples.items()}
 
@@ -87,10 +95,10 @@ def test_figures_rank_a_good_pool_above_a_deduplicated_and_a_cold_one(measured):
 
 def test_what_is_lacking_shows(measured):
     """Duplicates are missing from one pool; the other is likelier than fresh samples and repeats itself."""
-    assert measured["deduplicated"]["repeated"] == 0 < 0.1 < measured["deduplicated"]["repeated_fresh"]
-    assert abs(measured["good"]["repeated"] - measured["good"]["repeated_fresh"]) < 4 * measured["good"]["repeated_error"]
+    assert measured["deduplicated"]["repeated"] == 0 < 0.1 < measured["deduplicated"]["repeated_reference"]
+    assert abs(measured["good"]["repeated"] - measured["good"]["repeated_reference"]) < 4 * measured["good"]["repeated_error"]
     assert measured["cold"]["nats_text_difference"] < -1 < -0.7 < measured["good"]["nats_text_difference"]
-    assert measured["cold"]["repeated"] > 1.5 * measured["cold"]["repeated_fresh"]
+    assert measured["cold"]["repeated"] > 1.5 * measured["cold"]["repeated_reference"]
 
 
 # ---------------------------------------------------------------- closed forms
@@ -104,16 +112,16 @@ def test_mmd_of_few_vectors_is_its_formula():
         pairs = [math.exp(-((p - q)**2).sum() / (2 * 1.3**2)) for i, p in enumerate(x) for j, q in enumerate(y) if x is not y or i != j]
         return sum(pairs) / len(pairs)
 
-    value, p, z = mmd(a, b, 1.3, 0)
+    value, p, z = squared_mmd(a, b, 1.3, 0)
     assert value == pytest.approx(mean_kernel(a, a) + mean_kernel(b, b) - 2 * mean_kernel(a, b), abs=1e-6)
-    assert 0 < p <= 1 and mmd(a, b, 1.3, 0) == (value, p, z)
+    assert 0 < p <= 1 and squared_mmd(a, b, 1.3, 0) == (value, p, z)
 
 
 def test_mmds_p_is_uniform_where_nothing_differs():
     rng = np.random.default_rng(1)
-    p = [mmd(rng.normal(size=(30, 2)), rng.normal(size=(40, 2)), 1.0, seed)[1] for seed in range(200)]
+    p = [squared_mmd(rng.normal(size=(30, 2)), rng.normal(size=(40, 2)), 1.0, seed)[1] for seed in range(200)]
     assert abs(np.mean(p) - 0.5) < 0.07 and 0.01 < np.mean(np.array(p) < 0.05) < 0.12
-    assert mmd(rng.normal(size=(60, 2)), rng.normal(size=(60, 2)) + 1, 1.0, 0)[1] == 1 / 500
+    assert squared_mmd(rng.normal(size=(60, 2)), rng.normal(size=(60, 2)) + 1, 1.0, 0)[1] == 1 / 500
 
 
 def test_the_classifier_on_one_feature():
@@ -129,7 +137,7 @@ def test_a_text_drawn_often_on_one_side_only_is_told_apart():
     rng = np.random.default_rng(3)
     fresh, again, skewed = (sample([f"question {chr(97 + i)}" for i in rng.choice(10, 1000, p=p)])
                             for p in ([0.1] * 10, [0.1] * 10, [0.05] * 9 + [0.55]))
-    found = Yardstick(fresh, [skewed, again], 10)
+    found = ReferenceComparison(fresh, [skewed, again], 10)
     # of the best classifier: the rare one has 0.55 against 0.1, and the others are even: 1/2 + 0.45/2
     assert found.compare(skewed)["auc"] == pytest.approx(0.725, abs=0.03)
     assert found.compare(again)["auc"] == pytest.approx(0.5, abs=0.04)
@@ -139,34 +147,34 @@ def test_a_text_drawn_often_on_one_side_only_is_told_apart():
 
 def test_likelihoods_are_means_and_the_greatest_distance():
     fresh, other = sample(["abc"] * 10, np.arange(10.0)), sample(["abc"] * 10, np.arange(10.0) + 5)
-    found = likelihoods(fresh, other)
+    found = compare_likelihoods(fresh, other)
     assert found["ks"] == 0.5 and found["nats_difference"] == 5 and found["nats_text_difference"] == 20
     assert found["nats_error"] == pytest.approx(math.sqrt(2 * 8.25 / 10))
-    assert likelihoods(fresh, sample(["abc"] * 10)) == {}  # a server that does not tell
+    assert compare_likelihoods(fresh, sample(["abc"] * 10)) == {}  # a server that does not tell
 
 
 def test_repeats_among_equally_many():
-    found = repeats(["a", "a", "b", "c", "a", "b"], ["a", "b", "b", "b"])
-    assert found["repeated"] == 0.75 and found["repeated_fresh"] == 0.5
+    found = compare_repeats(["a", "a", "b", "c", "a", "b"], ["a", "b", "b", "b"])
+    assert found["repeated"] == 0.75 and found["repeated_reference"] == 0.5
 
 
 def test_few_texts_and_equal_ones_are_no_obstacle():
     few, same = sample(["a", "b"]), sample(["x"] * 30)
-    assert Yardstick(few, [same], 3).compare(same) == {"texts": 30, "characters": 1.0, "tokens": 2.0}
-    found = Yardstick(same, [same], 3)
+    assert ReferenceComparison(few, [same], 3).compare(same) == {"texts": 30, "characters": 1.0, "tokens": 2.0}
+    found = ReferenceComparison(same, [same], 3)
     assert found.compare(same)["auc"] == 0.5 and found.compare(same)["topics"] == 0
-    assert found.topics.count == 1 and found.itself()["texts"] == 15
+    assert found.topics.count == 1 and found.baseline()["texts"] == 15
 
 
 def test_topics_have_their_words_and_are_largest_first():
     texts = [f"add {i} and {j}" for i in range(8) for j in range(5)] + [f"what is the capital of land {i}" for i in range(20)]
     topics = Topics(texts, range(60), 2, 0)
     assert topics.shares(np.arange(60)).tolist() == pytest.approx([2 / 3, 1 / 3])
-    first, second = topics.described()
+    first, second = topics.describe()
     assert "add" in first["words"] and "capital" in second["words"] and all("capital" in text for text in second["examples"])
 
 
 def test_equal_settings_give_equal_figures():
     texts = [f"how many {word} are there" for word in "abcdefghij" * 5]
     fresh, pool = sample(texts), sample(texts[:30])
-    assert Yardstick(fresh, [pool], 4, seed=5).compare(pool) == Yardstick(fresh, [pool], 4, seed=5).compare(pool)
+    assert ReferenceComparison(fresh, [pool], 4, seed=5).compare(pool) == ReferenceComparison(fresh, [pool], 4, seed=5).compare(pool)

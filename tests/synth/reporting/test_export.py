@@ -102,7 +102,7 @@ def test_the_manifest_by_hand(tmp_path):
     assert found["counts"] == {
         "items": 4, "dropped": {"select": {"no response with all scores": 1}}, "comparisons": 0, "selected": 3,
         "responses": {"base": {"all": 5, "usable": 5}, "other": {"all": 4, "usable": 3}}, "scores": {"base": {"all": 8, "read": 7}}}
-    assert found["incomplete"] == {"scores": pytest.approx(1 / 8), "answers": pytest.approx(1 / 8)}
+    assert found["incomplete"] == {"scores": pytest.approx(1 / 8), "responses": pytest.approx(1 / 8)}
     texts = {"base": [], "other": []}
     for record in lines(tmp_path / "replay.jsonl"):
         texts[record["source"]].append(record["messages"][-1]["content"])
@@ -159,7 +159,7 @@ def test_a_disk_that_is_full_leaves_the_old_files_and_the_pool_whole(tmp_path, m
 
     monkeypatch.setattr(os, "replace", full)
     run.config.select.min_score = 4.5
-    with pytest.raises(UserError, match="cannot write the replay set in .*: No space left on device; the pool is whole"):
+    with pytest.raises(UserError, match="cannot write the replay set in .*: No space left on device; the pool is complete"):
         select(run)
     assert {path.name: path.read_bytes() for path in tmp_path.glob("*.json*")} == before
     assert not list(tmp_path.glob(".*.partial")) and not run.done("select")

@@ -80,13 +80,13 @@ def test_the_page_says_what_the_pool_holds(whole):
     assert "my-pool Of 120 instructions 108 are in the replay set." in text
     assert "clean near-duplicate 12 10.0%" in text
     assert "one 216 215 99.5% longer than max_tokens or the context: 1" in text
-    assert "100 instructions that the base wrote apart from the pool" in text
+    assert "The reference is 100 instructions that the base wrote outside the pool" in text
     assert "one, unreadable: unread: 1" in text
-    assert "respond base 100 4k 9k 2 s 4.5k written 6k 75.0%" in text
-    assert "judge one 300 60k 300 3 s 20k read 20k 100.0% 1.25" in text
+    assert "respond base 100 4k 9k 2 s 4.5k generated 6k 75.0%" in text
+    assert "judge one 300 60k 300 3 s 20k prompt 20k 100.0% 1.25" in text
     assert "rows 108" in text and "file replay.jsonl" in text
-    won = found["won"]["one"]
-    assert f"one {100 * won['items']:.1f}% of rows, {100 * won['tokens']:.1f}% of tokens" in text
+    selected = found["selected"]["one"]
+    assert f"one {100 * selected['items']:.1f}% of rows, {100 * selected['tokens']:.1f}% of tokens" in text
     assert "<two>" not in html and "&lt;two&gt;" in html
 
 
@@ -101,34 +101,34 @@ def test_the_page_stands_alone(whole):
 def test_images_are_embedded_and_left_in_plots(whole):
     embedded = [base64.b64decode(image) for image in re.findall(r'img src="data:image/png;base64,([^"]*)', whole[1])]
     beside = {path.stem: path.read_bytes() for path in (whole[0].folder / "plots").iterdir()}
-    assert set(beside) == {"yield", "auc", "topic_distance", "nats", "lengths", "topics", "scores", "won", "rates", "time"}
+    assert set(beside) == {"yield", "auc", "topic_distance", "nats", "lengths", "topics", "scores", "selected", "speed", "time"}
     assert sorted(embedded) == sorted(beside.values()) and all(image.startswith(PNG) for image in embedded)
     assert not list(whole[0].folder.glob("*.png"))
 
 
 def test_what_is_printed(whole):
     _, _, found, lines = whole
-    assert lines[0] == "report: 120 planned, 120 sampled, 108 clean, 108 answered, 108 judged, 108 selected"
-    assert lines[1].startswith("report: selected against fresh instructions: AUC 0.") and lines[2].startswith("report: won: ")
-    assert [line for line in lines if "warning" in line] == [f"report: warning: {flag}" for flag in found["flags"]]
+    assert lines[0] == "report: items: 120 planned, 120 sampled, 108 clean, 108 answered, 108 judged, 108 selected"
+    assert lines[1].startswith("report: selected instructions against reference samples: AUC 0.") and lines[2].startswith("report: selected responses: ")
+    assert [line for line in lines if "warning" in line] == [f"report: warning: {warning}" for warning in found["warnings"]]
     assert lines[-1] == f"report: wrote {whole[0].folder / 'report.html'}"
 
 
 def test_a_judge_by_length_is_warned_of_on_the_page(whole):
-    flag, = (flag for flag in whole[2]["flags"] if flag.startswith("<two>"))
-    assert flag.startswith("<two> prefers longer answers: rank correlation ")
-    assert flag in text_of(whole[1]).replace("&lt;", "<").replace("&gt;", ">")
+    warning, = (warning for warning in whole[2]["warnings"] if warning.startswith("<two>"))
+    assert warning.startswith("<two> prefers longer answers: rank correlation ")
+    assert warning in text_of(whole[1]).replace("&lt;", "<").replace("&gt;", ">")
 
 
 # ---------------------------------------------------------------- figures
 
 
 def test_shares_won(whole):
-    run, won = whole[0], whole[2]["won"]
-    assert sum(share["items"] for share in won.values()) == pytest.approx(1)
+    run, selected = whole[0], whole[2]["selected"]
+    assert sum(share["items"] for share in selected.values()) == pytest.approx(1)
     chosen = run.pool.select("SELECT count(*) FROM selection WHERE model = 'base'")[0][0]
-    assert won["base"]["items"] == chosen / 108
-    assert won["base"]["candidates"] == 2 * 108 / (3 * 2 * 108 - 1)
+    assert selected["base"]["items"] == chosen / 108
+    assert selected["base"]["candidates"] == 2 * 108 / (3 * 2 * 108 - 1)
     assert whole[2]["replay"]["shares"]["base"]["rows"] == chosen / 108
 
 
@@ -137,7 +137,7 @@ def test_steps_of_the_funnel(whole):
     assert [(step["step"], step["items"]) for step in steps] == [("sampled", 120), ("without near-duplicate", 108), ("selected", 108)]
     assert all(0.3 < step["auc"] < 0.7 and step["texts"] == step["items"] for step in steps)
     assert {name for topic in whole[2]["distribution"]["topics"] for name in topic["shares"]} == {
-        "fresh", "sampled", "without near-duplicate", "selected"}
+        "reference", "sampled", "without near-duplicate", "selected"}
     assert sum(topic["shares"]["selected"] for topic in whole[2]["distribution"]["topics"]) == pytest.approx(1)
 
 
@@ -148,9 +148,9 @@ def test_equal_pools_give_equal_reports_but_for_time_and_cost(whole, tmp_path):
     report(again)
     found = json.loads((again.folder / "report.json").read_text())
     assert found == whole[2] | {"usage": []}
-    for name in ("auc", "topics", "scores", "won"):
+    for name in ("auc", "topics", "scores", "selected"):
         assert (again.folder / f"plots/{name}.png").read_bytes() == (whole[0].folder / f"plots/{name}.png").read_bytes()
-    assert not (again.folder / "plots/rates.png").exists()
+    assert not (again.folder / "plots/speed.png").exists()
 
 
 def test_rules_are_applied_in_their_order(tmp_path):
@@ -160,7 +160,7 @@ def test_rules_are_applied_in_their_order(tmp_path):
         run.pool.insert("drops", [
             (0, "clean", "near-duplicate", ""), (1, "clean", "too short", ""), (2, "instruct", "empty", ""),
             (3, "clean", "repetition", ""), (4, "instruct", "special token <|x|>", ""), (5, "select", "no answer", "")])
-    steps = funnel.steps(run)
+    steps = funnel.funnel_steps(run)
     assert [(step.name, step.items) for step in steps] == [
         ("sampled", 60), ("without unusable", 58), ("without too short", 57), ("without repetition", 56), ("without near-duplicate", 55)]
     assert all(len(step.sample) == 30 for step in steps)
@@ -172,8 +172,8 @@ def test_weights_thin_a_sample_to_the_weighted_distribution(tmp_path):
     run = make_run(tmp_path, report=Report(embeddings=False, sample=4000))
     texts = ["often"] * 1500 + ["seldom"] * 500
     fill(run, texts, weights={i: 0.5 if i < 1500 else 1.5 for i in range(2000)})
-    weighted = funnel.steps(run)[-1]
-    assert weighted.name == "weights"
+    weighted = funnel.funnel_steps(run)[-1]
+    assert weighted.name == "weighted"
     # a third of the 1,500 stay, and all of the 500: both kinds are equally likely, as 1500 * 0.5 and 500 * 1.5 are
     assert weighted.sample.texts.count("seldom") == 500
     assert weighted.sample.texts.count("often") == pytest.approx(500, abs=4 * math.sqrt(1500 * 2 / 9))
@@ -188,8 +188,8 @@ def test_missing_duplicates_are_warned_of(tmp_path):
     with run.pool.transaction():
         run.pool.insert("drops", [(i, "clean", "near-duplicate", "") for i, text in enumerate(texts) if text in seen or seen.add(text)])
     report(run)
-    flags = json.loads((tmp_path / "report.json").read_text())["flags"]
-    assert any(flag.startswith("Duplicates are missing: 0.0% of the instructions that are left occur more than once, ") for flag in flags)
+    warnings = json.loads((tmp_path / "report.json").read_text())["warnings"]
+    assert any(warning.startswith("Duplicates are missing: 0.0% of the instructions that are left occur more than once, ") for warning in warnings)
 
 
 # ---------------------------------------------------------------- pools in any state
@@ -199,14 +199,14 @@ def test_an_empty_pool(tmp_path):
     run = make_run(tmp_path)
     report(run)
     html = (tmp_path / "report.html").read_text()
-    assert "Nothing has been planned yet." in text_of(html)
+    assert "No instructions have been planned yet." in text_of(html)
     found = json.loads((tmp_path / "report.json").read_text())
-    assert found["yield"]["left"] == {"planned": 0} and found["distribution"] is None and found["judges"] is None and found["won"] == {}
+    assert found["yield"]["left"] == {"planned": 0} and found["distribution"] is None and found["judges"] is None and found["selected"] == {}
 
 
 @pytest.mark.parametrize("until, sentence", [
-    (0, "Of 40 instructions 40 are planned, none is sampled yet."), (1, "Of 40 instructions 40 were sampled."),
-    (2, "Of 40 instructions 40 are left after cleaning."), (3, "Of 40 instructions 39 are answered."),
+    (0, "Of 40 instructions 40 are planned; none is sampled yet."), (1, "Of 40 instructions 40 were sampled."),
+    (2, "Of 40 instructions 40 are left after cleaning."), (3, "Of 40 instructions 39 have responses."),
     (4, "Of 40 instructions 38 are judged."),
 ])
 def test_an_unfinished_pool(tmp_path, until, sentence):
@@ -265,12 +265,12 @@ def test_without_embeddings_the_report_goes_on_and_says_so(tmp_path, monkeypatch
     fill(run, questions(60, 11), done=("probe", "instruct", "clean"))
     add_fresh(run, questions(50, 12))
     report(run)
-    assert any(line.startswith("report: no embeddings of the base (too long)") for line in lines)
+    assert any(line.startswith("report: cannot embed texts with the base, using TF-IDF and SVD instead: too long") for line in lines)
     assert json.loads((tmp_path / "report.json").read_text())["distribution"]["vectors"] == "TF-IDF and SVD"
 
 
 def test_another_file_in_the_manifests_place(tmp_path):
     run = make_run(tmp_path, report=NO_VECTORS)
     (tmp_path / "manifest.json").write_text("{}")
-    with pytest.raises(UserError, match="expected the manifest that select writes, found another file at .*manifest.json"):
+    with pytest.raises(UserError, match="expected the manifest of stage select in .*manifest.json, got another file"):
         report(run)
