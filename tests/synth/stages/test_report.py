@@ -109,7 +109,8 @@ def test_images_are_embedded_and_left_in_plots(whole):
 def test_what_is_printed(whole):
     _, _, found, lines = whole
     assert lines[0] == "report: items: 120 planned, 120 sampled, 108 clean, 108 answered, 108 judged, 108 selected"
-    assert lines[1].startswith("report: selected instructions against reference samples: AUC 0.") and lines[2].startswith("report: selected responses: ")
+    assert lines[1].startswith("report: selected instructions against reference samples: AUC 0.")
+    assert lines[2].startswith("report: selected responses: ")
     assert [line for line in lines if "warning" in line] == [f"report: warning: {warning}" for warning in found["warnings"]]
     assert lines[-1] == f"report: wrote {whole[0].folder / 'report.html'}"
 
@@ -189,7 +190,8 @@ def test_missing_duplicates_are_warned_of(tmp_path):
         run.pool.insert("drops", [(i, "clean", "near-duplicate", "") for i, text in enumerate(texts) if text in seen or seen.add(text)])
     report(run)
     warnings = json.loads((tmp_path / "report.json").read_text())["warnings"]
-    assert any(warning.startswith("Duplicates are missing: 0.0% of the instructions that are left occur more than once, ") for warning in warnings)
+    expected = "Duplicates are missing: 0.0% of the instructions that are left occur more than once, "
+    assert any(warning.startswith(expected) for warning in warnings)
 
 
 # ---------------------------------------------------------------- pools in any state
@@ -201,7 +203,8 @@ def test_an_empty_pool(tmp_path):
     html = (tmp_path / "report.html").read_text()
     assert "No instructions have been planned yet." in text_of(html)
     found = json.loads((tmp_path / "report.json").read_text())
-    assert found["yield"]["left"] == {"planned": 0} and found["distribution"] is None and found["judges"] is None and found["selected"] == {}
+    assert found["yield"]["left"] == {"planned": 0} and found["distribution"] is None and found["judges"] is None
+    assert found["selected"] == {}
 
 
 @pytest.mark.parametrize("until, sentence", [

@@ -438,7 +438,8 @@ def test_an_empty_replay_set_is_an_error_that_says_who_dropped_what(tmp_path):
     with run.pool.transaction():
         run.pool.insert("drops", [(2, "clean", "too short", None)])
     score(run, {(0, "base", 0, "base"): 4, (1, "base", 0, "base"): 3})
-    with pytest.raises(UserError, match=r"got none: of 3 planned items none is left \(select dropped 2: below min_score; clean dropped 1: too short\)") as refused:
+    message = r"got none: of 3 planned items none is left \(select dropped 2: below min_score; clean dropped 1: too short\)"
+    with pytest.raises(UserError, match=message) as refused:
         select(run)
     assert "\n" not in str(refused.value) and not run.done("select")
     run.config.select.min_score = 4.0
