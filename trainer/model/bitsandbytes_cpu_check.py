@@ -17,7 +17,7 @@ from trainer.model.quantization import import_bitsandbytes, is_quantized, nf4_of
 
 
 def refuse_misread_layers(unfused: Iterable[nn.Module]) -> None:
-    """Check that bitsandbytes dequantizes these layers, which run its own forward, as our kernels do.
+    """Check that bitsandbytes dequantises these layers, which run its own forward, as our kernels do.
 
     Each width is checked once. Raises UserError for the first one that is misread.
     """

@@ -35,7 +35,7 @@ def merge_and_save(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedToke
     """Write a model folder for transformers, with the adapter, if any, merged into the weights.
 
     The model in memory does not change. Merged weights are on the CPU while they are written. A 4-bit base is written dense, in the dtype
-    it computes in: the adapter was trained on its dequantized weights, and is added to those.
+    it computes in: the adapter was trained on its dequantised weights, and is added to those.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     state = merged_state(base)
@@ -88,9 +88,9 @@ def _merged_weight(module: nn.Module) -> Tensor:
 
 
 def _merged_nf4(module: nn.Module) -> Tensor:
-    """Return a 4-bit layer's dequantized weight with its adapter merged, in fp32 and rounded once.
+    """Return a 4-bit layer's dequantised weight with its adapter merged, in fp32 and rounded once.
 
-    PEFT would quantize the sum again.
+    PEFT would quantise the sum again.
     """
     if reason := why_not_fused(module):
         raise UserError(f"cannot merge the adapter: {reason}")

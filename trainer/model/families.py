@@ -24,7 +24,7 @@ class Family:
     stream_norm: str | None = "post_attention_layernorm"
 
 
-BEFORE_MLP = "pre_feedforward_layernorm"  # in layers that also normalize the outputs of attention and MLP
+BEFORE_MLP = "pre_feedforward_layernorm"  # in layers that also normalise the outputs of attention and MLP
 GEMMA = Family(norm_offset=1.0, norm_eps="eps")
 FAMILIES = {
     "llama": Family(),

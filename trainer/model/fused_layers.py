@@ -118,7 +118,7 @@ def attention_forward(attention: nn.Module, traits: AttentionTraits, hidden_stat
 
 
 def project_heads(attention: nn.Module, traits: AttentionTraits, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Project x [T,W] to q [T,H,D] and k, v [T,Hk,D], normalized if the norm is over all heads."""
+    """Project x [T,W] to q [T,H,D] and k, v [T,Hk,D], normalised if the norm is over all heads."""
     if hasattr(attention, "qkv_proj"):
         fused = attention.qkv_proj(x).unflatten(-1, (-1, traits.head_dim))
         key_heads = (fused.shape[1] - traits.heads) // 2
@@ -130,7 +130,7 @@ def project_heads(attention: nn.Module, traits: AttentionTraits, x: Tensor) -> t
 
 
 def position_heads(attention: nn.Module, traits: AttentionTraits, q: Tensor, k: Tensor, position_embeddings) -> tuple[Tensor, Tensor]:
-    """Normalize q [T,H,D] and k [T,Hk,D] per head and apply RoPE, each where the layer does so."""
+    """Normalise q [T,H,D] and k [T,Hk,D] per head and apply RoPE, each where the layer does so."""
     cos, sin = (x.squeeze(0) for x in position_embeddings) if traits.rope else (None, None)
     if traits.norm == "head":
         settings = fusable_norm(attention.q_norm)

@@ -67,9 +67,9 @@ def weights_fingerprint(model: Model) -> str | None:
 
 
 def _quantization_config(config: Config, source: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """Return how from_pretrained quantizes the model, or None.
+    """Return how from_pretrained quantises the model, or None.
 
-    Only a dense checkpoint is quantized, and only for the method qlora. Raises UserError for a checkpoint that the method cannot use.
+    Only a dense checkpoint is quantised, and only for the method qlora. Raises UserError for a checkpoint that the method cannot use.
     """
     with one_line_errors("model.path", source):
         found = AutoConfig.from_pretrained(source, trust_remote_code=config.model.trust_remote_code)

@@ -154,7 +154,7 @@ def is_adapted(module: nn.Module) -> bool:
 def _is_adapted_4bit(module: nn.Module) -> bool:
     """Return whether this is PEFT's class for adapters on 4-bit layers.
 
-    It is recognized by name, as importing it needs bitsandbytes.
+    It is recognised by name, as importing it needs bitsandbytes.
     """
     return isinstance(module, LoraLayer) and type(module).__name__ == "Linear4bit"
 
@@ -217,7 +217,7 @@ def adapters_disabled(layers: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def unfused_layers(model: nn.Module, patched: bool) -> list[nn.Module]:
-    """Return the linear layers that run their own forward, or whose weight PEFT reads to initialize DoRA."""
+    """Return the linear layers that run their own forward, or whose weight PEFT reads to initialise DoRA."""
     adapted = [module for module in model.modules() if is_adapted(module)]
     fused = {module.base_layer for module in adapted if patched and not why_not_fused(module) and not module.lora_variant}
     return [module for module in model.modules() if isinstance(module, nn.Linear) and module not in fused]

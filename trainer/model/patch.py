@@ -65,7 +65,7 @@ def patch(model: nn.Module, enabled: bool = True) -> PatchReport:
 
 
 def _patch_module(module: nn.Module, name: str, family: Family | None, last: bool) -> dict[str, int]:
-    """Fuse one module, recognized by its class and name.
+    """Fuse one module, recognised by its class and name.
 
     Returns how many fused operations of each kind that adds to the model or, negative, replaces.
     """

@@ -1,8 +1,8 @@
 """Load and read base weights in 4 bits (QLoRA), through bitsandbytes.
 
-A QLoRA run freezes its base in NF4 (Dettmers et al., arXiv 2305.14314). transformers quantizes each linear layer but the head while
+A QLoRA run freezes its base in NF4 (Dettmers et al., arXiv 2305.14314). transformers quantises each linear layer but the head while
 loading it, so the dense model is never in memory as a whole, and bitsandbytes' `Linear4bit` stores the codes. Our fused operations read
-them as `kernels.nf4.Nf4`, and dequantize a weight just before each matmul. A checkpoint that is in NF4 already loads as it is.
+them as `kernels.nf4.Nf4`, and dequantise a weight just before each matmul. A checkpoint that is in NF4 already loads as it is.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def require_bitsandbytes(config: Config) -> None:
 
 
 def bitsandbytes_version(config: Config) -> str | None:
-    """Return the library version that quantizes the base, or None; another may round differently."""
+    """Return the library version that quantises the base, or None; another may round differently."""
     return f"bitsandbytes {import_bitsandbytes('method qlora').__version__}" if config.method == "qlora" else None
 
 
@@ -52,7 +52,7 @@ def bitsandbytes_version(config: Config) -> str | None:
 def is_nf4_checkpoint(source: str, model_config: PreTrainedConfig, method: str) -> bool:
     """Return whether a QLoRA run's base is in NF4 already.
 
-    Raises UserError for a quantized checkpoint that the method cannot use.
+    Raises UserError for a quantised checkpoint that the method cannot use.
     """
     saved = getattr(model_config, "quantization_config", None)
     if saved is None:
@@ -72,7 +72,7 @@ def is_nf4_checkpoint(source: str, model_config: PreTrainedConfig, method: str) 
 
 
 def layers_to_quantize(dense: PreTrainedModel, skip: list[str]) -> list[nn.Module]:
-    """Return the layers of a dense model, adapted or not, that loading would quantize."""
+    """Return the layers of a dense model, adapted or not, that loading would quantise."""
     kept_dense = [*get_keys_to_not_convert(dense), *skip]
     linear = {name.removesuffix(".base_layer"): module for name, module in dense.named_modules()
               if type(module) in (nn.Linear, Conv1D) and not module.weight.requires_grad}
@@ -80,7 +80,7 @@ def layers_to_quantize(dense: PreTrainedModel, skip: list[str]) -> list[nn.Modul
 
 
 def nf4_config(quantization: Quantization, meta_model: PreTrainedModel, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """Return how from_pretrained quantizes a dense checkpoint.
+    """Return how from_pretrained quantises a dense checkpoint.
 
     `meta_model` is the model on the meta device. Raises UserError if it lacks a layer of `skip_modules`.
     """
@@ -97,7 +97,7 @@ def prepare_quantized(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Check a loaded 4-bit model, and set the dtype that its layers compute in.
 
     Raises UserError for a head in 4 bits, which the loss cannot read, and for weights of other shapes than the config's, which
-    transformers does not report once they are quantized.
+    transformers does not report once they are quantised.
     """
     for name, module in model.named_modules():
         expected = getattr(module, "out_features", 0), getattr(module, "in_features", 0)
@@ -118,7 +118,7 @@ def prepare_quantized(model: PreTrainedModel, dtype: torch.dtype) -> None:
 def is_quantized(module: nn.Module) -> bool:
     """Return whether this is bitsandbytes' 4-bit layer.
 
-    It is recognized by name, so that the library need not be installed.
+    It is recognised by name, so that the library need not be installed.
     """
     return isinstance(module, nn.Linear) and type(module).__name__ == "Linear4bit"
 
@@ -143,7 +143,7 @@ def why_not_nf4(module: nn.Module) -> str | None:
 
 
 def nf4_of(module: nn.Module) -> Nf4:
-    """Return a view of a 4-bit layer's weight, which dequantizes to the dtype the layer computes in."""
+    """Return a view of a 4-bit layer's weight, which dequantises to the dtype the layer computes in."""
     state = module.weight.quant_state
     nested = (state.state2.code, state.state2.absmax, state.offset) if state.nested else (None, None, None)
     return Nf4(module.weight.data.view(torch.uint8), state.absmax, *nested, (module.out_features, module.in_features),

@@ -2,7 +2,7 @@
 
 Every rank derives the same step plan from the same seed and takes every world-size-th pack of a step, so all ranks know the step's
 supervised weight without communication. Gradients are sums over packs already divided by that weight, so one all-reduce of the flat
-gradient vectors is all the synchronization a step needs, and a rank may even have no pack in a step.
+gradient vectors is all the synchronisation a step needs, and a rank may even have no pack in a step.
 """
 
 from __future__ import annotations
