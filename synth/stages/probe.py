@@ -1,14 +1,14 @@
-"""Stage `probe`: what the chat template gives to sample with, and a first look at what comes of it at several temperatures.
+"""Stage `probe`: show the prompt of a user's turn and a few sampled instructions at several temperatures.
 
-Nothing later depends on it. It is there to be read before a night of sampling: is the prefix what it should be, is anything junk, and at
-which temperature does junk begin or variety end?
+No later stage depends on it. It is for reading before a long run: is the prompt right, how much is junk, and at which temperature does the
+variety end or the junk begin?
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from synth.config import name_of
 from synth.engines.chat_format import ChatFormat
@@ -17,69 +17,103 @@ from synth.filters.repetition import repetition
 from synth.pool import seeds
 from synth.pool.run import SynthesisRun, usable
 
-SHOWN = 3  # samples of each temperature that are printed
-WIDTH = 100  # characters of a sample
+EXAMPLES = 3  # printed samples of each temperature
+EXAMPLE_CHARACTERS = 100  # of a printed sample
+MAX_REPETITION = 0.6  # share of a sample that is one phrase, above which it is junk
 
 
 def probe(run: SynthesisRun) -> None:
+    """Run the stage; with the settings of an earlier call its results are shown again."""
     config, format = run.config, run.format(run.base)
-    settings = {"top_p": config.instruct.top_p[0],
-                "max_tokens": config.instruct.max_tokens, **dataclasses.asdict(config.probe)}
-    describe(run, format)
-    if run.pool.get("probe") and run.pool.get("settings.probe") == settings:
-        show(run, run.pool.get("probe"))
-        return
-    found = defaultdict(list)
-    prefix, stops = format.pre_query([]), format.user_stops
-    requests = [
-        CompletionRequest((i, k), Prompt(prefix.token_ids), Sampling(temperature, settings["top_p"], settings["max_tokens"], *stops),
-                          seeds.seed(config.seed, "probe", name_of(run.base), i, k))
-        for i, temperature in enumerate(config.probe.temperature) for k in range(config.probe.samples)]
+    settings = {"top_p": config.instruct.top_p[0], "max_tokens": config.instruct.max_tokens, **dataclasses.asdict(config.probe)}
+    for line in prompt_lines(format):
+        run.say(f"probe: {line}")
+    summaries = run.pool.get("probe")
+    if not summaries or run.pool.get("settings.probe") != settings:
+        summaries = sample_and_summarise(run, format, settings)
+        with run.pool.transaction():
+            run.pool.set("settings.probe", settings)
+            run.pool.set("probe", summaries)
+            run.pool.set("done.probe", True)
+    for line in summary_lines(summaries):
+        run.say(line)
+
+
+def sample_and_summarise(run: SynthesisRun, format: ChatFormat, settings: dict) -> list[dict]:
+    """Sample first user turns at each temperature, and return a summary of each."""
+    config, prompt, stops = run.config, format.pre_query([]), format.user_stops
+
+    def request(i: int, temperature: float, sample: int) -> CompletionRequest:
+        sampling = Sampling(temperature, settings["top_p"], settings["max_tokens"], *stops)
+        return CompletionRequest((i, sample), Prompt(prompt.token_ids), sampling,
+                                 seeds.seed(config.seed, "probe", name_of(run.base), i, sample))
+
+    requests = [request(i, temperature, sample)
+                for i, temperature in enumerate(config.probe.temperature) for sample in range(config.probe.samples)]
+    by_temperature: dict[int, list] = defaultdict(list)
+
+    def collect(results: list) -> None:
+        for result in results:
+            by_temperature[result.key[0]].append(result)
+
     with run.at_work("probe", run.base) as worker:
-        worker.complete(requests, len(requests), lambda results: [found[r.key[0]].append(r) for r in results])
-    rows = [summary(temperature, sorted(found[i], key=lambda r: r.key), prefix.rest, format)
+        worker.complete(requests, len(requests), collect)
+    return [summarise(temperature, sorted(by_temperature[i], key=lambda result: result.key), prompt.rest, format)
             for i, temperature in enumerate(config.probe.temperature)]
-    with run.pool.transaction():
-        run.pool.set("settings.probe", settings)
-        run.pool.set("probe", rows)
-        run.pool.set("done.probe", True)
-    show(run, rows)
 
 
-def describe(run: SynthesisRun, format: ChatFormat) -> None:
-    """Prefix and stops, as text, with the proof that the tokens are the text."""
-    prefix, stops = format.pre_query([]), format.user_stops
-    shown = format.tokenizer.decode(prefix.token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    run.say(f"probe: a user's turn begins after {shown!r}, {len(prefix.token_ids)} tokens"
-            + (f"; the model writes {prefix.rest!r} itself" if prefix.rest else ""))
-    names = [format.tokenizer.convert_ids_to_tokens(i) for i in stops.ids]
-    run.say(f"probe: it ends at {', '.join(map(repr, [*names, *stops.texts]))}; an answer ends at "
-            f"{', '.join(repr(format.tokenizer.convert_ids_to_tokens(i)) for i in format.response_stops.ids)}")
+def summarise(temperature: float, results: Sequence[Completion | Failure], rest: str, format: ChatFormat) -> dict:
+    """Compute junk by kind (as shares of the samples), variety, length and likelihood of the samples at one temperature.
 
-
-def summary(temperature: float, results: Sequence[Completion | Failure], rest: str, format: ChatFormat) -> dict:
-    """Junk by kind, variety and likelihood of the samples at one temperature; rates are shares of the samples."""
-    said = [r for r in results if isinstance(r, Completion)]
-    texts = [r.text.removeprefix(rest).strip() for r in said]
-    reasons = Counter("special token" if format.leaked(text) else usable(r, None) or (repetition(text) > 0.6 and "repetition")
-                      for r, text in zip(said, texts))
-    reasons.pop(False, None), reasons.pop(None, None)
-    counts = Counter(texts)
-    tokens = sum(r.tokens for r in said)
+    `rest` is the text of the template that the prompt leaves for the model to write first.
+    """
+    completions = [result for result in results if isinstance(result, Completion)]
+    texts = [completion.text.removeprefix(rest).strip() for completion in completions]
+    junk = Counter(filter(None, (_junk_kind(completion, text, format) for completion, text in zip(completions, texts))))
+    tokens = sum(completion.tokens for completion in completions)
+    logprobs = [completion.logprob for completion in completions]
     return {
-        "temperature": temperature, "samples": len(results), "failed": len(results) - len(said),
-        "junk": sum(reasons.values()) / len(results), "kinds": {kind: n / len(results) for kind, n in sorted(reasons.items())},
-        "distinct": len(counts) / max(1, len(texts)), "tokens": tokens / max(1, len(said)),
-        "nats_per_token": -sum(r.logprob for r in said) / max(1, tokens) if all(r.logprob is not None for r in said) else None,
-        "examples": texts[:SHOWN],
+        "temperature": temperature, "samples": len(results), "failed": len(results) - len(completions),
+        "junk": sum(junk.values()) / len(results), "kinds": {kind: count / len(results) for kind, count in sorted(junk.items())},
+        "distinct": len(set(texts)) / max(1, len(texts)), "tokens": tokens / max(1, len(completions)),
+        "nats_per_token": None if None in logprobs else -sum(logprobs) / max(1, tokens),
+        "examples": texts[:EXAMPLES],
     }
 
 
-def show(run: SynthesisRun, rows: Sequence[dict]) -> None:
-    for row in rows:
-        kinds = ", ".join(f"{kind} {share:.1%}" for kind, share in row["kinds"].items()) or "none"
-        nats = "" if row["nats_per_token"] is None else f", {row['nats_per_token']:.2f} nats a token"
-        run.say(f"probe: temperature {row['temperature']:g}: junk {row['junk']:.1%} ({kinds}), {row['distinct']:.0%} distinct, "
-                f"{row['tokens']:.0f} tokens{nats}")
-        for text in row["examples"]:
-            run.say(f"         {' '.join(text.split())[:WIDTH]}")
+def _junk_kind(completion: Completion, text: str, format: ChatFormat) -> str | None:
+    """Return why a sample is junk; None where it is usable."""
+    if format.leaked(text):
+        return "special token"
+    return usable(completion, None) or ("repetition" if repetition(text) > MAX_REPETITION else None)
+
+
+# ---------------------------------------------------------------- console
+
+
+def prompt_lines(format: ChatFormat) -> list[str]:
+    """Describe the prompt and the stops; the prompt is decoded from its tokens, to show that they are the template's text."""
+    prompt, stops = format.pre_query([]), format.user_stops
+    text = format.tokenizer.decode(prompt.token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    rest = f"; the model writes {prompt.rest!r} itself" if prompt.rest else ""
+    user_ends = [*_token_names(format, stops.ids), *stops.texts]
+    response_ends = _token_names(format, format.response_stops.ids)
+    return [f"prompt of a user's turn: {text!r} ({len(prompt.token_ids)} tokens){rest}",
+            f"a user's turn ends at {', '.join(map(repr, user_ends))}; a response ends at {', '.join(map(repr, response_ends))}"]
+
+
+def _token_names(format: ChatFormat, ids: Iterable[int]) -> list[str]:
+    return [format.tokenizer.convert_ids_to_tokens(i) for i in ids]
+
+
+def summary_lines(summaries: Sequence[dict]) -> list[str]:
+    """Describe the samples of each temperature, with a few examples."""
+    lines = []
+    for row in summaries:
+        kinds = ", ".join(f"{kind} {share:.1%}" for kind, share in row["kinds"].items())
+        junk = f"junk {row['junk']:.1%}" + (f" ({kinds})" if kinds else "")
+        nats = "" if row["nats_per_token"] is None else f", {row['nats_per_token']:.2f} nats per token"
+        lines.append(f"probe: temperature {row['temperature']:g}: {junk}, {row['distinct']:.0%} distinct, {row['tokens']:.0f} tokens "
+                     f"on average{nats}")
+        lines += [f"         {' '.join(text.split())[:EXAMPLE_CHARACTERS]}" for text in row["examples"]]
+    return lines
