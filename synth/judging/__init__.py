@@ -1,1 +1,1 @@
-"""Scores of answers: the judges' prompt, reading their scores, calibrating and comparing judges."""
+"""Scores of responses: judge prompts, reading the scores, calibrating judges and diagnosing them."""

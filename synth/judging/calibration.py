@@ -1,15 +1,15 @@
-"""Calibrate the judges' scores to a common scale and average them into one rating for each answer.
+"""Calibrate the judges' scores to a common scale and average them into one rating for each response.
 
-Judges differ in severity and spread, and where no model judges its own answers they do not even judge the same ones: the strongest model's
-judge never sees the strongest answers, so its mean score is low without it being severe. Severity is therefore fitted together with the
-quality of the answering models, by least squares over all scores:
+Judges differ in severity and spread. Where no model judges its own responses, they do not even judge the same ones: the strongest model as
+a judge never sees the strongest responses, so its mean score is low without it being severe. Severity is therefore fitted together with
+the quality of the models that responded, by least squares over all scores:
 
-    score = severity of the judge + quality of the answering model + residual
+    score = severity of the judge + quality of the responding model + residual
 
 A calibrated score is  level + unit · (score - severity) / spread,  where spread is the standard deviation of the judge's residuals, and
 level and unit are the means of all judges' severities and spreads, so the scale is still points of the rubric. Judges that share no
 author, not even through others (two models that judge each other), give no way to tell severity from quality: each such group keeps its
-own level. A judge whose spread is 0 is left out of the mean, except where no other judge scored the answer.
+own level. A judge whose spread is 0 is left out of the mean, except where no other judge scored the response.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ SCORE_SUMS = """
     SELECT judge, model, count({score}), total({score}), total({score} * {score})
     FROM scores AS s WHERE {score} IS NOT NULL GROUP BY judge, model"""
 
-# Every usable answer to a clean item with each of its scores, one ScoreRow for each, in the order of the answers' keys. Unary plus keeps
-# SQLite from using an index for `item`, so that it walks the answers in that order and need not sort them.
+# Every usable response to a clean item, with one ScoreRow for each of its scores, in the order of the responses' keys. Unary plus keeps
+# SQLite from using an index for `item`, so that it walks the responses in that order and need not sort them.
 SCORES_BY_ANSWER = f"""
     SELECT r.item, r.model, r.sample, s.judge, {{score}}
     FROM responses AS r LEFT JOIN scores AS s ON s.item = r.item AND s.model = r.model AND s.sample = r.sample
@@ -48,7 +48,7 @@ SCORES_BY_ANSWER = f"""
 
 
 def judges_by_author(config: Config) -> dict[str, tuple[str, ...]]:
-    """Return which judges score each author's answers.
+    """Return which judges score each author's responses.
 
     That is all judges; with `judge.exclude_self` all but the author, unless the author is the only judge.
     """
@@ -61,7 +61,7 @@ def judges_by_author(config: Config) -> dict[str, tuple[str, ...]]:
 
 
 class ScoreSums(NamedTuple):
-    """Sums over one judge's scores of one author's answers."""
+    """Sums over one judge's scores of one author's responses."""
 
     judge: str
     author: str
@@ -73,7 +73,7 @@ class ScoreSums(NamedTuple):
 class JudgeScale(NamedTuple):
     """The calibration of one judge: calibrated score = shift + factor · score."""
 
-    severity: float  # the score that it gives an answer of mean quality
+    severity: float  # the score that it gives a response of mean quality
     spread: float  # standard deviation of its residuals, in points
     shift: float = 0.0
     factor: float = 1.0
@@ -145,7 +145,7 @@ def judge_scales(run: SynthesisRun) -> dict[str, JudgeScale]:
 
 
 class ScoreRow(NamedTuple):
-    """A usable answer with one judge's score; no judge and no score where nobody scored it."""
+    """A usable response with one judge's score; no judge and no score where nobody scored it."""
 
     item: int
     model: str
@@ -154,7 +154,7 @@ class ScoreRow(NamedTuple):
     score: float | None
 
     @property
-    def answer(self) -> tuple[int, str, int]:
+    def key(self) -> tuple[int, str, int]:
         return self.item, self.model, self.sample
 
 
@@ -169,10 +169,10 @@ class Rating(NamedTuple):
     judges: int  # that gave a score
 
 
-def rate_answers(run: SynthesisRun) -> dict[str, JudgeScale]:
+def rate_responses(run: SynthesisRun) -> dict[str, JudgeScale]:
     """Recompute the table `ratings` inside the caller's transaction, and return the judges' scales.
 
-    Raises UserError where a judge has not been asked about an answer yet.
+    Raises UserError where a judge has not been asked about a response yet.
     """
     scales = judge_scales(run)
     run.pool.connection.execute("DELETE FROM ratings")
@@ -186,24 +186,24 @@ def _compute_ratings(run: SynthesisRun, scales: dict[str, JudgeScale]) -> Iterat
     judges, calibrate, missing = judges_by_author(run.config), run.config.judge.calibrate_judges, 0
     query = SCORES_BY_ANSWER.format(score=SCORE_COLUMN[run.config.select.statistic])
     rows = map(ScoreRow._make, run.pool.connection.execute(query))
-    for answer, score_rows in itertools.groupby(rows, key=attrgetter("answer")):
+    for key, score_rows in itertools.groupby(rows, key=attrgetter("key")):
         scores = {row.judge: row.score for row in score_rows}
-        _, model, _ = answer
+        _, model, _ = key
         expected = judges.get(model, ())
         missing += sum(judge not in scores for judge in expected)
-        yield combine_scores(answer, [(scales.get(judge), scores.get(judge)) for judge in expected], calibrate)
+        yield combine_scores(key, [(scales.get(judge), scores.get(judge)) for judge in expected], calibrate)
     if missing:
-        raise UserError(f"pool {run.pool.path}: expected every judge's score of every answer, got {missing:,} missing scores; "
+        raise UserError(f"pool {run.pool.path}: expected every judge's score of every response, got {missing:,} missing scores; "
                         "run stage judge first: --stages '[judge]'")
 
 
-def combine_scores(answer: tuple[int, str, int], scores: Sequence[tuple[JudgeScale | None, float | None]], calibrate: bool) -> Rating:
-    """Average the scores of one answer, each with its judge's scale; None stands for a score that could not be read."""
+def combine_scores(key: tuple[int, str, int], scores: Sequence[tuple[JudgeScale | None, float | None]], calibrate: bool) -> Rating:
+    """Average the scores of one response, each with its judge's scale; None stands for a score that could not be read."""
     read = [(scale, score) for scale, score in scores if score is not None]
     if not read or len(read) < len(scores):
-        return Rating(*answer, None, None, len(read))
+        return Rating(*key, None, None, len(read))
     averaged = [(scale, score) for scale, score in read if scale.varies or not calibrate] or read
     calibrated = [scale.calibrate(score) for scale, score in averaged]
     mean = math.fsum(calibrated) / len(calibrated)
     deviation = math.sqrt(math.fsum((score - mean) ** 2 for score in calibrated) / len(calibrated)) if len(calibrated) > 1 else None
-    return Rating(*answer, mean, deviation, len(read))
+    return Rating(*key, mean, deviation, len(read))

@@ -1,6 +1,6 @@
-"""Diagnose judges from their scores: spread, ties, agreement, preference for length or for their own answers; and warn of bad ones.
+"""Diagnose judges from their scores: spread, ties, agreement, preference for length or for their own responses; and warn of bad ones.
 
-Only comparisons within an item count, because only they decide which answer is selected.
+Only comparisons within an item count, because only they decide which response is selected.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from synth.pool.store import Pool
 
 READ_ROWS = 50_000  # of the pool at a time
 HISTOGRAM_BINS = np.arange(0.75, 5.5, 0.5)  # half points, with whole ones in the middle of a bin
-# Thresholds of the warnings. Each is far from what honest judges show, and large enough to change which answers are selected.
+# Thresholds of the warnings. Each is far from what honest judges show, and large enough to change which responses are selected.
 MIN_SPREAD = 0.29  # points, 1/sqrt(12): what rounding to whole points alone makes
 MIN_AGREEMENT = 0.2  # rank correlation below which one judge explains less than 4% of the other's order
 MAX_LENGTH = 0.5  # rank correlation with length beyond which length is the greater part of the judgement
 MAX_EXTRA_LENGTH = 0.25  # by which a judge follows length more than any judge that agrees with another one
-MAX_SELF_PREFERENCE = 0.3  # standard deviations of a judge's scores: an answer overtakes one in eight of its equals
+MAX_SELF_PREFERENCE = 0.3  # standard deviations of a judge's scores: a response overtakes one in eight of its equals
 MAX_LOW_MASS = 0.1  # share of scores read from less than half of the judge's probability
-MAX_UNREADABLE = 0.05  # share of scores: with three judges, one answer in seven is incomplete
-MAX_TIES = 0.8  # share of items: in four of five the judge does not say which answer is the best
+MAX_UNREADABLE = 0.05  # share of scores: with three judges, one response in seven is incomplete
+MAX_TIES = 0.8  # share of items: in four of five the judge does not say which response is the best
 
-ANSWERS = """
+RESPONSES = """
     SELECT item, model, sample, length(text), text FROM responses WHERE reason IS NULL ORDER BY item, model, sample"""
 SCORES = "SELECT item, model, sample, judge, score FROM scores WHERE score IS NOT NULL"
 REQUESTED_SCORES = "SELECT judge, count(*), avg(mass), avg(mass < 0.5) FROM scores GROUP BY judge ORDER BY judge"
@@ -39,8 +39,8 @@ UNREADABLE_SCORES = """
     GROUP BY 1, 2 ORDER BY 1, 3 DESC, 2"""
 
 
-class AnswerRow(NamedTuple):
-    """A row of the query ANSWERS."""
+class UsableResponse(NamedTuple):
+    """A row of the query RESPONSES."""
 
     item: int
     model: str
@@ -49,7 +49,7 @@ class AnswerRow(NamedTuple):
     text: str
 
 
-class ScoreRow(NamedTuple):
+class ReadScore(NamedTuple):
     """A row of the query SCORES."""
 
     item: int
@@ -61,22 +61,22 @@ class ScoreRow(NamedTuple):
 
 @dataclass
 class JudgeScores:
-    """All scores of a pool as arrays, with answers in the order of their items."""
+    """All scores of a pool as arrays, with responses in the order of their items."""
 
     judges: list[str]
     authors: list[str]
-    scores: np.ndarray  # [answer, judge]; NaN: none
-    item: np.ndarray  # [answer]
-    author: np.ndarray  # [answer], index into `authors`
-    length: np.ndarray  # [answer], characters
-    text_hash: np.ndarray  # [answer], equal for equal texts
+    scores: np.ndarray  # [response, judge]; NaN: none
+    item: np.ndarray  # [response]
+    author: np.ndarray  # [response], index into `authors`
+    length: np.ndarray  # [response], characters
+    text_hash: np.ndarray  # [response], equal for equal texts
     mass: dict[str, tuple[float, float]] = field(default_factory=dict)  # by judge: mean, and share of scores below one half
     unreadable: dict[str, dict[str, int]] = field(default_factory=dict)  # by judge: count by reason
     requested: dict[str, int] = field(default_factory=dict)  # by judge: number of scores requested
 
     @functools.cached_property
     def distinct(self) -> np.ndarray:
-        """Return the index of the first answer with each text in an item, because equal texts cannot be told apart."""
+        """Return the index of the first response with each text in an item, because equal texts cannot be told apart."""
         order = np.lexsort((self.text_hash, self.item))
         same = (np.diff(self.item[order]) == 0) & (np.diff(self.text_hash[order]) == 0)
         return np.sort(order[np.r_[True, ~same][:len(order)]])
@@ -99,24 +99,24 @@ def read_scores(pool: Pool) -> JudgeScores | None:
     author_index, judge_index = {name: i for i, name in enumerate(authors)}, {name: i for i, name in enumerate(judges)}
     (max_sample,), = pool.select("SELECT max(sample) FROM responses")
 
-    def answer_id(row: AnswerRow | ScoreRow) -> int:
-        """Number answers in the order of their keys; samples count from -1."""
+    def response_id(row: UsableResponse | ReadScore) -> int:
+        """Number responses in the order of their keys; samples count from -1."""
         return (row.item * len(authors) + author_index[row.model]) * (max_sample + 2) + row.sample + 1
 
-    def answer_numbers(row: AnswerRow) -> tuple:
-        return answer_id(row), row.item, author_index[row.model], row.length, zlib.crc32(row.text.encode())
+    def response_numbers(row: UsableResponse) -> tuple:
+        return response_id(row), row.item, author_index[row.model], row.length, zlib.crc32(row.text.encode())
 
-    def score_numbers(row: ScoreRow) -> tuple:
-        return answer_id(row), judge_index[row.judge], row.score
+    def score_numbers(row: ReadScore) -> tuple:
+        return response_id(row), judge_index[row.judge], row.score
 
-    answers = _read_columns(pool, ANSWERS, lambda row: answer_numbers(AnswerRow._make(row)), 5)
-    found = _read_columns(pool, SCORES, lambda row: score_numbers(ScoreRow._make(row)), 3)
-    answer_ids, item, author, length, text_hash = answers.T
+    responses = _read_columns(pool, RESPONSES, lambda row: response_numbers(UsableResponse._make(row)), 5)
+    found = _read_columns(pool, SCORES, lambda row: score_numbers(ReadScore._make(row)), 3)
+    response_ids, item, author, length, text_hash = responses.T
     score_ids, score_judge, score_value = found.T
-    position = np.searchsorted(answer_ids, score_ids)
-    known = position < len(answer_ids)
-    known[known] &= answer_ids[position[known]] == score_ids[known]
-    scores = np.full((len(answer_ids), len(judges)), np.nan)
+    position = np.searchsorted(response_ids, score_ids)
+    known = position < len(response_ids)
+    known[known] &= response_ids[position[known]] == score_ids[known]
+    scores = np.full((len(response_ids), len(judges)), np.nan)
     scores[position[known], score_judge[known].astype(int)] = score_value[known]
     mass, unreadable, requested = _read_counts(pool)
     return JudgeScores(judges, authors, scores, *(column.astype(np.int64) for column in (item, author, length, text_hash)),
@@ -183,7 +183,7 @@ def _judge_figures(scores: JudgeScores, j: int, length: RankCorrelation) -> dict
 
 
 def _scored_distinct(scores: JudgeScores, j: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the item (dense ids) and the judge's score of each distinct answer that it scored."""
+    """Return the item (dense ids) and the judge's score of each distinct response that it scored."""
     rows = scores.distinct
     rows = rows[np.isfinite(scores.scores[rows, j])]
     return dense_ids(scores.item[rows]), scores.scores[rows, j]
@@ -197,7 +197,7 @@ def _spread_within_items(scores: JudgeScores, j: int) -> float | None:
 
 
 def tie_rate(scores: JudgeScores, j: int) -> float | None:
-    """Return the share of items with different answers in which several of them have the judge's best score."""
+    """Return the share of items with different responses in which several of them have the judge's best score."""
     item, values = _scored_distinct(scores, j)
     if not len(values):
         return None
@@ -245,20 +245,20 @@ def judge_warnings(scores: JudgeScores, by_judge: dict[str, dict], pairs: dict[t
     for j, name in enumerate(names):
         figures = by_judge[name]
         if figures["within"] is not None and figures["within"] < MIN_SPREAD and j not in agreeing:
-            warnings.append(JudgeWarning(name, "constant", f"{name} gives nearly the same score to all answers to an instruction: their "
+            warnings.append(JudgeWarning(name, "constant", f"{name} gives nearly the same score to all responses to an instruction: their "
                                          f"spread is {figures['within']:.2f} points; rounding to whole points alone makes {MIN_SPREAD}."))
         else:
             length = _length_warning(name, lengths[j], [lengths[k] for k in sorted(agreeing - {j})])
             warnings += [length] if length else _random_warning(name, others[j], pairs)
             items = figures["read"] / max(1, len(scores.authors))
             if figures["ties"] is not None and _exceeds(figures["ties"], items, MAX_TIES):
-                warnings.append(JudgeWarning(name, "ties", f"{name} gives its best score to several answers in "
+                warnings.append(JudgeWarning(name, "ties", f"{name} gives its best score to several responses in "
                                              f"{figures['ties']:.0%} of the items: it does not say which one is best."))
         warnings += _self_preference_warning(name, figures, preference) + _reading_warnings(name, figures)
     values = [pair for pair in pairs.values() if np.isfinite(pair.value)]
     explained = any(warning.kind in ("constant", "length-loving", "brevity-loving") for warning in warnings)
     if values and all(pair.is_below(MIN_AGREEMENT) for pair in values) and not explained:
-        warnings.append(JudgeWarning("", "no agreement", "No two judges rank answers alike: the highest rank correlation is "
+        warnings.append(JudgeWarning("", "no agreement", "No two judges rank responses alike: the highest rank correlation is "
                                      f"{max(pair.value for pair in values):.2f}."))
     return warnings
 
@@ -267,7 +267,7 @@ def _self_preference_warning(name: str, figures: dict, preference: SelfPreferenc
     own = preference.self_preference.get(name) if preference else None
     if own is None or own <= MAX_SELF_PREFERENCE or own <= SIGMAS * preference.standard_error[name]:
         return []
-    return [JudgeWarning(name, "self-preferring", f"{name} prefers its own answers: it scores them {own:.2f} standard deviations "
+    return [JudgeWarning(name, "self-preferring", f"{name} prefers its own responses: it scores them {own:.2f} standard deviations "
                          f"({own * figures['std']:.2f} points) higher than the other judges' scores explain.")]
 
 
@@ -281,7 +281,7 @@ def _reading_warnings(name: str, figures: dict) -> list[JudgeWarning]:
     if _exceeds(figures["unreadable"], figures["requested"], MAX_UNREADABLE):
         reason = next(iter(figures["reasons"]), "no reason given")
         warnings.append(JudgeWarning(name, "unreadable", f"{name} gave no readable score in {figures['unreadable']:.0%} of its judgements, "
-                                     f"most often: {reason}. An answer that lacks a score cannot be selected."))
+                                     f"most often: {reason}. A response that lacks a score cannot be selected."))
     return warnings
 
 
@@ -293,7 +293,7 @@ def _length_warning(name: str, own: RankCorrelation, others: Sequence[RankCorrel
         is_outlier = excess and signed.value > MAX_EXTRA_LENGTH and excess.is_above(0) and excess.value > MAX_EXTRA_LENGTH
         if signed.is_above(0) and (signed.value > MAX_LENGTH or is_outlier):
             highest = f"; at most {max(beside):.2f} for the judges that agree with another one" if beside else ""
-            return JudgeWarning(name, kind, f"{name} prefers {what} answers: rank correlation {abs(own.value):.2f} with their "
+            return JudgeWarning(name, kind, f"{name} prefers {what} responses: rank correlation {abs(own.value):.2f} with their "
                                 f"{'length' if sign > 0 else 'brevity'}{highest}.")
     return None
 
@@ -304,7 +304,7 @@ def _random_warning(name: str, own: dict[int, RankCorrelation], pairs: dict[tupl
     values = [pair for pair in own.values() if np.isfinite(pair.value)]
     if not values or not others or not all(pair.is_below(MIN_AGREEMENT) for pair in values):
         return []
-    return [JudgeWarning(name, "random", f"{name} ranks answers unlike any other judge: its highest rank correlation with one is "
+    return [JudgeWarning(name, "random", f"{name} ranks responses unlike any other judge: its highest rank correlation with one is "
                          f"{max(pair.value for pair in values):.2f}, while others reach {max(pair.value for pair in others):.2f} among "
                          "themselves.")]
 

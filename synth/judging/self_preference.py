@@ -1,13 +1,13 @@
-"""Estimate self-preference bias: how much higher a judge scores some model's answers than the other judges' scores explain.
+"""Estimate self-preference bias: how much higher a judge scores some model's responses than the other judges' scores explain.
 
-A judge's mean score of a model's answers is
+A judge's mean score of a model's responses is
 
     mean score of judge j for model m = α_j + λ_j · β_m + bias_jm
 
 with β the quality of the model, λ the judge's loading (how strongly it follows quality) and α its severity. λ comes from how scores vary
-together over the several answers of one model to one item, where a bias for a model cancels: one common factor, fitted by least squares
+together over the several responses of one model to one item, where a bias for a model cancels: one common factor, fitted by least squares
 to the off-diagonal covariances (Harman and Jones, Psychometrika 31, 1966). So a noisy judge, whose gaps between models are small beside
-its spread, is not mistaken for one that prefers a weak model. α and β come from judgements of other models' answers only. Standard errors
+its spread, is not mistaken for one that prefers a weak model. α and β come from judgements of other models' responses only. Standard errors
 are a jackknife over blocks of items.
 """
 
@@ -30,7 +30,7 @@ class SelfPreference(NamedTuple):
     """Bias of judges for authors, in standard deviations of the judge's scores."""
 
     bias: list[list[float | None]]  # [judge][author]; None where there are no scores or nothing to compare them with
-    self_preference: dict[str, float]  # by judge: its bias for its own answers
+    self_preference: dict[str, float]  # by judge: its bias for its own responses
     standard_error: dict[str, float]
 
 
@@ -41,7 +41,7 @@ class BlockSums(NamedTuple):
     square: np.ndarray  # [block, judge, author]
     count: np.ndarray  # [block, judge, author]
     product: np.ndarray  # [block, judge, judge], of scores centred within item and author
-    pairs: np.ndarray  # [block, judge, judge], answers that both judges scored
+    pairs: np.ndarray  # [block, judge, judge], responses that both judges scored
 
     def without(self, block: int | None) -> BlockSums:
         """Sum over all blocks but one; over all of them for None."""
@@ -50,9 +50,9 @@ class BlockSums(NamedTuple):
 
 def estimate_self_preference(judges: Sequence[str], authors: Sequence[str], scores: np.ndarray, item: np.ndarray,
                              author: np.ndarray) -> SelfPreference | None:
-    """Estimate every judge's bias from scores [answer, judge] (NaN: none) and each answer's item and author index.
+    """Estimate every judge's bias from scores [response, judge] (NaN: none) and each response's item and author index.
 
-    Returns None where no judge scored its own answers, or where bias cannot be told from quality: with fewer than three authors.
+    Returns None where no judge scored its own responses, or where bias cannot be told from quality: with fewer than three authors.
     """
     is_own = np.array([[judge == name for name in authors] for judge in judges])
     sums = _block_sums(scores, item, author, len(authors))
@@ -79,7 +79,7 @@ def _block_sums(scores: np.ndarray, item: np.ndarray, author: np.ndarray, author
         return np.stack([np.bincount(cell, column, BLOCKS * authors).reshape(BLOCKS, authors) for column in values.T], 1)
 
     group = dense_ids(item) * authors + author
-    if len(np.unique(group)) == len(group):  # one answer of each model to each item: only the models' answers vary
+    if len(np.unique(group)) == len(group):  # one response of each model to each item: only the models' responses vary
         group = item
     centered = np.zeros_like(filled)
     for j in range(judges):

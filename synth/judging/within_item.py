@@ -1,4 +1,4 @@
-"""Compute rank correlations within items, because only comparisons within an item decide which answer is selected.
+"""Compute rank correlations within items, because only comparisons within an item decide which response is selected.
 
 The correlation is Spearman's within items, pooled over them:
 
@@ -17,7 +17,7 @@ SIGMAS = 4.0  # standard errors that make a difference significant; high, becaus
 
 
 class RankCorrelation(NamedTuple):
-    """A rank correlation within items and its standard error; both NaN where no two answers can be compared."""
+    """A rank correlation within items and its standard error; both NaN where no two responses can be compared."""
 
     value: float
     standard_error: float
@@ -32,7 +32,7 @@ class RankCorrelation(NamedTuple):
 
 
 def rank_correlation(item: np.ndarray, x: np.ndarray, y: np.ndarray) -> RankCorrelation:
-    """Compute Spearman's correlation of `x` and `y` within items, over the answers that have both."""
+    """Compute Spearman's correlation of `x` and `y` within items, over the responses that have both."""
     both = np.isfinite(x) & np.isfinite(y)
     item = dense_ids(item[both])
     r, s = _centered_ranks(item, x[both]), _centered_ranks(item, y[both])

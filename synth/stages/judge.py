@@ -1,4 +1,4 @@
-"""Stage `judge`: every judge scores every usable answer and, as an option, compares the two best ones in both orders.
+"""Stage `judge`: every judge scores every usable response and, as an option, compares the two best ones in both orders.
 
 A score is the expected value of the digits 1 to 5 under their probabilities where the judge's answer would begin, or the number that the
 judge writes on its last line after a justification. A score that cannot be read is NULL in the pool, with its reason.
@@ -16,7 +16,7 @@ from synth.config import Model, name_of
 from synth.engines import kind_of
 from synth.engines.chat_format import ChatFormat
 from synth.engines.interface import Choice, ChoiceRequest, Completion, CompletionRequest, Failure, Prompt, Sampling
-from synth.judging.calibration import judges_by_author, rate_answers
+from synth.judging.calibration import judges_by_author, rate_responses
 from synth.judging.rubric import DIGITS, LETTERS, PAIRWISE_PROMPT, fill_placeholders, load_rubric, prompt_text
 from synth.judging.score_parsing import (
     NO_PROBABILITY,
@@ -31,22 +31,22 @@ from synth.pool import seeds
 from synth.pool.run import SynthesisRun, identity, usable
 from synth.pool.store import CLEAN, Chat
 
-PAGE = 4000  # answers read from the pool at a time
+PAGE = 4000  # responses read from the pool at a time
 
-# Usable answers to clean items by one of `authors` (its placeholders) that a judge (the last value) has not scored. Unary plus keeps
-# SQLite from using an index for these columns, so that it walks the answers in the order of their keys and need not sort them.
+# Usable responses to clean items by one of `authors` (its placeholders) that a judge (the last value) has not scored. Unary plus keeps
+# SQLite from using an index for these columns, so that it walks the responses in the order of their keys and need not sort them.
 UNSCORED = f"""
     FROM responses AS r
     WHERE r.reason IS NULL AND +r.item IN (SELECT id FROM items WHERE {CLEAN}) AND +r.model IN ({{authors}}) AND NOT EXISTS (
         SELECT 1 FROM scores AS s WHERE s.item = r.item AND s.model = r.model AND s.sample = r.sample AND s.judge = ?)"""
 COUNT_UNSCORED = f"SELECT count(*) {UNSCORED}"
-# The next page of them, after a key (item, model, sample); a row is an UnscoredAnswer
+# The next page of them, after a key (item, model, sample); a row is an UnscoredResponse
 PAGE_OF_UNSCORED = f"""
     SELECT r.item, r.model, r.sample, r.text {UNSCORED}
     AND (r.item, r.model, r.sample) > (?, ?, ?) ORDER BY r.item, r.model, r.sample LIMIT ?"""
 
-# Every answer with a rating; a row is a RatedAnswer
-RATED_ANSWERS = """
+# Every response with a rating; a row is a RatedResponse
+RATED_RESPONSES = """
     SELECT q.item, q.model, q.sample, q.value, r.text
     FROM ratings AS q JOIN responses AS r ON r.item = q.item AND r.model = q.model AND r.sample = q.sample
     WHERE q.value IS NOT NULL ORDER BY q.item, q.model, q.sample"""
@@ -60,7 +60,7 @@ def judge(run: SynthesisRun) -> None:
     pin_judge_settings(run)
     self_judged = [author for author, judges in judges_by_author(run.config).items() if judges == (author,)]
     if self_judged and run.config.judge.exclude_self:
-        run.say(f"judge: {', '.join(self_judged)} scores its own answers, because there is no other judge")
+        run.say(f"judge: {', '.join(self_judged)} scores its own responses, because there is no other judge")
     for model in run.config.judges:
         task = ScoringTask(run, model)
         if missing := task.count_missing():
@@ -118,8 +118,8 @@ def chats_between(run: SynthesisRun, first: int, last: int) -> dict[int, Chat]:
 # ---------------------------------------------------------------- scores
 
 
-class UnscoredAnswer(NamedTuple):
-    """A usable answer that a judge has not scored."""
+class UnscoredResponse(NamedTuple):
+    """A usable response that a judge has not scored."""
 
     item: int
     model: str
@@ -142,7 +142,7 @@ class JudgeScore(NamedTuple):
 
 
 class ScoringTask(JudgeTask):
-    """Score the answers that one judge has not scored yet."""
+    """Score the responses that one judge has not scored yet."""
 
     def __init__(self, run: SynthesisRun, model: Model):
         super().__init__(run, model)
@@ -159,11 +159,12 @@ class ScoringTask(JudgeTask):
 
     def requests(self) -> Iterator[ChoiceRequest | CompletionRequest]:
         last = (-1, "", 0)
-        while page := [UnscoredAnswer(*row) for row in self._select(PAGE_OF_UNSCORED, *last, PAGE)]:
+        while page := [UnscoredResponse(*row) for row in self._select(PAGE_OF_UNSCORED, *last, PAGE)]:
             chats = chats_between(self.run, page[0].item, page[-1].item)
             prompts = {item: prompt_text(chat) for item, chat in chats.items()}
-            for answer in page:
-                yield self._request(answer.key, fill_placeholders(self.rubric, instruction=prompts[answer.item], response=answer.text))
+            for response in page:
+                text = fill_placeholders(self.rubric, instruction=prompts[response.item], response=response.text)
+                yield self._request(response.key, text)
             last = page[-1].key
 
     def _request(self, key: tuple, text: str) -> ChoiceRequest | CompletionRequest:
@@ -200,8 +201,8 @@ class ScoringTask(JudgeTask):
 # ---------------------------------------------------------------- pairs
 
 
-class RatedAnswer(NamedTuple):
-    """An answer with its rating."""
+class RatedResponse(NamedTuple):
+    """A response with its rating."""
 
     item: int
     model: str
@@ -215,7 +216,7 @@ class RatedAnswer(NamedTuple):
 
 
 class ComparisonKey(NamedTuple):
-    """The key of a comparison; the answer of `model` is shown first."""
+    """The key of a comparison; the response of `model` is shown first."""
 
     item: int
     model: str
@@ -232,11 +233,11 @@ class ComparisonKey(NamedTuple):
         return self.item, self.other_model, self.other_sample
 
 
-class AnswerPair(NamedTuple):
-    """The two best answers to an instruction."""
+class ResponsePair(NamedTuple):
+    """The two best responses to an instruction."""
 
-    best: RatedAnswer
-    second: RatedAnswer
+    best: RatedResponse
+    second: RatedResponse
 
     @property
     def orders(self) -> tuple[ComparisonKey, ComparisonKey]:
@@ -246,10 +247,10 @@ class AnswerPair(NamedTuple):
 
 
 def compare_best_pairs(run: SynthesisRun) -> None:
-    """Have each item's two best answers compared in both orders, by every judge that wrote neither (by all where there is none)."""
+    """Have each item's two best responses compared in both orders, by every judge that wrote neither (by all where there is none)."""
     run.settle("pairwise", {"calibrate_judges": run.config.judge.calibrate_judges, "text": _short_hash(PAIRWISE_PROMPT)})
     with run.pool.transaction():
-        rate_answers(run)
+        rate_responses(run)
     pairs = list(best_pairs(run))
     for model in run.config.judges:
         task = ComparisonTask(run, model, pairs)
@@ -258,21 +259,21 @@ def compare_best_pairs(run: SynthesisRun) -> None:
                 worker.choose(task.requests(), len(task.missing), task.write)
 
 
-def best_pairs(run: SynthesisRun) -> Iterator[AnswerPair]:
-    """Yield each item's best answer and the best one with another text; the seed breaks ties."""
+def best_pairs(run: SynthesisRun) -> Iterator[ResponsePair]:
+    """Yield each item's best response and the best one with another text; the seed breaks ties."""
 
-    def rank(answer: RatedAnswer) -> tuple:
-        return -round(answer.value, 9), seeds.seed(run.config.seed, "pairwise", *answer.key)
+    def rank(response: RatedResponse) -> tuple:
+        return -round(response.value, 9), seeds.seed(run.config.seed, "pairwise", *response.key)
 
-    answers = map(RatedAnswer._make, run.pool.connection.execute(RATED_ANSWERS))
-    for _, of_item in itertools.groupby(answers, key=attrgetter("item")):
+    responses = map(RatedResponse._make, run.pool.connection.execute(RATED_RESPONSES))
+    for _, of_item in itertools.groupby(responses, key=attrgetter("item")):
         best, *others = sorted(of_item, key=rank)
-        second = next((answer for answer in others if answer.text != best.text), None)
+        second = next((response for response in others if response.text != best.text), None)
         if second:
-            yield AnswerPair(best, second)
+            yield ResponsePair(best, second)
 
 
-def judges_of_pair(run: SynthesisRun, pair: AnswerPair) -> list[str]:
+def judges_of_pair(run: SynthesisRun, pair: ResponsePair) -> list[str]:
     """Return which judges compare a pair."""
     judges, authors = sorted({name_of(model) for model in run.config.judges}), (pair.best.model, pair.second.model)
     others = [judge for judge in judges if judge not in authors]
@@ -282,7 +283,7 @@ def judges_of_pair(run: SynthesisRun, pair: AnswerPair) -> list[str]:
 class ComparisonTask(JudgeTask):
     """Make the comparisons that one judge has not made yet."""
 
-    def __init__(self, run: SynthesisRun, model: Model, pairs: list[AnswerPair]):
+    def __init__(self, run: SynthesisRun, model: Model, pairs: list[ResponsePair]):
         super().__init__(run, model)
         done = set(run.pool.select(COMPARISON_KEYS, self.name))
         self.missing = [key for pair in pairs if self.name in judges_of_pair(run, pair) for key in pair.orders if key not in done]
@@ -298,10 +299,10 @@ class ComparisonTask(JudgeTask):
                 yield self.choice(tuple(key), text, LETTERS)
 
     def _texts(self, page: list[ComparisonKey]) -> dict[tuple[int, str, int], str]:
-        """Read the texts of the answers that a page of comparisons shows."""
-        shown = {answer for key in page for answer in (key.first, key.second)}
+        """Read the texts of the responses that a page of comparisons shows."""
+        shown = {response for key in page for response in (key.first, key.second)}
         rows = self.run.pool.connection.execute(RESPONSE_TEXTS, (page[0].item, page[-1].item))
-        return {answer: text for *key, text in rows if (answer := tuple(key)) in shown}
+        return {response: text for *key, text in rows if (response := tuple(key)) in shown}
 
     def write(self, results: list) -> None:
         self.run.pool.insert("comparisons", [(*result.key, self.name, *self._read(result)) for result in results])

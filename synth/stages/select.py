@@ -23,7 +23,7 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from synth.config import Config, name_of
-from synth.judging.calibration import rate_answers
+from synth.judging.calibration import rate_responses
 from synth.pool import seeds
 from synth.pool.run import SynthesisRun
 from synth.pool.store import CLEAN
@@ -92,7 +92,7 @@ def select(run: SynthesisRun) -> None:
         run.pool.set("done.select", False)
         for statement in ("DELETE FROM drops WHERE stage = 'select'", "DELETE FROM selection", "DELETE FROM ratings"):
             run.pool.connection.execute(statement)
-        scales = rate_answers(run) if needs_judges else {}
+        scales = rate_responses(run) if needs_judges else {}
         preferred = read_preferences(run) if run.config.judge.pairwise else {}
         selections, drops = [], []
         for item, weight, candidates in read_candidates(run):

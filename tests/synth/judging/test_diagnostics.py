@@ -73,7 +73,7 @@ def test_without_self_judgements_the_others_are_flagged_all_the_same():
 def test_a_flag_names_the_judge_and_the_figure():
     flag, = diagnose(scripted(0, "self-preferring"))["warnings"]
     favour = diagnose(scripted(0, "self-preferring"))["self_preference"]["self_preference"]
-    assert flag["text"].startswith(f"two prefers its own answers: it scores them {favour['two']:.2f} standard deviations (")
+    assert flag["text"].startswith(f"two prefers its own responses: it scores them {favour['two']:.2f} standard deviations (")
     assert favour["two"] > 0.5 and max(abs(favour["base"]), abs(favour["one"])) < 0.2
 
 

@@ -73,7 +73,7 @@ def test_the_only_judge_judges_its_own_answers_and_says_so(tmp_path, monkeypatch
     fill_pool(run, CHATS, {"base": ANSWERS["base"]})
     install(monkeypatch, **engines_for(run))
     judge(run)
-    assert len(scores(run)) == 6 and said[0] == "judge: base scores its own answers, because there is no other judge"
+    assert len(scores(run)) == 6 and said[0] == "judge: base scores its own responses, because there is no other judge"
 
 
 def test_answers_that_a_later_selection_dropped_are_still_judged(tmp_path, monkeypatch):

@@ -117,7 +117,7 @@ def test_what_is_printed(whole):
 
 def test_a_judge_by_length_is_warned_of_on_the_page(whole):
     warning, = (warning for warning in whole[2]["warnings"] if warning.startswith("<two>"))
-    assert warning.startswith("<two> prefers longer answers: rank correlation ")
+    assert warning.startswith("<two> prefers longer responses: rank correlation ")
     assert warning in text_of(whole[1]).replace("&lt;", "<").replace("&gt;", ">")
 
 

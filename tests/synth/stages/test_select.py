@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 
 from synth.config import Config, Judge, Respond, Select
-from synth.judging.calibration import JudgeScale, ScoreSums, combine_scores, fit_scales, judges_by_author, rate_answers
+from synth.judging.calibration import JudgeScale, ScoreSums, combine_scores, fit_scales, judges_by_author, rate_responses
 from synth.stages.respond import respond
 from synth.stages.select import Candidate, Comparison, choose, choose_by_rule, choose_rejected, drop_reason, preferred_response, select
 from tests.helpers.synth_fakes import FakeEngine, fill, install, make_run, score
@@ -189,7 +189,7 @@ def test_own_verdicts_that_are_left_out_do_not_move_the_scales(tmp_path):
     whole.config.judge.exclude_self = True
     part = judged_run(tmp_path / "b", {key: value for key, value in scores.items() if key[1] != key[3]}, judge=Judge())
     with whole.pool.transaction(), part.pool.transaction():
-        assert rate_answers(whole) == rate_answers(part)
+        assert rate_responses(whole) == rate_responses(part)
     assert ratings(whole) == ratings(part)
 
 
@@ -269,7 +269,7 @@ def test_ratings_take_out_what_judges_differ_by(tmp_path):
                    (item, "base", 0, "other"): x - 1.5, (item, "other", 0, "other"): y - 1.5}
     run = judged_run(tmp_path, scores, judge=Judge(exclude_self=False))
     with run.pool.transaction():
-        scales = rate_answers(run)
+        scales = rate_responses(run)
     assert scales["base"].severity - scales["other"].severity == pytest.approx(1.5)
     assert scales["base"].calibrate(4) == pytest.approx(scales["other"].calibrate(2.5))
     assert [row[1] for row in ratings(run).values()] == pytest.approx([0.0] * 8)
