@@ -36,8 +36,9 @@ def arguments(model_folder, chats, output, *more) -> list[str]:
 
 
 def records(folder: Path, kind: str) -> list[dict]:
-    """Return the records of one kind in a run's metrics.jsonl."""
-    return [r for r in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if r["kind"] == kind]
+    """Return the records of one kind in a run's metrics.jsonl, without a last line that is still being written."""
+    lines = (folder / "metrics.jsonl").read_text().rpartition("\n")[0].splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
