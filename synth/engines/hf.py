@@ -1,8 +1,11 @@
-"""transformers in this process, which a worker is: for small models, and for what vLLM cannot be installed for.
+"""Run a model with transformers inside a worker process.
 
-On one CPU thread in fp32 a request gives the same bits in any batch, because no batch is ever padded. Completions grow in a wave: all its
-rows have the same length, one token is added to each, and then requests whose prompts have just that length join. What scores prompts runs
-in batches of equal length. Torch is made to compute each row as it would among others, and random numbers come from a request's own seed.
+It serves small models, embeddings, and machines without vLLM.
+
+On one CPU thread in fp32, a request gives bit-identical results in any batch, since no batch is padded: completions run in a batch whose
+rows all have the same length; at every step each row gets one token, and requests whose prompts have just that length join. Requests that
+only score a text run in batches of equal length. Torch is patched to compute a row as it would among others, and random numbers come from
+each request's own seed.
 
 Shapes: n rows, T tokens, V vocabulary, W width.
 """
@@ -34,15 +37,15 @@ from synth.engines.interface import (
     LikelihoodRequest,
     Sampling,
 )
-from synth.engines.protocol import Opening, Ready
-from synth.engines.tokens import LONGEST, Spellings, ends, scored, unfit, written
+from synth.engines.protocol import LoadRequest, Ready
+from synth.engines.tokens import MAX_CONTEXT, Spellings, added_text, eos_ids, why_unfit, why_unscorable
 
-DEPTH = 4_096  # requests at hand: the more, the fuller the waves
-ROWS = 256  # of a wave
-CACHED = 131_072  # tokens that the rows of a wave may come to, which bounds its memory
-PASS = 8_192  # tokens of a forward pass over prompts
-SCORES = 2**26  # numbers (rows times vocabulary) that a pass may compute log-probs of
-LIKELY = 1_024  # tokens among which the nucleus is looked for before all are sorted
+QUEUE_DEPTH = 4_096  # requests to queue: the more, the more rows of equal length
+MAX_ROWS = 256  # of the batch of completions
+MAX_CACHED_TOKENS = 131_072  # of that batch when all its rows are complete, which bounds the memory of its cache
+MAX_PASS_TOKENS = 8_192  # of a forward pass over prompts
+MAX_LOGPROBS = 2**26  # numbers (rows times vocabulary) of a pass
+TOP_TOKENS = 1_024  # among which the nucleus is looked for before all tokens are sorted
 
 
 class Row:
@@ -50,89 +53,93 @@ class Row:
 
     def __init__(self, request: CompletionRequest, room: int):
         self.request, self.ids, self.logprob = request, [], 0.0
-        self.most = min(request.sampling.max_tokens, room)
+        self.max_tokens = min(request.sampling.max_tokens, room)
         self.random = np.random.Generator(np.random.Philox(key=request.seed % 2**64))
         self.done: Completion | None = None
 
     @property
     def last(self) -> int:
+        """Return the last token id."""
         return self.ids[-1]
 
 
-class Transformers:
-    """A model held by transformers. See worker.Held."""
+class TransformersModel:
+    """A LoadedModel (see protocol.py) that transformers runs."""
 
-    def __init__(self, opening: Opening):
-        model, folder, trust = opening.model, opening.folder, opening.model.trust_remote_code
+    def __init__(self, load: LoadRequest):
+        model, folder, trust = load.model, load.folder, load.model.trust_remote_code
         self.path, self.device = model.path, torch.device("cuda" if torch.cuda.is_available() else "cpu")
         config, threads = AutoConfig.from_pretrained(folder, trust_remote_code=trust), torch.get_num_threads()
         if self.device.type == "cpu":
-            rows_do_not_depend_on_the_batch(threads)
-        self.model = _load(opening, config, self.device)
+            make_rows_independent_of_batch(threads)
+        self.model = _load(load, config, self.device)
         self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
-        own = getattr(config.get_text_config(), "max_position_embeddings", None) or LONGEST
+        own = getattr(config.get_text_config(), "max_position_embeddings", None) or MAX_CONTEXT
         if model.max_model_len and model.max_model_len > own:
             raise EngineError(f"{model.path}: max_model_len: expected at most {own:,}, the model's own context, "
                               f"found {model.max_model_len:,}")
-        self.limit, self.vocabulary = model.max_model_len or min(own, LONGEST), config.get_text_config().vocab_size
-        self.ends, self.spellings = {*ends(folder, self.tokenizer)}, Spellings(self.tokenizer, self.vocabulary, model.path)
+        self.limit, self.vocabulary = model.max_model_len or min(own, MAX_CONTEXT), config.get_text_config().vocab_size
+        self.ends, self.spellings = {*eos_ids(folder, self.tokenizer)}, Spellings(self.tokenizer, self.vocabulary, model.path)
         self.keeps = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         dtype = str(self.model.dtype).removeprefix("torch.")
         self.ready = Ready(f"transformers {version('transformers')} ({self.device.type}, {dtype})",
-                           self.device.type == "cpu" and self.model.dtype == torch.float32 and threads == 1, DEPTH)
+                           self.device.type == "cpu" and self.model.dtype == torch.float32 and threads == 1, QUEUE_DEPTH)
         self.abort()
 
     @property
     def live(self) -> int:
-        return len(self.rows) + sum(map(len, self.prompts.values())) + sum(map(len, self.scored.values()))
+        return len(self.rows) + sum(map(len, self.prompts.values())) + sum(map(len, self.to_score.values()))
 
     def abort(self) -> None:
         self.rows, self.cache, self.length = [], None, 0
-        self.prompts: dict[int, deque] = defaultdict(deque)  # completions to begin, by the length of their prompts
-        self.scored: dict[int, list] = defaultdict(list)  # everything else, by length
+        self.prompts: dict[int, deque] = defaultdict(deque)  # completions to start, by length of their prompts
+        self.to_score: dict[int, list] = defaultdict(list)  # all other requests, by length
 
     def add(self, request) -> Failure | None:
         if type(request) is LikelihoodRequest:
-            ids, wrong = request.continuation, scored(request.prompt.token_ids, request.continuation, self.limit, self.vocabulary)
+            ids, reason = request.continuation, why_unscorable(request.prompt.token_ids, request.continuation, self.limit, self.vocabulary)
             length = len(ids) + len(request.prompt.token_ids or ())
         else:
             ids = request.token_ids if type(request) is EmbeddingRequest else request.prompt.token_ids
-            wrong, length = unfit(ids, self.limit, self.vocabulary), len(ids or ())
+            reason, length = why_unfit(ids, self.limit, self.vocabulary), len(ids or ())
         if type(request) is ChoiceRequest:
             self.spellings(request.choices)
-        if wrong:
-            return Failure(request.key, wrong)
-        (self.prompts if type(request) is CompletionRequest else self.scored)[length].append(request)
+        if reason:
+            return Failure(request.key, reason)
+        (self.prompts if type(request) is CompletionRequest else self.to_score)[length].append(request)
         return None
 
     @torch.inference_mode()
     def step(self) -> list:
-        return self._score() if any(self.scored.values()) else self._grow()
+        return self._score() if any(self.to_score.values()) else self._decode_step()
 
     # ---------------------------------------------------------------- scoring
 
     def _score(self) -> list:
-        """One pass over requests of equal length: choices, likelihoods, embeddings."""
-        length = next(length for length, requests in self.scored.items() if requests)
-        waiting, first = self.scored[length], self.scored[length][0]
+        """Run one forward pass over requests of one kind and length: choices, likelihoods or embeddings."""
+        length = next(length for length, requests in self.to_score.items() if requests)
+        waiting, first = self.to_score[length], self.to_score[length][0]
         keep = max((len(request.continuation) for request in waiting if type(request) is LikelihoodRequest), default=0) + 1
-        most = max(1, min(PASS // length, SCORES // (keep * self.vocabulary)))
+        most = max(1, min(MAX_PASS_TOKENS // length, MAX_LOGPROBS // (keep * self.vocabulary)))
         batch = [request for request in waiting if type(request) is type(first)][:most]
         chosen = {id(request) for request in batch}
-        self.scored[length] = [request for request in waiting if id(request) not in chosen]
+        self.to_score[length] = [request for request in waiting if id(request) not in chosen]
         if type(first) is EmbeddingRequest:
             return self._embeddings(batch)
         logits = self._logits(_tensor([_ids(request) for request in batch], self.device), keep)[0]
-        answer = self._choice if type(first) is ChoiceRequest else self._likelihood
-        return [answer(request, row) for request, row in zip(batch, torch.log_softmax(logits.float(), -1).cpu(), strict=True)]
+        make_result = self._choice if type(first) is ChoiceRequest else self._likelihood
+        return [make_result(request, row) for request, row in zip(batch, torch.log_softmax(logits.float(), -1).cpu(), strict=True)]
 
     def _choice(self, request: ChoiceRequest, logprobs: Tensor) -> Choice:
         last = logprobs[-1]
-        chances = tuple(sum(math.exp(float(last[i])) for i in spelling) for spelling in self.spellings(request.choices))
-        return Choice(request.key, chances, len(request.prompt.token_ids))
+        probabilities = tuple(sum(math.exp(float(last[i])) for i in spelling) for spelling in self.spellings(request.choices))
+        return Choice(request.key, probabilities, len(request.prompt.token_ids))
 
     def _likelihood(self, request: LikelihoodRequest, logprobs: Tensor) -> Likelihood:
-        """logprobs [keep, V]: the last row is what follows the continuation, the one before it predicts its last token."""
+        """Return the result.
+
+        Logprobs [keep, V]: the last row predicts what follows the continuation, the one before it its last token.
+        """
         count = len(request.continuation)
         found = logprobs[-count - 1:-1].gather(1, torch.tensor(request.continuation)[:, None])[:, 0]
         return Likelihood(request.key, math.fsum(found.tolist()), count)
@@ -147,8 +154,11 @@ class Transformers:
 
     # ---------------------------------------------------------------- completions
 
-    def _grow(self) -> list[Completion]:
-        """One more token for every row of the wave; rows whose prompts are as long as the others are by now join it."""
+    def _decode_step(self) -> list[Completion]:
+        """Add a token to every row of the batch, and return the completions that end with it.
+
+        Requests whose prompts have the current length join the batch first.
+        """
         logits = []
         if self.rows:
             out = self.model(input_ids=_tensor([[row.last] for row in self.rows], self.device), past_key_values=self.cache, use_cache=True)
@@ -156,36 +166,39 @@ class Transformers:
             self.length += 1
         else:
             self.length, self.cache = min(length for length, waiting in self.prompts.items() if waiting), None
-        if joining := self._joining():
-            logits.append(self._join(joining))
+        if joining := self._select_joining():
+            logits.append(self._prefill(joining))
         self._sample(torch.cat(logits).float())
         done = [row.done for row in self.rows if row.done]
         if done:
-            going = [i for i, row in enumerate(self.rows) if not row.done]
-            self.rows = [self.rows[i] for i in going]
-            self.cache.reorder_cache(torch.tensor(going, dtype=torch.long, device=self.device))
+            unfinished = [i for i, row in enumerate(self.rows) if not row.done]
+            self.rows = [self.rows[i] for i in unfinished]
+            self.cache.reorder_cache(torch.tensor(unfinished, dtype=torch.long, device=self.device))
         return done
 
-    def _joining(self) -> list[Row]:
-        """New rows for the wave, as many as there is room for; those that have the same prompt stand together."""
+    def _select_joining(self) -> list[Row]:
+        """Return new rows for the batch, as many as there is room for; equal prompts are next to each other."""
         waiting, joining = self.prompts[self.length], []
-        held = sum(self.length + row.most - len(row.ids) for row in self.rows)
-        while waiting and len(self.rows) + len(joining) < ROWS and (not self.rows or _extensible(self.cache)):
+        cached = sum(self.length + row.max_tokens - len(row.ids) for row in self.rows)
+        while waiting and len(self.rows) + len(joining) < MAX_ROWS and (not self.rows or _extensible(self.cache)):
             row = Row(waiting[0], self.limit - self.length)
-            held += self.length + row.most
-            if held > CACHED and (self.rows or joining):
+            cached += self.length + row.max_tokens
+            if cached > MAX_CACHED_TOKENS and (self.rows or joining):
                 break
             joining.append(row)
             waiting.popleft()
         return sorted(joining, key=lambda row: row.request.prompt.token_ids)
 
-    def _join(self, joining: list[Row]) -> Tensor:
-        """Run the new rows' prompts, each different one once, and put them under the others. Their next tokens' logits [n, V]."""
+    def _prefill(self, joining: list[Row]) -> Tensor:
+        """Run the prompts of new rows, equal ones once, and append the rows to the batch.
+
+        Returns their next tokens' logits [n, V].
+        """
         prompts = [row.request.prompt.token_ids for row in joining]
         different = list(dict.fromkeys(prompts))
         place = {prompt: i for i, prompt in enumerate(different)}
-        which = torch.tensor([place[prompt] for prompt in prompts], device=self.device)
-        logits, caches, most = [], [], max(1, PASS // self.length)
+        index = torch.tensor([place[prompt] for prompt in prompts], device=self.device)
+        logits, caches, most = [], [], max(1, MAX_PASS_TOKENS // self.length)
         for start in range(0, len(different), most):
             out, cache = self._logits(_tensor(different[start:start + most], self.device), 1, use_cache=True)
             logits.append(out[:, -1])
@@ -194,80 +207,89 @@ class Transformers:
         for other in caches[1:]:
             _append(cache, other)
         if len(different) < len(prompts):
-            cache.reorder_cache(which)
+            cache.reorder_cache(index)
         if self.rows:
             _append(self.cache, cache)
         else:
             self.cache = cache
         self.rows += joining
-        return torch.cat(logits)[which]
+        return torch.cat(logits)[index]
 
     def _logits(self, ids: Tensor, keep: int, use_cache: bool = False) -> tuple[Tensor, Cache | None]:
-        """Logits of the last `keep` tokens [n, keep, V] of rows of equal length [n, T], and the cache."""
+        """Return logits [n, keep, V] of the last `keep` tokens of rows of equal length [n, T], and the cache."""
         out = self.model(input_ids=ids, use_cache=use_cache, **({"logits_to_keep": keep} if self.keeps else {}))
         return out.logits[:, -keep:], out.past_key_values if use_cache else None
 
     def _sample(self, logits: Tensor) -> None:
-        """The next token of each row; a row that ends with it gets its result. logits [n, V]."""
+        """Sample the next token of each row from logits [n, V]; a row that ends with it gets its result."""
         tokens = draw(logits, [row.request.sampling for row in self.rows], [row.random for row in self.rows])
         found = torch.log_softmax(logits, -1).gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
         for row, token, logprob in zip(self.rows, tokens, found, strict=True):
             row.ids.append(token)
             row.logprob += logprob
-            row.done = self._ended(row)
+            row.done = self._result_if_ended(row)
 
-    def _ended(self, row: Row) -> Completion | None:
-        request, how = row.request, row.request.sampling
-        stopped = row.last in self.ends or row.last in how.stop_ids
+    def _result_if_ended(self, row: Row) -> Completion | None:
+        request, sampling = row.request, row.request.sampling
+        stopped = row.last in self.ends or row.last in sampling.stop_ids
         text = None
-        if how.stop_texts and not stopped:
+        if sampling.stop_texts and not stopped:
             text = self._before_stop(row)
             stopped = text is not None
-        if not stopped and len(row.ids) < row.most:
+        if not stopped and len(row.ids) < row.max_tokens:
             return None
         if text is None:
-            whole = row.last not in self.ends and row.last not in how.stop_ids
-            text = written(self.tokenizer, request.prompt.token_ids, row.ids if whole else row.ids[:-1])
+            whole = row.last not in self.ends and row.last not in sampling.stop_ids
+            text = added_text(self.tokenizer, request.prompt.token_ids, row.ids if whole else row.ids[:-1])
         return Completion(request.key, text, len(row.ids), "stop" if stopped else "length", row.logprob, len(request.prompt.token_ids))
 
     def _before_stop(self, row: Row) -> str | None:
-        """The text before the first stop text, if there is one; only the end is looked at until it holds one."""
+        """Return the text before the first stop text, None where there is none yet.
+
+        Only the end is decoded to find one.
+        """
         stops = row.request.sampling.stop_texts
         tail = self.tokenizer.decode(row.ids[-max(len(stop.encode()) for stop in stops) - 8:], skip_special_tokens=False)
         if not any(stop in tail for stop in stops):
             return None
-        text = written(self.tokenizer, row.request.prompt.token_ids, row.ids)
+        text = added_text(self.tokenizer, row.request.prompt.token_ids, row.ids)
         places = [text.index(stop) for stop in stops if stop in text]
         return text[:min(places)] if places else None
 
 
-# ---------------------------------------------------------------- drawing
+# ---------------------------------------------------------------- sampling
 
 
-def draw(logits: Tensor, how: list[Sampling], randoms: list[np.random.Generator]) -> list[int]:
-    """A token for each row of logits [n, V]: the likeliest at temperature 0, else by the inverse of the nucleus's distribution function."""
+def draw(logits: Tensor, sampling: list[Sampling], randoms: list[np.random.Generator]) -> list[int]:
+    """Sample a token for each row of logits [n, V].
+
+    Temperature 0 takes the argmax, others invert the distribution function of the nucleus.
+    """
     tokens = logits.argmax(-1).tolist()
-    for top_p in {one.top_p for one in how}:
-        rows = [i for i, one in enumerate(how) if one.top_p == top_p and one.temperature > 0]
+    for top_p in {one.top_p for one in sampling}:
+        rows = [i for i, one in enumerate(sampling) if one.top_p == top_p and one.temperature > 0]
         if not rows:
             continue
-        warmth = torch.tensor([how[i].temperature for i in rows], device=logits.device)
-        chances = torch.softmax(logits[rows] / warmth[:, None], -1)
+        temperature = torch.tensor([sampling[i].temperature for i in rows], device=logits.device)
+        probabilities = torch.softmax(logits[rows] / temperature[:, None], -1)
         points = [randoms[i].random() for i in rows]
-        drawn = _inverse(chances, points) if top_p >= 1 else _nucleus(chances, top_p, points)
+        drawn = _inverse(probabilities, points) if top_p >= 1 else _nucleus(probabilities, top_p, points)
         for i, token in zip(rows, drawn, strict=True):
             tokens[i] = token
     return tokens
 
 
-def _nucleus(chances: Tensor, top_p: float, points: list[float]) -> list[int]:
-    """Draw among the likeliest tokens that together reach top_p. What the first LIKELY cannot decide is sorted whole."""
-    likely, ids = chances.topk(min(LIKELY, chances.shape[1]), -1)
+def _nucleus(probabilities: Tensor, top_p: float, points: list[float]) -> list[int]:
+    """Sample among the likeliest tokens that together reach top_p.
+
+    Sorts the whole row only where TOP_TOKENS do not reach it.
+    """
+    likely, ids = probabilities.topk(min(TOP_TOKENS, probabilities.shape[1]), -1)
     drawn = []
     for i, point in enumerate(points):
         some, names = likely[i], ids[i]
-        if float(some.double().cumsum(0)[-1]) < top_p and len(some) < chances.shape[1]:
-            some, names = chances[i].sort(descending=True, stable=True)
+        if float(some.double().cumsum(0)[-1]) < top_p and len(some) < probabilities.shape[1]:
+            some, names = probabilities[i].sort(descending=True, stable=True)
         reach = some.double().cumsum(0)
         end = min(int(torch.searchsorted(reach, top_p)), len(reach) - 1)  # the token that reaches top_p belongs to the nucleus
         place = int(torch.searchsorted(reach[:end + 1], point * float(reach[end]), right=True))
@@ -275,8 +297,9 @@ def _nucleus(chances: Tensor, top_p: float, points: list[float]) -> list[int]:
     return drawn
 
 
-def _inverse(chances: Tensor, points: list[float]) -> list[int]:
-    reach = chances.double().cumsum(-1)  # [n, V]
+def _inverse(probabilities: Tensor, points: list[float]) -> list[int]:
+    """Sample from whole rows [n, V]."""
+    reach = probabilities.double().cumsum(-1)  # [n, V]
     wanted = torch.tensor(points, dtype=torch.float64, device=reach.device)[:, None] * reach[:, -1:]
     places = torch.searchsorted(reach, wanted, right=True)[:, 0]
     return places.clamp_max(reach.shape[1] - 1).tolist()
@@ -285,44 +308,46 @@ def _inverse(chances: Tensor, points: list[float]) -> list[int]:
 # ---------------------------------------------------------------- loading, rows, caches
 
 
-def _load(opening: Opening, config, device: torch.device) -> PreTrainedModel:
-    """The model with weights, all of them from its files. EngineError where some are missing."""
-    dtype = opening.model.dtype
+def _load(load: LoadRequest, config, device: torch.device) -> PreTrainedModel:
+    """Load the model. Raises EngineError where weights are missing from its files."""
+    dtype = load.model.dtype
     if dtype == "auto" and device.type == "cpu":
         dtype = "float32"
     elif dtype == "auto" and config.get_text_config().dtype in (None, torch.float32):
         dtype = "bfloat16"
     transformers.utils.logging.disable_progress_bar()
-    model, info = AutoModelForCausalLM.from_pretrained(opening.folder, dtype=dtype, use_safetensors=True, output_loading_info=True,
-                                                       trust_remote_code=opening.model.trust_remote_code)
+    model, info = AutoModelForCausalLM.from_pretrained(load.folder, dtype=dtype, use_safetensors=True, output_loading_info=True,
+                                                       trust_remote_code=load.model.trust_remote_code)
     if missing := sorted([*info["missing_keys"], *info["mismatched_keys"]], key=str):
-        raise EngineError(f"{opening.model.path}: expected weights for all of {type(model).__name__}, found none that fit for "
+        raise EngineError(f"{load.model.path}: expected weights for all of {type(model).__name__}, found none that fit for "
                           f"{len(missing)}, such as {missing[0]}; fetch or save the model again")
     return model.to(device).eval().requires_grad_(False)
 
 
-def rows_do_not_depend_on_the_batch(threads: int) -> None:
-    """Make torch on a CPU compute every row as it would among others. To be called before a model is built, which may keep the functions.
+def make_rows_independent_of_batch(threads: int) -> None:
+    """Patch torch on a CPU to compute a row as it would among others.
 
-    A product sums few rows in another order than many, shares rows out among threads, and goes another way for rows that do not lie side by
-    side: it always gets enough rows, in one block. Functions go through memory 64 numbers at a time, and compute what is left at the end in
-    another way: nothing is left. (Where threads share the numbers out, there is an end for each of them: only one thread is exact.)
+    Call it before a model is built, which may keep the functions.
+
+    A matmul sums few rows in another order than many, divides rows among threads, and has another kernel for strided rows: so it always
+    gets enough rows, and contiguous ones. Elementwise functions compute 64 numbers at a time, and a remainder in another way: so inputs
+    are padded to multiples of 64. (With several threads each has a remainder of its own: only one thread is exact.)
     """
-    product, least = torch.nn.functional.linear, 4 if threads == 1 else 16 * threads
+    matmul, least = torch.nn.functional.linear, 4 if threads == 1 else 16 * threads
 
     def linear(x, weight, bias=None):
         rows = x.numel() // max(1, x.shape[-1])
         block = x.reshape(rows, x.shape[-1]).contiguous()
         if 0 < rows < least:
             block = torch.cat([block, x.new_zeros(least - rows, x.shape[-1])])
-        return product(block, weight, bias)[:rows].reshape(*x.shape[:-1], weight.shape[0])
+        return matmul(block, weight, bias)[:rows].reshape(*x.shape[:-1], weight.shape[0])
 
     torch.nn.functional.linear = linear
     for module, name in ((torch.nn.functional, "silu"), (torch.nn.functional, "gelu"), (torch, "tanh"), (torch, "sigmoid")):
-        setattr(module, name, _without_rest(getattr(module, name)))
+        setattr(module, name, _padded_to_64(getattr(module, name)))
 
 
-def _without_rest(function):
+def _padded_to_64(function):
     def padded(x, **options):
         whole = torch.nn.functional.pad(x.reshape(-1), (0, -x.numel() % 64))
         return function(whole, **options)[:x.numel()].reshape(x.shape)
@@ -331,12 +356,15 @@ def _without_rest(function):
 
 
 def _extensible(cache: Cache) -> bool:
-    """Rows can join a cache of keys and values; other kinds of state begin together and end together."""
+    """Return whether rows can join the cache: one of keys and values.
+
+    Rows with other kinds of state start and end together.
+    """
     return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
 
 
 def _append(cache: Cache, more: Cache) -> None:
-    """Put the rows of a cache of the same length under those of another."""
+    """Append the rows of `more`, a cache of the same length, to `cache`."""
     for layer, other in zip(cache.layers, more.layers, strict=True):
         layer.keys, layer.values = torch.cat([layer.keys, other.keys]), torch.cat([layer.values, other.values])
 

@@ -1,7 +1,7 @@
-"""The interface of an engine: complete these token ids; score these choices; how likely are these tokens.
+"""Define the interface of an engine, its requests and its results.
 
-Requests stream in and results stream out, in any order, each bearing its request's key. An engine keeps as many in flight as it can use.
-What a result holds depends on its request alone where `EngineInfo.deterministic` says so, never on order or batch.
+Requests stream in and results stream out, in any order, each with its request's key. An engine keeps as many in flight as it can use.
+Where `EngineInfo.deterministic` is true, a result depends only on its request, not on order or batch.
 """
 
 from __future__ import annotations
@@ -11,19 +11,21 @@ from typing import Literal, NamedTuple, Protocol
 
 from trainer.errors import UserError
 
-Key = tuple  # what a request is for, e.g. (item, sample); anything that pickles and compares
+Key = tuple  # identifies a request, e.g. (item, sample); anything that pickles and compares
 
 
 class Prompt(NamedTuple):
-    """What a model is given: token ids, for an engine that holds the model; the chat itself, for a server that renders it."""
+    """Input of a model: token ids for a local engine, messages for a server that renders them itself."""
 
     token_ids: tuple[int, ...] | None
     messages: tuple[dict, ...] | None = None
 
 
 class Sampling(NamedTuple):
-    """How a completion is drawn. Temperature 0 is greedy. It ends at any of the stops and at the model's own ends of sequence, and its text
-    holds none of them."""
+    """Options of a completion. Temperature 0 is greedy.
+
+    Stops and the model's own ends of sequence end it, and are not part of its text.
+    """
 
     temperature: float
     top_p: float
@@ -33,6 +35,8 @@ class Sampling(NamedTuple):
 
 
 class CompletionRequest(NamedTuple):
+    """Generate a text after the prompt."""
+
     key: Key
     prompt: Prompt
     sampling: Sampling
@@ -40,16 +44,18 @@ class CompletionRequest(NamedTuple):
 
 
 class Completion(NamedTuple):
+    """A generated text."""
+
     key: Key
-    text: str  # special tokens shown, so that leaked ones can be seen
-    tokens: int  # generated, the one that stopped it included
+    text: str  # with special tokens, so that leaked ones are seen
+    tokens: int  # generated, including the stop
     finish: Literal["stop", "length"]
-    logprob: float | None  # of all generated tokens, at temperature 1 and top_p 1; None where a server does not tell
+    logprob: float | None  # of all generated tokens, at temperature 1 and top_p 1; None where a server does not return it
     prompt_tokens: int
 
 
 class ChoiceRequest(NamedTuple):
-    """Which of `choices` (short texts of one token each, e.g. digits) comes next."""
+    """Compute each choice's probability as the next token; choices are texts of one token, e.g. digits."""
 
     key: Key
     prompt: Prompt
@@ -57,18 +63,20 @@ class ChoiceRequest(NamedTuple):
 
 
 class Choice(NamedTuple):
+    """Probabilities of the choices."""
+
     key: Key
-    probabilities: tuple[float, ...]  # of the choices in their order, before they are normalised
+    probabilities: tuple[float, ...]  # in the order of the choices, not normalised
     prompt_tokens: int
 
     @property
     def mass(self) -> float:
-        """What the choices have together: near 1 where the model answers in the form that was asked for."""
+        """Return the sum of the probabilities: near 1 where the model answers in the requested form."""
         return sum(self.probabilities)
 
 
 class LikelihoodRequest(NamedTuple):
-    """How likely `continuation` is after the prompt."""
+    """Compute the log-probability of `continuation` after the prompt."""
 
     key: Key
     prompt: Prompt
@@ -76,44 +84,53 @@ class LikelihoodRequest(NamedTuple):
 
 
 class Likelihood(NamedTuple):
+    """The log-probability of a continuation."""
+
     key: Key
-    logprob: float  # of the continuation's tokens together
+    logprob: float  # sum over the continuation's tokens
     tokens: int
 
 
 class EmbeddingRequest(NamedTuple):
-    """Where the model puts a text: the mean over its tokens of the last layer's hidden states."""
+    """Compute a text's embedding: the mean over its tokens of the last layer's hidden states."""
 
     key: Key
     token_ids: tuple[int, ...]
 
 
 class Embedding(NamedTuple):
+    """The embedding of a text."""
+
     key: Key
     vector: tuple[float, ...]  # of length 1
 
 
 class EngineInfo(NamedTuple):
-    """What the manifest says of an engine."""
+    """Facts about an engine, for the pool and the manifest."""
 
     name: str  # "vllm 0.32.0 (cpu, float32)"
     model: str
-    fingerprint: str  # of weights and tokenizer; of a server: what it says it serves
+    fingerprint: str  # of weights and tokenizer; for a server: its description of the model
     deterministic: bool  # equal requests give equal results in any batch
 
 
 class EngineError(UserError):
-    """An engine that failed for good: it does not start, its process died, its server is down. The message is one line."""
+    """An engine failed for good: it does not start, its process died, or its server is down.
+
+    The message is one line.
+    """
 
 
 class Failure(NamedTuple):
-    """In place of a result: this one request cannot be served (too long for the context, refused by the server)."""
+    """A request that cannot be served, e.g. too long for the context, or refused by the server."""
 
     key: Key
     reason: str
 
 
 class Engine(Protocol):
+    """A running model."""
+
     info: EngineInfo
 
     def complete(self, requests: Iterable[CompletionRequest]) -> Iterator[Completion | Failure]: ...
@@ -122,10 +139,10 @@ class Engine(Protocol):
 
     def likelihood(self, requests: Iterable[LikelihoodRequest]) -> Iterator[Likelihood | Failure]: ...
 
-    def embed(self, requests: Iterable[EmbeddingRequest]) -> Iterator[Embedding | Failure]: ...  # transformers alone; others: EngineError
+    def embed(self, requests: Iterable[EmbeddingRequest]) -> Iterator[Embedding | Failure]: ...  # others than transformers raise
 
-    def busy(self) -> float: ...  # seconds so far in which the model itself was at work, as a mean over processes
+    def busy(self) -> float: ...  # seconds of computing so far, the mean over processes
 
-    def cost(self) -> float: ...  # what a server's price makes of its work so far
+    def cost(self) -> float: ...  # so far, by a server's `price`
 
     def close(self) -> None: ...

@@ -1,4 +1,4 @@
-"""A model's files: where they lie, what tells one model from another, how large it is and how long its context."""
+"""Locate a model's files, compute their fingerprint, and count its parameters."""
 
 from __future__ import annotations
 
@@ -11,17 +11,20 @@ from pathlib import Path
 from synth.config import Model
 from synth.engines.interface import EngineError
 
-# What decides a model's words: weights, configuration, tokenizer and chat template. Pickled weights are not among them: they can run code.
+# Files that decide a model's output: weights, configuration, tokenizer and chat template. Not pickled weights, which can run code.
 FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "vocab*", "merges.txt",
          "*.model", "*.tiktoken", "tekken.json", "special_tokens_map.json", "added_tokens.json", "chat_template*",
          "additional_chat_templates/*")
 CODE = ("*.py",)
-WHOLE = 64_000_000  # bytes up to which a file is read whole for its fingerprint
-ENDS = 1_000_000  # bytes read at the end of a larger one, and after its header
+READ_WHOLE = 64_000_000  # bytes up to which all of a file goes into the fingerprint
+PIECE = 1_000_000  # bytes of a larger file that do: after its header, and at its end
 
 
 def locate(model: Model) -> Path:
-    """The folder of a model: as given, or the snapshot of a hub name, which is fetched if need be. EngineError where there is none."""
+    """Return the folder of a model; a hub name is downloaded unless it is cached.
+
+    Raises EngineError where there is no such model, or no safetensors file in it.
+    """
     folder = Path(model.path).expanduser()
     if not folder.is_dir():
         folder = _snapshot(model)
@@ -39,14 +42,14 @@ def _snapshot(model: Model) -> Path:
     try:
         return Path(snapshot_download(model.path, allow_patterns=[*FILES, *(CODE if model.trust_remote_code else ())]))
     except HFValidationError:
-        raise EngineError(f"{model.path}: there is no such folder, and no model can have this name on the hub") from None
+        raise EngineError(f"{model.path}: expected a folder or hub name, got what is neither") from None
     except (OSError, ValueError) as error:  # offline, unknown, gated: all of the hub's errors are one or the other
-        raise EngineError(f"{model.path}: no such folder here, and not to be had from the hub under this name "
+        raise EngineError(f"{model.path}: no such folder, and no download under this name from the hub "
                           f"({type(error).__name__}); give a folder, or check name, network and access") from error
 
 
 def fingerprint(folder: Path) -> str:
-    """A digest of the model's files, equal for equal files wherever they lie."""
+    """Return a digest of the model's files, which does not depend on where they lie."""
     digest = hashlib.blake2b(digest_size=8)
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
@@ -58,29 +61,32 @@ def fingerprint(folder: Path) -> str:
 
 
 def _update(digest, path: Path, size: int) -> None:
-    """All of a small file; of a large one, which holds weights, the header and a piece at each end."""
+    """Add a file to the digest: a small one whole.
+
+    Of a large one, which holds weights, the header and a piece at each end.
+    """
     with path.open("rb") as file:
-        if size <= WHOLE:
+        if size <= READ_WHOLE:
             digest.update(file.read())
             return
         start = file.read(8)
         header = struct.unpack("<Q", start)[0] if path.suffix == ".safetensors" else 0
-        digest.update(start + file.read(min(header, WHOLE) + ENDS))
-        file.seek(size - ENDS)
+        digest.update(start + file.read(min(header, READ_WHOLE) + PIECE))
+        file.seek(size - PIECE)
         digest.update(file.read())
 
 
-def parameters(folder: Path) -> int:
-    """How many numbers the weights hold, from the headers of their files."""
-    return sum(_numbers(path) for path in folder.glob("*.safetensors"))
+def count_parameters(folder: Path) -> int:
+    """Return the number of parameters, from the headers of the weight files."""
+    return sum(_count_in_file(path) for path in folder.glob("*.safetensors"))
 
 
-def _numbers(path: Path) -> int:
+def _count_in_file(path: Path) -> int:
     with path.open("rb") as file:
         try:
             header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
         except (struct.error, ValueError, MemoryError, OverflowError):
-            raise EngineError(f"{path}: expected a safetensors file, found none that can be read; fetch or save the model again") from None
+            raise EngineError(f"{path}: expected a safetensors file, got one that cannot be read; fetch or save the model again") from None
     count = 0
     for name, tensor in header.items():
         if name != "__metadata__":

@@ -1,7 +1,7 @@
-"""Any server that speaks OpenAI's protocol, asked from this process: many requests in flight, each tried again until the server is well.
+"""Run a model behind an OpenAI-compatible server, with many requests in flight.
 
-A prompt that is a chat is rendered by the server. A prompt of token ids goes to /completions with what vLLM's server adds to the protocol,
-so that such a server gives, seed for seed, what the same vLLM gives in process.
+The server renders prompts that are messages. Prompts of token ids go to /completions with vLLM's additions to the protocol, so that a vLLM
+server returns what the same vLLM returns in a worker process, seed for seed.
 """
 
 from __future__ import annotations
@@ -24,17 +24,20 @@ from synth.engines.endpoint import Endpoint, Garbled, Unscored
 from synth.engines.interface import Choice, ChoiceRequest, Completion, CompletionRequest, EngineError, EngineInfo, Failure
 
 TIMEOUT = 600.0  # seconds of one try
-ENDED = {"stop": "stop", "eos": "stop", "end_turn": "stop", "length": "length"}
-DIALECT = {"skip_special_tokens": False, "spaces_between_special_tokens": False}  # of vLLM's server
+FINISH_REASONS = {"stop": "stop", "eos": "stop", "end_turn": "stop", "length": "length"}
+VLLM_OPTIONS = {"skip_special_tokens": False, "spaces_between_special_tokens": False}  # of vLLM's server
 
 
-class Server:
-    """The Engine of models that run elsewhere. EngineError, of one line, where a server is down, refuses us or does not know the model."""
+class OpenAIEngine:
+    """The Engine of models that run elsewhere.
+
+    Raises EngineError, of one line, where a server is down, refuses the key or does not know the model.
+    """
 
     def __init__(self, model: Model):
         urls = [model.base_url] if isinstance(model.base_url, str) else list(model.base_url or ())
         if not urls:
-            raise EngineError(f"{model.path}: expected the server's base URL beside engine openai, found none; set url")
+            raise EngineError(f"{model.path}: base_url: expected the server's URL, with engine openai, got none")
         keys = [_key(model, url) for url in urls]
         self.model, self.spent, self.endpoints = model, 0.0, []
         self.loop = asyncio.new_event_loop()
@@ -42,7 +45,7 @@ class Server:
         self.thread.start()
         try:
             self.endpoints = self._wait(self._connect(urls, keys))
-            served = sorted(set(self._wait(self._served())))
+            served = sorted(set(self._wait(self._describe_models())))
         except BaseException:
             self.close()
             raise
@@ -55,13 +58,13 @@ class Server:
         return self._ask(requests, self._choose)
 
     def likelihood(self, requests: Iterable) -> Iterator:
-        raise EngineError(f"{self.model.path}: a server does not tell how likely given tokens are; use engine vllm or transformers")
+        raise EngineError(f"{self.model.path}: engine openai computes no likelihoods; use engine vllm or transformers")
 
     def embed(self, requests: Iterable) -> Iterator:
-        raise EngineError(f"{self.model.path}: engine openai gives no embeddings; use engine transformers")
+        raise EngineError(f"{self.model.path}: engine openai computes no embeddings; use engine transformers")
 
     def busy(self) -> float:
-        """Seconds in which a server had a request of ours, as a mean over servers."""
+        """Return the seconds in which a server had a request in flight, the mean over servers."""
         return sum(endpoint.busy() for endpoint in self.endpoints) / len(self.endpoints)
 
     def cost(self) -> float:
@@ -72,20 +75,23 @@ class Server:
             self._wait(self._disconnect())
             self.loop.call_soon_threadsafe(self.loop.stop)
             self.thread.join()
-            self.loop.run_until_complete(self.loop.shutdown_default_executor())  # which looked up hosts
+            self.loop.run_until_complete(self.loop.shutdown_default_executor())  # its threads looked up host names
             self.loop.close()
 
     # ---------------------------------------------------------------- many requests
 
     def _ask(self, requests: Iterable, answer: Callable) -> Iterator:
-        """Results as they come. An error ends it, after what had come by then; whoever stops early leaves no request behind."""
+        """Yield results as they arrive.
+
+        Raises an error after the results so far; a caller that stops early leaves no request behind.
+        """
         source, done = iter(requests), queue.SimpleQueue()
         running: dict[concurrent.futures.Future, Endpoint] = {}
         try:
             self._start(source, answer, running, done)
             while running:
                 future = done.get()
-                running.pop(future).held -= 1
+                running.pop(future).queued -= 1
                 if future.exception():
                     yield from self._finished(running)
                     raise future.exception()
@@ -93,23 +99,23 @@ class Server:
                 yield future.result()
         finally:
             for future, endpoint in running.items():
-                endpoint.held -= 1
+                endpoint.queued -= 1
                 future.cancel()
 
     def _start(self, source: Iterator, answer: Callable, running: dict, done: queue.SimpleQueue) -> None:
-        """Fill up every server's queue, the shortest first: twice what it may have in flight, so that it never waits for us."""
+        """Fill all servers' queues to twice the concurrency, the shortest first, so that no server waits."""
         while True:
-            endpoint = min(self.endpoints, key=lambda endpoint: endpoint.held)
-            if endpoint.held >= 2 * self.model.concurrency or not (one := list(itertools.islice(source, 1))):
+            endpoint = min(self.endpoints, key=lambda endpoint: endpoint.queued)
+            if endpoint.queued >= 2 * self.model.concurrency or not (one := list(itertools.islice(source, 1))):
                 return
-            endpoint.held += 1
+            endpoint.queued += 1
             future = asyncio.run_coroutine_threadsafe(endpoint.serve(one[0], answer), self.loop)
             running[future] = endpoint
             future.add_done_callback(done.put)
 
     def _finished(self, running: dict) -> Iterator:
         for future in [future for future in running if future.done()]:
-            running.pop(future).held -= 1
+            running.pop(future).queued -= 1
             if not future.cancelled() and not future.exception():
                 yield future.result()
 
@@ -126,10 +132,10 @@ class Server:
     async def _disconnect(self) -> None:
         await asyncio.gather(*(endpoint.client.close() for endpoint in self.endpoints), return_exceptions=True)
 
-    async def _served(self) -> list[str]:
-        return await asyncio.gather(*map(self._told, self.endpoints))
+    async def _describe_models(self) -> list[str]:
+        return await asyncio.gather(*map(self._describe_model, self.endpoints))
 
-    async def _told(self, endpoint: Endpoint) -> str:
+    async def _describe_model(self, endpoint: Endpoint) -> str:
         try:
             return await endpoint.attempt(lambda: self._description(endpoint.client))
         except (Garbled, OpenAIError) as error:
@@ -137,69 +143,71 @@ class Server:
                               "correct base_url, or look at the server") from None
 
     async def _description(self, client: AsyncOpenAI) -> str:
-        """What a server says that it serves under the model's name; just that name where it does not list models."""
+        """Return a server's description of the model, only its name where the server lists no models."""
         try:
-            listed = await client.models.list()
-            found = next((one for one in listed.data if one.id == self.model.path), None)
+            models = await client.models.list()
+            found = next((one for one in models.data if one.id == self.model.path), None)
         except APIStatusError as error:
             if error.status_code in (404, 405):
                 return self.model.path
             raise
         except (AttributeError, TypeError) as error:
             raise Garbled("an unreadable list of models") from error
-        told = {name: getattr(found, name, None) for name in ("root", "max_model_len")} if found else {}
-        return " ".join([self.model.path, *(f"{name}={value}" for name, value in told.items() if value is not None)])
+        details = {name: getattr(found, name, None) for name in ("root", "max_model_len")} if found else {}
+        return " ".join([self.model.path, *(f"{name}={value}" for name, value in details.items() if value is not None)])
 
     # ---------------------------------------------------------------- one request
 
     async def _complete(self, request: CompletionRequest, endpoint: Endpoint) -> Completion | Failure:
-        how = request.sampling
-        common = dict(temperature=how.temperature, top_p=how.top_p, seed=request.seed % 2**63)
-        if how.stop_texts:
-            common["stop"] = list(how.stop_texts[:4])  # the protocol allows four
+        sampling = request.sampling
+        common = dict(temperature=sampling.temperature, top_p=sampling.top_p, seed=request.seed % 2**63)
+        if sampling.stop_texts:
+            common["stop"] = list(sampling.stop_texts[:4])  # the protocol allows four
         if request.prompt.messages is None:
             return await self._continue(request, endpoint, common)
-        said, usage = self._first(await endpoint.chat(request.prompt, how.max_tokens, **common))
-        text = said.message.content
-        if text is None and said.finish_reason != "length":  # at that limit a model may still have been reasoning
+        choice, usage = self._first(await endpoint.chat(request.prompt, sampling.max_tokens, **common))
+        text = choice.message.content
+        if text is None and choice.finish_reason != "length":  # at the limit, a model may have been reasoning still
             raise Garbled("an answer without content")
-        return _ended(request, said.finish_reason, text or "", usage, None)
+        return _make_completion(request, choice.finish_reason, text or "", usage, None)
 
     async def _continue(self, request: CompletionRequest, endpoint: Endpoint, common: dict) -> Completion | Failure:
-        """Complete token ids, as vLLM's server does."""
-        said, usage = self._first(await endpoint.client.completions.create(
+        """Complete a prompt of token ids, with vLLM's options."""
+        choice, usage = self._first(await endpoint.client.completions.create(
             model=self.model.path, prompt=list(request.prompt.token_ids or ()), max_tokens=request.sampling.max_tokens, logprobs=0,
-            extra_body=DIALECT | {"stop_token_ids": list(request.sampling.stop_ids)}, **common))
-        if not isinstance(said.text, str):
+            extra_body=VLLM_OPTIONS | {"stop_token_ids": list(request.sampling.stop_ids)}, **common))
+        if not isinstance(choice.text, str):
             raise Garbled("an answer without text")
-        told = said.logprobs and said.logprobs.token_logprobs
-        return _ended(request, said.finish_reason, said.text, usage, sum(told) if told and None not in told else None)
+        logprobs = choice.logprobs and choice.logprobs.token_logprobs
+        total = sum(logprobs) if logprobs and None not in logprobs else None
+        return _make_completion(request, choice.finish_reason, choice.text, usage, total)
 
     async def _choose(self, request: ChoiceRequest, endpoint: Endpoint) -> Choice:
         try:
             if request.prompt.messages is not None:
-                said, usage = self._first(await endpoint.chat(request.prompt, 1, temperature=0.0, logprobs=True, top_logprobs=20))
-                if not said.logprobs:
+                choice, usage = self._first(await endpoint.chat(request.prompt, 1, temperature=0.0, logprobs=True, top_logprobs=20))
+                if not choice.logprobs:
                     raise Unscored
-                told = [(one.token, one.logprob) for one in said.logprobs.content[0].top_logprobs]
+                logprobs = [(one.token, one.logprob) for one in choice.logprobs.content[0].top_logprobs]
             else:
-                said, usage = self._first(await endpoint.client.completions.create(
+                choice, usage = self._first(await endpoint.client.completions.create(
                     model=self.model.path, prompt=list(request.prompt.token_ids or ()), max_tokens=1, temperature=0.0, logprobs=20,
-                    extra_body=DIALECT))
-                if not said.logprobs:
+                    extra_body=VLLM_OPTIONS))
+                if not choice.logprobs:
                     raise Unscored
-                told = list(said.logprobs.top_logprobs[0].items())
-            if not told:
+                logprobs = list(choice.logprobs.top_logprobs[0].items())
+            if not logprobs:
                 raise Unscored
         except APIStatusError as error:
             if error.status_code < 500 and "logprob" in str(error):
                 raise Unscored from error
             raise
-        chances = tuple(sum(math.exp(logprob) for token, logprob in told if token.strip() == choice.strip()) for choice in request.choices)
-        return Choice(request.key, chances, usage[0])
+        probabilities = tuple(sum(math.exp(logprob) for token, logprob in logprobs if token.strip() == text.strip())
+                              for text in request.choices)
+        return Choice(request.key, probabilities, usage[0])
 
     def _first(self, response) -> tuple:
-        """The first choice of a response, and its tokens of prompt and completion, which are booked."""
+        """Return a response's first choice and its prompt and completion tokens; add up their price."""
         choices = getattr(response, "choices", None)
         if not choices:
             raise Garbled("an answer without choices")
@@ -209,19 +217,23 @@ class Server:
         return choices[0], tokens
 
 
-# ---------------------------------------------------------------- small things
+# ---------------------------------------------------------------- helpers
 
 
 def _key(model: Model, url: str) -> str:
-    """The API key; a server in our own network needs none."""
+    """Return the API key; a server in the local network needs none.
+
+    Raises EngineError where another one has none.
+    """
     found = os.environ.get(model.api_key_env, "").strip()
-    if not found and not _near(urlsplit(url).hostname or ""):
+    if not found and not _is_local(urlsplit(url).hostname or ""):
         raise EngineError(f"{model.path}: expected an API key for {url} in the environment variable {model.api_key_env}, found none; "
                           "export it")
     return found or "none"
 
 
-def _near(host: str) -> bool:
+def _is_local(host: str) -> bool:
+    """Return whether a host is in the local network."""
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
@@ -229,10 +241,10 @@ def _near(host: str) -> bool:
     return address.is_private or address.is_loopback
 
 
-def _ended(request: CompletionRequest, finish: str | None, text: str, usage: tuple[int, int],
-           logprob: float | None) -> Completion | Failure:
+def _make_completion(request: CompletionRequest, finish: str | None, text: str, usage: tuple[int, int],
+                     logprob: float | None) -> Completion | Failure:
     if finish == "content_filter":
         return Failure(request.key, "withheld by the server's content filter")
-    if finish not in ENDED:
+    if finish not in FINISH_REASONS:
         return Failure(request.key, f"ended by {finish}")
-    return Completion(request.key, text, usage[1], ENDED[finish], logprob, usage[0])
+    return Completion(request.key, text, usage[1], FINISH_REASONS[finish], logprob, usage[0])

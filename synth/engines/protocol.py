@@ -1,4 +1,4 @@
-"""Messages between a worker process and the process that started it."""
+"""Define the messages between a worker process and its parent, and the interface of a loaded model."""
 
 from __future__ import annotations
 
@@ -8,31 +8,37 @@ from synth.config import Model
 from synth.engines.interface import Failure
 
 
-class Opening(NamedTuple):
-    """What a worker is to hold."""
+class LoadRequest(NamedTuple):
+    """The model that a worker is to load."""
 
     kind: str  # vllm or transformers
     model: Model
     folder: str  # of the model's files
-    shards: int  # how many workers there are on this machine
+    workers: int  # worker processes on this machine, which share its memory
 
 
 class Ready(NamedTuple):
-    """What a worker says when it is up."""
+    """A worker's message when its model is loaded."""
 
-    name: str
+    name: str  # of engine, device and dtype
     deterministic: bool
-    depth: int  # requests that it wants to have at hand
+    depth: int  # requests to queue at this worker
 
 
-class Held(Protocol):
+class LoadedModel(Protocol):
     """A model in this process."""
 
     ready: Ready
-    live: int  # requests that it has and has not answered
+    live: int  # requests that are not answered yet
 
-    def add(self, request) -> Failure | None: ...  # EngineError where no such request can ever be served
+    def add(self, request) -> Failure | None:
+        """Queue a request; return a Failure where it cannot be served.
 
-    def step(self) -> list: ...  # some work; the results that are done
+        Raises EngineError where no such request ever can.
+        """
 
-    def abort(self) -> None: ...  # forget all requests
+    def step(self) -> list:
+        """Compute a little, and return the results that are complete."""
+
+    def abort(self) -> None:
+        """Drop all requests."""

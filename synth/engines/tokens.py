@@ -1,4 +1,4 @@
-"""What engines that hold a model share: which prompts they can take, where texts end, and how a choice is spelt in tokens."""
+"""Check prompts, find ends of sequence, and spell choices in tokens, for all local engines."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 from synth.engines.interface import EngineError
 
-LONGEST = 32_768  # tokens of context, unless max_model_len asks for more
-BEFORE = 8  # tokens of the prompt that a continuation is decoded with, as sentencepiece drops a text's first space
+MAX_CONTEXT = 32_768  # tokens, unless max_model_len is larger
+DECODED_BEFORE = 8  # tokens of the prompt that are decoded with a continuation, since sentencepiece drops a text's first space
 
 
-def unfit(ids: Sequence[int] | None, limit: int, vocabulary: int) -> str | None:
-    """Why a prompt cannot be served; None where it can. At least one token of the context must be left."""
+def why_unfit(ids: Sequence[int] | None, limit: int, vocabulary: int) -> str | None:
+    """Return why a prompt cannot be served, None where it can; it must leave room for one token."""
     if ids is None:
         return "a prompt without token ids, which this engine needs"
     if not ids:
@@ -24,16 +24,16 @@ def unfit(ids: Sequence[int] | None, limit: int, vocabulary: int) -> str | None:
     return None
 
 
-def scored(prompt: Sequence[int] | None, continuation: Sequence[int], limit: int, vocabulary: int) -> str | None:
-    """Why a continuation's likelihood cannot be had; None where it can."""
+def why_unscorable(prompt: Sequence[int] | None, continuation: Sequence[int], limit: int, vocabulary: int) -> str | None:
+    """Return why a continuation's likelihood cannot be computed, None where it can."""
     if prompt and not continuation:
         return "empty continuation"
-    return unfit(prompt, limit, vocabulary) or unfit((*prompt, *continuation), limit, vocabulary)
+    return why_unfit(prompt, limit, vocabulary) or why_unfit((*prompt, *continuation), limit, vocabulary)
 
 
-def written(tokenizer, prompt: Sequence[int], ids: Sequence[int]) -> str:
-    """The text that `ids` add to a prompt, special tokens shown."""
-    before = tuple(prompt[-BEFORE:])
+def added_text(tokenizer, prompt: Sequence[int], ids: Sequence[int]) -> str:
+    """Return the text that `ids` add to a prompt, with special tokens."""
+    before = tuple(prompt[-DECODED_BEFORE:])
     start, whole = _before(tokenizer, before), _decode(tokenizer, (*before, *ids))
     return whole[len(start):] if whole.startswith(start) else _decode(tokenizer, ids)
 
@@ -47,8 +47,8 @@ def _decode(tokenizer, ids: Sequence[int]) -> str:
     return tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-def ends(folder, tokenizer) -> tuple[int, ...]:
-    """Ends of sequence: the tokenizer's, and those that generation_config.json and config.json name."""
+def eos_ids(folder, tokenizer) -> tuple[int, ...]:
+    """Return the ends of sequence: the tokenizer's, and those of generation_config.json."""
     from transformers import GenerationConfig
 
     found = {tokenizer.eos_token_id}
@@ -61,13 +61,13 @@ def ends(folder, tokenizer) -> tuple[int, ...]:
 
 
 class Spellings:
-    """The tokens whose text is a choice, with or without spaces around it: "4" is also " 4" and "\\n4" where there are such tokens."""
+    """Tokens whose text is a choice, with or without whitespace around it: "4", " 4", "\\n4"."""
 
     def __init__(self, tokenizer, vocabulary: int, model: str):
         self.tokenizer, self.vocabulary, self.model, self._known = tokenizer, vocabulary, model, {}
 
     def __call__(self, choices: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
-        """The token ids of each choice. EngineError where one has none."""
+        """Return the token ids of each choice. Raises EngineError where a choice has none."""
         if choices not in self._known:
             self._known[choices] = self._find(choices)
         return self._known[choices]

@@ -1,7 +1,7 @@
-"""A process that holds one copy of a model and answers requests: `python -m synth.engines.worker <file descriptor>`.
+"""Load one copy of a model and answer requests: `python -m synth.engines.worker <file descriptor>`.
 
-It is told what to open, and then gets lists of requests and sends lists of results, over a socket that its parent made. When the parent
-goes, however it goes, the socket ends, and this process with everything it started ends at once: nothing is left behind.
+It receives a LoadRequest, then lists of requests, and sends lists of results, over a socket that its parent made. When the parent ends,
+for whatever reason, the socket closes, and this process ends at once with everything it started.
 """
 
 from __future__ import annotations
@@ -17,21 +17,25 @@ import traceback
 from multiprocessing.connection import Connection
 
 from synth.engines.interface import EngineError
-from synth.engines.protocol import Held, Opening
+from synth.engines.protocol import LoadedModel, LoadRequest
 
 
-def open_model(opening: Opening) -> Held:
-    if opening.kind == "vllm":
-        from synth.engines.vllm import Vllm
+def load_model(request: LoadRequest) -> LoadedModel:
+    """Load a model with the engine that the request names."""
+    if request.kind == "vllm":
+        from synth.engines.vllm import VllmModel
 
-        return Vllm(opening)
-    from synth.engines.hf import Transformers
+        return VllmModel(request)
+    from synth.engines.hf import TransformersModel
 
-    return Transformers(opening)
+    return TransformersModel(request)
 
 
-def listen(connection: Connection) -> queue.SimpleQueue:
-    """A queue of the parent's messages, filled by a thread, so that the parent never waits; without a parent the process ends."""
+def start_reader(connection: Connection) -> queue.SimpleQueue:
+    """Start a thread that queues the parent's messages, so that the parent never blocks; return the queue.
+
+    Without a parent, exit.
+    """
     inbox: queue.SimpleQueue = queue.SimpleQueue()
 
     def read():
@@ -39,32 +43,35 @@ def listen(connection: Connection) -> queue.SimpleQueue:
             while True:
                 inbox.put(connection.recv())
         except (EOFError, OSError):
-            os.killpg(0, signal.SIGKILL)  # our own group: this process, and what the engine started
+            os.killpg(0, signal.SIGKILL)  # our own group: this process, and those that the engine started
 
     threading.Thread(target=read, daemon=True).start()
     return inbox
 
 
-def serve(held: Held, inbox: queue.SimpleQueue, connection: Connection) -> None:
-    """Answer requests for as long as the parent lives."""
+def serve(loaded: LoadedModel, inbox: queue.SimpleQueue, connection: Connection) -> None:
+    """Answer requests until the parent ends.
+
+    A message with a new job number drops the requests of the job before.
+    """
     job, busy = 0, 0.0
     while True:
         results = []
-        while not held.live or not inbox.empty():
+        while not loaded.live or not inbox.empty():
             number, requests = inbox.get()
-            if number != job:  # what is left of the job before is given up
-                held.abort()
+            if number != job:
+                loaded.abort()
                 job, results = number, []
             try:
-                results += [failure for request in requests if (failure := held.add(request))]
+                results += [failure for request in requests if (failure := loaded.add(request))]
             except EngineError as error:
-                held.abort()
+                loaded.abort()
                 connection.send(("refused", job, str(error)))
-            if results and not held.live:
+            if results and not loaded.live:
                 break
-        if held.live:
+        if loaded.live:
             began = time.perf_counter()
-            results += held.step()
+            results += loaded.step()
             busy += time.perf_counter() - began
         if results:
             connection.send(("results", job, results, busy))
@@ -72,15 +79,15 @@ def serve(held: Held, inbox: queue.SimpleQueue, connection: Connection) -> None:
 
 def main() -> None:
     connection = Connection(int(sys.argv[1]))
-    inbox = listen(connection)
-    opening: Opening = inbox.get()
+    inbox = start_reader(connection)
+    request: LoadRequest = inbox.get()
     try:
-        held = open_model(opening)
+        loaded = load_model(request)
         gc.collect()
-        gc.freeze()  # what a model is made of is not looked at again,
-        gc.set_threshold(20_000, 20, 50)  # and what requests are made of not at every step
-        connection.send(("ready", held.ready))
-        serve(held, inbox, connection)
+        gc.freeze()  # never scan the model's objects again,
+        gc.set_threshold(20_000, 20, 50)  # and those of requests less often
+        connection.send(("ready", loaded.ready))
+        serve(loaded, inbox, connection)
     except EngineError as error:
         connection.send(("failed", str(error)))
     except BaseException as error:

@@ -23,8 +23,8 @@ from typing import NamedTuple
 import numpy as np
 
 from synth.config import Config, name_of
-from synth.pool.run import SynthesisRun
-from synth.pool.store import CLEAN
+from synth.pool.store import ITEM_IS_CLEAN
+from synth.pool.synthesis_run import SynthesisRun
 from trainer.errors import UserError
 
 CONSTANT = 1e-4  # points of spread below which a judge gives always the same score
@@ -43,7 +43,7 @@ SCORE_SUMS = """
 SCORES_BY_ANSWER = f"""
     SELECT r.item, r.model, r.sample, s.judge, {{score}}
     FROM responses AS r LEFT JOIN scores AS s ON s.item = r.item AND s.model = r.model AND s.sample = r.sample
-    WHERE r.reason IS NULL AND +r.item IN (SELECT id FROM items WHERE {CLEAN})
+    WHERE r.reason IS NULL AND +r.item IN (SELECT id FROM items WHERE {ITEM_IS_CLEAN})
     ORDER BY r.item, r.model, r.sample"""
 
 

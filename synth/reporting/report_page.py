@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from synth.judging.within_item import SIGMAS
-from synth.pool.run import SynthesisRun
+from synth.pool.synthesis_run import SynthesisRun
 from trainer.errors import UserError
 from trainer.report import page
 from trainer.report.page import Plot, compact, number, percent

@@ -23,9 +23,9 @@ from synth.filters.contamination import EvaluationItem, NgramIndex
 from synth.filters.language import UNKNOWN
 from synth.filters.repetition import repetition
 from synth.filters.rules import RULES, Drop
-from synth.pool.run import SynthesisRun, identity
 from synth.pool.seeds import uniform
 from synth.pool.store import Chat
+from synth.pool.synthesis_run import SynthesisRun, model_identity
 
 MIN_SHARE_CAP = 5  # items of a group that stay at least under a cap that is a share of all items
 EMBEDDED_TOKENS = 256  # of a text, at most
@@ -53,7 +53,7 @@ def clean(run: SynthesisRun) -> None:
     if run.done("clean") and run.pool.get("settings.clean") == current:
         return
     if run.pool.select(HAS_RESPONSES):
-        run.settle("clean", current)
+        run.pin_settings("clean", current)
     result = apply_rules(run)
     with run.pool.transaction():
         run.pool.connection.execute("DELETE FROM drops WHERE stage = 'clean'")
@@ -74,7 +74,7 @@ def settings(config: Config) -> dict[str, Any]:
     kept = dataclasses.asdict(config.clean) | {"wanted_languages": config.instruct.languages, "seed": config.seed}
     kept["contamination"] = {path: contamination.fingerprint(path) for path in config.clean.contamination}
     if config.clean.contamination_cosine:
-        kept["embeddings_of"] = identity(config.base)
+        kept["embeddings_of"] = model_identity(config.base)
     return json.loads(json.dumps(kept))
 
 
@@ -127,13 +127,13 @@ def drop_by_content(chat: Chat, code: str, options: Clean, index: NgramIndex | N
 def _drop_by_base_embeddings(run: SynthesisRun, items: list[EvaluationItem], texts: Mapping[int, str]) -> dict[int, Drop]:
     """Drop items whose embedding by the base is near that of an evaluation item."""
     format = run.format(run.base)
-    prefix = format.pre_query(()).token_ids  # a text is embedded where the base writes it: in a first user turn
+    prefix = format.user_prompt(()).token_ids  # a text is embedded where the base writes it: in a first user turn
 
     def tokens(text: str) -> tuple[int, ...]:
         return *prefix, *format.tokenizer(text, add_special_tokens=False, verbose=False).input_ids[:EMBEDDED_TOKENS]
 
-    with run.at_work("clean", dataclasses.replace(run.base, engine="transformers"), record=False) as worker:
-        return drop_by_embeddings(worker.engine.embed, tokens, items, texts, run.config.clean.contamination_cosine, run.say)
+    with run.start_engine("clean", dataclasses.replace(run.base, engine="transformers"), record=False) as writer:
+        return drop_by_embeddings(writer.engine.embed, tokens, items, texts, run.config.clean.contamination_cosine, run.say)
 
 
 def drop_by_embeddings(embed: contamination.Embed, tokens: Callable[[str], tuple[int, ...]], items: list[EvaluationItem],

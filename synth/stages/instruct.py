@@ -17,8 +17,8 @@ from synth.config import Config, name_of
 from synth.engines.chat_format import ChatFormat, UserPrompt
 from synth.engines.interface import Completion, CompletionRequest, Failure, Prompt, Sampling
 from synth.pool import seeds
-from synth.pool.run import SynthesisRun, usable
-from synth.pool.writer import Worker
+from synth.pool.synthesis_run import SynthesisRun, why_unusable
+from synth.pool.writer import ResultWriter
 
 CHUNK = 1000  # items whose earlier turns are read at a time
 
@@ -58,16 +58,16 @@ def instruct(run: SynthesisRun) -> None:
     """Run the stage: sample the turns and reference samples that the pool lacks."""
     config = run.config
     # languages only change the weights that `clean` gives
-    run.settle("instruct", {key: value for key, value in dataclasses.asdict(config.instruct).items() if key != "languages"})
+    run.pin_settings("instruct", {key: value for key, value in dataclasses.asdict(config.instruct).items() if key != "languages"})
     if run.done("instruct"):
         return
-    with run.at_work("instruct", run.base) as worker:
+    with run.start_engine("instruct", run.base) as writer:
         if not run.pool.select("SELECT 1 FROM items LIMIT 1"):
             with run.pool.transaction():
                 run.pool.insert("items", map(plan, itertools.repeat(config), range(config.instruct.num_instructions)))
-        sample_reference(run, worker)
+        sample_reference(run, writer)
         for position in range(2 * len(config.instruct.turn_weights) - 1):
-            sample_turns(run, worker, position)
+            sample_turns(run, writer, position)
     run.finish("instruct")
 
 
@@ -83,12 +83,12 @@ def plan(config: Config, item: int) -> PlannedItem:
 # ---------------------------------------------------------------- the pool's turns
 
 
-def sample_turns(run: SynthesisRun, worker: Worker, position: int) -> None:
+def sample_turns(run: SynthesisRun, writer: ResultWriter, position: int) -> None:
     """Sample the turns at `position` of the items that lack it, are not dropped, and have all turns before it."""
     missing = [item for item, in run.pool.select(MISSING_TURN, position, position, position, position - 1)]
     if missing:
         task = TurnTask(run, position)
-        worker.complete(task.requests(missing), len(missing), task.write)
+        writer.complete(task.requests(missing), len(missing), task.write)
 
 
 class TurnTask:
@@ -124,7 +124,7 @@ class TurnTask:
             self.rest[item.id] = prompt.rest
             token_ids, stops, max_tokens = prompt.token_ids, self.format.user_stops, config.instruct.max_tokens
         else:
-            token_ids, stops = self.format.response(history, item.system), self.format.response_stops
+            token_ids, stops = self.format.response_prompt(history, item.system), self.format.response_stops
             max_tokens = config.respond.max_tokens
         sampling = Sampling(item.temperature, item.top_p, max_tokens, *stops)
         return CompletionRequest((item.id,), Prompt(token_ids), sampling, self._seed(item.id))
@@ -138,9 +138,9 @@ class TurnTask:
             (item,), text = result.key, None
             if not isinstance(result, Failure):
                 text = result.text.removeprefix(self.rest.pop(item, "")).strip()
-                text = text if self.is_user_turn else self.format.answer(text)
+                text = text if self.is_user_turn else self.format.final_answer(text)
                 turns.append((item, self.position, text, result.tokens, result.finish, result.logprob, self._seed(item)))
-            reason = usable(result, self.format.leaked(text or ""))
+            reason = why_unusable(result, self.format.leaked_token(text or ""))
             if not reason and not text:
                 reason = "no answer in its final channel" if text is None else "empty"
             if reason:
@@ -162,16 +162,16 @@ class UserPrompts:
     def get(self, history: Sequence[dict], system: str | None) -> UserPrompt:
         """Return the prompt after the turns so far."""
         if history:
-            return self.format.pre_query(history, system)
+            return self.format.user_prompt(history, system)
         if system not in self.first:
-            self.first[system] = self.format.pre_query((), system)
+            self.first[system] = self.format.user_prompt((), system)
         return self.first[system]
 
 
 # ---------------------------------------------------------------- reference samples
 
 
-def sample_reference(run: SynthesisRun, worker: Worker) -> None:
+def sample_reference(run: SynthesisRun, writer: ResultWriter) -> None:
     """Sample first turns at temperature 1 and top_p 1 under the pool's system prompts, for comparison only."""
     done = {item for item, in run.pool.select("SELECT id FROM fresh")}
     missing = [item for item in range(run.config.instruct.reference_samples) if item not in done]
@@ -198,4 +198,4 @@ def sample_reference(run: SynthesisRun, worker: Worker) -> None:
     def write(results: list) -> None:
         run.pool.insert("fresh", [row(result) for result in results if not isinstance(result, Failure)])
 
-    worker.complete(requests(), len(missing), write)
+    writer.complete(requests(), len(missing), write)

@@ -28,8 +28,8 @@ from synth.judging.score_parsing import (
     preference_for_first,
 )
 from synth.pool import seeds
-from synth.pool.run import SynthesisRun, identity, usable
-from synth.pool.store import CLEAN, Chat
+from synth.pool.store import ITEM_IS_CLEAN, Chat
+from synth.pool.synthesis_run import SynthesisRun, model_identity, why_unusable
 
 PAGE = 4000  # responses read from the pool at a time
 
@@ -37,7 +37,7 @@ PAGE = 4000  # responses read from the pool at a time
 # SQLite from using an index for these columns, so that it walks the responses in the order of their keys and need not sort them.
 UNSCORED = f"""
     FROM responses AS r
-    WHERE r.reason IS NULL AND +r.item IN (SELECT id FROM items WHERE {CLEAN}) AND +r.model IN ({{authors}}) AND NOT EXISTS (
+    WHERE r.reason IS NULL AND +r.item IN (SELECT id FROM items WHERE {ITEM_IS_CLEAN}) AND +r.model IN ({{authors}}) AND NOT EXISTS (
         SELECT 1 FROM scores AS s WHERE s.item = r.item AND s.model = r.model AND s.sample = r.sample AND s.judge = ?)"""
 COUNT_UNSCORED = f"SELECT count(*) {UNSCORED}"
 # The next page of them, after a key (item, model, sample); a row is an UnscoredResponse
@@ -64,8 +64,8 @@ def judge(run: SynthesisRun) -> None:
     for model in run.config.judges:
         task = ScoringTask(run, model)
         if missing := task.count_missing():
-            with run.at_work("judge", model) as worker:
-                ask = worker.choose if task.options.scoring == "expected_score" else worker.complete
+            with run.start_engine("judge", model) as writer:
+                ask = writer.choose if task.options.scoring == "expected_score" else writer.complete
                 ask(task.requests(), missing, task.write)
     if run.config.judge.pairwise:
         compare_best_pairs(run)
@@ -76,7 +76,7 @@ def pin_judge_settings(run: SynthesisRun) -> None:
     """Store the settings that scores depend on, with the text of the rubric; UserError where a later call has other ones."""
     options, text = run.config.judge, load_rubric(run.config.judge)
     length = {"max_tokens": options.max_tokens} if options.scoring == "generated" else {}
-    run.settle("judge", {"judges": [identity(model) for model in run.config.judges], "scoring": options.scoring, **length,
+    run.pin_settings("judge", {"judges": [model_identity(model) for model in run.config.judges], "scoring": options.scoring, **length,
                          "rubric": _short_hash(text)})
     if run.pool.get("rubric") is None:
         with run.pool.transaction():
@@ -99,13 +99,13 @@ class JudgeTask:
         messages = ({"role": "user", "content": text},)
         if self.format is None:
             return ChoiceRequest(key, Prompt(None, messages), choices)
-        token_ids, rest = self.format.answering(messages, choices)
+        token_ids, rest = self.format.choice_prompt(messages, choices)
         return ChoiceRequest(key, Prompt(token_ids), tuple(rest + choice for choice in choices))
 
     def completion(self, key: tuple, text: str, seed: int) -> CompletionRequest:
         """Ask for the judge's whole answer to `text`, decoded greedily."""
         messages = ({"role": "user", "content": text},)
-        prompt = Prompt(self.format.response(messages)) if self.format else Prompt(None, messages)
+        prompt = Prompt(self.format.response_prompt(messages)) if self.format else Prompt(None, messages)
         stops = self.format.response_stops if self.format else ()
         return CompletionRequest(key, prompt, Sampling(0.0, 1.0, self.options.max_tokens, *stops), seed)
 
@@ -189,9 +189,9 @@ class ScoringTask(JudgeTask):
         return self._read_completion(result, seed)
 
     def _read_completion(self, result: Completion, seed: int) -> JudgeScore:
-        answer = self.format.answer(result.text) if self.format else result.text
+        answer = self.format.final_answer(result.text) if self.format else result.text
         text = (result.text if answer is None else answer).strip()
-        reason = usable(result, None) or ("no answer in its final channel" if answer is None else None)
+        reason = why_unusable(result, None) or ("no answer in its final channel" if answer is None else None)
         if reason:
             return JudgeScore(None, None, text, seed, reason)
         score = parse_score(answer)
@@ -248,15 +248,15 @@ class ResponsePair(NamedTuple):
 
 def compare_best_pairs(run: SynthesisRun) -> None:
     """Have each item's two best responses compared in both orders, by every judge that wrote neither (by all where there is none)."""
-    run.settle("pairwise", {"calibrate_judges": run.config.judge.calibrate_judges, "text": _short_hash(PAIRWISE_PROMPT)})
+    run.pin_settings("pairwise", {"calibrate_judges": run.config.judge.calibrate_judges, "text": _short_hash(PAIRWISE_PROMPT)})
     with run.pool.transaction():
         rate_responses(run)
     pairs = list(best_pairs(run))
     for model in run.config.judges:
         task = ComparisonTask(run, model, pairs)
         if task.missing:
-            with run.at_work("judge", model) as worker:
-                worker.choose(task.requests(), len(task.missing), task.write)
+            with run.start_engine("judge", model) as writer:
+                writer.choose(task.requests(), len(task.missing), task.write)
 
 
 def best_pairs(run: SynthesisRun) -> Iterator[ResponsePair]:

@@ -15,7 +15,7 @@ from synth.engines.chat_format import ChatFormat
 from synth.engines.interface import Completion, CompletionRequest, Failure, Prompt, Sampling
 from synth.filters.repetition import repetition
 from synth.pool import seeds
-from synth.pool.run import SynthesisRun, usable
+from synth.pool.synthesis_run import SynthesisRun, why_unusable
 
 EXAMPLES = 3  # printed samples of each temperature
 EXAMPLE_CHARACTERS = 100  # of a printed sample
@@ -41,7 +41,7 @@ def probe(run: SynthesisRun) -> None:
 
 def sample_and_summarise(run: SynthesisRun, format: ChatFormat, settings: dict) -> list[dict]:
     """Sample first user turns at each temperature, and return a summary of each."""
-    config, prompt, stops = run.config, format.pre_query([]), format.user_stops
+    config, prompt, stops = run.config, format.user_prompt([]), format.user_stops
 
     def request(i: int, temperature: float, sample: int) -> CompletionRequest:
         sampling = Sampling(temperature, settings["top_p"], settings["max_tokens"], *stops)
@@ -56,8 +56,8 @@ def sample_and_summarise(run: SynthesisRun, format: ChatFormat, settings: dict) 
         for result in results:
             by_temperature[result.key[0]].append(result)
 
-    with run.at_work("probe", run.base) as worker:
-        worker.complete(requests, len(requests), collect)
+    with run.start_engine("probe", run.base) as writer:
+        writer.complete(requests, len(requests), collect)
     return [summarise(temperature, sorted(by_temperature[i], key=lambda result: result.key), prompt.rest, format)
             for i, temperature in enumerate(config.probe.temperature)]
 
@@ -83,9 +83,9 @@ def summarise(temperature: float, results: Sequence[Completion | Failure], rest:
 
 def _junk_kind(completion: Completion, text: str, format: ChatFormat) -> str | None:
     """Return why a sample is junk; None where it is usable."""
-    if format.leaked(text):
+    if format.leaked_token(text):
         return "special token"
-    return usable(completion, None) or ("repetition" if repetition(text) > MAX_REPETITION else None)
+    return why_unusable(completion, None) or ("repetition" if repetition(text) > MAX_REPETITION else None)
 
 
 # ---------------------------------------------------------------- console
@@ -93,7 +93,7 @@ def _junk_kind(completion: Completion, text: str, format: ChatFormat) -> str | N
 
 def prompt_lines(format: ChatFormat) -> list[str]:
     """Describe the prompt and the stops; the prompt is decoded from its tokens, to show that they are the template's text."""
-    prompt, stops = format.pre_query([]), format.user_stops
+    prompt, stops = format.user_prompt([]), format.user_stops
     text = format.tokenizer.decode(prompt.token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     rest = f"; the model writes {prompt.rest!r} itself" if prompt.rest else ""
     user_ends = [*_token_names(format, stops.ids), *stops.texts]

@@ -18,7 +18,7 @@ import numpy as np
 from synth.config import STAGES
 from synth.engines.interface import EmbeddingRequest, Failure
 from synth.judging import diagnostics
-from synth.pool.run import SynthesisRun
+from synth.pool.synthesis_run import SynthesisRun
 from synth.reporting import funnel, report_page
 from synth.reporting.distribution import InstructionSample, ReferenceComparison
 from synth.reporting.funnel import FunnelStep
@@ -97,11 +97,11 @@ def embed_with_base(run: SynthesisRun, texts: list[str]) -> dict[str, np.ndarray
     """Embed texts with the base, in the place of a first user turn; None where that fails, with a line on the console."""
     try:
         format = run.format(run.base)
-        prefix = format.pre_query(()).token_ids
+        prefix = format.user_prompt(()).token_ids
         token_ids = (format.tokenizer(text, add_special_tokens=False, verbose=False).input_ids[:EMBEDDED_TOKENS] for text in texts)
         requests = (EmbeddingRequest((i,), (*prefix, *ids)) for i, ids in enumerate(token_ids))
-        with run.at_work("report", dataclasses.replace(run.base, engine="transformers"), record=False) as worker:
-            results = list(worker.engine.embed(requests))
+        with run.start_engine("report", dataclasses.replace(run.base, engine="transformers"), record=False) as writer:
+            results = list(writer.engine.embed(requests))
     except UserError as error:
         failure = error
     else:

@@ -15,13 +15,13 @@ from synth.engines import kind_of
 from synth.engines.chat_format import ChatFormat
 from synth.engines.interface import Completion, CompletionRequest, Failure, Likelihood, LikelihoodRequest, Prompt, Sampling
 from synth.pool import seeds
-from synth.pool.run import SynthesisRun, identity, usable
-from synth.pool.store import CLEAN, Chat
-from synth.pool.writer import Worker
+from synth.pool.store import ITEM_IS_CLEAN, Chat
+from synth.pool.synthesis_run import SynthesisRun, model_identity, why_unusable
+from synth.pool.writer import ResultWriter
 
 GREEDY = -1  # sample number of a greedy response
 
-COUNT_CLEAN = f"SELECT count(*) FROM items WHERE {CLEAN}"
+COUNT_CLEAN = f"SELECT count(*) FROM items WHERE {ITEM_IS_CLEAN}"
 SAMPLES_OF_MODEL = "SELECT item, sample FROM responses WHERE model = ?"
 # Usable responses of other models that the base has not scored
 UNSCORED = "FROM responses WHERE base_tokens IS NULL AND reason IS NULL"
@@ -34,17 +34,17 @@ def respond(run: SynthesisRun) -> None:
     """Run the stage: request the responses and likelihoods that the pool lacks."""
     config = run.config
     models = [*config.responders, run.base]
-    run.settle("respond", {"models": [identity(model) for model in models], **dataclasses.asdict(config.respond)})
+    run.pin_settings("respond", {"models": [model_identity(model) for model in models], **dataclasses.asdict(config.respond)})
     run.require("clean")
     for model in models:
         task = ResponseTask(run, model)
         missing, unscored = task.count_missing(), _unscored_keys(run) if model is run.base else []
         if missing or unscored:
-            with run.at_work("respond", model) as worker:
+            with run.start_engine("respond", model) as writer:
                 if missing:
-                    worker.complete(task.requests(), missing, task.write)
+                    writer.complete(task.requests(), missing, task.write)
                 if model is run.base:
-                    score_likelihood(run, worker)
+                    score_likelihood(run, writer)
     run.finish("respond")
 
 
@@ -94,7 +94,7 @@ class ResponseTask:
 
     def _prompt(self, chat: Chat) -> Prompt:
         if self.format:
-            return Prompt(self.format.response(chat.messages, chat.system))
+            return Prompt(self.format.response_prompt(chat.messages, chat.system))
         system = () if chat.system is None else ({"role": "system", "content": chat.system},)
         return Prompt(None, (*system, *chat.messages))
 
@@ -115,9 +115,9 @@ class ResponseTask:
         seed = self._seed(item, sample)
         if isinstance(result, Failure):
             return ResponseRow(item, self.name, sample, None, None, None, None, None, None, seed, result.reason)
-        answer = self.format.answer(result.text) if self.format else result.text
-        leaked = self.format.leaked(answer or "") if self.format else None
-        reason = usable(result, leaked) or ("no answer in its final channel" if answer is None else None)
+        answer = self.format.final_answer(result.text) if self.format else result.text
+        leaked = self.format.leaked_token(answer or "") if self.format else None
+        reason = why_unusable(result, leaked) or ("no answer in its final channel" if answer is None else None)
         base_logprob, base_tokens = (result.logprob, result.tokens) if self.is_base and not reason else (None, None)
         return ResponseRow(item, self.name, sample, (answer or "").strip(), result.tokens, result.finish, result.logprob, base_logprob,
                            base_tokens, seed, reason)
@@ -131,7 +131,7 @@ def _unscored_keys(run: SynthesisRun) -> list[tuple[int, str, int]]:
     return run.pool.select(UNSCORED_KEYS) if run.config.respond.score_with_base else []
 
 
-def score_likelihood(run: SynthesisRun, worker: Worker) -> None:
+def score_likelihood(run: SynthesisRun, writer: ResultWriter) -> None:
     """Write every response's log-probability under the base, its end of turn included; base_tokens is 0 where that fails."""
     unscored = _unscored_keys(run)
     if not unscored:
@@ -143,12 +143,12 @@ def score_likelihood(run: SynthesisRun, worker: Worker) -> None:
         for chat in run.pool.chats():
             if chat.item not in items:
                 continue
-            prompt = Prompt(format.response(chat.messages, chat.system))
+            prompt = Prompt(format.response_prompt(chat.messages, chat.system))
             for model, sample, text in run.pool.select(UNSCORED_OF_ITEM, chat.item):
-                yield LikelihoodRequest((chat.item, model, sample), prompt, format.continuation(text))
+                yield LikelihoodRequest((chat.item, model, sample), prompt, format.continuation_ids(text))
 
     def write(results: list) -> None:
         likelihoods = [(result.logprob, result.tokens) if isinstance(result, Likelihood) else (None, 0) for result in results]
         run.pool.connection.executemany(SET_LIKELIHOOD, [(*pair, *result.key) for pair, result in zip(likelihoods, results, strict=True)])
 
-    worker.likelihood(requests(), len(unscored), write)
+    writer.likelihood(requests(), len(unscored), write)

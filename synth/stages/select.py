@@ -25,8 +25,8 @@ from typing import NamedTuple
 from synth.config import Config, name_of
 from synth.judging.calibration import rate_responses
 from synth.pool import seeds
-from synth.pool.run import SynthesisRun
-from synth.pool.store import CLEAN
+from synth.pool.store import ITEM_IS_CLEAN
+from synth.pool.synthesis_run import SynthesisRun
 from synth.reporting.export import export
 from synth.stages.judge import pin_judge_settings
 from synth.stages.respond import GREEDY
@@ -42,7 +42,7 @@ CANDIDATES = f"""
     FROM items LEFT JOIN traits AS t ON t.item = id
     LEFT JOIN responses AS r ON r.item = id AND r.reason IS NULL
     LEFT JOIN ratings AS q ON q.item = id AND q.model = r.model AND q.sample = r.sample
-    WHERE {CLEAN} ORDER BY id, r.model, r.sample"""
+    WHERE {ITEM_IS_CLEAN} ORDER BY id, r.model, r.sample"""
 COMPARISONS = "SELECT item, judge, model, sample, other_model, other_sample, preference FROM comparisons ORDER BY item"
 DROPS_BY_REASON = "SELECT reason, count(*) FROM drops WHERE stage = 'select' GROUP BY reason ORDER BY reason"
 

@@ -1,6 +1,6 @@
-"""A server that speaks OpenAI's protocol badly, by script: each POST takes the next behaviour.
+"""Run an OpenAI-compatible server that answers each POST by the next entry of a script.
 
-Where that is None, and after the last one, all is well.
+An entry that is None, and every request after the last entry, gets a good answer.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ MODELS = {"object": "list", "data": [{"id": "m", "object": "model", "created": 1
 
 
 class Answer(NamedTuple):
-    """What one request gets."""
+    """An HTTP answer."""
 
     status: int = 200
     body: object = None  # a dict, sent as JSON; or bytes, sent as they are
@@ -26,27 +26,31 @@ class Answer(NamedTuple):
 LISTED = Answer(200, MODELS)
 
 
-def said(text: str | None, finish: str = "stop", tokens: tuple[int, int] = (7, 3), **more) -> dict:
-    """A chat completion."""
+def chat_completion(text: str | None, finish: str = "stop", tokens: tuple[int, int] = (7, 3), **more) -> dict:
+    """Return the body of a chat completion."""
     choice = {"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": text} | more.pop("message", {})} | more
     return {"id": "x", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice],
             "usage": {"prompt_tokens": tokens[0], "completion_tokens": tokens[1], "total_tokens": sum(tokens)}}
 
 
-def fault(status: int, message: str, code: str | None = None, **headers: str) -> Answer:
+def error_answer(status: int, message: str, code: str | None = None, **headers: str) -> Answer:
+    """Return an error in the protocol's form."""
     return Answer(status, {"error": {"message": message, "type": "t", "code": code}},
                   tuple((name.replace("_", "-"), value) for name, value in headers.items()))
 
 
-class Scripted:
-    """`with Scripted([Answer, ...]) as server`: server.url, and what was asked of it: server.asked [(time, path, headers, body)]."""
+class ScriptedServer:
+    """`with ScriptedServer([Answer, ...]) as server`, which has server.url and its POST requests so far.
+
+    `server.requests` is a list of (time, path, headers, body), `server.most` the largest number of requests at once.
+    """
 
     def __init__(self, script=(), otherwise=None, models=LISTED):
-        self.script, self.asked, self.lock = list(script), [], threading.Lock()
-        self.otherwise = otherwise or (lambda body: Answer(200, said("echo " + body["messages"][-1]["content"])))
-        self.models, self.flying, self.most = models, 0, 0
+        self.script, self.requests, self.lock = list(script), [], threading.Lock()
+        self.otherwise = otherwise or (lambda body: Answer(200, chat_completion("echo " + body["messages"][-1]["content"])))
+        self.models, self.in_flight, self.most = models, 0, 0
 
-    def __enter__(self) -> Scripted:
+    def __enter__(self) -> ScriptedServer:
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -61,13 +65,14 @@ class Scripted:
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
                 with outer.lock:
-                    outer.asked.append((time.monotonic(), self.path, {name.lower(): value for name, value in self.headers.items()}, body))
+                    headers = {name.lower(): value for name, value in self.headers.items()}
+                    outer.requests.append((time.monotonic(), self.path, headers, body))
                     answer = (outer.script.pop(0) if outer.script else None) or outer.otherwise(body)
-                    outer.flying += 1
-                    outer.most = max(outer.most, outer.flying)
+                    outer.in_flight += 1
+                    outer.most = max(outer.most, outer.in_flight)
                 time.sleep(answer.delay)
                 with outer.lock:
-                    outer.flying -= 1
+                    outer.in_flight -= 1
                 self.send(answer)
 
             def send(self, answer: Answer):

@@ -1,7 +1,7 @@
-"""A scripted engine in the place of a real one, and pools filled by hand, for tests of the stages.
+"""Replace engines by scripted ones, and fill pools by hand, for tests of the stages.
 
     engine = FakeEngine("judge", choose=lambda request: (0, 0, 0, 0, 1))
-    install(monkeypatch, judge=engine)                # what open_engine starts for the model of that name
+    install(monkeypatch, judge=engine)                # the engine of the model of that name
     run = make_run(tmp_path, ["base", "other"])
     fill(run, ["What is 2 + 2?"], {"base": [["4", "5"]]})
 """
@@ -13,23 +13,24 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from synth.config import Config, Model, name_of, resolve_presets
-from synth.engines.interface import Choice, Completion, Embedding, EngineError, EngineInfo, Failure, Likelihood
-from synth.pool.run import SynthesisRun
+from synth.engines import open_engine
+from synth.engines.interface import Choice, Completion, Embedding, Engine, EngineError, EngineInfo, Failure, Likelihood
 from synth.pool.store import Pool
+from synth.pool.synthesis_run import SynthesisRun
 
 BASE = str(Path(__file__).parents[2] / "benchmarks/forgetting/miniature/models/base")  # a real tokenizer and chat template
 
 
 class FakeEngine:
-    """Answers by functions of the request. Each may return the finished result, or what is told in its place:
+    """An engine that answers by functions of the request. Each returns a result, or the part of it that matters:
 
-        complete    the text, which then stopped by itself; of as many tokens as characters
+        complete    the text, which ended with a stop; it has as many tokens as characters
         choose      the choices' probabilities
         likelihood  the log-probability
         embed       the vector
 
-    An Exception that is returned becomes a Failure with its text. Results come in a random order of `seed`, at most `window` ahead of what
-    was asked; after `results` of them the engine dies. `asked` are all requests so far, `started` and `closed` count its lives.
+    A returned Exception becomes a Failure with its text. Results come in a random order by `seed`, while at most `window` requests wait;
+    after `results` of them the engine fails. `requests` are all requests so far, `started` and `closed` count how often it was.
     """
 
     def __init__(self, name: str = "model", complete: Callable | None = None, choose: Callable | None = None,
@@ -38,7 +39,7 @@ class FakeEngine:
         self.info = EngineInfo("scripted 1.0", name, f"fingerprint of {name}", deterministic)
         self.scripts = {"complete": complete, "choose": choose, "likelihood": likelihood, "embed": embed}
         self.random, self.window, self.results = random.Random(seed), window, results
-        self.asked, self.started, self.closed = [], 0, 0
+        self.requests, self.started, self.closed = [], 0, 0
 
     def complete(self, requests: Iterable) -> Iterator[Completion | Failure]:
         return self._answer("complete", requests, lambda r, text: Completion(r.key, text, len(text), "stop", -1.0, size(r.prompt)))
@@ -53,7 +54,7 @@ class FakeEngine:
         return self._answer("embed", requests, lambda r, vector: Embedding(r.key, tuple(vector)))
 
     def busy(self) -> float:
-        return 0.001 * len(self.asked)
+        return 0.001 * len(self.requests)
 
     def cost(self) -> float:
         return 0.0
@@ -70,13 +71,14 @@ class FakeEngine:
                 raise EngineError(f"{self.info.model}: died")
             self.results = None if self.results is None else self.results - 1
             request = waiting.pop(self.random.randrange(len(waiting)))
-            told = script(request)
-            if isinstance(told, Exception):
-                return Failure(request.key, str(told))
-            return told if isinstance(told, (Completion, Choice, Likelihood, Embedding, Failure)) else result(request, told)
+            returned = script(request)
+            if isinstance(returned, Exception):
+                return Failure(request.key, str(returned))
+            finished = isinstance(returned, (Completion, Choice, Likelihood, Embedding, Failure))
+            return returned if finished else result(request, returned)
 
         for request in requests:
-            self.asked.append(request)
+            self.requests.append(request)
             waiting.append(request)
             if len(waiting) > self.window:
                 yield pop()
@@ -85,26 +87,30 @@ class FakeEngine:
 
 
 def size(prompt) -> int:
-    """Tokens of a prompt; characters where it is a chat."""
+    """Return the length of a prompt in tokens, or in characters where it is messages."""
     return sum(len(message["content"]) for message in prompt.messages) if prompt.token_ids is None else len(prompt.token_ids)
 
 
 def install(monkeypatch, **engines: FakeEngine) -> None:
-    """Let the stages start these engines, by the names of their models; no other is expected to start."""
+    """Replace the engines of local models by these, by name; of other models only servers may start."""
 
-    def open_engine(model: Model, log: Path) -> FakeEngine:
+    def open_fake(model: Model, log: Path) -> Engine:
+        if model.engine == "openai" and name_of(model) not in engines:
+            return open_engine(model, log)
         assert name_of(model) in engines, f"{name_of(model)} was not expected to start"
         engines[name_of(model)].started += 1
         return engines[name_of(model)]
 
-    monkeypatch.setattr("synth.pool.run.open_engine", open_engine)
+    monkeypatch.setattr("synth.pool.synthesis_run.open_engine", open_fake)
 
 
 # ---------------------------------------------------------------- pools
 
 
 def make_run(folder: Path, models: Sequence[str] = ("base",), say: Callable[[str], None] | None = None, **options) -> SynthesisRun:
-    """A run on a new or existing pool in `folder`: the first of `models` is the base, the others answer too; `options` of Config.
+    """Return a run on a new or existing pool in `folder`, with `options` of Config.
+
+    The first of `models` is the base, the others are responders.
 
     All have the tokenizer and chat template of the miniature's base. Close its pool, or leave that to the end of the process.
     """
@@ -116,10 +122,11 @@ def make_run(folder: Path, models: Sequence[str] = ("base",), say: Callable[[str
 def fill(run: SynthesisRun, chats: Sequence[str | Sequence[str]], responses: Mapping[str, Sequence[Sequence]] | None = None,
          systems: Mapping[int, str] | None = None, weights: Mapping[int, float] | None = None,
          likelihoods: Mapping[tuple, float] | None = None, done: Iterable[str] = ("probe", "instruct", "clean", "respond")) -> None:
-    """Items, their turns and their answers, as the stages before would leave them.
+    """Insert items, their turns and their responses, as the stages before would.
 
-    `chats[i]`: the instruction of item i, or all its turns. `responses[model][i]`: its answers to item i; an Exception is one that cannot
-    be used, for that reason; sample numbers count from 0. `likelihoods[item, model, sample]`: log-probability per token under the base.
+    `chats[i]`: the instruction of item i, or all its turns. `responses[model][i]`: its responses to item i; an Exception stands for one
+    that cannot be used, for that reason; sample numbers count from 0. `likelihoods[item, model, sample]`: log-probability per token under
+    the base.
     """
     chats = [[chat] if isinstance(chat, str) else list(chat) for chat in chats]
     with run.pool.transaction():
@@ -129,12 +136,13 @@ def fill(run: SynthesisRun, chats: Sequence[str | Sequence[str]], responses: Map
         run.pool.insert("traits", [(i, "en", i, (weights or {}).get(i, 1.0)) for i in range(len(chats))])
         run.pool.insert("responses", [response_row(i, model, sample, answer, (likelihoods or {}).get((i, model, sample)))
                                       for model, answers in (responses or {}).items()
-                                      for i, said in enumerate(answers) for sample, answer in enumerate(said)])
+                                      for i, samples in enumerate(answers) for sample, answer in enumerate(samples)])
         for stage in done:
             run.pool.set(f"done.{stage}", True)
 
 
 def response_row(item: int, model: str, sample: int, answer: str | Exception, likelihood: float | None) -> tuple:
+    """Return a row of `responses`."""
     if isinstance(answer, Exception):
         return item, model, sample, "", 1, "length", None, None, None, 0, str(answer)
     tokens = len(answer) + 1
@@ -142,7 +150,7 @@ def response_row(item: int, model: str, sample: int, answer: str | Exception, li
 
 
 def score(run: SynthesisRun, scores: Mapping[tuple, float | None]) -> None:
-    """Scores by (item, model, sample, judge), as `judge` would leave them, and that stage ended; None: could not be read."""
+    """Insert scores by (item, model, sample, judge), None for unreadable ones, and mark stage `judge` as done."""
     from synth.stages.judge import pin_judge_settings
 
     pin_judge_settings(run)

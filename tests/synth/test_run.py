@@ -2,6 +2,7 @@
 
 import json
 import os
+import pkgutil
 import random
 import re
 import signal
@@ -18,7 +19,7 @@ from benchmarks.forgetting.miniature.family import FAMILY
 from benchmarks.forgetting.miniature.judging import RUBRIC
 from synth.config import STAGES, Config, Instruct, Model
 from synth.pool.store import VERSION, Pool
-from synth.run import sole_owner, synthesise
+from synth.run import STAGE_FUNCTIONS, lock_folder, synthesise
 from trainer import cli
 from trainer.config import Source
 from trainer.data.sources import load_sources
@@ -86,7 +87,7 @@ def test_every_stage_ends_and_leaves_what_it_should(whole):
         kept = pool.select("SELECT count(*) FROM selection")[0][0]
         self_judged = pool.select("SELECT count(*) FROM scores WHERE judge = model")
     assert [(name, deterministic) for name, _, deterministic in engines] == [("base", 1), ("twin", 1)]
-    assert all(engine.startswith(ENGINE) for _, engine, _ in engines) and f"with {engines[0][1]}" in said
+    assert all(engine.startswith(ENGINE) for _, engine, _ in engines) and f": started {engines[0][1]} in" in said
     assert self_judged == [(0,)] and kept > 100
     (_, records), = load_sources([Source(str(output / "replay.jsonl"))], "replay", cache=str(output / "cache"))
     assert len(records) == kept and {"base", "twin"} >= {json.loads(line)["source"] for line in (output / "replay.jsonl").open()}
@@ -103,7 +104,7 @@ def test_called_again_it_asks_no_model(whole, tmp_path):
     output, _ = whole
     before = dump(output), (output / "replay.jsonl").read_bytes()
     said = finish(start(tmp_path, output))
-    assert " up in " not in said and (dump(output), (output / "replay.jsonl").read_bytes()) == before
+    assert ": started " not in said and (dump(output), (output / "replay.jsonl").read_bytes()) == before
 
 
 @pytest.mark.parametrize("round", range(max(1, KILLS // 5)))
@@ -172,8 +173,8 @@ def test_a_changed_seed_or_base_is_refused(whole, tmp_path):
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path):
-    with sole_owner(tmp_path / "out"):
-        assert "another synth.run is at work in" in refused(config(tmp_path))
+    with lock_folder(tmp_path / "out"):
+        assert "another synth.run is using" in refused(config(tmp_path))
 
 
 def test_a_stage_out_of_turn_names_the_one_before(tmp_path):
@@ -217,3 +218,8 @@ def test_a_context_too_short_drops_every_item_with_the_reason(tmp_path):
     with Pool(tmp_path / "out" / "pool.sqlite") as pool:
         reasons = {reason for reason, in pool.select("SELECT reason FROM drops")}
         assert len(reasons) == 1 and "8" in reasons.pop() and pool.select("SELECT count(*) FROM drops") == [(3,)]
+
+
+def test_every_stage_has_a_function():
+    assert tuple(STAGE_FUNCTIONS) == STAGES
+    assert all(callable(pkgutil.resolve_name(function)) for function in STAGE_FUNCTIONS.values())

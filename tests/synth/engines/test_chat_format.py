@@ -6,7 +6,7 @@ import pytest
 
 from synth.engines.chat_format import ChatFormat, load_format
 from tests.helpers import tiny
-from tests.trainer.data.test_chat_template import PUBLISHED, read, tokenizer_for
+from tests.helpers.chat_templates import PUBLISHED, read, tokenizer_for
 from trainer.data.chat_template import ChatTemplate
 from trainer.errors import UserError
 
@@ -62,7 +62,7 @@ QUESTION, ANSWER = {"role": "user", "content": "Name two rivers."}, {"role": "as
 def test_a_users_turn_continues_the_prefix_and_ends_with_a_stop(name, history):
     """Whatever the user says, the tokens of the whole chat are the prefix, the words, and then a stop; no stop comes earlier."""
     format = make(name)
-    prefix = format.pre_query(history)
+    prefix = format.user_prompt(history)
     for words in ("What is 3 + 4?", "2 foxes", "é", "写一首诗"):
         chat = [*history, {"role": "user", "content": words}]
         # what closes a turn may be printed only before the next one
@@ -79,7 +79,7 @@ def test_a_users_turn_continues_the_prefix_and_ends_with_a_stop(name, history):
 @pytest.mark.parametrize("name", NAMES)
 def test_an_answer_continues_the_response_prompt_and_ends_with_a_stop(name):
     format = make(name)
-    prompt = format.response([QUESTION])
+    prompt = format.response_prompt([QUESTION])
     for following in ([], [QUESTION, ANSWER]):
         text = format.template.render([QUESTION, ANSWER, *following])
         ids = tokens(format, text)
@@ -109,7 +109,7 @@ EXPECTED = {  # name: end of the prefix, some user stops, all response stops
 @pytest.mark.parametrize(("name", "expected"), EXPECTED.items(), ids=EXPECTED)
 def test_prefixes_and_stops_are_those_of_the_published_formats(name, expected):
     format, (ending, user, response) = make(name), expected
-    assert format.tokenizer.decode(format.pre_query([]).token_ids).endswith(ending)
+    assert format.tokenizer.decode(format.user_prompt([]).token_ids).endswith(ending)
     assert user <= decoded(format, format.user_stops.ids)
     if name == "deepseekv3":
         assert decoded(format, format.response_stops.ids) >= response
@@ -123,41 +123,41 @@ def test_text_that_ends_a_turn_is_a_stop_only_where_no_token_does():
 
 
 def test_a_space_that_belongs_to_the_first_word_is_left_to_the_model():
-    prefix = make("llama2").pre_query([])
+    prefix = make("llama2").user_prompt([])
     assert (prefix.rest, make("llama2").tokenizer.decode(prefix.token_ids)) == (" ", "<s>[INST]")
     assert prefix.token_ids.count(make("llama2").tokenizer.bos_token_id) == 1
 
 
 def test_a_system_prompt_is_in_the_prefix():
     format = make("qwen2_5")
-    assert "Be brief." in format.tokenizer.decode(format.pre_query([], "Be brief.").token_ids)
+    assert "Be brief." in format.tokenizer.decode(format.user_prompt([], "Be brief.").token_ids)
     with pytest.raises(UserError, match="System role not supported"):
-        make("gemma").pre_query([], "Be brief.")
+        make("gemma").user_prompt([], "Be brief.")
 
 
 def test_dates_are_pinned():
-    assert "Today Date: 01 Jan 2025" in make("llama3_2").tokenizer.decode(make("llama3_2").pre_query([]).token_ids)
+    assert "Today Date: 01 Jan 2025" in make("llama3_2").tokenizer.decode(make("llama3_2").user_prompt([]).token_ids)
 
 
 def test_the_answer_is_the_final_channel():
     said = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Two."
-    assert make("gptoss").answer(said) == "Two."
-    assert make("gptoss").answer("<|channel|>analysis<|message|>Hm, and then") is None
-    assert make("llama3").answer("Two.") == "Two."
-    assert make("nemotron_3_nano").answer("Hm.</think>Two.") == "<think>Hm.</think>Two."
+    assert make("gptoss").final_answer(said) == "Two."
+    assert make("gptoss").final_answer("<|channel|>analysis<|message|>Hm, and then") is None
+    assert make("llama3").final_answer("Two.") == "Two."
+    assert make("nemotron_3_nano").final_answer("Hm.</think>Two.") == "<think>Hm.</think>Two."
 
 
 def test_leaked_special_tokens_are_seen():
-    assert make("llama3").leaked("one <|eot_id|> two") == "<|eot_id|>" and make("llama3").leaked("a | b") is None
+    assert make("llama3").leaked_token("one <|eot_id|> two") == "<|eot_id|>" and make("llama3").leaked_token("a | b") is None
 
 
 @pytest.mark.parametrize(("template", "reason"), [
-    ("{% for m in messages %}{{ m.content }}{% endfor %}", "with nothing before them"),
+    ("{% for m in messages %}{{ m.content }}{% endfor %}", "prints nothing before them"),
     ("{{ bos_token }}{{ messages | length }}", "prints a user's words not at all"),
     ("{% for m in messages %}{{ m.content | length }}|{{ m.content }}<|im_end|>{% endfor %}", "depends on them|each message"),
 ])
 def test_templates_without_a_prefix_are_refused_with_the_reason(template, reason):
-    with pytest.raises(UserError, match=f"chat template of x: cannot be sampled for instructions: .*({reason})"):
+    with pytest.raises(UserError, match=f"chat template of x: cannot be used to sample instructions: .*({reason})"):
         ChatFormat(ChatTemplate(tiny.tokenizer(), template, "x"))
 
 
@@ -174,9 +174,9 @@ def test_the_generation_config_knows_more_ends(tmp_path, tokenizer):
 def test_an_answers_first_token_comes_where_the_template_prints_it(name, history, answers):
     """The tokens of a chat whose last turn is one character are the prompt, and then that: reasoning is closed, the channel marked."""
     format = make(name)
-    token_ids, rest = format.answering([*history, QUESTION], answers)
+    token_ids, rest = format.choice_prompt([*history, QUESTION], answers)
     if name.startswith("deepseek"):  # it opens thoughts in its prompt, and prints none in its last turn
-        assert (token_ids, rest) == ((*format.response([*history, QUESTION]), *tokens(format, "\n</think>\n\n")), "")
+        assert (token_ids, rest) == ((*format.response_prompt([*history, QUESTION]), *tokens(format, "\n</think>\n\n")), "")
         return
     for answer in answers:
         whole = format.template.render([*history, QUESTION, {"role": "assistant", "content": answer}])
@@ -186,5 +186,5 @@ def test_an_answers_first_token_comes_where_the_template_prints_it(name, history
 
 
 def test_a_system_prompt_stands_before_an_answer():
-    token_ids, rest = make("llama3").answering([QUESTION], "12345", "Be brief.")
+    token_ids, rest = make("llama3").choice_prompt([QUESTION], "12345", "Be brief.")
     assert "Be brief." in make("llama3").tokenizer.decode(token_ids) and rest == ""

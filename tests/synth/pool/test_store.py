@@ -38,7 +38,7 @@ def test_dumps_do_not_depend_on_the_order_of_writing(tmp_path):
             with pool.transaction():
                 pool.insert("responses", rows)
             with pool.transaction():
-                pool.spend("respond", "base", 6, 60, 18, seconds=len(name))
+                pool.add_usage("respond", "base", 6, 60, 18, seconds=len(name))
             dumps.append(pool.dump())
     assert dumps[0] == dumps[1]
 
@@ -77,16 +77,16 @@ def test_what_was_spent_adds_up(tmp_path):
     with Pool(tmp_path / "pool") as pool:
         for _ in range(2):
             with pool.transaction():
-                pool.spend("judge", "m", 1, 10, 5, 0.5, 0.25, 0.125)
+                pool.add_usage("judge", "m", 1, 10, 5, 0.5, 0.25, 0.125)
         assert pool.select("SELECT * FROM usage") == [("judge", "m", 2, 20, 10, 1.0, 0.5, 0.25)]
 
 
 def test_changed_settings_are_named(tmp_path):
     with Pool(tmp_path / "pool") as pool:
-        pool.settle("respond", {"samples": 3, "top_p": 0.98}, "choose another output")
-        pool.settle("respond", {"samples": 3, "top_p": 0.98}, "choose another output")
+        pool.pin_settings("respond", {"samples": 3, "top_p": 0.98}, "choose another output")
+        pool.pin_settings("respond", {"samples": 3, "top_p": 0.98}, "choose another output")
         with pytest.raises(UserError, match=r"respond\.top_p: this pool was made with 0\.98, found 1\.0; choose another output"):
-            pool.settle("respond", {"samples": 3, "top_p": 1.0}, "choose another output")
+            pool.pin_settings("respond", {"samples": 3, "top_p": 1.0}, "choose another output")
 
 
 def test_other_files_are_refused(tmp_path):
@@ -108,6 +108,6 @@ def test_a_full_disk_is_one_line_and_the_pool_stays(tmp_path):
         with pool.transaction():
             pool.insert("items", [ITEM])
         pool.connection.execute("PRAGMA max_page_count = 60")
-        with pytest.raises(UserError, match="cannot be written .*what was saved before is whole"), pool.transaction():
+        with pytest.raises(UserError, match="cannot be written .*it is intact: free space"), pool.transaction():
             pool.insert("turns", [(i, 0, "x" * 500, 1, "stop", -1.0, 1) for i in range(2000)])
         assert pool.select("SELECT count(*) FROM turns") == [(0,)] and pool.select("SELECT * FROM items") == [ITEM]

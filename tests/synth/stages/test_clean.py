@@ -244,7 +244,7 @@ def test_what_the_base_puts_next_to_an_evaluation_item_is_out(tmp_path, exam, mo
     """A base that sees nothing but how long a text is."""
     chats = [ENGLISH, "y" + QUESTION[1:], "y" + QUESTION[1:], QUESTION[:50], "?" * 30, QUESTION]
     said, run = [], make_run(tmp_path / "x")
-    opening = run.format(run.base).pre_query(()).token_ids
+    opening = run.format(run.base).user_prompt(()).token_ids
     lengths = {len(opening) + len(run.tokenizer(run.base)(text).input_ids): len(text) for text in chats}
 
     def embed(request):
@@ -258,7 +258,7 @@ def test_what_the_base_puts_next_to_an_evaluation_item_is_out(tmp_path, exam, mo
                   max_repetition=1.0)
     assert drops(run) == {1: ("contaminated", f"{exam}, line 1: cosine 1.000"), 2: ("contaminated", f"{exam}, line 1: cosine 1.000"),
                           5: ("contaminated", f"{exam}, line 1: {' '.join(ngrams.words(QUESTION))[:80]}")}
-    assert len(base.asked) == 5 and base.closed == 1  # the item and four texts; equal ones once
+    assert len(base.requests) == 5 and base.closed == 1  # the item and four texts; equal ones once
     assert "clean: contamination_cosine: 1 texts were not checked, they could not be embedded: longer than the context" in said
     assert run.pool.select("SELECT * FROM models") == []
     run = cleaned(tmp_path / "looser", chats, contamination=[exam], contamination_cosine=0.6, max_repetition=1.0)

@@ -47,9 +47,9 @@ def make_config(**options):
 def test_prompts_are_the_prefix_and_stops_and_seeds_are_of_the_item(tmp_path, monkeypatch):
     run, engine = sampled(tmp_path, monkeypatch)
     format = run.format(run.base)
-    assert {r.prompt.token_ids for r in engine.asked} == {format.pre_query([]).token_ids}
-    assert all(set(r.sampling.stop_ids) == set(format.user_stops.ids) for r in engine.asked)
-    assert len({r.seed for r in engine.asked}) == 45
+    assert {r.prompt.token_ids for r in engine.requests} == {format.user_prompt([]).token_ids}
+    assert all(set(r.sampling.stop_ids) == set(format.user_stops.ids) for r in engine.requests)
+    assert len({r.seed for r in engine.requests}) == 45
     rows = run.pool.select("SELECT item, position, text, tokens, finish, logprob, seed FROM turns ORDER BY item")
     assert rows == [(i, 0, said_by(seed), len(said_by(seed)), "stop", -1.0, seed)
                     for i, seed in ((i, seeds.seed(0, "instruct", "base", i, 0)) for i in range(40))]
@@ -63,7 +63,7 @@ def said_by(seed):
 
 def test_fresh_samples_are_drawn_with_nothing_in_their_way(tmp_path, monkeypatch):
     _, engine = sampled(tmp_path, monkeypatch, num_instructions=1, temperature=[0.5], top_p=[0.5])
-    assert Counter((r.sampling.temperature, r.sampling.top_p) for r in engine.asked) == {(1.0, 1.0): 5, (0.5, 0.5): 1}
+    assert Counter((r.sampling.temperature, r.sampling.top_p) for r in engine.requests) == {(1.0, 1.0): 5, (0.5, 0.5): 1}
 
 
 def test_junk_is_dropped_with_its_reason_and_asked_no_further(tmp_path, monkeypatch):
@@ -78,7 +78,7 @@ def test_junk_is_dropped_with_its_reason_and_asked_no_further(tmp_path, monkeypa
     assert reasons[1] == "longer than max_tokens or the context" and reasons[2] == "special token <|assistant|>"
     assert reasons[3] == "empty" and reasons[4] == "prompt of 600 tokens"
     assert run.pool.select("SELECT DISTINCT detail FROM drops") == [("turn 1",)]
-    assert len(engine.asked) == 10 + 2 + 2  # one turn of every item, then the base's and the user's second one of two
+    assert len(engine.requests) == 10 + 2 + 2  # one turn of every item, then the base's and the user's second one of two
 
 
 def test_turns_follow_one_another_and_bear_what_was_said(tmp_path, monkeypatch):
@@ -87,9 +87,9 @@ def test_turns_follow_one_another_and_bear_what_was_said(tmp_path, monkeypatch):
     format = run.format(run.base)
     for chat in run.pool.chats():
         assert [m["role"] for m in chat.messages] == ["user", "assistant", "user", "assistant", "user"][: len(chat.messages)]
-        prompts = [r.prompt.token_ids for r in engine.asked if r.key == (chat.item,)]
-        expected = [format.pre_query(chat.messages[:n], chat.system).token_ids if n % 2 == 0
-                    else format.response(chat.messages[:n], chat.system) for n in range(len(chat.messages))]
+        prompts = [r.prompt.token_ids for r in engine.requests if r.key == (chat.item,)]
+        expected = [format.user_prompt(chat.messages[:n], chat.system).token_ids if n % 2 == 0
+                    else format.response_prompt(chat.messages[:n], chat.system) for n in range(len(chat.messages))]
         assert prompts == expected
     planned = Counter(2 * turns - 1 for turns, in run.pool.select("SELECT turns FROM items"))
     assert Counter(len(chat.messages) for chat in run.pool.chats()) == planned
@@ -108,7 +108,7 @@ def test_neither_order_nor_a_death_changes_the_pool(tmp_path, monkeypatch):
                 instruct(run)
         else:
             instruct(run)
-        asked += [(r.key, r.prompt.token_ids, r.seed) for r in engine.asked]
+        asked += [(r.key, r.prompt.token_ids, r.seed) for r in engine.requests]
         run.pool.connection.close()
     run = make_run(tmp_path / "b", instruct=Instruct(reference_samples=5, **options))
     assert run.pool.dump() == whole.pool.dump()
@@ -135,4 +135,4 @@ def test_another_model_of_the_same_name_is_refused(tmp_path, monkeypatch):
     install(monkeypatch, base=other)
     with pytest.raises(UserError, match="made with fingerprint fingerprint of base, found another; go on with that"):
         instruct(make_run(tmp_path, instruct=Instruct(num_instructions=40)))
-    assert not other.asked and other.closed == 1
+    assert not other.requests and other.closed == 1

@@ -116,10 +116,10 @@ def test_a_judge_that_we_hold_reads_token_ids_and_answers_with_a_digit(tmp_path,
     engine = FakeEngine("base", choose=lambda request: SURE[4])
     install(monkeypatch, base=engine)
     judge(run)
-    request, = engine.asked
+    request, = engine.requests
     assert isinstance(request, ChoiceRequest) and request.choices == ("1", "2", "3", "4", "5") and request.key == (0, "base", 0)
     text = fill_placeholders(EXPECTED_SCORE_RUBRIC, instruction=CHATS[0], response="four")
-    assert request.prompt.token_ids == run.format(run.base).response([{"role": "user", "content": text}])
+    assert request.prompt.token_ids == run.format(run.base).response_prompt([{"role": "user", "content": text}])
 
 
 def test_a_server_reads_the_chat_itself(tmp_path, monkeypatch):
@@ -129,8 +129,8 @@ def test_a_server_reads_the_chat_itself(tmp_path, monkeypatch):
     engine = FakeEngine("gpt", choose=lambda request: SURE[4])
     install(monkeypatch, gpt=engine)
     judge(run)
-    (message,) = engine.asked[0].prompt.messages
-    assert engine.asked[0].prompt.token_ids is None and message["role"] == "user"
+    (message,) = engine.requests[0].prompt.messages
+    assert engine.requests[0].prompt.token_ids is None and message["role"] == "user"
     before, between, after = EXPECTED_SCORE_RUBRIC.replace("{response}", "{instruction}").split("{instruction}")
     assert message["content"] == before + "Format {response} and {0} as {instruction}" + between + "{instruction} } {" + after
 
@@ -160,7 +160,7 @@ def test_written_scores_are_kept_with_their_text(tmp_path, monkeypatch):
     assert run.pool.select("SELECT score, mass, text, reason FROM scores ORDER BY item") == [
         (5.0, None, "Right.\nScore: 5", None), (None, None, "Wrong, so 2.", NO_SCORE_LINE),
         (None, None, "So far\nScore: 4", "longer than max_tokens or the context")]
-    request = engine.asked[0]
+    request = engine.requests[0]
     stops = run.format(run.base).response_stops
     assert isinstance(request, CompletionRequest) and request.sampling == (0.0, 1.0, 77, *stops)
     assert request.seed == seeds.seed(0, "judge", "base", *request.key)
@@ -186,7 +186,7 @@ def test_a_rubric_of_the_users_own_is_filled_and_settled(tmp_path, monkeypatch):
     engine = FakeEngine("base", choose=lambda request: SURE[5])
     install(monkeypatch, base=engine)
     judge(run)
-    assert "Rate 1-5 {json: {}}\nName a river.\nRhine" in words(run, engine.asked[0])
+    assert "Rate 1-5 {json: {}}\nName a river.\nRhine" in words(run, engine.requests[0])
     assert run.pool.get("rubric") == own.read_text()
     own.write_text("Rate\n{instruction}\n{response}")
     with pytest.raises(UserError, match=r"^judge.rubric: this pool was made with '\w+', found '\w+'; go on with those, or choose another"):
@@ -234,7 +234,7 @@ def finished(folder, monkeypatch, deaths=(), order=0, **options):
     for engine in engines.values():
         engine.results = None
     judge(run)
-    return run, [(name, request) for name, engine in engines.items() for request in engine.asked]
+    return run, [(name, request) for name, engine in engines.items() for request in engine.requests]
 
 
 def digit(key):
@@ -271,9 +271,9 @@ def test_what_is_saved_is_not_asked_again(tmp_path, monkeypatch):
         judge(run)
     saved = set(scores(run))
     assert len(saved) == 4 and not run.done("judge")
-    before, engine.results = len(engine.asked), None
+    before, engine.results = len(engine.requests), None
     judge(run)
-    assert {(*request.key, "base") for request in engine.asked[before:]} == set(scores(run)) - saved and len(scores(run)) == 6
+    assert {(*request.key, "base") for request in engine.requests[before:]} == set(scores(run)) - saved and len(scores(run)) == 6
 
 
 def test_pages_of_answers_are_read_once_each(tmp_path, monkeypatch):
@@ -284,7 +284,7 @@ def test_pages_of_answers_are_read_once_each(tmp_path, monkeypatch):
         engine = FakeEngine("base", choose=lambda request: SURE[3], window=0)
         install(monkeypatch, base=engine)
         judge(run)
-        assert [request.key for request in engine.asked] == [(i, "base", k) for i in range(30) for k in range(3)]
+        assert [request.key for request in engine.requests] == [(i, "base", k) for i in range(30) for k in range(3)]
         run.pool.connection.execute("DELETE FROM scores")
 
 
@@ -342,7 +342,7 @@ def test_the_two_best_are_shown_in_both_orders_to_judges_that_wrote_neither(tmp_
         (0, "other", 0, "base", 0, "third", pytest.approx(0.75), pytest.approx(0.8), None),
         (1, "base", 0, "third", 0, "other", pytest.approx(0.75), pytest.approx(0.8), None),
         (1, "third", 0, "base", 0, "other", pytest.approx(0.75), pytest.approx(0.8), None)]
-    request = next(r for r in engines["third"].asked if r.key == (0, "other", 0, "base", 0))
+    request = next(r for r in engines["third"].requests if r.key == (0, "other", 0, "base", 0))
     assert request.choices == ("A", "B")
     assert fill_placeholders(PAIRWISE_PROMPT, instruction="What is 2 + 2?", first="four", second="4") in words(run, request)
 
@@ -391,7 +391,7 @@ def test_the_miniature_judges_with_a_real_engine(tmp_path, how):
     network = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32).eval()
     format = run.format(model)
     for (_, score, mass, _, reason), response in zip(rows, ("cba", "cab")):
-        ids = format.answering([{"role": "user", "content": f"Rate 1-5\nReverse abc\n{response}"}], "12345").token_ids
+        ids = format.choice_prompt([{"role": "user", "content": f"Rate 1-5\nReverse abc\n{response}"}], "12345").token_ids
         with torch.no_grad():
             probabilities = network(torch.tensor([ids])).logits[0, -1].double().softmax(-1)
         digits = [probabilities[format._ids(str(d))[0]].item() for d in range(1, 6)]

@@ -33,13 +33,13 @@ def test_every_model_answers_what_was_kept_and_the_base_once_more_greedily(tmp_p
     assert keys == [(i, m, s) for i in (0, 1) for m, ss in (("base", (GREEDY, 0, 1)), ("other", (0, 1))) for s in ss]
     format = run.format(run.base)
     chats = {chat.item: chat for chat in run.pool.chats()}
-    for request in base.asked + other.asked:
+    for request in base.requests + other.requests:
         chat = chats[request.key[0]]
-        assert request.prompt.token_ids == format.response(chat.messages, chat.system)
-    sampling = {r.key: r.sampling for r in base.asked if isinstance(r.key[1], int)}
+        assert request.prompt.token_ids == format.response_prompt(chat.messages, chat.system)
+    sampling = {r.key: r.sampling for r in base.requests if isinstance(r.key[1], int)}
     assert sampling[0, GREEDY].temperature == 0 and sampling[0, 0].temperature == 1.0
     assert sampling[0, 0].stop_ids == format.response_stops.ids
-    seeds = [r.seed for r in base.asked + other.asked if hasattr(r, "seed")]
+    seeds = [r.seed for r in base.requests + other.requests if hasattr(r, "seed")]
     assert len(set(seeds)) == len(seeds) == 10
 
 
@@ -56,10 +56,10 @@ def test_the_base_reads_what_others_said_and_knows_its_own(tmp_path, monkeypatch
         elif model == "base":
             assert (base_logprob, base_tokens) == (logprob, tokens)
         else:
-            ids = format.continuation(text)
+            ids = format.continuation_ids(text)
             assert format.tokenizer.decode(ids) == text + "<|eot|>" and (base_logprob, base_tokens) == (-0.5 * len(ids), len(ids))
     assert sum(r[-1] is not None for r in rows) == 1
-    assert sorted(r.key for r in base.asked if len(r.key) == 3) == [(0, "other", 0), (1, "other", 0), (1, "other", 1)]
+    assert sorted(r.key for r in base.requests if len(r.key) == 3) == [(0, "other", 0), (1, "other", 0), (1, "other", 1)]
 
 
 def test_what_cannot_be_used_has_its_reason(tmp_path, monkeypatch):
@@ -83,11 +83,11 @@ def test_a_death_in_any_phase_loses_nothing_and_pays_nothing_twice(tmp_path, mon
         dying = engines(results, seed)
         with pytest.raises(UserError, match="died"):
             answered(tmp_path / "b", monkeypatch, dying)
-        asked += sum(len(engine.asked) for engine in dying.values())
+        asked += sum(len(engine.requests) for engine in dying.values())
     last = engines()
     run = answered(tmp_path / "b", monkeypatch, last)
     assert run.pool.dump() == whole.pool.dump() and not last["other"].started
-    assert asked + len(last["base"].asked) <= 14 + 3 * 3
+    assert asked + len(last["base"].requests) <= 14 + 3 * 3
     again = engines()
     answered(tmp_path / "b", monkeypatch, again)
     assert not any(engine.started for engine in again.values())
@@ -100,7 +100,7 @@ def test_a_server_is_given_the_chat(tmp_path, monkeypatch):
     run = make_run(tmp_path, responders=[server], base=Model(path=BASE, name="base"), respond=Respond(num_samples=1))
     fill(run, CHATS[:2], systems={1: "Be brief."}, done=("clean",))
     respond(run)
-    prompts = {r.key[0]: r.prompt for r in engine.asked}
+    prompts = {r.key[0]: r.prompt for r in engine.requests}
     assert prompts[0] == (None, ({"role": "user", "content": "What is 2 + 2?"},))
     assert prompts[1].messages[0] == {"role": "system", "content": "Be brief."}
     assert run.pool.select("SELECT model FROM responses WHERE base_tokens > 0 AND model != 'base'") == [(name_of(server),)] * 2

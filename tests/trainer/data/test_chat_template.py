@@ -1,23 +1,17 @@
 """Masks of chats. The oracle: TRL ships real templates in pairs, as published and with `{% generation %}` markers set by hand."""
 
 import re
-from pathlib import Path
 
 import pytest
-import trl
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken
 
 from tests.helpers import tiny
+from tests.helpers.chat_templates import PUBLISHED, TEMPLATES, read, tokenizer_for
 from trainer.data.chat_template import ChatTemplate
 from trainer.errors import UserError
 
-TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 PAIRED = sorted(path.name.removesuffix("_training.jinja") for path in TEMPLATES.glob("*_training.jinja"))
-PUBLISHED = sorted(path.stem for path in TEMPLATES.glob("*.jinja") if not path.stem.endswith("_training"))
-SPECIAL = re.compile(r"<\|[^<>|{}'\" ]+\|>|<｜[^<>｜{}'\" ]+｜>|<[a-z]+_of_[a-z]+>"
-                     r"|<turn\|>|<\|turn>|\[/?INST\]|\[gMASK\]|<sop>|</?think>")
 
 ENDINGS = re.compile(r"(\s*<[^<> ]+>)+\s*")
 
@@ -38,17 +32,6 @@ def turns(n: int) -> list[dict]:
 
 CHATS = {"one turn": turns(1), "three turns": turns(3),
          "system, one turn": [SYSTEM, *turns(1)], "system, two turns": [SYSTEM, *turns(2)]}
-
-
-def read(name: str) -> str:
-    return (TEMPLATES / f"{name}.jinja").read_text()
-
-
-def tokenizer_for(*templates: str):
-    """A tokenizer in which each special token of the templates is one token."""
-    made = tiny.tokenizer(chat_template=None)
-    made.add_tokens([AddedToken(token, special=True, normalized=False) for token in sorted(set(SPECIAL.findall("".join(templates))))])
-    return made
 
 
 def supervised_text(template: ChatTemplate, chat: list[dict], train_on: str = "assistant") -> list[str]:
