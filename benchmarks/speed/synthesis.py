@@ -23,7 +23,7 @@ from benchmarks.harness.timing import Line, Sample, StepResult
 from synth.config import Config, Instruct, Model, name_of
 from synth.engines import kind_of
 from synth.engines.interface import Engine
-from synth.engines.process_engine import Workers
+from synth.engines.process_engine import ProcessEngine
 from synth.pool import seeds
 from synth.pool.store import Pool
 from synth.pool.synthesis_run import SynthesisRun
@@ -130,7 +130,7 @@ def bare_vllm(folder: str) -> Iterator:
 
 @contextmanager
 def engine_of(model: Model, work: Path) -> Iterator[Engine]:
-    engine = Workers(model, "vllm", work / "engine")
+    engine = ProcessEngine(model, "vllm", work / "engine")
     try:
         yield engine
     finally:
