@@ -159,7 +159,7 @@ def writing(rows: int, work: Path) -> dict:
             batch = range(start, min(start + BATCH, rows))
             with pool.transaction():
                 pool.insert("scores", [score_row(i, rows) for i in batch])
-                pool.spend("judge", "judge", len(batch), 60 * len(batch), len(batch), 0.1)
+                pool.add_usage("judge", "judge", len(batch), 60 * len(batch), len(batch), 0.1)
             if len(quarters) < 4 * batch[-1] // rows:
                 quarters.append(time.perf_counter() - began)
         seconds = time.perf_counter() - began
