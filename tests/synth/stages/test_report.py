@@ -56,8 +56,8 @@ def whole_pool(folder, lines=None, count=120, **options):
     score(run, found)
     with run.pool.transaction():
         run.pool.insert("drops", [(i, "clean", "near-duplicate", "") for i in range(0, count, 10)])
-        run.pool.spend("respond", "base", 100, 4000, 9000, seconds=2.0, busy=1.5)
-        run.pool.spend("judge", "one", 300, 60000, 300, seconds=3.0, busy=3.0, cost=1.25)
+        run.pool.add_usage("respond", "base", 100, 4000, 9000, seconds=2.0, busy=1.5)
+        run.pool.add_usage("judge", "one", 300, 60000, 300, seconds=3.0, busy=3.0, cost=1.25)
     select(run)
     return run
 
