@@ -32,7 +32,7 @@ class Source:
 
 @dataclass
 class Items:
-    """One file of items with known answers, or of held-out text, and how it is scored."""
+    """One file of items with known answers, or of held-out text, and its metric."""
 
     path: str  # JSON, JSONL, Parquet or CSV file; a folder written by `save_to_disk`; or a hub name
     name: str | None = None  # in reports and logs; default: the file's stem
@@ -72,10 +72,16 @@ class Replay:
     data: str | list[str | Source] = field(default_factory=list)  # a path, or a list of paths and sources
     ratio: float | None = None  # share of the mix that is replay, 0 <= ratio < 1; default: every replay sample once per epoch
     unit: Literal["samples", "tokens"] = "samples"  # `ratio` is a share of the samples, or of the tokens, of an epoch
-    auto: bool = False  # choose the ratio, and retention.kl, by short probe runs: the least replay that holds retention.floor
-    auto_shares: list[float] = field(default_factory=lambda: [0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.83])  # ratios to choose from, rising
-    auto_kl: list[float] = field(default_factory=lambda: [0.0, 0.3, 1.0])  # weights of the KL to the base to choose from, rising
-    auto_part: float = 0.25  # of the run's passes over the domain that a probe makes, with the whole schedule
+
+
+@dataclass
+class ReplaySearch:
+    """Short probe runs that choose replay.ratio and retention.kl_weight: the least replay that holds forgetting.floor."""
+
+    enabled: bool = False  # needs forgetting.general and forgetting.floor
+    ratios: list[float] = field(default_factory=lambda: [0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.83])  # replay ratios to choose from, rising
+    kl_weights: list[float] = field(default_factory=lambda: [0.0, 0.3, 1.0])  # weights of the KL to the base to choose from, rising
+    probe_fraction: float = 0.25  # of the run's epochs that a probe trains for, with the whole learning-rate schedule
 
 
 @dataclass
@@ -115,29 +121,36 @@ class Quantization:
 
 @dataclass
 class Retention:
-    """What else holds forgetting down, beside replay. The base is the model as it is before training, without any adapter."""
+    """Terms that keep the model near its base, beside replay. The base is the model before training, without any adapter."""
 
-    kl: float = 0.0  # weight of the divergence from the base, in nats per token, beside the loss; 0.3 is a good start
-    kl_on: Literal["replay", "all"] = "replay"  # the rows whose tokens it counts
-    kl_tokens: Literal["supervised", "all"] = "supervised"  # of those rows: the tokens that are trained on, or prompts too
+    kl_weight: float = 0.0  # weight of the KL to the base, in nats per token, added to the loss; 0: off; 0.3 is a good start
+    kl_sources: Literal["replay", "all"] = "replay"  # the samples whose tokens the KL counts
+    kl_positions: Literal["supervised", "all"] = "supervised"  # of those samples: the supervised tokens, or prompts too
     kl_direction: Literal["forward", "reverse", "js"] = "forward"  # KL(base || model), KL(model || base), Jensen-Shannon
-    base: Literal["live", "stored"] = "live"  # kl: the base runs in every step, or once, its hidden states kept in the run folder
-    weighting: Literal["none", "dft", "stm", "flow"] = "none"  # what improbable tokens weigh (trainer/retention/token_weighting.py)
-    weighting_on: Literal["domain", "all"] = "domain"  # the rows whose tokens it weighs
-    stm_threshold: float = 2.5  # stm only: perplexity of a token under the base above which it is not learnt from
-    l2: float = 0.0  # trained weights decay by lr times this a step towards where they began: the base's, or a new adapter's A and B = 0
-    items: str | list[str | Items] = field(default_factory=list)  # general items, scored in the run as trainer.evaluate scores them
-    domain_items: str | list[str | Items] = field(default_factory=list)  # items of what the model is tuned for, scored beside them
+    kl_reference: Literal["live", "cached"] = "live"  # the base runs in every step; or once, its hidden states cached in the run folder
+    token_weighting: Literal["none", "dft", "stm", "flow"] = "none"  # weights of improbable tokens (trainer/retention/token_weighting.py)
+    token_weighting_sources: Literal["domain", "all"] = "domain"  # the samples whose tokens are weighted
+    stm_threshold: float = 2.5  # stm only: tokens of a higher perplexity under the base are masked
+    l2_sp: float = 0.0  # trained weights decay by lr times this a step towards their start: the base's, or a new adapter's A and B = 0
+
+    @property
+    def caches_base(self) -> bool:
+        """Return whether the KL reads the base's hidden states from a cache."""
+        return self.kl_weight > 0 and self.kl_reference == "cached"
+
+
+@dataclass
+class Forgetting:
+    """Items with known answers, scored during the run as trainer.evaluate scores them, and the accuracy that must remain."""
+
+    general: str | list[str | Items] = field(default_factory=list)  # general items: what the base can do
+    domain: str | list[str | Items] = field(default_factory=list)  # items of the domain, scored beside them
     metric: Metric = "auto"  # of item files that do not name theirs
     regex: str = ""  # of item files that do not name theirs, e.g. '#### (-?[\d,.]+)'
     max_tokens: int = 256  # of a generated answer
     every: int = 0  # steps between measurements; 0: only before the first step and after the last
-    floor: float | None = None  # export the best measured state that answers this share of the general items that the base does; 0.95, say
-    patience: int = 3  # stop after this many measurements in a row, in the second half, that miss the floor and come no nearer; 0: never
-
-    @property
-    def stores_base(self) -> bool:
-        return self.kl > 0 and self.base == "stored"
+    floor: float | None = None  # export the best measured state with at least this share of the base's general accuracy, e.g. 0.95
+    patience: int = 3  # in the second half: stop after this many measurements in a row that miss the floor and do not improve; 0: never
 
 
 @dataclass
@@ -206,7 +219,9 @@ class Config:
     quantization: Quantization = field(default_factory=Quantization)
     data: Data = field(default_factory=Data)
     replay: Replay = field(default_factory=Replay)
+    replay_search: ReplaySearch = field(default_factory=ReplaySearch)
     retention: Retention = field(default_factory=Retention)
+    forgetting: Forgetting = field(default_factory=Forgetting)
     batch: BatchSize = field(default_factory=BatchSize)
     optim: Optim = field(default_factory=Optim)
     epochs: float = 1.0  # passes over the domain
@@ -235,8 +250,9 @@ def validate(config: Config) -> None:
     _require(config.replay.ratio is None or 0 <= config.replay.ratio < 1, "replay.ratio", "0 <= ratio < 1", config.replay.ratio)
     _validate_optim(config.optim)
     _validate_retention(config)
-    if config.replay.auto:
-        _validate_auto(config)
+    _validate_forgetting(config)
+    if config.replay_search.enabled:
+        _validate_replay_search(config)
     _require(0 <= config.seed < 2**63, "seed", "0 <= seed < 2^63", config.seed)
     _require(0 < config.epochs <= MOST_PASSES, "epochs", f"above 0, at most {MOST_PASSES:,}; to end after some steps, set max_steps",
              config.epochs)
@@ -299,36 +315,50 @@ def _validate_intervals(config: Config) -> None:
 
 
 def _validate_retention(config: Config) -> None:
-    held, lr, finite = config.retention, config.optim.lr, sys.float_info.max
-    _require(0 <= held.kl <= finite, "retention.kl", "0 or more", held.kl)
-    _require(0 <= held.l2 <= finite, "retention.l2", "0 or more", held.l2)
-    _require(held.l2 * lr <= 1, "retention.l2", f"at most 1 / optim.lr = {1 / lr:g}, at which a step goes all the way back", held.l2)
-    _require(1 < held.stm_threshold <= finite, "retention.stm_threshold", "a perplexity above 1", held.stm_threshold)
-    needs_base = [name for name, on in (("kl", held.kl), ("l2", held.l2), ("weighting", held.weighting in ("stm", "flow")),
-                                        ("items", held.items)) if on]
-    _require(not needs_base or config.model.config is None, f"retention.{needs_base[0] if needs_base else ''}",
-             "model.path beside it: random weights are no base to hold to", "model.config")
-    on_replay = held.kl > 0 and held.kl_on == "replay"
-    _require(not on_replay or (bool(config.replay.data) and config.replay.ratio != 0), "retention.kl",
-             "replay rows to count it on (replay.data, and a replay.ratio that is not 0), or retention.kl_on=all", "none")
-    for name, asked in (("domain_items", held.domain_items), ("every", held.every), ("floor", held.floor is not None)):
-        _require(bool(held.items) or not asked, f"retention.{name}", "general items to score, as retention.items, beside it", "none")
-    _require(held.floor is None or 0 < held.floor <= 1, "retention.floor", "a share of the base's accuracy, 0 < floor <= 1", held.floor)
-    _require(held.every >= 0 and held.patience >= 0, "retention.every, retention.patience", "0 or more", (held.every, held.patience))
-    _require(held.max_tokens >= 1, "retention.max_tokens", "1 or more", held.max_tokens)
+    retention, lr, finite = config.retention, config.optim.lr, sys.float_info.max
+    _require(0 <= retention.kl_weight <= finite, "retention.kl_weight", "0 or more", retention.kl_weight)
+    _require(0 <= retention.l2_sp <= finite, "retention.l2_sp", "0 or more", retention.l2_sp)
+    _require(retention.l2_sp * lr <= 1, "retention.l2_sp", f"at most 1 / optim.lr = {1 / lr:g}, at which a step goes all the way back",
+             retention.l2_sp)
+    _require(1 < retention.stm_threshold <= finite, "retention.stm_threshold", "a perplexity above 1", retention.stm_threshold)
+    needs_base = {"retention.kl_weight": retention.kl_weight > 0, "retention.l2_sp": retention.l2_sp > 0,
+                  "retention.token_weighting": retention.token_weighting in ("stm", "flow"),
+                  "forgetting.general": bool(config.forgetting.general)}
+    for option, is_set in needs_base.items():
+        _require(not is_set or config.model.config is None, option, "model.path, as random weights are no base", "model.config")
+    counts_replay = retention.kl_weight > 0 and retention.kl_sources == "replay"
+    _require(not counts_replay or (bool(config.replay.data) and config.replay.ratio != 0), "retention.kl_weight",
+             "replay samples to count (replay.data, and a replay.ratio that is not 0), or retention.kl_sources=all", "none")
 
 
-def _validate_auto(config: Config) -> None:
-    replay, held = config.replay, config.retention
-    _require(held.floor is not None, "replay.auto", "retention.floor, and retention.items to hold it on, beside it", "no floor")
-    _require(bool(replay.data), "replay.auto", "replay rows to take a share of, as replay.data, beside it", "none")
-    _require(replay.ratio is None, "replay.auto, replay.ratio", "one of them: replay.auto chooses it from replay.auto_shares", "both")
-    _require(held.kl == 0, "replay.auto, retention.kl", "one of them: replay.auto chooses it from replay.auto_kl", "both")
-    for name, values, top in (("auto_shares", replay.auto_shares, 1), ("auto_kl", replay.auto_kl, sys.float_info.max)):
-        rising = bool(values) and sorted(set(values)) == values and values[0] >= 0 and values[-1] < top
-        _require(rising and (name == "auto_kl" or values[0] > 0), f"replay.{name}",
-                 "shares above 0 and below 1, rising" if name == "auto_shares" else "weights of 0 or more, rising", values)
-    _require(0 < replay.auto_part <= 1, "replay.auto_part", "0 < part <= 1", replay.auto_part)
+def _validate_forgetting(config: Config) -> None:
+    forgetting = config.forgetting
+    for name, is_set in (("domain", forgetting.domain), ("every", forgetting.every), ("floor", forgetting.floor is not None)):
+        _require(bool(forgetting.general) or not is_set, f"forgetting.{name}", "general items, as forgetting.general, beside it", "none")
+    floor = forgetting.floor
+    _require(floor is None or 0 < floor <= 1, "forgetting.floor", "a share of the base's accuracy, 0 < floor <= 1", floor)
+    _require(forgetting.every >= 0 and forgetting.patience >= 0, "forgetting.every, forgetting.patience", "0 or more",
+             (forgetting.every, forgetting.patience))
+    _require(forgetting.max_tokens >= 1, "forgetting.max_tokens", "1 or more", forgetting.max_tokens)
+
+
+def _validate_replay_search(config: Config) -> None:
+    search, replay = config.replay_search, config.replay
+    _require(config.forgetting.floor is not None, "replay_search.enabled", "forgetting.general and forgetting.floor beside it", "no floor")
+    _require(bool(replay.data), "replay_search.enabled", "replay.data beside it", "none")
+    _require(replay.ratio is None, "replay_search.enabled, replay.ratio",
+             "one of them: the search chooses from replay_search.ratios", "both")
+    _require(config.retention.kl_weight == 0, "replay_search.enabled, retention.kl_weight",
+             "one of them: the search chooses from replay_search.kl_weights", "both")
+    _require(_rises(search.ratios) and 0 < search.ratios[0] and search.ratios[-1] < 1, "replay_search.ratios",
+             "ratios above 0 and below 1, rising", search.ratios)
+    _require(_rises(search.kl_weights) and 0 <= search.kl_weights[0] and search.kl_weights[-1] < sys.float_info.max,
+             "replay_search.kl_weights", "weights of 0 or more, rising", search.kl_weights)
+    _require(0 < search.probe_fraction <= 1, "replay_search.probe_fraction", "0 < fraction <= 1", search.probe_fraction)
+
+
+def _rises(values: list[float]) -> bool:
+    return bool(values) and sorted(set(values)) == values
 
 
 def profiled_steps(steps: str | None) -> range | None:

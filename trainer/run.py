@@ -21,7 +21,7 @@ from trainer.evaluation.items import ItemFile
 from trainer.metrics.profiler import check_steps_within
 from trainer.model import quantization
 from trainer.model.locate import load_tokenizer
-from trainer.retention import auto_replay, monitor
+from trainer.retention import monitor, replay_search
 from trainer.runtime import checkpoint
 from trainer.runtime.device import choose_device
 from trainer.runtime.distributed import Distributed, process_group
@@ -43,7 +43,8 @@ The two commonest commands:
   python -m trainer.run --model.path my-model --data.train domain.jsonl --replay.data general.jsonl --replay.ratio 0.5
 
 First, see what would be trained on, with masks, lengths and memory:      add --dry_run
-Keep what it knows, with as little replay as that takes:                  add --replay.auto --retention.items F --retention.floor 0.95
+Keep what it knows, with as little replay as that takes:                  add --replay_search.enabled --forgetting.floor 0.95
+                                                                              --forgetting.general ITEMS
 Hold the base in 4 bits (QLoRA), or train all weights:                    add --method qlora, or --method full
 Go on after an interruption:                                              add --resume auto
 See where the time of a step goes, and every wait for the GPU:            add --logging.profile_steps 20-25
@@ -74,14 +75,14 @@ def train(config: Config) -> RunResult | None:
     run_folder.refuse_used(Path(config.output), config.resume)
     items = monitor.read(config)
     with process_group(device.type) as dist:
-        if config.replay.auto and not config.dry_run:
-            try:
-                config = auto_replay.choose(config, lambda probe: run_one(probe, items, device, dist, save_outputs=False), dist)
-            except auto_replay.Stopped as stopped:
+        if config.replay_search.enabled and not config.dry_run:
+            chosen = replay_search.choose(config, lambda probe: run_one(probe, items, device, dist, save_outputs=False), dist)
+            if isinstance(chosen, RunResult):
                 if dist.is_main:
-                    print(f"stopped by signal {stopped.result.signal} in a probe; continue with the same command and --resume auto",
+                    print(f"stopped by signal {chosen.signal} in a probe run; continue with the same command and --resume auto",
                           file=sys.stderr)
-                return stopped.result
+                return chosen
+            config = chosen
         return run_one(config, items, device, dist)
 
 

@@ -1,4 +1,4 @@
-"""A floor to what may be forgotten: what `--replay.auto` chooses, what its probes cost and foretell, and what is left after the run.
+"""A floor to what may be forgotten: what `--replay_search.enabled` chooses, what its probe runs cost and foretell, and what is left.
 
 The novice base of the miniature study learns the domain in ten passes: alone; with the share of replay, and weight of the KL, that probes
 of a quarter or of a half of the passes choose to keep 99% of what it has right; and with shares that are given, in probes of an eighth and
@@ -25,8 +25,8 @@ from benchmarks.forgetting.miniature.world import heldout_items, write_jsonl
 from benchmarks.harness import parallel, record
 from benchmarks.harness.parallel import quietly, told
 from benchmarks.harness.record import origin
-from trainer.config import Config, Retention
-from trainer.retention import auto_replay
+from trainer.config import Config, Forgetting, Retention
+from trainer.retention import replay_search
 from trainer.run import train
 
 BASE, REPLAY, FLOOR = "novice", "plus", 0.99
@@ -97,14 +97,14 @@ def measure(run: Run, plan: Plan, seed: int, work: Path) -> dict:
     found = {"line": run.name, "seed": seed, "part": run.part and run.part.name, "share": run.share, "kl": run.kl, "steps": result.steps,
              "seconds": seconds, "general": general, "domain": domain, "held": None, "probes": [], "curve": []}
     if run.part and run.share is None:
-        searched = json.loads((result.folder / auto_replay.NAME).read_text())
-        found |= {"probes": searched["probes"], "held": result.retention["held"],
-                  **{name: searched["choice"][name] for name in ("share", "kl")},
+        searched = json.loads((result.folder / replay_search.FILE_NAME).read_text())
+        found |= {"probes": searched["probes"], "held": result.forgetting["holds_floor"],
+                  "share": searched["choice"]["ratio"], "kl": searched["choice"]["kl_weight"],
                   "seconds": seconds - sum(probe["seconds"] for probe in searched["probes"])}
     if run.watched:
         found["curve"] = [{"step": row["step"], "retained": row["general_retained"], "domain": row["domain"]}
                           for row in map(json.loads, (result.folder / "metrics.jsonl").read_text().splitlines())
-                          if row["kind"] == "retention"]
+                          if row["kind"] == "forgetting"]
     return found
 
 
@@ -114,18 +114,19 @@ def job_of(run: Run, plan: Plan, seed: int, work: Path) -> Job:
 
 
 def recipe(run: Run, plan: Plan, job: Job) -> Config:
-    """What `python -m trainer.run` is told; of a run with a given share it is what `replay.auto` tells a probe of this part."""
+    """What `python -m trainer.run` is told; of a run with a given share it is what `replay_search.enabled` tells a probe of this part."""
     config = replace(study.recipe(job), epochs=plan.epochs, max_steps=None)
     if run.part is None:
         return config
-    items = {name: str(write_items(job, kind, plan.items)) for name, kind in (("items", "general"), ("domain_items", "domain"))}
-    searching = replace(config, replay=replace(config.replay, ratio=None, auto=True, auto_part=run.part.share),
-                        retention=Retention(**items, max_tokens=LONGEST, floor=FLOOR))
+    items = {kind: str(write_items(job, kind, plan.items)) for kind in ("general", "domain")}
+    searching = replace(config, replay=replace(config.replay, ratio=None),
+                        replay_search=replace(config.replay_search, enabled=True, probe_fraction=run.part.share),
+                        forgetting=Forgetting(**items, max_tokens=LONGEST, floor=FLOOR))
     if run.share is None:
         return searching
-    probe = auto_replay.as_probe(searching, run.share, run.kl)
-    watch = replace(searching.retention, floor=None, every=plan.every) if run.watched else Retention()
-    return replace(probe, output=config.output, retention=replace(watch, kl=run.kl), logging=config.logging)
+    probe = replay_search.probe_config(searching, run.share, run.kl)
+    forgetting = replace(searching.forgetting, floor=None, every=plan.every) if run.watched else Forgetting()
+    return replace(probe, output=config.output, forgetting=forgetting, retention=Retention(kl_weight=run.kl), logging=config.logging)
 
 
 def write_items(job: Job, kind: str, count: int) -> Path:
@@ -200,9 +201,9 @@ def conditions(record: dict) -> str:
                    for row in record["summary"] if row["probes"])
     curves = "".join(f" Measured all along, {one['line']}: {told_of(one['curve'])}." for one in watched(record))
     return (
-        f"Auto: `--replay.auto` with a floor of {c['floor']:.0%} of the base's right answers to {c['watched_items']['general']} general "
-        f"items; a given share otherwise.{held} An eighth, a quarter, a half: of the run's passes over the domain, with the whole "
-        f"schedule. General and domain: greedy answers to {c['items']['general']} and {c['items']['domain']} items of another draw, exact "
+        f"Auto: `--replay_search.enabled` with a floor of {c['floor']:.0%} of the base's right answers to "
+        f"{c['watched_items']['general']} general items; a given share otherwise.{held} An eighth, a quarter, a half: "
+        f"of the run's passes over the domain, with the whole schedule. General and domain: greedy answers to {c['items']['general']} and {c['items']['domain']} items of another draw, exact "
         f"match. The novice base of the miniature study, its replay set `{c['replay']['replay']}` ({c['replay']['rows']:,} rows, "
         f"{c['replay']['right']:.1%} of the known answers right), {c['domain']} domain rows, {c['epochs']:g} epochs, LoRA of rank 16, "
         f"{c['tokens']} tokens a step.{curves} {c['seconds'] / 60:.0f} minutes with {c['workers']} workers of one thread on "

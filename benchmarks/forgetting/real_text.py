@@ -35,7 +35,7 @@ from trainer.run import train
 
 RATIO = 0.5  # share of the tokens that is replay
 RATES = {"lora": 2e-3, "full": 5e-4}
-KL = {"kl": 1.0, "kl_tokens": "all", "base": "stored"}
+KL = {"kl_weight": 1.0, "kl_positions": "all", "kl_reference": "cached"}
 ENDLESS = 1000  # epochs: the number of steps ends a run
 OWN = {"self 1x1": "base:0", "self, greedy": "base:greedy"}  # replay sets that the base writes, and the answers that each takes
 METRICS = {  # of the item files, by role

@@ -56,7 +56,7 @@ class Option:
     all_rows: bool = False  # the last layer computes every row, which no option asks for
 
 
-KL = {"retention.kl": 0.3, "retention.kl_on": "all"}
+KL = {"retention.kl_weight": 0.3, "retention.kl_sources": "all"}
 PLAIN, LIVE, STORED, PROMPTS, ALL_ROWS = (
     f"LoRA of rank {RANK}", "KL, live base", "KL, stored base", "KL on prompts too, stored base", "last layer at all rows")
 AGAIN = f"{PLAIN} (A/A)"  # a second run of the plain line
@@ -75,13 +75,13 @@ LINES = {
     "stock modules": Option({"model.fused_kernels": False}),
     ALL_ROWS: Option(all_rows=True),
     LIVE: Option(KL, GRADIENT),
-    STORED: Option(KL | {"retention.base": "stored"}, GRADIENT),
-    PROMPTS: Option(KL | {"retention.base": "stored", "retention.kl_tokens": "all"}, GRADIENT),
-    "DFT": Option({"retention.weighting": "dft"}, NOTHING),
+    STORED: Option(KL | {"retention.kl_reference": "cached"}, GRADIENT),
+    PROMPTS: Option(KL | {"retention.kl_reference": "cached", "retention.kl_positions": "all"}, GRADIENT),
+    "DFT": Option({"retention.token_weighting": "dft"}, NOTHING),
     # Random weights find every token improbable: this perplexity masks a fifth of them, as the default does in text that a model knows.
-    "STM": Option({"retention.weighting": "stm", "retention.stm_threshold": 11300.0}, NOTHING),
-    "FLOW": Option({"retention.weighting": "flow"}, NOTHING),
-    "L2 to the start": Option({"retention.l2": 0.1}, GRADIENT),
+    "STM": Option({"retention.token_weighting": "stm", "retention.stm_threshold": 11300.0}, NOTHING),
+    "FLOW": Option({"retention.token_weighting": "flow"}, NOTHING),
+    "L2 to the start": Option({"retention.l2_sp": 0.1}, GRADIENT),
 }
 ALIKE = ((STORED, LIVE),)  # lines that must give the same figures in all steps
 FREE = {"rsLoRA": "it changes one factor, and no operation"}

@@ -214,7 +214,7 @@ def test_attention_that_caps_its_logits_generates_as_in_transformers(tmp_path):
 @torch.no_grad()
 def test_a_base_in_four_bits_is_its_dequantised_weights(adapter, files):
     """With the adapter off too, where bitsandbytes' own forward would misread layers of this width on some CPUs."""
-    settings = config("--adapter", adapter, "--data.general", files / "exact.jsonl", "--data.metric", "exact", "--four_bit", "true")
+    settings = config("--adapter", adapter, "--data.general", files / "exact.jsonl", "--data.metric", "exact", "--load_in_4bit", "true")
     items, dense = read_files(settings.data), AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32).eval()
     for side in sides(plan(settings), settings, CPU):
         if side.name == "base":
@@ -336,7 +336,7 @@ def refused(*given) -> str:
      r"data.general: expected a path, or a list of items in YAML with the keys path, name, .*, got \[a"),
     (["--model.path", "m", "--data.general", "a", "--generation.max_tokens", "0"], "generation.max_tokens: expected 1 or more, got 0"),
     (["--model.path", "m", "--data.general", "a", "--statistics.confidence", "95"], "statistics.confidence: expected 0 < confidence < 1"),
-    (["--model.path", "m", "--data.general", "a", "--other_base", "true"], "other_base: expected an adapter beside it, got none"),
+    (["--model.path", "m", "--data.general", "a", "--force_base", "true"], "force_base: expected an adapter beside it, got none"),
 ])
 def test_options_that_cannot_be(given, expected):
     assert re.match(expected, refused(*given))
@@ -349,7 +349,7 @@ def test_models_and_adapters_that_do_not_fit(adapter, files, model_folder, tmp_p
     assert refused("--adapter", tmp_path, *items) == f"adapter: expected a folder with adapter_config.json, found none in {tmp_path}"
     other = refused("--adapter", adapter, "--model.path", model_folder, *items)
     assert re.match(r"adapter: .* was trained on .*base, not on model.path = .*; leave model.path out, or, where that is a copy", other)
-    unfit = refused("--adapter", adapter, "--model.path", model_folder, "--other_base", "true", *items)
+    unfit = refused("--adapter", adapter, "--model.path", model_folder, "--force_base", "true", *items)
     assert re.match(f"adapter: the adapter in {adapter} does not fit this model: ", unfit)
     assert "set lora.path" not in refused("--model.path", BASE, "--base.path", BASE / "none", *items)
     lost = shutil.copytree(adapter, tmp_path / "lost")
@@ -364,7 +364,7 @@ def test_models_and_adapters_that_do_not_fit(adapter, files, model_folder, tmp_p
 
 def test_a_copy_of_the_base_may_bear_the_adapter(adapter, files, tmp_path):
     copy = shutil.copytree(BASE, tmp_path / "copy")
-    _, moved = scored("--adapter", adapter, "--model.path", copy, "--other_base", "true", "--data.general", files / "choice.jsonl")
+    _, moved = scored("--adapter", adapter, "--model.path", copy, "--force_base", "true", "--data.general", files / "choice.jsonl")
     _, here = scored("--adapter", adapter, "--data.general", files / "choice.jsonl")
     assert [o.kl for o in moved["model"].of(0)] == [o.kl for o in here["model"].of(0)]
 
@@ -403,7 +403,7 @@ def test_vllm_gives_the_answers_of_transformers(adapter, files, tmp_path):
 
 def test_what_vllm_cannot_do(adapter, files, monkeypatch, tmp_path):
     given = ("--adapter", adapter, "--data.general", files / "regex.jsonl", "--generation.engine", "vllm", "--output", tmp_path / "out")
-    assert refused(*given, "--four_bit", "true").startswith("generation.engine: vllm holds no model in the 4 bits")
+    assert refused(*given, "--load_in_4bit", "true").startswith("generation.engine: vllm holds no model in the 4 bits")
     broken = f"import sys; print('ValueError: no DoRA'); sys.exit(1)  # {tmp_path}"
     real = subprocess.run
     monkeypatch.setattr(subprocess, "run", lambda command, **more: real([sys.executable, "-c", broken], **more))

@@ -65,7 +65,7 @@ class Harness:
 
     role: Literal["general", "domain"] = "general"  # what the tasks stand for
     limit: int | None = None  # the first n documents of each task
-    fewshot: int | None = None  # examples before each question; default: the task's own
+    num_fewshot: int | None = None  # examples before each question; default: the task's own
     batch: int = 16  # sequences in one call of the model
     chat: bool = False  # ask through the chat template
 
@@ -77,8 +77,8 @@ class Config:
     output: str = "runs/evaluation"  # the folder for results.jsonl, results.json and report.html
     model: Model = field(default_factory=Model)  # model.path may be left out where an adapter names its base
     adapter: str | None = None  # folder of a LoRA adapter on the model
-    other_base: bool = False  # put the adapter on model.path although adapter_config.json names another base
-    four_bit: bool = False  # hold the model in 4 bits, as a QLoRA run does (needs the `quant` extra)
+    force_base: bool = False  # put the adapter on model.path although adapter_config.json names another base
+    load_in_4bit: bool = False  # hold the model in 4 bits, as a QLoRA run does (needs the `quant` extra)
     base: Base = field(default_factory=Base)
     data: Data = field(default_factory=Data)
     generation: Generation = field(default_factory=Generation)
@@ -109,7 +109,7 @@ def validate(config: Config) -> None:
     _require(config.model.config is None, "model.config", "trained weights, as model.path", "a configuration without weights")
     _require(config.model.path is not None or config.adapter is not None, "model.path", "a model, or an adapter that names its base",
              "neither")
-    _require(not config.other_base or config.adapter is not None, "other_base", "an adapter beside it", "none")
+    _require(not config.force_base or config.adapter is not None, "force_base", "an adapter beside it", "none")
     _require(config.generation.max_tokens >= 1, "generation.max_tokens", "1 or more", config.generation.max_tokens)
     _require(config.generation.batch >= 1, "generation.batch", "1 or more", config.generation.batch)
     _require(scoring.tokens_per_pack >= 2, "scoring.tokens_per_pack", "2 tokens or more", scoring.tokens_per_pack)
@@ -118,7 +118,8 @@ def validate(config: Config) -> None:
     _require(statistics.bootstrap >= 100, "statistics.bootstrap", "100 resamples or more", statistics.bootstrap)
     _require(0 <= statistics.seed < 2**63, "statistics.seed", "0 <= seed < 2^63", statistics.seed)
     _require(config.harness.limit is None or config.harness.limit >= 1, "harness.limit", "1 or more documents", config.harness.limit)
-    _require(config.harness.fewshot is None or config.harness.fewshot >= 0, "harness.fewshot", "0 or more", config.harness.fewshot)
+    num_fewshot = config.harness.num_fewshot
+    _require(num_fewshot is None or num_fewshot >= 0, "harness.num_fewshot", "0 or more", num_fewshot)
     _require(config.harness.batch >= 1, "harness.batch", "1 or more", config.harness.batch)
 
 

@@ -58,7 +58,7 @@ def run(side: Side, config: Config) -> Scores:
         try:
             model = HFLM(pretrained=base, tokenizer=side.template.tokenizer, batch_size=config.harness.batch)
             found = lm_eval.simple_evaluate(
-                model=model, tasks=names(config), task_manager=_manager(config.task_folder), num_fewshot=config.harness.fewshot,
+                model=model, tasks=names(config), task_manager=_manager(config.task_folder), num_fewshot=config.harness.num_fewshot,
                 limit=config.harness.limit, apply_chat_template=config.harness.chat, log_samples=True, bootstrap_iters=0)
         except (OSError, ValueError, KeyError, ImportError) as error:  # a data set that is not to be had, a task file that is wrong
             raise UserError(f"tasks: lm-evaluation-harness could not run {', '.join(names(config))}: "

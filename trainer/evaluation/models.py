@@ -85,9 +85,9 @@ def _adapter_base(config: Config, folder: Path) -> training.Model:
         if not named:
             raise UserError(f"adapter: {file} names no base; set model.path")
         return replace(config.model, path=named)
-    if named and not config.other_base and _resolved(named) != _resolved(config.model.path):
+    if named and not config.force_base and _resolved(named) != _resolved(config.model.path):
         raise UserError(f"adapter: {folder} was trained on {named}, not on model.path = {config.model.path}; leave model.path out, or, "
-                        "where that is a copy of it, add --other_base true")
+                        "where that is a copy of it, add --force_base true")
     return config.model
 
 
@@ -134,7 +134,7 @@ def template_of(settings: training.Model, config: Config) -> ChatTemplate:
 
 def load(settings: training.Model, adapter: Path | None, config: Config, device: torch.device) -> nn.Module:
     """The model, patched, frozen and in evaluation mode, with its adapter. UserError says what is missing or unfit."""
-    kind = "qlora" if config.four_bit or _quantized(settings) else "full"
+    kind = "qlora" if config.load_in_4bit or _quantized(settings) else "full"
     run = training.Config(model=settings, method=kind, precision=config.precision)
     quantization.require_bitsandbytes(run)
     model, _ = load_model(run, device)
@@ -142,7 +142,7 @@ def load(settings: training.Model, adapter: Path | None, config: Config, device:
         with _option("adapter", "lora.path"):
             model = lora.add_adapter(model, training.Lora(path=str(adapter)))
     report = patch(model, settings.fused_kernels)
-    with _option("four_bit", "method qlora"):
+    with _option("load_in_4bit", "method qlora"):
         refuse_misread_layers(lora.unfused_layers(model, settings.fused_kernels))
     print(report, flush=True)
     return model.requires_grad_(False).eval()

@@ -41,8 +41,8 @@ def require(config: Config) -> None:
         return
     if importlib.util.find_spec("vllm") is None:
         raise UserError("generation.engine: vllm is not installed; pip install 'steadfast-sft[synth]', or use transformers")
-    if config.four_bit:
-        raise UserError("generation.engine: vllm holds no model in the 4 bits of four_bit; use transformers")
+    if config.load_in_4bit:
+        raise UserError("generation.engine: vllm holds no model in the 4 bits of load_in_4bit; use transformers")
 
 
 def all_answers(found: EvaluatedModels, files: Sequence[ItemFile], config: Config, device: torch.device, log: Path

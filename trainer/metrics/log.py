@@ -84,7 +84,7 @@ def _step_line(r: dict) -> str:
             f"{r['tokens_per_s']:,.0f} tok/s  {r['supervised_per_s']:,.0f} supervised/s{mfu}  {r['memory_gb']:.2f} GB")
 
 
-def _retention_line(r: dict) -> str:
+def _forgetting_line(r: dict) -> str:
     parts = [f"step {r['step']}"]
     for role in ("general", "domain"):
         if role in r:
@@ -93,13 +93,14 @@ def _retention_line(r: dict) -> str:
         elif f"{role}_logprob" in r:
             parts.append(f"{role} log-prob {r[f'{role}_logprob']:.4f}")
         parts[-1] += f", KL {r[f'{role}_kl']:.4f}" if f"{role}_kl" in r else ""
-    if "held" in r:
-        parts.append(f"{'holds' if r['held'] else 'misses'} the floor of {r['floor']:.1%}" + ("; the best so far" if r["best"] else ""))
+    if "holds_floor" in r:
+        verb, best = "holds" if r["holds_floor"] else "misses", "; the best so far" if r["best"] else ""
+        parts.append(f"{verb} the floor of {r['floor']:.1%}{best}")
     return "  ".join(parts)
 
 
 _LINES = {
-    "retention": _retention_line,
+    "forgetting": _forgetting_line,
     "step": _step_line,
     "eval": lambda r: f"step {r['step']}  eval loss {r['loss']:.4f} over {r['tokens']:,} supervised tokens",
     "end": lambda r: (f"{r['reason']} after {r['steps']} steps, {r['seconds']:.1f} s, {r['tokens']:,} tokens "

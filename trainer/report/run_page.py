@@ -31,11 +31,11 @@ class Run:
     name: str
     steps: list[dict] = field(default_factory=list)  # by step, one each
     evaluations: list[dict] = field(default_factory=list)
-    retention: list[dict] = field(default_factory=list)  # scores of general and domain items
+    forgetting: list[dict] = field(default_factory=list)  # scores of general and domain items
     end: dict | None = None  # None: the run was killed, or is still running
     unreadable: int = 0  # lines of metrics.jsonl, torn by a kill
     data: dict = field(default_factory=dict)
-    auto: dict = field(default_factory=dict)  # the probes that chose the replay, if any (trainer/retention/auto_replay.py)
+    replay_search: dict = field(default_factory=dict)  # its probes and choice, if any (trainer/retention/replay_search.py)
     config_text: str = ""
     versions: dict = field(default_factory=dict)
     command: str = ""
@@ -86,7 +86,8 @@ def read_run(folder: Path) -> Run:
     for source in data.get("sources", []):
         samples, rows = source.get("samples"), source.get("rows_per_epoch")
         source["passes"] = rows / samples if samples and rows is not None else None
-    run = Run(folder.resolve().name, data=data, auto=_read_mapping(folder / "auto.json", json.loads, json.JSONDecodeError))
+    run = Run(folder.resolve().name, data=data,
+              replay_search=_read_mapping(folder / "replay_search.json", json.loads, json.JSONDecodeError))
     run.versions, command = config.pop("versions", None) or {}, config.pop("command", "")
     run.command = command if isinstance(command, str) else " ".join(map(str, command))
     run.config_text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True) if config else ""
@@ -112,7 +113,7 @@ def _read_metrics(path: Path, run: Run) -> None:
     A resumed run logs some steps again, so a line drops earlier lines of its own and later steps.
     """
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    logged = {"step": run.steps, "eval": run.evaluations, "retention": run.retention}
+    logged = {"step": run.steps, "eval": run.evaluations, "forgetting": run.forgetting}
     for line in filter(str.strip, lines):
         try:
             record = json.loads(line)
@@ -153,9 +154,9 @@ def outcome(run: Run) -> str:
             "signal": f"Stopped by a signal after {count}{in_time}; to continue, run the same command with --resume auto.",
         }.get(run.end.get("reason"), f"Ended after {count}{in_time}: {run.end.get('reason', 'no reason given')}.")
     exported = exported_state(run)
-    if exported and "held" in exported:
+    if exported and "holds_floor" in exported:
         ended += (f" The state after step {number(exported['step'])} is exported, "
-                  + ("the best at or above the floor." if exported["held"] else "the nearest to the floor: no measured state reached it."))
+                  + ("the best at or above the floor." if exported["holds_floor"] else "the nearest to the floor: no measured state reached it."))
     name, records = ("Eval", run.evaluations) if len(run.evaluations) > 1 else ("Training", run.steps)
     if len(records) < 2:
         return ended
@@ -166,10 +167,10 @@ def outcome(run: Run) -> str:
 
 def exported_state(run: Run) -> dict | None:
     """Return the scores of the exported state; None where the run scored nothing or has not ended."""
-    if not run.end or not run.retention:
+    if not run.end or not run.forgetting:
         return None
-    wanted = run.end.get("kept", run.retention[-1]["step"])
-    return next((record for record in run.retention if record["step"] == wanted), None)
+    wanted = run.end.get("kept", run.forgetting[-1]["step"])
+    return next((record for record in run.forgetting if record["step"] == wanted), None)
 
 
 def facts(run: Run) -> list[Fact]:
@@ -238,10 +239,10 @@ def phases(run: Run) -> list[Phase]:
 
 def cost_of_probes(run: Run) -> str:
     """Say how many tokens and seconds the probe runs took, and their share of the run's tokens."""
-    probes = run.auto.get("probes", [])
+    probes = run.replay_search.get("probes", [])
     tokens, seconds = (sum(probe[name] for probe in probes) for name in ("tokens", "seconds"))
     of_run = f", {percent(tokens / run.end['tokens'])} of the run's" if run.end and run.end.get("tokens") else ""
-    return f"{len(probes)} probes: {compact(tokens)} tokens{of_run}, in {duration(seconds)}."
+    return f"{len(probes)} probe runs: {compact(tokens)} tokens{of_run}, in {duration(seconds)}."
 
 
 def model_table(run: Run) -> dict[str, str]:
@@ -263,9 +264,9 @@ def plots(run: Run) -> list[Plot]:
     if run.steps:
         made += [loss_plot(run), learning_rate_plot(run), throughput_plot(run)]
         made += [kl_plot(run)] if np.isfinite(_column(run.steps, "kl")).any() else []
-    if run.retention:
+    if run.forgetting:
         made += [draw(run) for draw, keys in ((accuracy_plot, ("general", "domain")), (item_kl_plot, ("general_kl", "domain_kl")))
-                 if any(key in record for record in run.retention for key in keys)]
+                 if any(key in record for record in run.forgetting for key in keys)]
     if run.data.get("lengths"):
         made.append(lengths_plot(np.array(run.data["lengths"])))
     if run.data.get("pack_fill") and run.data.get("tokens_per_pack"):
@@ -321,33 +322,33 @@ def kl_plot(run: Run) -> Plot:
 
 
 def accuracy_plot(run: Run) -> Plot:
-    step, floor = _column(run.retention, "step"), run.retention[0].get("floor")
+    step, floor = _column(run.forgetting, "step"), run.forgetting[0].get("floor")
 
     def draw(axes: Axes, theme: Theme) -> None:
         for i, role in enumerate(("general", "domain")):
-            share = 100 * _column(run.retention, role)
+            share = 100 * _column(run.forgetting, role)
             if np.isfinite(share).any():
-                ends = 100 * np.array([record[f"{role}_interval"] for record in run.retention])
+                ends = 100 * np.array([record[f"{role}_interval"] for record in run.forgetting])
                 axes.fill_between(step, *ends.T, color=theme.series[i], alpha=0.15, linewidth=0)
                 axes.plot(step, share, marker=_marker(share), color=theme.series[i], label=role)
         if floor is not None:
-            lowest = 100 * floor * run.retention[0]["general_base"]
+            lowest = 100 * floor * run.forgetting[0]["general_base"]
             axes.axhline(lowest, color=theme.series[0], linestyle="--", linewidth=1.2, label="floor")
         axes.set_ylim(-2, 102)
         axes.set_ylabel("accuracy, %")
         _step_axis(axes)
         page.legend(axes)
 
-    return plot("retention", "General and domain accuracy", "Bands: confidence intervals." + (
+    return plot("forgetting", "General and domain accuracy", "Bands: confidence intervals." + (
         f" The floor is {percent(floor)} of the base's general accuracy." if floor is not None else ""), draw)
 
 
 def item_kl_plot(run: Run) -> Plot:
-    step = _column(run.retention, "step")
+    step = _column(run.forgetting, "step")
 
     def draw(axes: Axes, theme: Theme) -> None:
         for i, role in enumerate(("general", "domain")):
-            nats = _column(run.retention, f"{role}_kl")
+            nats = _column(run.forgetting, f"{role}_kl")
             if np.isfinite(nats).any():
                 axes.plot(step, nats, marker=_marker(nats), color=theme.series[i], label=role)
         axes.set_ylim(bottom=0)
@@ -355,7 +356,7 @@ def item_kl_plot(run: Run) -> Plot:
         _step_axis(axes)
         page.legend(axes)
 
-    return plot("retention_kl", "KL(base || model)", "Over the tokens of the items' right answers.", draw)
+    return plot("forgetting_kl", "KL(base || model)", "Over the tokens of the items' right answers.", draw)
 
 
 def learning_rate_plot(run: Run) -> Plot:

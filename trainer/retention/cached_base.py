@@ -1,4 +1,4 @@
-"""What a divergence needs of the base, read once and kept on disk: its last hidden states at the counted tokens (`retention.base: stored`).
+"""Run the base once and cache its last hidden states on disk for the KL (`retention.kl_reference: cached`).
 
 With `live` the base runs in every step: with an adapter that is another forward over the counted samples, with full fine-tuning a second
 copy of the model on the device too. What it says of a sample never changes, so `stored` runs it once, before the first step, and each pack
@@ -81,9 +81,9 @@ def announce(folder: Path, rows: Layout) -> str:
     there = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
     free = shutil.disk_usage(there).free
     if rows.bytes > free:
-        raise UserError(f"retention.base: expected {_size(rows.bytes)} of free disk space in {folder} for the base's hidden states at "
-                        f"{rows.rows:,} tokens, found {_size(free)}; choose another --output, count fewer tokens, or set retention.base "
-                        "to live")
+        raise UserError(f"retention.kl_reference: expected {_size(rows.bytes)} of free disk space in {folder} for the base's hidden "
+                        f"states at {rows.rows:,} tokens, found {_size(free)}; choose another --output, count fewer tokens, or set "
+                        "retention.kl_reference to live")
     return (f"retention: the base's hidden states at {rows.rows:,} tokens take {_size(rows.bytes)} in {folder} "
             f"({rows.row_bytes:,} bytes a token; {_size(free)} are free)")
 
@@ -182,7 +182,7 @@ def _remove(aside: Path) -> None:
 
 
 def _refusal(aside: Path, reason: str) -> str:
-    return f"retention.base: cannot write {aside}: {reason}; choose another --output, or set retention.base to live"
+    return f"retention.kl_reference: cannot write {aside}: {reason}; choose another --output, or set retention.kl_reference to live"
 
 
 def _size(count: int) -> str:

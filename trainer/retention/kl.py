@@ -1,9 +1,9 @@
-"""What holds a model to its base while it trains: a divergence from what the base predicts. Off unless `retention.kl` is above 0.
+"""What holds a model to its base while it trains: a divergence from what the base predicts. Off unless `retention.kl_weight` is above 0.
 
     loss = Σ_i w_i ce_i / Σ_i w_i  +  kl · Σ_k w_k D_k / Σ_k w_k
 
-over the supervised tokens i of a step, and the tokens k that `retention.kl_on` and `kl_tokens` count: of replay samples or of all, those
-that are supervised or all but a sample's first. D_k is KL(base ‖ model), KL(model ‖ base) or their Jensen-Shannon divergence in what is
+over the supervised tokens i of a step, and the tokens k that `retention.kl_sources` and `kl_positions` count: of replay samples
+or of all, those that are supervised or all but a sample's first. D_k is KL(base ‖ model), KL(model ‖ base) or their Jensen-Shannon divergence in what is
 predicted for token k, in nats, so a weight means the same for any model and length. Both sums of weights are known on the host before a
 step runs: how it is divided into packs and ranks changes nothing. To keep a model's old answers by distilling them into it while it learns
 is Learning without Forgetting (Li and Hoiem, arXiv 1606.09282).
@@ -11,7 +11,7 @@ is Learning without Forgetting (Li and Hoiem, arXiv 1606.09282).
 The base is what training starts from. With an adapter it is the same weights with the adapter switched off, also where training goes on
 from a saved adapter; full fine-tuning keeps a frozen second copy. It runs without gradients, on the counted samples of a pack alone,
 and leaves one row of hidden states per counted token, which lives as long as the pack. Both heads and the divergence are one operation
-(`kernels.linear_kl`), so logits never exist in full. With `retention.base: stored` it runs before the first step, and the rows come
+(`kernels.linear_kl`), so logits never exist in full. With `retention.kl_reference: cached` it runs before the first step, and the rows come
 from a file (`trainer/retention/cached_base.py`).
 """
 
@@ -66,9 +66,9 @@ def frozen_copy(model: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(model).requires_grad_(False).eval()
     except torch.OutOfMemoryError:
-        raise UserError("retention.kl: expected room on the device for a second, frozen copy of the model, which full fine-tuning needs, "
-                        "found too little; set retention.base to stored, train an adapter, whose base is the model itself, or set "
-                        "retention.kl to 0") from None
+        raise UserError("retention.kl_weight: expected room on the device for a second, frozen copy of the model, which full "
+                        "fine-tuning needs, found too little; set retention.kl_reference to cached, train an adapter, whose base is "
+                        "the model itself, or set retention.kl_weight to 0") from None
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class KlToBase:
     @property
     def among_supervised(self) -> bool:
         """Whether every counted token is a supervised one."""
-        return self.settings.kl_tokens == "supervised"
+        return self.settings.kl_positions == "supervised"
 
     def hidden(self, model: nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """The last hidden states at the supervised rows [S, W], and at the counted ones [K, W]."""
@@ -158,15 +158,15 @@ def _sample_of(rows: np.ndarray, batch: PackedBatch) -> np.ndarray:
 
 def prepare(settings: config.Retention, model: nn.Module, roles: Sequence[str]) -> KlToBase | None:
     """What a run over sources of these roles needs for its options, before anything is trained; None where they ask for nothing."""
-    kl, dft = settings.kl > 0, settings.weighting == "dft"
+    kl, dft = settings.kl_weight > 0, settings.token_weighting == "dft"
     if not kl and not dft:
         return None
-    stored, adapter = settings.stores_base, isinstance(model, PeftModel)
+    stored, adapter = settings.caches_base, isinstance(model, PeftModel)
     base = FrozenBase(model if stored or adapter else frozen_copy(model)) if kl else None
     kept_head = _copied(lm_head(model)) if stored and not adapter else None
     nowhere = np.zeros(len(roles), dtype=bool)
-    return KlToBase(settings, base, chosen(roles, settings.kl_on) if kl else nowhere,
-                     chosen(roles, settings.weighting_on) if dft else nowhere, kept_head=kept_head)
+    return KlToBase(settings, base, chosen(roles, settings.kl_sources) if kl else nowhere,
+                     chosen(roles, settings.token_weighting_sources) if dft else nowhere, kept_head=kept_head)
 
 
 def _copied(out: LmHead) -> LmHead:
@@ -174,7 +174,7 @@ def _copied(out: LmHead) -> LmHead:
 
 
 def _where(settings: config.Retention) -> str:
-    return f"{settings.kl_on} rows" + (", prompts and all" if settings.kl_tokens == "all" else "")
+    return f"{settings.kl_sources} rows" + (", prompts and all" if settings.kl_positions == "all" else "")
 
 
 def chosen(roles: Sequence[str], on: str) -> np.ndarray:
@@ -185,14 +185,14 @@ def chosen(roles: Sequence[str], on: str) -> np.ndarray:
 def describe(settings: config.Retention, adapter: str, copy_bytes: float) -> list[str]:
     """What a run says of these options when it starts; nothing where they are off. A second copy of the model takes `copy_bytes`."""
     lines = []
-    if settings.kl > 0:
+    if settings.kl_weight > 0:
         name = {"forward": "KL(base || model)", "reverse": "KL(model || base)", "js": "Jensen-Shannon divergence from the base"}
         where = f"a frozen second copy of the model, {copy_bytes / 1e9:.3g} GB" if adapter == "full" else \
             "the model with its adapter switched off"
-        where = "read once and kept on disk" if settings.stores_base else where
-        lines.append(f"retention: {settings.kl:g} {name[settings.kl_direction]} on {_where(settings)}; the base is {where}")
-    if settings.weighting != "none":
-        lines.append(f"retention: tokens of {settings.weighting_on} rows weighted by {settings.weighting.upper()}")
-    if settings.l2 > 0:
-        lines.append(f"retention: weights decay by lr * {settings.l2:g} a step towards where they began")
+        where = "read once and kept on disk" if settings.caches_base else where
+        lines.append(f"retention: {settings.kl_weight:g} {name[settings.kl_direction]} on {_where(settings)}; the base is {where}")
+    if settings.token_weighting != "none":
+        lines.append(f"retention: tokens of {settings.token_weighting_sources} rows weighted by {settings.token_weighting.upper()}")
+    if settings.l2_sp > 0:
+        lines.append(f"retention: weights decay by lr * {settings.l2_sp:g} a step towards where they began")
     return lines

@@ -1,16 +1,16 @@
 """What a run keeps and loses, measured while it trains; and which of its states is exported, where there is a floor to what it may lose.
 
 General and domain items with known answers are scored as `trainer.evaluate` scores them, beside the base: before the first step, every
-`retention.every` steps and after the last. The base is scored once, before training or a checkpoint changes any weight. With r the number
+`forgetting.every` steps and after the last. The base is scored once, before training or a checkpoint changes any weight. With r the number
 of general items that are answered right, over all files,
 
-    a state holds the floor   ⟺   r(state) ≥ retention.floor · r(base)
+    a state holds the floor   ⟺   r(state) ≥ forgetting.floor · r(base)
 
 Of the measured states that hold it the best on the domain is exported, the later of equals: by accuracy on the domain items, else by their
 log-prob per token, else by held-out loss, else the latest. Where none holds it that is said, the one nearest to it is exported, and the
 command ends with status 3.
 
-A run stops after `retention.patience` measurements in a row, in its second half, that missed the floor and came no nearer to it than the
+A run stops after `forgetting.patience` measurements in a row, in its second half, that missed the floor and came no nearer to it than the
 one before. What a high learning rate costs comes back as the rate decays: a miniature run with half of its rows replay fell to 62.9% of the
 base's accuracy, kept 87.6% after a third of its steps, 98.6% or more in the last fifth and 99.6% at the end
 (`python -m benchmarks.run floor`).
@@ -46,8 +46,8 @@ from trainer.optim.adamw import FlatAdamW
 from trainer.runtime import checkpoint
 from trainer.runtime.distributed import Distributed
 
-HERE = {"data.general": "retention.items", "data.domain": "retention.domain_items", "data.metric": "retention.metric",
-        "data.regex": "retention.regex", "generation.max_tokens": "retention.max_tokens"}  # options of trainer.evaluate -> ours
+HERE = {"data.general": "forgetting.general", "data.domain": "forgetting.domain", "data.metric": "forgetting.metric",
+        "data.regex": "forgetting.regex", "generation.max_tokens": "forgetting.max_tokens"}  # options of trainer.evaluate -> ours
 
 
 # ---------------------------------------------------------------- before the run
@@ -55,16 +55,16 @@ HERE = {"data.general": "retention.items", "data.domain": "retention.domain_item
 
 def as_evaluation(config: training.Config) -> evaluation.Config:
     """The options of a run, as trainer.evaluate has them. Held-out texts longer than the model's context are cut off, and it is said."""
-    held = config.retention
+    held = config.forgetting
     return evaluation.Config(
         model=config.model, precision=config.precision, generation=evaluation.Generation(max_tokens=held.max_tokens),
-        data=evaluation.Data(general=held.items, domain=held.domain_items, metric=held.metric, regex=held.regex,
+        data=evaluation.Data(general=held.general, domain=held.domain, metric=held.metric, regex=held.regex,
                              chat_template=config.data.chat_template, on_overlong="truncate"))
 
 
 def read(config: training.Config) -> list[ItemFile]:
     """The item files, general ones first; none where none are named. UserError names the file, line and remedy."""
-    if not config.retention.items:
+    if not config.forgetting.general:
         return []
     try:
         how = as_evaluation(config)
@@ -72,9 +72,9 @@ def read(config: training.Config) -> list[ItemFile]:
         files = read_files(how.data)
     except UserError as error:
         raise UserError(_named_as_here(str(error))) from None
-    if config.retention.floor is not None and all(file.metric == "logprob" for file in files if file.role == "general"):
-        raise UserError("retention.floor: expected general items whose answers are right or wrong, found held-out text alone in "
-                        "retention.items; add items with answers or choices, or leave the floor out")
+    if config.forgetting.floor is not None and all(file.metric == "logprob" for file in files if file.role == "general"):
+        raise UserError("forgetting.floor: expected general items whose answers are right or wrong, found held-out text alone in "
+                        "forgetting.general; add items with answers or choices, or leave the floor out")
     return files
 
 
@@ -116,7 +116,7 @@ class ForgettingMonitor:
 
     @property
     def floor(self) -> float | None:
-        return self.config.retention.floor
+        return self.config.forgetting.floor
 
     @property
     def wants_loss(self) -> bool:
@@ -133,21 +133,21 @@ class ForgettingMonitor:
         if self.config.method == "full":  # the head is trained, so its values are kept, on the host between measurements
             self._head_on(torch.device("cpu"), copy=True)
         if self.floor is not None and not self._right(self.base):
-            raise UserError(f"retention.floor: expected general items of which the base answers some right, got 0 of "
-                            f"{self._judged(self.base)}; raise retention.max_tokens if answers are cut off, or see how items are scored")
+            raise UserError(f"forgetting.floor: expected general items of which the base answers some right, got 0 of "
+                            f"{self._judged(self.base)}; raise forgetting.max_tokens if answers are cut off, or see how items are scored")
 
     def describe(self) -> list[str]:
         """What a run says of it when it starts, on rank 0."""
-        held, marks = self.config.retention, [o.right for o in self.base.items.values() if o.right is not None]
+        held, marks = self.config.forgetting, [o.right for o in self.base.items.values() if o.right is not None]
         when = f"every {held.every} steps" if held.every else "before the first step and after the last"
-        lines = [f"retention: {len(self.base.items):,} items, measured {when}"
+        lines = [f"forgetting: {len(self.base.items):,} items, measured {when}"
                  + (f"; the base answers {self._right(self.base):,} of {self._judged(self.base):,} general ones right" if marks else "")]
         if self.floor is not None:
-            lines.append(f"retention: the best state with {self.floor * self._right(self.base):.4g} right ones or more is exported")
+            lines.append(f"forgetting: the best state with {self.floor * self._right(self.base):.4g} right ones or more is exported")
             if held.patience:
-                lines.append(f"retention: in its second half the run stops at {held.patience} measurements in a row that miss this and "
+                lines.append(f"forgetting: in its second half the run stops at {held.patience} measurements in a row that miss this and "
                              "come no nearer")
-        return lines + [f"retention: {note}" for note in self.base.notes]
+        return lines + [f"forgetting: {note}" for note in self.base.notes]
 
     def measure(self, state: checkpoint.State, optimizer: FlatAdamW, heldout_loss: float | None, total: int, log: Log) -> None:
         """Score the model into the log and `state`, of `total` steps; its weights are kept where it is the best so far. On rank 0."""
@@ -160,11 +160,11 @@ class ForgettingMonitor:
             self._keep(state.step, None if state.step == total else optimizer)
         if self.floor is not None:
             nearer = before is not None and record["general"] > before["general"]
-            state.missed = 0 if record["held"] or nearer or 2 * state.step < total else state.missed + 1
+            state.missed = 0 if record["holds_floor"] or nearer or 2 * state.step < total else state.missed + 1
         log.write(record | ({"best": best} if self.floor is not None else {}))
 
     def given_up(self, state: checkpoint.State) -> bool:
-        patience = self.config.retention.patience
+        patience = self.config.forgetting.patience
         return self.floor is not None and 0 < patience <= state.missed
 
     def exported(self, state: checkpoint.State) -> dict | None:
@@ -201,7 +201,7 @@ class ForgettingMonitor:
     def _record(self, step: int, outcomes: Outcomes, heldout_loss: float | None) -> dict:
         """A flat record: of each role accuracy with its interval, the share of the base's right answers that it comes to, items lost and
         gained, KL(base || model) and log-prob in nats per token; of each file its accuracy."""
-        record: dict = {"kind": "retention", "step": step}
+        record: dict = {"kind": "forgetting", "step": step}
         for role, found in totals(self.files, outcomes, self.base, self.how.statistics).items():
             model, base, change = found["model"], found["base"], found["change"]
             figures = {"": model.get("accuracy"), "interval": model.get("accuracy_interval"), "base": base.get("accuracy"),
@@ -213,7 +213,7 @@ class ForgettingMonitor:
         if heldout_loss is not None:
             record["heldout_loss"] = heldout_loss
         if self.floor is not None:
-            record |= {"floor": self.floor, "held": self._right(outcomes) >= self.floor * self._right(self.base) - 1e-9}
+            record |= {"floor": self.floor, "holds_floor": self._right(outcomes) >= self.floor * self._right(self.base) - 1e-9}
         return record
 
     # ------------------------------------------------------------ the state that is kept
@@ -243,7 +243,7 @@ class ForgettingMonitor:
         try:
             tensors = load_file(file)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"retention: cannot read {file}, the state of step {step} that was kept: {error}") from None
+            raise UserError(f"forgetting: cannot read {file}, the state of step {step} that was kept: {error}") from None
         with torch.no_grad():
             for i, group in enumerate(optimizer.groups):
                 group.master.data.copy_(tensors[f"{i}"])
@@ -257,10 +257,10 @@ class ForgettingMonitor:
         kept = state.kept
         figures = f"general {kept['general']:.1%}, {kept['general_retained']:.1%} of the base's"
         figures += f"; domain {kept['domain']:.1%}" if "domain" in kept else ""
-        if kept["held"]:
-            return f"retention: exporting step {kept['step']} of {state.step}, the best of those that hold the floor: {figures}"
-        return (f"retention: WARNING: no measured state held the floor of {self.floor:.1%}; exporting step {kept['step']} of {state.step}, "
-                f"the nearest to it: {figures}; what holds it: more replay, retention.kl, a lower optim.lr")
+        if kept["holds_floor"]:
+            return f"forgetting: exporting step {kept['step']} of {state.step}, the best of those that hold the floor: {figures}"
+        return (f"forgetting: WARNING: no measured state held the floor of {self.floor:.1%}; exporting step {kept['step']} of "
+                f"{state.step}, the nearest to it: {figures}; what holds it: more replay, retention.kl_weight, a lower optim.lr")
 
 
 def _rank(record: dict) -> tuple:
@@ -268,7 +268,7 @@ def _rank(record: dict) -> tuple:
     domain = next((record[name] for name in ("domain", "domain_logprob") if name in record), None)
     if domain is None:
         domain = -record["heldout_loss"] if "heldout_loss" in record else record["step"]
-    return (1, domain, record["general"]) if record["held"] else (0, record["general"], domain)
+    return (1, domain, record["general"]) if record["holds_floor"] else (0, record["general"], domain)
 
 
 @contextmanager

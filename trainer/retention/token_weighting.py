@@ -40,22 +40,22 @@ def own_probability(losses: Tensor, dft_mask: Tensor) -> Tensor:
 def reweighted(samples: Samples, settings: config.Config, model: nn.Module, roles: Sequence[str], device: torch.device,
                    dist: Distributed
                ) -> tuple[Samples, str | None]:
-    """The samples as `retention.weighting` wants them, and a line that says so; the same samples and None where it asks for nothing.
+    """The samples as `retention.token_weighting` wants them, and a line that says so; the same samples and None where it asks for nothing.
 
     `model` is not trained yet. UserError where nothing would be left to learn from.
     """
     asked = settings.retention
-    if asked.weighting not in ("stm", "flow"):
+    if asked.token_weighting not in ("stm", "flow"):
         return samples, None
-    indices = np.flatnonzero(chosen(roles, asked.weighting_on)[samples.sources])
+    indices = np.flatnonzero(chosen(roles, asked.token_weighting_sources)[samples.sources])
     begun = time.perf_counter()
     log_probs = base_log_probs(model, samples, indices, settings.batch, device, dist)
     spent = f"the base read {len(indices):,} samples in {time.perf_counter() - begun:.1f} s"
-    if asked.weighting == "stm":
+    if asked.token_weighting == "stm":
         keep = log_probs >= -np.log(asked.stm_threshold)
         if not keep.any():
             raise UserError(f"retention.stm_threshold: expected a perplexity of at most {asked.stm_threshold:g} under the base in some "
-                            f"of the {len(keep):,} supervised tokens ({asked.weighting_on} rows), found none; raise it")
+                            f"of the {len(keep):,} supervised tokens ({asked.token_weighting_sources} rows), found none; raise it")
         return samples.supervising(indices, keep), f"stm: {1 - keep.mean():.1%} of {len(keep):,} supervised tokens are masked; {spent}"
     weights = flow_weights(mean_losses(log_probs, samples.supervised[indices]))
     low, middle, high = np.percentile(weights, [10, 50, 90])

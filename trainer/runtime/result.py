@@ -26,11 +26,11 @@ class RunResult:
     eval_loss: float | None
     reason: str
     signal: int | None = None
-    retention: dict | None = None  # of runs with retention.items: the measurement of what is exported, or of the last state if stopped
+    forgetting: dict | None = None  # with forgetting.general: the measurement of the exported state, or of the last one if stopped
 
     @property
     def status(self) -> int:
         """Return the exit status of the command."""
         if self.signal:
             return 128 + self.signal
-        return FLOOR_MISSED if self.retention and not self.retention.get("held", True) else 0
+        return FLOOR_MISSED if self.forgetting and not self.forgetting.get("holds_floor", True) else 0

@@ -125,7 +125,7 @@ def measure_base(config: Config, data: TrainingData, items: Sequence[ItemFile], 
     forgetting = monitor.prepare(config, items, model, data.template, dist)
     samples, weighting_line = token_weighting.reweighted(data.samples, config, model, roles, device, dist)
     kl_to_base = kl.prepare(config.retention, model, roles)
-    if config.retention.stores_base:
+    if config.retention.caches_base:
         kl_to_base = cached_base.store(kl_to_base, samples, data.plan, Path(config.output), identity, device, dist)
     lines = [weighting_line] if weighting_line else []
     if forgetting and dist.is_main:
@@ -138,7 +138,7 @@ def build_optimizer(config: Config, model: nn.Module, dist: Distributed) -> Flat
     optimizer = FlatAdamW(model.parameters(), config.optim)
     dist.broadcast([group.master.data for group in optimizer.groups])
     optimizer.publish()
-    optimizer.enable_l2_sp(config.retention.l2)
+    optimizer.enable_l2_sp(config.retention.l2_sp)
     return optimizer
 
 

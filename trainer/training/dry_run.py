@@ -34,11 +34,11 @@ def print_dry_run(config: Config, data: TrainingData, device: torch.device) -> N
     size, dtype = model_size(model), compute_dtype(config.precision, device)
     for line in kl.describe(config.retention, config.method, size.parameters * dtype.itemsize):
         print(line)
-    if config.retention.stores_base:
+    if config.retention.caches_base:
         kl_to_base = kl.prepare(config.retention, model, [source.role for source in data.mixture.parts])
         print(cached_base.announce(Path(config.output), cached_base.layout(kl_to_base, data.samples, data.plan, dtype)))
-    if config.replay.auto:
-        print("replay.auto: the mixture above has no replay ratio yet; probe runs choose it, and retention.kl, when the run starts")
+    if config.replay_search.enabled:
+        print("replay search: the mixture above has no replay.ratio; probe runs choose it, and retention.kl_weight, when the run starts")
     print(f"model: {size.parameters:,} parameters, trained {size.trainable:,} ({config.method}), compute {dtype_name(dtype)}")
     print(f"memory: {estimate(model, config, dtype, device)}")
     print("dry run: the options, data and model fit together; nothing was trained")

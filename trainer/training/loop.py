@@ -53,7 +53,7 @@ def fit(run: TrainingRun, state: checkpoint.State) -> Ending:
                 gc.collect(1)
             if run.eval_set and (due(state.step, config.eval.every) or state.step == last):
                 evaluate(run, state, meter)
-            if run.monitor and (due(state.step, config.retention.every) or state.step == last or out_of_patience(run, state)):
+            if run.monitor and (due(state.step, config.forgetting.every) or state.step == last or out_of_patience(run, state)):
                 measure_forgetting(run, state, meter)
             if state.step < last and (run.dist.size == 1 or due(state.step, config.logging.every)):  # with several ranks this waits
                 received = max(run.dist.gather(interrupts.received or 0))

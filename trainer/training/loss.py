@@ -38,7 +38,7 @@ def pack_loss(model: nn.Module, batch: PackedBatch, work: StepWork, kl: KlToBase
             return PackLoss(loss, loss, None)
         loss, divergence = sft_kl_loss(model, batch, kl, reference)
         loss, divergence = loss / work.weight_sum, divergence / work.kl_weight_sum
-        return PackLoss(loss + kl.settings.kl * divergence, loss, divergence)
+        return PackLoss(loss + kl.settings.kl_weight * divergence, loss, divergence)
 
 
 def sft_loss(model: nn.Module, batch: PackedBatch) -> Tensor:

@@ -30,8 +30,8 @@ from trainer.optim.adamw_8bit import AdamW8bit
 class MemoryEstimate:
     """Bytes on the device, by use."""
 
-    weights: float  # QLoRA: 4-bit codes, scales, and the largest layer dequantised; full fine-tuning with retention.kl: the frozen copy too
-    masters: float  # fp32 copies of trained weights of lower precision; with retention.l2, a copy of the initial weights too
+    weights: float  # QLoRA: 4-bit codes, scales, and the largest layer dequantised; full fine-tuning with a KL: the frozen copy too
+    masters: float  # fp32 copies of trained weights of lower precision; with retention.l2_sp, a copy of the initial weights too
     gradients: float
     moments: float  # AdamW's two, with the scales of 8-bit ones
     activations: float  # of one pack
@@ -56,13 +56,13 @@ def estimate(model: nn.Module, config: Config, dtype: torch.dtype, device: torch
     trainable = [p for p in model.parameters() if p.requires_grad]
     trained = sum(p.numel() for p in trainable)
     adapter = config.method != "full"
-    cached, head = config.retention.stores_base, model.get_output_embeddings()
-    frozen_copy = (head if cached else model).parameters() if config.retention.kl and not adapter else ()
+    cached, head = config.retention.caches_base, model.get_output_embeddings()
+    frozen_copy = (head if cached else model).parameters() if config.retention.kl_weight and not adapter else ()
     copied = sum(p.numel() for p in frozen_copy)
     states = 2 * config.batch.tokens_per_step * head.weight.shape[1] * width if cached else 0
     return MemoryEstimate(
         weights=frozen_bytes(model, config, width) + trained * (4 if adapter else width) + copied * width,
-        masters=(0 if adapter or width == 4 else trained * 4) + (trained * 4 if config.retention.l2 else 0),
+        masters=(0 if adapter or width == 4 else trained * 4) + (trained * 4 if config.retention.l2_sp else 0),
         gradients=trained * 4,
         moments=sum(p.numel() * (AdamW8bit.BYTES_PER_ELEMENT if has_8bit_moments(p, config.optim) else 8) for p in trainable),
         activations=activation_bytes(model, config.batch.tokens_per_pack, width, config.activation_checkpointing, device),

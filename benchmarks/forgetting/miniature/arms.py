@@ -15,7 +15,7 @@ from synth.config import Select
 
 RATIO = 5 / 6
 SAMPLES = 3  # of each model to each instruction
-KL = {"kl": 1.0, "kl_direction": "reverse", "kl_tokens": "all", "base": "stored"}
+KL = {"kl_weight": 1.0, "kl_direction": "reverse", "kl_positions": "all", "kl_reference": "cached"}
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from benchmarks.forgetting.miniature.world import heldout_items, training_record
 from benchmarks.harness import record
 from benchmarks.run import main
 from trainer.config import validate
-from trainer.retention import auto_replay, monitor
+from trainer.retention import replay_search
 
 TINY = Plan((Run(), Run(QUARTER), Run(WHOLE, 0.5, watched=True)), Size(instructions=60, domain=16), epochs=2.0, items=1, every=1)
 SOUND = {"base": "novice", "replay": "plus", "rows": 60, "recognised": 1.0, "right": 0.98}
@@ -42,16 +42,16 @@ def test_a_run_is_what_the_trainer_is_told(run, tmp_path):
     write_replay(tmp_path, 60)
     config = floor.recipe(run, TINY, floor.job_of(run, TINY, 0, tmp_path))
     validate(config)
-    held, replay = config.retention, config.replay
+    forgetting, replay, search = config.forgetting, config.replay, config.replay_search
     if run.part and run.share is None:
-        assert replay.auto and (replay.auto_part, held.floor, replay.ratio, config.epochs) == (run.part.share, 0.99, None, TINY.epochs)
-        assert held.items and held.domain_items
-        probe, given = auto_replay.as_probe(config, 0.5, 0.0), floor.recipe(GIVEN[0], TINY, floor.job_of(GIVEN[0], TINY, 0, tmp_path))
+        assert search.enabled and (search.probe_fraction, forgetting.floor) == (run.part.share, 0.99)
+        assert (replay.ratio, config.epochs) == (None, TINY.epochs) and forgetting.general and forgetting.domain
+        probe, given = replay_search.probe_config(config, 0.5, 0.0), floor.recipe(GIVEN[0], TINY, floor.job_of(GIVEN[0], TINY, 0, tmp_path))
         assert (probe.max_steps, probe.optim, probe.lora, probe.batch) == (None, given.optim, given.lora, given.batch)
         return
-    assert not replay.auto and (replay.ratio, held.kl, held.floor) == (run.share, run.kl, None)
+    assert not search.enabled and (replay.ratio, config.retention.kl_weight, forgetting.floor) == (run.share, run.kl, None)
     assert bool(replay.data) == bool(run.part) and config.epochs == TINY.epochs * (run.part.share if run.part else 1)
-    assert bool(held.items) == run.watched == bool(held.every)
+    assert bool(forgetting.general) == run.watched == bool(forgetting.every)
 
 
 def test_items_that_are_watched_are_not_those_of_the_table(tmp_path):
@@ -92,7 +92,7 @@ def test_a_short_run(monkeypatch, tmp_path, capsys):
     assert chosen["probes"] >= 3 and 0 < chosen["share"] < 1 and chosen["held"] in (True, False)
     probes = made["raw"]["runs"][2]["probes"]
     assert chosen["probe_steps"] == sum(probe["steps"] for probe in probes) / chosen["steps"] and chosen["probe_seconds"] > 0
-    assert any((probe["share"], probe["kl"]) == (chosen["share"], chosen["kl"]) for probe in probes)
+    assert any((probe["ratio"], probe["kl_weight"]) == (chosen["share"], chosen["kl"]) for probe in probes)
     assert given["share"] == 0.5 and [point["step"] for point in made["raw"]["runs"][3]["curve"]] == list(range(given["steps"] + 1))
     assert made["conditions"]["items"] == {"general": 16, "domain": 4} and str(tmp_path) not in str(made["raw"])
     said = capsys.readouterr().out
@@ -108,7 +108,7 @@ def one(line: str, general: str, **more) -> dict:
 
 
 def runs() -> list[dict]:
-    probes = [{"share": 0.5, "kl": 0.0, "steps": 30, "seconds": 4.0}, {"share": 0.35, "kl": 0.0, "steps": 20, "seconds": 3.0}]
+    probes = [{"ratio": 0.5, "kl_weight": 0.0, "steps": 30, "seconds": 4.0}, {"ratio": 0.35, "kl_weight": 0.0, "steps": 20, "seconds": 3.0}]
     curve = [{"step": step, "retained": kept, "domain": 0.1} for step, kept in ((0, 1.0), (10, 0.6), (30, 0.7), (85, 0.9), (100, 0.95))]
     return [one("base", "1111100000"), one("domain only", "1000000000"),
             one("auto, probes of a half", "1111000000", part=HALF.name, share=0.5, held=False, probes=probes),
@@ -136,41 +136,3 @@ def test_table_and_picture(tmp_path):
 def test_bad_options_are_one_line(capsys):
     assert main(["floor", "--workers", "0"]) == 2
     assert capsys.readouterr().err == "benchmarks.run: --seeds, --workers: expected 1 or more, got 1, 0\n"
-
-
-# ---------------------------------------------------------------- what docstrings say of the record
-
-
-@pytest.fixture
-def kept():
-    found = record.newest().get("floor-cpu")
-    return found or pytest.skip("there is no record of this suite")
-
-
-def words(text: str) -> str:
-    return " ".join(text.split())
-
-
-def test_what_the_search_says_of_its_probes(kept):
-    rows = {row["line"]: row for row in kept["summary"]}
-
-    def retained(part: str) -> str:
-        return "{:.0f}, {:.0f} and {:.0f}%".format(*(100 * rows[f"{given}% replay: {part}"]["retained"] for given in (20, 35, 50)))
-
-    said = words(auto_replay.__doc__)
-    assert f"probes of a quarter kept {retained('a quarter')} of the base's accuracy, whole runs {retained('the whole')}." in said
-    assert f"next to nothing of the domain, kept {retained('an eighth')}." in said
-    quarter, half = (rows[run.name] for run in CHOSEN)
-    assert quarter["probes"] == half["probes"] == 5 and quarter["held"] and half["held"] and quarter["kl"] == half["kl"] == 0
-    assert f"a quarter took {quarter['probe_steps']:.0%} of the run's steps and chose {quarter['share']:.0%}, five of a half took " \
-           f"{half['probe_steps']:.0%} and chose {half['share']:.0%}" in said
-    domain = [f"{rows[f'65% replay{kl}: {part}']['domain']:.1%}" for part in ("a quarter", "the whole") for kl in ("", ", KL 1")]
-    assert "from {} to {} in probes of a quarter, and from {} to {} in whole runs".format(*domain) in words(auto_replay._learns.__doc__)
-
-
-def test_what_the_watch_says_of_a_run(kept):
-    told = floor.told_of(floor.watched(kept)[0]["curve"])
-    lowest, third, end, last = (part.partition("%")[0] for part in (told, *told.split(", ")[2:]))
-    said = words(monitor.__doc__)
-    assert f"fell to {lowest}% of the base's accuracy, kept {third}% after a third of its steps, {end}% or more in the last fifth and " \
-           f"{last}% at the end" in said

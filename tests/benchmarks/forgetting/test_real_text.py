@@ -150,7 +150,7 @@ def test_arms_are_compared_with_the_same_steps_and_tokens(made):
     assert {(config.max_steps, config.batch.tokens_per_step, config.data.train) for config in recipes} == {
         (3, 512, str(made["kept"] / "domain 0.jsonl"))}
     assert {config.optim.lr for config in recipes} == {2e-3, 2e-4, 5e-4}
-    assert [arm.name for arm, config in zip(real_text.ARMS, recipes) if config.retention.kl] == [
+    assert [arm.name for arm, config in zip(real_text.ARMS, recipes) if config.retention.kl_weight] == [
         "self, greedy + KL", "full: self, greedy + KL"]
 
 

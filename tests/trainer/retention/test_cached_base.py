@@ -63,7 +63,7 @@ def no_report(monkeypatch):
 def settings(model: Path, chats: Path, output: Path, *more: str) -> Config:
     return parse(Config, arguments(model, chats / "domain.jsonl", output, "--replay.data", str(chats / "replay.jsonl"), "--epochs", "2",
                                    "--batch.tokens_per_pack", "128", "--batch.tokens_per_step", "256", "--logging.every", "1",
-                                   "--retention.kl", "0.7", *more), "trainer.run")
+                                   "--retention.kl_weight", "0.7", *more), "trainer.run")
 
 
 def run(*args: str | Path):
@@ -79,7 +79,7 @@ def stored_files(folder: Path) -> list[Path]:
 
 def held_both_ways(model: nn.Module, inputs: TrainingData, folder: Path, **options) -> list[retention.KlToBase]:
     """What holds a run to this model, live and stored."""
-    asked = [config.Retention(kl=0.7, base=base, **options) for base in ("live", "stored")]
+    asked = [config.Retention(kl_weight=0.7, kl_reference=base, **options) for base in ("live", "cached")]
     live, stored = (retention.prepare(one, model, ROLES) for one in asked)
     return [live, cached_base.store(stored, inputs.samples, inputs.plan, folder, {}, CPU, Distributed())]
 
@@ -94,7 +94,7 @@ def objective(model: nn.Module, held: retention.KlToBase, work: StepWork) -> tup
         if reference is not None:
             divergence = divergence + held.divergence(lm_head(model), counted, batch, reference) / work.kl_weight_sum
     trained = [p for p in model.parameters() if p.requires_grad]
-    return float(divergence.detach()), torch.autograd.grad(total + held.settings.kl * divergence, trained)
+    return float(divergence.detach()), torch.autograd.grad(total + held.settings.kl_weight * divergence, trained)
 
 
 @pytest.mark.parametrize("kl_on, kl_tokens", [("replay", "supervised"), ("all", "supervised"), ("replay", "all"), ("all", "all")])
@@ -109,7 +109,7 @@ def test_steps_of_two_epochs_have_the_gradients_of_a_live_base(model_folder, cha
         model = add_adapter(model, Lora(rank=4)).double()
         stir(model)
     patch(model)
-    held = held_both_ways(model, inputs, tmp_path, kl_on=kl_on, kl_tokens=kl_tokens)
+    held = held_both_ways(model, inputs, tmp_path, kl_sources=kl_on, kl_positions=kl_tokens)
     if adapter == "full":
         stir(model)
     counting = []
@@ -164,7 +164,7 @@ def test_only_what_the_run_sees_is_stored(model_folder, chats, tmp_path):
     assert np.array_equal(inputs.plan.seen(), seen) and len(seen) < len(inputs.samples)
     whole = settings(model_folder, chats, tmp_path)
     assert len(prepare_data(whole, load_tokenizer(whole.model)).plan.seen()) == len(inputs.samples)
-    held = retention.prepare(config.Retention(kl=1.0, base="stored"), tiny.model("llama"), ROLES)
+    held = retention.prepare(config.Retention(kl_weight=1.0, kl_reference="cached"), tiny.model("llama"), ROLES)
     counts = cached_base.layout(held, inputs.samples, inputs.plan, torch.float32).counts
     counted = seen[inputs.samples.sources[seen] == 1]
     assert np.array_equal(np.flatnonzero(counts), counted) and np.array_equal(counts[counted], inputs.samples.supervised[counted])
@@ -174,30 +174,31 @@ def test_only_what_the_run_sees_is_stored(model_folder, chats, tmp_path):
 
 
 @pytest.mark.parametrize("options", [
-    (), ("--lora.dropout", "0.2", "--retention.kl_on", "all", "--retention.kl_tokens", "all"),
-    ("--retention.kl_on", "all", "--retention.weighting", "stm", "--retention.weighting_on", "all", "--retention.stm_threshold", "400"),
-    ("--method", "full", "--optim.lr", "1e-3"), ("--method", "full", "--retention.kl_tokens", "all", "--retention.kl_direction", "js"),
-    ("--method", "qlora", "--retention.kl_tokens", "all"), ("--lora.dora", "true", "--activation_checkpointing", "full"),
+    (), ("--lora.dropout", "0.2", "--retention.kl_sources", "all", "--retention.kl_positions", "all"),
+    ("--retention.kl_sources", "all", "--retention.token_weighting", "stm", "--retention.token_weighting_sources", "all",
+     "--retention.stm_threshold", "400"),
+    ("--method", "full", "--optim.lr", "1e-3"), ("--method", "full", "--retention.kl_positions", "all", "--retention.kl_direction", "js"),
+    ("--method", "qlora", "--retention.kl_positions", "all"), ("--lora.dora", "true", "--activation_checkpointing", "full"),
 ])
 def test_runs_have_the_figures_of_a_live_base(model_folder, chats, tmp_path, options):
     if "qlora" in options:
         pytest.importorskip("bitsandbytes")
         model_folder = tiny.save_model(tmp_path / "wide", "llama", hidden_size=128, intermediate_size=256)
-    for base in ("live", "stored"):
-        run(model_folder, chats, tmp_path / base, *options, "--retention.base", base)
-    live, stored = (records(tmp_path / base, "step") for base in ("live", "stored"))
+    for base in ("live", "cached"):
+        run(model_folder, chats, tmp_path / base, *options, "--retention.kl_reference", base)
+    live, stored = (records(tmp_path / base, "step") for base in ("live", "cached"))
     assert len(live) == len(stored) > 8 and max(r.get("kl", 0.0) for r in live) > 1e-4
     for a, b in zip(live, stored):
         assert a.get("kl", 0.0) == pytest.approx(b.get("kl", 0.0), rel=1e-3, abs=1e-6) and a["loss"] == pytest.approx(b["loss"], rel=1e-4)
         assert "base" not in b["seconds"] and ("kl" not in a or "base" in a["seconds"])
-    assert not stored_files(tmp_path / "stored"), "a finished run leaves no file"
+    assert not stored_files(tmp_path / "cached"), "a finished run leaves no file"
 
 
 def test_a_saved_adapter_is_not_a_part_of_the_base(model_folder, chats, tmp_path):
-    run(model_folder, chats, tmp_path / "first", "--retention.kl", "0")
-    for base in ("live", "stored"):
-        run(model_folder, chats, tmp_path / base, "--lora.path", str(tmp_path / "first" / "adapter"), "--retention.base", base)
-    live, stored = ([r["kl"] for r in records(tmp_path / base, "step") if "kl" in r] for base in ("live", "stored"))
+    run(model_folder, chats, tmp_path / "first", "--retention.kl_weight", "0")
+    for base in ("live", "cached"):
+        run(model_folder, chats, tmp_path / base, "--lora.path", str(tmp_path / "first" / "adapter"), "--retention.kl_reference", base)
+    live, stored = ([r["kl"] for r in records(tmp_path / base, "step") if "kl" in r] for base in ("live", "cached"))
     assert live[0] > 1e-3 and stored == pytest.approx(live, rel=1e-3)
 
 
@@ -205,7 +206,8 @@ def test_a_saved_adapter_is_not_a_part_of_the_base(model_folder, chats, tmp_path
 @pytest.mark.parametrize("options", [("--lora.dropout", "0.1"), ("--method", "full", "--optim.lr", "1e-3", "--precision", "bf16")])
 def test_a_killed_run_goes_on_bit_for_bit(model_folder, chats, tmp_path, monkeypatch, capsys, options, kept):
     """Also where the file is gone: it is made again by the base, not by what training has made of it."""
-    options = (*options, "--retention.base", "stored", "--retention.kl_on", "all", "--max_steps", "8", "--checkpoint.every", "2")
+    options = (*options, "--retention.kl_reference", "cached", "--retention.kl_sources", "all", "--max_steps", "8",
+               "--checkpoint.every", "2")
     run(model_folder, chats, tmp_path / "whole", *options)
 
     with killed_at(step=6):
@@ -234,7 +236,7 @@ def test_a_killed_run_goes_on_bit_for_bit(model_folder, chats, tmp_path, monkeyp
 
 
 def test_a_run_that_a_signal_stops_keeps_its_file(model_folder, chats, tmp_path, monkeypatch, capsys):
-    options = ("--retention.base", "stored", "--max_steps", "4")
+    options = ("--retention.kl_reference", "cached", "--max_steps", "4")
 
     def stopped_after_step_two(run, work, phases):
         if work.step == 1:
@@ -258,21 +260,21 @@ def test_what_another_run_stored_is_not_read(model_folder, chats, tmp_path, monk
         patched.setattr(loop, "train_step", killed)
         for seed in ("0", "1"):
             with pytest.raises(Killed):
-                run(model_folder, chats, tmp_path / "run", "--retention.base", "stored", "--seed", seed)
+                run(model_folder, chats, tmp_path / "run", "--retention.kl_reference", "cached", "--seed", seed)
             names += [path.name for path in stored_files(tmp_path / "run")]
     assert len(names) == 2 and names[0] != names[1]
     (tmp_path / "run" / names[1]).write_bytes(b"cut short")
-    run(model_folder, chats, tmp_path / "run", "--retention.base", "stored", "--seed", "1")
-    run(model_folder, chats, tmp_path / "other", "--retention.base", "stored", "--seed", "1")
+    run(model_folder, chats, tmp_path / "run", "--retention.kl_reference", "cached", "--seed", "1")
+    run(model_folder, chats, tmp_path / "other", "--retention.kl_reference", "cached", "--seed", "1")
     one, two = ((tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("run", "other"))
     assert one == two
 
 
 def test_two_ranks_write_one_file(model_folder, chats, tmp_path):
-    common = ("--retention.base", "stored", "--retention.kl_on", "all")
+    common = ("--retention.kl_reference", "cached", "--retention.kl_sources", "all")
     run(model_folder, chats, tmp_path / "one", *common)
     cfg = ["--replay.data", str(chats / "replay.jsonl"), "--epochs", "2", "--batch.tokens_per_pack", "128",
-           "--batch.tokens_per_step", "256", "--logging.every", "1", "--retention.kl", "0.7", *common]
+           "--batch.tokens_per_step", "256", "--logging.every", "1", "--retention.kl_weight", "0.7", *common]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29523", "-m", "trainer.run",
                *arguments(model_folder, chats / "domain.jsonl", tmp_path / "two", *cfg)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -285,7 +287,7 @@ def test_two_ranks_write_one_file(model_folder, chats, tmp_path):
 
 
 def test_a_step_reads_nothing_back(model_folder, chats, tmp_path):
-    cfg = settings(model_folder, chats, tmp_path / "run", "--retention.base", "stored")
+    cfg = settings(model_folder, chats, tmp_path / "run", "--retention.kl_reference", "cached")
     inputs = prepare_data(cfg, load_tokenizer(cfg.model))
     run, _ = build.build(cfg, inputs, CPU, Distributed())
     work = run.loader.load(0)
@@ -295,9 +297,9 @@ def test_a_step_reads_nothing_back(model_folder, chats, tmp_path):
 
 
 def test_the_run_and_the_dry_run_say_what_it_takes(model_folder, chats, tmp_path, capsys):
-    run(model_folder, chats, tmp_path / "run", "--dry_run", "--retention.base", "stored", "--method", "full")
+    run(model_folder, chats, tmp_path / "run", "--dry_run", "--retention.kl_reference", "cached", "--method", "full")
     dry = capsys.readouterr().out
-    run(model_folder, chats, tmp_path / "run", "--max_steps", "999", "--retention.base", "stored", "--method", "full")
+    run(model_folder, chats, tmp_path / "run", "--max_steps", "999", "--retention.kl_reference", "cached", "--method", "full")
     shown = capsys.readouterr().out
     said = [line.partition(" (")[0] for text in (dry, shown) for line in text.splitlines() if "hidden states at" in line]
     cfg = settings(model_folder, chats, tmp_path)
@@ -310,7 +312,7 @@ def test_the_run_and_the_dry_run_say_what_it_takes(model_folder, chats, tmp_path
 
 def test_the_memory_estimate_has_a_head_instead_of_a_copy():
     model = tiny.model("llama")
-    asked = [config.Retention(kl=kl, base="stored") for kl in (0, 0.3)]
+    asked = [config.Retention(kl_weight=kl, kl_reference="cached") for kl in (0, 0.3)]
     full = [estimate(model, Config(method="full", retention=one), torch.float32, CPU) for one in asked]
     states = 2 * Config().batch.tokens_per_step * 64 * 4
     assert full[1].weights - full[0].weights == model.get_output_embeddings().weight.numel() * 4
@@ -326,9 +328,9 @@ def test_the_memory_estimate_has_a_head_instead_of_a_copy():
 def test_a_disk_without_room_is_one_line(model_folder, chats, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("Usage", "free")(1000))
     for more in ((), ("--dry_run",)):
-        with pytest.raises(UserError, match="retention.base: expected .* MB of free disk space in .*, found 0.001 MB; choose another "
-                                            "--output, count fewer tokens, or set retention.base to live") as raised:
-            run(model_folder, chats, tmp_path / "run", "--retention.base", "stored", *more)
+        with pytest.raises(UserError, match="retention.kl_reference: expected .* MB of free disk space in .*, found 0.001 MB; "
+                                            "choose another --output, count fewer tokens, or set retention.kl_reference to live") as raised:
+            run(model_folder, chats, tmp_path / "run", "--retention.kl_reference", "cached", *more)
         assert "\n" not in str(raised.value) and not stored_files(tmp_path / "run")
 
 
@@ -337,8 +339,8 @@ def test_a_disk_that_fills_up_is_one_line(model_folder, chats, tmp_path, monkeyp
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(cached_base.os, "posix_fallocate", full)
-    with pytest.raises(UserError, match="retention.base: cannot write .*partial: No space left on device; choose another --output"):
-        run(model_folder, chats, tmp_path / "run", "--retention.base", "stored")
+    with pytest.raises(UserError, match="retention.kl_reference: cannot write .*partial: No space left on device; choose another --output"):
+        run(model_folder, chats, tmp_path / "run", "--retention.kl_reference", "cached")
     assert not stored_files(tmp_path / "run")
 
 
@@ -348,20 +350,20 @@ def test_a_disk_that_fails_while_it_is_written_is_one_line(model_folder, chats, 
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(cached_base, "_read", failing)
-    with pytest.raises(UserError, match="retention.base: cannot write .*partial: Input/output error; choose another --output"):
-        run(model_folder, chats, tmp_path / "run", "--retention.base", "stored")
+    with pytest.raises(UserError, match="retention.kl_reference: cannot write .*partial: Input/output error; choose another --output"):
+        run(model_folder, chats, tmp_path / "run", "--retention.kl_reference", "cached")
     assert not stored_files(tmp_path / "run")
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(model_folder, chats, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="retention.base: cannot write .*: Not a directory; choose another --output"):
-        run(model_folder, chats, tmp_path / "file" / "run", "--retention.base", "stored")
+    with pytest.raises(UserError, match="retention.kl_reference: cannot write .*: Not a directory; choose another --output"):
+        run(model_folder, chats, tmp_path / "file" / "run", "--retention.kl_reference", "cached")
 
 
 def test_a_change_of_the_base_between_runs_is_refused(model_folder, chats, tmp_path):
     options = ("--checkpoint.every", "2", "--max_steps", "4")
     run(model_folder, chats, tmp_path / "run", *options)
     shutil.rmtree(tmp_path / "run" / "adapter")
-    with pytest.raises(UserError, match="retention.base was live, is stored"):
-        run(model_folder, chats, tmp_path / "run", *options, "--resume", "auto", "--retention.base", "stored")
+    with pytest.raises(UserError, match="retention.kl_reference was live, is cached"):
+        run(model_folder, chats, tmp_path / "run", *options, "--resume", "auto", "--retention.kl_reference", "cached")

@@ -90,7 +90,7 @@ def step(run: TrainingRun, packs: list[list[Piece]], chats: list[Piece] | None =
     chats = chats or [chat for pack in packs for chat in pack]
     weight = sum(collate([chat]).weight_sum for chat in chats)
     kl_sources = run.kl.kl_sources if run.kl else np.zeros(2, dtype=bool)
-    every = run.kl and run.kl.settings.kl_tokens == "all"
+    every = run.kl and run.kl.settings.kl_positions == "all"
     kl_weight_sum = sum(chat.weight * (len(chat.input_ids) - 1) if every else collate([chat]).weight_sum
                         for chat in chats if kl_sources[chat.source])
     lay = run.kl.collate if run.kl else collate
@@ -147,7 +147,7 @@ def assert_close(ours, expected, tolerance: float = 1e-4) -> None:
     ("llama", "full", "replay", "forward"), ("qwen3", "full", "all", "js"), ("gemma2", "full", "replay", "reverse"),
 ])
 def test_the_step_is_that_of_plain_torch(family, adapter, kl_on, direction, tokens):
-    run = ready_run(family, adapter, kl=0.7, kl_on=kl_on, kl_direction=direction, kl_tokens=tokens)
+    run = ready_run(family, adapter, kl_weight=0.7, kl_sources=kl_on, kl_direction=direction, kl_positions=tokens)
     expected = plain_step(*stock(run), samples(), 0.7, kl_on, direction, tokens)
     loss, divergence, gradients = step(run, [samples()])
     assert float(divergence) > 1e-3
@@ -159,7 +159,7 @@ def test_the_step_is_that_of_plain_torch(family, adapter, kl_on, direction, toke
 @pytest.mark.parametrize("kl_on, tokens", [("replay", "supervised"), ("all", "supervised"), ("replay", "all")])
 def test_how_a_step_is_packed_changes_nothing(adapter, kl_on, tokens):
     chats = samples()
-    run = ready_run("llama", adapter, kl=0.7, kl_on=kl_on, kl_tokens=tokens)
+    run = ready_run("llama", adapter, kl_weight=0.7, kl_sources=kl_on, kl_positions=tokens)
     whole = step(run, [chats])
     for packs in ([[chat] for chat in chats], [[chats[0], chats[3]], [chats[4], chats[1]], [chats[2]]], [chats[::-1]]):
         one = step(run, packs)
@@ -170,7 +170,7 @@ def test_how_a_step_is_packed_changes_nothing(adapter, kl_on, tokens):
 def test_two_ranks_add_up_to_one():
     """What each rank gives, added: the weights that both divide by are the whole step's."""
     chats = samples()
-    run = ready_run("llama", kl=0.7)
+    run = ready_run("llama", kl_weight=0.7)
     packs = [[chats[0], chats[1]], [chats[2]], [chats[3]], [chats[4]]]
     whole = step(run, packs)
     ranks = [step(run, packs[rank::2], chats) for rank in (0, 1)]
@@ -192,21 +192,22 @@ def test_at_its_start_an_adapter_is_the_base(dora):
         made.optimizer.step = lambda lr: made.seen.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
         return made
 
-    with_kl, without = (step(start(kl=kl, kl_on="all"), [samples()]) for kl in (0.7, 1e-12))  # with 0, dropout has other draws to make
+    with_kl, without = (step(start(kl_weight=kl, kl_sources="all"), [samples()])
+                        for kl in (0.7, 1e-12))  # with 0, dropout has other draws to make
     assert abs(float(with_kl[1])) < 1e-6 and torch.equal(with_kl[0], without[0])
     assert_close(with_kl[2], without[2], 1e-5)
 
 
 def test_steps_without_replay_have_no_divergence():
     chats = [chat for chat in samples() if chat.source == 0]
-    loss, divergence, gradients = step(ready_run("llama", kl=0.7), [chats])
+    loss, divergence, gradients = step(ready_run("llama", kl_weight=0.7), [chats])
     plain = step(ready_run("llama"), [chats])
     assert divergence is None and torch.equal(loss, plain[0]) and all(map(torch.equal, gradients, plain[2]))
 
 
 @pytest.mark.parametrize("adapter, options", [
-    ("lora", {"kl": 0.3}), ("full", {"kl": 0.3, "kl_on": "all"}), ("lora", {"weighting": "dft"}),
-    ("full", {"weighting": "dft", "kl": 0.3, "kl_tokens": "all"}),
+    ("lora", {"kl_weight": 0.3}), ("full", {"kl_weight": 0.3, "kl_sources": "all"}), ("lora", {"token_weighting": "dft"}),
+    ("full", {"token_weighting": "dft", "kl_weight": 0.3, "kl_positions": "all"}),
 ])
 def test_a_step_reads_nothing_back(adapter, options):
     run = ready_run("llama", adapter, **options)
@@ -217,7 +218,7 @@ def test_a_step_reads_nothing_back(adapter, options):
 
 def test_without_options_the_step_has_the_bits_it_always_had():
     """The step as it was before there were any, written out."""
-    assert Config().retention == config.Retention(kl=0.0, weighting="none", l2=0.0)
+    assert Config().retention == config.Retention(kl_weight=0.0, token_weighting="none", l2_sp=0.0)
     assert retention.prepare(Config().retention, None, ROLES) is None and retention.describe(Config().retention, "lora", 0) == []
     run, before = ready_run("gemma2"), ready_run("gemma2")
     packs, total = [samples()[:3], samples()[3:]], torch.zeros(())
@@ -276,10 +277,11 @@ def test_a_second_copy_and_what_training_began_with_are_in_the_memory_estimate()
     model = tiny.model("llama")
     count = sum(p.numel() for p in model.parameters())
     plain, held = (estimate(model, Config(method="full", retention=r), torch.float32, CPU)
-                   for r in (config.Retention(), config.Retention(kl=0.3, l2=0.1)))
+                   for r in (config.Retention(), config.Retention(kl_weight=0.3, l2_sp=0.1)))
     assert held.weights - plain.weights == 4 * count and held.masters - plain.masters == 4 * count
     adapted = add_adapter(model, Lora(rank=4))
-    plain, held = (estimate(adapted, Config(retention=r), torch.float32, CPU) for r in (config.Retention(), config.Retention(kl=0.3)))
+    plain, held = (estimate(adapted, Config(retention=r), torch.float32, CPU)
+                   for r in (config.Retention(), config.Retention(kl_weight=0.3)))
     assert held == plain
 
 
@@ -289,8 +291,8 @@ def test_no_room_for_the_copy_is_one_line(monkeypatch):
 
     model = tiny.model("llama")
     monkeypatch.setattr(retention.copy, "deepcopy", full)
-    with pytest.raises(UserError, match="^retention.kl: expected room .* train an adapter, .* or set retention.kl to 0$"):
-        retention.prepare(config.Retention(kl=0.3), model, ROLES)
+    with pytest.raises(UserError, match="^retention.kl_weight: expected room .* train an adapter, .* or set retention.kl_weight to 0$"):
+        retention.prepare(config.Retention(kl_weight=0.3), model, ROLES)
 
 
 # ---------------------------------------------------------------- weights that decay to where they began
@@ -363,7 +365,7 @@ def divergence_on_replay(data: Path, adapter: Path) -> float:
 
 def test_a_run_with_it_stays_nearer_to_its_base(miniature, tmp_path):
     for name, kl in (("without", "0"), ("with", "1.0")):
-        run(miniature, tmp_path / name, "--epochs", "2", "--retention.kl", kl)
+        run(miniature, tmp_path / name, "--epochs", "2", "--retention.kl_weight", kl)
     near, far = (divergence_on_replay(miniature, tmp_path / name / "adapter") for name in ("with", "without"))
     assert 0 < near < 0.6 * far
     steps = records(tmp_path / "with", "step")
@@ -375,11 +377,11 @@ def test_a_run_with_it_stays_nearer_to_its_base(miniature, tmp_path):
 
 
 def test_a_run_says_what_it_holds_to(miniature, tmp_path, capsys):
-    run(miniature, tmp_path / "run", "--max_steps", "1", "--retention.kl", "0.3", "--retention.l2", "2")
+    run(miniature, tmp_path / "run", "--max_steps", "1", "--retention.kl_weight", "0.3", "--retention.l2_sp", "2")
     shown = capsys.readouterr().out
     assert "retention: 0.3 KL(base || model) on replay rows; the base is the model with its adapter switched off" in shown
     assert "retention: weights decay by lr * 2 a step towards where they began" in shown and "  kl 0.0000  lr" in shown
-    run(miniature, tmp_path / "dry", "--dry_run", "--method", "full", "--retention.kl", "0.3", "--retention.kl_direction", "js")
+    run(miniature, tmp_path / "dry", "--dry_run", "--method", "full", "--retention.kl_weight", "0.3", "--retention.kl_direction", "js")
     expected = "0.3 Jensen-Shannon divergence from the base on replay rows; the base is a frozen second copy of the model, 0.00137 GB"
     assert expected in capsys.readouterr().out
 
@@ -388,16 +390,16 @@ def test_a_run_decays_to_where_it_began(miniature, tmp_path, no_report):
     """At l2 = 1 / lr each step begins where the run did, so no weight gets further than one step goes."""
     options = ("--max_steps", "8", "--optim.lr_scheduler", "constant", "--optim.warmup_ratio", "0")
     for name, l2 in (("free", "0"), ("held", "200")):
-        run(miniature, tmp_path / name, *options, "--retention.l2", l2)
+        run(miniature, tmp_path / name, *options, "--retention.l2_sp", l2)
     free, held = (max(float(tensor.abs().max()) for key, tensor in weights(tmp_path / name).items() if "lora_B" in key)
                   for name in ("free", "held"))
     assert held <= 5e-3 * 1.01 and free > 2 * held
 
 
 @pytest.mark.parametrize("options", [
-    ("--retention.kl", "0.3", "--retention.weighting", "flow", "--retention.l2", "0.5", "--lora.dropout", "0.1"),
-    ("--retention.kl", "0.3", "--retention.kl_on", "all", "--retention.weighting", "stm", "--retention.l2", "0.5", "--method", "full",
-     "--retention.kl_tokens", "all", "--optim.lr", "1e-3", "--precision", "bf16"),
+    ("--retention.kl_weight", "0.3", "--retention.token_weighting", "flow", "--retention.l2_sp", "0.5", "--lora.dropout", "0.1"),
+    ("--retention.kl_weight", "0.3", "--retention.kl_sources", "all", "--retention.token_weighting", "stm", "--retention.l2_sp", "0.5",
+     "--method", "full", "--retention.kl_positions", "all", "--optim.lr", "1e-3", "--precision", "bf16"),
 ])
 def test_a_killed_run_goes_on_bit_for_bit(miniature, tmp_path, no_report, options):
     options = (*options, "--max_steps", "8", "--checkpoint.every", "2", "--logging.every", "1")
@@ -411,29 +413,30 @@ def test_a_killed_run_goes_on_bit_for_bit(miniature, tmp_path, no_report, option
     assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     figures = [[(r["step"], r["loss"], r["kl"]) for r in records(tmp_path / side, "step")] for side in ("whole", "cut")]
     assert figures[0] == figures[1] and len(figures[0]) == 8
-    with pytest.raises(UserError, match="retention.kl was 0.3, is 0.4"):
+    with pytest.raises(UserError, match="retention.kl_weight was 0.3, is 0.4"):
         (tmp_path / "cut" / name).unlink()
         (tmp_path / "cut" / name).parent.rename(tmp_path / "aside")
-        run(miniature, tmp_path / "cut", *options, "--resume", "auto", "--retention.kl", "0.4")
+        run(miniature, tmp_path / "cut", *options, "--resume", "auto", "--retention.kl_weight", "0.4")
 
 
 # ---------------------------------------------------------------- mistakes
 
 
 @pytest.mark.parametrize("options, expected", [
-    (["--retention.kl", "0.3"], "retention.kl: expected replay rows to count it on .*, or retention.kl_on=all, got none"),
-    (["--retention.kl", "0.3", "--replay.data", "x.jsonl", "--replay.ratio", "0"], "retention.kl: expected replay rows"),
-    (["--retention.kl", "-1"], "retention.kl: expected 0 or more, got -1.0"),
-    (["--retention.kl", "nan"], "retention.kl: expected float, got nan"),
-    (["--retention.l2", "-0.1"], "retention.l2: expected 0 or more, got -0.1"),
-    (["--retention.l2", "1e6"], "retention.l2: expected at most 1 / optim.lr = 200, at which a step goes all the way back, got 1000000.0"),
+    (["--retention.kl_weight", "0.3"], "retention.kl_weight: expected replay samples to count .*, or retention.kl_sources=all, got none"),
+    (["--retention.kl_weight", "0.3", "--replay.data", "x.jsonl", "--replay.ratio", "0"], "retention.kl_weight: expected replay samples"),
+    (["--retention.kl_weight", "-1"], "retention.kl_weight: expected 0 or more, got -1.0"),
+    (["--retention.kl_weight", "nan"], "retention.kl_weight: expected float, got nan"),
+    (["--retention.l2_sp", "-0.1"], "retention.l2_sp: expected 0 or more, got -0.1"),
+    (["--retention.l2_sp", "1e6"],
+     "retention.l2_sp: expected at most 1 / optim.lr = 200, at which a step goes all the way back, got 1000000.0"),
     (["--retention.stm_threshold", "1"], "retention.stm_threshold: expected a perplexity above 1, got 1.0"),
-    (["--retention.l2", "1", "--model.path", "null", "--model.config", "x", "--method", "full"],
-     "retention.l2: expected model.path beside it: random weights are no base to hold to, got model.config"),
-    (["--retention.weighting", "flow", "--model.path", "null", "--model.config", "x", "--method", "full"],
-     "retention.weighting: expected model.path beside it"),
+    (["--retention.l2_sp", "1", "--model.path", "null", "--model.config", "x", "--method", "full"],
+     "retention.l2_sp: expected model.path, as random weights are no base, got model.config"),
+    (["--retention.token_weighting", "flow", "--model.path", "null", "--model.config", "x", "--method", "full"],
+     "retention.token_weighting: expected model.path"),
     (["--retention.kl_direction", "backward"], "retention.kl_direction: expected one of 'forward'"),
-    (["--retention.weighting", "dtf"], "retention.weighting: expected one of 'none', 'dft', 'stm', 'flow'"),
+    (["--retention.token_weighting", "dtf"], "retention.token_weighting: expected one of 'none', 'dft', 'stm', 'flow'"),
     (["--retention.kl_directoin", "js"], "unknown option retention.kl_directoin: did you mean retention.kl_direction"),
 ])
 def test_mistakes_are_one_line(options, expected):

@@ -51,8 +51,8 @@ def no_report(monkeypatch):
 
 
 def options(data: Path, *more) -> tuple[str, ...]:
-    return ("--replay.data", str(data / "general.jsonl"), "--data.max_length", "256", "--max_steps", "8", "--retention.items",
-            str(data / "kept.jsonl"), "--retention.domain_items", str(data / "learnt.jsonl"), "--retention.max_tokens", "24", *more)
+    return ("--replay.data", str(data / "general.jsonl"), "--data.max_length", "256", "--max_steps", "8", "--forgetting.general",
+            str(data / "kept.jsonl"), "--forgetting.domain", str(data / "learnt.jsonl"), "--forgetting.max_tokens", "24", *more)
 
 
 def run(data: Path, output: Path, *more) -> RunResult:
@@ -62,7 +62,7 @@ def run(data: Path, output: Path, *more) -> RunResult:
 def plain(data: Path, output: Path, *more) -> RunResult:
     """The same, unwatched."""
     found = parse(Config, arguments(BASE, data / "domain.jsonl", output, *options(data, *more)), "trainer.run")
-    return train(replace(found, retention=replace(found.retention, items=[], domain_items=[], every=0, floor=None)))
+    return train(replace(found, forgetting=replace(found.forgetting, general=[], domain=[], every=0, floor=None)))
 
 
 # ---------------------------------------------------------------- what is measured
@@ -71,7 +71,7 @@ def plain(data: Path, output: Path, *more) -> RunResult:
 @pytest.fixture(scope="module")
 def watched(data, tmp_path_factory):
     torch.set_num_threads(1)
-    return run(data, tmp_path_factory.mktemp("watched") / "run", "--retention.every", "3", "--logging.tensorboard", "true")
+    return run(data, tmp_path_factory.mktemp("watched") / "run", "--forgetting.every", "3", "--logging.tensorboard", "true")
 
 
 def test_the_figures_are_those_of_trainer_evaluate(data, watched, tmp_path):
@@ -79,7 +79,7 @@ def test_the_figures_are_those_of_trainer_evaluate(data, watched, tmp_path):
         "--adapter", str(watched.folder / "adapter"), "--data.general", str(data / "kept.jsonl"),
         "--data.domain", str(data / "learnt.jsonl"), "--generation.max_tokens", "24",
         "--device", "cpu", "--output", str(tmp_path / "out")], "trainer.evaluate"))
-    found = records(watched.folder, "retention")
+    found = records(watched.folder, "forgetting")
     assert [r["step"] for r in found] == [0, 3, 6, 8] and watched.status == 0
     for role in ("general", "domain"):
         expected, first, last = result["roles"][role], found[0], found[-1]
@@ -90,23 +90,23 @@ def test_the_figures_are_those_of_trainer_evaluate(data, watched, tmp_path):
         assert last[f"{role}_logprob"] == pytest.approx(expected["model"]["logprob_per_token"], rel=1e-4)
     assert found[-1]["general_retained"] == result["roles"]["general"]["change"]["retention"] < 1
     assert found[-1]["files"] == {"kept": found[-1]["general"], "learnt": found[-1]["domain"]}
-    assert watched.retention == {name: value for name, value in found[-1].items() if name != "time"}
+    assert watched.forgetting == {name: value for name, value in found[-1].items() if name != "time"}
 
 
 def test_the_page_and_the_logs_have_them(watched):
     page = (watched.folder / "report.html").read_text()
-    assert "Kept and learnt" in page and "KL(base || model)" in page and (watched.folder / "retention.png").exists()
+    assert "Kept and learnt" in page and "KL(base || model)" in page and (watched.folder / "forgetting.png").exists()
     assert page.count('data-column="General KL"') == 4 and "exported" in page
-    assert any(b"retention/general_kl" in path.read_bytes() for path in (watched.folder / "tensorboard").iterdir())
+    assert any(b"forgetting/general_kl" in path.read_bytes() for path in (watched.folder / "tensorboard").iterdir())
     assert not (watched.folder / "kept").exists()
 
 
 @pytest.mark.parametrize("more", [
-    ("--lora.dropout", "0.1", "--retention.kl", "0.3"), ("--method", "full", "--optim.lr", "1e-3", "--precision", "bf16"),
+    ("--lora.dropout", "0.1", "--retention.kl_weight", "0.3"), ("--method", "full", "--optim.lr", "1e-3", "--precision", "bf16"),
     ("--activation_checkpointing", "full", "--data.eval_fraction", "0.1"),
 ])
 def test_watching_changes_no_weight_and_no_loss(data, tmp_path, no_report, more):
-    run(data, tmp_path / "watched", "--retention.every", "2", "--logging.every", "1", *more)
+    run(data, tmp_path / "watched", "--forgetting.every", "2", "--logging.every", "1", *more)
     plain(data, tmp_path / "plain", "--logging.every", "1", *more)
     name = "model/model.safetensors" if "--method" in more else "adapter/adapter_model.safetensors"
     assert (tmp_path / "watched" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
@@ -117,7 +117,7 @@ def test_watching_changes_no_weight_and_no_loss(data, tmp_path, no_report, more)
 
 def test_a_saved_adapter_is_measured_before_it_is_trained_and_its_base_is_without_it(data, watched, tmp_path, no_report):
     again = run(data, tmp_path / "run", "--lora.path", str(watched.folder / "adapter"), "--max_steps", "1")
-    first, before = records(again.folder, "retention")[0], records(watched.folder, "retention")
+    first, before = records(again.folder, "forgetting")[0], records(watched.folder, "forgetting")
     assert first["general"] == before[-1]["general"] and first["general_base"] == before[0]["general"]
     assert first["general_kl"] == pytest.approx(before[-1]["general_kl"], rel=1e-4)
 
@@ -125,7 +125,7 @@ def test_a_saved_adapter_is_measured_before_it_is_trained_and_its_base_is_withou
 @pytest.mark.parametrize("more", [("--lora.dropout", "0.1"), ("--method", "full", "--optim.lr", "1e-3")])
 def test_a_killed_run_goes_on_bit_for_bit(data, tmp_path, no_report, more):
     """Killed after a better state was kept than its checkpoint knows of."""
-    more = (*more, "--checkpoint.every", "4", "--retention.every", "1", "--retention.floor", "0.05", "--logging.every", "1")
+    more = (*more, "--checkpoint.every", "4", "--forgetting.every", "1", "--forgetting.floor", "0.05", "--logging.every", "1")
     run(data, tmp_path / "whole", *more)
 
     with killed_at(step=7):
@@ -135,28 +135,28 @@ def test_a_killed_run_goes_on_bit_for_bit(data, tmp_path, no_report, more):
     run(data, tmp_path / "cut", *more, "--resume", "auto")
     name = "model/model.safetensors" if "--method" in more else "adapter/adapter_model.safetensors"
     assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    one, two = ([{k: v for k, v in r.items() if k != "time"} for r in records(tmp_path / side, "retention")] for side in ("whole", "cut"))
+    one, two = ([{k: v for k, v in r.items() if k != "time"} for r in records(tmp_path / side, "forgetting")] for side in ("whole", "cut"))
     assert one == two and len(one) == 9
 
 
 def test_resuming_with_other_items_is_refused(data, tmp_path, no_report):
     items = tmp_path / "items.jsonl"
     items.write_bytes((data / "kept.jsonl").read_bytes())
-    run(data, tmp_path / "run", "--retention.items", str(items), "--checkpoint.every", "4")
+    run(data, tmp_path / "run", "--forgetting.general", str(items), "--checkpoint.every", "4")
     items.write_text("".join(items.read_text().splitlines(keepends=True)[:5]))
     (tmp_path / "run" / "adapter").rename(tmp_path / "aside")
     with pytest.raises(UserError, match="resume: .* made with another configuration: items was"):
-        run(data, tmp_path / "run", "--retention.items", str(items), "--checkpoint.every", "4", "--resume", "auto")
+        run(data, tmp_path / "run", "--forgetting.general", str(items), "--checkpoint.every", "4", "--resume", "auto")
 
 
 def test_two_ranks_measure_what_one_does(data, tmp_path):
-    more = ("--retention.every", "4", "--retention.floor", "0.05", "--data.eval_fraction", "0.1")
+    more = ("--forgetting.every", "4", "--forgetting.floor", "0.05", "--data.eval_fraction", "0.1")
     run(data, tmp_path / "one", *more)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29519", "-m", "trainer.run",
                *arguments(BASE, data / "domain.jsonl", tmp_path / "two", *options(data, *more))]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
-    one, two = (records(tmp_path / name, "retention") for name in ("one", "two"))
+    one, two = (records(tmp_path / name, "forgetting") for name in ("one", "two"))
     assert [r["step"] for r in one] == [r["step"] for r in two] == [0, 4, 8]
     assert [r["general_kl"] for r in one] == pytest.approx([r["general_kl"] for r in two], rel=1e-2)
     assert (tmp_path / "two" / "adapter" / "adapter_model.safetensors").exists()
@@ -193,10 +193,10 @@ def scripted(monkeypatch):
 def test_the_best_on_the_domain_of_those_that_hold_the_floor_is_exported(data, tmp_path, scripted, capsys):
     """Of 16 right ones the floor wants 12.8: step 2 holds it, 4 learns more but misses it, 6 is the best, 8 holds it with less."""
     seen = scripted({2: (15, 2), 4: (12, 8), 6: (13, 5), 8: (16, 4)})
-    result = run(data, tmp_path / "run", "--retention.every", "2", "--retention.floor", "0.8", "--export", "both")
-    assert result.retention["step"] == 6 and result.reason == "max_steps" and result.steps == 8 and result.status == 0
+    result = run(data, tmp_path / "run", "--forgetting.every", "2", "--forgetting.floor", "0.8", "--export", "both")
+    assert result.forgetting["step"] == 6 and result.reason == "max_steps" and result.steps == 8 and result.status == 0
     assert "exporting step 6 of 8, the best of those that hold the floor: general 81.2%, 81.2% of the base's" in capsys.readouterr().out
-    assert [(r["held"], r["best"]) for r in records(result.folder, "retention")] == [
+    assert [(r["holds_floor"], r["best"]) for r in records(result.folder, "forgetting")] == [
         (True, False), (True, True), (False, False), (True, True), (True, False)]
     assert records(result.folder, "end")[0]["kept"] == 6 and not (result.folder / "kept").exists()
     exported = torch.cat([t.flatten() for t in weights(result.folder).values()]).sort().values
@@ -206,12 +206,12 @@ def test_the_best_on_the_domain_of_those_that_hold_the_floor_is_exported(data, t
 
 def test_full_weights_in_bf16_are_put_back_too(data, tmp_path, scripted):
     scripted({2: (15, 5), 4: (15, 2), 6: (15, 1), 8: (15, 0)})
-    more = ("--method", "full", "--optim.lr", "1e-3", "--precision", "bf16", "--retention.every", "2", "--optim.lr_scheduler", "constant",
+    more = ("--method", "full", "--optim.lr", "1e-3", "--precision", "bf16", "--forgetting.every", "2", "--optim.lr_scheduler", "constant",
             "--optim.warmup_ratio", "0")
-    best = run(data, tmp_path / "best", *more, "--retention.floor", "0.8")
+    best = run(data, tmp_path / "best", *more, "--forgetting.floor", "0.8")
     short = plain(data, tmp_path / "short", *more, "--max_steps", "2")
     one, two = (load_file(result.folder / "model" / "model.safetensors") for result in (best, short))
-    assert best.retention["step"] == 2 and all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+    assert best.forgetting["step"] == 2 and all(torch.equal(tensor, two[name]) for name, tensor in one.items())
 
 
 @pytest.mark.parametrize("patience, generals, stop", [
@@ -223,15 +223,15 @@ def test_full_weights_in_bf16_are_put_back_too(data, tmp_path, scripted):
 ])
 def test_a_run_stops_where_it_keeps_missing_the_floor_and_comes_no_nearer(data, tmp_path, scripted, patience, generals, stop):
     scripted({i: (general, 8) for i, general in enumerate(generals, 1)})
-    result = run(data, tmp_path / "run", "--retention.every", "1", "--retention.floor", "0.8", "--retention.patience", str(patience))
+    result = run(data, tmp_path / "run", "--forgetting.every", "1", "--forgetting.floor", "0.8", "--forgetting.patience", str(patience))
     assert result.steps == stop and result.reason == ("floor" if stop < 8 else "max_steps")
     assert result.folder.joinpath("adapter").exists()
 
 
 def test_where_nothing_holds_the_floor_the_nearest_is_exported_and_the_status_says_so(data, tmp_path, scripted, capsys):
     scripted({2: (9, 1), 4: (11, 2), 6: (10, 8), 8: (3, 8)})
-    result = run(data, tmp_path / "run", "--retention.every", "2", "--retention.floor", "0.8", "--retention.patience", "0")
-    assert result.retention["step"] == 4 and result.status == 3 and (result.folder / "adapter").exists()
+    result = run(data, tmp_path / "run", "--forgetting.every", "2", "--forgetting.floor", "0.8", "--forgetting.patience", "0")
+    assert result.forgetting["step"] == 4 and result.status == 3 and (result.folder / "adapter").exists()
     assert "WARNING: no measured state held the floor of 80.0%; exporting step 4 of 8, the nearest to it" in capsys.readouterr().out
 
 
@@ -239,10 +239,10 @@ def test_where_nothing_holds_the_floor_the_nearest_is_exported_and_the_status_sa
 def test_without_domain_items_the_held_out_loss_decides_or_the_latest(data, tmp_path, scripted, heldout):
     scripted({step: (16,) for step in (2, 4, 6, 8)})
     more = ("--data.eval_fraction", "0.1", "--optim.lr", "0.3", "--eval.every", "4") if heldout else ()
-    result = run(data, tmp_path / "run", "--retention.domain_items", "[]", "--retention.every", "2", "--retention.floor", "1", *more)
-    found = records(result.folder, "retention")
+    result = run(data, tmp_path / "run", "--forgetting.domain", "[]", "--forgetting.every", "2", "--forgetting.floor", "1", *more)
+    found = records(result.folder, "forgetting")
     losses = {r["step"]: r["heldout_loss"] for r in found[1:]} if heldout else {8: 0.0}
-    assert result.retention["step"] == min(losses, key=losses.get)
+    assert result.forgetting["step"] == min(losses, key=losses.get)
     evaluated = {r["step"]: r["loss"] for r in records(result.folder, "eval")}
     assert not heldout or (set(evaluated) == {0, 4, 8} and all(losses[step] == evaluated[step] for step in (4, 8)))
 
@@ -250,15 +250,15 @@ def test_without_domain_items_the_held_out_loss_decides_or_the_latest(data, tmp_
 def test_an_early_stop_is_measured_where_it_stops(data, tmp_path, scripted):
     scripted({step: (16, 1) for step in range(9)})
     more = ("--data.eval_fraction", "0.1", "--optim.lr", "1", "--eval.every", "1", "--eval.patience", "1")
-    result = run(data, tmp_path / "run", "--retention.every", "5", "--retention.floor", "0.5", *more)
-    assert result.reason == "early stopping" and result.retention["step"] == result.steps < 5
+    result = run(data, tmp_path / "run", "--forgetting.every", "5", "--forgetting.floor", "0.5", *more)
+    assert result.reason == "early stopping" and result.forgetting["step"] == result.steps < 5
 
 
 def test_a_kept_state_that_is_gone_is_one_line(data, tmp_path, scripted, monkeypatch):
     scripted({2: (16, 5), 4: (16, 2), 6: (16, 1), 8: (16, 0)})
     monkeypatch.setattr("trainer.retention.monitor.load_file", lambda path: load_file(path.with_name("absent")))
-    with pytest.raises(UserError, match="retention: cannot read .*step-00000002/weights.safetensors, the state of step 2 that was kept"):
-        run(data, tmp_path / "run", "--retention.every", "2", "--retention.floor", "0.5")
+    with pytest.raises(UserError, match="forgetting: cannot read .*step-00000002/weights.safetensors, the state of step 2 that was kept"):
+        run(data, tmp_path / "run", "--forgetting.every", "2", "--forgetting.floor", "0.5")
 
 
 def test_kept_states_are_those_that_whole_checkpoints_refer_to(tmp_path):
@@ -278,28 +278,28 @@ def test_kept_states_are_those_that_whole_checkpoints_refer_to(tmp_path):
 
 
 @pytest.mark.parametrize("more, expected", [
-    (["--retention.floor", "1.5"], r"retention.floor: expected a share of the base's accuracy, 0 < floor <= 1, got 1.5"),
-    (["--retention.floor", "0"], "retention.floor: expected a share"),
-    (["--retention.floor", "nan"], "retention.floor: expected float or null, got nan"),
-    (["--retention.every", "-1"], "retention.every, retention.patience: expected 0 or more"),
-    (["--retention.max_tokens", "0"], "retention.max_tokens: expected 1 or more, got 0"),
-    (["--retention.items", "[]", "--retention.domain_items", "[]", "--retention.floor", "0.9"],
-     "retention.floor: expected general items to score, as retention.items, beside it, got none"),
-    (["--retention.items", "[]", "--retention.domain_items", "[]", "--retention.every", "5"], "retention.every: expected general items"),
-    (["--retention.items", "[]"], "retention.domain_items: expected general items"),
-    (["--retention.items", "absent.jsonl"], "absent.jsonl: expected a file .* found no such file"),
-    (["--retention.items", "DATA/unanswered.jsonl", "--retention.metric", "exact"],
+    (["--forgetting.floor", "1.5"], r"forgetting.floor: expected a share of the base's accuracy, 0 < floor <= 1, got 1.5"),
+    (["--forgetting.floor", "0"], "forgetting.floor: expected a share"),
+    (["--forgetting.floor", "nan"], "forgetting.floor: expected float or null, got nan"),
+    (["--forgetting.every", "-1"], "forgetting.every, forgetting.patience: expected 0 or more"),
+    (["--forgetting.max_tokens", "0"], "forgetting.max_tokens: expected 1 or more, got 0"),
+    (["--forgetting.general", "[]", "--forgetting.domain", "[]", "--forgetting.floor", "0.9"],
+     "forgetting.floor: expected general items, as forgetting.general, beside it, got none"),
+    (["--forgetting.general", "[]", "--forgetting.domain", "[]", "--forgetting.every", "5"], "forgetting.every: expected general items"),
+    (["--forgetting.general", "[]"], "forgetting.domain: expected general items"),
+    (["--forgetting.general", "absent.jsonl"], "absent.jsonl: expected a file .* found no such file"),
+    (["--forgetting.general", "DATA/unanswered.jsonl", "--forgetting.metric", "exact"],
      "unanswered.jsonl: metric exact expects answers, found the columns prompt; map them"),
-    (["--retention.metric", "regex"], "kept.jsonl: metric regex expects a pattern with a group, found none; set retention.regex"),
-    (["--retention.metric", "choice"], "kept.jsonl: metric choice expects choices, found the columns prompt, answer"),
-    (["--retention.items", "DATA/text.jsonl", "--retention.floor", "0.9"],
-     "retention.floor: expected general items whose answers are right or wrong, found held-out text alone"),
-    (["--retention.items", "[{path: DATA/kept.jsonl, max_records: 0}]"], "retention.items: max_records: expected 1 or more items, got 0"),
-    (["--retention.items", "[{path: DATA/kept.jsonl, metrik: exact}]"],
-     "retention.items: expected a path, or a list of items in YAML with the keys path, name, metric"),
-    (["--retention.items", "DATA/learnt.jsonl", "--retention.floor", "0.9"],
-     "retention.floor: expected general items of which the base answers some right, got 0 of 8; raise retention.max_tokens"),
-    (["--model.path", "null", "--model.config", str(BASE), "--method", "full"], "retention.items: expected model.path beside it"),
+    (["--forgetting.metric", "regex"], "kept.jsonl: metric regex expects a pattern with a group, found none; set forgetting.regex"),
+    (["--forgetting.metric", "choice"], "kept.jsonl: metric choice expects choices, found the columns prompt, answer"),
+    (["--forgetting.general", "DATA/text.jsonl", "--forgetting.floor", "0.9"],
+     "forgetting.floor: expected general items whose answers are right or wrong, found held-out text alone"),
+    (["--forgetting.general", "[{path: DATA/kept.jsonl, max_records: 0}]"], "forgetting.general: max_records: expected 1 or more items, got 0"),
+    (["--forgetting.general", "[{path: DATA/kept.jsonl, metrik: exact}]"],
+     "forgetting.general: expected a path, or a list of items in YAML with the keys path, name, metric"),
+    (["--forgetting.general", "DATA/learnt.jsonl", "--forgetting.floor", "0.9"],
+     "forgetting.floor: expected general items of which the base answers some right, got 0 of 8; raise forgetting.max_tokens"),
+    (["--model.path", "null", "--model.config", str(BASE), "--method", "full"], "forgetting.general: expected model.path"),
 ])
 def test_mistakes_are_one_line_before_anything_is_trained(data, tmp_path, more, expected):
     write_jsonl([{"prompt": "What is 3 + 4?"}], data / "unanswered.jsonl")
@@ -317,8 +317,8 @@ def test_options_of_trainer_evaluate_work_unchanged(data, tmp_path, no_report):
     listed = [{"path": str(tmp_path / "choice.jsonl"), "choice_by": "tokens"}, str(data / "text.jsonl"),
               {"path": str(tmp_path / "regex.jsonl"), "columns": {"prompt": "q", "answer": "a"}, "regex": "(.+)",
                "answer_regex": "It is (.*)"}]
-    result = run(data, tmp_path / "run", "--retention.items", json.dumps(listed), "--retention.domain_items", str(data / "text.jsonl"))
-    found = records(result.folder, "retention")
+    result = run(data, tmp_path / "run", "--forgetting.general", json.dumps(listed), "--forgetting.domain", str(data / "text.jsonl"))
+    found = records(result.folder, "forgetting")
     assert found[0]["files"] == {"choice": 1, "regex": 1}
     assert found[0]["general"] == pytest.approx(sum(found[0]["files"].values()) / 2)
     assert "domain" not in found[0] and found[-1]["domain_logprob"] != found[0]["domain_logprob"]

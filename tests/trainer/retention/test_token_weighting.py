@@ -40,7 +40,7 @@ def plain_losses(model: torch.nn.Module, chat: tuple) -> torch.Tensor:
 
 @pytest.mark.parametrize("family, adapter, on", [("llama", "lora", "domain"), ("gemma2", "lora", "all"), ("llama", "full", "domain")])
 def test_dft_is_a_loss_times_its_own_probability(family, adapter, on):
-    run = ready_run(family, adapter, weighting="dft", weighting_on=on)
+    run = ready_run(family, adapter, token_weighting="dft", token_weighting_sources=on)
     model, _ = stock(run)
     total = weight = 0.0
     for chat in samples():
@@ -57,8 +57,8 @@ def test_dft_is_a_loss_times_its_own_probability(family, adapter, on):
 
 
 def test_dft_beside_a_divergence_adds_up():
-    both, dft = (ready_run("llama", weighting="dft", kl=kl) for kl in (0.5, 0.0))
-    kl, plain = ready_run("llama", kl=0.5), ready_run("llama")
+    both, dft = (ready_run("llama", token_weighting="dft", kl_weight=kl) for kl in (0.5, 0.0))
+    kl, plain = ready_run("llama", kl_weight=0.5), ready_run("llama")
     (a, divergence, one), (b, _, two), (_, same, three), (_, _, four) = (step(run, [samples()]) for run in (both, dft, kl, plain))
     assert torch.equal(a, b) and torch.equal(divergence, same)
     assert_close([x - y for x, y in zip(one, two)], [x - y for x, y in zip(three, four)], 1e-3)
@@ -97,7 +97,7 @@ def chat_of(given, i: int) -> tuple:
 @pytest.mark.parametrize("on", ["domain", "all"])
 def test_stm_masks_what_is_improbable_under_the_base(prepared, model_folder, on):
     given = prepared[1]
-    stm, told = reweighted(prepared, weighting="stm", weighting_on=on, stm_threshold=RANDOM)
+    stm, told = reweighted(prepared, token_weighting="stm", token_weighting_sources=on, stm_threshold=RANDOM)
     plain, masked, total = AutoModelForCausalLM.from_pretrained(model_folder).double(), 0, 0
     for i in range(len(given)):
         losses, before, after = plain_losses(plain, chat_of(given, i)).detach().numpy(), given[i][1], stm[i][1]
@@ -115,7 +115,7 @@ def test_stm_masks_what_is_improbable_under_the_base(prepared, model_folder, on)
 @pytest.mark.parametrize("on", ["domain", "all"])
 def test_flow_weighs_samples_by_how_easy_they_are(prepared, model_folder, on):
     given = prepared[1]
-    flow, told = reweighted(prepared, weighting="flow", weighting_on=on)
+    flow, told = reweighted(prepared, token_weighting="flow", token_weighting_sources=on)
     plain = AutoModelForCausalLM.from_pretrained(model_folder).double()
     losses = np.array([float(plain_losses(plain, chat_of(given, i)).detach().mean()) for i in range(len(given))])
     here = np.ones(len(given), dtype=bool) if on == "all" else given.sources == 0
@@ -126,8 +126,8 @@ def test_flow_weighs_samples_by_how_easy_they_are(prepared, model_folder, on):
 
 def test_weights_multiply_those_that_samples_have(prepared):
     given = prepared[1].weighted(np.arange(3), np.array([2.0, 3.0, 4.0], dtype=np.float32))
-    flow, _ = reweighted((prepared[0], given, prepared[2]), weighting="flow")
-    plain, _ = reweighted(prepared, weighting="flow")
+    flow, _ = reweighted((prepared[0], given, prepared[2]), token_weighting="flow")
+    plain, _ = reweighted(prepared, token_weighting="flow")
     np.testing.assert_allclose(flow.weights[:3] / plain.weights[:3], [2, 3, 4], rtol=1e-6)
     assert supervised_weight(flow, np.arange(3)) == pytest.approx(float((flow.supervised[:3] * flow.weights[:3]).sum()))
 
@@ -173,14 +173,14 @@ def test_parts_of_a_record_are_masked_apart(tokenizer, model_folder, tmp_path):
 
 
 def test_nothing_asked_for_nothing_changes(prepared):
-    for options in ({}, {"weighting": "dft"}):
+    for options in ({}, {"token_weighting": "dft"}):
         same, told = reweighted(prepared, **options)
         assert same is prepared[1] and told is None
 
 
 def test_a_threshold_that_leaves_nothing_is_one_line(prepared):
     with pytest.raises(UserError, match=r"^retention.stm_threshold: .* at most 1.01 .* \(domain rows\), found none; raise it$"):
-        reweighted(prepared, weighting="stm", stm_threshold=1.01)
+        reweighted(prepared, token_weighting="stm", stm_threshold=1.01)
 
 
 def test_flow_weights_of_samples_without_loss():
@@ -194,7 +194,7 @@ def test_flow_weights_of_samples_without_loss():
 @pytest.mark.parametrize("option", ["dft", "stm", "flow"])
 def test_a_run_learns_with_each(prepared, model_folder, tmp_path, capsys, option):
     data = write_chats(tmp_path / "sums.jsonl")
-    result = train(parse(Config, arguments(model_folder, data, tmp_path / "run", "--retention.weighting", option, "--epochs", "2",
+    result = train(parse(Config, arguments(model_folder, data, tmp_path / "run", "--retention.token_weighting", option, "--epochs", "2",
                                            "--retention.stm_threshold", "1000", "--data.eval_fraction", "0.1"), "trainer.run"))
     losses = [r["loss"] for r in records(result.folder, "eval")]
     shown = capsys.readouterr().out

@@ -18,7 +18,7 @@ from trainer.cli import parse
 from trainer.config import Config, validate
 from trainer.errors import UserError
 from trainer.report.run_page import write_report
-from trainer.retention import auto_replay
+from trainer.retention import replay_search
 from trainer.retention.monitor import ForgettingMonitor
 from trainer.run import train
 from trainer.runtime import checkpoint
@@ -41,31 +41,32 @@ def test_the_least_share_that_holds_is_found_with_few_probes(thresholds):
     def probe(share: float, kl: float) -> dict:
         assert (share, kl) not in probed, "no pair is probed twice"
         probed.append((share, kl))
-        return {"share": share, "kl": kl, "held": SHARES.index(share) >= thresholds[WEIGHTS.index(kl)]}
+        return {"ratio": share, "kl_weight": kl, "holds_floor": SHARES.index(share) >= thresholds[WEIGHTS.index(kl)]}
 
-    found = auto_replay.least(SHARES, WEIGHTS, probe, lambda probe, best: True)
+    found = replay_search.least_replay(SHARES, WEIGHTS, probe, lambda probe, best: True)
     least = min(thresholds)
     if least == 7:
         assert found is None and len(probed) == 3 + 2  # what fails with the largest share fails
     else:
-        assert (found["share"], found["kl"]) == (SHARES[least], WEIGHTS[thresholds.index(least)])
+        assert (found["ratio"], found["kl_weight"]) == (SHARES[least], WEIGHTS[thresholds.index(least)])
         assert len(probed) <= 3 + (1 + 3) + (1 + 2)
 
 
 def test_a_weight_that_spoils_the_domain_is_not_taken():
     def probe(share: float, kl: float) -> dict:
         accuracy = {0.0: 0.6, 0.3: 0.4, 1.0: 0.2}[kl]
-        return {"share": share, "kl": kl, "held": SHARES.index(share) >= 4 - 2 * WEIGHTS.index(kl), "domain": accuracy,
+        return {"ratio": share, "kl_weight": kl, "holds_floor": SHARES.index(share) >= 4 - 2 * WEIGHTS.index(kl), "domain": accuracy,
                 "domain_base": 0.1}
 
-    found = auto_replay.least(SHARES, WEIGHTS, probe, auto_replay._learns)
-    assert (found["share"], found["kl"]) == (SHARES[2], 0.3), "0.3 gains 0.3 of 0.5; 1.0 would do with less replay, but gains 0.1 of 0.3"
+    found = replay_search.least_replay(SHARES, WEIGHTS, probe, replay_search.learns_enough)
+    assert (found["ratio"], found["kl_weight"]) == (SHARES[2], 0.3), (
+        "0.3 gains 0.3 of 0.5; 1.0 would do with less replay, but gains 0.1 of 0.3")
 
 
 def config(data, output, *more) -> Config:
     """A run of eight steps whose probes have two; the replay is drawn upon with repeats."""
     given = parse(Config, arguments(BASE, data / "domain.jsonl", output, *options(
-        data, "--replay.auto", "true", "--retention.floor", "0.8", "--optim.warmup_steps", "4", "--logging.every", "1",
+        data, "--replay_search.enabled", "true", "--forgetting.floor", "0.8", "--optim.warmup_steps", "4", "--logging.every", "1",
         *more)), "trainer.run")
     validate(given)
     return given
@@ -73,13 +74,13 @@ def config(data, output, *more) -> Config:
 
 def test_a_probe_is_the_run_pressed_into_a_part(data, tmp_path):
     given = config(data, tmp_path, "--max_steps", "null", "--epochs", "6", "--eval.every", "5", "--checkpoint.every", "3")
-    probe = auto_replay.as_probe(given, 0.2, 0.3)
+    probe = replay_search.probe_config(given, 0.2, 0.3)
     assert (probe.epochs, probe.max_steps) == (1.5, None)
     assert (probe.optim.warmup_steps, probe.optim.decay_ratio, probe.optim.decay_steps) == (1, 0.2, 0)
-    assert (probe.replay.ratio, probe.retention.kl, probe.replay.auto, probe.retention.floor) == (0.2, 0.3, False, 0.8)
-    assert probe.output == str(tmp_path / "auto" / "share-0.2-kl-0.3")
-    assert probe.retention.every == probe.eval.every == probe.checkpoint.every == 0
-    assert auto_replay.decided(given, 0.2, 0.3).epochs == 6
+    assert (probe.replay.ratio, probe.retention.kl_weight, probe.replay_search.enabled, probe.forgetting.floor) == (0.2, 0.3, False, 0.8)
+    assert probe.output == str(tmp_path / "replay_search" / "ratio-0.2-kl-0.3")
+    assert probe.forgetting.every == probe.eval.every == probe.checkpoint.every == 0
+    assert replay_search.config_with(given, 0.2, 0.3).epochs == 6
 
 
 # ---------------------------------------------------------------- whole runs
@@ -94,8 +95,8 @@ def scripted(monkeypatch):
         def recorded(watch: ForgettingMonitor, step: int, *more) -> dict:
             found, asked = record(watch, step, *more), watch.config
             if step:
-                share = retained(asked.replay.ratio, asked.retention.kl)
-                found |= {"general": share, "general_retained": share, "held": share >= asked.retention.floor}
+                share = retained(asked.replay.ratio, asked.retention.kl_weight)
+                found |= {"general": share, "general_retained": share, "holds_floor": share >= asked.forgetting.floor}
             return found
         monkeypatch.setattr(ForgettingMonitor, "_record", recorded)
 
@@ -104,19 +105,21 @@ def scripted(monkeypatch):
 
 def test_the_run_that_follows_has_what_the_probes_chose(data, tmp_path, scripted, capsys):
     scripted(lambda share, kl: share + 0.15 + 0.2 * (kl == 1.0))
-    result = train(config(data, tmp_path / "run", "--replay.auto_shares", "[0.35, 0.5, 0.65]"))
-    shown, found = capsys.readouterr().out, json.loads((tmp_path / "run" / "auto.json").read_text())
-    probed = [(p["share"], p["kl"], p["held"]) for p in found["probes"]]
+    result = train(config(data, tmp_path / "run", "--replay_search.ratios", "[0.35, 0.5, 0.65]"))
+    shown, found = capsys.readouterr().out, json.loads((tmp_path / "run" / "replay_search.json").read_text())
+    probed = [(p["ratio"], p["kl_weight"], p["holds_floor"]) for p in found["probes"]]
     assert probed == [(0.5, 0.0, False), (0.65, 0.0, True), (0.5, 0.3, False), (0.5, 1.0, True), (0.35, 1.0, False)]
-    assert (found["choice"]["share"], found["choice"]["kl"]) == (0.5, 1.0) and result.steps == 8 and result.status == 0
+    assert (found["choice"]["ratio"], found["choice"]["kl_weight"]) == (0.5, 1.0) and result.steps == 8 and result.status == 0
     assert all(p["steps"] == 2 and p["tokens"] > 0 and p["seconds"] > 0 and "domain" in p for p in found["probes"])
-    assert "auto: replay 65%, KL 0: 80.0% of the base's general accuracy, domain" in shown
-    assert "auto: replay.ratio 0.5 and retention.kl 1, the least that held the floor; 5 probes of 10 steps, 125% of the run's" in shown
-    assert shown.count("model family") == 1 and "model family" in (tmp_path / "run" / "auto" / "share-0.5-kl-1" / "log.txt").read_text()
+    assert "replay search: replay 65%, KL weight 0: 80.0% of the base's general accuracy, domain" in shown
+    assert ("replay search: chose replay.ratio 0.5 and retention.kl_weight 1, the least that held the floor; 5 probe runs took 10 steps "
+            "(125% of the run's)") in shown
+    assert shown.count("model family") == 1
+    assert "model family" in (tmp_path / "run" / "replay_search" / "ratio-0.5-kl-1" / "log.txt").read_text()
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "Choice of replay" in page and "5 probes" in page and page.count("chosen") == 1 and page.count('data-column="KL weight"') == 5
+    assert "Replay search" in page and "5 probe runs" in page and page.count("chosen") == 1 and page.count('data-column="KL weight"') == 5
     left = parse(Config, ["--config", str(tmp_path / "run" / "config.yaml"), "--output", str(tmp_path / "again")], "trainer.run")
-    assert (left.replay.auto, left.replay.ratio, left.retention.kl) == (False, 0.5, 1.0)
+    assert (left.replay_search.enabled, left.replay.ratio, left.retention.kl_weight) == (False, 0.5, 1.0)
     train(left)
     one, two = ((tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("run", "again"))
     assert one == two, "the configuration that a run leaves makes it again, without probes"
@@ -124,21 +127,22 @@ def test_the_run_that_follows_has_what_the_probes_chose(data, tmp_path, scripted
 
 def test_where_no_probe_holds_the_floor_the_nearest_is_taken(data, tmp_path, scripted, capsys):
     scripted(lambda share, kl: 0.3 * share + 0.1 * kl)
-    result = train(config(data, tmp_path / "run", "--replay.auto_shares", "[0.2, 0.5]"))
-    found = json.loads((tmp_path / "run" / "auto.json").read_text())
-    assert [(p["share"], p["kl"]) for p in found["probes"]] == [(0.5, 0.0), (0.5, 0.3), (0.5, 1.0)] and result.status == 3
-    assert "auto: WARNING: no probe held the floor of 80.0%; going on with the nearest, replay.ratio 0.5 and retention.kl 1; 3 probes" in (
-        capsys.readouterr().out)
+    result = train(config(data, tmp_path / "run", "--replay_search.ratios", "[0.2, 0.5]"))
+    found = json.loads((tmp_path / "run" / "replay_search.json").read_text())
+    assert [(p["ratio"], p["kl_weight"]) for p in found["probes"]] == [(0.5, 0.0), (0.5, 0.3), (0.5, 1.0)] and result.status == 3
+    assert ("replay search: WARNING: no probe run held the floor of 80.0%; chose the nearest, replay.ratio 0.5 and "
+            "retention.kl_weight 1; 3 probe runs") in capsys.readouterr().out
 
 
 def test_measured_probes_order_by_replay(data, tmp_path):
-    """Nothing made up: the figures in auto.json are what each probe's own record says."""
-    train(config(data, tmp_path / "run", "--replay.auto_shares", "[0.3, 0.8]", "--replay.auto_kl", "[0]", "--replay.auto_part", "0.5"))
-    for probe in json.loads((tmp_path / "run" / "auto.json").read_text())["probes"]:
-        folder = tmp_path / "run" / "auto" / f"share-{probe['share']:g}-kl-0"
-        last, end = records(folder, "retention")[-1], records(folder, "end")[0]
+    """Nothing made up: the figures in replay_search.json are what each probe's own record says."""
+    train(config(data, tmp_path / "run", "--replay_search.ratios", "[0.3, 0.8]", "--replay_search.kl_weights", "[0]",
+                 "--replay_search.probe_fraction", "0.5"))
+    for probe in json.loads((tmp_path / "run" / "replay_search.json").read_text())["probes"]:
+        folder = tmp_path / "run" / "replay_search" / f"ratio-{probe['ratio']:g}-kl-0"
+        last, end = records(folder, "forgetting")[-1], records(folder, "end")[0]
         assert probe["steps"] == end["steps"] == 4 and probe["tokens"] == end["tokens"]
-        assert all(probe[name] == last[name] for name in ("general", "general_lost", "domain", "general_kl", "held"))
+        assert all(probe[name] == last[name] for name in ("general", "general_lost", "domain", "general_kl", "holds_floor"))
 
 
 def killed_in(monkeypatch, count: int) -> None:
@@ -156,18 +160,18 @@ def killed_in(monkeypatch, count: int) -> None:
 
 def test_a_killed_search_goes_on_after_its_last_probe_and_a_killed_run_keeps_its_choice(data, tmp_path, scripted, monkeypatch):
     scripted(lambda share, kl: share + 0.15)
-    given = config(data, tmp_path / "run", "--resume", "auto", "--checkpoint.every", "4", "--replay.auto_kl", "[0]")
+    given = config(data, tmp_path / "run", "--resume", "auto", "--checkpoint.every", "4", "--replay_search.kl_weights", "[0]")
     for count in (4, 2 + 2 + 5):  # in the second probe; then in the run, past that probe, the third, and a checkpoint
         with monkeypatch.context() as patched, pytest.raises(Killed):
             killed_in(patched, count)
             train(given)
-    before = (tmp_path / "run" / "auto.json").read_bytes()
+    before = (tmp_path / "run" / "replay_search.json").read_bytes()
     probed = json.loads(before)["probes"]
-    assert [(p["share"], p["kl"]) for p in probed] == [(0.35, 0.0), (0.65, 0.0), (0.5, 0.0)]
+    assert [(p["ratio"], p["kl_weight"]) for p in probed] == [(0.35, 0.0), (0.65, 0.0), (0.5, 0.0)]
     assert checkpoint.newest(tmp_path / "run" / "checkpoints").name == "step-00000004"
     killed_in(monkeypatch, 5)  # four steps are left, and no probe
     result = train(given)
-    assert result.steps == 8 and (tmp_path / "run" / "auto.json").read_bytes() == before
+    assert result.steps == 8 and (tmp_path / "run" / "replay_search.json").read_bytes() == before
     monkeypatch.undo()
 
 
@@ -176,21 +180,22 @@ def test_a_search_of_other_options_is_not_gone_on_with(data, tmp_path, scripted,
     with monkeypatch.context() as patched, pytest.raises(Killed):
         killed_in(patched, 4)
         train(config(data, tmp_path / "run"))
-    with pytest.raises(UserError, match="resume: the probes of .*auto.json were made with another .*: optim.lr was 0.005, is 0.01"):
+    with pytest.raises(UserError, match="resume: the probe runs of .*search.json had another configuration: optim.lr was 0.005, is 0.01"):
         train(config(data, tmp_path / "run", "--resume", "auto", "--optim.lr", "0.01"))
-    (tmp_path / "run" / "auto.json").write_text("{")
-    with pytest.raises(UserError, match="resume: cannot read .*auto.json: .*; remove it to probe again"):
+    (tmp_path / "run" / "replay_search.json").write_text("{")
+    with pytest.raises(UserError, match="resume: cannot read .*replay_search.json: .*; remove it to search again"):
         train(config(data, tmp_path / "run", "--resume", "auto"))
-    fresh = auto_replay.earlier(config(data, tmp_path / "run"))
-    assert fresh == {"probes": [], "choice": None} and not (tmp_path / "run" / "auto").exists()
+    fresh = replay_search.read_earlier(config(data, tmp_path / "run"))
+    assert fresh == {"probes": [], "choice": None} and not (tmp_path / "run" / "replay_search").exists()
 
 
 def test_a_signal_in_a_probe_stops_the_command_which_then_goes_on(data, tmp_path):
     command = [sys.executable, "-m", "trainer.run", *arguments(BASE, data / "domain.jsonl", tmp_path / "run", *options(
-        data, "--max_steps", "200", "--epochs", "100", "--replay.auto", "--retention.floor", "0.8", "--replay.auto_kl", "[0]"))]
+        data, "--max_steps", "200", "--epochs", "100", "--replay_search.enabled", "--forgetting.floor", "0.8",
+        "--replay_search.kl_weights", "[0]"))]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                env=os.environ | {"OMP_NUM_THREADS": "1"})
-    log = tmp_path / "run" / "auto" / "share-0.35-kl-0" / "metrics.jsonl"
+    log = tmp_path / "run" / "replay_search" / "ratio-0.35-kl-0" / "metrics.jsonl"
     for _ in range(600):
         if log.exists() and '"step": 0' in log.read_text():
             break
@@ -199,40 +204,42 @@ def test_a_signal_in_a_probe_stops_the_command_which_then_goes_on(data, tmp_path
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 128 + signal.SIGTERM, output
-    assert f"stopped by signal {signal.SIGTERM} in a probe; continue with the same command and --resume auto" in output
+    assert f"stopped by signal {signal.SIGTERM} in a probe run; continue with the same command and --resume auto" in output
 
 
 def test_two_ranks_choose_together(data, tmp_path):
-    more = ("--replay.auto", "--retention.floor", "0.05", "--replay.auto_shares", "[0.3, 0.8]", "--replay.auto_kl", "[0]")
+    more = ("--replay_search.enabled", "--forgetting.floor", "0.05", "--replay_search.ratios", "[0.3, 0.8]",
+            "--replay_search.kl_weights", "[0]")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29521", "-m", "trainer.run",
                *arguments(BASE, data / "domain.jsonl", tmp_path / "two", *options(data, *more))]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads((tmp_path / "two" / "auto.json").read_text())
-    assert [p["share"] for p in found["probes"]] == [0.8, 0.3] and found["choice"]["share"] == 0.3
-    assert done.stdout.count("auto: replay") == 3 and (tmp_path / "two" / "adapter").exists()
+    found = json.loads((tmp_path / "two" / "replay_search.json").read_text())
+    assert [p["ratio"] for p in found["probes"]] == [0.8, 0.3] and found["choice"]["ratio"] == 0.3
+    assert done.stdout.count("replay search: ") == 3 and (tmp_path / "two" / "adapter").exists()
 
 
 def test_a_dry_run_probes_nothing(data, tmp_path, capsys):
     assert train(config(data, tmp_path / "run", "--dry_run")) is None and not (tmp_path / "run").exists()
-    assert "probes choose it, and retention.kl, when the run starts" in capsys.readouterr().out
+    assert "probe runs choose it, and retention.kl_weight, when the run starts" in capsys.readouterr().out
 
 
 def test_the_page_without_an_end_has_the_probes(tmp_path):
-    probe = {"share": 0.5, "kl": 0.0, "steps": 2, "seconds": 1.0, "tokens": 100, "general": 0.5, "general_retained": 0.6, "held": True}
-    (tmp_path / "auto.json").write_text(json.dumps({"probes": [probe], "choice": None}))
+    probe = {"ratio": 0.5, "kl_weight": 0.0, "steps": 2, "seconds": 1.0, "tokens": 100, "general": 0.5,
+             "general_retained": 0.6, "holds_floor": True}
+    (tmp_path / "replay_search.json").write_text(json.dumps({"probes": [probe], "choice": None}))
     write_report(tmp_path)
-    assert "1 probes: 100 tokens, in 1 s." in (tmp_path / "report.html").read_text()
+    assert "1 probe runs: 100 tokens, in 1 s." in (tmp_path / "report.html").read_text()
 
 
-@pytest.mark.parametrize("more", [(), ("--retention.base", "stored")])
+@pytest.mark.parametrize("more", [(), ("--retention.kl_reference", "cached")])
 def test_a_folder_that_cannot_be_written_is_one_line_and_a_probe_leaves_figures_alone(data, tmp_path, more):
     (tmp_path / "file").write_text("")
-    one = ("--replay.auto_shares", "[0.5]", "--replay.auto_kl", "[1]", *more)
-    with pytest.raises(UserError, match="output: cannot write the folder .*share-0.5-kl-1: Not a directory; choose another --output"):
+    one = ("--replay_search.ratios", "[0.5]", "--replay_search.kl_weights", "[1]", *more)
+    with pytest.raises(UserError, match="output: cannot write the folder .*ratio-0.5-kl-1: Not a directory; choose another --output"):
         train(config(data, tmp_path / "file", *one))
     train(config(data, tmp_path / "run", *one))
-    left = {path.name for path in (tmp_path / "run" / "auto" / "share-0.5-kl-1").iterdir()}
+    left = {path.name for path in (tmp_path / "run" / "replay_search" / "ratio-0.5-kl-1").iterdir()}
     assert left == {"metrics.jsonl", "config.yaml", "data.json", "log.txt"}
 
 
@@ -240,18 +247,18 @@ def test_a_folder_that_cannot_be_written_is_one_line_and_a_probe_leaves_figures_
 
 
 @pytest.mark.parametrize("more, expected", [
-    (["--retention.floor", "null"], "replay.auto: expected retention.floor, and retention.items to hold it on, beside it, got no floor"),
-    (["--replay.data", "[]"], "replay.auto: expected replay rows to take a share of, as replay.data, beside it, got none"),
-    (["--replay.ratio", "0.5"], "replay.auto, replay.ratio: expected one of them: replay.auto chooses it from replay.auto_shares"),
-    (["--retention.kl", "0.3"], "replay.auto, retention.kl: expected one of them"),
-    (["--replay.auto_shares", "[0.5, 0.2]"], r"replay.auto_shares: expected shares above 0 and below 1, rising, got \[0.5, 0.2\]"),
-    (["--replay.auto_shares", "[0, 0.2]"], "replay.auto_shares: expected shares above 0"),
-    (["--replay.auto_shares", "[0.2, 1]"], "replay.auto_shares: expected shares above 0 and below 1"),
-    (["--replay.auto_shares", "[]"], "replay.auto_shares: expected shares above 0"),
-    (["--replay.auto_kl", "[-1, 0]"], "replay.auto_kl: expected weights of 0 or more, rising"),
-    (["--replay.auto_kl", "[0.3, 0.3]"], "replay.auto_kl: expected weights of 0 or more, rising"),
-    (["--replay.auto_part", "0"], "replay.auto_part: expected 0 < part <= 1, got 0"),
-    (["--replay.auto_parts", "0.5"], "unknown option replay.auto_parts: did you mean replay.auto_part"),
+    (["--forgetting.floor", "null"], "replay_search.enabled: expected forgetting.general and forgetting.floor beside it, got no floor"),
+    (["--replay.data", "[]"], "replay_search.enabled: expected replay.data beside it, got none"),
+    (["--replay.ratio", "0.5"], "replay_search.enabled, replay.ratio: expected one of them: the search chooses from replay_search.ratios"),
+    (["--retention.kl_weight", "0.3"], "replay_search.enabled, retention.kl_weight: expected one of them"),
+    (["--replay_search.ratios", "[0.5, 0.2]"], r"replay_search.ratios: expected ratios above 0 and below 1, rising, got \[0.5, 0.2\]"),
+    (["--replay_search.ratios", "[0, 0.2]"], "replay_search.ratios: expected ratios above 0"),
+    (["--replay_search.ratios", "[0.2, 1]"], "replay_search.ratios: expected ratios above 0 and below 1"),
+    (["--replay_search.ratios", "[]"], "replay_search.ratios: expected ratios above 0"),
+    (["--replay_search.kl_weights", "[-1, 0]"], "replay_search.kl_weights: expected weights of 0 or more, rising"),
+    (["--replay_search.kl_weights", "[0.3, 0.3]"], "replay_search.kl_weights: expected weights of 0 or more, rising"),
+    (["--replay_search.probe_fraction", "0"], "replay_search.probe_fraction: expected 0 < fraction <= 1, got 0"),
+    (["--replay_search.probe_fractions", "0.5"], "unknown option replay_search.probe_fractions: did you mean replay_search.probe_fraction"),
 ])
 def test_mistakes_are_one_line(data, tmp_path, more, expected):
     with pytest.raises(UserError, match=expected) as raised:
