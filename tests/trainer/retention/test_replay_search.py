@@ -196,7 +196,7 @@ def test_a_signal_in_a_probe_stops_the_command_which_then_goes_on(data, tmp_path
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                env=os.environ | {"OMP_NUM_THREADS": "1"})
     log = tmp_path / "run" / "replay_search" / "ratio-0.35-kl-0" / "metrics.jsonl"
-    for _ in range(600):
+    for _ in range(2400):
         if log.exists() and '"step": 0' in log.read_text():
             break
         assert process.poll() is None, process.stdout.read()
