@@ -204,7 +204,8 @@ def conditions(record: dict) -> str:
         f"Auto: `--replay_search.enabled` with a floor of {c['floor']:.0%} of the base's right answers to "
         f"{c['watched_items']['general']} general items; a given share otherwise.{held} An eighth, a quarter, a half: "
         f"of the run's passes over the domain, with the whole schedule. General and domain: greedy answers to {c['items']['general']} "
-        f"and {c['items']['domain']} items of another draw, exact match. The novice base of the miniature study, its replay set `{c['replay']['replay']}` ({c['replay']['rows']:,} rows, "
+        f"and {c['items']['domain']} items of another draw, exact match. The novice base of the miniature study, its replay set "
+        f"`{c['replay']['replay']}` ({c['replay']['rows']:,} rows, "
         f"{c['replay']['right']:.1%} of the known answers right), {c['domain']} domain rows, {c['epochs']:g} epochs, LoRA of rank 16, "
         f"{c['tokens']} tokens a step.{curves} {c['seconds'] / 60:.0f} minutes with {c['workers']} workers of one thread on "
         f"{record['cpu']}. {origin(record)}.")

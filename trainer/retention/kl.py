@@ -4,7 +4,8 @@
 
 over the supervised tokens i of a step, and the tokens k that `retention.kl_sources` and `kl_positions` count: of replay samples
 or of all, those that are supervised or all but a sample's first. D_k is KL(base ‖ model), KL(model ‖ base) or their
-Jensen-Shannon divergence in what is predicted for token k, in nats, so a weight means the same for any model and length. Both sums of weights are known on the host before a
+Jensen-Shannon divergence in what is predicted for token k, in nats, so a weight means
+the same for any model and length. Both sums of weights are known on the host before a
 step runs: how it is divided into packs and ranks changes nothing. To keep a model's old answers by distilling them into it while it learns
 is Learning without Forgetting (Li and Hoiem, arXiv 1606.09282).
 
