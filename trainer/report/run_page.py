@@ -155,8 +155,8 @@ def outcome(run: Run) -> str:
         }.get(run.end.get("reason"), f"Ended after {count}{in_time}: {run.end.get('reason', 'no reason given')}.")
     exported = exported_state(run)
     if exported and "holds_floor" in exported:
-        ended += (f" The state after step {number(exported['step'])} is exported, "
-                  + ("the best at or above the floor." if exported["holds_floor"] else "the nearest to the floor: no measured state reached it."))
+        rank = "best at or above the floor" if exported["holds_floor"] else "nearest to the floor: no measured state reached it"
+        ended += f" The state after step {number(exported['step'])} is exported, the {rank}."
     name, records = ("Eval", run.evaluations) if len(run.evaluations) > 1 else ("Training", run.steps)
     if len(records) < 2:
         return ended
