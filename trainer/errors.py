@@ -1,6 +1,6 @@
-"""The one exception that a user's mistake raises: its text is the whole message, printed on one line, exit status 2.
+"""Report users' mistakes, and failures of other processes, on one line.
 
-What another process wrote before it failed is brought to one line here too.
+The text of a UserError is the whole message: commands print it on one line and exit with status 2.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ from pathlib import Path
 
 
 class UserError(Exception):
-    """Bad input, configuration or environment. Say what was expected, what was found, where, and the remedy, on one line."""
+    """Bad input, configuration or environment.
+
+    Its text is one line: "option: expected X, got Y, at PLACE; REMEDY".
+    """
 
 
 def last_error_line(log: Path) -> str:
-    """The last line of a log that names an error; else its last line."""
+    """Return the last line of a log that names an error; without one, its last line."""
     with contextlib.suppress(OSError):
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - 100_000))
@@ -26,6 +29,6 @@ def last_error_line(log: Path) -> str:
 
 
 def one_line(text: str) -> str:
-    """On one line, of at most 240 characters."""
+    """Join text to one line of at most 240 characters."""
     text = " ".join(text.split())
     return text if len(text) <= 240 else text[:237] + "..."

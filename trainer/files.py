@@ -1,4 +1,7 @@
-"""Write files and folders atomically: whoever looks finds the old one or the new one, whole, whatever interrupts the process."""
+"""Write files and folders atomically.
+
+Readers find the old one or the new one, complete, even if the process or the machine stops in between.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from trainer.errors import UserError
 
 
 def fsync_path(path: Path) -> None:
-    """Make a file or folder survive a power cut."""
+    """Flush a file or folder to the disk, so that it survives a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -25,7 +28,7 @@ def fsync_path(path: Path) -> None:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write to, which takes the place of `path` afterwards. An OSError passes through."""
+    """Yield a temporary path to write to, which replaces `path` afterwards. Lets an OSError through."""
     tmp = path.with_name(f".{path.name}.partial")
     try:
         yield tmp
@@ -36,7 +39,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def publish_file(tmp: Path, path: Path) -> None:
-    """Give a file that is written completely its final name, on the disk too."""
+    """Flush a complete file to the disk and rename it to its final path."""
     fsync_path(tmp)
     os.replace(tmp, path)
     fsync_path(path.parent)
@@ -44,12 +47,12 @@ def publish_file(tmp: Path, path: Path) -> None:
 
 @contextmanager
 def atomic_folder(folder: Path | str, refusal: Callable[[Exception], str] | None = None) -> Iterator[Path]:
-    """Yield an empty temporary folder to write into, which takes the place of `folder` afterwards.
+    """Yield an empty temporary folder to write into, which replaces `folder` afterwards.
 
-    Raises UserError where the disk refuses, with the message that `refusal` makes of the error; `folder` is then as it was.
+    If writing fails, `folder` is unchanged; raises UserError with the message that `refusal` makes of the error.
     """
     folder = Path(folder)
-    tmp, old = (folder.with_name(f".{folder.name}.{what}") for what in ("partial", "old"))
+    tmp, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("partial", "old"))
     try:
         for leftover in (tmp, old):
             shutil.rmtree(leftover, ignore_errors=True)

@@ -8,7 +8,7 @@ import platform
 
 
 def versions(*names: str) -> dict[str, str]:
-    """Of Python and of these distributions, where they are installed."""
+    """Return the versions of Python and of these distributions, those that are installed."""
     found = {"python": platform.python_version()}
     for name in names:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

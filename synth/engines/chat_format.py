@@ -23,7 +23,7 @@ from typing import NamedTuple
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from trainer.data.chat_template import ChatTemplate
-from trainer.data.turn_spans import ASKED, REASONING, SAID, Message
+from trainer.data.turn_spans import ASSISTANT_WORDS, REASONING, USER_WORDS, Message
 from trainer.errors import UserError
 
 # Beginnings of turns, of different scripts and kinds: tokens that a prompt shares with all of them do not depend on the turn.
@@ -72,8 +72,8 @@ class ChatFormat:
 
     def user_prompt(self, history: Sequence[Message], system: str | None = None) -> UserPrompt:
         """Return the prompt for a user's turn after `history` (whole turns, the last one the assistant's)."""
-        chat = [*_system(system), *history, {"role": "user", "content": ASKED}]
-        before, found, _ = self.template.render(chat).rpartition(ASKED)
+        chat = [*_system(system), *history, {"role": "user", "content": USER_WORDS}]
+        before, found, _ = self.template.render(chat).rpartition(USER_WORDS)
         if not found or not before:
             raise self._template_error("it does not print a user's words, or prints nothing before them")
         for word in ("x", "Some words."):
@@ -108,8 +108,8 @@ class ChatFormat:
     @functools.cached_property
     def _answer_opening(self) -> tuple[str, str]:
         """Return the text that `choice_prompt` removes from a response prompt, and the text that it appends."""
-        user, assistant = {"role": "user", "content": ASKED}, {"role": "assistant", "content": SAID}
-        last = self.template.render([user, assistant, user, assistant]).rpartition(ASKED)[2].partition(SAID)[0]
+        user, assistant = {"role": "user", "content": USER_WORDS}, {"role": "assistant", "content": ASSISTANT_WORDS}
+        last = self.template.render([user, assistant, user, assistant]).rpartition(USER_WORDS)[2].partition(ASSISTANT_WORDS)[0]
         shared = len(commonprefix([self._prompt, last]))
         opened, closed = self._prompt[shared:], last[shared:]
         if opened and "</think>" not in closed:  # the template prints no reasoning, or drops it
@@ -188,7 +188,7 @@ class ChatFormat:
     @functools.cached_property
     def _prompt(self) -> str:
         """Return what the template prints between a question and a generated answer."""
-        return self.template.render([{"role": "user", "content": ASKED}], add_generation_prompt=True).rpartition(ASKED)[2]
+        return self.template.render([{"role": "user", "content": USER_WORDS}], add_generation_prompt=True).rpartition(USER_WORDS)[2]
 
     @functools.cached_property
     def _written(self) -> str:
@@ -202,8 +202,8 @@ class ChatFormat:
 
         They stand before the first question, between it and its answer, between that and the next question, and after the last answer.
         """
-        user, assistant = {"role": "user", "content": ASKED}, {"role": "assistant", "content": SAID}
-        pieces = re.split(f"[{ASKED}{SAID}]", self.template.render([user, assistant, user, assistant]))
+        user, assistant = {"role": "user", "content": USER_WORDS}, {"role": "assistant", "content": ASSISTANT_WORDS}
+        pieces = re.split(f"[{USER_WORDS}{ASSISTANT_WORDS}]", self.template.render([user, assistant, user, assistant]))
         if len(pieces) != 5:
             raise self._template_error("it does not print each message of a plain chat once")
         return pieces[0], pieces[1], pieces[2], pieces[4]

@@ -89,7 +89,7 @@ def test_every_stage_ends_and_leaves_what_it_should(whole):
     assert [(name, deterministic) for name, _, deterministic in engines] == [("base", 1), ("twin", 1)]
     assert all(engine.startswith(ENGINE) for _, engine, _ in engines) and f": started {engines[0][1]} in" in said
     assert self_judged == [(0,)] and kept > 100
-    (_, records), = load_sources([Source(str(output / "replay.jsonl"))], "replay", cache=str(output / "cache"))
+    (_, records), = load_sources([Source(str(output / "replay.jsonl"))], "replay", cache_dir=str(output / "cache"))
     assert len(records) == kept and {"base", "twin"} >= {json.loads(line)["source"] for line in (output / "replay.jsonl").open()}
     assert json.loads((output / "manifest.json").read_text())["deterministic"] is True
     assert "<html" in (output / "report.html").read_text() and json.loads((output / "report.json").read_text())

@@ -60,17 +60,17 @@ def test_whole_surrogate_pairs_are_characters(tmp_path):
 
 
 @pytest.mark.parametrize("template, expected", [
-    ("\n{% for m in messages %}{{ m.content }", "chat template of T, line 2: expected Jinja, found an error: unexpected '}'; mend it"),
+    ("\n{% for m in messages %}{{ m.content }", "chat template of T, line 2: expected Jinja, found an error: unexpected '}'; correct it"),
     ("{{ messages | sorted }}", "chat template of T, line 1: expected Jinja, found an error: No filter named 'sorted'"),
     ("{{ messages[0].a.b }}", r"chat template of T refuses turn 1 \(user\): .*no attribute 'a'; mend the chat, or name another template"),
 ])
 def test_a_template_that_is_wrong_says_where(tokenizer, template, expected):
-    assert re.match(expected, refused(ChatTemplate(tokenizer, template, "T").encode, CHAT))
+    assert re.match(expected, refused(ChatTemplate(tokenizer, template, "T").encode_chats, [CHAT]))
 
 
 @pytest.mark.parametrize("contents, expected", [
     (b"", "data.chat_template: expected a Jinja template, found nothing in .*; leave it out to use the tokenizer's own"),
-    (b"\xff\xfe", "data.chat_template: cannot read .*invalid start byte"),
+    (b"\xff\xfe", "data.chat_template: expected a text file in UTF-8, cannot read .*invalid start byte"),
     (b"{% if %}", "record 1: chat template of .*t.jinja, line 1: expected Jinja, found an error"),
 ])
 def test_a_template_file_that_cannot_serve(tokenizer, tmp_path, contents, expected):

@@ -222,8 +222,8 @@ def test_parts_of_a_record_are_held_out_together(model_folder, tmp_path):
     options = ("--data.on_overlong", "split", "--data.max_length", "64", "--data.eval_fraction", "0.3")
     config = parse(Config, arguments(model_folder, write_chats(tmp_path / "long.jsonl", rows), tmp_path / "run", *options), "trainer.run")
     inputs = prepare_data(config, AutoTokenizer.from_pretrained(model_folder))
-    trained, held = set(inputs.samples.records), set(inputs.heldout[0].records)
-    assert len(held) == 6 and len(trained) == 14 and not trained & held and len(inputs.samples) > 30
+    trained, evaluated = set(inputs.samples.records), set(inputs.eval_set.samples.records)
+    assert len(evaluated) == 6 and len(trained) == 14 and not trained & evaluated and len(inputs.samples) > 30
 
 
 def test_two_ranks_give_the_losses_of_one(model_folder, chats, tmp_path):
@@ -268,9 +268,9 @@ def test_a_bf16_run_fills_its_packs_up_and_says_so(model_folder, chats, tmp_path
 
 def test_held_out_samples_that_are_trained_on_are_pointed_out(model_folder, chats, tmp_path, capsys):
     run(model_folder, chats, tmp_path / "run", "--dry_run", "--data.eval", str(chats))
-    assert "held out: 120 samples" in (shown := capsys.readouterr().out) and "WARNING: 120 of them are also trained on" in shown
+    assert "eval set: 120 samples" in (shown := capsys.readouterr().out) and "WARNING: 120 of them are also trained on" in shown
     run(model_folder, chats, tmp_path / "run", "--dry_run", "--data.eval_fraction", "0.1")
-    assert "held out: 12 samples" in (shown := capsys.readouterr().out) and "WARNING" not in shown
+    assert "eval set: 12 samples" in (shown := capsys.readouterr().out) and "WARNING" not in shown
 
 
 def mistake(model_folder, chats, tmp_path, *more) -> str:

@@ -1,1 +1,1 @@
-"""Data files to packed training steps: sources, readers, formats, chat templates, tokenizing, mixing, packing."""
+"""From data files to packed training steps: read, tokenize, mix, pack, plan."""

@@ -15,7 +15,10 @@ from trainer.data.samples import Piece, Samples
 
 @dataclass
 class PackedBatch:
-    """One pack of n samples, T tokens and S supervised targets: token t predicts token t + 1 of the same sample."""
+    """One pack of n samples, T tokens and S supervised targets.
+
+    Token t predicts token t + 1 of the same sample.
+    """
 
     input_ids: Tensor  # int64[T]
     position_ids: Tensor  # int64[T], from 0 in each sample
@@ -35,7 +38,7 @@ class PackedBatch:
         return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> PackedBatch:
-        """Return the batch with its tensors in page-locked memory, from which copies to a GPU are asynchronous."""
+        """Return the batch with its tensors in pinned memory, from which copies to a GPU are asynchronous."""
         return self._with_tensors(Tensor.pin_memory)
 
     def _with_tensors(self, move: Callable[[Tensor], Tensor]) -> PackedBatch:
@@ -55,9 +58,10 @@ class PackedBatch:
 
 @dataclass
 class KlRows:
-    """The K rows of a pack at which the KL to the base is computed, and the base's side of it (trainer/retention/kl.py).
+    """The K rows of a pack at which the KL to the base is computed, and the base's side of it.
 
-    The base's hidden states are computed from `reference`, or come from the cache as `cached_states`: one of the two is set.
+    The base's hidden states are computed from `reference`, or come from the cache as `cached_states`: one of the two is set
+    (trainer/retention/kl.py).
     """
 
     rows: Tensor  # int64[K], indices into `supervised_rows`; with `retention.kl_positions: all`, into the pack's tokens

@@ -1,9 +1,8 @@
-"""Chats to token ids and the mask of supervised tokens, with the tokenizer's own chat template.
+"""Tokenize chats with the tokenizer's chat template, and mask the tokens that are not supervised.
 
-A chat is rendered to text, the characters of the assistant's turns are found (by the template's `{% generation %}`
-markers, or as `trainer/data/turn_spans.py` derives them), and the text is tokenized once: a token is supervised if it holds a
-character of those turns. The end-of-turn token is one of them. Special tokens are what the template prints, so there is
-no second BOS.
+A chat is rendered to text, the spans of the assistant's turns are found (by the template's `{% generation %}` markers, or as
+`trainer/data/turn_spans.py` derives them), and the text is tokenized once: a token is supervised if it holds a character of a
+span, the end-of-turn token included. The template prints all special tokens and the tokenizer adds none, so there is one BOS.
 """
 
 from __future__ import annotations
@@ -20,25 +19,25 @@ from typing import NamedTuple
 import jinja2
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from trainer.data.turn_spans import ASKED, Layout, Message, Span, TurnError, read_layout, split_at_marks, turn_spans
+from trainer.data.turn_spans import USER_WORDS, Message, Span, TurnError, TurnLayout, read_layout, split_at_marks, turn_spans
 from trainer.errors import UserError
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-# What a template raises over a chat that it does not take, and over one whose fields are not of the type it expects.
+# Raised by templates that refuse a chat, and by those that find a field of another type than they expect.
 REFUSALS = (jinja2.TemplateError, TypeError, ValueError)
 
 
 class Encoded(NamedTuple):
-    """One sample: n token ids, and for each whether the model learns to predict it."""
+    """The n token ids of one sample, and whether each of them is supervised."""
 
     input_ids: list[int]
     supervised: list[bool]
 
 
 class ChatTemplate:
-    """A tokenizer with its chat template, or with the Jinja text `template` in its place, which errors call `name`.
+    """A tokenizer with its chat template, or with the Jinja text `template` in its place.
 
-    A template that prints today's date prints `date` instead, where one is given.
+    `name` stands for the template in error messages. With `date`, a template that prints today's date prints that one instead.
     """
 
     def __init__(self, tokenizer, template: str | None = None, name: str | None = None, date: datetime.date | None = None):
@@ -47,19 +46,16 @@ class ChatTemplate:
         self.name = name or tokenizer.name_or_path or type(tokenizer).__name__
         if not tokenizer.is_fast:
             raise UserError(f"tokenizer of {self.name}: expected a fast tokenizer (tokenizer.json), found a slow one, "
-                            "which does not tell where its tokens lie in the text; convert it")
-        self._given = template
+                            "which does not say where its tokens lie in the text; convert it")
+        self._override = template
 
-    def encode(self, messages: list[Message], train_on: str = "assistant") -> Encoded:
-        """The tokens of one chat. Supervised: each "assistant" turn, the "last" of them, or "all" tokens but the first.
-
-        UserError names the template, the turn and the reason where the chat is refused or cannot be masked.
-        """
-        return self.encode_batch([messages], train_on)[0]
-
-    def encode_batch(self, chats: Sequence[list[Message]], train_on: str = "assistant",
+    def encode_chats(self, chats: Sequence[list[Message]], train_on: str = "assistant",
                      names: Sequence[str] | None = None) -> list[Encoded]:
-        """`encode` of each chat, with one call of the tokenizer. `names` say in errors which chat it was."""
+        """Encode chats with one call of the tokenizer.
+
+        Supervised are each "assistant" turn, the "last" of them, or "all" tokens but the first. Raises UserError with the chat's
+        name (of `names`), the template, the turn and the reason if a chat is refused or cannot be masked.
+        """
         rendered = []
         for i, chat in enumerate(chats):
             try:
@@ -72,12 +68,11 @@ class ChatTemplate:
         return [Encoded(ids, _supervise(len(ids), len(text), spans, partial(tokens.char_to_token, i)))
                 for i, (ids, (text, spans)) in enumerate(zip(tokens["input_ids"], rendered))]
 
-    def encode_text(self, text: str) -> Encoded:
-        """Plain text, with the BOS that the tokenizer adds and an EOS; supervised: every token but the first."""
-        return self.encode_texts([text])[0]
-
     def encode_texts(self, texts: Sequence[str]) -> list[Encoded]:
-        """`encode_text` of each text, with one call of the tokenizer."""
+        """Encode plain texts with one call of the tokenizer.
+
+        Each gets the BOS that the tokenizer adds, once, and an EOS. Every token but the first is supervised.
+        """
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         encoded = []
         for ids in self.tokenizer(list(texts), verbose=False)["input_ids"]:
@@ -89,50 +84,49 @@ class ChatTemplate:
         return encoded
 
     def segments(self, input_ids: Sequence[int], supervised: Sequence[bool]) -> list[tuple[str, bool]]:
-        """The text of a sample in runs of tokens that are all supervised or all not: for showing it in two colours."""
+        """Decode a sample in runs of supervised and of other tokens, in order: (text, supervised)."""
         runs = groupby(zip(input_ids, supervised), key=lambda token: bool(token[1]))
         decode = partial(self.tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return [(decode([int(i) for i, _ in run]), flag) for flag, run in runs]
 
     def render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
-        """The chat as text. UserError gives the template's own reason and the turn at which it refuses the chat."""
+        """Render a chat to text. Raises UserError with the template's own reason and the turn that it refuses."""
         return self._render(messages, add_generation_prompt=add_generation_prompt)[0]
 
     @cached_property
     def template(self) -> str:
-        """The Jinja text."""
-        if self._given is None and not self.tokenizer.chat_template:
-            raise UserError(f"tokenizer of {self.name}: expected a chat template, found none; "
-                            "name a Jinja file as data.chat_template")
-        return self._given or self.tokenizer.get_chat_template()
+        """Return the Jinja text. Raises UserError if there is none."""
+        if self._override is None and not self.tokenizer.chat_template:
+            raise UserError(f"tokenizer of {self.name}: expected a chat template, found none; set data.chat_template to a Jinja file")
+        return self._override or self.tokenizer.get_chat_template()
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of all that decides the tokens of a chat."""
+        """Return a hash of everything that decides the tokens of a chat."""
         special = sorted(self.tokenizer.special_tokens_map.items())
-        key = (self.tokenizer.backend_tokenizer.to_str(), self._given or self.tokenizer.chat_template, special)
+        key = (self.tokenizer.backend_tokenizer.to_str(), self._override or self.tokenizer.chat_template, special)
         return hashlib.sha256(repr(key).encode()).hexdigest()[:16]
 
     @cached_property
-    def _marked(self) -> bool:
-        """Whether the template itself says what the assistant generates."""
+    def _has_markers(self) -> bool:
+        """Return whether the template marks what the assistant generates."""
         return bool(GENERATION.search(self.template))
 
     @cached_property
     def _in_parts(self) -> bool:
-        """Whether the template prints a message only if its content is a list of parts, as multimodal ones do."""
-        asked = {"role": "user", "content": ASKED}
+        """Return whether the template prints only messages whose content is a list of parts (multimodal)."""
+        message = {"role": "user", "content": USER_WORDS}
 
-        def prints(message) -> bool:
+        def is_printed(message: Message) -> bool:
             try:
-                return ASKED in self._jinja([message])[0][0]
+                return USER_WORDS in self._jinja([message])[0][0]
             except REFUSALS:
                 return False
 
-        return not prints(asked) and prints(_as_parts(asked))
+        return not is_printed(message) and is_printed(_as_parts(message))
 
     @cached_property
-    def _layout(self) -> Layout:
+    def _layout(self) -> TurnLayout:
         return read_layout(self.render, self.tokenizer.get_added_vocab())
 
     def _jinja(self, chat: list[Message], **options) -> tuple[list[str], list[list[Span]]]:
@@ -142,22 +136,22 @@ class ChatTemplate:
         return render_jinja_template([chat], chat_template=self.template, **options, **special)
 
     def _render(self, messages: list[Message], **options) -> tuple[str, list[Span]]:
-        """The text, and the spans that the template marks where `return_assistant_tokens_mask` asks for them."""
+        """Render a chat; with `return_assistant_tokens_mask`, return the spans that the template marks too."""
         chat = [_as_parts(message) for message in messages] if self._in_parts else messages
         try:
             texts, spans = self._jinja(chat, **options)
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"chat template of {self.name}, line {error.lineno}: expected Jinja, found an error: {error.message}; "
-                            "mend it, or name another as data.chat_template") from None
+                            "correct it, or set data.chat_template to another") from None
         except REFUSALS as error:
             n = self._refused_length(chat, error)
             where, reason = f"turn {n} ({messages[n - 1]['role']})", " ".join(str(error).split())
             raise UserError(f"chat template of {self.name} refuses {where}: {reason}; "
-                            "mend the chat, or name another template as data.chat_template") from None
+                            "correct the chat, or set data.chat_template to another template") from None
         return texts[0], spans[0] if spans else []
 
     def _refused_length(self, chat: list[Message], error: Exception) -> int:
-        """The number of messages in the shortest beginning of `chat` that is refused with the same error."""
+        """Return the number of messages in the shortest prefix of `chat` that is refused with the same error."""
         for n in range(1, len(chat)):
             try:
                 self._jinja(chat[:n])
@@ -168,23 +162,23 @@ class ChatTemplate:
 
     def _unmaskable(self, error: TurnError, messages: list[Message]) -> UserError:
         turn = "" if error.turn is None else f" turn {error.turn + 1} ({messages[error.turn]['role']}):"
-        return UserError(f"chat template of {self.name} cannot be masked:{turn} {error.reason}; name a template with "
-                         "{% generation %} markers as data.chat_template, or set data.train_on=all")
+        return UserError(f"chat template of {self.name} cannot be masked:{turn} {error.reason}; set data.chat_template "
+                         "to a template with {% generation %} markers, or set data.train_on=all")
 
     def _render_with_spans(self, messages: list[Message], train_on: str) -> tuple[str, list[Span]]:
-        """The text of a chat and the supervised characters in it."""
+        """Render a chat, and return its text with the supervised spans in it."""
         if train_on == "all":
             text = self.render(messages)
             return text, [(0, len(text))]
         if not any(message["role"] == "assistant" for message in messages):
             return self.render(messages), []
         try:
-            return self._marked_spans(messages, train_on) if self._marked else self._derived_spans(messages, train_on)
+            return self._marked_spans(messages, train_on) if self._has_markers else self._derived_spans(messages, train_on)
         except TurnError as error:
             raise self._unmaskable(error, messages) from None
 
     def _marked_spans(self, messages: list[Message], train_on: str) -> tuple[str, list[Span]]:
-        """The spans between `{% generation %}` markers; one turn may have several."""
+        """Return the text and the spans between `{% generation %}` markers; one turn may have several."""
         text, spans = self._render(messages, return_assistant_tokens_mask=True)
         if not any(text[start:end].strip() for start, end in spans):
             raise TurnError("its {% generation %} markers hold no text")
@@ -196,6 +190,7 @@ class ChatTemplate:
         return text, spans
 
     def _derived_spans(self, messages: list[Message], train_on: str) -> tuple[str, list[Span]]:
+        """Return the text and the span of each assistant turn, for a template without markers."""
         layout, text = self._layout, self.render(messages)
         spans = turn_spans(messages, text, self.render, layout)
         if layout.closing and messages[-1]["role"] == "assistant":
@@ -208,9 +203,10 @@ def _as_parts(message: Message) -> Message:
 
 
 def _supervise(tokens: int, characters: int, spans: list[Span], token_at) -> list[bool]:
-    """Whether each of a text's tokens holds a character of `spans`; never the first one, which nothing predicts.
+    """Return for each token of a text whether it holds a character of `spans`.
 
-    `token_at(c)` is the first token that holds character c, or None for a character that the tokenizer skips.
+    The first token is never supervised: nothing predicts it. `token_at(c)` is the first token that holds character c, or None
+    for a character that the tokenizer skips.
     """
     supervised = [False] * tokens
     for start, end in spans:
@@ -228,15 +224,15 @@ def _supervise(tokens: int, characters: int, spans: list[Span], token_at) -> lis
 
 
 def read_template(path: str | None) -> str | None:
-    """The Jinja text of a file, if one is named. UserError where it is not one."""
+    """Read the Jinja text of a file; None without a path. Raises UserError if there is none to read."""
     if path is None:
         return None
     if not Path(path).is_file():
-        raise UserError(f"data.chat_template: expected a file with a Jinja template, found no file {path}")
+        raise UserError(f"data.chat_template: expected a file with a Jinja template, found no file {path}; check the path")
     try:
         template = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"data.chat_template: cannot read {path}: {error}") from None
+        raise UserError(f"data.chat_template: expected a text file in UTF-8, cannot read {path}: {error}; check the file") from None
     if not template.strip():
         raise UserError(f"data.chat_template: expected a Jinja template, found nothing in {path}; leave it out to use the tokenizer's own")
     return template

@@ -1,8 +1,10 @@
-"""Rows of a data file to records: {"messages": [{"role", "content", "extra"}, ...]} or {"text"}, id, source, weight.
+"""Convert the rows of data files to records.
+
+A record is {"messages": [{"role", "content", "extra"}, ...]} or {"text": ...}, with id, source and weight.
 
     format              columns                                         becomes
     chat                messages: [{role, content}]                     itself
-    sharegpt            conversations: [{from, value}], system?         the same turns; human is user, gpt is assistant
+    sharegpt            conversations: [{from, value}], system?         these turns; human is user, gpt is assistant
     alpaca              instruction, output, input?, system?            user: instruction, input; assistant: output
     prompt_completion   prompt, completion, system?                     user, assistant; or messages themselves
     text                text                                            plain text, every token trained on
@@ -35,31 +37,34 @@ ROLES = {
 
 
 class RecordError(ValueError):
-    """A row that is no record of its format: the reason, without the place."""
+    """The reason, without its place, why a row is no record of its format."""
 
 
 @dataclass(frozen=True)
 class Format:
-    """How to read rows: the format's name, and the path in a row of each field that the rows have."""
+    """The format of a file's rows."""
 
     name: str
-    paths: dict[str, str]
+    paths: dict[str, str]  # of each field in a row: a column, or a dotted path into one
 
     def record(self, row: dict) -> dict:
-        """One record. RecordError: content missing, empty or no Unicode, an unknown role, a weight that is no positive number."""
+        """Convert a row to a record.
+
+        Raises RecordError if content is missing, empty or no Unicode, a role is unknown, or the weight is no positive number.
+        """
         fields = {field: look_up(row, path) for field, path in self.paths.items()}
-        kept = {field: None if fields.get(field) is None else str(fields[field]) for field in ("id", "source")}
-        kept["weight"] = _weight(fields.get("weight"))
+        common = {field: None if fields.get(field) is None else str(fields[field]) for field in ("id", "source")}
+        common["weight"] = _weight(fields.get("weight"))
         if self.name == "text":
-            return _unicode({"text": _text(fields["text"], self.paths["text"]), **kept})
-        return _unicode({"messages": self._messages(fields), **kept})
+            return _unicode({"text": _text(fields["text"], self.paths["text"]), **common})
+        return _unicode({"messages": self._messages(fields), **common})
 
     def _messages(self, fields: dict[str, Any]) -> list[dict]:
         def text(field: str) -> str:
             return _text(fields[field], self.paths[field])
 
         def turns(field: str, role: str) -> list[dict]:
-            """The messages that a prompt or a completion is, or the one that it is the text of."""
+            """Return the messages in a prompt or completion: a list of them, or one with its text."""
             value = fields[field]
             first = value[0] if isinstance(value, list) and value else None
             is_chat = isinstance(first, dict) and first.get("type") != "text"
@@ -76,18 +81,20 @@ class Format:
 
 
 def choose_format(row: dict, wanted: str, columns: dict[str, str] | None) -> Format:
-    """The format `wanted`, or for "auto" the first whose columns `row` has, the first of the file.
+    """Return the format `wanted`, or for "auto" the first format whose columns the file's first row has.
 
-    `columns`: ours -> the file's. ValueError says which columns were expected, which were found, and how to map them.
+    `columns` maps our fields to the file's columns. Raises ValueError with the columns that were expected, those that were found,
+    and how to map them.
     """
     columns = columns or {}
     unknown = [field for field in columns if field not in FIELDS]
     if unknown:
         raise ValueError(f"columns: expected the names of fields ({', '.join(FIELDS)}), found {', '.join(unknown)}; "
                          "write {prompt: <column of the file>, completion: <column of the file>}")
-    absent = [path for path in columns.values() if path not in row and look_up(row, path) is None]
-    if absent:
-        raise ValueError(f"columns: expected {', '.join(absent)} in the file, found the columns {', '.join(row)}")
+    missing = [path for path in columns.values() if path not in row and look_up(row, path) is None]
+    if missing:
+        raise ValueError(f"columns: expected {', '.join(missing)} in the file, found the columns {', '.join(row)}; "
+                         "map fields to these")
     paths = {field: columns.get(field, field) for field in FIELDS if field in columns or field in row}
     names = [wanted] if wanted != "auto" else sorted(REQUIRED, key=lambda name: not set(REQUIRED[name]) & set(columns))
     for name in names:
@@ -100,7 +107,7 @@ def choose_format(row: dict, wanted: str, columns: dict[str, str] | None) -> For
 
 
 def look_up(row: Any, path: str) -> Any:
-    """The value at a column, or at a dotted path of keys and list indices; None if there is none."""
+    """Return the value at a column, or at a dotted path of keys and list indices; None if there is none."""
     if isinstance(row, dict) and path in row:
         return row[path]
     for key in path.split("."):
@@ -114,30 +121,33 @@ def look_up(row: Any, path: str) -> Any:
 
 
 def _turns(value: Any, column: str) -> list[dict]:
-    """A list of messages, in either spelling: role and content, or from and value."""
+    """Convert a list of messages, spelled role and content, or from and value."""
     if not isinstance(value, list) or not value:
         raise RecordError(f"expected a list of messages in '{column}', found {_show(value)}")
     turns = []
     for n, message in enumerate(value, 1):
         if not isinstance(message, dict):
             raise RecordError(f"turn {n}: expected a message with role and content, found {_show(message)}")
-        spoken = message.get("role", message.get("from"))
-        if not isinstance(spoken, str) or spoken.lower() not in ROLES:
-            raise RecordError(f"turn {n}: expected a role ({', '.join(ROLES)}), found {_show(spoken)}")
+        role = message.get("role", message.get("from"))
+        if not isinstance(role, str) or role.lower() not in ROLES:
+            raise RecordError(f"turn {n}: expected a role ({', '.join(ROLES)}), found {_show(role)}")
         extra = {k: v for k, v in message.items() if k not in ("role", "content", "from", "value") and v is not None}
         content = message.get("content", message.get("value"))
-        silent = extra.get("tool_calls") and not content
-        turns.append(_message(ROLES[spoken.lower()], "" if silent else _text(content, f"turn {n}"), extra))
+        only_calls = extra.get("tool_calls") and not content
+        turns.append(_message(ROLES[role.lower()], "" if only_calls else _text(content, f"turn {n}"), extra))
     return turns
 
 
 def _message(role: str, content: str, extra: dict | None = None) -> dict:
-    kept = json.dumps(extra, ensure_ascii=False, default=str) if extra else None
-    return {"role": role, "content": content, "extra": kept}
+    extra_json = json.dumps(extra, ensure_ascii=False, default=str) if extra else None
+    return {"role": role, "content": content, "extra": extra_json}
 
 
 def _text(value: Any, where: str) -> str:
-    """`value` as text: a string, a number, a list of strings (paragraphs) or of text parts. RecordError: all else."""
+    """Convert a string, a number, a list of strings (paragraphs) or of text parts to text.
+
+    Raises RecordError for other values, and for text without words.
+    """
     if isinstance(value, list) and value and all(isinstance(part, str) for part in value):
         value = "\n\n".join(value)
     elif isinstance(value, list) and value and all(
@@ -154,7 +164,7 @@ def _text(value: Any, where: str) -> str:
 
 
 def _unicode(record: dict) -> dict:
-    """`record`, unless a JSON escape in it stands for half a character, as in a text cut between \\ud83d and \\ude00."""
+    """Return the record, or raise RecordError if it holds half a surrogate pair (a JSON escape \\ud83d)."""
     try:
         json.dumps(record, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
@@ -164,7 +174,7 @@ def _unicode(record: dict) -> dict:
 
 
 def _weight(value: Any) -> float:
-    """A sample's weight in the loss; 1 where it has none."""
+    """Return a sample's weight in the loss; 1 if the row has none."""
     if value is None or value == "":
         return 1.0
     try:
@@ -172,11 +182,11 @@ def _weight(value: Any) -> float:
     except (TypeError, ValueError):
         weight = math.nan
     if not (math.isfinite(weight) and weight > 0):
-        raise RecordError(f"weight: expected a number above 0, found {_show(value)}")
+        raise RecordError(f"weight: expected a number above 0, found {_show(value)}; correct or remove it")
     return weight
 
 
 def _show(value: Any) -> str:
-    """A short JSON-like picture of a value, for messages."""
+    """Return a value as JSON of at most 60 characters, for error messages."""
     text = "none" if value is None else json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 60 else text[:57] + "..."

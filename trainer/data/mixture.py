@@ -1,4 +1,4 @@
-"""Which samples an epoch sees, from any number of domain and replay sources.
+"""Choose the samples of each epoch from any number of domain and replay sources.
 
 Each source is one fixed permutation of its samples, repeated without end, and an epoch is the interval of it between
 two boundaries. Consecutive epochs take consecutive intervals: a source that gives half of itself gives the other half
@@ -26,7 +26,7 @@ from trainer.errors import UserError
 
 @dataclass(frozen=True)
 class MixtureSource:
-    """A source's place in the mixture."""
+    """The role and the weight of a source in the mixture."""
 
     name: str
     role: Literal["domain", "replay"]
@@ -35,23 +35,23 @@ class MixtureSource:
 
 @dataclass(frozen=True)
 class SourceShare:
-    """What one source gives to one epoch."""
+    """The contribution of one source to one epoch."""
 
     name: str
     role: str
-    samples: int  # that the source has
-    rows: int  # that the epoch sees
-    tokens: int
-    share_rows: float  # of the epoch
-    share_tokens: float
+    samples: int  # of the source
+    epoch_samples: int  # that the epoch sees
+    epoch_tokens: int
+    share_samples: float  # of the epoch's samples
+    share_tokens: float  # of the epoch's tokens
     repeats: float  # passes over the source: 0.5 is half of it, 2.0 all of it twice
 
 
 class Mixture:
-    """The mix of `parts` over the epochs, decided by `seed`.
+    """The samples of all sources, mixed for each epoch as `seed` decides.
 
     lengths[n]: tokens of each sample; sources[n]: its index into `parts`. `ratio` is the replay share of each epoch's
-    samples or tokens (`unit`); None takes every replay sample `weight` times. UserError where no such mix exists.
+    samples or tokens (`unit`); None takes every replay sample `weight` times. Raises UserError if no such mix exists.
     """
 
     def __init__(
@@ -72,32 +72,32 @@ class Mixture:
         self._check()
 
     def epoch(self, epoch: int) -> np.ndarray:
-        """Indices of the samples that epoch `epoch` (from 0) sees, in a random order: int64[rows]."""
+        """Return the indices of the samples of epoch `epoch` (from 0), in a random order: int64[samples]."""
         starts, ends = self._boundaries(epoch), self._boundaries(epoch + 1)
         seen = [stream.between(start, end) for stream, start, end in zip(self.streams, starts, ends)]
         return np.random.default_rng([self.seed, 1, epoch]).permutation(np.concatenate(seen))
 
     def shares(self, epoch: int) -> list[SourceShare]:
-        """What each source gives to epoch `epoch`, in the order of the parts."""
+        """Return each source's share of epoch `epoch`, in the order of the parts."""
         starts, ends = self._boundaries(epoch), self._boundaries(epoch + 1)
-        rows = [end - start for start, end in zip(starts, ends)]
+        samples = [end - start for start, end in zip(starts, ends)]
         tokens = [stream.tokens(b) - stream.tokens(a) for stream, a, b in zip(self.streams, starts, ends)]
         return [
             SourceShare(
                 name=part.name,
                 role=part.role,
                 samples=stream.size,
-                rows=rows[i],
-                tokens=tokens[i],
-                share_rows=rows[i] / sum(rows),
+                epoch_samples=samples[i],
+                epoch_tokens=tokens[i],
+                share_samples=samples[i] / sum(samples),
                 share_tokens=tokens[i] / sum(tokens),
-                repeats=rows[i] / max(stream.size, 1),
+                repeats=samples[i] / max(stream.size, 1),
             )
             for i, (part, stream) in enumerate(zip(self.parts, self.streams))
         ]
 
     def _boundaries(self, epoch: int) -> list[int]:
-        """Samples that each source has given before epoch `epoch` begins."""
+        """Count the samples that each source has given before epoch `epoch` begins."""
         boundaries = [_round(epoch * part.weight * stream.size) for part, stream in zip(self.parts, self.streams)]
         if self.ratio is None:
             return boundaries
@@ -112,18 +112,18 @@ class Mixture:
         return boundaries
 
     def _indices(self, role: str) -> list[int]:
-        """The sources of this role that have samples."""
+        """Return the indices of the sources of this role that have samples."""
         return [i for i, part in enumerate(self.parts) if part.role == role and self.streams[i].size]
 
     def _check(self) -> None:
         for part in self.parts:
             if not 0 < part.weight < math.inf:
                 raise UserError(f"source {part.name}: expected a weight above 0, got {part.weight}; "
-                                "to leave the source out, remove it")
+                                "to train without this source, remove it")
         domain = self._indices("domain")
         if not domain:
             raise UserError("data.train: expected at least one domain sample to train on, found none; "
-                            "check the path, and what was dropped")
+                            "check the path, and how many samples were dropped")
         largest = max(domain, key=lambda i: self.parts[i].weight * self.streams[i].size)
         part, size = self.parts[largest], self.streams[largest].size
         if part.weight * size < 1:
@@ -135,11 +135,14 @@ class Mixture:
             raise UserError(f"replay.ratio: expected a share of the mix, 0 <= ratio < 1, got {self.ratio}")
         if self.ratio > 0 and not self._indices("replay"):
             raise UserError(f"replay.ratio: expected replay samples for a share of {self.ratio}, found none; "
-                            "set replay.data, or leave the ratio out")
+                            "set replay.data, or remove the ratio")
 
 
 class _Stream:
-    """One source's samples in an order fixed by the seed, repeated without end. A position is a number of samples."""
+    """One source's samples in an order fixed by the seed, repeated without end.
+
+    A position in it is a number of samples.
+    """
 
     def __init__(self, lengths: np.ndarray, members: np.ndarray, rng: np.random.Generator):
         self.order = rng.permutation(members).astype(np.int64)
@@ -147,20 +150,20 @@ class _Stream:
         self.cumulative = np.concatenate([[0], np.cumsum(lengths[self.order])])  # tokens before each sample of a pass
 
     def between(self, start: int, end: int) -> np.ndarray:
-        """The samples at positions start ... end - 1."""
+        """Return the samples at positions start ... end - 1."""
         return self.order[np.arange(start, end) % max(self.size, 1)]
 
     def tokens(self, position: int) -> int:
-        """Tokens before `position`."""
+        """Count the tokens before `position`."""
         passes, rest = divmod(position, max(self.size, 1))
         return int(passes * self.cumulative[-1] + self.cumulative[rest])
 
     def measure(self, position: int, unit: str) -> int:
-        """Samples or tokens before `position`."""
+        """Count the samples or tokens before `position`."""
         return position if unit == "samples" else self.tokens(position)
 
     def position(self, amount: float, unit: str) -> int:
-        """The position whose measure is nearest to `amount`: a sample counts once half of it is asked for."""
+        """Return the position whose measure is nearest to `amount`: a sample counts from half of it on."""
         if unit == "samples":
             return _round(amount)
         passes, rest = divmod(amount, int(self.cumulative[-1]))
@@ -169,5 +172,5 @@ class _Stream:
 
 
 def _round(x: float) -> int:
-    """The nearest whole number, halves up."""
+    """Round to the nearest whole number, halves up."""
     return math.floor(x + 0.5)

@@ -1,15 +1,13 @@
-"""Samples into packs, packs into flat batches, and batches filled up to few shapes.
+"""Pack samples into sequences of equal capacity.
 
-A pack is one sequence of at most `capacity` tokens in which several samples lie end to end. Which samples share a
-pack is bin packing; best-fit decreasing takes the samples from long to short and puts each where the least room is
-left over. The open packs are kept in a two-level bitmap over their rooms and answer "the smallest room >= this
-length" in a few operations on small integers, so the whole costs no more than the sort, O(n log n): 100,000 samples
-take 0.15 to 0.5 s of one core at capacities of 4,096 and of 131,072.
+A pack is one sequence of at most `capacity` tokens in which several samples lie end to end. Choosing the samples of each
+is bin packing; best-fit decreasing takes them from long to short and puts each where the least room is left over. The open
+packs are kept in a two-level bitmap over their rooms and answer "the smallest room >= this length" in a few operations on
+small integers, so the whole costs no more than the sort, O(n log n).
 
-Taken alone, best-fit decreasing gives almost the same packs every epoch. So lengths are blurred by about a tenth
-before they are sorted, afresh for each seed: of the pairs that share a pack, 4% instead of 57% share one again in
-the next epoch (5,000 log-normal lengths with median 400, capacity 4,096), for 2 packs more than 671. Where it costs
-more than a hundredth in packs, the exact order is kept.
+By itself, best-fit decreasing gives almost the same packs every epoch. So lengths are blurred by about a tenth before they
+are sorted, with another blur for each seed: few samples that share a pack share one again in the next epoch, for a few
+packs more. Where it costs more than BLUR_COST in packs, the exact order is kept.
 """
 
 from __future__ import annotations
@@ -23,10 +21,10 @@ BLUR_COST = 0.01  # packs that blurring may add, as a share of the packs without
 
 
 def pack(lengths: np.ndarray, capacity: int, max_samples_per_pack: int, seed: int) -> list[np.ndarray]:
-    """Divide samples of `lengths[n]` tokens into packs: arrays of sample indices, each index in exactly one.
+    """Divide samples of `lengths[n]` tokens into packs: arrays of indices, each index in exactly one.
 
-    No pack holds more than `capacity` tokens or `max_samples_per_pack` samples. The same seed gives the same packs; another
-    seed gives other company and another order. ValueError if a sample is empty or longer than `capacity`.
+    No pack holds more than `capacity` tokens or `max_samples_per_pack` samples. The seed decides which samples share a pack, and
+    the order of the packs. Raises ValueError if a sample is empty or longer than `capacity`.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     if max_samples_per_pack < 1:
@@ -39,28 +37,28 @@ def pack(lengths: np.ndarray, capacity: int, max_samples_per_pack: int, seed: in
         return []
 
     rng = np.random.default_rng(seed)
-    shuffled = rng.permutation(len(lengths))  # decides between equal lengths, because the sorts below are stable
+    shuffled = rng.permutation(len(lengths))  # tie-break between equal lengths: the sorts below are stable
     blurred = lengths[shuffled] * np.exp(BLUR * rng.standard_normal(len(lengths)))
     exact = _best_fit(lengths, shuffled[np.argsort(-lengths[shuffled], kind="stable")], capacity, max_samples_per_pack)
-    mixed = _best_fit(lengths, shuffled[np.argsort(-blurred, kind="stable")], capacity, max_samples_per_pack)
-    pack_of = mixed if mixed.max() + 1 <= (exact.max() + 1) * (1 + BLUR_COST) else exact
+    varied = _best_fit(lengths, shuffled[np.argsort(-blurred, kind="stable")], capacity, max_samples_per_pack)
+    pack_of = varied if varied.max() + 1 <= (exact.max() + 1) * (1 + BLUR_COST) else exact
 
     members = np.split(np.argsort(pack_of, kind="stable"), np.cumsum(np.bincount(pack_of))[:-1])
     return [members[i] for i in rng.permutation(len(members))]
 
 
 def _best_fit(lengths: np.ndarray, order: np.ndarray, capacity: int, max_samples_per_pack: int) -> np.ndarray:
-    """Put samples, taken in `order`, each into the fullest pack that has room; returns pack_of[n]."""
+    """Put samples, taken in `order`, each into the fullest pack that has room; return pack_of[n]."""
     open_packs = _OpenPacks(capacity)
-    documents: list[int] = []  # samples in each pack
+    counts: list[int] = []  # samples in each pack
     chosen = []
     for length in lengths[order].tolist():
-        fullest, room = open_packs.take(length) or (len(documents), capacity)
-        if fullest == len(documents):
-            documents.append(0)
-        documents[fullest] += 1
+        fullest, room = open_packs.take(length) or (len(counts), capacity)
+        if fullest == len(counts):
+            counts.append(0)
+        counts[fullest] += 1
         chosen.append(fullest)
-        if room > length and documents[fullest] < max_samples_per_pack:
+        if room > length and counts[fullest] < max_samples_per_pack:
             open_packs.put(fullest, room - length)
     pack_of = np.empty(len(lengths), dtype=np.int64)
     pack_of[order] = chosen
@@ -68,9 +66,9 @@ def _best_fit(lengths: np.ndarray, order: np.ndarray, capacity: int, max_samples
 
 
 class _OpenPacks:
-    """Packs by the room they have left. Bit r % w of `words[r // w]` is set while some pack has room r.
+    """Open packs by the room they have left.
 
-    Bit i of `summary` is set while `words[i]` is not 0.
+    Bit r % w of `words[r // w]` is set while some pack has room r; bit i of `summary` is set while `words[i]` is not 0.
     """
 
     def __init__(self, capacity: int):

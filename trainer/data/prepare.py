@@ -1,9 +1,10 @@
-"""The data side of a run, from configured sources to the plan of its steps, and the account of it that the report shows."""
+"""Prepare the data of a run: from configured sources to the plan of its steps."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -19,31 +20,40 @@ from trainer.data.tokenize import tokenize
 from trainer.errors import UserError
 
 
+class EvalSet(NamedTuple):
+    """Samples that are evaluated during training and never trained on, and their packs."""
+
+    samples: Samples
+    packs: list[np.ndarray]  # of indices into `samples`
+
+
 @dataclass
 class TrainingData:
     samples: Samples  # domain and replay
     mixture: Mixture
     plan: StepPlan
     template: ChatTemplate
-    heldout: tuple[Samples, list[np.ndarray]] | None  # samples, and the packs of their indices
+    eval_set: EvalSet | None
 
 
 def prepare_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> TrainingData:
-    """Read, tokenize, mix and plan. Raises UserError for data that cannot be trained on."""
-    _check_cache(config.data.cache_dir)
-    template = ChatTemplate(tokenizer, read_template(config.data.chat_template), config.data.chat_template)
-    domain, replay = (
-        load_sources(given, role, config.data.cache_dir) for given, role in ((config.data.train, "domain"), (config.replay.data, "replay")))
-    samples = tokenize(domain + replay, template, config.data)
-    roles = ["domain"] * len(domain) + ["replay"] * len(replay)
-    samples, heldout = _hold_out(config, samples, roles, template)
-    parts = [MixtureSource(name, role, source.weight) for name, role, (source, _) in zip(samples.names, roles, domain + replay)]
-    mixture = Mixture(samples.lengths, samples.sources, parts, config.replay.ratio, config.replay.unit, config.seed)
+    """Read, tokenize, mix and plan the data of a run. Raises UserError for data that cannot be trained on."""
+    data, replay = config.data, config.replay
+    _make_cache_dir(data.cache_dir)
+    template = ChatTemplate(tokenizer, read_template(data.chat_template), data.chat_template)
+    domain_sources = load_sources(data.train, "domain", data.cache_dir)
+    replay_sources = load_sources(replay.data, "replay", data.cache_dir)
+    sources = domain_sources + replay_sources
+    roles = ["domain"] * len(domain_sources) + ["replay"] * len(replay_sources)
+
+    samples, eval_set = _split_eval_set(config, tokenize(sources, template, data), roles, template)
+    parts = [MixtureSource(name, role, source.weight) for name, role, (source, _) in zip(samples.names, roles, sources)]
+    mixture = Mixture(samples.lengths, samples.sources, parts, replay.ratio, replay.unit, config.seed)
     plan = StepPlan(samples.lengths, mixture, config.batch, config.epochs, config.max_steps, config.seed)
-    return TrainingData(samples, mixture, plan, template, heldout)
+    return TrainingData(samples, mixture, plan, template, eval_set)
 
 
-def _check_cache(path: str | None) -> None:
+def _make_cache_dir(path: str | None) -> None:
     try:
         if path is not None:
             Path(path).mkdir(parents=True, exist_ok=True)
@@ -51,45 +61,58 @@ def _check_cache(path: str | None) -> None:
         raise UserError(f"data.cache_dir: cannot make the folder {path}: {error.strerror}; choose another") from None
 
 
-def _hold_out(config: Config, samples: Samples, roles: list[str], template: ChatTemplate):
-    """Samples to train on, and the held-out ones with their packs: their own files, or a share of the domain."""
-    if config.data.eval:
-        return samples, _packed(config, tokenize(load_sources(config.data.eval, "held-out", config.data.cache_dir), template, config.data))
-    if not config.data.eval_fraction:
+def _split_eval_set(config: Config, samples: Samples, roles: list[str], template: ChatTemplate) -> tuple[Samples, EvalSet | None]:
+    """Return the samples to train on, and the eval set.
+
+    The eval set is read from `data.eval`, or is `data.eval_fraction` of the domain's records.
+    """
+    data = config.data
+    if data.eval:
+        return samples, _packed(config, tokenize(load_sources(data.eval, "eval", data.cache_dir), template, data))
+    if not data.eval_fraction:
         return samples, None
     is_domain = np.array([role == "domain" for role in roles])[samples.sources]
     pairs = np.stack([samples.sources, samples.records])
     record = np.unique(pairs, axis=1, return_inverse=True)[1].ravel()  # a number for each record, over all sources
     domain = np.random.default_rng(config.seed).permutation(np.unique(record[is_domain]))
-    count = max(1, round(config.data.eval_fraction * len(domain)))
+    count = max(1, round(data.eval_fraction * len(domain)))
     if count >= len(domain):
-        raise UserError(f"data.eval_fraction: {config.data.eval_fraction} of {len(domain)} records leaves nothing to train on")
-    chosen = np.isin(record, domain[:count])  # all parts of a record that was split go the same way
-    return samples.select(np.flatnonzero(~chosen)), _packed(config, samples.select(np.flatnonzero(chosen)))
+        raise UserError(f"data.eval_fraction: expected a fraction that leaves records to train on, got {data.eval_fraction} of "
+                        f"{len(domain)} records; lower it, or add records")
+    is_eval = np.isin(record, domain[:count])  # all samples of a record that was split are on one side
+    return samples.select(np.flatnonzero(~is_eval)), _packed(config, samples.select(np.flatnonzero(is_eval)))
 
 
-def heldout_line(inputs: TrainingData) -> str:
-    """How much is held out, and how much of that is trained on all the same."""
-    held, known = inputs.heldout[0], {hash(inputs.samples[i][0].tobytes()) for i in range(len(inputs.samples))}
-    shared = sum(hash(held[i][0].tobytes()) in known for i in range(len(held)))
+def _packed(config: Config, samples: Samples) -> EvalSet:
+    return EvalSet(samples, pack(samples.lengths, config.batch.tokens_per_pack, config.batch.max_samples_per_pack, seed=0))
+
+
+def eval_set_line(training_data: TrainingData) -> str:
+    """Return the console line on the eval set, with a warning if samples of it are also trained on."""
+    trained, evaluated = training_data.samples, training_data.eval_set.samples
+    known = {hash(trained[i][0].tobytes()) for i in range(len(trained))}
+    shared = sum(hash(evaluated[i][0].tobytes()) in known for i in range(len(evaluated)))
     warning = f"; WARNING: {shared:,} of them are also trained on, so their loss says nothing about new text" if shared else ""
-    return f"held out: {len(held):,} samples, {int(held.supervised.sum()):,} supervised tokens{warning}"
+    return f"eval set: {len(evaluated):,} samples, {int(evaluated.supervised.sum()):,} supervised tokens{warning}"
 
 
-def _packed(config: Config, samples: Samples) -> tuple[Samples, list[np.ndarray]]:
-    return samples, pack(samples.lengths, config.batch.tokens_per_pack, config.batch.max_samples_per_pack, seed=0)
-
-
-def data_summary(inputs: TrainingData, config: Config) -> dict:
-    """Sources, shares, lengths and packing of the first epoch, as data.json holds them."""
-    samples, shares = inputs.samples, inputs.mixture.shares(0)
-    fills = [int(samples.lengths[p].sum()) for step in inputs.plan.epoch(0) for p in step]
+def data_summary(training_data: TrainingData, config: Config) -> dict:
+    """Return sources, shares, lengths and packing of the first epoch, as data.json stores them."""
+    samples, shares = training_data.samples, training_data.mixture.shares(0)
+    pack_tokens = [int(samples.lengths[members].sum()) for step in training_data.plan.epoch(0) for members in step]
     sources = []
     for i, share in enumerate(shares):
-        here = samples.sources == i
-        facts = {**asdict(share), "rows_per_epoch": share.rows, "tokens": int(samples.lengths[here].sum())}
-        sources.append({**facts, "supervised": int(samples.supervised[here].sum()), **samples.length_report[share.name]})
+        of_source = samples.sources == i
+        sources.append({
+            **asdict(share),
+            "tokens": int(samples.lengths[of_source].sum()),
+            "supervised": int(samples.supervised[of_source].sum()),
+            **samples.length_report[share.name],
+        })
     return {
-        "sources": sources, "lengths": samples.lengths.tolist(), "pack_fill": fills, "tokens_per_pack": config.batch.tokens_per_pack,
-        "packing_efficiency": sum(fills) / (len(fills) * config.batch.tokens_per_pack),
+        "sources": sources,
+        "lengths": samples.lengths.tolist(),
+        "pack_fill": pack_tokens,
+        "tokens_per_pack": config.batch.tokens_per_pack,
+        "packing_efficiency": sum(pack_tokens) / (len(pack_tokens) * config.batch.tokens_per_pack),
     }

@@ -1,4 +1,4 @@
-"""Data files to rows, each with its place in the file: JSON, JSON lines, CSV and Parquet."""
+"""Read data files (JSON, JSON lines, CSV, Parquet) row by row, each with its place in the file."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import pyarrow.parquet
 
 from trainer.errors import UserError
 
-Row = tuple[str, dict]  # where it stands ("line 7"), and its columns
+Row = tuple[str, dict]  # its place in the file ("line 7"), and its columns
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of a file of one of SUFFIXES, one by one. UserError names the line that cannot be read."""
+    """Yield the rows of a file with one of SUFFIXES. Raises UserError with the line that cannot be read."""
     return SUFFIXES[path.suffix](path)
 
 
@@ -31,7 +31,10 @@ def _json_lines(path: Path) -> Iterator[Row]:
 
 
 def _json(path: Path) -> Iterator[Row]:
-    """An array of records; {"data": [...]}; an object of records by id; one record; or JSON lines under this name."""
+    """Read a .json file.
+
+    It holds an array of records, {"data": [...]}, an object of records by id, one record, or JSON lines.
+    """
     text = path.read_bytes()
     if not text.strip():
         return
@@ -57,42 +60,45 @@ def _records(content: Any) -> list:
 
 
 def _parse(text: bytes, path: Path, line: int = 1) -> Any:
-    """The value of JSON that begins at `line`."""
+    """Parse JSON that begins at `line` of the file. Raises UserError with the line of the mistake."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         place, reason = line + error.lineno - 1, f"malformed JSON: {error.msg} at column {error.colno}"
-        raise UserError(f"{path}, line {place}: expected one JSON object, found {reason}") from None
+        raise UserError(f"{path}, line {place}: expected one JSON object, found {reason}; correct it") from None
     except UnicodeDecodeError as error:
         place, byte = line + text[:error.start].count(b"\n"), text[error.start]
         raise UserError(f"{path}, line {place}: expected UTF-8 text, found byte {byte:#x}; convert the file") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets a thousand deep
-        raise UserError(f"{path}, line {line}: expected one JSON object, found what cannot be read: {error}") from None
+        raise UserError(f"{path}, line {line}: expected one JSON object, found what cannot be read: {error}; correct it") from None
 
 
 def _columns(row: Any, path: Path, place: str) -> dict:
     if not isinstance(row, dict):
         found = json.dumps(row, ensure_ascii=False)[:60]
-        raise UserError(f"{path}, {place}: expected an object with columns, found {found}")
+        raise UserError(f"{path}, {place}: expected an object with columns, found {found}; "
+                        "write each record as {{\"column\": value, ...}}")
     return row
 
 
 def _csv(path: Path) -> Iterator[Row]:
-    """Every value a string, as it stands."""
+    """Read comma-separated values, all as strings."""
     csv.field_size_limit(2**31 - 1)
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, strict=True)
         try:
             names = next(reader, [])
-            if twice := [name for name in names if names.count(name) > 1]:
-                raise UserError(f"{path}, line 1: expected columns of different names, found '{twice[0]}' more than once; rename one")
+            if duplicates := [name for name in names if names.count(name) > 1]:
+                raise UserError(f"{path}, line 1: expected columns of different names, found '{duplicates[0]}' more than once; rename one")
             for values in filter(None, reader):
                 place = f"line {reader.line_num}"
                 if len(values) != len(names):
-                    raise UserError(f"{path}, {place}: expected {len(names)} values, found {len(values)}")
+                    raise UserError(f"{path}, {place}: expected {len(names)} values, found {len(values)}; "
+                                    "put quotes around values that hold commas")
                 yield place, dict(zip(names, values))
         except csv.Error as error:
-            raise UserError(f"{path}, line {reader.line_num}: expected comma-separated values: {error}") from None
+            raise UserError(f"{path}, line {reader.line_num}: expected comma-separated values, found {error}; "
+                            "check the quotes") from None
         except UnicodeDecodeError:
             raise UserError(f"{path}, after line {reader.line_num}: expected UTF-8 text; convert the file") from None
 

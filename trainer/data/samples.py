@@ -1,8 +1,7 @@
-"""Records to samples: tokenized once, kept on disk, cut to the maximal length by arithmetic on Arrow offsets.
+"""Samples: windows on memory-mapped tokens.
 
-A sample is a window on the tokens of one record: all of them, or a part where the record is longer than `max_length`.
-Tokens are memory-mapped and never copied, so another `max_length` or another choice of what to do with longer records
-costs no new pass.
+A sample is a window on the tokens of one record: all of them, or a part where the record is longer than `data.max_length`.
+Tokens are tokenized once, kept on disk and never copied, so another `data.max_length` or `data.on_overlong` needs no new pass.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ class Piece(NamedTuple):
 
 @dataclass
 class Samples:
-    """n samples. Sample i is `samples[i]`: its token ids, int32, and for each whether it is supervised."""
+    """n samples. `samples[i]` is the token ids of sample i, int32[length], and bool[length]: supervised or not."""
 
     names: list[str]  # of the sources, each different
     length_report: dict[str, dict[str, int]]  # of each source, by name: what cutting to length did (trainer/data/tokenize.py, `_cut`)
@@ -54,34 +53,39 @@ class Samples:
         return Piece(*self[i], self.weights[i], self.sources[i], i)
 
     def select(self, indices: np.ndarray) -> Samples:
-        """The samples at `indices`, in that order; `length_report` still describes all of them."""
+        """Return the samples at `indices`, in that order. `length_report` is unchanged."""
         arrays = ("lengths", "supervised", "weights", "sources", "records", "_chunk", "_begin")
         return replace(self, **{name: getattr(self, name)[indices] for name in arrays})
 
     def weighted(self, indices: np.ndarray, factors: np.ndarray) -> Samples:
-        """The same samples, those at `indices` weighing so many times as much."""
+        """Return all samples, with the weights of those at `indices` multiplied by `factors`."""
         weights = self.weights.copy()
         weights[indices] *= factors
         return replace(self, weights=weights)
 
     def supervising(self, indices: np.ndarray, keep: np.ndarray) -> Samples:
-        """The same samples; of the supervised tokens of those at `indices`, one after the other, only those that `keep` marks still are.
+        """Return all samples, with only the tokens in `keep` supervised in those at `indices`.
 
-        Costs a byte in memory for each token of all samples: flags are no longer those on disk.
+        `keep` is a bool for each supervised token of the samples at `indices`, sample after sample. Costs a byte in memory for
+        each token of all samples: their flags are no longer those on disk.
         """
-        flags = [np.array(own) for _, own in self._chunks]
-        supervised, done = self.supervised.copy(), 0
+        all_flags = [np.array(flags) for _, flags in self._chunks]
+        supervised, start = self.supervised.copy(), 0
         for i in indices:
-            window = flags[self._chunk[i]][self._begin[i] + 1 : self._begin[i] + self.lengths[i]]  # nothing precedes the first token
-            places = np.flatnonzero(window)
-            kept = keep[done : done + len(places)]
-            window[places[~kept]] = 0
-            supervised[i], done = kept.sum(), done + len(places)
-        return replace(self, supervised=supervised, _chunks=[(ids, own) for (ids, _), own in zip(self._chunks, flags)])
+            flags = all_flags[self._chunk[i]][self._begin[i] + 1 : self._begin[i] + self.lengths[i]]  # nothing precedes the first token
+            places = np.flatnonzero(flags)
+            kept = keep[start : start + len(places)]
+            flags[places[~kept]] = 0
+            supervised[i] = kept.sum()
+            start += len(places)
+        return replace(self, supervised=supervised, _chunks=[(ids, flags) for (ids, _), flags in zip(self._chunks, all_flags)])
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the tokens, flags and weights of the samples in their order, however many processes made them."""
+        """Return a hash of the samples' tokens, flags and weights in their order.
+
+        It does not depend on the number of processes that tokenized them.
+        """
         digest = hashlib.sha256(json.dumps(self.names).encode())
         for column in zip(*self._chunks):
             for values in column:

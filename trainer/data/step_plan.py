@@ -1,7 +1,7 @@
-"""The order of a run: epochs of steps, steps of packs, packs of sample indices.
+"""Plan the steps of a run: epochs of steps, steps of packs, packs of sample indices.
 
-It is a function of (data, configuration, seed) alone. So a resumed run, and every rank of a parallel one, finds its place from
-the number of the step, with no state to save and nothing to send.
+The plan is a function of (data, configuration, seed) and nothing else. So a resumed run, and every rank of a parallel one, finds
+its place from the number of the step, with no state to save and nothing to send.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trainer.config import BatchSize as BatchConfig
+from trainer.config import BatchSize
 from trainer.data.mixture import Mixture
 from trainer.data.packing import pack
 
@@ -20,19 +20,19 @@ Step = list[np.ndarray]  # packs, each the indices of its samples
 
 @dataclass(frozen=True)
 class Place:
-    """Where a step stands."""
+    """The place of a step in its epoch."""
 
     epoch: int
     step: int  # within the epoch
 
 
 class StepPlan:
-    """Steps 0 .. total - 1 of a run over `epochs` epochs, the last of which may be a fraction."""
+    """Steps 0 ... total - 1 of a run over `epochs` epochs, the last of which may be a fraction."""
 
-    def __init__(self, lengths: np.ndarray, mixture: Mixture, batch: BatchConfig, epochs: float, max_steps: int | None, seed: int):
-        self.lengths, self.mixture, self.batch, self.seed = lengths, mixture, batch, seed
-        self._kept: tuple[int, list[Step]] | None = None
-        self.packs_per_step = batch.tokens_per_step // batch.tokens_per_pack
+    def __init__(self, lengths: np.ndarray, mixture: Mixture, batch_size: BatchSize, epochs: float, max_steps: int | None, seed: int):
+        self.lengths, self.mixture, self.batch_size, self.seed = lengths, mixture, batch_size, seed
+        self._cached: tuple[int, list[Step]] | None = None
+        self.packs_per_step = batch_size.tokens_per_step // batch_size.tokens_per_pack
         self.starts = [0]  # first step of each epoch, then the end
         while len(self.starts) <= math.ceil(epochs) and (max_steps is None or self.starts[-1] < max_steps):
             epoch = len(self.starts) - 1
@@ -41,18 +41,19 @@ class StepPlan:
         self.total = self.starts[-1] if max_steps is None else min(self.starts[-1], max_steps)
 
     def epoch(self, epoch: int) -> list[Step]:
-        """All steps of one epoch, the latest asked for kept. The last step may hold fewer packs."""
-        if self._kept is None or self._kept[0] != epoch:
-            self._kept = epoch, self._steps(epoch)
-        return self._kept[1]
+        """Return all steps of one epoch; the last step may have fewer packs. The latest epoch is cached."""
+        if self._cached is None or self._cached[0] != epoch:
+            self._cached = epoch, self._steps(epoch)
+        return self._cached[1]
 
     def _steps(self, epoch: int) -> list[Step]:
-        chosen = self.mixture.epoch(epoch)
-        packs = pack(self.lengths[chosen], self.batch.tokens_per_pack, self.batch.max_samples_per_pack, seed=hash_seed(self.seed, epoch))
-        packs = [chosen[p] for p in packs]
+        indices, batch_size = self.mixture.epoch(epoch), self.batch_size
+        packs = pack(self.lengths[indices], batch_size.tokens_per_pack, batch_size.max_samples_per_pack, hash_seed(self.seed, epoch))
+        packs = [indices[members] for members in packs]
         return [packs[i : i + self.packs_per_step] for i in range(0, len(packs), self.packs_per_step)]
 
     def place(self, step: int) -> Place:
+        """Return the epoch of a step, and its number within the epoch."""
         epoch = int(np.searchsorted(self.starts, step, side="right")) - 1
         return Place(epoch, step - self.starts[epoch])
 
@@ -61,7 +62,7 @@ class StepPlan:
         return self.epoch(place.epoch)[place.step]
 
     def seen(self) -> np.ndarray:
-        """The samples that the steps see, ascending: int64[n]."""
+        """Return the indices of the samples that the steps see, ascending: int64[n]."""
         last, found = self.place(self.total - 1), np.zeros(len(self.lengths), dtype=bool)
         for epoch in range(last.epoch):
             found[self.mixture.epoch(epoch)] = True
@@ -70,11 +71,11 @@ class StepPlan:
         return np.flatnonzero(found)
 
     def progress(self, done: int) -> float:
-        """Epochs completed once the first `done` steps are."""
+        """Return the number of epochs, with its fraction, that the first `done` steps complete."""
         place = self.place(done - 1)
         return place.epoch + (place.step + 1) / len(self.epoch(place.epoch))
 
 
 def hash_seed(*parts: int) -> int:
-    """An independent 32-bit seed for each tuple of numbers."""
+    """Return an independent 32-bit seed for each tuple of numbers."""
     return int(np.random.SeedSequence(parts).generate_state(1)[0])

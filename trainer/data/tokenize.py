@@ -24,23 +24,25 @@ from trainer.errors import UserError
 
 TOKENS = Features({"input_ids": List(Value("int32")), "supervised": List(Value("uint8")), "weight": Value("float32")})
 
-
-BATCH = 500  # records in one call of the tokenizer
-WORTH_A_PROCESS = 2000  # records: half a second of tokenizing; a process takes a fifth of that to start
+RECORDS_PER_CALL = 500  # of the tokenizer
+RECORDS_PER_PROCESS = 2000  # at least: fewer are tokenized in about the time that a process takes to start
 
 
 def tokenize(sources: list[tuple[Source, Dataset]], template: ChatTemplate, data: Data) -> Samples:
-    """Samples of all sources, in order. UserError if a chat cannot be rendered or masked, a sample is too long under
-    `on_overlong: error`, or a source leaves no sample with a supervised token."""
+    """Return the samples of all sources, in order.
+
+    Raises UserError if a chat cannot be rendered or masked, a sample is too long under `on_overlong: error`, or a source has no
+    sample with a supervised token.
+    """
     names = distinct_names([source.name for source, _ in sources])
     tokens = [_tokens(source, records, template, data) for source, records in sources]
-    parts = [_cut(one, name, data) for one, name in zip(tokens, names)]
-    length_report = {name: counts for name, (_, counts) in zip(names, parts)}
-    return _join([part for part, _ in parts], names, length_report)
+    cut = [_cut(own, name, data) for own, name in zip(tokens, names)]
+    length_report = {name: counts for name, (_, counts) in zip(names, cut)}
+    return _join([samples for samples, _ in cut], names, length_report)
 
 
 def distinct_names(names: Sequence[str]) -> list[str]:
-    """The names, a number added to those that came before."""
+    """Make names distinct: add a number to those that came before."""
     distinct: list[str] = []
     for name in names:
         n = 1
@@ -51,31 +53,32 @@ def distinct_names(names: Sequence[str]) -> list[str]:
 
 
 def _tokens(source: Source, records: Dataset, template: ChatTemplate, data: Data) -> Dataset:
-    """The records' tokens, from the cache if they were made before by this code with these options."""
+    """Return the records' tokens, from the cache if this code has made them before with these options."""
     code = [Path(file).read_bytes() for file in (trainer.data.chat_template.__file__, trainer.data.turn_spans.__file__, __file__)]
     versions = (tokenizers.__version__, transformers.__version__)
     key = (records._fingerprint, template.fingerprint, data.train_on, versions, code)
     fingerprint = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
     folder = Path(data.cache_dir or datasets.config.HF_DATASETS_CACHE) / "tokens"
     folder.mkdir(parents=True, exist_ok=True)
-    workers = data.num_proc or min(8, os.cpu_count() or 1)
-    workers = min(workers, math.ceil(len(records) / WORTH_A_PROCESS))
+    processes = data.num_proc or min(8, os.cpu_count() or 1)
+    processes = min(processes, math.ceil(len(records) / RECORDS_PER_PROCESS))
     options = {"template": template, "train_on": data.train_on, "path": source.path}
-    if workers > 1:
-        # The processes are the parallelism; threads within them would also not survive the fork.
+    if processes > 1:
+        # Threads within the processes would be too many, and would not survive the fork.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     return records.map(
-        _encode, fn_kwargs=options, batched=True, batch_size=BATCH, with_indices=True, features=TOKENS,
-        remove_columns=records.column_names, num_proc=workers if workers > 1 else None, desc=f"tokenize {source.name}",
+        _encode, fn_kwargs=options, batched=True, batch_size=RECORDS_PER_CALL, with_indices=True, features=TOKENS,
+        remove_columns=records.column_names, num_proc=processes if processes > 1 else None, desc=f"tokenize {source.name}",
         new_fingerprint=fingerprint, cache_file_name=str(folder / f"{fingerprint}.arrow"), load_from_cache_file=True)
 
 
 def _encode(batch: dict, indices: list[int], template: ChatTemplate, train_on: str, path: str) -> dict:
+    """Tokenize the records `indices` of the source at `path`, as `Dataset.map` wants it."""
     if "text" in batch:
         encoded = template.encode_texts(batch["text"])
     else:
         chats = [[_message(message) for message in chat] for chat in batch["messages"]]
-        encoded = template.encode_batch(chats, train_on, [f"{path}, record {i + 1}" for i in indices])
+        encoded = template.encode_chats(chats, train_on, [f"{path}, record {i + 1}" for i in indices])
     return {
         "input_ids": [np.array(e.input_ids, dtype=np.int32) for e in encoded],
         "supervised": [np.array(e.supervised, dtype=np.uint8) for e in encoded],
@@ -84,22 +87,22 @@ def _encode(batch: dict, indices: list[int], template: ChatTemplate, train_on: s
 
 
 def _message(stored: dict) -> dict:
-    """A message as templates expect it: keys that it does not have are absent, not None."""
+    """Return a message as templates expect it: keys that it does not have are absent, not None."""
     message = {"role": stored["role"], "content": stored["content"]}
     return message | json.loads(stored["extra"]) if stored["extra"] else message
 
 
 def _cut(tokens: Dataset, name: str, data: Data) -> tuple[Samples, dict[str, int]]:
-    """The samples of one source, all with a supervised token, and what became of its records.
+    """Cut one source's records to samples that have a supervised token, and count the outcomes.
 
-    kept: samples; dropped, truncated, split: records longer than `max_length`; unsupervised: samples left out because
-    nothing in them is trained on; tokens_lost: by all of these together.
+    The counts are kept: samples; dropped, truncated, split: records longer than `max_length`; unsupervised: samples removed
+    because nothing in them is supervised; tokens_lost: by all of these together.
     """
     columns = [tokens.data.column(column).chunks for column in ("input_ids", "supervised")]
     chunks = [(ids.values.to_numpy(), flags.values.to_numpy()) for ids, flags in zip(*columns)]
     offsets = [ids.offsets.to_numpy().astype(np.int64) for ids in columns[0]]
     lengths = np.concatenate([np.diff(o) for o in offsets])  # of records
-    tally = _judge_lengths(lengths, name, data)
+    overlong = _count_overlong(lengths, name, data)
 
     record, start, length = _windows(lengths, data)
     chunk = np.repeat(np.arange(len(chunks), dtype=np.int32), [len(o) - 1 for o in offsets])[record]
@@ -112,28 +115,31 @@ def _cut(tokens: Dataset, name: str, data: Data) -> tuple[Samples, dict[str, int
     source = np.zeros(len(record), dtype=np.int16)
     samples = Samples([name], {}, length, supervised, weights, source, record, chunks, chunk, begin).select(keep)
     lost = int(lengths.sum() - samples.lengths.sum())
-    return samples, {"kept": len(keep), **tally, "unsupervised": len(record) - len(keep), "tokens_lost": lost}
+    return samples, {"kept": len(keep), **overlong, "unsupervised": len(record) - len(keep), "tokens_lost": lost}
 
 
-def _judge_lengths(lengths: np.ndarray, name: str, data: Data) -> dict[str, int]:
-    """Count the records that `on_overlong` drops, truncates or splits; UserError where it forbids them."""
-    long = np.flatnonzero(lengths > data.max_length)
-    if len(long) and data.on_overlong == "error":
+def _count_overlong(lengths: np.ndarray, name: str, data: Data) -> dict[str, int]:
+    """Count the records that `on_overlong` drops, truncates or splits; raise UserError if it forbids them."""
+    too_long = np.flatnonzero(lengths > data.max_length)
+    if len(too_long) and data.on_overlong == "error":
         raise UserError(
-            f"{name}: expected samples of at most data.max_length={data.max_length} tokens, found {len(long):,} of "
-            f"{len(lengths):,} that are longer, up to {lengths.max():,} tokens, the first is record {long[0] + 1}; "
+            f"{name}: expected samples of at most data.max_length={data.max_length} tokens, found {len(too_long):,} of "
+            f"{len(lengths):,} that are longer, up to {lengths.max():,} tokens, the first is record {too_long[0] + 1}; "
             "raise data.max_length, or set data.on_overlong to drop, truncate or split")
-    done = {"drop": "dropped", "truncate": "truncated", "split": "split"}.get(data.on_overlong)
-    return {what: len(long) if what == done else 0 for what in ("dropped", "truncated", "split")}
+    outcomes = {"drop": "dropped", "truncate": "truncated", "split": "split"}
+    return {outcome: len(too_long) if action == data.on_overlong else 0 for action, outcome in outcomes.items()}
 
 
 def _windows(lengths: np.ndarray, data: Data) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Which parts of records of `lengths[m]` tokens become samples: (record, first token, length), int64[n] each."""
+    """Return the windows of records of `lengths[m]` tokens that become samples.
+
+    A window is (record, first token in it, length), int64[n] each.
+    """
     record = np.arange(len(lengths))
     if data.on_overlong == "split":
-        parts = -(-lengths // data.max_length)
-        record = np.repeat(record, parts)
-        start = (np.arange(len(record)) - np.repeat(np.cumsum(parts) - parts, parts)) * data.max_length
+        windows = -(-lengths // data.max_length)  # of each record
+        record = np.repeat(record, windows)
+        start = (np.arange(len(record)) - np.repeat(np.cumsum(windows) - windows, windows)) * data.max_length
         return record, start, np.minimum(lengths[record] - start, data.max_length)
     if data.on_overlong == "drop":
         record = record[lengths <= data.max_length]
@@ -141,7 +147,7 @@ def _windows(lengths: np.ndarray, data: Data) -> tuple[np.ndarray, np.ndarray, n
 
 
 def _count_targets(chunks: list, chunk: np.ndarray, begin: np.ndarray, length: np.ndarray) -> np.ndarray:
-    """Supervised tokens of each sample, without its first token, which nothing predicts. `chunk` ascends."""
+    """Count each sample's supervised tokens, without its first, which nothing predicts. `chunk` ascends."""
     counts = np.zeros(len(chunk), dtype=np.int64)
     bounds = np.searchsorted(chunk, np.arange(len(chunks) + 1))
     for (_, flags), low, high in zip(chunks, bounds[:-1], bounds[1:]):
@@ -152,21 +158,21 @@ def _count_targets(chunks: list, chunk: np.ndarray, begin: np.ndarray, length: n
 
 
 def _nothing_left(lengths: np.ndarray, name: str, data: Data) -> str:
-    """Why a source has no sample to train on."""
-    n, cut, limit = len(lengths), (lengths > data.max_length).sum(), f"data.max_length={data.max_length}"
-    if data.on_overlong == "drop" and cut == n:
+    """Say why a source has no sample to train on."""
+    n, too_long, limit = len(lengths), (lengths > data.max_length).sum(), f"data.max_length={data.max_length}"
+    if data.on_overlong == "drop" and too_long == n:
         return f"{name}: all {n:,} samples are longer than {limit} and were dropped; raise data.max_length"
-    reason = f"{cut:,} of them are cut off at {limit} before the answer; raise it" if cut else \
+    reason = f"{too_long:,} of them are cut off at {limit} before the answer; raise it" if too_long else \
         "none has an assistant turn with words; check the roles, or set data.train_on=all"
     return (f"{name}: every label is masked: expected supervised tokens (data.train_on={data.train_on}), "
             f"found none in {n:,} samples; {reason}")
 
 
 def _join(parts: list[Samples], names: list[str], length_report: dict[str, dict[str, int]]) -> Samples:
-    """The samples of all sources as one."""
+    """Concatenate the samples of all sources."""
     first_chunk = np.cumsum([0] + [len(part._chunks) for part in parts])
-    joined = ("lengths", "supervised", "weights", "records", "_begin")
-    columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in joined}
+    same = ("lengths", "supervised", "weights", "records", "_begin")
+    columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in same}
     return Samples(
         names, length_report, **columns,
         sources=np.repeat(np.arange(len(parts), dtype=np.int16), [len(part) for part in parts]),

@@ -1,18 +1,18 @@
-"""Where the assistant's turns lie in a rendered chat, for any chat template.
+"""Find the spans of the assistant's turns in a rendered chat, for any chat template.
 
-A template prints, for each turn, an opening ("<|im_start|>assistant\\n"), what the assistant said, and an end-of-turn
+A template prints, for each turn, an opening ("<|im_start|>assistant\\n"), the assistant's words, and an end-of-turn
 token. Where it has no `{% generation %}` markers the spans are derived from two renders of the chat, whatever its
 number of turns:
 
     rendered   ... <|im_end|>\\n<|im_start|>assistant\\nIt is 7.<|im_end|>\\n<|im_start|>user\\nAnd 5?<|im_end|> ...
-    marked     ... the same, with a mark inside each message that stands before or after an assistant turn
+    marked     ... as rendered, with a mark inside each message that stands before or after an assistant turn
 
 The text between two marks is the rest of one known message, the assistant's turn with the template's own text around
 it, and the start of another known message. So the turn begins after the first opening in it and ends with the last
-end-of-turn token in it, whatever the assistant said: its words are never searched. The assistant's messages are
+end-of-turn token in it, whatever the assistant's words are: they are never searched. The assistant's messages are
 rendered as they are, so templates that strip them, add an empty <think> block or drop earlier ones are read exactly as
 the model will see them. The derivation is checked: without its marks the marked text must equal the rendered one, and
-what was said must lie in the span. The opening and the end-of-turn token belong to the template; they are read once,
+the assistant's words must lie in the span. The opening and the end-of-turn token belong to the template; they are read once,
 from a chat of four one-character messages.
 """
 
@@ -30,9 +30,9 @@ Render = Callable[..., str]  # render(messages, add_generation_prompt=False) -> 
 # Unicode noncharacters: valid in a string, never in text.
 MARK = "\ufdd0{}\ufdd1"
 MARKED = re.compile("\ufdd0(\\d+)\ufdd1")
-ASKED, SAID = "\ufdd2", "\ufdd3"
+USER_WORDS, ASSISTANT_WORDS = "\ufdd2", "\ufdd3"  # of a message whose place in the template is looked for
 
-# Opens a reasoning block. A prompt may print it already, but it is part of what the assistant says.
+# Opens a reasoning block. A prompt may print it already, but it belongs to the assistant's words.
 REASONING = "<think>"
 
 
@@ -45,8 +45,8 @@ class TurnError(Exception):
 
 
 @dataclass(frozen=True)
-class Layout:
-    """What a template prints around an assistant turn."""
+class TurnLayout:
+    """The text that a template prints around an assistant turn."""
 
     opening: str  # between a user's words and the assistant's, e.g. "<|im_end|>\n<|im_start|>assistant\n"
     header: str  # the part of `opening` that does not end the user's turn: what opens the turn after any other role
@@ -54,30 +54,35 @@ class Layout:
     closing: str  # printed by us after a last turn that the template leaves open (GLM); "" otherwise
 
 
-def read_layout(render: Render, added_tokens: Iterable[str]) -> Layout:
-    """The layout of a template, from a chat whose words are single sentinel characters. TurnError if it has none."""
-    user, assistant = {"role": "user", "content": ASKED}, {"role": "assistant", "content": SAID}
-    parts = re.split(f"[{ASKED}{SAID}]", render([user, assistant] * 2))
+def read_layout(render: Render, added_tokens: Iterable[str]) -> TurnLayout:
+    """Read the layout of a template from a chat whose words are single sentinel characters.
+
+    Raises TurnError if a plain chat shows none.
+    """
+    user, assistant = {"role": "user", "content": USER_WORDS}, {"role": "assistant", "content": ASSISTANT_WORDS}
+    parts = re.split(f"[{USER_WORDS}{ASSISTANT_WORDS}]", render([user, assistant] * 2))
     if len(parts) != 5:
         raise TurnError("it does not print each message of a plain chat once")
     _, first, between, last, tail = parts
-    prompt = render([user], add_generation_prompt=True).rpartition(ASKED)[2]
-    alone = render([user]).rpartition(ASKED)[2]
+    prompt = render([user], add_generation_prompt=True).rpartition(USER_WORDS)[2]
+    without_prompt = render([user]).rpartition(USER_WORDS)[2]
     # A template without a generation prompt leaves the space before the first word to the model (Llama 2).
-    opening = commonprefix([first, last]).rstrip(" ") if prompt == alone else commonprefix([first, last, prompt])
+    opening = commonprefix([first, last]).rstrip(" ") if prompt == without_prompt else commonprefix([first, last, prompt])
     opening = opening.partition(REASONING)[0]
-    header = opening[len(commonprefix([alone, opening])):]
+    header = opening[len(commonprefix([without_prompt, opening])):]
     end = _end_of_turn(between, tail, added_tokens)
     if not opening.strip() or not end:
         raise TurnError("it prints nothing between a user's words and the assistant's" if end else
                         "it prints no end-of-turn token after the assistant's words, so the model would never stop")
     closing = "" if tail.strip() else between[:between.index(end)] + end
-    return Layout(opening, header if header.strip() else opening, end, closing)
+    return TurnLayout(opening, header if header.strip() else opening, end, closing)
 
 
 def _end_of_turn(between: str, tail: str, added_tokens: Iterable[str]) -> str:
-    """What ends the last turn (`tail` follows it) and earlier ones (`between`) alike; or else, for GLM, gpt-oss and
-    Phi-3 end the last one in another way, the first token of its own after earlier ones; or else ""."""
+    """Return the text that ends the last turn (in `tail`) and earlier ones (in `between`) alike, or "".
+
+    GLM, gpt-oss and Phi-3 end the last turn in another way: for them it is the first added token after earlier turns.
+    """
     ending = tail.strip()
     if ending and between.lstrip().startswith(ending):
         return ending
@@ -86,7 +91,7 @@ def _end_of_turn(between: str, tail: str, added_tokens: Iterable[str]) -> str:
 
 
 def mark(messages: list[Message]) -> tuple[list[Message], list[int]]:
-    """The chat with a mark in the middle of each message next to an assistant turn, and those messages' indices."""
+    """Put a mark into each message next to an assistant turn, and return these messages' indices too."""
     marked, anchors = [], []
     for i, message in enumerate(messages):
         neighbours = messages[max(i - 1, 0):i] + messages[i + 1:i + 2]
@@ -99,13 +104,13 @@ def mark(messages: list[Message]) -> tuple[list[Message], list[int]]:
 
 
 def _halves(content: str) -> tuple[str, str]:
-    """`content` cut in the middle of its words: templates test how messages start and end, and strip them."""
+    """Cut `content` in the middle of its words: templates test how messages start and end, and strip them."""
     middle = len(content) - len(content.lstrip()) + len(content.strip()) // 2
     return content[:middle], content[middle:]
 
 
 def split_at_marks(messages: list[Message], text: str, render: Render) -> tuple[list[str], list[int]]:
-    """`text` in pieces, cut where `render` puts the marks, and the indices of the messages in which the cuts lie."""
+    """Cut `text` where `render` prints the marks, and return the indices of the marked messages too."""
     marked, anchors = mark(messages)
     pieces = MARKED.split(render(marked))
     if pieces[1::2] != [str(k) for k in range(len(anchors))]:
@@ -115,10 +120,11 @@ def split_at_marks(messages: list[Message], text: str, render: Render) -> tuple[
     return pieces[::2], anchors
 
 
-def turn_spans(messages: list[Message], text: str, render: Render, layout: Layout) -> list[Span]:
-    """The span of each assistant turn in `text`, the render of `messages` with nothing added: words and end of turn.
+def turn_spans(messages: list[Message], text: str, render: Render, layout: TurnLayout) -> list[Span]:
+    """Return the span of each assistant turn in `text`, the rendered `messages`.
 
-    The last turn may end in `layout.closing`, which the caller appends. TurnError names the turn that cannot be told.
+    A span holds the turn's words and its end-of-turn token.
+    The last turn may end in `layout.closing`, which the caller appends. Raises TurnError with a turn whose span is not certain.
     """
     pieces, anchors = split_at_marks(messages, text, render)
     starts = [0]
@@ -136,13 +142,13 @@ def turn_spans(messages: list[Message], text: str, render: Render, layout: Layou
 
 
 def _words(message: Message) -> list[str]:
-    """What a template must print of an assistant's message: the answer, after any reasoning, and the tools called."""
+    """Return the answer after any reasoning, and the tools called: a template must print these."""
     calls = [call.get("function") or call for call in message.get("tool_calls") or []]
     return [message["content"].rpartition("</think>")[2].strip()] + [str(call.get("name")) for call in calls]
 
 
-def _span_in(piece: str, messages: list[Message], turn: int, layout: Layout) -> Span:
-    """The span of assistant turn number `turn` in `piece`, the text from the mark before it to the mark after it."""
+def _span_in(piece: str, messages: list[Message], turn: int, layout: TurnLayout) -> Span:
+    """Return the span of assistant turn `turn` in `piece`, the text between the marks around it."""
     before = messages[turn - 1] if turn else None
     if before and before["role"] == "assistant":
         raise TurnError("two assistant turns in a row cannot be told apart; join them into one", turn)

@@ -95,7 +95,7 @@ def _asked(item: Item, template: ChatTemplate, chat: bool) -> str:
 def _references(keys: list[Key], items: list[Item], template: ChatTemplate, chat: bool) -> list[Sample]:
     if chat:
         chats = [[*map(dict, item.prompt), {"role": "assistant", "content": item.answers[0]}] for item in items]
-        encoded = template.encode_batch(chats, "last", [item.place for item in items])
+        encoded = template.encode_chats(chats, "last", [item.place for item in items])
     else:
         encoded = _continued(template, [(_asked(item, template, False), item.answers[0]) for item in items], False)
     return [_sample(template, key, None, True, *tokens) for key, tokens in zip(keys, encoded)]
@@ -106,7 +106,7 @@ def _heldout(keys: list[Key], items: list[Item], template: ChatTemplate) -> list
     if items[0].text is not None:
         encoded = template.encode_texts([item.text for item in items])
     else:
-        encoded = template.encode_batch([[*map(dict, item.chat)] for item in items], "assistant", [item.place for item in items])
+        encoded = template.encode_chats([[*map(dict, item.chat)] for item in items], "assistant", [item.place for item in items])
     return [_sample(template, key, None, True, *tokens) for key, tokens in zip(keys, encoded)]
 
 

@@ -84,8 +84,8 @@ def read_run(folder: Path) -> Run:
     config = _read_mapping(folder / "config.yaml", yaml.safe_load, yaml.YAMLError)
     data = _read_mapping(folder / "data.json", json.loads, json.JSONDecodeError)
     for source in data.get("sources", []):
-        samples, rows = source.get("samples"), source.get("rows_per_epoch")
-        source["passes"] = rows / samples if samples and rows is not None else None
+        samples, seen = source.get("samples"), source.get("epoch_samples")
+        source["passes"] = seen / samples if samples and seen is not None else None
     run = Run(folder.resolve().name, data=data,
               replay_search=_read_mapping(folder / "replay_search.json", json.loads, json.JSONDecodeError))
     run.versions, command = config.pop("versions", None) or {}, config.pop("command", "")
@@ -271,7 +271,7 @@ def plots(run: Run) -> list[Plot]:
         made.append(lengths_plot(np.array(run.data["lengths"])))
     if run.data.get("pack_fill") and run.data.get("tokens_per_pack"):
         made.append(pack_fill_plot(np.array(run.data["pack_fill"]) / run.data["tokens_per_pack"]))
-    shares = [source.get(key) for source in run.sources for key in ("share_rows", "share_tokens")]
+    shares = [source.get(key) for source in run.sources for key in ("share_samples", "share_tokens")]
     if len(run.sources) > 1 and None not in shares:
         made.append(mixture_plot(run.sources))
     return made
@@ -428,12 +428,12 @@ def mixture_plot(sources: list[dict]) -> Plot:
     shown = sorted(sources, key=lambda source: -source["share_tokens"])
     if len(shown) > MOST_SOURCES:
         rest = shown[MOST_SOURCES - 1 :]
-        others = {key: sum(source[key] for source in rest) for key in ("share_rows", "share_tokens")}
+        others = {key: sum(source[key] for source in rest) for key in ("share_samples", "share_tokens")}
         shown = [*shown[: MOST_SOURCES - 1], {"name": f"{len(rest)} others", "role": "", **others}]
 
     def draw(axes: Axes, theme: Theme) -> None:
         place = np.arange(len(shown))
-        for i, (key, label) in enumerate((("share_rows", "rows"), ("share_tokens", "tokens"))):
+        for i, (key, label) in enumerate((("share_samples", "samples"), ("share_tokens", "tokens"))):
             share = 100 * _column(shown, key)
             bars = axes.barh(place + (i - 0.5) * 0.36, share, height=0.32, color=theme.series[i], label=label)
             axes.bar_label(bars, [f"{value:.1f}%" for value in share], padding=4, color=theme.muted, fontsize=9)
@@ -447,8 +447,8 @@ def mixture_plot(sources: list[dict]) -> Plot:
         page.legend(axes)
 
     replay = [source for source in sources if source.get("role") == "replay"]
-    rows, tokens = (percent(sum(source[key] for source in replay)) for key in ("share_rows", "share_tokens"))
-    caption = f"Replay is {rows} of the rows and {tokens} of the tokens." if replay else "No replay."
+    samples, tokens = (percent(sum(source[key] for source in replay)) for key in ("share_samples", "share_tokens"))
+    caption = f"Replay is {samples} of the samples and {tokens} of the tokens." if replay else "No replay."
     return plot("mixture", "Mixture", caption, draw, height=0.9 + 0.46 * len(shown))
 
 

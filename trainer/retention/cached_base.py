@@ -108,7 +108,7 @@ def store(held: KlToBase, samples: Samples, plan: StepPlan, folder: Path, identi
     found = any(dist.gather(int(dist.is_main and path.exists() and path.stat().st_size == rows.file_bytes)))
     if not found:
         dist.on_main(lambda: _begin(aside, rows))
-        error = _write(aside, rows, _read(held, samples, rows, plan.batch, device, dist))
+        error = _write(aside, rows, _read(held, samples, rows, plan.batch_size, device, dist))
         if any(dist.gather(int(error is not None))):  # all ranks see it, so all stop
             dist.on_main(lambda: _remove(aside))
             raise UserError(_refusal(aside, error.strerror if error else "another rank could not"))

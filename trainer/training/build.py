@@ -11,7 +11,7 @@ from torch import nn
 
 from trainer.config import Config
 from trainer.data.batch import NO_PADDING, PadTo
-from trainer.data.prepare import TrainingData, data_summary, heldout_line
+from trainer.data.prepare import TrainingData, data_summary, eval_set_line
 from trainer.data.samples import Samples
 from trainer.data.step_plan import StepPlan
 from trainer.errors import UserError
@@ -73,16 +73,16 @@ def build(config: Config, data: TrainingData, device: torch.device, dist: Distri
         print_lines([f"resuming from step {state.step}"] if state.step else [])
     log = Log(output, config, data.plan.total, state.step) if dist.is_main else None
     loader = StepLoader(data.plan, base.samples, dist, device, base.kl, pad_to)
-    return TrainingRun(config, output, device, dist, model, size, optimizer, data.plan, loader, base.kl, base.monitor, data.heldout,
+    return TrainingRun(config, output, device, dist, model, size, optimizer, data.plan, loader, base.kl, base.monitor, data.eval_set,
                        log), state
 
 
 def require_packs_for_all_ranks(plan: StepPlan, dist: Distributed) -> None:
     """Raise UserError unless every rank gets as many packs of a step."""
     if plan.packs_per_step % dist.size:
-        capacity = plan.batch.tokens_per_pack
+        capacity = plan.batch_size.tokens_per_pack
         raise UserError(f"batch.tokens_per_step: expected a multiple of {dist.size * capacity}, one pack of {capacity} tokens for each of "
-                        f"the {dist.size} ranks, got {plan.batch.tokens_per_step}")
+                        f"the {dist.size} ranks, got {plan.batch_size.tokens_per_step}")
 
 
 # ---------------------------------------------------------------- the steps of building
@@ -107,7 +107,7 @@ def run_identity(config: Config, data: TrainingData, items: Sequence[ItemFile], 
     A checkpoint, or cached base states, serve only a run of the same identity.
     """
     return checkpoint.identity(
-        config, dist.size, samples=data.samples.fingerprint, heldout_samples=data.heldout[0].fingerprint if data.heldout else None,
+        config, dist.size, samples=data.samples.fingerprint, eval_samples=data.eval_set.samples.fingerprint if data.eval_set else None,
         base_weights=weights_fingerprint(config.model), quantizer=quantization.bitsandbytes_version(config),
         items=monitor.fingerprint(items))
 
@@ -177,8 +177,8 @@ def print_summary(config: Config, data: TrainingData, summary: dict, patched: Pa
     lines += [str(patched), f"parameters: {model['parameters']:,}, trained {model['trainable']:,} ({config.method})"]
     lines += [source_line(source) for source in summary["sources"]]
     lines += kl.describe(config.retention, config.method, model["parameters"] * dtype.itemsize)
-    if data.heldout:
-        lines.append(heldout_line(data))
+    if data.eval_set:
+        lines.append(eval_set_line(data))
     padded = f", padded to multiples of {pad_to.tokens}" if pad_to != NO_PADDING else ""
     lines.append(f"plan: {plan.total} steps of {plan.packs_per_step} packs of {config.batch.tokens_per_pack} tokens{padded}")
     print_lines(lines)
@@ -197,5 +197,5 @@ def device_name(device: torch.device) -> str:
 
 def source_line(source: dict) -> str:
     s = source
-    return (f"{s['role']} {s['name']}: {s['samples']:,} samples, {s['share_rows']:.1%} of rows, {s['share_tokens']:.1%} of tokens; "
+    return (f"{s['role']} {s['name']}: {s['samples']:,} samples, {s['share_samples']:.1%} of samples, {s['share_tokens']:.1%} of tokens; "
             f"dropped {s['dropped']}, truncated {s['truncated']}, split {s['split']}")

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from trainer.config import Config
-from trainer.data.prepare import TrainingData, data_summary, heldout_line
+from trainer.data.prepare import TrainingData, data_summary, eval_set_line
 from trainer.metrics.throughput import model_size
 from trainer.model.loading import meta_model
 from trainer.model.lora import add_adapter
@@ -61,11 +61,11 @@ def _print_samples(data: TrainingData, seed: int) -> None:
 
 
 def _print_sources(sources: list[dict]) -> None:
-    print(f"{'source':<20}{'role':<8}{'samples':>9}{'tokens':>12}{'superv.':>9}{'rows':>8}{'tokens':>8}"
+    print(f"{'source':<20}{'role':<8}{'samples':>9}{'tokens':>12}{'superv.':>9}{'share':>8}{'tokens':>8}"
           f"{'dropped':>9}{'trunc.':>8}{'split':>7}{'lost':>8}")
     for s in sources:
         print(f"{s['name'][:19]:<20}{s['role']:<8}{s['samples']:>9,}{s['tokens']:>12,}{s['supervised'] / max(1, s['tokens']):>9.0%}"
-              f"{s['share_rows']:>8.1%}{s['share_tokens']:>8.1%}{s['dropped']:>9,}{s['truncated']:>8,}{s['split']:>7,}"
+              f"{s['share_samples']:>8.1%}{s['share_tokens']:>8.1%}{s['dropped']:>9,}{s['truncated']:>8,}{s['split']:>7,}"
               f"{s['tokens_lost']:>8,}")
 
 
@@ -75,6 +75,6 @@ def _print_plan(data: TrainingData, summary: dict, max_length: int) -> None:
     print(f"lengths: median {middle}, 10% below {low}, 10% above {high}, longest {lengths.max()} of {max_length} allowed")
     print(f"packing: {len(summary['pack_fill'])} packs of {summary['tokens_per_pack']} tokens in the first epoch, "
           f"{summary['packing_efficiency']:.1%} full, no padding")
-    if data.heldout:
-        print(heldout_line(data))
+    if data.eval_set:
+        print(eval_set_line(data))
     print(f"plan: {plan.total} steps of {plan.packs_per_step} packs, {plan.progress(plan.total):.3g} epochs")

@@ -81,7 +81,7 @@ class StepLoader:
         indices = np.concatenate(packs)
         kl_indices, kl_targets = self._kl_targets(indices)
         base_reads = kl_indices[:0] if self.kl and self.kl.stored else kl_indices  # cached states meet only the head
-        counts = TokenCounts(*totals(samples, indices, samples.supervised[indices]), len(packs) * self.plan.batch.tokens_per_pack,
+        counts = TokenCounts(*totals(samples, indices, samples.supervised[indices]), len(packs) * self.plan.batch_size.tokens_per_pack,
                              *totals(samples, base_reads, kl_targets))
         return StepWork(
             step=step,
@@ -100,7 +100,7 @@ class StepLoader:
 
     def _collate(self, samples: Sequence[Piece]) -> PackedBatch:
         batch = self.kl.collate(samples) if self.kl else collate(samples)
-        return pad_batch(batch, self.pad_to, self.plan.batch.tokens_per_pack)
+        return pad_batch(batch, self.pad_to, self.plan.batch_size.tokens_per_pack)
 
 
 def totals(samples: Samples, indices: np.ndarray, targets: np.ndarray) -> tuple[int, int, int]:

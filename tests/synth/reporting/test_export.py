@@ -56,14 +56,14 @@ def test_the_replay_set_by_hand(tmp_path):
 @pytest.mark.parametrize("ending", ["jsonl", "parquet"])
 def test_the_trainer_reads_it(tmp_path, ending):
     run = exported(tmp_path / "out", format=ending)
-    (_, data), = load_sources(str(tmp_path / "out" / f"replay.{ending}"), "replay", cache=str(tmp_path / "cache"))
+    (_, data), = load_sources(str(tmp_path / "out" / f"replay.{ending}"), "replay", cache_dir=str(tmp_path / "cache"))
     assert data["id"] == ["synth-0", "synth-1", "synth-2"] and data["weight"] == pytest.approx([0.25, 1, 1 / 3])
     assert data["source"][0] == "other" and data["source"][2] == "base"
     assert [[m["content"] for m in chat] for chat in data["messages"]][0] == [CHATS[0], "{0}"]
     assert [m["role"] for m in data["messages"][1]] == ["system", "user", "assistant", "user", "assistant"]
     template = ChatTemplate(run.tokenizer(run.base))
     chat = [{"role": m["role"], "content": m["content"]} for m in data["messages"][2]]
-    encoded = template.encode(chat)
+    encoded, = template.encode_chats([chat])
     said = [text for text, supervised in template.segments(encoded.input_ids, encoded.supervised) if supervised]
     assert said == ["Rhine<|eot|>"]
 

@@ -1,4 +1,7 @@
-"""Masks of chats. The oracle: TRL ships real templates in pairs, as published and with `{% generation %}` markers set by hand."""
+"""Masks of chats.
+
+The oracle: TRL ships real templates in pairs, as published and with `{% generation %}` markers set by hand.
+"""
 
 import re
 
@@ -7,12 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers import tiny
-from tests.helpers.chat_templates import PUBLISHED, TEMPLATES, read, tokenizer_for
+from tests.helpers.chat_templates import PUBLISHED, TEMPLATES, encode, read, tokenizer_for
 from trainer.data.chat_template import ChatTemplate
 from trainer.errors import UserError
 
 PAIRED = sorted(path.name.removesuffix("_training.jinja") for path in TEMPLATES.glob("*_training.jinja"))
-
 ENDINGS = re.compile(r"(\s*<[^<> ]+>)+\s*")
 
 SYSTEM = {"role": "system", "content": "Answer the question."}
@@ -35,7 +37,7 @@ CHATS = {"one turn": turns(1), "three turns": turns(3),
 
 
 def supervised_text(template: ChatTemplate, chat: list[dict], train_on: str = "assistant") -> list[str]:
-    return [text for text, on in template.segments(*template.encode(chat, train_on)) if on]
+    return [text for text, on in template.segments(*encode(template, chat, train_on)) if on]
 
 
 def differences(name: str, chat: list[dict]) -> list[str] | None:
@@ -43,12 +45,12 @@ def differences(name: str, chat: list[dict]) -> list[str] | None:
     published, marked = read(name), read(f"{name}_training")
     tokenizer = tokenizer_for(published, marked)
     try:
-        derived = ChatTemplate(tokenizer, published).encode(chat)
+        derived = encode(ChatTemplate(tokenizer, published), chat)
     except UserError:
         with pytest.raises(UserError):
-            ChatTemplate(tokenizer, marked).encode(chat)
+            encode(ChatTemplate(tokenizer, marked), chat)
         return None
-    expected = ChatTemplate(tokenizer, marked).encode(chat)
+    expected = encode(ChatTemplate(tokenizer, marked), chat)
     if derived.input_ids != expected.input_ids:
         return None
     assert sum(derived.supervised)
@@ -82,7 +84,7 @@ def test_every_published_template_supervises_the_words_and_the_end_of_each_turn(
     template = ChatTemplate(tokenizer_for(read(name)), read(name))
     if name == "gemma" and chat[0] == SYSTEM:
         with pytest.raises(UserError, match=r"refuses turn 1 \(system\): System role not supported"):
-            template.encode(chat)
+            encode(template, chat)
         return
     found = supervised_text(template, chat)
     said = [message["content"] for message in chat if message["role"] == "assistant"]
@@ -108,7 +110,7 @@ def test_words_that_look_like_a_template_do_not_move_the_mask(name, end, talk):
     tokenizer = _cached_tokenizer(source)
     template = ChatTemplate(tokenizer, source)
     chat = [message for question, answer in talk for message in (user(question), assistant(answer))]
-    ids, supervised = template.encode(chat)
+    ids, supervised = encode(template, chat)
     runs = template.segments(ids, supervised)
     strip = (lambda words: words) if name is None else str.strip
     lead = " " if name == "LLAMA2" else ""
@@ -131,7 +133,7 @@ def chatml(tokenizer):
 
 
 def test_the_end_of_turn_is_supervised_and_there_is_one_bos(chatml):
-    ids, supervised = chatml.encode(turns(2))
+    ids, supervised = encode(chatml, turns(2))
     bos, end = chatml.tokenizer.bos_token_id, chatml.tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert ids[0] == bos and ids.count(bos) == 1 and not supervised[0]
     assert [on for token, on in zip(ids, supervised) if token == end] == [False, True, False, True]
@@ -142,9 +144,9 @@ def test_train_on(chatml):
     said = [f"The answer is {i}.<|im_end|>" for i in (3, 4, 5)]
     assert supervised_text(chatml, chat) == said
     assert supervised_text(chatml, chat, "last") == said[-1:]
-    ids, supervised = chatml.encode(chat, "all")
+    ids, supervised = encode(chatml, chat, "all")
     assert supervised == [False] + [True] * (len(ids) - 1)
-    assert ids == chatml.encode(chat).input_ids
+    assert ids == encode(chatml, chat).input_ids
     assert supervised_text(chatml, [*chat, user("And now?")], "last") == said[-1:]
     assert supervised_text(chatml, [SYSTEM, user("And now?")]) == []
 
@@ -165,7 +167,7 @@ def test_a_turn_that_a_user_or_an_answer_only_quotes_is_not_one(chatml):
 
 def test_a_batch_is_its_chats_one_by_one(chatml):
     chats = [turns(1), [SYSTEM, *turns(3)], turns(2)]
-    assert chatml.encode_batch(chats) == [chatml.encode(chat) for chat in chats]
+    assert chatml.encode_chats(chats) == [encode(chatml, chat) for chat in chats]
 
 
 THOUGHT = [user("Q1"), assistant("<think>\nfirst thought\n</think>\n\nA1"),
@@ -175,7 +177,7 @@ THOUGHT = [user("Q1"), assistant("<think>\nfirst thought\n</think>\n\nA1"),
 def test_earlier_reasoning_is_masked_as_the_model_sees_it():
     template = ChatTemplate(tokenizer_for(read("qwen3")), read("qwen3"))
     assert supervised_text(template, THOUGHT) == ["A1<|im_end|>", "<think>\nsecond thought\n</think>\n\nA2<|im_end|>"]
-    assert "first thought" not in "".join(text for text, _ in template.segments(*template.encode(THOUGHT)))
+    assert "first thought" not in "".join(text for text, _ in template.segments(*encode(template, THOUGHT)))
     plain = [user("Q1"), assistant("A1")]
     assert supervised_text(template, plain) == ["<think>\n\n</think>\n\nA1<|im_end|>"]
     given = [user("Q1"), assistant("A1", reasoning_content="a thought")]
@@ -206,7 +208,7 @@ def test_tool_calls_are_supervised_and_results_are_not():
 def test_tool_calls_that_the_template_does_not_print_are_refused():
     template = ChatTemplate(tokenizer_for(read("llama3")), read("llama3"))
     with pytest.raises(UserError, match=r"turn 2 \(assistant\): the template does not print all that the assistant says"):
-        template.encode(TOOLS)
+        encode(template, TOOLS)
 
 
 def test_a_template_of_parts_gets_parts():
@@ -218,10 +220,10 @@ def test_a_chat_that_the_template_refuses_names_turn_and_reason():
     template = ChatTemplate(tokenizer_for(read("gemma")), read("gemma"))
     reason = "Conversation roles must alternate user/assistant/user/assistant/..."
     with pytest.raises(UserError, match=re.escape(f"refuses turn 1 (assistant): {reason}")):
-        template.encode(turns(1)[1:])
+        encode(template, turns(1)[1:])
     expected = f"data.jsonl, record 8: chat template of {template.name} refuses turn 4 (user): {reason}"
     with pytest.raises(UserError, match=re.escape(expected)):
-        template.encode_batch([turns(1), [*turns(1), user("a"), user("b")]], names=["data.jsonl, record 7", "data.jsonl, record 8"])
+        template.encode_chats([turns(1), [*turns(1), user("a"), user("b")]], names=["data.jsonl, record 7", "data.jsonl, record 8"])
 
 
 @pytest.mark.parametrize("source, reason", [
@@ -236,27 +238,27 @@ def test_a_chat_that_the_template_refuses_names_turn_and_reason():
 ])
 def test_a_template_that_cannot_be_masked_is_refused_with_its_name(source, reason, tokenizer):
     with pytest.raises(UserError) as caught:
-        ChatTemplate(tokenizer, source).encode(turns(2))
+        encode(ChatTemplate(tokenizer, source), turns(2))
     assert str(caught.value).startswith(f"chat template of {ChatTemplate(tokenizer).name} cannot be masked:")
     assert reason in str(caught.value) and "\n" not in str(caught.value)
-    ids, supervised = ChatTemplate(tokenizer, source).encode(turns(2), "all")
+    ids, supervised = encode(ChatTemplate(tokenizer, source), turns(2), "all")
     assert sum(supervised) == len(ids) - 1
 
 
 def test_two_assistant_turns_in_a_row_are_refused(chatml):
     with pytest.raises(UserError, match=r"turn 3 \(assistant\): two assistant turns in a row"):
-        chatml.encode([user("a"), assistant("b"), assistant("c")])
+        encode(chatml, [user("a"), assistant("b"), assistant("c")])
 
 
 def test_a_template_that_is_no_jinja_and_a_tokenizer_without_one(tokenizer):
     with pytest.raises(UserError, match="chat template"):
-        ChatTemplate(tokenizer, "{% for %}").encode(turns(1))
-    with pytest.raises(UserError, match="expected a chat template, found none; name a Jinja file as data.chat_template"):
-        ChatTemplate(tiny.tokenizer(chat_template=None)).encode(turns(1))
+        encode(ChatTemplate(tokenizer, "{% for %}"), turns(1))
+    with pytest.raises(UserError, match="expected a chat template, found none; set data.chat_template to a Jinja file"):
+        encode(ChatTemplate(tiny.tokenizer(chat_template=None)), turns(1))
 
 
 def test_plain_text_ends_with_eos(chatml):
-    ids, supervised = chatml.encode_text("The quick fox")
+    ids, supervised = chatml.encode_texts(["The quick fox"])[0]
     assert ids[-1] == chatml.tokenizer.eos_token_id and chatml.tokenizer.decode(ids[:-1]) == "The quick fox"
     assert supervised == [False] + [True] * (len(ids) - 1)
 
@@ -268,14 +270,14 @@ def test_plain_text_has_the_bos_of_its_tokenizer_once():
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
     template = ChatTemplate(tokenizer)
     for text in ("The quick fox", "<s>The quick fox"):
-        assert template.encode_text(text).input_ids.count(tokenizer.bos_token_id) == 1
+        assert template.encode_texts([text])[0].input_ids.count(tokenizer.bos_token_id) == 1
     # The template prints the BOS of a chat; the tokenizer adds none.
-    assert template.encode(turns(1)).input_ids.count(tokenizer.bos_token_id) == 1
+    assert encode(template, turns(1)).input_ids.count(tokenizer.bos_token_id) == 1
 
 
 def test_segments_are_the_whole_text(chatml):
     chat = [SYSTEM, user("Née où ? 🙂"), assistant("À Paris 🙂")]
-    runs = chatml.segments(*chatml.encode(chat))
+    runs = chatml.segments(*encode(chatml, chat))
     assert "".join(text for text, _ in runs) == chatml.render(chat)
     assert [on for _, on in runs] == [False, True, False]
 

@@ -109,8 +109,8 @@ def test_the_report_counts_what_the_epoch_holds(made, epoch):
         mine = indices[sources[indices] == i]
         size = (sources == i).sum()
         assert (share.name, share.role, share.samples) == (mixture.parts[i].name, mixture.parts[i].role, size)
-        assert (share.rows, share.tokens) == (len(mine), lengths[mine].sum())
-        assert share.share_rows == pytest.approx(len(mine) / len(indices))
+        assert (share.epoch_samples, share.epoch_tokens) == (len(mine), lengths[mine].sum())
+        assert share.share_samples == pytest.approx(len(mine) / len(indices))
         assert share.share_tokens == pytest.approx(lengths[mine].sum() / lengths[indices].sum())
         assert share.repeats == pytest.approx(len(mine) / size)
 
@@ -141,16 +141,16 @@ def test_a_small_replay_pool_repeats_whole_passes():
     assert set(seen[sources == 0]) == {1}
     assert sorted(seen[sources == 1]) == [4] * 10 + [5] * 10
     replay = mixture.shares(0)[1]
-    assert (replay.rows, replay.share_rows, replay.repeats) == (90, 0.5, 4.5)
+    assert (replay.epoch_samples, replay.share_samples, replay.repeats) == (90, 0.5, 4.5)
 
 
 def test_share_by_tokens_differs_from_share_by_samples():
     lengths, sources = np.array([100] * 30 + [10] * 1000), np.array([0] * 30 + [1] * 1000)
     parts = [MixtureSource("domain", "domain"), MixtureSource("replay", "replay")]
     by_tokens = Mixture(lengths, sources, parts, ratio=0.25, unit="tokens").shares(0)[1]
-    assert (by_tokens.rows, by_tokens.tokens, by_tokens.share_tokens) == (100, 1000, 0.25)
+    assert (by_tokens.epoch_samples, by_tokens.epoch_tokens, by_tokens.share_tokens) == (100, 1000, 0.25)
     by_samples = Mixture(lengths, sources, parts, ratio=0.25, unit="samples").shares(0)[1]
-    assert (by_samples.rows, by_samples.share_rows) == (10, 0.25)
+    assert (by_samples.epoch_samples, by_samples.share_samples) == (10, 0.25)
 
 
 def test_replay_ratio_is_relative_to_the_domain_of_that_epoch():
@@ -158,7 +158,7 @@ def test_replay_ratio_is_relative_to_the_domain_of_that_epoch():
     lengths, sources = pool(40, 200)
     mixture = Mixture(lengths, sources, [MixtureSource("d", "domain", 0.5), MixtureSource("r", "replay")], ratio=0.5)
     replay = [index for e in range(10) for index in mixture.epoch(e) if sources[index] == 1]
-    assert [mixture.shares(e)[1].rows for e in range(10)] == [20] * 10
+    assert [mixture.shares(e)[1].epoch_samples for e in range(10)] == [20] * 10
     assert sorted(replay) == np.flatnonzero(sources == 1).tolist()
 
 
@@ -175,7 +175,7 @@ def test_no_replay_and_empty_sources():
     mixture = Mixture(lengths, sources, [MixtureSource("a", "domain"), MixtureSource("b", "replay"), empty], ratio=0.0)
     assert sorted(mixture.epoch(0)) == np.flatnonzero(sources == 0).tolist()
     share = mixture.shares(0)[2]
-    assert (share.samples, share.rows, share.tokens, share.repeats) == (0, 0, 0, 0.0)
+    assert (share.samples, share.epoch_samples, share.epoch_tokens, share.repeats) == (0, 0, 0, 0.0)
     assert len(Mixture(lengths, sources, [MixtureSource("a", "domain"), MixtureSource("b", "replay"), empty]).epoch(0)) == 15
     assert len(Mixture(lengths, sources, [MixtureSource("a", "domain"), MixtureSource("b", "replay"), empty], ratio=0.5).epoch(0)) == 20
 

@@ -42,7 +42,8 @@ def make(data: Dataset, cache: Path, template: ChatTemplate = TEMPLATE, **option
 
 
 def encoded(data: Dataset, train_on: str = "assistant") -> list:
-    return [TEMPLATE.encode([{"role": m["role"], "content": m["content"]} for m in record["messages"]], train_on) for record in data]
+    chats = [[{"role": m["role"], "content": m["content"]} for m in record["messages"]] for record in data]
+    return TEMPLATE.encode_chats(chats, train_on)
 
 
 def test_samples_are_the_encoded_chats(tmp_path):
@@ -65,7 +66,7 @@ def test_several_sources_lie_one_after_the_other(tmp_path):
     samples = tokenize(sources, TEMPLATE, Data(cache_dir=str(tmp_path)))
     assert samples.names == ["a", "b", "a (2)"] and list(samples.length_report) == samples.names
     assert samples.sources.tolist() == [0] * 5 + [1] * 3 + [2] * 2
-    assert samples[6][0].tolist() == TEMPLATE.encode_text("The quick brown fox").input_ids
+    assert samples[6][0].tolist() == TEMPLATE.encode_texts(["The quick brown fox"])[0].input_ids
     assert samples[8][0].tolist() == samples[0][0].tolist()
 
 
@@ -143,7 +144,8 @@ def test_samples_without_a_target_are_counted_and_left_out(tmp_path):
     data = Dataset.from_list([chat("Q", "A"), silent, chat("Q", "B"), silent])
     samples = make(data, tmp_path)
     assert len(samples) == 2 and samples.length_report["facts"]["unsupervised"] == 2
-    assert samples.length_report["facts"]["tokens_lost"] == 2 * len(TEMPLATE.encode([{"role": "user", "content": "Hello?"}]).input_ids)
+    unanswered, = TEMPLATE.encode_chats([[{"role": "user", "content": "Hello?"}]])
+    assert samples.length_report["facts"]["tokens_lost"] == 2 * len(unanswered.input_ids)
 
 
 def test_every_label_masked_is_an_error_that_says_why(tmp_path):
@@ -158,7 +160,7 @@ def test_every_label_masked_is_an_error_that_says_why(tmp_path):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_chat_that_cannot_be_rendered_names_its_record(workers, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer.data.tokenize, "WORTH_A_PROCESS", 10)
+    monkeypatch.setattr(trainer.data.tokenize, "RECORDS_PER_PROCESS", 10)
     strict = tiny.CHATML + "{% if messages[0].role != 'user' %}{{ raise_exception('a chat starts with the user') }}{% endif %}"
     data = [*records(30), {"messages": chat("", "A")["messages"][1:], "weight": 1.0}]
     template, options = ChatTemplate(tiny.tokenizer(), strict), Data(cache_dir=str(tmp_path), num_proc=workers)
@@ -179,7 +181,7 @@ def test_messages_reach_the_template_with_their_extra_keys_and_no_others(tmp_pat
 
 
 def test_processes_change_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer.data.tokenize, "WORTH_A_PROCESS", 10)
+    monkeypatch.setattr(trainer.data.tokenize, "RECORDS_PER_PROCESS", 10)
     data = records(50)
     one = tokenize([(source(), data)], TEMPLATE, Data(cache_dir=str(tmp_path / "one"), num_proc=1))
     two = tokenize([(source(), data)], TEMPLATE, Data(cache_dir=str(tmp_path / "two"), num_proc=2))
@@ -226,7 +228,7 @@ from trainer.data.sources import load_sources
 def again(*args, **options):
     raise AssertionError("tokenized again")
 trainer.data.tokenize._encode = again
-loaded = load_sources(sys.argv[1], "domain", cache=sys.argv[2])
+loaded = load_sources(sys.argv[1], "domain", cache_dir=sys.argv[2])
 print(trainer.data.tokenize.tokenize(loaded, ChatTemplate(tokenizer()), Data(cache_dir=sys.argv[2])).fingerprint)
 """
 
@@ -234,7 +236,7 @@ print(trainer.data.tokenize.tokenize(loaded, ChatTemplate(tokenizer()), Data(cac
 def test_a_second_process_does_not_tokenize_again(tmp_path):
     path, cache = tmp_path / "rows.jsonl", str(tmp_path / "cache")
     path.write_text('{"prompt": "What is 3 + 4?", "completion": "7"}\n' * 3)
-    samples = tokenize(load_sources(str(path), "domain", cache=cache), TEMPLATE, Data(cache_dir=cache))
+    samples = tokenize(load_sources(str(path), "domain", cache_dir=cache), TEMPLATE, Data(cache_dir=cache))
     done = subprocess.run([sys.executable, "-c", SECOND_RUN, str(path), cache], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [samples.fingerprint]

@@ -21,7 +21,7 @@ CHATS = [[("user", row["prompt"]), ("assistant", row["completion"])] for row in 
 
 
 def load(path, tmp_path, **options) -> Dataset:
-    (_, records), = load_sources([Source(str(path), **options)], "domain", cache=str(tmp_path / "cache"))
+    (_, records), = load_sources([Source(str(path), **options)], "domain", cache_dir=str(tmp_path / "cache"))
     return records
 
 
@@ -131,9 +131,9 @@ def test_further_keys_of_a_message_are_kept(tmp_path):
 
 def test_limit_names_and_several_sources(tmp_path):
     first, second = write_lines(tmp_path / "first.jsonl", ROWS), write_lines(tmp_path / "second.jsonl", ROWS)
-    loaded = load_sources([str(first), Source(str(second), name="other", max_records=1)], "domain", cache=str(tmp_path / "cache"))
+    loaded = load_sources([str(first), Source(str(second), name="other", max_records=1)], "domain", cache_dir=str(tmp_path / "cache"))
     assert [(source.name, len(records)) for source, records in loaded] == [("first", 2), ("other", 1)]
-    (source, records), = load_sources(str(first), "domain", cache=str(tmp_path / "cache"))
+    (source, records), = load_sources(str(first), "domain", cache_dir=str(tmp_path / "cache"))
     assert source.name == "first" and len(records) == 2
     assert load_sources([], "domain") == []
 

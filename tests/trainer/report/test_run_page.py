@@ -32,10 +32,10 @@ def end(steps: int, reason: str = "finished", **more) -> dict:
     return {"kind": "end", "reason": reason} | totals | more
 
 
-def source(name: str, role: str, rows: int, share_rows: float, share_tokens: float) -> dict:
+def source(name: str, role: str, epoch_samples: int, share_samples: float, share_tokens: float) -> dict:
     return {"name": name, "role": role, "samples": 100, "tokens": 5000, "supervised": 900, "kept": 100, "dropped": 7,
-            "truncated": 3, "split": 2, "tokens_lost": 1234, "rows_per_epoch": rows,
-            "share_rows": share_rows, "share_tokens": share_tokens}
+            "truncated": 3, "split": 2, "tokens_lost": 1234, "epoch_samples": epoch_samples,
+            "share_samples": share_samples, "share_tokens": share_tokens}
 
 
 DATA = {
@@ -79,7 +79,7 @@ def test_the_page_says_what_the_run_logged(whole):
     assert "Tokens seen 20k 40.0% supervised" in text
     assert "gsm8k domain 100 5k 7 3 2 1,234 100 1 75.0% 60.0%" in text
     assert "replay 100 5k 7 3 2 1,234 250 2.5 25.0% 40.0%" in text
-    assert "Replay is 25.0% of the rows and 40.0% of the tokens." in text
+    assert "Replay is 25.0% of the samples and 40.0% of the tokens." in text
     assert "20 samples: median 25, mean 65, longest 200 tokens." in text
     assert "3 packs in the first epoch: 82.6% full, the emptiest 50.0%." in text
     assert "trainable 350k (5.00%)" in text
