@@ -314,6 +314,14 @@ def _validate_intervals(config: Config) -> None:
     _require(not patience or every > 0, "eval.patience", "eval.every above 0 beside it", every)
 
 
+def _validate_source(option: str, source: str | Source) -> None:
+    _require(not str(source).startswith(("[", "{")), option, "a path, or a list of sources in YAML", source)
+    if isinstance(source, Source):
+        _require(0 < source.weight <= MANY, f"{option}: weight of {source.path}", f"above 0, at most {MANY:,}", source.weight)
+        _require(source.max_records is None or source.max_records >= 1, f"{option}: max_records of {source.path}", "1 or more",
+                 source.max_records)
+
+
 def _validate_retention(config: Config) -> None:
     retention, lr, finite = config.retention, config.optim.lr, sys.float_info.max
     _require(0 <= retention.kl_weight <= finite, "retention.kl_weight", "0 or more", retention.kl_weight)
@@ -377,7 +385,3 @@ def profiled_steps(steps: str | None) -> range | None:
 def _require(holds: bool, option: str, expected: str, found) -> None:
     if not holds:
         raise UserError(f"{option}: expected {expected}, got {found}")
-
-
-def _listed(sources: str | list) -> list:
-    return [sources] if isinstance(sources, str) else sources

@@ -141,9 +141,10 @@ def test_a_number_that_no_run_can_use_names_the_option(option, value):
 
 
 @pytest.mark.parametrize("source, expected", [
-    (Source("f", max_records=0), "max_records of a source: expected 1 or more"),
-    (Source("f", max_records=-3), "max_records of a source: expected 1 or more"),
-    (Source("f", weight=1e12), "weight of a source: expected above 0, at most"), (Source("f", weight=float("nan")), "weight of a source"),
+    (Source("f", max_records=0), "data.train: max_records of f: expected 1 or more"),
+    (Source("f", max_records=-3), "data.train: max_records of f: expected 1 or more"),
+    (Source("f", weight=1e12), "data.train: weight of f: expected above 0, at most"),
+    (Source("f", weight=float("nan")), "data.train: weight of f"),
 ])
 def test_a_source_that_no_run_can_use(source, expected):
     assert expected in refused(validate, Config(model=Model(path="m"), data=Data(train=[source])))

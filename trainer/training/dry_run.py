@@ -61,11 +61,11 @@ def _print_samples(data: TrainingData, seed: int) -> None:
 
 
 def _print_sources(sources: list[dict]) -> None:
-    print(f"{'source':<20}{'role':<8}{'samples':>9}{'tokens':>12}{'superv.':>9}{'share':>8}{'tokens':>8}"
+    print(f"{'source':<20}{'role':<8}{'samples':>9}{'tokens':>12}{'superv.':>9}{'% samples':>11}{'% tokens':>10}"
           f"{'dropped':>9}{'trunc.':>8}{'split':>7}{'lost':>8}")
     for s in sources:
         print(f"{s['name'][:19]:<20}{s['role']:<8}{s['samples']:>9,}{s['tokens']:>12,}{s['supervised'] / max(1, s['tokens']):>9.0%}"
-              f"{s['share_samples']:>8.1%}{s['share_tokens']:>8.1%}{s['dropped']:>9,}{s['truncated']:>8,}{s['split']:>7,}"
+              f"{s['share_samples']:>11.1%}{s['share_tokens']:>10.1%}{s['dropped']:>9,}{s['truncated']:>8,}{s['split']:>7,}"
               f"{s['tokens_lost']:>8,}")
 
 

@@ -1,4 +1,4 @@
-"""Packs: every sample once, under the caps, as full as first-fit decreasing. Batches: targets are next tokens."""
+"""Packs: every sample once, under the caps, as full as first-fit decreasing; batches: targets are next tokens."""
 
 import time
 
@@ -17,15 +17,15 @@ unhurried = settings(deadline=None)  # a busy machine is no failure
 
 def first_fit_decreasing(lengths, capacity, max_samples_per_pack) -> int:
     """Number of packs of the textbook algorithm, in its textbook O(n^2) form."""
-    room, documents = [], []
+    room, counts = [], []
     for length in sorted(lengths, reverse=True):
-        fit = next((i for i in range(len(room)) if room[i] >= length and documents[i] < max_samples_per_pack), None)
+        fit = next((i for i in range(len(room)) if room[i] >= length and counts[i] < max_samples_per_pack), None)
         if fit is None:
             room.append(capacity)
-            documents.append(0)
+            counts.append(0)
             fit = -1
         room[fit] -= length
-        documents[fit] += 1
+        counts[fit] += 1
     return len(room)
 
 
@@ -114,11 +114,14 @@ def test_equal_lengths_are_dealt_by_the_seed():
 
 
 @pytest.mark.parametrize("capacity", [4096, 131072])
-def test_a_hundred_thousand_samples_in_under_two_seconds(capacity):
+def test_five_times_the_samples_cost_far_less_than_25_times_the_time(capacity):
     lengths = np.clip(np.random.default_rng(0).lognormal(6, 0.8, 100_000), 1, 4096).astype(np.int64)
-    began = time.process_time()
-    packs = pack(lengths, capacity, 1024, 0)
-    assert time.process_time() - began < 2.0
+    seconds = []
+    for count in (20_000, 100_000):
+        started = time.process_time()
+        packs = pack(lengths[:count], capacity, 1024, 0)
+        seconds.append(time.process_time() - started)
+    assert seconds[1] < 12 * seconds[0]
     assert lengths.sum() / capacity / len(packs) > 0.99
 
 
@@ -128,7 +131,7 @@ def test_a_sample_that_cannot_be_packed_is_named(lengths, message):
         pack(np.array(lengths), 8, 4, 0)
 
 
-def test_no_room_for_documents():
+def test_packs_need_room_for_a_sample():
     with pytest.raises(ValueError, match="max_samples_per_pack"):
         pack(np.array([1]), 8, 0, 0)
 

@@ -14,6 +14,7 @@ from trainer.cli import parse
 from trainer.config import BatchSize, Config, Data, Lora, Retention
 from trainer.data.batch import batches
 from trainer.data.prepare import prepare_data
+from trainer.data.samples import Piece
 from trainer.errors import UserError
 from trainer.model.loading import load_model
 from trainer.model.lora import add_adapter
@@ -29,7 +30,7 @@ ROLES = ("domain", "replay")
 RANDOM = 363  # perplexity of a token to a model with random weights, about: its vocabulary
 
 
-def plain_losses(model: torch.nn.Module, chat: tuple) -> torch.Tensor:
+def plain_losses(model: torch.nn.Module, chat: Piece) -> torch.Tensor:
     """-log p of a sample's supervised tokens."""
     targets = torch.from_numpy(chat.input_ids[1:].astype(np.int64))[torch.from_numpy(chat.supervised[1:])]
     return -plain_rows(model, chat).gather(1, targets[:, None])[:, 0]
@@ -90,17 +91,13 @@ def reweighted(prepared, **options):
     return token_weighting.reweighted(given, config, model, ROLES, CPU, Distributed())
 
 
-def chat_of(given, i: int) -> tuple:
-    return (*given[i], given.weights[i], given.sources[i])
-
-
 @pytest.mark.parametrize("on", ["domain", "all"])
 def test_stm_masks_what_is_improbable_under_the_base(prepared, model_folder, on):
     given = prepared[1]
     stm, told = reweighted(prepared, token_weighting="stm", token_weighting_sources=on, stm_threshold=RANDOM)
     plain, masked, total = AutoModelForCausalLM.from_pretrained(model_folder).double(), 0, 0
     for i in range(len(given)):
-        losses, before, after = plain_losses(plain, chat_of(given, i)).detach().numpy(), given[i][1], stm[i][1]
+        losses, before, after = plain_losses(plain, given.piece(i)).detach().numpy(), given[i][1], stm[i][1]
         expected = before.copy()
         places = np.flatnonzero(before[1:]) + 1
         if on == "all" or given.sources[i] == 0:
@@ -117,7 +114,7 @@ def test_flow_weighs_samples_by_how_easy_they_are(prepared, model_folder, on):
     given = prepared[1]
     flow, told = reweighted(prepared, token_weighting="flow", token_weighting_sources=on)
     plain = AutoModelForCausalLM.from_pretrained(model_folder).double()
-    losses = np.array([float(plain_losses(plain, chat_of(given, i)).detach().mean()) for i in range(len(given))])
+    losses = np.array([float(plain_losses(plain, given.piece(i)).detach().mean()) for i in range(len(given))])
     here = np.ones(len(given), dtype=bool) if on == "all" else given.sources == 0
     expected = np.where(here, np.exp(-losses / np.median(losses[here])), 1.0)
     np.testing.assert_allclose(flow.weights, expected, rtol=1e-5)
