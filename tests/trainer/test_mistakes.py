@@ -36,8 +36,8 @@ def refused(call, *args) -> str:
 
 
 @pytest.mark.parametrize("name, contents, expected", [
-    ("deep.jsonl", "[" * 100_000, "deep.jsonl, line 1: expected one JSON object, found what cannot be read: maximum recursion depth"),
-    ("deep.json", "[" * 100_000, "deep.json, line 1: expected one JSON object, found what cannot be read: maximum recursion depth"),
+    ("deep.jsonl", "[" * 100_000, "deep.jsonl, line 1: expected one JSON object, found JSON that cannot be read: maximum recursion depth"),
+    ("deep.json", "[" * 100_000, "deep.json, line 1: expected one JSON object, found JSON that cannot be read: maximum recursion depth"),
     ("digits.jsonl", '{"text": "x"}\n{"text": ' + "9" * 5000 + "}", "digits.jsonl, line 2: .* Exceeds the limit .* digits"),
     ("twice.csv", "prompt,completion,prompt\na,b,c\n",
      "twice.csv, line 1: expected columns of different names, found 'prompt' more than once; rename one"),
@@ -69,7 +69,7 @@ def test_a_template_that_is_wrong_says_where(tokenizer, template, expected):
 
 
 @pytest.mark.parametrize("contents, expected", [
-    (b"", "data.chat_template: expected a Jinja template, found nothing in .*; leave it out to use the tokenizer's own"),
+    (b"", "data.chat_template: expected a Jinja template, found nothing in .*; remove the option to use the tokenizer's own"),
     (b"\xff\xfe", "data.chat_template: expected a text file in UTF-8, cannot read .*invalid start byte"),
     (b"{% if %}", "record 1: chat template of .*t.jinja, line 1: expected Jinja, found an error"),
 ])

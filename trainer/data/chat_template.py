@@ -234,5 +234,6 @@ def read_template(path: str | None) -> str | None:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"data.chat_template: expected a text file in UTF-8, cannot read {path}: {error}; check the file") from None
     if not template.strip():
-        raise UserError(f"data.chat_template: expected a Jinja template, found nothing in {path}; leave it out to use the tokenizer's own")
+        raise UserError(f"data.chat_template: expected a Jinja template, found nothing in {path}; "
+                        "remove the option to use the tokenizer's own")
     return template

@@ -70,14 +70,14 @@ def _parse(text: bytes, path: Path, line: int = 1) -> Any:
         place, byte = line + text[:error.start].count(b"\n"), text[error.start]
         raise UserError(f"{path}, line {place}: expected UTF-8 text, found byte {byte:#x}; convert the file") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets a thousand deep
-        raise UserError(f"{path}, line {line}: expected one JSON object, found what cannot be read: {error}; correct it") from None
+        raise UserError(f"{path}, line {line}: expected one JSON object, found JSON that cannot be read: {error}; correct it") from None
 
 
 def _columns(row: Any, path: Path, place: str) -> dict:
     if not isinstance(row, dict):
         found = json.dumps(row, ensure_ascii=False)[:60]
         raise UserError(f"{path}, {place}: expected an object with columns, found {found}; "
-                        "write each record as {{\"column\": value, ...}}")
+                        'write each record as {"column": value, ...}')
     return row
 
 

@@ -27,7 +27,10 @@ class Piece(NamedTuple):
 
 @dataclass
 class Samples:
-    """n samples. `samples[i]` is the token ids of sample i, int32[length], and bool[length]: supervised or not."""
+    """n samples.
+
+    `samples[i]` is the token ids of sample i, int32[length], and for each whether it is supervised, bool[length].
+    """
 
     names: list[str]  # of the sources, each different
     length_report: dict[str, dict[str, int]]  # of each source, by name: what cutting to length did (trainer/data/tokenize.py, `_cut`)

@@ -151,7 +151,7 @@ def _span_in(piece: str, messages: list[Message], turn: int, layout: TurnLayout)
     """Return the span of assistant turn `turn` in `piece`, the text between the marks around it."""
     before = messages[turn - 1] if turn else None
     if before and before["role"] == "assistant":
-        raise TurnError("two assistant turns in a row cannot be told apart; join them into one", turn)
+        raise TurnError("two assistant turns in a row cannot be separated; join them into one", turn)
     rest = _halves(before["content"])[1].rstrip() if before else ""
     if not piece.startswith(rest):
         raise TurnError("the template does not print the words before this turn as they are", turn)
@@ -164,7 +164,7 @@ def _span_in(piece: str, messages: list[Message], turn: int, layout: TurnLayout)
         return begin, len(piece.rstrip()) + len(layout.closing)
     following = messages[turn + 1]
     if following["role"] == "assistant":
-        raise TurnError("two assistant turns in a row cannot be told apart; join them into one", turn + 1)
+        raise TurnError("two assistant turns in a row cannot be separated; join them into one", turn + 1)
     start = _halves(following["content"])[0].lstrip()
     if not piece.endswith(start):
         raise TurnError("the template does not print the words after this turn as they are", turn)

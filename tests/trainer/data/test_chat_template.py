@@ -41,7 +41,10 @@ def supervised_text(template: ChatTemplate, chat: list[dict], train_on: str = "a
 
 
 def differences(name: str, chat: list[dict]) -> list[str] | None:
-    """The tokens of which only one of a pair is supervised; None where the two render other text, or both refuse the chat."""
+    """Return the tokens that only one template of a pair supervises.
+
+    None if the two render different text, or both refuse the chat.
+    """
     published, marked = read(name), read(f"{name}_training")
     tokenizer = tokenizer_for(published, marked)
     try:
@@ -87,9 +90,9 @@ def test_every_published_template_supervises_the_words_and_the_end_of_each_turn(
             encode(template, chat)
         return
     found = supervised_text(template, chat)
-    said = [message["content"] for message in chat if message["role"] == "assistant"]
-    assert len(found) == len(said)
-    for text, words in zip(found, said):
+    answers = [message["content"] for message in chat if message["role"] == "assistant"]
+    assert len(found) == len(answers)
+    for text, words in zip(found, answers):
         before, _, after = text.partition(words)
         assert "What is" not in before and ENDINGS.fullmatch(after)
 
@@ -141,13 +144,13 @@ def test_the_end_of_turn_is_supervised_and_there_is_one_bos(chatml):
 
 def test_train_on(chatml):
     chat = [SYSTEM, *turns(3)]
-    said = [f"The answer is {i}.<|im_end|>" for i in (3, 4, 5)]
-    assert supervised_text(chatml, chat) == said
-    assert supervised_text(chatml, chat, "last") == said[-1:]
+    answers = [f"The answer is {i}.<|im_end|>" for i in (3, 4, 5)]
+    assert supervised_text(chatml, chat) == answers
+    assert supervised_text(chatml, chat, "last") == answers[-1:]
     ids, supervised = encode(chatml, chat, "all")
     assert supervised == [False] + [True] * (len(ids) - 1)
     assert ids == encode(chatml, chat).input_ids
-    assert supervised_text(chatml, [*chat, user("And now?")], "last") == said[-1:]
+    assert supervised_text(chatml, [*chat, user("And now?")], "last") == answers[-1:]
     assert supervised_text(chatml, [SYSTEM, user("And now?")]) == []
 
 

@@ -1,4 +1,4 @@
-"""The mix keeps its shares every epoch, walks its pools, repeats only when it must, and needs no earlier epoch."""
+"""The mixture keeps its shares every epoch, walks its sources, and repeats only when it must."""
 
 import math
 
@@ -22,7 +22,7 @@ def pool(*sizes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 @st.composite
 def mixtures(draw):
-    """A mixture of 1-3 domain and 1-3 replay sources, its lengths and its sources."""
+    """Draw a mixture of 1-3 domain and 1-3 replay sources, its lengths and its sources."""
     domain, replay = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     sizes = draw(st.lists(st.integers(4, 60), min_size=domain + replay, max_size=domain + replay))
     weight = st.sampled_from([0.25, 0.3, 0.5, 0.75, 1.0, 1.4, 2.0])
@@ -43,16 +43,16 @@ def test_the_replay_share_is_as_asked(made, epoch):
     amounts = np.ones(len(indices)) if mixture.unit == "samples" else lengths[indices].astype(float)
     if mixture.ratio is None:
         return
-    asked = mixture.ratio / (1 - mixture.ratio) * amounts[~is_replay].sum()
+    expected = mixture.ratio / (1 - mixture.ratio) * amounts[~is_replay].sum()
     replay_sources = sum(part.role == "replay" for part in mixture.parts)
     one_sample = 1 if mixture.unit == "samples" else lengths.max()
-    assert abs(amounts[is_replay].sum() - asked) <= replay_sources * one_sample + 1e-6
+    assert abs(amounts[is_replay].sum() - expected) <= replay_sources * one_sample + 1e-6
 
 
 @unhurried
 @given(mixtures(), st.integers(0, 20))
 def test_sources_follow_their_weights(made, epoch):
-    """weight * size rows of each source an epoch; under a ratio, replay sources divide their share like that."""
+    """Each source gives weight * size samples an epoch; under a ratio, replay sources divide their share so."""
     mixture, lengths, sources = made
     indices = mixture.epoch(epoch)
     rows = np.bincount(sources[indices], minlength=len(mixture.parts))
@@ -73,7 +73,7 @@ def test_sources_follow_their_weights(made, epoch):
 @unhurried
 @given(mixtures(), st.integers(1, 12))
 def test_every_sample_is_seen_before_any_is_seen_again(made, epochs):
-    """Over the first epochs, however many, two samples of one source are seen equally often, or once more or less."""
+    """Over the first epochs, two samples of one source are seen equally often, or once more or less."""
     mixture, lengths, sources = made
     seen = np.bincount(np.concatenate([mixture.epoch(e) for e in range(epochs)]), minlength=len(lengths))
     for i in range(len(mixture.parts)):

@@ -1,4 +1,4 @@
-"""Packs: every sample once, under the caps, as full as first-fit decreasing; batches: targets are next tokens."""
+"""Packs have every sample once, under the caps, as full as first-fit decreasing; targets are next tokens."""
 
 import time
 
@@ -190,7 +190,7 @@ def test_batch_types():
 
 
 def test_targets_never_cross_samples():
-    """The second sample's first token is supervised, yet the first sample's last token does not predict it."""
+    """A sample's first token may be supervised, yet the sample before does not predict it."""
     batch = collate(two_samples())
     assert batch.supervised_rows.tolist() == [0, 1, 3]
     assert batch.targets.tolist() == [11, 12, 21]

@@ -1,4 +1,4 @@
-"""Samples: tokenized once, cut to length, every loss of data counted."""
+"""Samples: tokenized once, cut to length, and every lost token is accounted for."""
 
 import subprocess
 import sys

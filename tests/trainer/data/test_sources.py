@@ -1,4 +1,4 @@
-"""Files of every kind and format become the same records, and each mistake in them is one line that says where it is."""
+"""Files of every kind and format become the same records; each mistake in them is one line."""
 
 import csv
 import json
@@ -152,15 +152,15 @@ def test_a_missing_file(tmp_path):
 
 
 def test_a_hub_name_is_looked_up(tmp_path, monkeypatch):
-    asked = []
+    calls = []
 
     def load_dataset(*args, **options):
-        asked.append((args, options))
+        calls.append((args, options))
         return Dataset.from_list(ROWS)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert spoken(load("someone/chats", tmp_path, subset="main", split="train[:2]")) == CHATS
-    assert asked == [(("someone/chats", "main"), {"split": "train[:2]"})]
+    assert calls == [(("someone/chats", "main"), {"split": "train[:2]"})]
 
 
 def test_a_hub_name_that_cannot_be_loaded(tmp_path):
