@@ -164,7 +164,7 @@ def test_a_chat_that_cannot_be_rendered_names_its_record(workers, tmp_path, monk
     strict = tiny.CHATML + "{% if messages[0].role != 'user' %}{{ raise_exception('a chat starts with the user') }}{% endif %}"
     data = [*records(30), {"messages": chat("", "A")["messages"][1:], "weight": 1.0}]
     template, options = ChatTemplate(tiny.tokenizer(), strict), Data(cache_dir=str(tmp_path), num_proc=workers)
-    refusal = r"^facts.jsonl, record 31: chat template of .* refuses turn 1 \(assistant\): a chat starts with the user; mend the chat"
+    refusal = r"^facts.jsonl, record 31: chat template of .* refuses turn 1 \(assistant\): a chat starts with the user; correct the chat"
     with pytest.raises(UserError, match=refusal):
         tokenize([(source(), Dataset.from_list(data))], template, options)
 
