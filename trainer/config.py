@@ -241,8 +241,9 @@ class Config:
 
 def validate(config: Config) -> None:
     """Raise UserError, which names the option, for values that no run can use. The parser has checked their types."""
-    for source in [*_listed(config.data.train), *_listed(config.data.eval), *_listed(config.replay.data)]:
-        _validate_source(source)
+    for option, sources in (("data.train", config.data.train), ("data.eval", config.data.eval), ("replay.data", config.replay.data)):
+        for source in [sources] if isinstance(sources, str) else sources:
+            _validate_source(option, source)
     _require(bool(config.output.strip()), "output", "a folder", "none")
     _validate_model(config)
     _validate_data(config.data)
@@ -260,11 +261,12 @@ def validate(config: Config) -> None:
     _validate_intervals(config)
 
 
-def _validate_source(source: str | Source) -> None:
-    _require(not str(source).startswith(("[", "{")), "data", "a path or a list of sources in YAML", source)
+def _validate_source(option: str, source: str | Source) -> None:
+    _require(not str(source).startswith(("[", "{")), option, "a path, or a list of sources in YAML", source)
     if isinstance(source, Source):
-        _require(0 < source.weight <= MOST_PASSES, "weight of a source", f"above 0, at most {MOST_PASSES:,}", source.weight)
-        _require(source.max_records is None or source.max_records >= 1, "max_records of a source", "1 or more records", source.max_records)
+        _require(0 < source.weight <= MOST_PASSES, f"{option}: weight of {source.path}", f"above 0, at most {MOST_PASSES:,}", source.weight)
+        _require(source.max_records is None or source.max_records >= 1, f"{option}: max_records of {source.path}", "1 or more",
+                 source.max_records)
 
 
 def _validate_model(config: Config) -> None:
@@ -312,14 +314,6 @@ def _validate_intervals(config: Config) -> None:
     every, patience = config.eval.every, config.eval.patience
     _require(every >= 0 and patience >= 0, "eval.every, eval.patience", "0 or more", (every, patience))
     _require(not patience or every > 0, "eval.patience", "eval.every above 0 beside it", every)
-
-
-def _validate_source(option: str, source: str | Source) -> None:
-    _require(not str(source).startswith(("[", "{")), option, "a path, or a list of sources in YAML", source)
-    if isinstance(source, Source):
-        _require(0 < source.weight <= MANY, f"{option}: weight of {source.path}", f"above 0, at most {MANY:,}", source.weight)
-        _require(source.max_records is None or source.max_records >= 1, f"{option}: max_records of {source.path}", "1 or more",
-                 source.max_records)
 
 
 def _validate_retention(config: Config) -> None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
 from trainer.config import Config
-from trainer.data.samples import Samples
+from trainer.data.prepare import EvalSet
 from trainer.data.step_plan import StepPlan
 from trainer.metrics.log import Log
 from trainer.metrics.throughput import ModelSize
@@ -36,5 +35,5 @@ class TrainingRun:
     loader: StepLoader
     kl: KlToBase | None = None
     monitor: ForgettingMonitor | None = None
-    eval_set: tuple[Samples, list[np.ndarray]] | None = None  # samples, and the packs of their indices
+    eval_set: EvalSet | None = None
     log: Log | None = None  # on rank 0

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from trainer.data.batch import batches
-from trainer.data.samples import Samples
+from trainer.data.prepare import EvalSet
 from trainer.errors import UserError
 from trainer.runtime import checkpoint
 from trainer.runtime.distributed import Distributed
@@ -18,7 +18,7 @@ from trainer.training.training_run import TrainingRun
 
 
 @torch.no_grad()
-def eval_loss(model: nn.Module, eval_set: tuple[Samples, list[np.ndarray]], device: torch.device, dist: Distributed) -> tuple[float, int]:
+def eval_loss(model: nn.Module, eval_set: EvalSet, device: torch.device, dist: Distributed) -> tuple[float, int]:
     """Return the weighted mean loss of the eval set's supervised tokens in nats, and their number.
 
     Each rank runs its packs.
