@@ -102,7 +102,7 @@ def run_one(config: Config, items: Sequence[ItemFile], device: torch.device, dis
     ending = fit(run, state)
     if save_outputs:
         save(run, state, ending, tokenizer)
-    measured = run.monitor.exported(state) if run.monitor and not ending.signal else state.measured
+    measured = run.monitor.exported(state) if run.monitor and not ending.signal else state.last_measurement
     return RunResult(run.folder, state.step, state.loss, state.eval_loss, ending.reason, ending.signal, measured)
 
 

@@ -153,23 +153,24 @@ class ForgettingMonitor:
         """Score the model into the log and `state`, of `total` steps; its weights are kept where it is the best so far. On rank 0."""
         untrained = state.step == 0 and self.config.lora.path is None
         record = self._record(state.step, self.base if untrained else self._score(), heldout_loss)
-        before, state.measured = state.measured, record
-        best = self.floor is not None and state.step > 0 and (state.kept is None or _rank(record) >= _rank(state.kept))
+        before, state.last_measurement = state.last_measurement, record
+        kept = state.kept_measurement
+        best = self.floor is not None and state.step > 0 and (kept is None or _rank(record) >= _rank(kept))
         if best:
-            state.kept = record
+            state.kept_measurement = record
             self._keep(state.step, None if state.step == total else optimizer)
         if self.floor is not None:
             nearer = before is not None and record["general"] > before["general"]
-            state.missed = 0 if record["holds_floor"] or nearer or 2 * state.step < total else state.missed + 1
+            state.floor_misses = 0 if record["holds_floor"] or nearer or 2 * state.step < total else state.floor_misses + 1
         log.write(record | ({"best": best} if self.floor is not None else {}))
 
     def given_up(self, state: checkpoint.State) -> bool:
         patience = self.config.forgetting.patience
-        return self.floor is not None and 0 < patience <= state.missed
+        return self.floor is not None and 0 < patience <= state.floor_misses
 
     def exported(self, state: checkpoint.State) -> dict | None:
         """The measurement of the state that a run leaves."""
-        return state.measured if self.floor is None else state.kept
+        return state.last_measurement if self.floor is None else state.kept_measurement
 
     # ------------------------------------------------------------ scoring
 
@@ -236,7 +237,7 @@ class ForgettingMonitor:
         if self.floor is None:
             return
         print(self._chosen_line(state), flush=True)
-        step = state.kept["step"]
+        step = state.kept_measurement["step"]
         if step == state.step:
             return
         file = self._place(step) / "weights.safetensors"
@@ -254,7 +255,7 @@ class ForgettingMonitor:
         self._forget_all_but()
 
     def _chosen_line(self, state: checkpoint.State) -> str:
-        kept = state.kept
+        kept = state.kept_measurement
         figures = f"general {kept['general']:.1%}, {kept['general_retained']:.1%} of the base's"
         figures += f"; domain {kept['domain']:.1%}" if "domain" in kept else ""
         if kept["holds_floor"]:

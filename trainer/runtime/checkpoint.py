@@ -47,9 +47,9 @@ class State:
     eval_loss: float | None = None  # of the last evaluation
     best_eval_loss: float | None = None  # the lowest so far
     evals_since_best: int = 0  # evaluations after that one
-    measured: dict | None = None  # the last measurement of general and domain items (trainer/retention/monitor.py)
-    kept: dict | None = None  # that of the state whose weights are kept
-    missed: int = 0  # measurements in a row, in the second half, that missed the floor and came no nearer to it
+    last_measurement: dict | None = None  # of general and domain items (retention/monitor.py)
+    kept_measurement: dict | None = None  # of the state whose weights are kept for export
+    floor_misses: int = 0  # measurements in a row, in the second half, that missed the floor and came no nearer to it
 
 
 def identity(config: Config, world_size: int, **fingerprints: str | None) -> dict:
@@ -109,7 +109,7 @@ def kept_steps(folder: Path) -> set[int]:
     found = set()
     for path in checkpoints(folder):
         with contextlib.suppress(OSError, ValueError):  # a damaged checkpoint cannot be resumed from, so its kept weights are not needed
-            kept = json.loads((path / "state.json").read_text()).get("kept")
+            kept = json.loads((path / "state.json").read_text()).get("kept_measurement")
             found |= {kept["step"]} if kept else set()
     return found
 

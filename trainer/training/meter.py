@@ -118,7 +118,7 @@ def log_end(run: TrainingRun, state: checkpoint.State, ending: Ending, totals: T
     """Write the record of the whole run; its rates leave out the time of evaluating and saving."""
     if run.log:
         training_seconds = max(seconds - meter.paused_seconds, 1e-9)
-        kept = {"kept": state.kept["step"]} if state.kept else {}
+        kept = {"kept": state.kept_measurement["step"]} if state.kept_measurement else {}
         run.log.write({"kind": "end", "step": state.step, "steps": state.step, "seconds": seconds, "tokens": totals.tokens,
                        "supervised": totals.supervised, "tokens_per_s": totals.tokens / training_seconds,
                        "peak_memory_gb": peak_memory_gb(run.device), "reason": ending.reason, **kept})

@@ -59,4 +59,5 @@ def measure_forgetting(run: TrainingRun, state: checkpoint.State, meter: Meter) 
         needs_loss = run.eval_set and run.monitor.wants_loss
         loss = eval_loss(run.model, run.eval_set, run.device, run.dist)[0] if needs_loss else None
         run.dist.on_main(lambda: run.monitor.measure(state, run.optimizer, loss, run.plan.total, run.log))
-        state.measured, state.kept, state.missed = run.dist.gather((state.measured, state.kept, state.missed))[0]
+        scored = (state.last_measurement, state.kept_measurement, state.floor_misses)
+        state.last_measurement, state.kept_measurement, state.floor_misses = run.dist.gather(scored)[0]

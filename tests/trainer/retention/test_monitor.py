@@ -262,7 +262,9 @@ def test_a_kept_state_that_is_gone_is_one_line(data, tmp_path, scripted, monkeyp
 
 
 def test_kept_states_are_those_that_whole_checkpoints_refer_to(tmp_path):
-    for step, text in ((2, '{"kept": {"step": 1}}'), (4, '{"kept": null}'), (6, '{"kept"'), (8, '{"kept": {"step": 7}}')):
+    texts = {2: '{"kept_measurement": {"step": 1}}', 4: '{"kept_measurement": null}', 6: '{"kept_measurement"',
+             8: '{"kept_measurement": {"step": 7}}'}
+    for step, text in texts.items():
         (tmp_path / f"step-{step:08d}").mkdir()
         (tmp_path / f"step-{step:08d}" / "state.json").write_text(text)
     assert checkpoint.kept_steps(tmp_path) == {1, 7}
