@@ -23,7 +23,7 @@ COMMANDS = {"trainer": TRAINER, "synth": (*TRAINER, SynthConfig)}  # whose optio
 PLACEHOLDERS = {"section.option", "section.key"}
 OF_EVERY_COMMAND = {"config", "help", "print_config"}
 OF_OTHER_PROGRAMS = {"nproc_per_node"}
-FILES = {"json", "jsonl", "yaml", "html", "py", "md", "txt", "csv", "safetensors", "jinja"}  # model.safetensors is a file
+FILES = {"json", "jsonl", "yaml", "html", "py", "md", "txt", "csv", "safetensors", "jinja", "parquet"}  # model.safetensors is a file
 FLAG = re.compile(r"(?<![\w-])--([A-Za-z][\w-]*(?:\.\w+)*)")
 TEMPLATE_CODE = re.compile(r"{{.*?}}|{%.*?%}|<style>.*?</style>", re.DOTALL)
 

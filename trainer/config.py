@@ -1,6 +1,6 @@
-"""Define every option of `python -m trainer.run`: name, type, default and meaning, and check their values.
+"""Define every option of `python -m trainer.run`: name, type, default, meaning, and valid values.
 
-The sections are those of a YAML file; on the command line an option is `--section.name value`.
+The sections are those of a YAML file; on the command line an option is `--section.option value`.
 """
 
 from __future__ import annotations
@@ -240,7 +240,10 @@ class Config:
 
 
 def validate(config: Config) -> None:
-    """Raise UserError, which names the option, for values that no run can use. The parser has checked their types."""
+    """Raise UserError, which names the option, for values that no run can use.
+
+    The parser has checked their types.
+    """
     for option, sources in (("data.train", config.data.train), ("data.eval", config.data.eval), ("replay.data", config.replay.data)):
         for source in [sources] if isinstance(sources, str) else sources:
             _validate_source(option, source)

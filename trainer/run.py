@@ -36,21 +36,21 @@ USAGE = """\
 usage: python -m trainer.run --model.path MODEL --data.train FILE [--section.option value ...]
        python -m trainer.run --config run.yaml [--section.option value ...]
 
-Fine-tunes a language model on chats with packed sequences, and leaves an adapter that PEFT loads.
+Fine-tunes a language model on chats, and writes an adapter that PEFT loads, or a whole model.
 
-The two commonest commands:
-  python -m trainer.run --model.path my-model --data.train chats.jsonl --output runs/first
-  python -m trainer.run --model.path my-model --data.train domain.jsonl --replay.data general.jsonl --replay.ratio 0.5
+Examples:
+  python -m trainer.run --model.path Qwen/Qwen3-0.6B --data.train chats.jsonl --output runs/first
+  python -m trainer.run --model.path Qwen/Qwen3-0.6B --data.train chats.jsonl --replay.data general.jsonl --replay.ratio 0.5
+  python -m trainer.run --config trainer/recipes/lora.yaml      (in trainer/recipes: lora, qlora, full, replay, keep95)
 
-First, see what would be trained on, with masks, lengths and memory:      add --dry_run
-Keep what it knows, with as little replay as that takes:                  add --replay_search.enabled --forgetting.floor 0.95
-                                                                              --forgetting.general ITEMS
-Hold the base in 4 bits (QLoRA), or train all weights:                    add --method qlora, or --method full
-Go on after an interruption:                                              add --resume auto
-See where the time of a step goes, and every wait for the GPU:            add --logging.profile_steps 20-25
-Several GPUs:                             torchrun --nproc-per-node 4 -m trainer.run ...
+Show samples, masks, packing and memory; train nothing:   add --dry-run
+Train on a 4-bit base, or train all weights:              add --method qlora, or --method full
+Resume after an interruption:                             add --resume auto
+Keep 95% of the general accuracy, with little replay:     see trainer/recipes/keep95.yaml
+Find what a step's time goes to:                          add --logging.profile_steps 20-25
+Train on several GPUs:                                    torchrun --nproc-per-node 4 -m trainer.run ...
 
---help lists every option; --print_config prints them as YAML with their values."""
+--help lists every option; --print-config prints them as YAML with their values."""
 
 
 def main() -> int:

@@ -1,6 +1,7 @@
 """Every recipe runs as it stands but for paths and sizes, and explains each of its options."""
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -16,8 +17,10 @@ RECIPES = sorted((Path(__file__).parents[2] / "trainer" / "recipes").glob("*.yam
 NAMES = [path.stem for path in RECIPES]
 SMALL = ["--device", "cpu", "--max_steps", "2", "--data.max_length", "128", "--batch.tokens_per_pack", "256",
          "--batch.tokens_per_step", "512", "--logging.tensorboard", "false", "--data.num_proc", "1"]
-OWN = {  # options of one recipe alone; GENERAL stands for a file of general chats
+OWN = {  # options of one recipe alone; GENERAL and ITEMS stand for files of general chats and of questions
     "replay": ["--replay.data", "GENERAL"],
+    "keep95": ["--replay.data", "GENERAL", "--forgetting.general", "ITEMS", "--forgetting.domain", "ITEMS", "--epochs", "1",
+               "--replay_search.ratios", "[0.5]", "--replay_search.kl_weights", "[0.0]"],
 }
 
 
@@ -27,12 +30,21 @@ def model(tmp_path_factory):
     return tiny.save_model(tmp_path_factory.mktemp("model"), "llama", hidden_size=128, intermediate_size=256)
 
 
+def write_questions(path: Path) -> Path:
+    """Write questions with four choices, some of which any model answers right."""
+    rows = [{"prompt": f"What is {i} + {i}?", "choices": [f"{2 * i + k}" for k in range(4)], "answer": f"{2 * i + i % 4}"}
+            for i in range(16)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=NAMES)
 def test_a_recipe_runs(path, model, chats, tmp_path):
     if path.stem == "qlora" and importlib.util.find_spec("bitsandbytes") is None:
         pytest.skip("qlora needs bitsandbytes")
     general = str(write_chats(tmp_path / "general.jsonl", [(f"Say {i}.", f"{i}") for i in range(40)]))
-    own = [general if value == "GENERAL" else value for value in OWN.get(path.stem, [])]
+    files = {"GENERAL": general, "ITEMS": str(write_questions(tmp_path / "questions.jsonl"))}
+    own = [files.get(value, value) for value in OWN.get(path.stem, [])]
     argv = ["--config", str(path), "--model.path", str(model), "--data.train", str(chats), "--output", str(tmp_path / "run"), *SMALL, *own]
     result = train(parse(Config, argv, "trainer.run"))
     assert result.steps == 2 and (tmp_path / "run" / "report.html").exists()
@@ -48,4 +60,4 @@ def test_a_recipe_begins_with_its_command_and_explains_every_option(path):
 
 
 def test_there_is_a_recipe_for_each_way_to_train():
-    assert set(NAMES) >= {"lora", "qlora", "full", "replay"}
+    assert set(NAMES) == {"lora", "qlora", "full", "replay", "keep95"}

@@ -61,12 +61,13 @@ def _print_samples(data: TrainingData, seed: int) -> None:
 
 
 def _print_sources(sources: list[dict]) -> None:
-    print(f"{'source':<20}{'role':<8}{'samples':>9}{'tokens':>12}{'superv.':>9}{'% samples':>11}{'% tokens':>10}"
-          f"{'dropped':>9}{'trunc.':>8}{'split':>7}{'lost':>8}")
+    """Print a table of the sources: sizes, shares of an epoch, and what happened to overlong samples."""
+    print(f"{'source':<20}{'role':<8}{'samples':>9}{'tokens':>12}{'supervised':>12}{'% samples':>11}{'% tokens':>10}"
+          f"{'dropped':>9}{'truncated':>11}{'split':>7}{'lost tokens':>13}")
     for s in sources:
-        print(f"{s['name'][:19]:<20}{s['role']:<8}{s['samples']:>9,}{s['tokens']:>12,}{s['supervised'] / max(1, s['tokens']):>9.0%}"
-              f"{s['share_samples']:>11.1%}{s['share_tokens']:>10.1%}{s['dropped']:>9,}{s['truncated']:>8,}{s['split']:>7,}"
-              f"{s['tokens_lost']:>8,}")
+        print(f"{s['name'][:19]:<20}{s['role']:<8}{s['samples']:>9,}{s['tokens']:>12,}{s['supervised'] / max(1, s['tokens']):>12.0%}"
+              f"{s['share_samples']:>11.1%}{s['share_tokens']:>10.1%}{s['dropped']:>9,}{s['truncated']:>11,}{s['split']:>7,}"
+              f"{s['tokens_lost']:>13,}")
 
 
 def _print_plan(data: TrainingData, summary: dict, max_length: int) -> None:

@@ -11,8 +11,9 @@ from matplotlib.figure import Figure
 
 from tests.helpers.runs import text_of
 from trainer.errors import UserError
-from trainer.report import page, run_page
-from trainer.report.run_page import read_run, write_report
+from trainer.report import page, run_page, run_plots
+from trainer.report.run_page import write_report
+from trainer.report.run_records import read_run
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -174,7 +175,7 @@ def test_a_run_cut_short_gets_its_page(tmp_path, records, data, config):
 def drawn(plot_made_by, monkeypatch):
     """The axes of the plot that `plot_made_by()` makes, in the light theme."""
     caught = {}
-    monkeypatch.setattr(run_page, "plot", lambda name, title, caption, draw, height=0: caught.update(draw=draw))
+    monkeypatch.setattr(run_plots, "plot", lambda name, title, caption, draw, height=0: caught.update(draw=draw))
     plot_made_by()
     axes = Figure().subplots()
     caught["draw"](axes, page.LIGHT)
@@ -183,7 +184,7 @@ def drawn(plot_made_by, monkeypatch):
 
 def test_the_loss_plot_shows_both_losses(tmp_path, monkeypatch):
     run = read_run(run_folder(tmp_path, [step(10, 3.0), evaluation(10, 2.5), step(20, 2.0), evaluation(20, 1.5)]))
-    lines = drawn(lambda: run_page.loss_plot(run), monkeypatch).lines
+    lines = drawn(lambda: run_plots.loss_plot(run), monkeypatch).lines
     shown = {line.get_label(): line.get_xydata().tolist() for line in lines}
     assert shown == {"training": [[10, 3.0], [20, 2.0]], "eval": [[10, 2.5], [20, 1.5]]}
 
@@ -191,14 +192,14 @@ def test_the_loss_plot_shows_both_losses(tmp_path, monkeypatch):
 def test_a_long_loss_curve_is_smoothed_in_place(tmp_path, monkeypatch):
     """The mean over a window stands at the window's middle: on a straight line it lies on that line."""
     run = read_run(run_folder(tmp_path, [step(i, 0.5 * i) for i in range(1, 101)]))
-    raw, smooth = (line.get_xydata() for line in drawn(lambda: run_page.loss_plot(run), monkeypatch).lines)
+    raw, smooth = (line.get_xydata() for line in drawn(lambda: run_plots.loss_plot(run), monkeypatch).lines)
     assert len(raw) == 100 and len(smooth) < 100
     assert np.abs(smooth[:, 1] - 0.5 * smooth[:, 0]).max() <= 0.25 + 1e-9
 
 
 def test_many_sources_are_summed_up(monkeypatch):
     sources = [source(f"s{i}", "domain", 1, 0.05, 0.05) for i in range(20)]
-    axes = drawn(lambda: run_page.mixture_plot(sources), monkeypatch)
+    axes = drawn(lambda: run_plots.mixture_plot(sources), monkeypatch)
     labels = [label.get_text() for label in axes.get_yticklabels()]
     assert labels == [f"s{i}" for i in range(9)] + ["11 others"]
     assert [round(bar.get_width(), 6) for bar in axes.containers[0]] == [5.0] * 9 + [55.0]
@@ -206,9 +207,9 @@ def test_many_sources_are_summed_up(monkeypatch):
 
 def test_histograms_count_everything(monkeypatch):
     lengths = np.array([1, 1, 7, 4096])
-    assert sum(bar.get_height() for bar in drawn(lambda: run_page.lengths_plot(lengths), monkeypatch).patches) == 4
+    assert sum(bar.get_height() for bar in drawn(lambda: run_plots.lengths_plot(lengths), monkeypatch).patches) == 4
     fill = np.array([0.01, 0.5, 1.0, 1.0])
-    assert sum(bar.get_height() for bar in drawn(lambda: run_page.pack_fill_plot(fill), monkeypatch).patches) == 4
+    assert sum(bar.get_height() for bar in drawn(lambda: run_plots.pack_fill_plot(fill), monkeypatch).patches) == 4
 
 
 @pytest.mark.parametrize("say, value, expected", [
@@ -217,8 +218,8 @@ def test_histograms_count_everything(monkeypatch):
     (page.compact, 999_999, "1M"), (page.compact, 7_150_000, "7.15M"), (page.compact, 1.2e9, "1.2B"),
     (page.percent, 0.1234, "12.3%"), (page.percent, None, "–"), (page.duration, 4.25, "4.25 s"),
     (page.duration, 59.99, "1 min 0 s"), (page.duration, 724, "12 min 4 s"), (page.duration, 11_100, "3 h 5 min"),
-    (run_page.scientific, 2e-4, "2e-4"), (run_page.scientific, 1.5e-5, "1.5e-5"), (run_page.scientific, 0.0, "0"),
-    (run_page.scientific, float("nan"), "nan"),
+    (run_plots.scientific, 2e-4, "2e-4"), (run_plots.scientific, 1.5e-5, "1.5e-5"), (run_plots.scientific, 0.0, "0"),
+    (run_plots.scientific, float("nan"), "nan"),
 ])
 def test_numbers_in_words(say, value, expected):
     assert say(value) == expected
