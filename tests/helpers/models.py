@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from torch import nn
 
 from trainer.data.batch import collate
 from trainer.data.samples import Piece
@@ -56,3 +57,12 @@ def gradients(model, logits):
     weight = torch.randn(logits.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(logits.dtype)
     (logits * weight).sum().backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def stir(model: nn.Module) -> None:
+    """Move every trained weight a little, the same way in every process."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p += 0.05 * torch.randn(p.shape, generator=generator)

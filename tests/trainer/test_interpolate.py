@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.helpers import tiny
-from tests.trainer.retention.test_kl import stir
+from tests.helpers.models import stir
 from trainer.cli import parse
 from trainer.config import Lora
 from trainer.errors import UserError

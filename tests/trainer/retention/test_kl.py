@@ -21,6 +21,7 @@ from benchmarks.forgetting.miniature.world import training_records, write_jsonl
 from kernels import linear_cross_entropy
 from tests.helpers import tiny
 from tests.helpers.kills import killed_at
+from tests.helpers.models import stir
 from tests.helpers.runs import Readbacks, arguments, records, weights
 from trainer import config
 from trainer.cli import parse
@@ -68,14 +69,6 @@ def ready_run(family: str, adapter: str = "lora", **options) -> TrainingRun:
 
 class Plan:
     total = 100
-
-
-def stir(model: nn.Module) -> None:
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p += 0.05 * torch.randn(p.shape, generator=generator)
 
 
 def samples() -> list[Piece]:
