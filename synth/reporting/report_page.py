@@ -125,6 +125,6 @@ def summary_lines(figures: dict[str, Any]) -> list[str]:
                      f"MMD² {last['mmd2']:.2g} (p {last['mmd_p']:.3f}), topic distance {last['topics']:.3f} "
                      f"(by chance {last['topics_chance']:.3f}){halves}")
     if figures["selected"]:
-        lines.append("selected responses: " + ", ".join(f"{model} {percent(share['items'])} of items, {percent(share['tokens'])} of tokens"
+        lines.append("selected responses: " + "; ".join(f"{model} {percent(share['items'])} of items, {percent(share['tokens'])} of tokens"
                                                         for model, share in figures["selected"].items()))
     return lines

@@ -115,8 +115,13 @@ def summary_line(run: SynthesisRun) -> str:
     (selected, pairs), = run.pool.select("SELECT count(*), count(rejected_model) FROM selection")
     (responses, complete), = run.pool.select("SELECT count(*), count(value) FROM ratings")
     dropped = "".join(f"; dropped {count:,}: {reason}" for reason, count in run.pool.select(DROPS_BY_REASON))
-    left_out = f"{responses - complete:,} of {responses:,} responses lack a score and were left out" if responses else "no judge was needed"
-    return f"select: {selected:,} items selected, {pairs:,} of them with a rejected response{dropped}; {left_out}"
+    if not responses:
+        scores = "no judge was needed"
+    elif complete < responses:
+        scores = f"{responses - complete:,} of {responses:,} responses lack a score and were left out"
+    else:
+        scores = f"all {responses:,} responses have their scores"
+    return f"select: {selected:,} items selected, {pairs:,} of them with a rejected response{dropped}; {scores}"
 
 
 # ---------------------------------------------------------------- candidates

@@ -1,5 +1,6 @@
 """`python -m synth.run` as a user calls it, with real vLLM on a CPU: every stage, kills, mistakes."""
 
+import dataclasses
 import json
 import os
 import pkgutil
@@ -167,7 +168,7 @@ def test_a_changed_seed_or_base_is_refused(whole, tmp_path):
     settings = cli.parse(Config, ["--config", str(whole[0] / "config.yaml"), "--stages", "[instruct]"], "synth.run")
     settings.seed = 1
     assert "pool.seed: this pool was made with 0, found 1" in refused(settings)
-    settings.seed, settings.instruct = 0, Instruct(num_instructions=151)
+    settings.seed, settings.instruct = 0, dataclasses.replace(settings.instruct, num_instructions=151)
     assert "instruct.num_instructions: this pool was made with 150, found 151" in refused(settings)
     assert dump(whole[0]) == before
 
