@@ -89,7 +89,7 @@ def fingerprint(path: str) -> str:
 
 
 class NgramIndex:
-    """The hashes of all n-grams of words in the evaluation items, as one sorted array for each n that occurs."""
+    """The hashes of all n-grams of words in the evaluation items, one sorted array for each n."""
 
     def __init__(self, items: Iterable[EvaluationItem], n: int):
         self.places: list[str] = []  # of the items

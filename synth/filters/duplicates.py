@@ -1,4 +1,4 @@
-"""Group near-duplicates: MinHash with locality-sensitive hashing finds candidate pairs, their true Jaccard similarity decides.
+"""Group near-duplicates by Jaccard similarity, with candidate pairs from locality-sensitive hashing.
 
 J(a, b) = |A ∩ B| / |A ∪ B| over the sets of 5-grams: of words, or of characters where a text has fewer than 20 words. Short texts with
 different numbers are different questions ("What is 801 plus 5?"), so the numbers of a short text are part of each of its 5-grams. A
@@ -61,7 +61,10 @@ class UnionFind:
 
 
 def shingles(text: str) -> np.ndarray:
-    """Return the set of a text's 5-grams as sorted hashes; spaces around a short text put each character into five of them."""
+    """Return the set of a text's 5-grams as sorted hashes.
+
+    Spaces around a short text put each of its characters into five of them.
+    """
     text_words = words(text)
     if len(text_words) >= MIN_WORDS:
         return np.unique(ngram_hashes(word_hashes(text_words), GRAM))
@@ -98,7 +101,7 @@ def _join_similar(distinct: Sequence[str], similarity: float, groups: UnionFind)
 
 
 def _candidate_pairs(signatures: np.ndarray, similarity: float) -> Iterator[np.ndarray]:
-    """Yield (pairs, 2) for each band: texts that agree in all its rows, and by estimate in enough of all permutations."""
+    """Yield (pairs, 2) for each band: texts that agree in all its rows and are similar by estimate."""
     from datasketch import MinHashLSH
     index = MinHashLSH(min(similarity, MAX_BAND_SIMILARITY), PERMUTATIONS, weights=ERROR_WEIGHTS)
     for band in range(index.b):
@@ -111,7 +114,7 @@ def _candidate_pairs(signatures: np.ndarray, similarity: float) -> Iterator[np.n
 
 
 def _similar_pairs(signatures: np.ndarray, i: np.ndarray, j: np.ndarray, buckets: np.ndarray, min_similarity: float) -> np.ndarray:
-    """Return (pairs, 2) of i and j that are in one bucket with an estimated similarity of at least `min_similarity`."""
+    """Return (pairs, 2) of those i and j that share a bucket and are similar by estimate."""
     same = np.flatnonzero(buckets[i] == buckets[j])
     i, j = i[same], j[same]
     estimates = [np.mean(signatures[i[start:start + BLOCK]] == signatures[j[start:start + BLOCK]], 1)

@@ -1,4 +1,4 @@
-"""Identify the language of an instruction with py3langid: 139 languages, offline, with the model in its wheel.
+"""Identify the language of an instruction with py3langid, which works offline.
 
 The language of a short text or of made-up words is unknown ('und', where its probability is below one half), and formulas have none
 ('zxx'): neither is a reason to drop an instruction. Wanted shares of languages are reached by weights, never by dropping.
@@ -42,7 +42,7 @@ def check_shares(option: str, wanted: Mapping[str, float]) -> None:
 
 
 def weight_factors(actual: Mapping[str, float], wanted: Mapping[str, float]) -> dict[str, float]:
-    """Return by which factor each language's weights are multiplied, so that the languages have the wanted shares.
+    """Return the factor of each language's weights that gives the languages their wanted shares.
 
     `actual` is the weight of each language now, `wanted` the shares of the weight whose language is known. Languages that are not wanted
     keep their proportions in what the wanted ones leave; where that is nothing they keep their weights, and the shares are those among

@@ -23,7 +23,10 @@ UNSPACED = ("CJK", "HIRAGANA", "KATAKANA")  # how Unicode's names of their chara
 
 
 class _CharacterMap(dict):
-    """A map from characters: letters, marks and digits stay, ideographs and kana get spaces around them, all else becomes a space."""
+    """A map of characters that separates words by spaces.
+
+    Letters, marks and digits stay, ideographs and kana get spaces around them, all else becomes a space.
+    """
 
     def __missing__(self, code: int) -> str:
         char = chr(code)
@@ -75,7 +78,10 @@ def character_hashes(text: str) -> np.ndarray:
 
 
 def ngram_hashes(hashes: np.ndarray, n: int) -> np.ndarray:
-    """Return the hashes of all n-grams in their order: (units,) -> (units - n + 1,); empty where the text is shorter. n >= 1."""
+    """Return the hashes of all n-grams in their order: (units,) -> (units - n + 1,).
+
+    Empty where the text is shorter; n >= 1.
+    """
     count = len(hashes) - n + 1
     if count <= 0:
         return np.empty(0, np.uint64)

@@ -1,4 +1,4 @@
-"""Measure how much of a text is one repeated phrase, as from a model that repeats itself until it is cut off.
+"""Measure how much of a text is one repeated phrase, as a model writes that is caught in a loop.
 
 For window lengths of 16, 24, 32, 48 ... characters up to a quarter of the text, and for windows that occur four times or more: the share
 of characters that the occurrences of one window cover, at most over all windows. A loop of any period is covered whole once it is long

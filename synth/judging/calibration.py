@@ -110,7 +110,7 @@ def fit_scales(sums: Sequence[ScoreSums]) -> dict[str, JudgeScale]:
 
 
 def _fit_effects(row: np.ndarray, column: np.ndarray, means: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Fit severity by judge and quality by author to the mean score of each pair (judge `row`, author `column`).
+    """Fit severity by judge and quality by author to the mean scores of (judge `row`, author `column`).
 
     Weighted by their counts, these means have the least-squares solution of the single scores. Also returns the connected group of each
     judge; the quality has mean 0 over the scores of a group.
@@ -129,7 +129,10 @@ def _fit_effects(row: np.ndarray, column: np.ndarray, means: np.ndarray, count: 
 
 
 def judge_scales(run: SynthesisRun) -> dict[str, JudgeScale]:
-    """Fit the scale of every judge with a score in the pool; without `judge.calibrate_judges` scores are left as they are."""
+    """Fit the scale of every judge with a score in the pool.
+
+    Without `judge.calibrate_judges` the scales leave scores as they are.
+    """
     judges, score = judges_by_author(run.config), SCORE_COLUMN[run.config.select.statistic]
     sums = map(ScoreSums._make, run.pool.select(SCORE_SUMS.format(score=score)))
     sums = [cell for cell in sums if cell.judge in judges.get(cell.author, ())]
@@ -172,7 +175,7 @@ class Rating(NamedTuple):
 def rate_responses(run: SynthesisRun) -> dict[str, JudgeScale]:
     """Recompute the table `ratings` inside the caller's transaction, and return the judges' scales.
 
-    Raises UserError where a judge has not been asked about a response yet.
+    Raises UserError where a judge still has to score a response.
     """
     scales = judge_scales(run)
     run.pool.connection.execute("DELETE FROM ratings")
@@ -198,7 +201,10 @@ def _compute_ratings(run: SynthesisRun, scales: dict[str, JudgeScale]) -> Iterat
 
 
 def combine_scores(key: tuple[int, str, int], scores: Sequence[tuple[JudgeScale | None, float | None]], calibrate: bool) -> Rating:
-    """Average the scores of one response, each with its judge's scale; None stands for a score that could not be read."""
+    """Average the scores of one response, each with its judge's scale.
+
+    A score of None could not be read.
+    """
     read = [(scale, score) for scale, score in scores if score is not None]
     if not read or len(read) < len(scores):
         return Rating(*key, None, None, len(read))

@@ -1,6 +1,7 @@
-"""Diagnose judges from their scores: spread, ties, agreement, preference for length or for their own responses; and warn of bad ones.
+"""Diagnose judges from their scores, and warn of unreliable ones.
 
-Only comparisons within an item count, because only they decide which response is selected.
+The figures are spread, ties, agreement, and preference for length or for their own responses. Only comparisons within an item count,
+because only they decide which response is selected.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class JudgeScores:
 
     @functools.cached_property
     def distinct(self) -> np.ndarray:
-        """Return the index of the first response with each text in an item, because equal texts cannot be told apart."""
+        """Return the index of the first response with each distinct text in an item."""
         order = np.lexsort((self.text_hash, self.item))
         same = (np.diff(self.item[order]) == 0) & (np.diff(self.text_hash[order]) == 0)
         return np.sort(order[np.r_[True, ~same][:len(order)]])
@@ -124,7 +125,10 @@ def read_scores(pool: Pool) -> JudgeScores | None:
 
 
 def _read_columns(pool: Pool, query: str, to_numbers: Callable[[tuple], tuple], columns: int) -> np.ndarray:
-    """Read a query's rows as an array [row, column], a page at a time: millions of tuples at once would not fit in memory."""
+    """Read a query's rows as an array [row, column].
+
+    Rows are read a page at a time, because millions of tuples at once would not fit in memory.
+    """
     cursor, pages = pool.connection.execute(query), []
     while rows := cursor.fetchmany(READ_ROWS):
         pages.append(np.array([to_numbers(row) for row in rows], dtype=float))
@@ -190,14 +194,20 @@ def _scored_distinct(scores: JudgeScores, j: int) -> tuple[np.ndarray, np.ndarra
 
 
 def _spread_within_items(scores: JudgeScores, j: int) -> float | None:
-    """Return the standard deviation, in points, of the judge's scores of different texts around their item's mean."""
+    """Return the standard deviation of the judge's scores around their item's mean, in points.
+
+    Equal texts of an item count once.
+    """
     item, values = _scored_distinct(scores, j)
     degrees_of_freedom = len(values) - (item.max() + 1 if len(values) else 0)
     return float(np.sqrt((center_by_group(item, values)**2).sum() / degrees_of_freedom)) if degrees_of_freedom > 0 else None
 
 
 def tie_rate(scores: JudgeScores, j: int) -> float | None:
-    """Return the share of items with different responses in which several of them have the judge's best score."""
+    """Return the share of items in which several different responses have the judge's best score.
+
+    Items with a single distinct response do not count.
+    """
     item, values = _scored_distinct(scores, j)
     if not len(values):
         return None
@@ -238,7 +248,7 @@ def _by_judge(reduce: Callable, scores: np.ndarray) -> np.ndarray:
 
 def judge_warnings(scores: JudgeScores, by_judge: dict[str, dict], pairs: dict[tuple[int, int], RankCorrelation],
                    lengths: Sequence[RankCorrelation], preference: SelfPreference | None) -> list[JudgeWarning]:
-    """Return a warning for each reason not to trust a judge; a warning that another one explains is left out."""
+    """Return a warning for each reason not to trust a judge, unless another warning explains it."""
     names, warnings = scores.judges, []
     others = {j: {k: pairs[j, k] for k in range(len(names)) if k != j} for j in range(len(names))}
     agreeing = {j for j in others if any(pair.is_above(MIN_AGREEMENT) for pair in others[j].values())}
@@ -286,7 +296,10 @@ def _reading_warnings(name: str, figures: dict) -> list[JudgeWarning]:
 
 
 def _length_warning(name: str, own: RankCorrelation, others: Sequence[RankCorrelation]) -> JudgeWarning | None:
-    """Warn of a judge that follows length; `others` belong to judges that agree with another one, so do not judge by length alone."""
+    """Warn of a judge whose scores follow length.
+
+    `others` belong to judges that agree with another one, so that more than length decides their scores.
+    """
     for sign, kind, what in ((1, "length-loving", "longer"), (-1, "brevity-loving", "shorter")):
         signed, beside = own._replace(value=sign * own.value), [sign * other.value for other in others if np.isfinite(other.value)]
         excess = signed._replace(value=signed.value - max(beside)) if beside else None

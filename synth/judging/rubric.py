@@ -1,4 +1,4 @@
-"""Build the prompts of judges: our own rubric from 1 to 5 or the user's, filled with an instruction and a response."""
+"""Build the prompts of judges from a rubric, an instruction and one or two responses."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def fill_placeholders(template: str, **values: str) -> str:
 
 
 def prompt_text(chat: Chat) -> str:
-    """Return the instruction alone, or with a system prompt or earlier turns the transcript of the whole chat."""
+    """Return the instruction, or the whole chat's transcript where it has more than that."""
     if chat.system is None and len(chat.messages) == 1:
         return chat.instruction
     system = [] if chat.system is None else [{"role": "system", "content": chat.system}]

@@ -1,6 +1,7 @@
-"""Estimate self-preference bias: how much higher a judge scores some model's responses than the other judges' scores explain.
+"""Estimate self-preference bias: how much too high a judge scores its own responses.
 
-A judge's mean score of a model's responses is
+Bias is what neither the judge's severity nor the model's quality, as the other judges see it, explains. A judge's mean score of a model's
+responses is
 
     mean score of judge j for model m = α_j + λ_j · β_m + bias_jm
 
@@ -50,9 +51,10 @@ class BlockSums(NamedTuple):
 
 def estimate_self_preference(judges: Sequence[str], authors: Sequence[str], scores: np.ndarray, item: np.ndarray,
                              author: np.ndarray) -> SelfPreference | None:
-    """Estimate every judge's bias from scores [response, judge] (NaN: none) and each response's item and author index.
+    """Estimate every judge's bias for every author.
 
-    Returns None where no judge scored its own responses, or where bias cannot be told from quality: with fewer than three authors.
+    `scores` is [response, judge] (NaN: none), `item` and `author` (an index into `authors`) are those of each response.
+    Returns None where no judge scored its own responses, or where bias and quality cannot be separated: with fewer than three authors.
     """
     is_own = np.array([[judge == name for name in authors] for judge in judges])
     sums = _block_sums(scores, item, author, len(authors))
@@ -93,7 +95,10 @@ def _block_sums(scores: np.ndarray, item: np.ndarray, author: np.ndarray, author
 
 
 def _bias(sums: BlockSums, is_own: np.ndarray) -> np.ndarray | None:
-    """Return bias [judge, author]; where several loadings fit, the smallest bias on which all of them agree in sign."""
+    """Return bias [judge, author].
+
+    Where several loadings fit, that is the smallest of their biases, or 0 where their signs differ.
+    """
     with np.errstate(invalid="ignore", divide="ignore"):
         means, covariance = sums.score / sums.count, np.nan_to_num(sums.product / sums.pairs)
     total = np.maximum(sums.count.sum(1), 1)
@@ -108,11 +113,11 @@ def _bias(sums: BlockSums, is_own: np.ndarray) -> np.ndarray | None:
 
 
 def factor_loadings(covariance: np.ndarray) -> list[np.ndarray]:
-    """Fit the loadings λ of one common factor whose products λ_j λ_k approximate the off-diagonal covariances.
+    """Fit the loadings λ of one common factor to the covariances of judges.
 
-    A loading lies between 0 and the judge's standard deviation, and is 0 for a judge that agrees with nobody. Two judges that agree
-    determine only the product of their loadings: then both extremes are returned, with all the noise in one judge or in the other. With
-    fewer judges that agree, the list is empty.
+    Their products λ_j λ_k approximate the off-diagonal covariances. A loading lies between 0 and the judge's standard deviation, and is 0
+    for a judge that agrees with nobody. Two judges that agree determine only the product of their loadings: then both extremes are
+    returned, with all the noise in one judge or in the other. With fewer judges that agree, the list is empty.
     """
     spread = np.sqrt(np.maximum(np.diag(covariance), 0))
     off_diagonal = covariance * (1 - np.eye(len(covariance)))
@@ -134,7 +139,7 @@ def factor_loadings(covariance: np.ndarray) -> list[np.ndarray]:
 
 
 def _residuals(means: np.ndarray, loading: np.ndarray, is_reference: np.ndarray) -> np.ndarray | None:
-    """Return mean scores less what severity and quality explain, both fitted to the reference cells [judge, author]."""
+    """Return mean scores less severity and quality, both fitted to the reference cells [judge, author]."""
     quality = _fit_quality(means, loading, is_reference)
     if quality is None:
         return None

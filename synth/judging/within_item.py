@@ -1,6 +1,6 @@
-"""Compute rank correlations within items, because only comparisons within an item decide which response is selected.
+"""Compute rank correlations within items.
 
-The correlation is Spearman's within items, pooled over them:
+Only comparisons within an item decide which response is selected. The correlation is Spearman's within items, pooled over them:
 
     Σ r s / sqrt(Σ r² Σ s²)
 
@@ -17,7 +17,7 @@ SIGMAS = 4.0  # standard errors that make a difference significant; high, becaus
 
 
 class RankCorrelation(NamedTuple):
-    """A rank correlation within items and its standard error; both NaN where no two responses can be compared."""
+    """A rank correlation within items and its standard error; both NaN where nothing can be compared."""
 
     value: float
     standard_error: float

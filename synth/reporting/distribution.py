@@ -83,7 +83,10 @@ class ReferenceComparison:
         self.topics = Topics(shortened, [self._row[text] for text in fitted_texts], topics, seed)
 
     def compare(self, sample: InstructionSample) -> dict:
-        """Return all figures of a sample against the reference; only its size and lengths where either has too few texts."""
+        """Return all figures of a sample against the reference.
+
+        Where either has too few texts, these are only the sample's size and lengths.
+        """
         return self._compare(self.reference, sample)
 
     def baseline(self) -> dict:
@@ -112,9 +115,10 @@ class ReferenceComparison:
 
 
 def classifier_auc(a, b, seed: int) -> tuple[float, float]:
-    """Return the cross-validated AUC of a logistic regression that separates rows of `a` from rows of `b`, and its standard error.
+    """Return the AUC of a classifier that separates rows of `a` from rows of `b`, and its standard error.
 
-    The error is a bootstrap over items. The regularisation is strong (C 0.1) because the differences are slight.
+    The classifier is a cross-validated logistic regression, strongly regularised (C 0.1) because the differences are slight. The error is
+    a bootstrap over items.
     """
     features, side = vstack([a, b]).tocsr(), np.r_[np.ones(a.shape[0]), np.zeros(b.shape[0])]
     scores = np.zeros(len(side))
@@ -131,10 +135,10 @@ def classifier_auc(a, b, seed: int) -> tuple[float, float]:
 
 
 def squared_mmd(a: np.ndarray, b: np.ndarray, width: float, seed: int) -> tuple[float, float, float]:
-    """Return the unbiased squared maximum mean discrepancy of two sets of vectors under exp(-d² / (2 width²)), with p and z.
+    """Return the squared maximum mean discrepancy (MMD²) of two sets of vectors, with p and z.
 
-    Both come from a permutation test: p is the share of random divisions of the vectors that are as far apart, z the distance from their
-    mean in their standard deviations.
+    It is the unbiased estimate under the kernel exp(-d² / (2 width²)). p and z come from a permutation test: p is the share of random
+    divisions of the vectors that are as far apart, z the distance from their mean in their standard deviations.
     """
     joined = np.concatenate([a, b])
     kernel = np.exp(pairwise_distances(joined, metric="sqeuclidean") / (-2 * width**2)).astype(np.float32)
@@ -170,7 +174,10 @@ def compare_likelihoods(reference: InstructionSample, sample: InstructionSample)
 
 
 def compare_repeats(reference: Sequence[str], texts: Sequence[str]) -> dict:
-    """Compare the shares of texts that occur more than once, among equally many texts: the share grows with their number."""
+    """Compare the shares of texts that occur more than once.
+
+    Equally many texts are compared, because the share grows with their number.
+    """
     n = min(len(reference), len(texts))
     a, b = (_repeated_share(side[:n]) for side in (reference, texts))
     return {"repeated": b, "repeated_reference": a, "repeated_error": math.sqrt((a * (1 - a) + b * (1 - b)) / n)}
@@ -184,7 +191,10 @@ class Topics:
     """Topics of texts: k-means on TF-IDF and SVD of their words, the largest topic first."""
 
     def __init__(self, texts: Sequence[str], fitted: Sequence[int], count: int, seed: int):
-        """Fit at most `count` topics on the texts with the indices `fitted`, which may repeat, and assign every text to one."""
+        """Fit at most `count` topics, and assign every text to one.
+
+        They are fitted to the texts with the indices `fitted`, which may repeat.
+        """
         # \w+ also takes digits and words of one letter
         vectorizer = TfidfVectorizer(token_pattern=r"\w+|[^\w\s]", sublinear_tf=True, min_df=_min_document_count(texts),
                                      max_features=20_000)
@@ -203,7 +213,7 @@ class Topics:
         return np.bincount(self.topic_of[rows], minlength=self.count) / max(len(rows), 1)
 
     def compare(self, a: np.ndarray, b: np.ndarray) -> dict:
-        """Return the total variation between the topic shares of two samples, and its mean under chance alone.
+        """Return the total variation between the topic shares of two samples, and its mean under chance.
 
         The latter is half the sum of the mean absolute errors of normal shares.
         """

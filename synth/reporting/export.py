@@ -1,4 +1,4 @@
-"""Write the replay set that `trainer.run` reads, preference pairs in TRL's format, and the manifest of both.
+"""Write the replay set, preference pairs in TRL's format, and the manifest of both.
 
 Every file is written atomically. Equal pools give equal bytes: no file contains a time or a path.
 """

@@ -1,4 +1,4 @@
-"""Follow a pool's items through the stages: how many each one left, why the others were dropped, and samples after each rule."""
+"""Follow a pool's items through the stages: counts, reasons of drops, and samples after each rule."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ REFERENCE = "SELECT id, text, logprob, tokens FROM fresh WHERE text IS NOT NULL"
 
 
 def pool_yield(pool: Pool) -> dict:
-    """Count the items left after each stage that has begun, drops by stage and reason, and usable responses."""
+    """Count items left after each stage that has begun, drops by reason, and usable responses."""
     left = {"planned": _count(pool, "SELECT count(*) FROM items")}
     if _count(pool, "SELECT EXISTS (SELECT 1 FROM turns)"):
         left["sampled"] = _count(pool, SAMPLED)
@@ -88,7 +88,7 @@ class SampledItem(NamedTuple):
 
     @property
     def rule(self) -> tuple[str | None, str | None]:
-        """Return the stage and the rule that dropped it; unusable turns count as one rule, whatever their reason."""
+        """Return the stage and the rule that dropped it; all unusable turns count as one rule."""
         return ("instruct", None) if self.dropped_by == "instruct" else (self.dropped_by, self.reason)
 
 
@@ -108,11 +108,12 @@ def reference_sample(run: SynthesisRun) -> InstructionSample:
 
 
 def funnel_steps(run: SynthesisRun) -> list[FunnelStep]:
-    """Sample the pool's instructions as sampled, after every rule that dropped some, weighted, and selected.
+    """Sample the pool's instructions after every step of the funnel.
 
-    Of an item with several turns the first one is compared, because reference samples are first turns. Each step shows the same items as
-    the one before, as far as they are left. Where items have weights, one is kept with a probability of its weight over the largest
-    weight, so that the sample is distributed as the replay set is.
+    The steps are: as sampled, after every rule that dropped some, weighted, and selected. Of an item with several turns the first one is
+    compared, because reference samples are first turns. Each step shows the same items as the one before, as far as they are left. Where
+    items have weights, one is kept with a probability of its weight over the largest weight, so that the sample is distributed as the
+    replay set is.
     """
     items = {item.id: item for item in map(SampledItem._make, run.pool.select(SAMPLED_ITEMS))}
     left = [items[item] for item in _shuffled(run, items, "report")]
@@ -131,7 +132,7 @@ def funnel_steps(run: SynthesisRun) -> list[FunnelStep]:
 
 
 def _rules_in_order(items: Iterable[SampledItem]) -> list[tuple[str, str | None]]:
-    """Return the rules that dropped items before any response was sampled, in the order in which they are applied."""
+    """Return the rules of instruct and clean that dropped items, in the order of their application."""
     rules = {item.rule for item in items if item.dropped_by in ("instruct", "clean")}
 
     def order(rule: tuple[str, str | None]) -> tuple:

@@ -1,4 +1,4 @@
-"""Build the manifest of a replay set: its models, options and versions, counts of each stage, and shares of each model."""
+"""Build the manifest of a replay set: its models, options, versions, counts and shares."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ SELECTED_TOKENS = """
 
 
 def manifest(run: SynthesisRun, scales: Mapping[str, JudgeScale], replay: str) -> dict[str, Any]:
-    """Return everything that the replay set in the file `replay` depends on, and counts; equal for equal pools."""
+    """Return everything that the replay set in the file `replay` depends on, and counts.
+
+    Equal pools give equal manifests.
+    """
     models = [dict(zip(MODEL_COLUMNS, row)) for row in run.pool.select(MODELS)]
     for model in models:
         model["deterministic"] = bool(model["deterministic"])

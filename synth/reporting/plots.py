@@ -18,7 +18,10 @@ MAX_BARS = 12  # of one plot
 
 
 def plots(figures: dict[str, Any], samples: dict[str, InstructionSample]) -> list[Plot]:
-    """Draw the plots for which the pool has figures. `samples`: the reference, and the pool's first and last step."""
+    """Draw the plots for which the pool has figures.
+
+    `samples` are the reference, and the pool's first and last step.
+    """
     drawn = [_plot_yield(figures["yield"]["left"])] if figures["yield"]["left"]["planned"] else []
     if distribution := figures["distribution"]:
         drawn += _plot_distribution(distribution, samples)

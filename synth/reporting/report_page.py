@@ -79,7 +79,10 @@ def _cause_of_difference(steps: list[dict]) -> str:
 
 
 def outcome(figures: dict[str, Any]) -> str:
-    """Return the sentences at the head of the page: how far the pool is, how near it is to the base, and whether there are warnings."""
+    """Return the sentences at the head of the page.
+
+    They say how far the pool is, how near it is to the base's distribution, and whether there are warnings.
+    """
     left = figures["yield"]["left"]
     if not left["planned"]:
         return "No instructions have been planned yet."

@@ -1,4 +1,4 @@
-"""Stage `clean`: filter instructions by length, repetition, language, contamination and near-duplicates.
+"""Stage `clean`: filter instructions by length, repetition, language, contamination and duplicates.
 
 Every drop has its reason in the pool. The rules that look at one instruction come first and near-duplicates last, so that a dropped
 instruction takes nobody's place in its group. The instruction of a chat is its last user turn; contamination is looked for in all user
@@ -47,7 +47,10 @@ class CleanResult:
 
 
 def clean(run: SynthesisRun) -> None:
-    """Run the stage. Raises UserError for a missing evaluation file, or where responses were made with other settings."""
+    """Run the stage.
+
+    Raises UserError for a missing evaluation file, or where responses were made with other settings.
+    """
     run.require("instruct")
     current = settings(run.config)
     if run.done("clean") and run.pool.get("settings.clean") == current:
@@ -68,7 +71,10 @@ def clean(run: SynthesisRun) -> None:
 
 
 def settings(config: Config) -> dict[str, Any]:
-    """Return everything that the results depend on, with a hash of each evaluation file. Raises UserError for unusable values."""
+    """Return everything that the results depend on, with a hash of each evaluation file.
+
+    Raises UserError for values that cannot be used.
+    """
     language.check_codes("clean.languages", config.clean.languages)
     language.check_shares("instruct.languages", config.instruct.languages)
     kept = dataclasses.asdict(config.clean) | {"wanted_languages": config.instruct.languages, "seed": config.seed}
@@ -138,7 +144,10 @@ def _drop_by_base_embeddings(run: SynthesisRun, items: list[EvaluationItem], tex
 
 def drop_by_embeddings(embed: contamination.Embed, tokens: Callable[[str], tuple[int, ...]], items: list[EvaluationItem],
                        texts: Mapping[int, str], min_cosine: float, say: Callable[[str], None]) -> dict[int, Drop]:
-    """Drop items whose text has a cosine of at least `min_cosine` with an evaluation item. Equal texts are embedded once."""
+    """Drop items whose text has a cosine of at least `min_cosine` with an evaluation item.
+
+    Equal texts are embedded once.
+    """
     items_of: dict[str, list[int]] = defaultdict(list)
     for item, text in texts.items():
         items_of[text].append(item)
@@ -159,7 +168,10 @@ def drop_by_embeddings(embed: contamination.Embed, tokens: Callable[[str], tuple
 
 
 def thin_groups(groups: Mapping[int, int], rule: str, cap: float, seed: int) -> tuple[dict[int, Drop], dict[int, float]]:
-    """Return drops and weights by the rule `clean.duplicates`. The seed decides which items of a group are kept."""
+    """Return drops and weights by the rule `clean.duplicates`.
+
+    The seed decides which items of a group are kept.
+    """
     members: dict[int, list[int]] = defaultdict(list)
     for item, first in groups.items():
         members[first].append(item)
@@ -175,7 +187,9 @@ def thin_groups(groups: Mapping[int, int], rule: str, cap: float, seed: int) -> 
 
 
 def cap_count(cap: float, items: int) -> int:
-    """Return how many items of a group are kept: the cap itself, or below 1 a share of all items but at least MIN_SHARE_CAP.
+    """Return how many items of a group are kept under a cap.
+
+    That is the cap itself, or below 1 a share of all items but at least MIN_SHARE_CAP.
 
     A cap that does not grow with the pool removes most duplicates of a large pool, and with them its distribution.
     """

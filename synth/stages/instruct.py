@@ -1,4 +1,4 @@
-"""Stage `instruct`: sample the base's own instructions, and its responses between them where a chat has several turns.
+"""Stage `instruct`: sample the base's own instructions, with its responses between several turns.
 
 Items are planned first: each one's temperature, top_p, system prompt and number of turns follow from the seed and the item's number. Then
 turns are sampled position by position, all items at once. Reference samples are taken besides, at temperature 1 and top_p 1. They are not
@@ -72,7 +72,10 @@ def instruct(run: SynthesisRun) -> None:
 
 
 def plan(config: Config, item: int) -> PlannedItem:
-    """Plan an item: strata of temperature and top_p in rotation, system prompt and number of turns drawn by weight."""
+    """Plan the sampling of an item.
+
+    Strata of temperature and top_p rotate; system prompt and number of turns are drawn by weight.
+    """
     options = config.instruct
     strata = list(itertools.product(options.temperature, options.top_p))
     system = seeds.choice([system.weight for system in options.system_prompts], config.seed, "system", item)
@@ -84,7 +87,7 @@ def plan(config: Config, item: int) -> PlannedItem:
 
 
 def sample_turns(run: SynthesisRun, writer: ResultWriter, position: int) -> None:
-    """Sample the turns at `position` of the items that lack it, are not dropped, and have all turns before it."""
+    """Sample the turns that are missing at `position`, of items that have all turns before it."""
     missing = [item for item, in run.pool.select(MISSING_TURN, position, position, position, position - 1)]
     if missing:
         task = TurnTask(run, position)
@@ -154,7 +157,10 @@ def _id_list(items: Sequence[int]) -> str:
 
 
 class UserPrompts:
-    """Prompts after which the model writes a user turn; the one of a first turn depends only on the system prompt, and is cached."""
+    """Prompts after which the model writes a user turn.
+
+    The prompt of a first turn depends only on the system prompt, and is cached.
+    """
 
     def __init__(self, format: ChatFormat):
         self.format, self.first = format, {}
@@ -172,7 +178,7 @@ class UserPrompts:
 
 
 def sample_reference(run: SynthesisRun, writer: ResultWriter) -> None:
-    """Sample first turns at temperature 1 and top_p 1 under the pool's system prompts, for comparison only."""
+    """Sample first turns at temperature 1 and top_p 1, under the pool's system prompts."""
     done = {item for item, in run.pool.select("SELECT id FROM fresh")}
     missing = [item for item in range(run.config.instruct.reference_samples) if item not in done]
     if not missing:

@@ -1,4 +1,4 @@
-"""Stage `judge`: every judge scores every usable response and, as an option, compares the two best ones in both orders.
+"""Stage `judge`: every judge scores every usable response, and may compare the two best of an item.
 
 A score is the expected value of the digits 1 to 5 under their probabilities where the judge's answer would begin, or the number that the
 judge writes on its last line after a justification. A score that cannot be read is NULL in the pool, with its reason.
@@ -73,7 +73,10 @@ def judge(run: SynthesisRun) -> None:
 
 
 def pin_judge_settings(run: SynthesisRun) -> None:
-    """Store the settings that scores depend on, with the text of the rubric; UserError where a later call has other ones."""
+    """Store the settings that scores depend on, with the text of the rubric.
+
+    Raises UserError where a later call has other settings.
+    """
     options, text = run.config.judge, load_rubric(run.config.judge)
     length = {"max_tokens": options.max_tokens} if options.scoring == "generated" else {}
     run.pin_settings("judge", {"judges": [model_identity(model) for model in run.config.judges], "scoring": options.scoring, **length,
@@ -247,7 +250,10 @@ class ResponsePair(NamedTuple):
 
 
 def compare_best_pairs(run: SynthesisRun) -> None:
-    """Have each item's two best responses compared in both orders, by every judge that wrote neither (by all where there is none)."""
+    """Have each item's two best responses compared in both orders.
+
+    They are compared by every judge that wrote neither, or by all judges where there is none such.
+    """
     run.pin_settings("pairwise", {"calibrate_judges": run.config.judge.calibrate_judges, "text": _short_hash(PAIRWISE_PROMPT)})
     with run.pool.transaction():
         rate_responses(run)

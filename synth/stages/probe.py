@@ -1,4 +1,4 @@
-"""Stage `probe`: show the prompt of a user's turn and a few sampled instructions at several temperatures.
+"""Stage `probe`: show the prompt of a user's turn, and sample instructions at several temperatures.
 
 No later stage depends on it. It is for reading before a long run: is the prompt right, how much is junk, and at which temperature does the
 variety end or the junk begin?
@@ -63,7 +63,7 @@ def sample_and_summarise(run: SynthesisRun, format: ChatFormat, settings: dict) 
 
 
 def summarise(temperature: float, results: Sequence[Completion | Failure], rest: str, format: ChatFormat) -> dict:
-    """Compute junk by kind (as shares of the samples), variety, length and likelihood of the samples at one temperature.
+    """Summarise the samples at one temperature: junk by kind, variety, length and likelihood.
 
     `rest` is the text of the template that the prompt leaves for the model to write first.
     """
@@ -92,7 +92,10 @@ def _junk_kind(completion: Completion, text: str, format: ChatFormat) -> str | N
 
 
 def prompt_lines(format: ChatFormat) -> list[str]:
-    """Describe the prompt and the stops; the prompt is decoded from its tokens, to show that they are the template's text."""
+    """Describe the prompt and the stops.
+
+    The prompt is decoded from its tokens, to show that they are the template's text.
+    """
     prompt, stops = format.user_prompt([]), format.user_stops
     text = format.tokenizer.decode(prompt.token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     rest = f"; the model writes {prompt.rest!r} itself" if prompt.rest else ""

@@ -94,7 +94,10 @@ def compare_with_reference(run: SynthesisRun) -> PoolComparison | None:
 
 
 def embed_with_base(run: SynthesisRun, texts: list[str]) -> dict[str, np.ndarray] | None:
-    """Embed texts with the base, in the place of a first user turn; None where that fails, with a line on the console."""
+    """Embed texts with the base, in the place of a first user turn.
+
+    Returns None where that fails, with a line on the console.
+    """
     try:
         format = run.format(run.base)
         prefix = format.user_prompt(()).token_ids
@@ -113,7 +116,7 @@ def embed_with_base(run: SynthesisRun, texts: list[str]) -> dict[str, np.ndarray
 
 
 def selected_by_model(run: SynthesisRun) -> dict[str, dict[str, float]]:
-    """Return each model's share of the candidates for the selected items, and of the chosen responses by items and by tokens."""
+    """Return each model's share of the candidates, and of the chosen responses by items and tokens."""
     chosen = shares(run)
     if not chosen:
         return {}
@@ -137,7 +140,10 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
 
 
 def usage_rows(run: SynthesisRun) -> list[dict[str, Any]]:
-    """Return requests, tokens, time and rates by stage and model; engine rates count only the time in which the engine computes."""
+    """Return requests, tokens, time and rates by stage and model.
+
+    The engine's rate counts only the time in which the engine computes.
+    """
     rows = [dict(zip(USAGE_COLUMNS, row)) for row in run.pool.select(USAGE)]
     for row in rows:
         generates = row["tokens"] > row["requests"]  # judging by digits and likelihoods generate next to nothing

@@ -1,4 +1,4 @@
-"""Stage `respond`: every model responds to every clean item, and the base scores the likelihood of every response.
+"""Stage `respond`: every model responds to every clean item, and the base scores all likelihoods.
 
 The base comes last, so that it is loaded once: it samples its own responses, then scores those of the other models. The likelihood of its
 own responses is known from sampling them.
@@ -132,7 +132,10 @@ def _unscored_keys(run: SynthesisRun) -> list[tuple[int, str, int]]:
 
 
 def score_likelihood(run: SynthesisRun, writer: ResultWriter) -> None:
-    """Write every response's log-probability under the base, its end of turn included; base_tokens is 0 where that fails."""
+    """Write every response's log-probability under the base, its end of turn included.
+
+    Where that fails, base_tokens is 0.
+    """
     unscored = _unscored_keys(run)
     if not unscored:
         return

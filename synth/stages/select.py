@@ -1,11 +1,11 @@
-"""Stage `select`: choose the response to each instruction for the replay set, and a rejected one for preference pairs.
+"""Stage `select`: choose a response to each instruction for the replay set, and a rejected one.
 
 The rules (`select.rule`):
 
 - best: the response with the best rating;
 - majority: of the responses within `select.margin` points of the best, the text that most of them have word for word (self-consistency,
   Wang et al., arXiv 2203.11171), and of several such texts the likeliest one per token under the base. Long responses are all different,
-  so that the likelihood alone decides;
+  so that only the likelihood decides;
 - base_likelihood: of the responses within the margin the likeliest one per token under the base, which changes the base least (GRAPE,
   arXiv 2502.04194);
 - first: the first of `select.candidates`, which needs no judge.
@@ -154,7 +154,10 @@ def read_candidates(run: SynthesisRun) -> Iterator[tuple[int, float, list[Candid
 
 
 class AllowedCandidates:
-    """The responses that `select.candidates` names, in that order; UserError for one that the pool does not have."""
+    """The responses that `select.candidates` names, in that order.
+
+    Raises UserError for a name that the pool does not have.
+    """
 
     def __init__(self, run: SynthesisRun):
         config = run.config
@@ -178,7 +181,10 @@ class AllowedCandidates:
 
 
 def drop_reason(candidates: Sequence[Candidate], weight: float, min_score: float | None) -> tuple[str, str | None] | None:
-    """Return the reason to drop an item and a detail; None where it is kept. Without `min_score` no rating is needed."""
+    """Return the reason to drop an item and a detail; None where it is kept.
+
+    Without `min_score` no rating is needed.
+    """
     if weight <= 0:
         return NO_WEIGHT, None
     if not candidates:
@@ -195,7 +201,7 @@ def drop_reason(candidates: Sequence[Candidate], weight: float, min_score: float
 
 
 class Comparison(NamedTuple):
-    """A row of the query COMPARISONS: one judge saw the response of `model` first and that of `other_model` second."""
+    """A row of the query COMPARISONS; the judge saw the response of `model` first."""
 
     item: int
     judge: str
@@ -218,9 +224,9 @@ def read_preferences(run: SynthesisRun) -> dict[int, ResponseKey]:
 
 
 def preferred_response(comparisons: Iterable[Comparison]) -> ResponseKey | None:
-    """Return the response whose mean share, over the judges with a result in both orders, is above one half.
+    """Return the response that the judges prefer on the mean over both orders.
 
-    `comparisons` are those of one item. None where the shares are even or no judge has both results.
+    `comparisons` are those of one item. None where the mean share is one half, or no judge has a result in both orders.
     """
     shares: dict[str, dict[ResponseKey, float]] = defaultdict(dict)  # by judge and by the response shown first
     for comparison in comparisons:
@@ -247,7 +253,10 @@ def choose(config: Config, item: int, candidates: Sequence[Candidate], preferred
 
 
 def choose_by_rule(config: Config, item: int, rated: Sequence[Candidate]) -> Candidate:
-    """Choose by `select.rule`; the best one where the base has read no response within the margin. The seed breaks ties."""
+    """Choose by `select.rule`; the seed breaks ties.
+
+    Where the base has read no response within the margin, the best one is chosen.
+    """
     rule, best = config.select.rule, max(candidate.value for candidate in rated)
     if rule != "best":
         near = [candidate for candidate in rated if candidate.value >= best - config.select.margin - EQUAL]
@@ -259,7 +268,10 @@ def choose_by_rule(config: Config, item: int, rated: Sequence[Candidate]) -> Can
 
 
 def choose_rejected(config: Config, item: int, rated: Sequence[Candidate], chosen: Candidate) -> Candidate | None:
-    """Return the worst response with another text than the chosen one, if it is worse by more than `select.margin`."""
+    """Return the worst response, if it is worse than the chosen one by more than `select.margin`.
+
+    Responses with the chosen text do not count.
+    """
     others = [candidate for candidate in rated if candidate.text != chosen.text]
     worst = min((candidate.value for candidate in others), default=chosen.value)
     if worst >= chosen.value - config.select.margin - EQUAL:
