@@ -53,7 +53,7 @@ def text_of(html: str) -> str:
 
 
 class Readbacks(TorchDispatchMode):
-    """Notes the operations whose result the host has to wait for: scalars read back, and sizes that depend on values."""
+    """Notes the operations whose result the host waits for: scalars read, sizes that depend on values."""
 
     WAITS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.masked_select.default}
 

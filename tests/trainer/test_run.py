@@ -252,14 +252,14 @@ def test_a_dry_run_shows_everything_and_trains_nothing(model_folder, chats, tmp_
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("able, precision, said", [(True, "auto", True), (False, "auto", False), (True, "fp32", False)])
-def test_a_cpu_that_could_be_faster_is_told_of(model_folder, chats, tmp_path, capsys, monkeypatch, able, precision, said):
-    monkeypatch.setattr("trainer.training.build.fast_bf16", lambda: able)
+@pytest.mark.parametrize("fast, precision, hinted", [(True, "auto", True), (False, "auto", False), (True, "fp32", False)])
+def test_a_cpu_that_could_be_faster_is_pointed_out(model_folder, chats, tmp_path, capsys, monkeypatch, fast, precision, hinted):
+    monkeypatch.setattr("trainer.training.build.fast_bf16", lambda: fast)
     run(model_folder, chats, tmp_path / "run", "--max_steps", "1", "--precision", precision)
-    assert ("--precision bf16" in capsys.readouterr().out) == said
+    assert ("--precision bf16" in capsys.readouterr().out) == hinted
 
 
-def test_a_bf16_run_fills_its_packs_up_and_says_so(model_folder, chats, tmp_path, capsys):
+def test_a_bf16_run_pads_its_packs_and_says_so(model_folder, chats, tmp_path, capsys):
     run(model_folder, chats, tmp_path / "run", "--max_steps", "1", "--precision", "bf16")
     assert "padded to multiples of 64" in capsys.readouterr().out
     run(model_folder, chats, tmp_path / "other", "--max_steps", "1")
