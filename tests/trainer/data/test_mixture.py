@@ -52,7 +52,7 @@ def test_the_replay_share_is_as_asked(made, epoch):
 @unhurried
 @given(mixtures(), st.integers(0, 20))
 def test_sources_follow_their_weights(made, epoch):
-    """Each source gives weight * size samples an epoch; under a ratio, replay sources divide their share so."""
+    """A source gives weight * size samples an epoch; a ratio divides the replay share in this proportion."""
     mixture, lengths, sources = made
     indices = mixture.epoch(epoch)
     rows = np.bincount(sources[indices], minlength=len(mixture.parts))

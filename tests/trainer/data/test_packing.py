@@ -1,4 +1,4 @@
-"""Packs have every sample once, under the caps, as full as first-fit decreasing; targets are next tokens."""
+"""Packs have every sample once, under the caps, about as full as possible; targets are next tokens."""
 
 import time
 
