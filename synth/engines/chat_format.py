@@ -51,6 +51,15 @@ class Stops(NamedTuple):
     texts: tuple[str, ...] = ()  # only where the template ends the turn in plain text
 
 
+class TemplateParts(NamedTuple):
+    """Texts that a chat template prints around the messages of a chat with two questions and two answers."""
+
+    before_question: str  # before the first question
+    before_answer: str  # between a question and its answer
+    after_answer: str  # between the first answer and the second question
+    after_last_answer: str
+
+
 @dataclass(frozen=True)
 class ChatFormat:
     """A model's chat format, as prompts and stops.
@@ -136,7 +145,7 @@ class ChatFormat:
 
         The opening of reasoning, which that prompt ends with, is not repeated.
         """
-        end = self._first_special(self._parts[3])
+        end = self._first_special(self._parts.after_last_answer)
         opened = REASONING if self._opens_reasoning else ""
         return (*self._ids(text.removeprefix(opened)), self.response_stops.ids[0] if end is None else end)
 
@@ -148,7 +157,7 @@ class ChatFormat:
 
         These are the first special token after it, those that begin any turn, and ends of sequence.
         """
-        after = self._parts[1]
+        after = self._parts.before_answer
         ending = self._first_special(after)
         ids = {ending, *self._openers, *self._eos} - {None}
         marker = after.strip().split("\n")[0] if ending is None or not self._starts_with_special(after) else ""
@@ -163,10 +172,9 @@ class ChatFormat:
 
         An assistant that writes in channels (gpt-oss) ends each channel as templates end earlier turns: then only the last one counts.
         """
-        _, _, following, tail = self._parts
-        ids = {self._first_special(tail), *self._eos} - {None}
-        if not self._special_ids(self._written) or not self._special_ids(tail):
-            ids |= {self._first_special(following)} - {None}
+        ids = {self._first_special(self._parts.after_last_answer), *self._eos} - {None}
+        if not self._special_ids(self._written) or not self._special_ids(self._parts.after_last_answer):
+            ids |= {self._first_special(self._parts.after_answer)} - {None}
         return Stops(tuple(sorted(ids)))
 
     def final_answer(self, text: str) -> str | None:
@@ -175,9 +183,12 @@ class ChatFormat:
         That is all of the turn or, for a model with channels, what follows the mark of the final channel; None where that is missing.
         """
         mark = re.sub(r"</?think>", "", self._written).strip()
-        _, found, said = text.rpartition(mark) if mark else ("", REASONING, text)
-        opened = REASONING if self._opens_reasoning else ""
-        return opened + said if found else None
+        answer = text
+        if mark:
+            _, found, answer = text.rpartition(mark)
+            if not found:
+                return None
+        return (REASONING if self._opens_reasoning else "") + answer
 
     @functools.cached_property
     def _opens_reasoning(self) -> bool:
@@ -193,32 +204,28 @@ class ChatFormat:
     @functools.cached_property
     def _written(self) -> str:
         """Return the text before an answer that the generation prompt lacks, so that the model writes it."""
-        between = self._parts[1]
+        between = self._parts.before_answer
         return between[len(commonprefix([self._prompt, between])):]
 
     @functools.cached_property
-    def _parts(self) -> tuple[str, str, str, str]:
-        """Return the template's texts around the messages of a plain chat.
-
-        They stand before the first question, between it and its answer, between that and the next question, and after the last answer.
-        """
+    def _parts(self) -> TemplateParts:
+        """Return the template's texts around the messages of a plain chat."""
         user, assistant = {"role": "user", "content": USER_WORDS}, {"role": "assistant", "content": ASSISTANT_WORDS}
         pieces = re.split(f"[{USER_WORDS}{ASSISTANT_WORDS}]", self.template.render([user, assistant, user, assistant]))
         if len(pieces) != 5:
             raise self._template_error("it does not print each message of a plain chat once")
-        return pieces[0], pieces[1], pieces[2], pieces[4]
+        return TemplateParts(pieces[0], pieces[1], pieces[2], pieces[4])
 
     @property
     def _user_opening(self) -> str:
         """Return the end of the text before a first question that is also before a second one."""
-        first, _, following, _ = self._parts
-        return commonprefix([first[::-1], following[::-1]])[::-1]
+        return commonprefix([self._parts.before_question[::-1], self._parts.after_answer[::-1]])[::-1]
 
     @functools.cached_property
     def _openers(self) -> set[int]:
         """Return the special tokens that begin a turn of any role."""
         opening = self._first_special(self._user_opening)
-        between = self._special_ids(self._parts[1])
+        between = self._special_ids(self._parts.before_answer)
         return {opening, *between} - {None}
 
     @functools.cached_property

@@ -67,23 +67,25 @@ class TransformersModel:
     """A LoadedModel (see protocol.py) that transformers runs."""
 
     def __init__(self, load: LoadRequest):
-        model, folder, trust = load.model, load.folder, load.model.trust_remote_code
-        self.path, self.device = model.path, torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        config, threads = AutoConfig.from_pretrained(folder, trust_remote_code=trust), torch.get_num_threads()
+        model, threads = load.model, torch.get_num_threads()
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        config = AutoConfig.from_pretrained(load.folder, trust_remote_code=model.trust_remote_code)
         if self.device.type == "cpu":
             make_rows_independent_of_batch(threads)
         self.model = _load(load, config, self.device)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
+        self.tokenizer = AutoTokenizer.from_pretrained(load.folder, trust_remote_code=model.trust_remote_code)
+        self.vocabulary = config.get_text_config().vocab_size
         own = getattr(config.get_text_config(), "max_position_embeddings", None) or MAX_CONTEXT
         if model.max_model_len and model.max_model_len > own:
             raise EngineError(f"{model.path}: max_model_len: expected at most {own:,}, the model's own context, "
-                              f"found {model.max_model_len:,}")
-        self.limit, self.vocabulary = model.max_model_len or min(own, MAX_CONTEXT), config.get_text_config().vocab_size
-        self.ends, self.spellings = {*eos_ids(folder, self.tokenizer)}, Spellings(self.tokenizer, self.vocabulary, model.path)
-        self.keeps = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+                              f"got {model.max_model_len:,}")
+        self.limit = model.max_model_len or min(own, MAX_CONTEXT)
+        self.ends = {*eos_ids(load.folder, self.tokenizer)}
+        self.spellings = Spellings(self.tokenizer, self.vocabulary, model.path)
+        self.has_logits_to_keep = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         dtype = str(self.model.dtype).removeprefix("torch.")
-        self.ready = Ready(f"transformers {version('transformers')} ({self.device.type}, {dtype})",
-                           self.device.type == "cpu" and self.model.dtype == torch.float32 and threads == 1, QUEUE_DEPTH)
+        deterministic = self.device.type == "cpu" and self.model.dtype == torch.float32 and threads == 1
+        self.ready = Ready(f"transformers {version('transformers')} ({self.device.type}, {dtype})", deterministic, QUEUE_DEPTH)
         self.abort()
 
     @property
@@ -136,10 +138,7 @@ class TransformersModel:
         return Choice(request.key, probabilities, len(request.prompt.token_ids))
 
     def _likelihood(self, request: LikelihoodRequest, logprobs: Tensor) -> Likelihood:
-        """Return the result.
-
-        Logprobs [keep, V]: the last row predicts what follows the continuation, the one before it its last token.
-        """
+        """Sum the log-probs of the continuation's tokens; the last row of `logprobs` [keep, V] predicts what follows it."""
         count = len(request.continuation)
         found = logprobs[-count - 1:-1].gather(1, torch.tensor(request.continuation)[:, None])[:, 0]
         return Likelihood(request.key, math.fsum(found.tolist()), count)
@@ -217,7 +216,7 @@ class TransformersModel:
 
     def _logits(self, ids: Tensor, keep: int, use_cache: bool = False) -> tuple[Tensor, Cache | None]:
         """Return logits [n, keep, V] of the last `keep` tokens of rows of equal length [n, T], and the cache."""
-        out = self.model(input_ids=ids, use_cache=use_cache, **({"logits_to_keep": keep} if self.keeps else {}))
+        out = self.model(input_ids=ids, use_cache=use_cache, **({"logits_to_keep": keep} if self.has_logits_to_keep else {}))
         return out.logits[:, -keep:], out.past_key_values if use_cache else None
 
     def _sample(self, logits: Tensor) -> None:
@@ -319,7 +318,7 @@ def _load(load: LoadRequest, config, device: torch.device) -> PreTrainedModel:
     model, info = AutoModelForCausalLM.from_pretrained(load.folder, dtype=dtype, use_safetensors=True, output_loading_info=True,
                                                        trust_remote_code=load.model.trust_remote_code)
     if missing := sorted([*info["missing_keys"], *info["mismatched_keys"]], key=str):
-        raise EngineError(f"{load.model.path}: expected weights for all of {type(model).__name__}, found none that fit for "
+        raise EngineError(f"{load.model.path}: expected weights for all of {type(model).__name__}, got none that fit for "
                           f"{len(missing)}, such as {missing[0]}; fetch or save the model again")
     return model.to(device).eval().requires_grad_(False)
 

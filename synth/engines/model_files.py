@@ -29,9 +29,9 @@ def locate(model: Model) -> Path:
     if not folder.is_dir():
         folder = _snapshot(model)
     if not (folder / "config.json").is_file():
-        raise EngineError(f"{model.path}: expected a model folder with config.json, found none")
+        raise EngineError(f"{model.path}: expected a model folder with config.json, got none")
     if not any(folder.glob("*.safetensors")):
-        raise EngineError(f"{model.path}: expected weights in *.safetensors, found none; save the model again with save_pretrained")
+        raise EngineError(f"{model.path}: expected weights in *.safetensors, got none; save the model again with save_pretrained")
     return folder.resolve()
 
 

@@ -227,7 +227,7 @@ def _key(model: Model, url: str) -> str:
     """
     found = os.environ.get(model.api_key_env, "").strip()
     if not found and not _is_local(urlsplit(url).hostname or ""):
-        raise EngineError(f"{model.path}: expected an API key for {url} in the environment variable {model.api_key_env}, found none; "
+        raise EngineError(f"{model.path}: expected an API key for {url} in the environment variable {model.api_key_env}, got none; "
                           "export it")
     return found or "none"
 

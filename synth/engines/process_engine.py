@@ -217,7 +217,7 @@ def _worker_count(model: Model, devices: list[str]) -> int:
     most, wanted = len(devices) // model.tensor_parallel_size, max(1, model.data_parallel_size)
     if most < wanted:
         raise EngineError(f"{model.path}: data_parallel_size, tensor_parallel_size: expected {wanted * model.tensor_parallel_size} GPUs "
-                          f"for {wanted} x {model.tensor_parallel_size}, found {len(devices)}; lower one of them")
+                          f"for {wanted} x {model.tensor_parallel_size}, got {len(devices)}; lower one of them")
     return model.data_parallel_size or most
 
 

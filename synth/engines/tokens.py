@@ -80,6 +80,6 @@ class Spellings:
                 if (text := text.strip()) in found:
                     found[text].append(i)
         if missing := [choice for choice in choices if not found[choice.strip()]]:
-            raise EngineError(f"{self.model}: expected one token for each of {', '.join(choices)}, found none for {missing[0]!r}; "
+            raise EngineError(f"{self.model}: expected one token for each of {', '.join(choices)}, got none for {missing[0]!r}; "
                               "use judge.scoring generated with this judge")
         return tuple(tuple(found[choice.strip()]) for choice in choices)

@@ -105,7 +105,7 @@ class VllmModel:
         ids, token_ids = request.prompt.token_ids, [i for spelling in self.spellings(request.choices) for i in spelling]
         if len(token_ids) > MAX_LOGPROB_TOKEN_IDS:
             raise EngineError(f"expected at most {MAX_LOGPROB_TOKEN_IDS} tokens that spell {', '.join(request.choices)}, "
-                              f"found {len(token_ids)}; use fewer choices")
+                              f"got {len(token_ids)}; use fewer choices")
         return ids, SamplingParams(max_tokens=1, temperature=0.0, logprob_token_ids=token_ids, detokenize=False,
                                    output_kind=RequestOutputKind.FINAL_ONLY), why_unfit(ids, self.limit, self.vocabulary)
 

@@ -105,11 +105,11 @@ class Pool:
 
     def _check_version(self) -> None:
         if not self.connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchone():
-            raise UserError(f"pool {self.path}: expected a pool of synth.run, found another SQLite file; choose another output")
+            raise UserError(f"pool {self.path}: expected a pool of synth.run, got another SQLite file; choose another output")
         found = self.get("version")
         if found != VERSION:
             remedy = "use the newer Steadfast that wrote it" if isinstance(found, int) and found > VERSION else "start a new one"
-            raise UserError(f"pool {self.path}: expected version {VERSION}, found {found}; {remedy}")
+            raise UserError(f"pool {self.path}: expected version {VERSION}, got {found}; {remedy}")
 
     def __enter__(self) -> Pool:
         return self

@@ -159,7 +159,7 @@ def test_a_pool_of_a_newer_version_is_left_alone(tmp_path):
     with Pool(tmp_path / "out" / "pool.sqlite") as pool, pool.transaction():
         pool.set("version", VERSION + 1)
     before = (tmp_path / "out" / "pool.sqlite").read_bytes()
-    assert f"expected version {VERSION}, found {VERSION + 1}; use the newer Steadfast" in refused(config(tmp_path))
+    assert f"expected version {VERSION}, got {VERSION + 1}; use the newer Steadfast" in refused(config(tmp_path))
     assert (tmp_path / "out" / "pool.sqlite").read_bytes() == before
 
 

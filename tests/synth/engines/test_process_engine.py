@@ -227,7 +227,7 @@ def test_choices_against_a_forward_pass(engine, plain, tokenizer):
 
 
 def test_a_choice_without_a_token_is_refused_and_the_engine_lives(engine):
-    with pytest.raises(EngineError, match="expected one token for each of 1, 10, found none for '10'; use judge.score paper"):
+    with pytest.raises(EngineError, match="expected one token for each of 1, 10, got none for '10'; use judge.scoring generated"):
         list(engine.choose(ChoiceRequest((k,), INSTRUCT, ("1", "10")) for k in range(200)))
     assert ask(engine, instruct(3)) == {("i", k): ask(engine, instruct(1, first=k))["i", k] for k in range(3)}
 
@@ -431,8 +431,8 @@ def refused(folder, **more) -> str:
 def test_models_that_are_not_there(tmp_path):
     (tmp_path / "empty").mkdir()
     assert "expected a model folder with config.json" in refused(tmp_path / "empty")
-    assert "no such folder, and no model can have this name" in refused(tmp_path / "none")
-    with pytest.raises(EngineError, match="^a/b-c: no such folder here, and not to be had from the hub under this name"):
+    assert "expected a folder or hub name, got what is neither" in refused(tmp_path / "none")
+    with pytest.raises(EngineError, match="^a/b-c: no such folder, and no download under this name from the hub"):
         open_engine(Model(path="a/b-c", engine="transformers"), tmp_path / "x")
 
 
@@ -442,9 +442,9 @@ def test_models_with_unfit_files(copy):
     assert "model.safetensors: expected a safetensors file" in refused(copy)
     some = {name: tensor for name, tensor in weights.items() if "layers.1.mlp" not in name}
     save_file(some, copy / "model.safetensors", {"format": "pt"})
-    assert re.search(r"expected weights for all of LlamaForCausalLM, found none that fit for 3, such as .*layers\.1\.mlp", refused(copy))
+    assert re.search(r"expected weights for all of LlamaForCausalLM, got none that fit for 3, such as .*layers\.1\.mlp", refused(copy))
     (copy / "model.safetensors").unlink()
-    assert "expected weights in *.safetensors, found none" in refused(copy)
+    assert "expected weights in *.safetensors, got none" in refused(copy)
 
 
 @pytest.mark.parametrize("kind", [needs("vllm"), needs("transformers")])
@@ -458,7 +458,7 @@ def test_an_unknown_architecture(copy, kind):
 @pytest.mark.parametrize("kind", [needs("vllm"), needs("transformers")])
 def test_a_context_longer_than_the_models_own(copy, kind):
     said = refused(copy, engine=kind, max_model_len=4_096)
-    assert re.search("max_model_len: expected at most 512, .*found 4,096|the context is longer than the model's own", said)
+    assert re.search("max_model_len: expected at most 512, .*got 4,096|the context is longer than the model's own", said)
 
 
 def test_a_shorter_context(opened):
@@ -485,7 +485,7 @@ def test_more_gpus_than_there_are(monkeypatch):
     assert devices == ["2", "3", "5", "7"] and process_engine._worker_count(model, devices) == 4
     assert process_engine._worker_count(replace(model, tensor_parallel_size=2), devices) == 2
     assert process_engine._worker_count(replace(model, data_parallel_size=3), devices) == 3
-    with pytest.raises(EngineError, match="data_parallel_size, tensor_parallel_size: expected 6 GPUs for 3 x 2, found 4; lower"):
+    with pytest.raises(EngineError, match="data_parallel_size, tensor_parallel_size: expected 6 GPUs for 3 x 2, got 4; lower"):
         process_engine._worker_count(replace(model, data_parallel_size=3, tensor_parallel_size=2), devices)
     assert process_engine._worker_count(model, []) == 1 and process_engine._worker_count(replace(model, data_parallel_size=3), []) == 3
 
@@ -553,8 +553,8 @@ def test_fingerprints(copy):
 def test_fingerprints_of_large_files_read_their_ends(copy, monkeypatch):
     from synth.engines import model_files
 
-    monkeypatch.setattr(model_files, "WHOLE", 100_000)
-    monkeypatch.setattr(model_files, "ENDS", 10_000)
+    monkeypatch.setattr(model_files, "READ_WHOLE", 100_000)
+    monkeypatch.setattr(model_files, "PIECE", 10_000)
     whole, path = fingerprint(copy), copy / "model.safetensors"
     content = path.read_bytes()
     for place, seen in ((20, True), (len(content) - 5, True), (len(content) // 2, False)):

@@ -95,11 +95,11 @@ def test_other_files_are_refused(tmp_path):
         Pool(tmp_path / "text")
     with sqlite3.connect(tmp_path / "other") as other:
         other.execute("CREATE TABLE t (x)")
-    with pytest.raises(UserError, match="found another SQLite file"):
+    with pytest.raises(UserError, match="got another SQLite file"):
         Pool(tmp_path / "other")
     with Pool(tmp_path / "newer") as pool, pool.transaction():
         pool.set("version", VERSION + 1)
-    with pytest.raises(UserError, match=rf"expected version {VERSION}, found {VERSION + 1}; use the newer Steadfast"):
+    with pytest.raises(UserError, match=rf"expected version {VERSION}, got {VERSION + 1}; use the newer Steadfast"):
         Pool(tmp_path / "newer")
 
 
