@@ -27,7 +27,7 @@ class Selection:
 
 
 def own(base: str, *names: str) -> list[str]:
-    """The candidates `base:name` of `select.among`."""
+    """The candidates `base:name` of `select.candidates`."""
     return [f"{base}:{name}" for name in names]
 
 
