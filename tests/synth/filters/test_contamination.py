@@ -1,4 +1,4 @@
-"""Evaluation items are found where they were planted, and nowhere else; files are read in every form."""
+"""Test that evaluation items are found where they were planted and nowhere else, in every file format."""
 
 import json
 
@@ -62,7 +62,7 @@ CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": 
         {"role": "user", "content": "Two?"}]
 
 
-@pytest.mark.parametrize("row, asked", [
+@pytest.mark.parametrize("row, texts", [
     ({"question": "Why?", "answer": "So."}, ["Why?"]),
     ({"QUESTION": "Why?", "CONTEXTS": ["a"]}, ["Why?"]),
     ({"messages": CHAT}, ["One?", "Two?"]),
@@ -73,12 +73,12 @@ CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": 
     ({"instruction": "Translate.", "input": ""}, ["Translate."]),
     ({"text": "All of it."}, ["All of it."]),
 ])
-def test_what_a_file_asks(tmp_path, row, asked):
+def test_what_a_file_asks(tmp_path, row, texts):
     (tmp_path / "exam.jsonl").write_text("\n" + json.dumps(row))
     path = str(tmp_path / "exam.jsonl")
-    assert list(read_items(path)) == [EvaluationItem(f"{path}, line 2", text) for text in asked]
+    assert list(read_items(path)) == [EvaluationItem(f"{path}, line 2", text) for text in texts]
     (tmp_path / "exam.json").write_text(json.dumps([row]))
-    assert [item.text for item in read_items(str(tmp_path / "exam.json"))] == asked
+    assert [item.text for item in read_items(str(tmp_path / "exam.json"))] == texts
 
 
 def test_a_saved_folder_is_read_too(tmp_path):
@@ -112,7 +112,7 @@ def test_the_nearest_item_by_embeddings_is_that_of_all_cosines():
     rng = np.random.default_rng(0)
     vectors = rng.normal(size=(3000, 8))
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    items, asked = range(40), range(40, 3000)
+    items, instructions = range(40), range(40, 3000)
 
     def embed(requests):
         """Results in another order than requests, and one that cannot be had."""
@@ -121,7 +121,7 @@ def test_the_nearest_item_by_embeddings_is_that_of_all_cosines():
             n, = request.token_ids
             yield Failure(request.key, "too long") if n == 50 else Embedding(request.key, tuple(vectors[n]))
 
-    found = list(find_similar(embed, [(i,) for i in items], ((i, (i,)) for i in asked), 0.9))
+    found = list(find_similar(embed, [(i,) for i in items], ((i, (i,)) for i in instructions), 0.9))
     cosines = vectors[40:] @ vectors[:40].T
     cosines[50 - 40] = 0
     expected = {40 + i: int(row.argmax()) for i, row in enumerate(cosines) if row.max() >= 0.9}

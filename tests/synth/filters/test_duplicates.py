@@ -1,4 +1,4 @@
-"""Near-duplicates: groups are those of all pairs' true similarities, whatever the order."""
+"""Test that near-duplicates are grouped by the true similarities of all pairs, whatever their order."""
 
 import random
 

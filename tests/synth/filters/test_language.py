@@ -1,4 +1,4 @@
-"""Languages of real sentences, and weights that bring wanted shares about."""
+"""Test the languages of real sentences, and the weights that give languages their wanted shares."""
 
 import pytest
 from hypothesis import given

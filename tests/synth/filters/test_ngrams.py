@@ -1,4 +1,4 @@
-"""Words and their runs: against what Python's own strings and sets say."""
+"""Test words and n-gram hashes against Python's own strings and sets."""
 
 import subprocess
 import sys
@@ -51,6 +51,6 @@ def test_a_run_has_the_same_number_wherever_it_stands(text, before):
 
 def test_hashes_do_not_depend_on_the_process():
     code = "from synth.filters.ngrams import *; print(ngram_hashes(word_hashes(words('One two three four five six')), 5).tolist())"
-    told = {subprocess.run([sys.executable, "-c", code], env={"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(sys.path)}, text=True,
+    outputs = {subprocess.run([sys.executable, "-c", code], env={"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(sys.path)}, text=True,
                            capture_output=True, check=True).stdout for seed in ("1", "2")}
-    assert told == {f"{ngram_hashes(word_hashes(words('One two three four five six')), 5).tolist()}\n"}
+    assert outputs == {f"{ngram_hashes(word_hashes(words('One two three four five six')), 5).tolist()}\n"}

@@ -1,4 +1,4 @@
-"""Loops are seen, whatever their period; what people write is not."""
+"""Test that loops of any period are found, and natural texts pass."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""What judges' scores say of the judges: closed forms, and scripted judges that are found out while honest ones are not."""
+"""Test diagnostics by closed forms, and that scripted judges get warnings while honest ones get none."""
 
 from __future__ import annotations
 

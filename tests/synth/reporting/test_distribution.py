@@ -1,4 +1,4 @@
-"""Measures of how near a pool is to fresh samples: closed forms, chance alone, and what they say of the miniature's own samples."""
+"""Test comparisons of distributions: closed forms, chance, and samples of the miniature model."""
 
 from __future__ import annotations
 
@@ -77,8 +77,6 @@ def measured():
 
 
 def test_figures_rank_a_good_pool_above_a_deduplicated_and_a_cold_one(measured):
-    """Values seen, in the order of the names: AUC .502 .500 .578 .653; MMD² x 1000 -.07 .06 3.6 12.5 (words: .02 .00 2.0 6.7); topics .039
-    .052 .106 .167 (chance alone .039); KS .027 .049 .111 .201. The standard error of an AUC is .009."""
     for name in ("again", "good"):
         pool = measured[name]
         assert abs(pool["auc"] - 0.5) < 3 * pool["auc_error"] and 0.005 < pool["auc_error"] < 0.012

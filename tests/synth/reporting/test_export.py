@@ -1,4 +1,4 @@
-"""The replay set as its readers see it: the trainer's own data loading and encoding, TRL's preference format, and the manifest."""
+"""Test the replay set with the trainer's own data loading, the pairs with TRL, and the manifest."""
 
 import json
 import os
@@ -64,8 +64,8 @@ def test_the_trainer_reads_it(tmp_path, ending):
     template = ChatTemplate(run.tokenizer(run.base))
     chat = [{"role": m["role"], "content": m["content"]} for m in data["messages"][2]]
     encoded, = template.encode_chats([chat])
-    said = [text for text, supervised in template.segments(encoded.input_ids, encoded.supervised) if supervised]
-    assert said == ["Rhine<|eot|>"]
+    targets = [text for text, supervised in template.segments(encoded.input_ids, encoded.supervised) if supervised]
+    assert targets == ["Rhine<|eot|>"]
 
 
 def test_parquet_holds_the_same_records_and_replaces_the_other_file(tmp_path):
@@ -106,9 +106,10 @@ def test_the_manifest_by_hand(tmp_path):
     texts = {"base": [], "other": []}
     for record in lines(tmp_path / "replay.jsonl"):
         texts[record["source"]].append(record["messages"][-1]["content"])
-    tokens = {model: sum(len(text) + 1 for text in said) for model, said in texts.items()}
-    assert found["shares"] == {model: {"rows": pytest.approx(len(said) / 3), "tokens": pytest.approx(tokens[model] / sum(tokens.values()))}
-                               for model, said in texts.items()}
+    tokens = {model: sum(len(text) + 1 for text in of_model) for model, of_model in texts.items()}
+    total = sum(tokens.values())
+    assert found["shares"] == {model: {"rows": pytest.approx(len(of_model) / 3), "tokens": pytest.approx(tokens[model] / total)}
+                               for model, of_model in texts.items()}
     assert found["settings"]["select"] == {"rule": "best", "candidates": [], "statistic": "mean", "margin": 0.5, "min_score": 0.0}
     assert "output" not in found["settings"]
     assert found["rubric"] == run.pool.get("rubric") and {"torch", "transformers", "python"} <= found["versions"].keys()

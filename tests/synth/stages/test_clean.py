@@ -1,4 +1,4 @@
-"""Stage `clean`: every item is kept or dropped once, for the right reason, and the pool is the same however it came about."""
+"""Test the stage clean: each drop and its reason, weights, and that the pool does not depend on order."""
 
 import json
 import random
@@ -24,10 +24,10 @@ GERMAN = "Kannst du mir bitte erklären, wie eine Wärmepumpe funktioniert?"
 QUESTION = "A train leaves the old station at nine and reaches the harbour two hours later; how fast does it travel on average?"
 
 
-def cleaned(folder, chats, instruct=None, seed=0, said=None, **options):
+def cleaned(folder, chats, instruct=None, seed=0, lines=None, **options):
     """A pool of these chats after the stage. `options` of Clean."""
-    said = [] if said is None else said
-    run = make_run(folder, clean=Clean(**options), instruct=instruct or Instruct(), seed=seed, say=said.append)
+    lines = [] if lines is None else lines
+    run = make_run(folder, clean=Clean(**options), instruct=instruct or Instruct(), seed=seed, say=lines.append)
     if not run.pool.select("SELECT 1 FROM items LIMIT 1"):
         fill(run, chats, done=("probe", "instruct"))
     clean(run)
@@ -52,9 +52,9 @@ def exam(tmp_path):
 
 
 def test_each_rule_and_what_it_says(tmp_path, exam):
-    said = []
+    lines = []
     chats = ["?", "x" * 300, "I am here. " * 20, GERMAN, f"Solve: {QUESTION}", ENGLISH, f" {ENGLISH.upper()}", "hi"]
-    run = cleaned(tmp_path / "pool", chats, said=said, min_characters=2, max_characters=250, languages=["en"], contamination=[exam],
+    run = cleaned(tmp_path / "pool", chats, lines=lines, min_characters=2, max_characters=250, languages=["en"], contamination=[exam],
                   duplicates="drop")
     first, = {5, 6} - drops(run).keys()  # who stays is drawn
     assert drops(run) == {
@@ -68,8 +68,8 @@ def test_each_rule_and_what_it_says(tmp_path, exam):
     assert traits(run)[first] == ["en", 5, 1.0] and traits(run)[11 - first] == ["en", 5, 0.0]
     assert traits(run)[3] == ["de", None, 0.0] and traits(run)[7] == ["und", 7, 1.0]
     assert [chat.item for chat in run.pool.chats()] == [first, 7]
-    assert said[:-1] == [f"clean: dropped 1 of 8 items (12.5%): {rule}" for rule in RULES]
-    assert said[-1] == "clean: kept 2 of 8 items (25.0%), in 2 groups of near-duplicates"
+    assert lines[:-1] == [f"clean: dropped 1 of 8 items (12.5%): {rule}" for rule in RULES]
+    assert lines[-1] == "clean: kept 2 of 8 items (25.0%), in 2 groups of near-duplicates"
 
 
 def test_the_instruction_is_the_last_turn_and_contamination_is_sought_in_all_of_the_users(tmp_path, exam):
@@ -161,13 +161,13 @@ def test_a_cap_is_a_number_or_a_share(count, items, expected):
 def test_weights_bring_languages_to_their_shares(tmp_path):
     english = ["How do I bake a chocolate cake?", "Explain how a bicycle stays upright.", "Write a short poem about the autumn leaves.",
                "Why do birds fly south every winter?", "Why do birds fly south every winter?", "hi"]
-    said = []
-    run = cleaned(tmp_path, [*english, GERMAN], Instruct(languages={"en": 0.5, "de": 0.4, "sw": 0.1}), said=said, duplicates="weight")
+    lines = []
+    run = cleaned(tmp_path, [*english, GERMAN], Instruct(languages={"en": 0.5, "de": 0.4, "sw": 0.1}), lines=lines, duplicates="weight")
     found = traits(run)
     weights = {code: sum(weight for language, _, weight in found.values() if language == code) for code in ("en", "de", "und")}
     assert weights == {"en": pytest.approx(5 * 0.5 / 0.9), "de": pytest.approx(5 * 0.4 / 0.9), "und": 1.0}
     assert found[3] == found[4] == ["en", 3, found[0][2] / 2]
-    assert "clean: instruct.languages: no item is in 'sw'; the other listed languages get its share" in said
+    assert "clean: instruct.languages: no item is in 'sw'; the other listed languages get its share" in lines
     assert balance_languages({0: 1.0}, {0: "en"}, {}) == {0: 1.0}
 
 
@@ -243,7 +243,7 @@ def test_a_stage_that_is_cut_short_leaves_what_was_there(tmp_path, monkeypatch):
 def test_what_the_base_puts_next_to_an_evaluation_item_is_out(tmp_path, exam, monkeypatch):
     """A base that sees nothing but how long a text is."""
     chats = [ENGLISH, "y" + QUESTION[1:], "y" + QUESTION[1:], QUESTION[:50], "?" * 30, QUESTION]
-    said, run = [], make_run(tmp_path / "x")
+    lines, run = [], make_run(tmp_path / "x")
     opening = run.format(run.base).user_prompt(()).token_ids
     lengths = {len(opening) + len(run.tokenizer(run.base)(text).input_ids): len(text) for text in chats}
 
@@ -254,12 +254,12 @@ def test_what_the_base_puts_next_to_an_evaluation_item_is_out(tmp_path, exam, mo
 
     base = FakeEngine("base", embed=embed)
     install(monkeypatch, base=base)
-    run = cleaned(tmp_path / "pool", chats, said=said, contamination=[exam], contamination_cosine=0.9, contamination_ngram=50,
+    run = cleaned(tmp_path / "pool", chats, lines=lines, contamination=[exam], contamination_cosine=0.9, contamination_ngram=50,
                   max_repetition=1.0)
     assert drops(run) == {1: ("contaminated", f"{exam}, line 1: cosine 1.000"), 2: ("contaminated", f"{exam}, line 1: cosine 1.000"),
                           5: ("contaminated", f"{exam}, line 1: {' '.join(ngrams.words(QUESTION))[:80]}")}
     assert len(base.requests) == 5 and base.closed == 1  # the item and four texts; equal ones once
-    assert "clean: contamination_cosine: 1 texts were not checked, they could not be embedded: longer than the context" in said
+    assert "clean: contamination_cosine: 1 texts were not checked, they could not be embedded: longer than the context" in lines
     assert run.pool.select("SELECT * FROM models") == []
     run = cleaned(tmp_path / "looser", chats, contamination=[exam], contamination_cosine=0.6, max_repetition=1.0)
     assert set(drops(run)) == {0, 1, 2, 3, 5}

@@ -1,4 +1,4 @@
-"""Sampling instructions: what is planned, what is asked, what is kept, and that neither order nor kills change it."""
+"""Test the sampling of instructions: plans, requests, drops, and that order and kills change nothing."""
 
 import itertools
 from collections import Counter
@@ -14,12 +14,12 @@ from tests.helpers.synth_fakes import FakeEngine, install, make_run
 from trainer.errors import UserError
 
 
-def said(request):
+def question(request):
     """A text that depends on the request's seed alone."""
     return f"Question {request.seed % 997}?"
 
 
-def sampled(tmp_path, monkeypatch, script=said, engine_seed=0, results=None, **options):
+def sampled(tmp_path, monkeypatch, script=question, engine_seed=0, results=None, **options):
     engine = FakeEngine("base", complete=script, seed=engine_seed, results=results)
     install(monkeypatch, base=engine)
     run = make_run(tmp_path, instruct=Instruct(**{"num_instructions": 40, "reference_samples": 5} | options))
@@ -51,13 +51,13 @@ def test_prompts_are_the_prefix_and_stops_and_seeds_are_of_the_item(tmp_path, mo
     assert all(set(r.sampling.stop_ids) == set(format.user_stops.ids) for r in engine.requests)
     assert len({r.seed for r in engine.requests}) == 45
     rows = run.pool.select("SELECT item, position, text, tokens, finish, logprob, seed FROM turns ORDER BY item")
-    assert rows == [(i, 0, said_by(seed), len(said_by(seed)), "stop", -1.0, seed)
+    assert rows == [(i, 0, question_of_seed(seed), len(question_of_seed(seed)), "stop", -1.0, seed)
                     for i, seed in ((i, seeds.seed(0, "instruct", "base", i, 0)) for i in range(40))]
     assert [i for i, in run.pool.select("SELECT id FROM fresh ORDER BY id")] == list(range(5))
     assert run.done("instruct") and engine.closed == 1
 
 
-def said_by(seed):
+def question_of_seed(seed):
     return f"Question {seed % 997}?"
 
 
@@ -98,9 +98,9 @@ def test_turns_follow_one_another_and_bear_what_was_said(tmp_path, monkeypatch):
 def test_neither_order_nor_a_death_changes_the_pool(tmp_path, monkeypatch):
     options = dict(num_instructions=BATCH + 60, turn_weights=[2.0, 1.0])
     whole, _ = sampled(tmp_path / "a", monkeypatch, **options)
-    asked = []
+    requested = []
     for attempt, results in enumerate((100, 290, 20, None)):
-        engine = FakeEngine("base", complete=said, seed=attempt, window=30, results=results)
+        engine = FakeEngine("base", complete=question, seed=attempt, window=30, results=results)
         install(monkeypatch, base=engine)
         run = make_run(tmp_path / "b", instruct=Instruct(reference_samples=5, **options))
         if results:
@@ -108,12 +108,12 @@ def test_neither_order_nor_a_death_changes_the_pool(tmp_path, monkeypatch):
                 instruct(run)
         else:
             instruct(run)
-        asked += [(r.key, r.prompt.token_ids, r.seed) for r in engine.requests]
+        requested += [(r.key, r.prompt.token_ids, r.seed) for r in engine.requests]
         run.pool.connection.close()
     run = make_run(tmp_path / "b", instruct=Instruct(reference_samples=5, **options))
     assert run.pool.dump() == whole.pool.dump()
     done, = run.pool.select("SELECT sum(requests) FROM usage")[0]
-    assert done == len(set(asked)) and len(asked) - done <= 3 * 31  # what was in flight at each death
+    assert done == len(set(requested)) and len(requested) - done <= 3 * 31  # what was in flight at each death
 
 
 def test_changed_settings_are_refused_and_a_finished_stage_starts_nothing(tmp_path, monkeypatch):
@@ -126,11 +126,11 @@ def test_changed_settings_are_refused_and_a_finished_stage_starts_nothing(tmp_pa
 
 
 def test_another_model_of_the_same_name_is_refused(tmp_path, monkeypatch):
-    engine = FakeEngine("base", complete=said, results=20)
+    engine = FakeEngine("base", complete=question, results=20)
     install(monkeypatch, base=engine)
     with pytest.raises(UserError, match="died"):
         instruct(make_run(tmp_path, instruct=Instruct(num_instructions=40)))
-    other = FakeEngine("base", complete=said)
+    other = FakeEngine("base", complete=question)
     other.info = other.info._replace(fingerprint="another")
     install(monkeypatch, base=other)
     with pytest.raises(UserError, match="made with fingerprint fingerprint of base, found another; go on with that"):

@@ -1,4 +1,4 @@
-"""Judging: who judges whom, what they are asked, how their words become scores, and that nothing is asked twice."""
+"""Test judging: who judges whom, prompts, scores, and that no request is repeated."""
 
 import hashlib
 import math
@@ -68,12 +68,12 @@ def test_every_usable_answer_gets_a_score_of_every_other_judge(tmp_path, monkeyp
 
 
 def test_the_only_judge_judges_its_own_answers_and_says_so(tmp_path, monkeypatch):
-    said = []
-    run = make_run(tmp_path, ["base"], say=said.append)
+    lines = []
+    run = make_run(tmp_path, ["base"], say=lines.append)
     fill_pool(run, CHATS, {"base": ANSWERS["base"]})
     install(monkeypatch, **engines_for(run))
     judge(run)
-    assert len(scores(run)) == 6 and said[0] == "judge: base scores its own responses, because there is no other judge"
+    assert len(scores(run)) == 6 and lines[0] == "judge: base scores its own responses, because there is no other judge"
 
 
 def test_answers_that_a_later_selection_dropped_are_still_judged(tmp_path, monkeypatch):
@@ -100,8 +100,8 @@ def test_an_expected_score_is_the_mean_under_the_renormalised_digits():
 def test_scores_have_their_mass_and_what_has_none_its_reason(tmp_path, monkeypatch):
     run = make_run(tmp_path, ["base"])
     fill_pool(run, CHATS, {"base": [["a"], ["b"], ["c"]]})
-    told = {0: (0.05, 0.0, 0.0, 0.1, 0.25), 1: (0.0,) * 5, 2: ValueError("prompt of 600 tokens, longer than the context of 512")}
-    install(monkeypatch, base=FakeEngine("base", choose=lambda request: told[request.key[0]]))
+    results = {0: (0.05, 0.0, 0.0, 0.1, 0.25), 1: (0.0,) * 5, 2: ValueError("prompt of 600 tokens, longer than the context of 512")}
+    install(monkeypatch, base=FakeEngine("base", choose=lambda request: results[request.key[0]]))
     judge(run)
     rows = run.pool.select("SELECT item, score, mass, text, seed, reason FROM scores ORDER BY item")
     seed = [seeds.seed(0, "judge", "base", item, "base", 0) for item in range(3)]
@@ -153,8 +153,8 @@ def test_a_written_score_is_read_strictly_from_the_last_line(text, score):
 def test_written_scores_are_kept_with_their_text(tmp_path, monkeypatch):
     run = make_run(tmp_path, ["base"], judge=Judge(scoring="generated", max_tokens=77))
     fill_pool(run, CHATS, {"base": [["a"], ["b"], ["c"]]})
-    told = {0: "Right.\nScore: 5", 1: "Wrong, so 2.", 2: None}
-    engine = FakeEngine("base", complete=lambda r: told[r.key[0]] or Completion(r.key, "So far\nScore: 4", 77, "length", None, 9))
+    results = {0: "Right.\nScore: 5", 1: "Wrong, so 2.", 2: None}
+    engine = FakeEngine("base", complete=lambda r: results[r.key[0]] or Completion(r.key, "So far\nScore: 4", 77, "length", None, 9))
     install(monkeypatch, base=engine)
     judge(run)
     assert run.pool.select("SELECT score, mass, text, reason FROM scores ORDER BY item") == [
@@ -207,8 +207,8 @@ def test_a_rubric_that_shows_no_answer_is_refused(tmp_path, content, message):
 
 
 def test_what_was_asked_is_the_instruction_or_the_whole_talk():
-    said = (("user", "Hi?"), ("assistant", "Hello."), ("user", "Why?"))
-    question, answer, more = ({"role": role, "content": text} for role, text in said)
+    turns = (("user", "Hi?"), ("assistant", "Hello."), ("user", "Why?"))
+    question, answer, more = ({"role": role, "content": text} for role, text in turns)
     assert prompt_text(Chat(0, None, (question,))) == "Hi?"
     assert prompt_text(Chat(0, "Be kind.", (question,))) == "System: Be kind.\n\nUser: Hi?"
     assert prompt_text(Chat(0, None, (question, answer, more))) == "User: Hi?\n\nAssistant: Hello.\n\nUser: Why?"

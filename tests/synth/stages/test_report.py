@@ -1,4 +1,4 @@
-"""The page about a pool: it says what the pool holds, stands alone, and comes from a pool in any state."""
+"""Test the report: its contents, that it needs no network, and that it works for a pool in any state."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def whole_pool(folder, lines=None, count=120, **options):
     answers = {name: [["x" * int(random.integers(5, 40)) + name + str(i + sample) for sample in range(2)] for i in range(count)]
                for name in names}
     answers["one"][3][1] = ValueError("longer than max_tokens or the context")
-    answers = {name: [[] if i % 10 == 0 else said for i, said in enumerate(found)] for name, found in answers.items()}
+    answers = {name: [[] if i % 10 == 0 else texts for i, texts in enumerate(found)] for name, found in answers.items()}
     fill(run, texts, answers, likelihoods={(i, name, s): -1.0 for i in range(count) for name in names for s in range(2)})
     add_fresh(run, questions(100, 2))
     found = {}

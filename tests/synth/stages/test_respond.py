@@ -1,4 +1,4 @@
-"""Answers: who is asked what, which of them can be used, and how likely they are under the base."""
+"""Test responses: requests, reasons for unusable ones, and likelihoods under the base."""
 
 import pytest
 
@@ -78,16 +78,16 @@ def test_a_death_in_any_phase_loses_nothing_and_pays_nothing_twice(tmp_path, mon
                 "other": FakeEngine("other", results=results[1], **shared)}
 
     whole = answered(tmp_path / "a", monkeypatch, engines())
-    asked = 0
+    requested = 0
     for seed, results in enumerate(((None, 1), (2, None), (5, None))):
         dying = engines(results, seed)
         with pytest.raises(UserError, match="died"):
             answered(tmp_path / "b", monkeypatch, dying)
-        asked += sum(len(engine.requests) for engine in dying.values())
+        requested += sum(len(engine.requests) for engine in dying.values())
     last = engines()
     run = answered(tmp_path / "b", monkeypatch, last)
     assert run.pool.dump() == whole.pool.dump() and not last["other"].started
-    assert asked + len(last["base"].requests) <= 14 + 3 * 3
+    assert requested + len(last["base"].requests) <= 14 + 3 * 3
     again = engines()
     answered(tmp_path / "b", monkeypatch, again)
     assert not any(engine.started for engine in again.values())

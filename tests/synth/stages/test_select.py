@@ -1,4 +1,4 @@
-"""Ratings and choices by hand, planted judges found again, and that neither order nor repetition changes anything."""
+"""Test ratings and choices by hand, recovery of planted judges, and independence of order."""
 
 import json
 import random
@@ -68,14 +68,14 @@ def test_planted_judges_are_found_though_none_sees_its_own_answers():
 def test_cells_fit_like_the_scores_themselves(scores, judge, stricter):
     """Spreads are those of least squares over single scores, whatever the counts; a stricter judge has a lower severity and that is all."""
     found = fit_scales(cells(scores))
-    rows = [(j, a, score) for (j, a), given in scores.items() for score in given]
+    rows = [(j, a, score) for (j, a), of_pair in scores.items() for score in of_pair]
     names = sorted({j for j, *_ in rows}) + sorted({a for _, a, _ in rows})
     design = np.array([[float(name in (j, a)) for name in names] for j, a, _ in rows])
-    told = np.array([score for *_, score in rows], float)
-    rest = told - design @ np.linalg.lstsq(design, told)[0]
+    values = np.array([score for *_, score in rows], float)
+    rest = values - design @ np.linalg.lstsq(design, values)[0]
     for j, scale in found.items():
         assert scale.spread == pytest.approx(np.sqrt(np.mean(rest[[row[0] == j for row in rows]] ** 2)), abs=1e-6)
-    shifted = fit_scales(cells({(j, a): [score + stricter * (j == judge) for score in given] for (j, a), given in scores.items()}))
+    shifted = fit_scales(cells({(j, a): [score + stricter * (j == judge) for score in of_pair] for (j, a), of_pair in scores.items()}))
     level = {j: scale.calibrate(scale.severity) for j, scale in found.items()}
     for j, scale in shifted.items():
         assert scale.spread == pytest.approx(found[j].spread, abs=1e-6)
@@ -132,8 +132,8 @@ def judged_run(folder, scores, answers=None, **options):
     if answers is None:
         answers = {}
         for item, model, sample, _ in scores:
-            told = answers.setdefault(model, [[] for _ in range(items)])[item]
-            told.extend(f"{model} {k}" for k in range(len(told), sample + 1))
+            texts = answers.setdefault(model, [[] for _ in range(items)])[item]
+            texts.extend(f"{model} {k}" for k in range(len(texts), sample + 1))
     fill(run, [f"Question {i}?" for i in range(items)], answers)
     score(run, scores)
     return run
@@ -141,11 +141,11 @@ def judged_run(folder, scores, answers=None, **options):
 
 def test_incomplete_answers_have_no_value_and_missing_scores_stop_the_stage(tmp_path):
     scores = {(0, "base", 0, "base"): 4, (0, "base", 0, "other"): None, (0, "other", 0, "base"): 2, (0, "other", 0, "other"): 3}
-    said, plain = [], Judge(exclude_self=False, calibrate_judges=False)
-    run = judged_run(tmp_path / "a", scores, judge=plain, say=said.append)
+    lines, plain = [], Judge(exclude_self=False, calibrate_judges=False)
+    run = judged_run(tmp_path / "a", scores, judge=plain, say=lines.append)
     select(run)
     assert ratings(run) == {(0, "base", 0): (None, None, 1), (0, "other", 0): (2.5, 0.5, 2)}
-    assert said[0] == ("select: 1 items selected, 0 of them with a rejected response; 1 of 2 responses lack a score and were left out")
+    assert lines[0] == ("select: 1 items selected, 0 of them with a rejected response; 1 of 2 responses lack a score and were left out")
     del scores[0, "base", 0, "base"], scores[0, "other", 0, "other"]
     run = judged_run(tmp_path / "b", scores, judge=plain)
     before = run.pool.dump()
@@ -222,12 +222,12 @@ def test_only_the_named_answers_are_candidates(tmp_path, among, chosen):
                                                (["base:1", "base"], ("base", 1))])
 def test_the_first_answer_needs_no_judge(tmp_path, among, chosen):
     run = four_answers(tmp_path, judged=False)
-    said = []
-    run.say = said.append
+    lines = []
+    run.say = lines.append
     run.config.select = Select(rule="first", candidates=among)
     select(run)
     assert selection(run)[0][:3] == (*chosen, None) and ratings(run) == {}
-    assert said[0] == "select: 1 items selected, 0 of them with a rejected response; no judge was needed"
+    assert lines[0] == "select: 1 items selected, 0 of them with a rejected response; no judge was needed"
 
 
 def test_a_candidate_that_the_pool_does_not_have_is_refused(tmp_path):
@@ -386,11 +386,11 @@ def random_pool(folder, order=None, **options):
     run = make_run(folder, list(answers), **options)
     likelihoods = {(i, m, k): -rng.random() for i in range(40) for m in answers for k in range(3)}
     fill(run, [f"Question {i}?" for i in range(40)], answers, likelihoods=likelihoods)
-    given = {(i, m, k, j): rng.choice([1, 2, 3, 4, 5, 5, None]) for i in range(40) for m in answers for k in range(3)
+    drawn = {(i, m, k, j): rng.choice([1, 2, 3, 4, 5, 5, None]) for i in range(40) for m in answers for k in range(3)
              for j in judges_by_author(run.config)[m]}
-    keys = list(given)
+    keys = list(drawn)
     random.Random(order).shuffle(keys) if order else None
-    score(run, {key: given[key] for key in keys})
+    score(run, {key: drawn[key] for key in keys})
     return run
 
 
