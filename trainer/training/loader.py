@@ -80,7 +80,7 @@ class StepLoader:
         samples, packs = self.samples, self.plan[step]
         indices = np.concatenate(packs)
         kl_indices, kl_targets = self._kl_targets(indices)
-        base_reads = kl_indices[:0] if self.kl and self.kl.stored else kl_indices  # cached states meet only the head
+        base_reads = kl_indices[:0] if self.kl and self.kl.cached_states else kl_indices  # cached states meet only the head
         counts = TokenCounts(*totals(samples, indices, samples.supervised[indices]), len(packs) * self.plan.batch_size.tokens_per_pack,
                              *totals(samples, base_reads, kl_targets))
         return StepWork(
@@ -96,7 +96,7 @@ class StepLoader:
         if self.kl is None:
             return indices[:0], np.zeros(0, dtype=np.int64)
         chosen = indices[self.kl.kl_sources[self.samples.sources[indices]]]
-        return chosen, self.kl.targets(self.samples, chosen)
+        return chosen, self.kl.num_tokens(self.samples, chosen)
 
     def _collate(self, samples: Sequence[Piece]) -> PackedBatch:
         batch = self.kl.collate(samples) if self.kl else collate(samples)

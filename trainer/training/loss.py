@@ -31,14 +31,14 @@ class PackLoss(NamedTuple):
 
 def pack_loss(model: nn.Module, batch: PackedBatch, work: StepWork, kl: KlToBase | None, phases: Phases) -> PackLoss:
     """Compute the losses of one pack of `work`, running the base too where the KL needs it."""
-    reference = kl.look_up(batch, phases) if kl and work.has_kl else None
+    reference = kl.reference(batch, phases) if kl and work.has_kl else None
     with phases("forward"):
         if reference is None:
             loss = sft_loss(model, batch) / work.weight_sum
             return PackLoss(loss, loss, None)
         loss, divergence = sft_kl_loss(model, batch, kl, reference)
         loss, divergence = loss / work.weight_sum, divergence / work.kl_weight_sum
-        return PackLoss(loss + kl.settings.kl_weight * divergence, loss, divergence)
+        return PackLoss(loss + kl.options.kl_weight * divergence, loss, divergence)
 
 
 def sft_loss(model: nn.Module, batch: PackedBatch) -> Tensor:
@@ -55,9 +55,8 @@ def sft_kl_loss(model: nn.Module, batch: PackedBatch, kl: KlToBase, reference: T
 
     `reference` [K, W] is the base's last hidden states at these rows.
     """
-    supervised, at_kl_rows = kl.hidden(model, batch)
-    head = lm_head(model)
-    return cross_entropy(head, supervised, batch), kl.divergence(head, at_kl_rows, batch, reference)
+    hidden, divergence = kl.hidden_and_kl(model, batch, reference)
+    return cross_entropy(lm_head(model), hidden, batch), divergence
 
 
 def cross_entropy(head: LmHead, hidden: Tensor, batch: PackedBatch) -> Tensor:

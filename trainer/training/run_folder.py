@@ -52,7 +52,7 @@ def save_outputs(output: Path, config: Config, model: nn.Module, tokenizer: PreT
     if ending.signal:
         print(f"stopped by signal {ending.signal}; continue with the same command and --resume auto", file=sys.stderr)
     else:
-        cached_base.discard(output)
+        cached_base.remove_cache(output)
         if not full and config.export in ("adapter", "both"):
             save_adapter(model, output / "adapter", tokenizer)
         if full or config.export in ("merged", "both"):

@@ -81,20 +81,20 @@ def held_both_ways(model: nn.Module, inputs: TrainingData, folder: Path, **optio
     """What holds a run to this model, live and stored."""
     asked = [config.Retention(kl_weight=0.7, kl_reference=base, **options) for base in ("live", "cached")]
     live, stored = (retention.prepare(one, model, ROLES) for one in asked)
-    return [live, cached_base.store(stored, inputs.samples, inputs.plan, folder, {}, CPU, Distributed())]
+    return [live, cached_base.with_cached_base(stored, inputs.samples, inputs.plan, folder, {}, CPU, Distributed())]
 
 
 def objective(model: nn.Module, held: retention.KlToBase, work: StepWork) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """The divergence and the gradients of a step's objective."""
     total, divergence = 0.0, torch.zeros((), dtype=torch.float64)
     for batch in work.batches:
-        reference = held.look_up(batch, Phases(CPU))
-        supervised, counted = (supervised_hidden(model, batch), None) if reference is None else held.hidden(model, batch)
+        reference = held.reference(batch, Phases(CPU))
+        supervised, kl = (supervised_hidden(model, batch), None) if reference is None else held.hidden_and_kl(model, batch, reference)
         total = total + loss.cross_entropy(lm_head(model), supervised, batch) / work.weight_sum
         if reference is not None:
-            divergence = divergence + held.divergence(lm_head(model), counted, batch, reference) / work.kl_weight_sum
+            divergence = divergence + kl / work.kl_weight_sum
     trained = [p for p in model.parameters() if p.requires_grad]
-    return float(divergence.detach()), torch.autograd.grad(total + held.settings.kl_weight * divergence, trained)
+    return float(divergence.detach()), torch.autograd.grad(total + held.options.kl_weight * divergence, trained)
 
 
 @pytest.mark.parametrize("kl_on, kl_tokens", [("replay", "supervised"), ("all", "supervised"), ("replay", "all"), ("all", "all")])
@@ -139,8 +139,8 @@ def test_the_file_holds_what_the_stock_base_says(model_folder, chats, tmp_path):
         ids, supervised = inputs.samples[i]
         with torch.no_grad():
             hidden = stock.model(torch.from_numpy(ids.astype(np.int64))[None]).last_hidden_state[0, :-1]
-        torch.testing.assert_close(held.stored([i]), hidden[torch.from_numpy(supervised[1:].copy())], rtol=1e-4, atol=1e-5)
-    assert torch.equal(held.stored(replay[[5, 2]]), torch.cat([held.stored([replay[5]]), held.stored([replay[2]])]))
+        torch.testing.assert_close(held.cached_states([i]), hidden[torch.from_numpy(supervised[1:].copy())], rtol=1e-4, atol=1e-5)
+    assert torch.equal(held.cached_states(replay[[5, 2]]), torch.cat([held.cached_states([replay[5]]), held.cached_states([replay[2]])]))
 
 
 def test_a_step_counts_the_head_of_the_base_alone(model_folder, chats, tmp_path):
@@ -165,7 +165,7 @@ def test_only_what_the_run_sees_is_stored(model_folder, chats, tmp_path):
     whole = settings(model_folder, chats, tmp_path)
     assert len(prepare_data(whole, load_tokenizer(whole.model)).plan.seen()) == len(inputs.samples)
     held = retention.prepare(config.Retention(kl_weight=1.0, kl_reference="cached"), tiny.model("llama"), ROLES)
-    counts = cached_base.layout(held, inputs.samples, inputs.plan, torch.float32).counts
+    counts = cached_base.cached_rows(held, inputs.samples, inputs.plan, torch.float32).counts
     counted = seen[inputs.samples.sources[seen] == 1]
     assert np.array_equal(np.flatnonzero(counts), counted) and np.array_equal(counts[counted], inputs.samples.supervised[counted])
 
@@ -306,7 +306,7 @@ def test_the_run_and_the_dry_run_say_what_it_takes(model_folder, chats, tmp_path
     samples = prepare_data(cfg, load_tokenizer(cfg.model)).samples
     tokens = int(samples.supervised[samples.sources == 1].sum())
     line = f"retention: the base's hidden states at {tokens:,} tokens take {tokens * 256 / 1e6:.3g} MB in {tmp_path / 'run'}"
-    assert said == [line, line] and "on replay rows; the base is read once and kept on disk" in shown
+    assert said == [line, line] and "on replay samples; base: run once, its hidden states cached on disk" in shown
     assert shown.index("hidden states at") < shown.index("the base read 24 samples in")
 
 

@@ -83,7 +83,7 @@ def step(run: TrainingRun, packs: list[list[Piece]], chats: list[Piece] | None =
     chats = chats or [chat for pack in packs for chat in pack]
     weight = sum(collate([chat]).weight_sum for chat in chats)
     kl_sources = run.kl.kl_sources if run.kl else np.zeros(2, dtype=bool)
-    every = run.kl and run.kl.settings.kl_positions == "all"
+    every = run.kl and run.kl.options.kl_positions == "all"
     kl_weight_sum = sum(chat.weight * (len(chat.input_ids) - 1) if every else collate([chat]).weight_sum
                         for chat in chats if kl_sources[chat.source])
     lay = run.kl.collate if run.kl else collate
@@ -372,10 +372,10 @@ def test_a_run_with_it_stays_nearer_to_its_base(miniature, tmp_path):
 def test_a_run_says_what_it_holds_to(miniature, tmp_path, capsys):
     run(miniature, tmp_path / "run", "--max_steps", "1", "--retention.kl_weight", "0.3", "--retention.l2_sp", "2")
     shown = capsys.readouterr().out
-    assert "retention: 0.3 KL(base || model) on replay rows; the base is the model with its adapter switched off" in shown
-    assert "retention: weights decay by lr * 2 a step towards where they began" in shown and "  kl 0.0000  lr" in shown
+    assert "retention: 0.3 * KL(base || model) on replay samples; base: the model without its adapter" in shown
+    assert "retention: L2-SP: weights decay by lr * 2 a step towards their start" in shown and "  kl 0.0000  lr" in shown
     run(miniature, tmp_path / "dry", "--dry_run", "--method", "full", "--retention.kl_weight", "0.3", "--retention.kl_direction", "js")
-    expected = "0.3 Jensen-Shannon divergence from the base on replay rows; the base is a frozen second copy of the model, 0.00137 GB"
+    expected = "0.3 * Jensen-Shannon divergence from the base on replay samples; base: a frozen second copy of the model, 0.00137 GB"
     assert expected in capsys.readouterr().out
 
 

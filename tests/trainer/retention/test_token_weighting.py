@@ -88,7 +88,7 @@ def prepared(model_folder, tmp_path_factory):
 def reweighted(prepared, **options):
     config, given, model = prepared
     config = Config(**{**vars(config), "retention": Retention(**options)})
-    return token_weighting.reweighted(given, config, model, ROLES, CPU, Distributed())
+    return token_weighting.apply_token_weighting(given, config, model, ROLES, CPU, Distributed())
 
 
 @pytest.mark.parametrize("on", ["domain", "all"])
@@ -118,7 +118,7 @@ def test_flow_weighs_samples_by_how_easy_they_are(prepared, model_folder, on):
     here = np.ones(len(given), dtype=bool) if on == "all" else given.sources == 0
     expected = np.where(here, np.exp(-losses / np.median(losses[here])), 1.0)
     np.testing.assert_allclose(flow.weights, expected, rtol=1e-5)
-    assert told.startswith("flow: samples weigh 0.3") and np.array_equal(flow.supervised, given.supervised)
+    assert told.startswith("flow: sample weights 0.3") and np.array_equal(flow.supervised, given.supervised)
 
 
 def test_weights_multiply_those_that_samples_have(prepared):
@@ -176,7 +176,7 @@ def test_nothing_asked_for_nothing_changes(prepared):
 
 
 def test_a_threshold_that_leaves_nothing_is_one_line(prepared):
-    with pytest.raises(UserError, match=r"^retention.stm_threshold: .* at most 1.01 .* \(domain rows\), found none; raise it$"):
+    with pytest.raises(UserError, match=r"^retention.stm_threshold: .* at most 1.01 .* \(domain samples\), got none; raise it$"):
         reweighted(prepared, token_weighting="stm", stm_threshold=1.01)
 
 
@@ -195,7 +195,7 @@ def test_a_run_learns_with_each(prepared, model_folder, tmp_path, capsys, option
                                            "--retention.stm_threshold", "1000", "--data.eval_fraction", "0.1"), "trainer.run"))
     losses = [r["loss"] for r in records(result.folder, "eval")]
     shown = capsys.readouterr().out
-    assert losses[-1] < losses[0] - 0.5 and f"tokens of domain rows weighted by {option.upper()}" in shown
+    assert losses[-1] < losses[0] - 0.5 and f"tokens of domain samples weighted by {option.upper()}" in shown
     assert losses[0] == pytest.approx(math.log(RANDOM), abs=0.5), "what is held out is measured as it is"
     assert (f"\n{option}: " in shown) == (option != "dft")
     supervised = json.loads((result.folder / "data.json").read_text())["sources"][0]["supervised"]
