@@ -18,8 +18,9 @@ from torch import nn
 import trainer.training.run_folder
 from tests.helpers import tiny
 from tests.helpers.kills import Killed, killed_at
+from tests.helpers.models import stir
+from tests.helpers.retention import CPU
 from tests.helpers.runs import Readbacks, arguments, records, write_chats
-from tests.trainer.retention.test_kl import CPU, stir
 from trainer import config
 from trainer.cli import parse
 from trainer.config import Config, Lora

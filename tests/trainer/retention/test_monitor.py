@@ -12,11 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 import trainer.training.run_folder
-from benchmarks.forgetting.miniature.domain import DOMAIN
-from benchmarks.forgetting.miniature.family import FAMILY
 from benchmarks.forgetting.miniature.skills import GENERAL
-from benchmarks.forgetting.miniature.world import heldout_items, training_records, write_jsonl
+from benchmarks.forgetting.miniature.world import heldout_items, write_jsonl
 from tests.helpers.kills import killed_at
+from tests.helpers.retention import BASE, options
 from tests.helpers.runs import arguments, records, weights
 from trainer import evaluate
 from trainer.cli import parse
@@ -30,29 +29,10 @@ from trainer.run import train
 from trainer.runtime import checkpoint
 from trainer.runtime.result import RunResult
 
-BASE = FAMILY["base"].folder
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Domain and replay chats; 16 general items, which the base answers, and 8 domain items, which it does not."""
-    folder = tmp_path_factory.mktemp("data")
-    write_jsonl(training_records(DOMAIN, 120, seed=0), folder / "domain.jsonl")
-    write_jsonl(training_records(GENERAL, 60, seed=1), folder / "general.jsonl")
-    for name, skills, each in (("kept", GENERAL, 2), ("learnt", DOMAIN, 4)):
-        write_jsonl([{"prompt": item.instruction, "answer": item.answer} for item in heldout_items(skills, each)], folder / f"{name}.jsonl")
-    write_jsonl([{"text": f"{item.instruction} {item.answer}"} for item in heldout_items(GENERAL, 1)], folder / "text.jsonl")
-    return folder
-
 
 @pytest.fixture
 def no_report(monkeypatch):
     monkeypatch.setattr(trainer.training.run_folder, "write_report", lambda folder: None)
-
-
-def options(data: Path, *more) -> tuple[str, ...]:
-    return ("--replay.data", str(data / "general.jsonl"), "--data.max_length", "256", "--max_steps", "8", "--forgetting.general",
-            str(data / "kept.jsonl"), "--forgetting.domain", str(data / "learnt.jsonl"), "--forgetting.max_tokens", "24", *more)
 
 
 def run(data: Path, output: Path, *more) -> RunResult:

@@ -11,9 +11,8 @@ from itertools import product
 import pytest
 
 from tests.helpers.kills import Killed
+from tests.helpers.retention import BASE, options
 from tests.helpers.runs import arguments, records
-from tests.trainer.retention import test_monitor
-from tests.trainer.retention.test_monitor import BASE, options
 from trainer.cli import parse
 from trainer.config import Config, validate
 from trainer.errors import UserError
@@ -27,7 +26,6 @@ from trainer.training.loop import train_step
 
 SHARES = [0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.83]
 WEIGHTS = [0.0, 0.3, 1.0]
-data = test_monitor.data  # the fixture
 
 
 # ---------------------------------------------------------------- the search

@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.helpers.models import stir
+from tests.helpers.retention import assert_close, plain_rows, ready_run, samples, step, stock
 from tests.helpers.runs import QUESTIONS, arguments, records, write_chats
-from tests.trainer.retention.test_kl import assert_close, plain_rows, ready_run, samples, step, stir, stock
 from trainer.cli import parse
 from trainer.config import BatchSize, Config, Data, Lora, Retention
 from trainer.data.batch import batches
