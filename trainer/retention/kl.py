@@ -82,7 +82,7 @@ class KlToBase:
     kl_sources: np.ndarray  # bool[sources], those on whose samples the KL is computed
     dft_sources: np.ndarray  # bool[sources], those whose losses DFT weights by their own probability
     cached_states: Callable[[Sequence[int]], Tensor] | None = None  # samples -> the base's hidden states [K, W]; None: the base runs live
-    base_head: LmHead | None = None  # a copy, where the head of `base.model` is trained
+    base_head: LmHead | None = None  # a copy, where the head of the model of `base` is trained
 
     @property
     def on_supervised(self) -> bool:
