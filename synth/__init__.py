@@ -1,1 +1,1 @@
-"""The synthesis half of Steadfast: a replay set written by the model itself, so that it keeps what it could already do."""
+"""The synthesis half of Steadfast: a model writes the replay set that keeps its own abilities."""

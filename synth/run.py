@@ -1,4 +1,4 @@
-"""Sample a model's own instructions, have models answer and judge them, and write a replay set: `python -m synth.run`."""
+"""Sample a model's own instructions, have models answer and judge them, and write a replay set."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def check_languages(config: Config) -> None:
 
 
 def check_chat_formats(run) -> None:
-    """Load every local model's tokenizer and chat format before any work. Raises UserError where there is none."""
+    """Load every local model's tokenizer and chat format before any work. Raises UserError."""
     from synth.engines import kind_of
 
     for model in {name_of(model): model for model in (run.base, *run.config.responders, *run.config.judges)}.values():

@@ -138,7 +138,7 @@ class TransformersModel:
         return Choice(request.key, probabilities, len(request.prompt.token_ids))
 
     def _likelihood(self, request: LikelihoodRequest, logprobs: Tensor) -> Likelihood:
-        """Sum the log-probs of the continuation's tokens; the last row of `logprobs` [keep, V] predicts what follows it."""
+        """Sum the log-probs of the continuation; the last row of `logprobs` [keep, V] predicts what follows."""
         count = len(request.continuation)
         found = logprobs[-count - 1:-1].gather(1, torch.tensor(request.continuation)[:, None])[:, 0]
         return Likelihood(request.key, math.fsum(found.tolist()), count)
