@@ -1,1 +1,1 @@
-"""Everything that is measured: `python -m benchmarks.run` times Steadfast against plain Hugging Face; `miniature/` is the demo's world."""
+"""Benchmarks: speed, forgetting, and checks on a GPU; `python -m benchmarks.run` lists them."""

@@ -44,7 +44,7 @@ FAILURES_KEPT = 40  # failed tests whose message is written down
 
 
 @dataclass(frozen=True)
-class Part:
+class Check:
     """A part, the most seconds it may take, and the packages it needs."""
 
     name: str
@@ -53,12 +53,13 @@ class Part:
 
 
 # The last one gets whatever is left, and keeps what it has measured when its time is over.
-PARTS = (
-    Part("tests", 220, ("pytest", "triton")), Part("compile", 90, ("transformers", "peft")), Part("capture", 40, ("transformers", "peft")),
-    Part("throughput", 50, ("transformers", "peft")), Part("kernels", TOTAL, ("triton",)),
+CHECKS = (
+    Check("tests", 220, ("pytest", "triton")), Check("compile", 90, ("transformers", "peft")),
+    Check("capture", 40, ("transformers", "peft")),
+    Check("throughput", 50, ("transformers", "peft")), Check("kernels", TOTAL, ("triton",)),
 )
-ASKED_FOR = (Part("rivals", 200, ("transformers", "peft", "trl")), Part("sizes", TOTAL, ("transformers", "peft")),
-             Part("context", TOTAL, ("transformers", "peft")))
+ASKED_FOR = (Check("rivals", 200, ("transformers", "peft", "trl")), Check("sizes", TOTAL, ("transformers", "peft")),
+             Check("context", TOTAL, ("transformers", "peft")))
 BY_CASES = ("sizes", "context")  # those that write their outcome anew after each case, and go on where an earlier run was ended
 
 
@@ -136,7 +137,7 @@ def read_report(path: Path) -> dict:
     return counts | {"failed": failures, "skipped_because": skips}
 
 
-def run_check(name: str, processes: Processes, seconds: float, folder: Path) -> dict:
+def run_whole_step(name: str, processes: Processes, seconds: float, folder: Path) -> dict:
     """One of `benchmarks.on_gpu.whole_step`'s, or of `benchmarks.on_gpu.whole_step_sizes`'s, as far as it came."""
     out, log = folder / f"{name}.json", folder / f"{name}.log"
     sized = ["benchmarks.on_gpu.whole_step_sizes", name, "--seconds", str(seconds)]
@@ -152,12 +153,13 @@ def run_check(name: str, processes: Processes, seconds: float, folder: Path) -> 
 def run_kernels(processes: Processes, seconds: float, folder: Path) -> dict:
     """The record of `benchmarks.speed.kernels`, as far as it came; a case that is under way when the budget is over is given 30 seconds."""
     out, log = folder / "kernels.json", folder / "kernels.log"
-    status = processes.run(["-m", "benchmarks.speed.kernels", "--out", str(out), "--budget", str(seconds - 30)], seconds, log)
+    words = ["-m", "benchmarks.speed.kernels", "--device", "cuda", "--out", str(out), "--budget", str(seconds - 30)]
+    status = processes.run(words, seconds, log)
     if not out.exists():
         return {"outcome": "out of time" if status is None else "failed", "output": tail(log)}
     measured = json.loads(out.read_text())
-    wrong = [f"{r['operation']}, {r['model']}: {r['line']} {r['outcome']}" for r in measured["summary"]
-             if r["line"] == "Steadfast" and r["outcome"] not in ("timed", "out of memory")]
+    wrong = [f"{r['operation']}, {r['model']}: {r['contender']} {r['outcome']}" for r in measured["summary"]
+             if r["contender"] == "Steadfast" and r["outcome"] not in ("timed", "out of memory")]
     outcome = "failed: " + "; ".join(wrong) if wrong or status not in (0, None) else "out of time" if status is None else "passed"
     return {"outcome": outcome, "record": measured, "output": tail(log)}
 
@@ -166,12 +168,12 @@ def tail(log: Path, characters: int = 4000) -> str:
     return log.read_text(errors="replace")[-characters:] if log.exists() else ""
 
 
-def run_part(part: Part, processes: Processes, seconds: float, folder: Path) -> dict:
+def run_check(part: Check, processes: Processes, seconds: float, folder: Path) -> dict:
     if absent := [name for name in part.needs if importlib.util.find_spec(name) is None]:
         return {"outcome": f"skipped: {', '.join(absent)} not installed"}
     if seconds < 20:
         return {"outcome": "skipped: no time left"}
-    runner = {"tests": run_tests, "kernels": run_kernels}.get(part.name) or partial(run_check, part.name)
+    runner = {"tests": run_tests, "kernels": run_kernels}.get(part.name) or partial(run_whole_step, part.name)
     try:
         return runner(processes, seconds, folder)
     except (OSError, ValueError, KeyError, ElementTree.ParseError) as error:  # what it left behind cannot be read
@@ -238,7 +240,7 @@ def why_not() -> str | None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="make gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results", help="folder for the JSON (default: %(default)s)")
-    parser.add_argument("--parts", nargs="+", choices=[part.name for part in PARTS + ASKED_FOR], default=[part.name for part in PARTS])
+    parser.add_argument("--parts", nargs="+", choices=[part.name for part in CHECKS + ASKED_FOR], default=[part.name for part in CHECKS])
     parser.add_argument("--total", type=float, default=TOTAL, help="seconds for all of it (default: %(default)s)")
     arguments = parser.parse_args(argv)
     if fault := why_not():
@@ -248,10 +250,10 @@ def main(argv: list[str] | None = None) -> int:
 
     begun, processes = time.monotonic(), Processes()
     made = record.make("gpu", {"total_seconds": arguments.total}, {}, [], {}) | {"parts": {}}
-    parts = [part for part in PARTS + ASKED_FOR if part.name in arguments.parts]
+    parts = [part for part in CHECKS + ASKED_FOR if part.name in arguments.parts]
     kept = earlier(arguments.results, made)
     asked = {part.name for part in parts}
-    order, open_parts = [part.name for part in PARTS + ASKED_FOR if part.name in asked | kept.keys()], unfinished(kept)
+    order, open_parts = [part.name for part in CHECKS + ASKED_FOR if part.name in asked | kept.keys()], unfinished(kept)
     made["parts"] = {name: {"outcome": "not begun"} if name in asked - open_parts.keys() else kept[name] for name in order}
     path = write(made, arguments.results)
 
@@ -269,7 +271,7 @@ def main(argv: list[str] | None = None) -> int:
                 if part.name in open_parts:
                     (Path(folder) / f"{part.name}.json").write_text(json.dumps(open_parts[part.name]))
                 try:
-                    found = finite(run_part(part, processes, min(part.seconds, left), Path(folder)))
+                    found = finite(run_check(part, processes, min(part.seconds, left), Path(folder)))
                 except BaseException:
                     made["parts"][part.name] = as_far_as_it_came(part.name, Path(folder)) | {"outcome": "interrupted"}
                     raise

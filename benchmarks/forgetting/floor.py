@@ -1,8 +1,8 @@
-"""A floor to what may be forgotten: what `--replay_search.enabled` chooses, what its probe runs cost and foretell, and what is left.
+"""Measure `--replay_search.enabled`: its choices, the cost of its probes, and what a run then keeps.
 
-The novice base of the miniature study learns the domain in ten passes: alone; with the share of replay, and weight of the KL, that probes
-of a quarter or of a half of the passes choose to keep 99% of what it has right; and with shares that are given, in probes of an eighth and
-of a quarter and in whole runs, one of them measured all along. Items of one draw are watched in a run; all figures of the table are of
+The novice base of the miniature study learns the domain in ten epochs: without replay; with the replay ratio, and weight of the KL, that
+probes of a quarter or of a half of the epochs choose to keep 99% of what it has right; and with given ratios, in probes of an eighth and of
+a quarter and in whole runs, one of them measured all along. A run is monitored on items of one draw; all figures of the table are of
 another draw.
 """
 
@@ -22,9 +22,10 @@ from benchmarks.forgetting.miniature.replays import synthesise_all
 from benchmarks.forgetting.miniature.study import Job, Size
 from benchmarks.forgetting.miniature.summary import share
 from benchmarks.forgetting.miniature.world import heldout_items, write_jsonl
-from benchmarks.harness import parallel, record
-from benchmarks.harness.parallel import quietly, told
+from benchmarks.harness import parallel, record, show
+from benchmarks.harness.parallel import quietly, results_of
 from benchmarks.harness.record import origin
+from benchmarks.harness.suite import Caption, Suite, View
 from trainer.config import Config, Forgetting, Retention
 from trainer.retention import replay_search
 from trainer.run import train
@@ -36,7 +37,7 @@ LONGEST = 16  # tokens of an answer: more than any right one has
 
 @dataclass(frozen=True)
 class Part:
-    """So much of a run's passes over the domain."""
+    """A part of a run's epochs over the domain."""
 
     name: str
     share: float
@@ -47,7 +48,10 @@ EIGHTH, QUARTER, HALF, WHOLE = Part("an eighth", 1 / 8), Part("a quarter", 1 / 4
 
 @dataclass(frozen=True)
 class Run:
-    """A row of the table. Without `part` the domain is learnt alone; without `share` the probes that make `part` of it choose one."""
+    """A row of the table: a run with a given ratio, with a chosen one, or without replay.
+
+    Without `part` the domain is learnt without replay; without `share` the probes that make `part` of it choose one.
+    """
 
     part: Part | None = None
     share: float | None = None
@@ -70,7 +74,7 @@ GIVEN = tuple(Run(part, share, kl, watched=(part, share) == (WHOLE, 0.5))
 
 @dataclass(frozen=True)
 class Plan:
-    """What is run, and how much of everything."""
+    """The runs, and the size of everything."""
 
     runs: tuple[Run, ...] = (Run(), *CHOSEN, *GIVEN)
     size: Size = Size()
@@ -87,7 +91,7 @@ QUICK = Plan((Run(), CHOSEN[0], Run(QUARTER, 0.5), Run(WHOLE, 0.5, watched=True)
 
 
 def measure(run: Run, plan: Plan, seed: int, work: Path) -> dict:
-    """Train, and ask what is left: the figures of a run and its marks, item by item."""
+    """Train, score, and return the figures of a run and its marks, item by item."""
     job = job_of(run, plan, seed, work)
     with quietly(job.output.with_suffix(".log")):
         begun = time.perf_counter()
@@ -109,12 +113,15 @@ def measure(run: Run, plan: Plan, seed: int, work: Path) -> dict:
 
 
 def job_of(run: Run, plan: Plan, seed: int, work: Path) -> Job:
-    """The run as an arm of the study."""
+    """Return the run as an arm of the study."""
     return Job(BASE, Arm(run.name.replace(":", ","), REPLAY if run.part else None), seed, plan.size, work)
 
 
 def recipe(run: Run, plan: Plan, job: Job) -> Config:
-    """What `python -m trainer.run` is told; of a run with a given share it is what `replay_search.enabled` tells a probe of this part."""
+    """Return the configuration of a run.
+
+    With a given share it is the one that the replay search gives a probe of this part.
+    """
     config = replace(study.recipe(job), epochs=plan.epochs, max_steps=None)
     if run.part is None:
         return config
@@ -130,7 +137,7 @@ def recipe(run: Run, plan: Plan, job: Job) -> Config:
 
 
 def write_items(job: Job, kind: str, count: int) -> Path:
-    """The items that a run watches."""
+    """Write the items that a run is monitored on."""
     skills, _ = study.ITEMS[kind]
     rows = [{"prompt": item.instruction, "answer": item.answer} for item in heldout_items(skills, count, OTHER + job.seed)]
     return write_jsonl(rows, job.output.with_suffix(f".{kind}-items.jsonl"))
@@ -142,7 +149,7 @@ def base_alone(seed: int, plan: Plan, work: Path) -> dict:
 
 
 def make_pool(plan: Plan, work: Path) -> dict:
-    """The replay set; how sound it is."""
+    """Make the replay set, and return how sound it is."""
     with quietly(work / "synth.log"):
         return synthesise_all(work, BASE, [REPLAY], plan.size.instructions)[0]
 
@@ -151,7 +158,7 @@ def make_pool(plan: Plan, work: Path) -> dict:
 
 
 def carry_out(plan: Plan, seeds: int, work: Path, workers: int, begun: float) -> tuple[list[dict], dict]:
-    """The base and every run with every seed, in the order of the plan; and how sound the replay set is."""
+    """Measure the base and every run with every seed, and how sound the replay set is."""
     def submit(runs: Sequence[Run]) -> list:
         return [pool.submit(measure, run, plan, seed, work) for seed in range(seeds) for run in runs]
 
@@ -159,13 +166,13 @@ def carry_out(plan: Plan, seeds: int, work: Path, workers: int, begun: float) ->
         making = pool.submit(make_pool, plan, work)
         first = [*(pool.submit(base_alone, seed, plan, work) for seed in range(seeds)), *submit([r for r in plan.runs if not r.part])]
         sound = making.result()
-        found = told(begun, first + submit([r for r in plan.runs if r.part]), lambda one: f"{one['line']}, seed {one['seed']}")
+        found = results_of(begun, first + submit([r for r in plan.runs if r.part]), lambda one: f"{one['line']}, seed {one['seed']}")
     order = ["base", *(run.name for run in plan.runs)]
     return sorted(found, key=lambda one: (order.index(one["line"]), one["seed"])), sound
 
 
 def summary(found: Sequence[dict]) -> list[dict]:
-    """A row for each run: what is left of the base, what the probes came to, and their cost as shares of the run that followed them."""
+    """Return a row for each run: what it keeps of the base, and what its probes cost."""
     base = {one["seed"]: share(one["general"]) for one in found if one["line"] == "base"}
     rows = []
     for one in found:
@@ -195,28 +202,28 @@ def table(record: dict) -> list[list[str]]:
     return rows
 
 
-def conditions(record: dict) -> str:
+def caption(record: dict) -> Caption:
     c = record["conditions"]
-    held = "".join(f" The run after {row['probes']} {row['line'].removeprefix('auto, ')} {'held' if row['held'] else 'missed'} it."
-                   for row in record["summary"] if row["probes"])
-    curves = "".join(f" Measured all along, {one['line']}: {told_of(one['curve'])}." for one in watched(record))
-    return (
-        f"Auto: `--replay_search.enabled` with a floor of {c['floor']:.0%} of the base's right answers to "
-        f"{c['watched_items']['general']} general items; a given share otherwise.{held} An eighth, a quarter, a half: "
-        f"of the run's passes over the domain, with the whole schedule. General and domain: greedy answers to {c['items']['general']} "
-        f"and {c['items']['domain']} items of another draw, exact match. The novice base of the miniature study, its replay set "
-        f"`{c['replay']['replay']}` ({c['replay']['rows']:,} rows, "
-        f"{c['replay']['right']:.1%} of the known answers right), {c['domain']} domain rows, {c['epochs']:g} epochs, LoRA of rank 16, "
-        f"{c['tokens']} tokens a step.{curves} {c['seconds'] / 60:.0f} minutes with {c['workers']} workers of one thread on "
-        f"{record['cpu']}. {origin(record)}.")
+    reached = tuple(f"The run after {row['probes']} {row['line'].removeprefix('auto, ')} {'kept' if row['held'] else 'missed'} the floor."
+                    for row in record["summary"] if row["probes"])
+    curves = tuple(f"Measured all along, {one['line']}: {curve_summary(one['curve'])}." for one in watched(record))
+    return Caption(
+        f"Auto: `--replay_search.enabled` with a floor of {c['floor']:.0%} of the base's right answers to {c['watched_items']['general']} general "
+        f"items; other runs have a given share of replay. General and domain: exact match of greedy answers to {c['items']['general']} and "
+        f"{c['items']['domain']} items of another draw.",
+        (*reached, "An eighth, a quarter, a half: of the run's passes over the domain, with the whole learning-rate schedule.",
+         f"The novice base of the miniature study, its replay set `{c['replay']['replay']}` ({c['replay']['rows']:,} rows, "
+         f"{c['replay']['right']:.1%} of the known answers right), {c['domain']} domain rows, {c['epochs']:g} epochs, LoRA of rank 16, "
+         f"{c['tokens']} tokens a step.", *curves,
+         f"{c['seconds'] / 60:.0f} minutes with {c['workers']} workers of one thread on {record['cpu']}. {origin(record)}."))
 
 
 def watched(record: dict) -> list[dict]:
     return [one for one in record["raw"]["runs"] if one.get("curve")]
 
 
-def told_of(curve: Sequence[dict]) -> str:
-    """How much of the base's accuracy a run keeps as it goes on."""
+def curve_summary(curve: Sequence[dict]) -> str:
+    """Return how much of the base's accuracy a run keeps over its steps."""
     last = curve[-1]["step"]
     lowest = min(curve, key=lambda point: point["retained"])
     third = max((point for point in curve if 3 * point["step"] <= last), key=lambda point: point["step"])
@@ -225,25 +232,22 @@ def told_of(curve: Sequence[dict]) -> str:
             f"{third['retained']:.1%} after a third, {end:.1%} or more in the last fifth, {curve[-1]['retained']:.1%} at the end")
 
 
-def picture(record: dict, figure, axes) -> None:
-    """What probes and whole runs keep at given shares of replay; and a run's way from its first step to its last."""
-    axes.set_axis_off()
-    figure.set_size_inches(10, 3.6)
-    left, right = (figure.add_subplot(1, 2, place) for place in (1, 2))
+def draw(record: dict, figure) -> None:
+    """Draw what probes and whole runs keep at given shares of replay, and one run over its steps."""
+    figure.set_size_inches(10, 3.9)
+    left, right = (show.bare(panel) for panel in figure.subplots(1, 2))
     given = [row for row in record["summary"] if row["share"] is not None and not row["probes"] and not row["kl"] and row["seed"] == 0]
-    for part, colour in zip((EIGHTH, QUARTER, WHOLE), ("#b8b8b8", "#c8803c", "#1f6f8b")):
+    for part, colour in zip((EIGHTH, QUARTER, WHOLE), (show.OTHERS, show.SECOND, show.OURS)):
         points = sorted((row["share"], row["retained"]) for row in given if row["part"] == part.name)
         left.plot(*zip(*points), marker="o", color=colour, label=part.name) if points else None
     left.set(xlabel="share of replay", ylabel="general accuracy, of the base's")
     left.legend(frameon=False)
     for one in watched(record)[:1]:
         steps = [point["step"] for point in one["curve"]]
-        right.plot(steps, [point["retained"] for point in one["curve"]], color="#1f6f8b", label="general, of the base's")
-        right.plot(steps, [point["domain"] for point in one["curve"]], color="#b8b8b8", label="domain")
+        right.plot(steps, [point["retained"] for point in one["curve"]], color=show.OURS, label="general, of the base's")
+        right.plot(steps, [point["domain"] for point in one["curve"]], color=show.OTHERS, label="domain")
         right.set(xlabel=f"step, {one['line']}", ylim=(0, 1.05))
         right.legend(frameon=False)
-    for panel in (left, right):
-        panel.spines[["top", "right"]].set_visible(False)
 
 
 # ---------------------------------------------------------------- the suite
@@ -265,3 +269,7 @@ def run(arguments: argparse.Namespace) -> dict:
         "watched_items": {kind: len(skills) * plan.items for kind, (skills, _) in study.ITEMS.items()}, "replay": sound,
         "workers": arguments.workers, "seconds": time.perf_counter() - begun}
     return record.make("floor-cpu", facts, {}, summary(found), {"runs": found})
+
+
+SUITE = Suite("floor", "A floor to what may be forgotten: what the replay search chooses, and what is left", add_arguments, run,
+              {"floor": View(table, caption, draw, lambda record: "What probes foretell, and what the whole run keeps")})

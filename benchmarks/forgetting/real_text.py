@@ -1,8 +1,8 @@
-"""Forgetting on real text: a small model learns GSM8K, alone and beside replay of what it knew, and is measured on both.
+"""Measure forgetting on real text: a small model learns GSM8K with and without replay.
 
-The base is made here, from random weights: `real_text` says of what. It is sampled once, by `synth.run`; `trainer.run` trains every arm
-and seed, and `trainer.evaluate` scores each beside the base. A seed draws the domain rows, the order of the data and the adapter's start;
-base, replay sets of the base's own and items are common to all seeds.
+The base is made here, from random weights: `real_text_data` says of what. It is sampled once, by `synth.run`; `trainer.run` trains every
+arm and seed, and `trainer.evaluate` scores each beside the base. A seed draws the domain rows, the order of the data and the adapter's
+start; base, replay sets of the base's own and items are common to all seeds.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ from benchmarks.forgetting import real_text_data
 from benchmarks.forgetting.miniature.summary import BASE, estimate
 from benchmarks.forgetting.miniature.world import training_records, write_jsonl
 from benchmarks.forgetting.real_text_data import Counts, Schooling, Texts
-from benchmarks.harness import parallel, record
-from benchmarks.harness.parallel import begin, quietly, told
-from benchmarks.speed.training import quiet
+from benchmarks.harness import parallel, record, show
+from benchmarks.harness.parallel import begin, quietly, results_of
+from benchmarks.harness.record import origin
+from benchmarks.harness.suite import Caption, Suite, View
+from benchmarks.harness.synthetic_models import quiet
 from synth import config as synthesis
 from synth.run import synthesise
 from trainer.config import BatchSize, Config, Data, Items, Logging, Lora, Model, Optim, Replay, Retention
@@ -126,7 +128,7 @@ def make_own_sets(work: Path, size: Size) -> dict[str, int]:
 
 
 def write_real(texts: Texts, size: Size, seed: int, work: Path) -> None:
-    """Rows of what the base was trained on, in the shares in which it met them; those of skills are new ones of the same kind."""
+    """Write rows of the base's training data, in the base's shares; those of skills are new ones."""
     chats = [chat for own in texts.general.values() for chat in own]
     real = round(size.instructions * (1 - size.schooling.skills / (size.schooling.skills + size.schooling.passes * len(chats))))
     drawn = Random(f"replay {seed}").sample(chats, min(real, len(chats)))
@@ -156,7 +158,7 @@ def measure(job: Job) -> dict:
 
 
 def recipe(job: Job) -> Config:
-    """What `python -m trainer.run` is told."""
+    """Return the configuration of an arm's run."""
     arm, size = job.arm, job.size
     kind = "full" if arm.full else "lora"
     replayed = Replay(data=str(replay_file(job.work, arm.replay, job.seed)), ratio=RATIO, unit="tokens") if arm.replay else Replay()
@@ -170,7 +172,7 @@ def recipe(job: Job) -> Config:
 
 
 def scored(settings: evaluation.Config, work: Path, size: Size, output: Path) -> dict:
-    """The figures of `trainer.evaluate` by role and item file, and a mark for every item that is right (1) or wrong (0)."""
+    """Return the figures of `trainer.evaluate` by role and item file, and a mark for every item."""
     files = {role: [Items(str(work / "items" / f"{name}.jsonl"), metric=metric, choice_by="sum" if name == "decisions" else "tokens")
                     for name, metric in own.items()] for role, own in METRICS.items()}
     found = evaluate(replace(
@@ -189,7 +191,7 @@ def scored(settings: evaluation.Config, work: Path, size: Size, output: Path) ->
 
 
 def figures(outcome: dict) -> dict[str, float]:
-    """One line's figures with one seed, beside the base's: shares of items, and nats per token."""
+    """Return one arm's figures with one seed, beside the base's: shares of items, and nats per token."""
     files, roles = outcome["files"], outcome["roles"]
     skills, text = files["skills"], [files[name] for name in TEXT]
     before, moved = skills[BASE]["right"], skills["change"]
@@ -207,7 +209,7 @@ def figures(outcome: dict) -> dict[str, float]:
 
 
 def summary(outcomes: Sequence[dict]) -> list[dict]:
-    """A row for the base and each arm: means over seeds, and their standard errors."""
+    """Return a row for the base and each arm: means over seeds, and their standard errors."""
     first = outcomes[0]
     unmoved = {"general": first["files"]["skills"][BASE]["accuracy"], "decisions": first["files"]["decisions"][BASE]["chance_adjusted"],
                "solutions": first["files"]["solutions"][BASE]["accuracy"]}
@@ -222,7 +224,7 @@ def summary(outcomes: Sequence[dict]) -> list[dict]:
 
 
 def schooled(outcome: dict) -> dict[str, dict[str, float]]:
-    """What schooling made of the random weights: log-prob per token of held-out text before and after."""
+    """Return the log-prob per token of held-out text before and after the base's training."""
     return {name: {side: outcome["files"][name][side]["logprob_per_token"] for side in (BASE, "model")} for name in (*TEXT, "problems")}
 
 
@@ -230,7 +232,7 @@ def schooled(outcome: dict) -> dict[str, dict[str, float]]:
 
 
 def prepare(texts: Texts, size: Size, seeds: int, work: Path) -> dict:
-    """Items, domain rows, real replay and the base, which is scored beside the random weights that it began as."""
+    """Make items, domain rows, real replay and the base, and score the base beside the random weights."""
     real_text_data.write_items(texts, size.counts, work / "items")
     for seed in range(seeds):
         write_domain(texts, size, seed, work)
@@ -243,14 +245,17 @@ def prepare(texts: Texts, size: Size, seeds: int, work: Path) -> dict:
 
 
 def carry_out(size: Size, seeds: int, work: Path, workers: int, begun: float) -> tuple[list[dict], dict[str, int]]:
-    """Every arm with every seed, and the rows of the base's own sets; what needs none of those is trained while it is sampled."""
+    """Measure every arm with every seed, and count the rows of the base's own sets.
+
+    Arms that need none of these are trained while the base is sampled.
+    """
     jobs = [Job(arm, seed, size, work) for seed in range(seeds) for arm in ARMS]
     with parallel.pool(workers) as pool:
         sampling = pool.submit(make_own_sets, work, size)
         running = [pool.submit(measure, job) for job in jobs if job.arm.replay not in OWN]
         rows = sampling.result()
         running += [pool.submit(measure, job) for job in jobs if job.arm.replay in OWN]
-        outcomes = told(begun, running, lambda found: f"{found['arm']}, seed {found['seed']}")
+        outcomes = results_of(begun, running, lambda found: f"{found['arm']}, seed {found['seed']}")
     order = [(arm.name, seed) for arm in ARMS for seed in range(seeds)]
     return sorted(outcomes, key=lambda outcome: order.index((outcome["arm"], outcome["seed"]))), rows
 
@@ -279,3 +284,60 @@ def run(arguments: argparse.Namespace) -> dict:
         "seeds": arguments.seeds, "ratio": RATIO, "rates": RATES, "kl": KL, "precision": real_text_data.precision(), "replay_rows": rows,
         "schooled": schooled(base), "base_cpu_seconds": cpu, "workers": arguments.workers, "seconds": time.perf_counter() - begun}
     return record.make("retention-cpu", conditions, {}, summary(outcomes), {"base": [base], "outcomes": outcomes})
+
+
+# ---------------------------------------------------------------- how a record is shown
+
+
+def table(record: dict) -> list[list[str]]:
+    """Return each arm's accuracy in general, what it forgot there, and what it gained on the domain."""
+    head = ["arm", "general", "domain", "forgotten", "gained", "general text", "KL, general", "KL, domain", "decisions", "solutions"]
+    keys = ("general", "domain", "forgotten", "gained", "text", "kl_general", "kl_domain", "decisions", "solutions")
+    return [head] + [[row["line"], *(estimated(row, key, sign=key in ("domain", "text")) for key in keys)] for row in record["summary"]]
+
+
+def estimated(row: dict, key: str, sign: bool = False) -> str:
+    """Format a mean, with its standard error where it has one."""
+    error = row.get(f"{key}_error")
+    value = f"{row[key]:+.3f}" if sign and row[key] else f"{row[key]:.3f}"
+    return value + (f" ± {error:.3f}" if error is not None else "")
+
+
+def caption(record: dict) -> Caption:
+    c = record["conditions"]
+    items, seeds = c["items"], c["seeds"]
+    learnt = "; ".join(f"{name} {figures['base']:.2f} to {figures['model']:.2f}" for name, figures in c["schooled"].items())
+    return Caption(
+        f"General: exact match of greedy answers to {items['skills']} skill items. Forgotten, gained: share of items that the base has "
+        "right, or wrong, and the arm does not. Domain, general text: change of held-out answers' log-prob against the base, nats per "
+        f"token. Means of {seeds} seed{'s' * (seeds > 1)}{' ± standard error' * (seeds > 1)}.",
+        (f"Domain: {items['problems']} problems of GSM8K's test set. General text: {items['long answers']} PubMedQA answers, "
+         f"{items['tasks']} self-instruct tasks. KL: from the base on these answers, nats per token.",
+         f"Decisions: {items['decisions']} of PubMedQA, accuracy adjusted for chance. Solutions: the right one of four is the likeliest "
+         f"per token ({items['solutions']} problems; by chance 0.25).",
+         f"{c['steps']} steps of {c['tokens']:,} tokens for every arm, {c['ratio']:.0%} of them replay where there is any; LoRA of rank 16 "
+         f"unless full; {c['precision']} training.",
+         f"The base: Llama, {c['parameters'] / 1e6:.1f} M parameters, trained from random weights in {c['base_cpu_seconds'] / 60:.1f} CPU "
+         f"minutes, which brought held-out log-probs per token from {learnt}.",
+         f"{c['seconds'] / 60:.0f} minutes with {c['workers']} workers of one thread on {record['cpu']}. {origin(record)}."))
+
+
+def draw(record: dict, figure) -> None:
+    """Draw what each arm keeps of skills and of text, and what it learns of the domain.
+
+    Error bars are standard errors.
+    """
+    rows = record["summary"][::-1]
+    figure.set_size_inches(10, 1.3 + 0.35 * len(rows))
+    for i, (key, name) in enumerate((("general", "general: skill items right"), ("text", "general text: nats per token, against the base"),
+                                     ("domain", "GSM8K: nats per token, against the base"))):
+        panel = show.bare(figure.add_subplot(1, 3, i + 1))
+        panel.barh([row["line"] for row in rows], [row[key] for row in rows], xerr=[row.get(f"{key}_error") or 0 for row in rows],
+                   ecolor=show.GREY,
+                   color=[show.OTHERS if row["line"] == "base" or "domain only" in row["line"] else show.OURS for row in rows])
+        panel.set_title(name, fontsize=9)
+        panel.tick_params(labelleft=i == 0, labelsize=9)
+
+
+SUITE = Suite("retention", "Forgetting on real text: a small model learns GSM8K, alone and beside replay", add_arguments, run,
+              {"retention": View(table, caption, draw, lambda record: "Replay keeps what a model knew of real text")})

@@ -1,7 +1,8 @@
-"""Public sets as chats and items, and a small base made from them: GSM8K is the domain, all else is what the base knows in general.
+"""Read public sets as chats and items, and make a small base from them.
 
-The general part is PubMedQA (long answers and decisions), self-instruct's tasks written by people, and the miniature's skills, whose
-answers can be right or wrong for a model of this size too. Its words are spelt in letters, as a byte-pair tokenizer would hide them.
+GSM8K is the domain; all else is what the base knows in general: PubMedQA (long answers and decisions), self-instruct's tasks written by
+people, and the miniature's skills, whose answers can be right or wrong for a model of this size too. Their words are spelt in letters, as a
+byte-pair tokenizer would hide them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from benchmarks.forgetting.miniature.skills import GENERAL, Skill, Slots
 from benchmarks.forgetting.miniature.words import word
 from benchmarks.forgetting.miniature.world import heldout_items, training_records, write_jsonl
-from benchmarks.speed.training import SPECIAL, TEMPLATE
+from benchmarks.harness.synthetic_models import SPECIAL, TEMPLATE
 from trainer.config import BatchSize, Config, Data, Logging, Model, Optim, Source
 from trainer.errors import UserError
 from trainer.run import train
@@ -40,7 +41,7 @@ Chat = tuple[str, str]  # what is asked, and the answer
 
 @dataclass(frozen=True)
 class Texts:
-    """What the five files hold, as chats; `heldout` are those of rows that nothing is trained on."""
+    """The chats of the five files; nothing is trained on those in `heldout`."""
 
     domain: list[Chat]
     domain_test: list[Chat]
@@ -63,7 +64,10 @@ def read(folder: Path) -> Texts:
 
 
 def parsed(path: Path, kind) -> list:
-    """The rows of a file that fit, as `kind` reads them. UserError where they are not of that kind, or none fits."""
+    """Return the rows of a file that fit, as `kind` reads them.
+
+    Raises UserError where they are not of that kind, or none fits.
+    """
     try:
         rows = [row for row in kind(path.read_text(encoding="utf-8")) if short(row if isinstance(row[0], str) else row[0])]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
@@ -105,7 +109,7 @@ def instructions(text: str) -> Iterator[Chat]:
 
 
 def spelt(skill: Skill) -> Skill:
-    """The skill with short words in letters: a token each, which can be turned, sorted and counted."""
+    """Return the skill with short words in letters: a token each, to be turned, sorted and counted."""
     if "{word}" not in skill.frames[0]:
         return skill
 
@@ -131,7 +135,7 @@ def record(chat: Chat) -> dict:
 
 
 def general_sources(texts: Texts, skills: int, seed: int, folder: Path, passes: float = 1.0) -> list[Source]:
-    """What the base is trained on: each set `passes` times, and so many fresh records of skills."""
+    """Return the base's training data: each set `passes` times, and fresh records of skills."""
     sets = {name: [record(chat) for chat in chats] for name, chats in texts.general.items()}
     files = {name: write_jsonl(rows, folder / f"{name}.jsonl") for name, rows in sets.items()}
     own = write_jsonl(training_records(SKILLS, skills, seed), folder / f"skills {seed}.jsonl")
@@ -162,7 +166,7 @@ def write_items(texts: Texts, counts: Counts, folder: Path) -> dict[str, Path]:
 
 
 def ranked(chats: Sequence[Chat], i: int) -> dict:
-    """A problem, its solution, and those of three other problems: the likeliest for each of its tokens is picked."""
+    """Return a problem with its solution and those of three others, of which the likeliest is picked."""
     others = sorted({answer for _, answer in chats} - {chats[i][1]})
     return {"prompt": chats[i][0], "choices": [chats[i][1], *Random(i).sample(others, min(3, len(others)))], "answer": chats[i][1]}
 
@@ -183,7 +187,7 @@ class Schooling:
 
 
 def make_base(texts: Texts, schooling: Schooling, work: Path) -> tuple[Path, Path]:
-    """The folders of the random model and of the trained one."""
+    """Return the folders of the random model and of the trained one."""
     start = work / "start"
     save_start(texts, schooling, start)
     learnt = general_sources(texts, schooling.skills, 0, work / "reading data", schooling.passes)
@@ -203,12 +207,12 @@ def lesson(work: Path, name: str, sources: list[Source], model: Model, optim: Op
 
 
 def precision() -> str:
-    """Of all training here: bf16 where a CPU multiplies in it."""
+    """Return the dtype of all training here: bf16 where a CPU multiplies in it."""
     return "bf16" if fast_bf16() else "fp32"
 
 
 def save_start(texts: Texts, schooling: Schooling, folder: Path) -> None:
-    """The tokenizer, and a Llama with random weights, saved the way hub models are."""
+    """Save the tokenizer, and a Llama with random weights, as hub models are saved."""
     chats = [chat for own in (texts.domain, *texts.general.values()) for chat in own]
     spoken = [turn["content"] for row in training_records(SKILLS, 3000, seed=0) for turn in row["messages"]]
     tokenizer = make_tokenizer([text for chat in chats for text in chat] + spoken)

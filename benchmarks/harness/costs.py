@@ -1,8 +1,8 @@
-"""What a step costs beside its time: the memory that it adds at its height, and the operations that it is made of.
+"""Count the memory that a step adds, and the operations that it consists of.
 
-Memory is what torch's allocator hands out, counted by its profiler: exact, the same in every run, and without what lies there before the
-step (weights, the optimiser's moments) or what libraries allocate for themselves. Operations are those of ATen that compute something:
-views and bare allocations are none. On a GPU each is a launch or more; on a CPU each is a call's overhead.
+Memory is what torch's allocator hands out, counted by its profiler: exact and repeatable, without what is held before the step (weights,
+the optimiser's moments) or what libraries allocate for themselves. Operations are ATen's, without views and allocations. On a GPU each is
+a launch or more; on a CPU each is a call's overhead.
 """
 
 from __future__ import annotations
@@ -20,14 +20,17 @@ ALLOCATIONS = ("empty", "new_empty", "_unsafe_view")  # and a view that does not
 
 @dataclass(frozen=True)
 class Costs:
-    """Of a line's steps: the highest of their heights, the median of their numbers of operations (None: they cannot be counted)."""
+    """Memory and operations of a contender's steps: the highest peak, and the median number."""
 
     mib: float
     operations: float | None
 
 
 def step_costs(step: Callable[[], object], countable: bool = True, steps: int = STEPS) -> Costs:
-    """Of `steps` calls of `step`. `countable`: whether its operations pass through the dispatcher one by one; compiled ones do not."""
+    """Measure `steps` calls of `step`.
+
+    `countable`: whether its operations pass through the dispatcher one by one; compiled ones do not.
+    """
     operations = []
     run = (lambda: operations.append(counted_operations(step))) if countable else step
     heights = [height_mib(run) for _ in range(steps)]
@@ -35,7 +38,7 @@ def step_costs(step: Callable[[], object], countable: bool = True, steps: int = 
 
 
 def height_mib(run: Callable[[], object]) -> float:
-    """The most that one call holds at a time beyond what was held before it, in MiB of CPU memory."""
+    """Return the peak memory that one call adds to what was held before it, in MiB of CPU memory."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]" and e.device_type().name == "CPU"]

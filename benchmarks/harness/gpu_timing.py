@@ -1,4 +1,4 @@
-"""Timing on a device: its own milliseconds between two events, lines interleaved, peak memory, and what the card itself can do.
+"""Time calls on a device in interleaved rounds, measure their peak memory, and the device's own rates.
 
 Before each call the L2 cache is emptied and the device sleeps for a millisecond, so that the host is ahead and its time does not show.
 """
@@ -18,7 +18,7 @@ AHEAD = 2_000_000  # clock cycles, about a millisecond
 
 
 class Clock:
-    """Device milliseconds (on a CPU: wall) and host milliseconds of one call."""
+    """Device milliseconds (on a CPU: wall) and host milliseconds of a call."""
 
     def __init__(self, device: torch.device):
         self.cuda = device.type == "cuda"
@@ -45,7 +45,7 @@ class Clock:
 
 
 def rounds_of(lines: dict[str, Callable], clock: Clock, seconds: float, most: int, seed: int = 0) -> dict[str, list[tuple[float, float]]]:
-    """(device ms, host ms) of every line in every round; lines in a shuffled order."""
+    """Return (device ms, host ms) of every contender in every round; contenders in a shuffled order."""
     order, names, begun = np.random.default_rng(seed), list(lines), time.perf_counter()
     samples: dict[str, list] = {name: [] for name in names}
     for done in range(most):
@@ -59,7 +59,7 @@ def rounds_of(lines: dict[str, Callable], clock: Clock, seconds: float, most: in
 
 
 def peak_mib(run: Callable) -> float | None:
-    """Memory that a call adds at its height, its results and gradients included."""
+    """Return the peak memory that a call adds on a GPU, results included; None without a GPU."""
     if not torch.cuda.is_available():
         return None
     torch.cuda.synchronize()
@@ -71,7 +71,7 @@ def peak_mib(run: Callable) -> float | None:
 
 
 def measured_rates(device: torch.device, clock: Clock) -> dict[str, float]:
-    """FLOP/s of a large product, bytes/s of a large copy: medians of this very card, before the cases."""
+    """Return the FLOP/s of a large matmul and the bytes/s of a large copy: medians on this device."""
     size, copied = (8192, 1 << 30) if device.type == "cuda" else (256, 1 << 20)
     a, b = torch.randn(2, size, size, device=device).to(torch.bfloat16 if device.type == "cuda" else torch.float32)
     source, target = torch.zeros(2, copied, dtype=torch.int8, device=device)
@@ -86,7 +86,7 @@ def measured_rates(device: torch.device, clock: Clock) -> dict[str, float]:
 
 
 def distance(value: Tensor, other: Tensor) -> float:
-    """‖value − other‖ / ‖other‖ in fp32, piece by piece."""
+    """Return ‖value − other‖ / ‖other‖ in fp32, computed piece by piece."""
     if value.shape != other.shape:
         return float("nan")
     pieces = list(zip(value.reshape(-1).split(1 << 26), other.reshape(-1).split(1 << 26)))
@@ -102,7 +102,10 @@ def reason(error: Exception) -> str:
 
 
 def tried(run: Callable) -> tuple[list[Tensor] | None, str | None]:
-    """What a line gave, or why it gave nothing. Whatever another library raises is an outcome, not the end of the benchmark."""
+    """Return the results of a call, or the reason why it failed.
+
+    Any exception of another library is an outcome, not the end of the benchmark.
+    """
     results, why = None, None
     try:
         results = run()
@@ -120,7 +123,7 @@ def synchronize() -> None:
 
 
 def free() -> None:
-    """Gives a GPU's memory back, for the next line to have all of it."""
+    """Return a GPU's cached memory, for the next contender to have all of it."""
     if torch.cuda.is_available():
         gc.collect()
         torch.cuda.empty_cache()

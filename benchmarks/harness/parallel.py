@@ -1,4 +1,4 @@
-"""Suites of many small trainings: worker processes of one thread each, what they say kept in files, and the options that they share."""
+"""Run many small trainings in worker processes of one thread each."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from typing import Any
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from benchmarks.forgetting.miniature.family import THREADS
 from trainer.errors import UserError
+
+# Matrices of these small models gain little from a second thread, and wait for it where cores are shared.
+THREADS = 1
 
 
 def begin() -> None:
-    """Make this process a worker of one thread: `family.THREADS` says why."""
+    """Make this process a worker of `THREADS` threads."""
     torch.set_num_threads(THREADS)
     disable_progress_bar()
 
@@ -30,8 +32,11 @@ def pool(workers: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), begin)
 
 
-def told(begun: float, futures: Sequence[Future], name: Callable[[Any], str]) -> list:
-    """What they return, as it comes; each is said by its name, with the seconds since `begun`."""
+def results_of(begun: float, futures: Sequence[Future], name: Callable[[Any], str]) -> list:
+    """Return the results of futures as they complete, and print the name of each.
+
+    The seconds since `begun` are printed too.
+    """
     found = []
     for done, future in enumerate(as_completed(futures), start=1):
         found.append(future.result())
@@ -41,7 +46,7 @@ def told(begun: float, futures: Sequence[Future], name: Callable[[Any], str]) ->
 
 @contextmanager
 def quietly(log: Path) -> Iterator[None]:
-    """What is said inside goes to a file."""
+    """Append to a file what is printed inside."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", encoding="utf-8") as file, redirect_stdout(file):
         yield
@@ -52,12 +57,13 @@ def quietly(log: Path) -> Iterator[None]:
 
 def add_arguments(parser: argparse.ArgumentParser, seeds: int) -> None:
     parser.add_argument("--seeds", type=int, default=seeds)
-    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes of one thread; default: one a core")
-    parser.add_argument("--keep", type=Path, help="a new or empty folder that keeps all that is made, with its reports; default: none")
+    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1),
+                        help="processes of one thread (default: one for each core, at most 8)")
+    parser.add_argument("--keep", type=Path, help="a new or empty folder for all files that are made (default: none is kept)")
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """UserError for options that no run can use."""
+    """Raise UserError for options that no run can use."""
     if arguments.seeds < 1 or arguments.workers < 1:
         raise UserError(f"--seeds, --workers: expected 1 or more, got {arguments.seeds}, {arguments.workers}")
     if arguments.keep and arguments.keep.exists() and any(arguments.keep.iterdir()):
@@ -66,6 +72,6 @@ def check(arguments: argparse.Namespace) -> None:
 
 @contextmanager
 def working_folder(arguments: argparse.Namespace) -> Iterator[Path]:
-    """`--keep`, or a folder that is gone afterwards."""
+    """Yield the folder of `--keep`, or one that is deleted afterwards."""
     with tempfile.TemporaryDirectory(prefix="steadfast-") as scratch:
         yield (arguments.keep or Path(scratch)).absolute()

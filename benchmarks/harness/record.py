@@ -1,4 +1,7 @@
-"""One JSON file per run of a suite: everything needed to know what was measured, where, on which code, and every raw sample."""
+"""Write one JSON record for each run of a suite.
+
+It holds what was measured, where, on which code, and every raw measurement.
+"""
 
 from __future__ import annotations
 
@@ -9,22 +12,22 @@ import platform
 import shlex
 import subprocess
 import sys
-import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
 from trainer.errors import UserError
+from trainer.files import atomic_file
 
 RESULTS = Path(__file__).parents[1] / "results"
 VERSIONS = ("torch", "triton", "transformers", "peft", "trl", "datasets", "numpy", "bitsandbytes", "flash-attn", "liger-kernel",
             "cut-cross-entropy")
-PLACES = ("--results", "--keep")  # options that say where files go
+PLACES = ("--results", "--keep", "--data")  # options that say where files are on this machine
 
 
 def make(suite: str, conditions: dict, agreement: dict[str, float], summary: list[dict], raw: dict[str, list[dict]]) -> dict:
-    """The record of a run that ends now, on this machine and this state of the code."""
+    """Return the record of a run that ends now, on this machine and this state of the code."""
     return {
         "suite": suite, "time": datetime.now(UTC).isoformat(timespec="seconds"), **code(), "command": command(), **machine(),
         "versions": versions(), "conditions": conditions, "agreement": agreement, "summary": summary, "raw": raw,
@@ -32,8 +35,10 @@ def make(suite: str, conditions: dict, agreement: dict[str, float], summary: lis
 
 
 def code(root: Path = RESULTS.parents[1]) -> dict:
-    """The commit, and whether tracked files differ from it (results and their pages apart, which a run adds to); None outside a
-    repository."""
+    """Return the commit, and whether tracked files differ from it; None outside a repository.
+
+    Results and the pages that show them do not count: a run adds to them.
+    """
     def git(*words: str) -> str | None:
         try:
             done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True)
@@ -41,13 +46,13 @@ def code(root: Path = RESULTS.parents[1]) -> dict:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    pages = ":!benchmarks/results", ":!README.md", ":!benchmarks/README.md"
+    pages = ":!benchmarks/results", ":!README.md", ":!benchmarks/README.md", ":!kernels/README.md"
     changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", *pages)
     return {"commit": git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}
 
 
 def command() -> str:
-    """How to run it again; where its files went to is nothing to repeat."""
+    """Return the command that runs it again, without options that name places on this machine."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     module = spec.name if spec and spec.name.startswith("benchmarks.") else "benchmarks.run"
     words, kept = iter(sys.argv[1:]), []
@@ -60,7 +65,7 @@ def command() -> str:
 
 
 def origin(record: dict) -> str:
-    """What the text under a table ends with: the command that made the record, the day and the commit."""
+    """Return the command that made a record, the day and the commit."""
     changes = " with changes" if record["dirty"] else ""
     return f"`{record['command']}`, {record['time'][:10]}, commit {(record['commit'] or 'none')[:8]}{changes}"
 
@@ -72,18 +77,18 @@ def machine() -> dict:
 
 
 def cpu_model() -> str:
-    """The processor's name, and the instruction set that torch uses on it."""
+    """Return the processor's name, and the instruction set that torch uses on it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
     except FileNotFoundError:
         name = platform.processor() or platform.machine()
-    bf16 = ", bf16 products" if torch.cpu._is_avx512_bf16_supported() else ""
+    bf16 = ", bf16 matmul" if torch.cpu._is_avx512_bf16_supported() else ""
     return f"{name} ({torch.backends.cpu.get_cpu_capability()}{bf16})"
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that are here."""
+    """Return the versions of the packages that are installed."""
     found = {}
     for name in VERSIONS:
         try:
@@ -94,30 +99,20 @@ def versions() -> dict[str, str]:
 
 
 def write(record: dict, folder: Path = RESULTS) -> Path:
-    """Save as <suite>-<time>-<commit>.json; the file appears whole or not at all."""
+    """Save as <suite>-<time>-<commit>.json, atomically."""
     stamp = record["time"].replace("-", "").replace(":", "").partition("+")[0]
     path = folder / f"{record['suite']}-{stamp}-{(record['commit'] or 'nocommit')[:8]}.json"
-    aside = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=folder, prefix=".", suffix=".json", delete=False) as file:
-            aside = Path(file.name)
-            json.dump(record, file, indent=1, allow_nan=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        aside.chmod(0o644)
-        aside.replace(path)
+        with atomic_file(path) as tmp:
+            tmp.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
     except OSError as error:
         raise UserError(f"results: cannot write {path}: {error.strerror}") from None
-    finally:
-        if aside is not None:
-            aside.unlink(missing_ok=True)
     return path
 
 
 def newest(folder: Path = RESULTS) -> dict[str, dict]:
-    """The latest record of each suite, by the time written in it."""
+    """Return the latest record of each suite, by the time written in it."""
     records: dict[str, dict] = {}
     for path in sorted(folder.glob("[!.]*.json")):
         record = json.loads(path.read_text())

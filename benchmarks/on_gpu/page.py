@@ -12,8 +12,9 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks.harness.model_shapes import MODELS
 from benchmarks.speed import kernel_predictions
-from benchmarks.speed.kernel_predictions import MODELS, PARTS, TARGETS
+from benchmarks.speed.kernel_predictions import ARCHS, TARGETS
 from trainer.report import page
 from trainer.report.page import duration, number, percent
 
@@ -65,9 +66,9 @@ def targets(record: dict) -> list[Target]:
 
 
 def step_targets(record: dict) -> list[Target]:
-    """If our line could not be timed, it missed them all."""
-    rows = {row["line"]: row for row in part(record, "sizes").get("rows", [])
-            if (row.get("model"), row.get("adapter"), row.get("lengths")) == (MODEL, "lora", "tailed") and row["tokens"] >= 8192}
+    """Return the verdicts on a whole step's targets; a step of ours that could not be timed missed them all."""
+    rows = {row["contender"]: row for row in part(record, "sizes").get("rows", [])
+            if (row.get("model"), row.get("method"), row.get("lengths")) == (MODEL, "lora", "tailed") and row["tokens"] >= 8192}
     ours, plain = rows.get(OURS, {}), rows.get(PLAIN, {})
     mfu, ratio = (ours.get(name, {}).get("value") for name in ("mfu", "ratio"))
     memory = total_mib(ours) / total_mib(plain) if total_mib(ours) and total_mib(plain) else None
@@ -82,7 +83,7 @@ def step_targets(record: dict) -> list[Target]:
 
 def kernel_targets(record: dict) -> list[Target]:
     """Targets are words, as `predict.TARGETS` has them: milliseconds and perhaps GB, a share of copying, or what an adapter adds."""
-    rows = {row["operation"]: row for row in kernel_rows(record) if row["line"] == OURS and row["model"] == MODEL}
+    rows = {row["operation"]: row for row in kernel_rows(record) if row["contender"] == OURS and row["model"] == MODEL}
     return [Target(f"{operation}, {MODEL}", re.sub(r"^≤ (\d+)", r"≤ \1 ms", wanted), *judge(wanted, rows.get(operation)))
             for operation, wanted in TARGETS.items()]
 
@@ -174,28 +175,28 @@ def kernel_rows(record: dict) -> list[dict]:
 
 
 def kernels(record: dict) -> Table:
-    """Our lines, each beside its prediction and the others' times."""
-    card = next((known for known in PARTS if known.device in record["device"]), None)
+    """Return our times, each beside its prediction and the others' times."""
+    card = next((known for known in ARCHS if known.device in record["device"]), None)
     predicted = {(row["operation"], row["model"]): row for row in kernel_predictions.predict()} if card else {}
     others: dict[tuple, list[dict]] = {}
     for row in kernel_rows(record):
         others.setdefault((row["operation"], row["model"]), []).append(row)
     rows = []
-    for row in (row for row in kernel_rows(record) if row["line"] == OURS):
+    for row in (row for row in kernel_rows(record) if row["contender"] == OURS):
         key = row["operation"], row["model"]
         expected = kernel_predictions.predicted_cell(predicted[key], card.name) if key in predicted else "–"
-        rest = "; ".join(other_line(other) for other in others[key] if not other["line"].startswith(OURS))
+        rest = "; ".join(other_cell(other) for other in others[key] if not other["contender"].startswith(OURS))
         figures = [kernel_predictions.milliseconds(row["ms"]["value"]), number(row["host_ms"]["value"]), gib(row["peak_mib"]),
                    percent(row["share_of_product"]), percent(row["share_of_copy"])] if row["ms"] else [row["outcome"], *["–"] * 4]
         rows.append([row["operation"], row["model"], figures[0], expected, *figures[1:], rest])
     return Table("Kernels", "Milliseconds of forward and backward; in brackets what a LoRA layer is predicted to add to its base products. "
                  "Others: how many times as long they take.",
-                 ["Operation", "Model", "ms", "Predicted", "Host ms", "Peak GiB", "Of product", "Of copy", "Others"], rows)
+                 ["Operation", "Model", "ms", "Predicted", "Host ms", "Peak GiB", "Of matmul rate", "Of copy", "Others"], rows)
 
 
-def other_line(row: dict) -> str:
+def other_cell(row: dict) -> str:
     ratio = row["ratio"].get(OURS) if row["ms"] else None
-    return f"{row['line']} {times(ratio['value']) if ratio else row['outcome']}"
+    return f"{row['contender']} {times(ratio['value']) if ratio else row['outcome']}"
 
 
 def whole_steps(record: dict) -> Table:
@@ -203,17 +204,17 @@ def whole_steps(record: dict) -> Table:
             for case, *cells in map(step_row, part(record, name).get("rows", []))]
     return Table("Whole steps", "Rates are medians of interleaved rounds with their 20th and 80th percentiles; ratios of real tokens/s "
                  "have 95% intervals. Memory held is that of weights and optimiser's states; a step adds to it at its height.",
-                 ["Model, adapter, lengths", "Line", "Real tokens/s", "Supervised/s", "Steps/s", "× plain", "MFU", "Padding", "Micro-batch",
-                  "Held GiB", "Step adds GiB", "Launches"], rows)
+                 ["Model, method, lengths", "Contender", "Real tokens/s", "Supervised/s", "Steps/s", "× plain", "MFU", "Padding",
+                  "Micro-batch", "Held GiB", "Step adds GiB", "Launches"], rows)
 
 
 def step_row(row: dict) -> list[str]:
-    case = ", ".join(row[name] for name in ("model", "adapter", "lengths") if name in row) or row["case"]
+    case = ", ".join(row[name] for name in ("model", "method", "lengths") if name in row) or row["case"]
     if row["outcome"] != "timed":
-        return [case, row["line"], row["outcome"], *["–"] * 9]
+        return [case, row["contender"], row["outcome"], *["–"] * 9]
     rates = [number(row[name]["value"]) for name in ("supervised_per_second", "steps_per_second")]
     shares = [percent(row["mfu"]["value"]), percent(row["padding"])]
-    return [case, row["line"], spread(row["tokens_per_second"], number), *rates, spread(row.get("ratio"), times), *shares,
+    return [case, row["contender"], spread(row["tokens_per_second"], number), *rates, spread(row.get("ratio"), times), *shares,
             number(row.get("micro_batch")), gib(row["resident_mib"]), gib(row["step_mib"]), number(row["launches"])]
 
 
@@ -223,7 +224,7 @@ def rivals(record: dict) -> Table:
     rows = [[name, outcome, spread(rates.get(name), number), spread(ratios.get(name), times), gib(memory.get(name))]
             for name, outcome in found.get("outcomes", {}).items()]
     return Table("Beside others' packs", f"{found.get('model', '')} with LoRA; the ratio is that of our real tokens a second to theirs.",
-                 ["Line", "Outcome", "Real tokens/s", "Ours is ×", "Step adds GiB"], rows)
+                 ["Contender", "Outcome", "Real tokens/s", "Ours is ×", "Step adds GiB"], rows)
 
 
 def contexts(record: dict) -> Table:
@@ -252,7 +253,7 @@ def height(row: dict | None) -> str:
 
 
 def total_mib(row: dict) -> float | None:
-    """Peak memory of a line: what it holds, and what a step adds."""
+    """Return the peak memory of a contender: what it holds, and what a step adds."""
     return row["resident_mib"] + row["step_mib"] if row.get("step_mib") is not None and row["outcome"] == "timed" else None
 
 

@@ -1,13 +1,12 @@
-"""One whole training step of a patched Llama with LoRA: forward, fused loss, backward, update.
+"""Check and time whole training steps of a Llama with LoRA on a GPU.
 
 compile      the loss and its backward compile into one graph without a break, and agree with eager
-capture      the step is captured as a CUDA graph; replayed on other packs it gives the losses of an eager run, and draws new masks
-throughput   real tokens a second, beside a stock model with padded batches, PEFT and sdpa, from the same weights on the same samples
-rivals       the same beside packs: a stock model's, told apart by position ids, and TRL's, without and with Liger's kernels
+capture      the step is captured as a CUDA graph; replayed on other packs it gives the losses of an eager run, and draws new dropout masks
+throughput   real tokens a second of the trainer's own step, beside a stock model with padded batches, PEFT and sdpa, from equal weights
+rivals       Steadfast beside packs: a stock model's, told apart by position ids, and TRL's, without and with Liger's kernels
 
 It needs torch, Triton, transformers, peft and numpy, and rivals trl: `python -m benchmarks.on_gpu.whole_step CHECK --out FILE`.
-Larger models,
-other adapters and longer contexts are `benchmarks.on_gpu.whole_step_sizes`'s, on the lines and the comparison made here.
+Larger models, other methods and longer contexts: `benchmarks.on_gpu.whole_step_sizes`.
 """
 
 from __future__ import annotations
@@ -30,139 +29,79 @@ from torch import Tensor, nn
 
 from benchmarks.harness import timing
 from benchmarks.harness.gpu_timing import Clock, free, measured_rates, peak_mib, reason, tried
-from benchmarks.harness.timing import Line, Sample, Samples, StepResult, counted
-from benchmarks.speed.kernel_predictions import MODELS, RANK, Model
-from kernels import linear_cross_entropy
+from benchmarks.harness.model_shapes import LLAMA_1B, ModelShape
+from benchmarks.harness.synthetic_models import adapted, log_normal_lengths, random_samples, stock_model, trained
+from benchmarks.harness.timing import AGREEMENT, Contender, Measurement, TokenSamples, relative
+from benchmarks.speed.baselines import Batching, PlainLoop, Trl, missing, packed_arguments, packed_loop, padded_loop
+from benchmarks.speed.contenders import Steadfast, Trained, fused, in_memory
 from trainer.data.batch import PackedBatch, collate
 from trainer.data.samples import Piece
-from trainer.metrics.throughput import model_size
 from trainer.model.quantization import nf4_of, quantized_layers
+from trainer.training.loss import sft_loss
 
-SMALL = Model("small", 256, 704, 8, 4, 32, 2048, 2)  # for the checks
-ROUNDS, STEPS, SAMPLES, MICRO_BATCH = 8, 2, 16, 8
+SMALL = ModelShape("small", 256, 704, 8, 4, 32, 2048, 2)  # for the checks
+ROUNDS, STEPS, SAMPLES, MICRO_BATCH = 8, 2, 16, 8  # samples: of a step, on average
+PLANNED = 16  # steps of different samples in memory
 COMPARED = 2  # steps whose losses have to agree; later ones drift apart in bf16
+PEAK_STEPS = 4  # whose highest memory counts
 OURS, PLAIN = "Steadfast", "plain HF loop"
-AGREEMENT = {torch.bfloat16: 2e-2, torch.float32: 1e-4}  # relative difference of losses, at most
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
-# ---------------------------------------------------------------- a model and its data
+def learning_rate(model: nn.Module) -> float:
+    """Return a rate for AdamW; all weights in bf16 would diverge at an adapter's rate."""
+    return 1e-3 if hasattr(model, "peft_config") else 1e-4
 
 
-def make_model(size: Model, device: torch.device, dtype: torch.dtype, dropout: float = 0.0, rank: int = RANK,
-               attention: str = "sdpa") -> nn.Module:
-    """A model of this size with random weights and a LoRA adapter, as transformers and PEFT make them."""
-    return adapted(stock_model(size, device, dtype, attention), rank, dropout)
-
-
-def stock_model(size: Model, device: torch.device, dtype: torch.dtype, attention: str = "sdpa") -> nn.Module:
-    """A Llama, or a Qwen3 where queries and keys are normed, made on the device; equal weights each time."""
-    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
-
-    torch.manual_seed(0)
-    config = (Qwen3Config if size.qk_norm else LlamaConfig)(
-        vocab_size=size.vocabulary, hidden_size=size.width, intermediate_size=size.mlp, num_hidden_layers=size.layers,
-        num_attention_heads=size.heads, num_key_value_heads=size.kv_heads, head_dim=size.head_dim, use_cache=False,
-        max_position_embeddings=8192, tie_word_embeddings=False)
-    with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention).train()
-
-
-def adapted(base: nn.Module, rank: int = RANK, dropout: float = 0.0) -> nn.Module:
-    """With a LoRA adapter in fp32 on every linear layer but the head."""
-    from peft import LoraConfig, get_peft_model
-
-    adapter = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules="all-linear")
-    model = get_peft_model(base, adapter)
-    for p in trained(model):
-        p.data = p.data.float()
-        nn.init.normal_(p, std=0.02)  # B is zero at first, which would hide an adapter's faults
-    return model.train()
-
-
-def trained(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-def optimizer_of(model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW; a whole model in bf16 would run away at an adapter's rate."""
-    rate = 1e-3 if hasattr(model, "peft_config") else 1e-4
-    return torch.optim.AdamW(trained(model), lr=rate, fused=True, capturable=device.type == "cuda")
-
-
-def random_samples(lengths: list[int], vocabulary: int, seed: int) -> Samples:
-    """Random tokens, the second half of each sample supervised."""
-    rng = np.random.default_rng(seed)
-    return [(rng.integers(vocabulary, size=n), np.arange(n) >= n // 2) for n in lengths]
-
-
-def long_tailed(count: int, mean: float, longest: int, seed: int) -> list[int]:
-    """Log-normal lengths, as those of chats are."""
-    spread = 0.8
-    drawn = mean * np.exp(spread * np.random.default_rng(seed).standard_normal(count) - spread**2 / 2)
-    return np.clip(drawn.round().astype(int), 16, longest).tolist()
-
-
-def packed(samples: Samples, device: torch.device) -> PackedBatch:
+def packed(samples: TokenSamples, device: torch.device) -> PackedBatch:
     return collate([Piece(ids, supervised) for ids, supervised in samples]).to(device)
 
 
-def patched(model: nn.Module) -> nn.Module:
-    from trainer.model.forward import unwrap_peft
-    from trainer.model.loading import use_packed_attention
-    from trainer.model.patch import patch
-
-    use_packed_attention(unwrap_peft(model))
-    patch(model)
-    return model
-
-
-def packed_loss(model: nn.Module, batch: PackedBatch) -> Tensor:
-    """Mean over the supervised tokens, as the trainer has it (`trainer.training.loss.batch_loss`)."""
-    from trainer.model.forward import lm_head, supervised_hidden
-
-    return linear_cross_entropy(supervised_hidden(model, batch), lm_head(model).weight, batch.targets, token_weight=batch.weights,
-                                ignore_index=None, reduction="sum") / batch.weight_sum
-
-
-def relative(value: float, other: float) -> float:
-    return abs(value - other) / abs(other)
+def mean_loss(model: nn.Module, batch: PackedBatch) -> Tensor:
+    return sft_loss(model, batch) / batch.weight_sum
 
 
 # ---------------------------------------------------------------- torch.compile
 
 
-def check_compile(device: torch.device, dtype: torch.dtype, size: Model = SMALL, backend: str = "inductor",
+def check_compile(device: torch.device, dtype: torch.dtype, size: ModelShape = SMALL, backend: str = "inductor",
                   packs: tuple[list[int], ...] = ([70, 5, 130], [9, 200, 64, 31])) -> dict:
-    """Packs of different shapes: values and gradients of the compiled loss beside the eager one's. A break in the graph is an error."""
-    model = patched(make_model(size, device, dtype))
-    compiled = torch.compile(lambda batch: packed_loss(model, batch), fullgraph=True, backend=backend)
+    """Compare values and gradients of the compiled loss with the eager one's, on packs of different shapes. A graph break is an error."""
+    model = fused(adapted(stock_model(size, device, dtype)))
+    compiled = torch.compile(lambda batch: mean_loss(model, batch), fullgraph=True, backend=backend)
     differences, begun = {"loss": 0.0, "gradients": 0.0}, time.perf_counter()
     for seed, lengths in enumerate(packs):
         batch = packed(random_samples(lengths, size.vocabulary, seed), device)
         outcomes = []
-        for loss_of in (compiled, lambda batch: packed_loss(model, batch)):
+        for loss_of in (compiled, lambda batch: mean_loss(model, batch)):
             loss = loss_of(batch)
             outcomes.append((loss.item(), torch.cat([g.flatten() for g in torch.autograd.grad(loss, trained(model))])))
         (loss, gradient), (true_loss, true_gradient) = outcomes
         differences["loss"] = max(differences["loss"], relative(loss, true_loss))
         differences["gradients"] = max(differences["gradients"], float((gradient - true_gradient).norm() / true_gradient.norm()))
-    passed = differences["loss"] <= AGREEMENT[dtype] and differences["gradients"] <= 5 * AGREEMENT[dtype]
+    tolerance = AGREEMENT[DTYPES[dtype]]
+    passed = differences["loss"] <= tolerance and differences["gradients"] <= 5 * tolerance
     return {"passed": passed, "differences": differences, "seconds": time.perf_counter() - begun}
 
 
 # ---------------------------------------------------------------- CUDA graphs
 
 
-def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: PackedBatch) -> Tensor:
-    loss = packed_loss(model, batch)
+def capturable_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: PackedBatch) -> Tensor:
+    """Do a step that a CUDA graph can hold: no clipping, no loader, torch's AdamW. It is checked, never reported as throughput."""
+    loss = mean_loss(model, batch)
     loss.backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return loss.detach()
 
 
+def capturable_adamw(model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(trained(model), lr=learning_rate(model), fused=True, capturable=device.type == "cuda")
+
+
 def same_shapes(count: int, vocabulary: int, device: torch.device) -> list[PackedBatch]:
-    """Packs of other documents but equal shapes, which is what a captured graph can be given. All say one longest document."""
+    """Return packs of different samples but equal shapes, as a captured graph needs. All name one longest sample."""
     lengths = ([200, 56, 128], [100, 156, 128], [60, 130, 194], [128, 128, 128])
     batches = [packed(random_samples(lengths[i % len(lengths)], vocabulary, i), device) for i in range(count)]
     rows = min(len(batch.targets) for batch in batches)
@@ -177,29 +116,29 @@ def fill(static: PackedBatch, batch: PackedBatch) -> None:
 
 
 def captured_step(model: nn.Module, optimizer: torch.optim.Optimizer, static: PackedBatch, warm_up: list[PackedBatch]):
-    """A CUDA graph of `train_step` on `static`, after steps on `warm_up`; and the loss that each replay writes."""
+    """Return a CUDA graph of `capturable_step` on `static`, after steps on `warm_up`, and the loss that each replay writes."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for batch in warm_up:
             fill(static, batch)
-            train_step(model, optimizer, static)
+            capturable_step(model, optimizer, static)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        loss = train_step(model, optimizer, static)
+        loss = capturable_step(model, optimizer, static)
     return graph, loss
 
 
-def check_capture(device: torch.device, dtype: torch.dtype, size: Model = SMALL, warm: int = 3, steps: int = 8) -> dict:
-    """Losses of captured steps beside those of an eager run on the same packs; and, with dropout, of two replays of one step."""
+def check_capture(device: torch.device, dtype: torch.dtype, size: ModelShape = SMALL, warm: int = 3, steps: int = 8) -> dict:
+    """Compare losses of captured steps with an eager run's on equal packs, and with dropout those of replays of one step."""
     batches = same_shapes(warm + steps, size.vocabulary, device)
-    model = patched(make_model(size, device, dtype))
-    optimizer = optimizer_of(model, device)
-    eager = [train_step(model, optimizer, batch).item() for batch in batches]
-    model = patched(make_model(size, device, dtype))
+    model = fused(adapted(stock_model(size, device, dtype)))
+    optimizer = capturable_adamw(model, device)
+    eager = [capturable_step(model, optimizer, batch).item() for batch in batches]
+    model = fused(adapted(stock_model(size, device, dtype)))
     static = copy.deepcopy(batches[0])
-    graph, loss = captured_step(model, optimizer_of(model, device), static, batches[:warm])
+    graph, loss = captured_step(model, capturable_adamw(model, device), static, batches[:warm])
     replayed = []
     for batch in batches[warm:]:
         fill(static, batch)
@@ -207,13 +146,13 @@ def check_capture(device: torch.device, dtype: torch.dtype, size: Model = SMALL,
         replayed.append(loss.item())
     worst = max(relative(a, b) for a, b in zip(replayed, eager[warm:], strict=True))
     redrawn = masks_are_redrawn(device, dtype, size, batches)
-    return {"passed": worst <= AGREEMENT[dtype] and redrawn, "difference": worst, "masks_redrawn": redrawn, "eager": eager[warm:],
+    return {"passed": worst <= AGREEMENT[DTYPES[dtype]] and redrawn, "difference": worst, "masks_redrawn": redrawn, "eager": eager[warm:],
             "replayed": replayed}
 
 
-def masks_are_redrawn(device: torch.device, dtype: torch.dtype, size: Model, batches: list[PackedBatch]) -> bool:
-    """Whether replays of one step at learning rate 0 give different losses."""
-    model = patched(make_model(size, device, dtype, dropout=0.3))
+def masks_are_redrawn(device: torch.device, dtype: torch.dtype, size: ModelShape, batches: list[PackedBatch]) -> bool:
+    """Return whether replays of one step at learning rate 0 give different losses."""
+    model = fused(adapted(stock_model(size, device, dtype), dropout=0.3))
     optimizer = torch.optim.AdamW(trained(model), lr=0.0, weight_decay=0.0, fused=True, capturable=True)
     static = copy.deepcopy(batches[0])
     graph, loss = captured_step(model, optimizer, static, batches[:2])
@@ -225,133 +164,70 @@ def masks_are_redrawn(device: torch.device, dtype: torch.dtype, size: Model, bat
     return len(set(losses)) == 3
 
 
-# ---------------------------------------------------------------- two lines
-
-
-class Packs:
-    """Our step: all samples of a step in one pack."""
-
-    def __init__(self, model: nn.Module, device: torch.device, stream: list[Samples], size):
-        self.model, self.optimizer, self.device, self.size = patched(model), optimizer_of(model, device), device, size
-        self.feed(stream)
-
-    def feed(self, stream: list[Samples]) -> None:
-        """Steps over these from now on, again and again."""
-        self.works, self.at = [(samples, packed(samples, self.device)) for samples in stream], -1
-
-    def step(self) -> StepResult:
-        self.at = (self.at + 1) % len(self.works)
-        samples, batch = self.works[self.at]
-        loss = train_step(self.model, self.optimizer, batch)
-        return counted(samples, loss.item(), batch.tokens, self.size)
-
-
-class Padded:
-    """The plain loop: micro-batches padded to their longest sample, the model's own loss, gradients accumulated over the step."""
-
-    def __init__(self, model: nn.Module, device: torch.device, stream: list[Samples], size):
-        self.model, self.optimizer, self.device, self.size = model, optimizer_of(model, device), device, size
-        self.micro_batch = MICRO_BATCH
-        self.feed(stream)
-
-    def feed(self, stream: list[Samples]) -> None:
-        self.works, self.at = stream, -1
-
-    def lay(self, samples: Samples) -> dict[str, Tensor]:
-        return padded(samples, self.device)
-
-    def fit(self) -> None:
-        """Halve the micro-batch, as anybody would, until the step with the longest sample fits into memory."""
-        longest = max(self.works, key=lambda samples: max(len(ids) for ids, _ in samples))
-        fits = False
-        while not fits:
-            try:
-                self.gradients(longest)
-                fits = True
-            except torch.cuda.OutOfMemoryError:
-                if self.micro_batch == 1:
-                    raise
-                self.micro_batch //= 2
-            self.optimizer.zero_grad(set_to_none=True)
-            free()
-
-    def step(self) -> StepResult:
-        self.at = (self.at + 1) % len(self.works)
-        loss, computed = self.gradients(self.works[self.at])
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return counted(self.works[self.at], float(loss), computed, self.size)
-
-    def gradients(self, samples: Samples) -> tuple[Tensor | float, int]:
-        """The loss of a step, and the positions that were computed for it."""
-        supervised, loss, computed = sum(int(mask[1:].sum()) for _, mask in samples), 0.0, 0
-        for start in range(0, len(samples), self.micro_batch):
-            batch = self.lay(samples[start:start + self.micro_batch])
-            part = self.model(**batch, use_cache=False, num_items_in_batch=supervised).loss
-            part.backward()
-            loss, computed = loss + part.detach(), computed + batch["input_ids"].numel()
-        return loss, computed
-
-
-class Flat(Padded):
-    """The same with every micro-batch end to end in one row, told apart by position ids."""
-
-    def lay(self, samples: Samples) -> dict[str, Tensor]:
-        from benchmarks.speed.baselines import flattened
-
-        return {name: t.to(self.device) for name, t in flattened(samples).items()}
-
-
-def padded(samples: Samples, device: torch.device) -> dict[str, Tensor]:
-    longest = max(len(ids) for ids, _ in samples)
-    ids, mask, labels = (np.full((len(samples), longest), fill) for fill in (0, 0, -100))
-    for i, (tokens, supervised) in enumerate(samples):
-        ids[i, : len(tokens)], mask[i, : len(tokens)] = tokens, 1
-        labels[i, : len(tokens)] = np.where(supervised, tokens, -100)
-    return {name: torch.from_numpy(a).to(device) for name, a in (("input_ids", ids), ("attention_mask", mask), ("labels", labels))}
-
-
 # ---------------------------------------------------------------- side by side
 
 
-def side_by_side(makers: dict[str, Callable], dtype: torch.dtype, rounds: int, steps: int) -> tuple[dict[str, list[Sample]], dict]:
-    """Samples of the lines that run and agree, in interleaved rounds; and what each one's outcome, memory and launches are.
+def steadfast(model: nn.Module, samples: TokenSamples, tokens: int, device: torch.device) -> Steadfast:
+    """Return the trainer's own step on packs of `tokens`."""
+    return in_memory(model, samples, tokens, learning_rate(model), device)
+
+
+def plain_loop(model: nn.Module, samples: TokenSamples, tokens: int, device: torch.device) -> PlainLoop:
+    """Return the plain loop over batches of SAMPLES, in padded micro-batches."""
+    return padded_loop(model, samples, Batching(samples=SAMPLES), learning_rate(model), device=device, micro_batch=MICRO_BATCH)
+
+
+CONTENDERS: dict[str, Callable[..., Trained]] = {PLAIN: plain_loop, OURS: steadfast}
+
+
+def side_by_side(makers: dict[str, Callable[[], Trained]], dtype: torch.dtype, rounds: int,
+                 steps: int) -> tuple[dict[str, list[Measurement]], dict]:
+    """Return the measurements of the contenders that run and agree, and each one's outcome, memory and launches.
 
     All are made before the first one steps, so that each has the memory that is left beside the others.
     """
-    lines, facts = {}, {}
+    made, facts = {}, {}
     for name, make in makers.items():
-        _, why = tried(lambda name=name, make=make: lines.update({name: make()}))
-        facts[name] = {"outcome": why or "timed"}
+        _, failure = tried(lambda name=name, make=make: made.update({name: make()}))
+        facts[name] = {"outcome": failure or "timed"}
+    batches = first_batches(made)
     losses: dict[str, list[float]] = {}
-    for name in list(lines):
-        about, why = tried(lambda name=name: first_steps(lines[name]))
-        if not why:
+    for name in list(made):
+        about, failure = tried(lambda name=name: first_steps(made[name], batches))
+        if not failure:
             facts[name] |= about
             losses[name] = about["losses"]
-            why = disagreement(name, losses, facts[name], AGREEMENT[dtype])
-        if why:
-            facts[name]["outcome"] = why
-            del lines[name]
+            failure = disagreement(name, losses, facts[name], AGREEMENT[DTYPES[dtype]])
+        if failure:
+            facts[name]["outcome"] = failure
+            del made[name]
             free()
-    samples = timing.interleave([Line(name, line.step) for name, line in lines.items()], rounds, steps)
-    for name, line in lines.items():
-        facts[name]["launches"], _ = tried(lambda line=line: launches(line))
-    return samples, facts
+    measured = timing.interleave([Contender(name, one.step) for name, one in made.items()], rounds, steps)
+    for name, one in made.items():
+        facts[name]["launches"], _ = tried(lambda one=one: launches(one))
+    return measured, facts
 
 
-def first_steps(line) -> dict:
-    """Losses of a line's first steps; then the memory of a pass over all."""
-    if hasattr(line, "fit"):
-        line.fit()
-    losses = [line.step().loss for _ in range(COMPARED)]
+def first_batches(made: dict[str, Trained]) -> list[TokenSamples]:
+    """Return the batches that all contenders are compared on: the plain loop's, or any of our own samples."""
+    if PLAIN in made:
+        return [made[PLAIN].next_batch() for _ in range(COMPARED)]
+    samples = [made[OURS].samples[i] for i in range(min(COMPARED, len(made[OURS].samples)))] if OURS in made else []
+    return [samples] * COMPARED if samples else []
+
+
+def first_steps(one: Trained, batches: list[TokenSamples]) -> dict:
+    """Return the losses of a contender's first steps, and the memory of some of its own."""
+    if hasattr(one, "halve_until_it_fits"):
+        one.halve_until_it_fits()
+    losses = [float(one.step_on(batch).loss) for batch in batches]
     free()
-    return {"losses": losses, "step_mib": peak_mib(lambda: [line.step() for _ in line.works]), "resident_mib": resident_mib(line),
-            "micro_batch": getattr(line, "micro_batch", None)}
+    return {"losses": losses, "step_mib": peak_mib(lambda: [one.step() for _ in range(PEAK_STEPS)]), "resident_mib": resident_mib(one),
+            "micro_batch": getattr(one, "micro_batch", None)}
 
 
 def disagreement(name: str, losses: dict[str, list[float]], facts: dict, most: float) -> str | None:
-    """How far a line's losses are from those of the first line that ran, if it is too far; `facts` notes it either way."""
+    """Return how far a contender's losses are from the first one's, where that is too far; `facts` notes it either way."""
     first = next(iter(losses))
     if first == name:
         return None
@@ -359,21 +235,21 @@ def disagreement(name: str, losses: dict[str, list[float]], facts: dict, most: f
     return None if facts["difference"] <= most else f"disagrees: {facts['difference']:.1e} from the {first}"
 
 
-def resident_mib(line) -> float:
-    """Of weights, in 4 bits or more, and the optimiser's states."""
-    states = [t for state in line.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
-    scales = sum(nf4_of(layer).nbytes - layer.weight.nbytes for layer in quantized_layers(line.model))
-    return (sum(t.nbytes for t in (*line.model.parameters(), *line.model.buffers(), *states)) + scales) / 2**20
+def resident_mib(one: Trained) -> float:
+    """Return the memory held between steps: weights, in 4 bits or more, gradients and the optimiser's states."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in one.state_tensors()}
+    scales = sum(nf4_of(layer).nbytes - layer.weight.nbytes for layer in quantized_layers(one.model))
+    return (sum(storages.values()) + scales) / 2**20
 
 
-def launches(line) -> int | None:
-    """Kernels that a step starts on the device; on a CPU, operations that compute. None where the profiler sees nothing."""
-    if line.device.type == "cpu":
+def launches(one) -> int | None:
+    """Return the kernels that a step starts on the device; on a CPU, operations that compute. None where the profiler sees nothing."""
+    if one.device.type == "cpu":
         from benchmarks.harness.costs import counted_operations
 
-        return counted_operations(line.step)
+        return counted_operations(one.step)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        line.step()
+        one.step()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profile.export_chrome_trace(str(path))
@@ -381,93 +257,98 @@ def launches(line) -> int | None:
 
 
 def kernels_in(trace: dict) -> int:
-    """Copies and fills aside."""
+    """Return the number of kernels in a trace, without copies and fills."""
     return sum(event.get("cat") == "kernel" for event in trace["traceEvents"])
 
 
-def rows_of(samples: dict[str, list[Sample]], facts: dict[str, dict], product_flops: float) -> list[dict]:
-    """Every line's figures, those that could not be timed among them; MFU is the share of `product_flops`."""
-    figures = {"tokens_per_second": lambda s: s.tokens / s.wall, "supervised_per_second": lambda s: s.supervised / s.wall,
-               "steps_per_second": lambda s: s.steps / s.wall, "mfu": lambda s: s.flops / s.wall / product_flops}
+def rows_of(measured: dict[str, list[Measurement]], facts: dict[str, dict], matmul_flops: float) -> list[dict]:
+    """Return every contender's row, also of those that could not be timed; MFU is the share of `matmul_flops`."""
+    figures = {"tokens_per_second": lambda m: m.tokens / m.wall, "supervised_per_second": lambda m: m.supervised / m.wall,
+               "steps_per_second": lambda m: m.steps / m.wall, "mfu": lambda m: m.flops / m.wall / matmul_flops}
     rows = []
     for name, about in facts.items():
-        rows.append({"line": name, **about})
-        if line := samples.get(name):
-            rows[-1] |= {figure: asdict(timing.spread(line, of)) for figure, of in figures.items()}
-            rows[-1]["padding"] = sum(s.padding for s in line) / sum(s.padding + s.tokens for s in line)
-            if name != PLAIN and PLAIN in samples:
-                rows[-1]["ratio"] = asdict(timing.ratio(line, samples[PLAIN], figures["tokens_per_second"]))
+        rows.append({"contender": name, **about})
+        if own := measured.get(name):
+            rows[-1] |= {figure: asdict(timing.spread(own, of)) for figure, of in figures.items()}
+            rows[-1]["padding"] = sum(m.padding for m in own) / sum(m.padding + m.tokens for m in own)
+            if name != PLAIN and PLAIN in measured:
+                rows[-1]["ratio"] = asdict(timing.ratio(own, measured[PLAIN], figures["tokens_per_second"]))
     return rows
 
 
-def throughput(device: torch.device, dtype: torch.dtype, shape: Model = MODELS[-1], mean: int = 400, rounds: int = ROUNDS) -> dict:
-    """Both lines with LoRA, over long-tailed lengths."""
-    stream = [random_samples(long_tailed(SAMPLES, mean, 4 * mean, seed), shape.vocabulary, seed) for seed in range(8)]
+def tailed_samples(shape: ModelShape, mean: int) -> TokenSamples:
+    """Return the samples of PLANNED steps, of log-normal lengths."""
+    lengths = log_normal_lengths(SAMPLES * PLANNED, mean, np.random.default_rng(0), longest=4 * mean)
+    return random_samples(lengths, shape.vocabulary, seed=0)
 
-    def line(kind):
-        model = make_model(shape, device, dtype)
-        return kind(model, device, stream, model_size(model))
+
+def throughput(device: torch.device, dtype: torch.dtype, shape: ModelShape = LLAMA_1B, mean: int = 400, rounds: int = ROUNDS) -> dict:
+    """Time both contenders with LoRA, over log-normal lengths."""
+    samples = tailed_samples(shape, mean)
+
+    def make(kind: Callable[..., Trained]) -> Trained:
+        return kind(adapted(stock_model(shape, device, dtype)), samples, SAMPLES * mean, device)
 
     rates = measured_rates(device, Clock(device))
-    samples, facts = side_by_side({PLAIN: lambda: line(Padded), OURS: lambda: line(Packs)}, dtype, rounds, STEPS)
-    rows = [{"model": shape.name, "adapter": "lora", "lengths": "tailed"} | row for row in rows_of(samples, facts, rates["product_flops"])]
-    outcome = {"passed": len(samples) == len(rows), "rows": rows, "rates": rates, "raw": timing.raw(samples)}
-    return outcome if outcome["passed"] else outcome | {"error": "; ".join(f"{row['line']} {row['outcome']}" for row in rows)}
+    makers = {name: lambda kind=kind: make(kind) for name, kind in CONTENDERS.items()}
+    measured, facts = side_by_side(makers, dtype, rounds, STEPS)
+    rows = [{"model": shape.name, "method": "lora", "lengths": "tailed"} | row for row in rows_of(measured, facts, rates["product_flops"])]
+    outcome = {"passed": len(measured) == len(rows), "rows": rows, "rates": rates, "raw": timing.raw(measured)}
+    return outcome if outcome["passed"] else outcome | {"error": "; ".join(f"{row['contender']} {row['outcome']}" for row in rows)}
 
 
 # ---------------------------------------------------------------- beside others' packs
 
 
-def rivals(device: torch.device, dtype: torch.dtype, shape: Model = MODELS[-1], mean: int = 400, rounds: int = ROUNDS) -> dict:
-    """Tokens a second of every line that runs here, in interleaved rounds; why others do not. First each one's loss beside ours, on its
-    own first batch. Attention of the others is FlashAttention's where it is installed, else sdpa."""
-    from benchmarks.speed.baselines import Trl, missing, packed_batches
+def rivals(device: torch.device, dtype: torch.dtype, shape: ModelShape = LLAMA_1B, mean: int = 400, rounds: int = ROUNDS) -> dict:
+    """Time every contender that runs here in interleaved rounds, and note why others do not.
 
-    stream = [random_samples(long_tailed(SAMPLES, mean, 4 * mean, seed), shape.vocabulary, seed) for seed in range(8)]
+    First each one's loss on its own first batch is compared with ours. Attention of the others is FlashAttention's where it is installed,
+    else sdpa.
+    """
+    samples, tokens = tailed_samples(shape, mean), SAMPLES * mean
     attention = "flash_attention_2" if device.type == "cuda" and importlib.util.find_spec("flash_attn") else "sdpa"
-    reference = patched(make_model(shape, device, dtype))
-    size, outcomes, differences, lines, memory = model_size(reference), {}, {}, {}, {}
 
-    def trl(**settings) -> Trl:
-        batches = packed_batches(SAMPLES * mean) | {"learning_rate": 1e-3} | settings
-        return Trl(make_model(shape, device, dtype, attention=attention), sum(stream, []), bare_tokenizer(), batches, device=device)
+    def model(attention: str = "sdpa") -> nn.Module:
+        return adapted(stock_model(shape, device, dtype, attention))
+
+    def trl(**arguments) -> Trl:
+        batches = packed_arguments(tokens) | {"learning_rate": 1e-3} | arguments
+        return Trl(model(attention), samples, bare_tokenizer(), batches, device=device)
 
     makers = {
-        "Steadfast": lambda: Packs(make_model(shape, device, dtype), device, stream, size),
-        "HF loop, packed": lambda: Flat(make_model(shape, device, dtype, attention=attention), device, stream, size),
+        "HF loop, packed": lambda: packed_loop(model(attention), samples, Batching(tokens=tokens), 1e-3, device=device),
         "TRL packed": trl, "TRL packed, Liger": lambda: trl(use_liger_kernel=True)}
-    if why := missing("liger_kernel", device):
-        outcomes["TRL packed, Liger"] = why
+    made: dict[str, Trained] = {OURS: steadfast(model(), samples, tokens, device)}
+    outcomes, differences, memory = {OURS: "timed"}, {}, {}
+    if failure := missing("liger_kernel", device):
+        outcomes["TRL packed, Liger"] = failure
     for name, make in makers.items():
         if name in outcomes:
             continue
-        _, why = tried(lambda name=name, make=make: first_step(name, make, reference, stream, device, lines, differences))
-        if why or not differences[name] <= AGREEMENT[dtype]:
-            outcomes[name] = why or f"disagrees: {differences[name]:.1e} from ours"
-            lines.pop(name, None)
+        _, failure = tried(lambda name=name, make=make: differences.update({name: first_difference(make, made, name)}))
+        outcomes[name] = failure or "timed"
+        if not failure and not differences[name] <= AGREEMENT[DTYPES[dtype]]:
+            outcomes[name] = f"disagrees: {differences[name]:.1e} from ours"
+        if outcomes[name] != "timed":
+            made.pop(name, None)
             free()
-        else:
-            memory[name] = peak_mib(lines[name].step)
-            outcomes[name] = "timed"
-    samples = timing.interleave([Line(name, line.step) for name, line in lines.items()], rounds, STEPS)
-    rates = {name: asdict(timing.spread(line, lambda s: s.tokens / s.wall)) for name, line in samples.items()}
-    ratios = {name: asdict(timing.ratio(samples["Steadfast"], line, lambda s: s.tokens / s.wall))
-              for name, line in samples.items() if name != "Steadfast" and "Steadfast" in samples}
-    return {"passed": "Steadfast" in samples and not any(o.startswith("disagrees") for o in outcomes.values()), "outcomes": outcomes,
+    memory = {name: peak_mib(one.step) for name, one in made.items()}
+    measured = timing.interleave([Contender(name, one.step) for name, one in made.items()], rounds, STEPS)
+    rates = {name: asdict(timing.spread(own, lambda m: m.tokens / m.wall)) for name, own in measured.items()}
+    ratios = {name: asdict(timing.ratio(measured[OURS], own, lambda m: m.tokens / m.wall))
+              for name, own in measured.items() if name != OURS}
+    return {"passed": not any(outcome.startswith("disagrees") for outcome in outcomes.values()), "outcomes": outcomes,
             "differences": differences, "attention_of_others": attention, "model": shape.name, "tokens_per_second": rates,
-            "ratio": ratios, "step_mib": memory, "raw": timing.raw(samples)}
+            "ratio": ratios, "step_mib": memory, "raw": timing.raw(measured)}
 
 
-def first_step(name: str, make: Callable, reference: nn.Module, stream: list[Samples], device: torch.device, lines: dict,
-               differences: dict) -> None:
-    """Makes a line and has it do a step; how far its loss is from that of the same weights, ours, on the same samples."""
-    line = make()
-    batch = line.next_batch() if hasattr(line, "next_batch") else None
-    samples = stream[0] if batch is None else line.samples_of(batch)
-    with torch.no_grad():
-        expected = packed_loss(reference, packed(samples, device)).item()
-    done = line.step() if batch is None else line.step_on(batch)
-    lines[name], differences[name] = line, relative(done.loss, expected)
+def first_difference(make: Callable[[], Trained], made: dict[str, Trained], name: str) -> float:
+    """Make a contender and have it do a step; return how far its loss is from ours, which has made none yet, on its samples."""
+    one = made[name] = make()
+    batch = one.next_batch()
+    expected = float(made[OURS].loss_on(one.samples_of(batch)))
+    return relative(float(one.step_on(batch).loss), expected)
 
 
 def bare_tokenizer():

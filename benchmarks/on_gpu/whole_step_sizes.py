@@ -1,13 +1,14 @@
-"""How a whole step's speed and memory depend on the model, the adapter, the lengths and the context, beside the plain Hugging Face loop.
+"""Time whole steps and their memory by model, method, lengths and context, beside the plain Hugging Face loop.
 
-sizes     1B, 4B and 8B shapes; LoRA, QLoRA, all weights; long-tailed lengths, which packing gains from, and equal ones, which it does not
+sizes     1B, 4B and 8B shapes; LoRA, QLoRA, all weights; log-normal lengths, which packing gains from, and equal ones, which it does not
 context   one sample of 2k to 128k tokens a step on the 8B shape with LoRA, activations kept or computed again; the longest that fits
 
-Weights are random and made on the device. A line that runs out of memory, fails or disagrees keeps its row. The outcome is written anew
-after each case; cases that it has already are not run again: `python -m benchmarks.on_gpu.whole_step_sizes sizes --out FILE`.
+Weights are random and made on the device. A contender that runs out of memory, fails or disagrees keeps its row. The outcome is written
+anew after each case; cases that it has already are not run again: `python -m benchmarks.on_gpu.whole_step_sizes sizes --out FILE`.
 
-Without bitsandbytes our line of QLoRA has a base of random codes, as fast and as large as any, and the plain loop none. A whole model of
-8B is left out: two of them do not fit beside each other.
+Without bitsandbytes, Steadfast's QLoRA has a base of random codes, as fast and as large as any, and the plain loop has none. All weights of
+8B are left out: two such runs do not fit beside each other. With all weights trained, Steadfast keeps fp32 masters of bf16 weights, as the
+trainer does, and the plain loop trains the bf16 weights themselves.
 """
 
 from __future__ import annotations
@@ -28,31 +29,16 @@ from torch import Tensor, nn
 
 from benchmarks.harness import timing
 from benchmarks.harness.gpu_timing import Clock, free, measured_rates, peak_mib, reason, synchronize, tried
-from benchmarks.harness.timing import Sample
-from benchmarks.on_gpu.whole_step import (
-    AGREEMENT,
-    OURS,
-    PLAIN,
-    SAMPLES,
-    Packs,
-    Padded,
-    adapted,
-    long_tailed,
-    make_model,
-    random_samples,
-    relative,
-    resident_mib,
-    rows_of,
-    side_by_side,
-    stock_model,
-)
-from benchmarks.speed.kernel_predictions import MODELS, Model
+from benchmarks.harness.model_shapes import MODELS, ModelShape
+from benchmarks.harness.synthetic_models import adapted, log_normal_lengths, random_samples, stock_model
+from benchmarks.harness.timing import AGREEMENT, Measurement, TokenSamples, relative
+from benchmarks.on_gpu.whole_step import CONTENDERS, DTYPES, OURS, PLAIN, PLANNED, SAMPLES, resident_mib, rows_of, side_by_side
+from benchmarks.speed.contenders import Trained
 from kernels.nf4 import GROUP, dequantize_nf4
-from trainer.metrics.throughput import model_size
+from trainer.files import atomic_file
 from trainer.model.quantization import BLOCK, nf4_of, prepare_quantized
 
-LINES = {PLAIN: Padded, OURS: Packs}
-TOKENS, STREAM, ROUNDS = 8192, 4, 6  # real tokens of a step, different steps, rounds of one step each
+TOKENS, ROUNDS = 8192, 6  # tokens of a step, rounds of one step each
 B8, B4, B1 = MODELS
 CONTEXTS = tuple(2**k for k in range(11, 18))
 FEWEST_SECONDS = 3.0  # of timed steps at one context length, or three of them
@@ -110,29 +96,29 @@ def no_bitsandbytes() -> str | None:
 
 @dataclass(frozen=True)
 class Case:
-    """A comparison of both lines."""
+    """A comparison of both contenders."""
 
-    model: Model
-    adapter: str  # lora, qlora, full
+    model: ModelShape
+    method: str  # lora, qlora, full
     lengths: str  # tailed, equal
     climb = None
 
     @property
     def name(self) -> str:
-        return f"{self.model.name}, {self.adapter}, {self.lengths}"
+        return f"{self.model.name}, {self.method}, {self.lengths}"
 
 
 @dataclass(frozen=True)
 class Height:
-    """One line at one context length; a climb ends at the first that does not fit."""
+    """One contender at one context length; a climb ends at the first that does not fit."""
 
-    line: str
+    contender: str
     checkpointing: str  # none, full
     tokens: int
 
     @property
     def climb(self) -> str:
-        return f"{self.line}, checkpointing {self.checkpointing}"
+        return f"{self.contender}, checkpointing {self.checkpointing}"
 
     @property
     def name(self) -> str:
@@ -159,12 +145,12 @@ def work_off(cases: Sequence, measure: Callable, outcome: dict, keep: Callable[[
     begun = time.monotonic()
     while (left := still_open(cases, outcome["rows"])) and time.monotonic() - begun <= budget:
         measured, why = tried(lambda case=left[0]: measure(case))
-        rows, raw = measured or ([{"line": getattr(left[0], "line", OURS), "outcome": why}], {})
+        rows, raw = measured or ([{"contender": getattr(left[0], "contender", OURS), "outcome": why}], {})
         about = {"case": left[0].name} | ({"climb": left[0].climb} if left[0].climb else {})
         outcome["rows"] += [about | row for row in rows]
-        outcome["raw"] |= {f"{left[0].name}: {name}": line for name, line in raw.items()}
+        outcome["raw"] |= {f"{left[0].name}: {name}": own for name, own in raw.items()}
         keep(judged(outcome, cases))
-        print("; ".join(f"{left[0].name}: {row['line']} {row['outcome']}" for row in rows), file=sys.stderr, flush=True)
+        print("; ".join(f"{left[0].name}: {row['contender']} {row['outcome']}" for row in rows), file=sys.stderr, flush=True)
         free()
     return judged(outcome, cases)
 
@@ -172,8 +158,8 @@ def work_off(cases: Sequence, measure: Callable, outcome: dict, keep: Callable[[
 def judged(outcome: dict, cases: Sequence) -> dict:
     """`outcome` with the names of what was not reached, and with what went wrong; running out of memory is no fault, nor is a plain loop
     that cannot be had."""
-    faults = [f"{row['case']}: {row['line']} {row['outcome']}" for row in outcome["rows"]
-              if row["outcome"].startswith("disagrees") or (row["line"] == OURS and row["outcome"].startswith("failed"))]
+    faults = [f"{row['case']}: {row['contender']} {row['outcome']}" for row in outcome["rows"]
+              if row["outcome"].startswith("disagrees") or (row["contender"] == OURS and row["outcome"].startswith("failed"))]
     outcome |= {"passed": not faults, "not_reached": [case.name for case in still_open(cases, outcome["rows"])]}
     outcome.pop("error", None)
     return outcome | ({"error": "; ".join(faults)} if faults else {})
@@ -188,36 +174,32 @@ def begun(earlier: dict | None) -> dict:
 # ---------------------------------------------------------------- sizes
 
 
-def lengths_of(kind: str, count: int, tokens: int, seed: int) -> list[int]:
-    """Of `count` samples that have `tokens` tokens together, or a few more."""
+def lengths_of(kind: str, tokens: int, seed: int = 0) -> np.ndarray:
+    """Return the lengths of the samples of PLANNED steps of `tokens` tokens."""
+    count = SAMPLES * PLANNED
     if kind == "equal":
-        return [-(-tokens // count)] * count
-    drawn = np.array(long_tailed(count, tokens / count, tokens // 4, seed))
-    return np.ceil(drawn * tokens / drawn.sum()).astype(int).tolist()
+        return np.full(count, tokens // SAMPLES)
+    return log_normal_lengths(count, tokens / SAMPLES, np.random.default_rng(seed), longest=tokens // 4)
 
 
 def trainable(case: Case, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The model of a case; equal weights each time. All weights are trained in `dtype` themselves, in both lines."""
+    """Return the model of a case; equal weights each time."""
     base = stock_model(case.model, device, dtype)
-    if case.adapter == "full":
+    if case.method == "full":
         return base
-    return adapted(quantized(base, dtype) if case.adapter == "qlora" else base)
+    return adapted(quantized(base, dtype) if case.method == "qlora" else base)
 
 
 def measure_case(case: Case, device: torch.device, dtype: torch.dtype, tokens: int = TOKENS, rounds: int = ROUNDS) -> tuple[list, dict]:
-    """Rows of both lines, the plain one first; raw samples. MFU is a share of a product's rate measured just before."""
-    stream = [random_samples(lengths_of(case.lengths, SAMPLES, tokens, seed), case.model.vocabulary, seed) for seed in range(STREAM)]
-
-    def line(kind):
-        model = trainable(case, device, dtype)
-        return kind(model, device, stream, model_size(model))
-
-    absent = {PLAIN: {"outcome": no_bitsandbytes()}} if case.adapter == "qlora" and no_bitsandbytes() else {}
+    """Return the rows of both contenders and their raw measurements. MFU is a share of a matmul's rate, measured just before."""
+    samples = random_samples(lengths_of(case.lengths, tokens), case.model.vocabulary, seed=0)
+    absent = {PLAIN: {"outcome": no_bitsandbytes()}} if case.method == "qlora" and no_bitsandbytes() else {}
     rates = measured_rates(device, Clock(device))
-    makers = {name: lambda kind=kind: line(kind) for name, kind in LINES.items() if name not in absent}
-    samples, facts = side_by_side(makers, dtype, rounds, steps=1)
-    about = {"model": case.model.name, "adapter": case.adapter, "lengths": case.lengths, "tokens": tokens} | rates
-    return [about | row for row in rows_of(samples, absent | facts, rates["product_flops"])], timing.raw(samples)
+    makers = {name: lambda kind=kind: kind(trainable(case, device, dtype), samples, tokens, device)
+              for name, kind in CONTENDERS.items() if name not in absent}
+    measured, facts = side_by_side(makers, dtype, rounds, steps=1)
+    about = {"model": case.model.name, "method": case.method, "lengths": case.lengths, "tokens": tokens} | rates
+    return [about | row for row in rows_of(measured, absent | facts, rates["product_flops"])], timing.raw(measured)
 
 
 def sizes(device: torch.device, dtype: torch.dtype, cases: Sequence[Case] = CASES, tokens: int = TOKENS, rounds: int = ROUNDS,
@@ -229,69 +211,73 @@ def sizes(device: torch.device, dtype: torch.dtype, cases: Sequence[Case] = CASE
 
 
 class Climber:
-    """Makes one line at a time, and steps it at learning rate 0: at each length every line's loss is that of the same weights."""
+    """Makes one contender at a time, and steps it at learning rate 0, so that at each length all losses are those of equal weights."""
 
-    def __init__(self, shape: Model, device: torch.device, dtype: torch.dtype):
+    def __init__(self, shape: ModelShape, device: torch.device, dtype: torch.dtype):
         self.shape, self.device, self.dtype = shape, device, dtype
         self.rates = measured_rates(device, Clock(device))
-        self.name, self.line = None, None
+        self.name: str | None = None
+        self.contender: Trained | None = None
 
     def take(self, height: Height) -> None:
-        """Have the line of this height, with its activations kept or computed again."""
+        """Make the contender of this height, with activations kept or computed again."""
         from trainer.model.forward import apply_activation_checkpointing
 
-        if self.name != height.line:
-            self.line = None
+        if self.name != height.contender:
+            self.contender = None
             free()
-            model = make_model(self.shape, self.device, self.dtype)
-            self.line, self.name = LINES[height.line](model, self.device, [], model_size(model)), height.line
-            for group in self.line.optimizer.param_groups:
-                group["lr"] = 0.0
-        if height.line == OURS:
-            apply_activation_checkpointing(self.line.model, height.checkpointing)
+            model = adapted(stock_model(self.shape, self.device, self.dtype))
+            self.contender = CONTENDERS[height.contender](model, self.samples(height.tokens), height.tokens, self.device)
+            self.name = height.contender
+            self.contender.use_learning_rate(0.0)
+        if height.contender == OURS:
+            apply_activation_checkpointing(self.contender.model, height.checkpointing)
         elif height.checkpointing == "full":
-            self.line.model.gradient_checkpointing_enable({"use_reentrant": False})
+            self.contender.model.gradient_checkpointing_enable({"use_reentrant": False})
         else:
-            self.line.model.gradient_checkpointing_disable()
+            self.contender.model.gradient_checkpointing_disable()
+
+    def samples(self, tokens: int) -> TokenSamples:
+        return random_samples([tokens], self.shape.vocabulary, seed=tokens)
 
     def measure(self, height: Height, rows: list[dict]) -> tuple[list[dict], dict]:
-        """The row of one height, and its raw samples; `rows` are those of the heights before."""
-        row = {"line": height.line, "checkpointing": height.checkpointing, "tokens": height.tokens}
-        losses, samples = [], []
+        """Return the row of one height, and its raw measurements; `rows` are those of the heights before."""
+        row = {"contender": height.contender, "checkpointing": height.checkpointing, "tokens": height.tokens}
+        losses, measured = [], []
 
         def climb() -> None:
             self.take(height)
-            self.line.feed([random_samples([height.tokens], self.shape.vocabulary, height.tokens)])
-            losses.append(self.line.step().loss)  # also warms up
-            row["step_mib"] = peak_mib(lambda: samples.extend(timed_steps(self.line)))
-            if not samples:  # on a CPU there is no such peak, and nothing was run for it
-                samples.extend(timed_steps(self.line))
+            self.contender.use(self.samples(height.tokens), height.tokens)
+            losses.append(float(self.contender.step().loss))  # also warms up
+            row["step_mib"] = peak_mib(lambda: measured.extend(timed_steps(self.contender)))
+            if not measured:  # on a CPU there is no such peak, and nothing was run for it
+                measured.extend(timed_steps(self.contender))
 
-        _, why = tried(climb)
-        if why:
-            if self.line is not None:
-                self.line.optimizer.zero_grad(set_to_none=True)
-                self.line.feed([])
+        _, failure = tried(climb)
+        if failure:
+            if self.contender is not None:
+                self.contender.drop_batches()
                 free()
-            return [row | {"outcome": why}], {}
-        row |= {"loss": losses[0], "resident_mib": resident_mib(self.line)}
+            return [row | {"outcome": failure}], {}
+        row |= {"loss": losses[0], "resident_mib": resident_mib(self.contender)}
         others = [other["loss"] for other in rows if other["tokens"] == height.tokens and "loss" in other]
-        if others and not relative(losses[0], others[0]) <= AGREEMENT[self.dtype]:
-            return [row | {"outcome": f"disagrees: {relative(losses[0], others[0]):.1e} from the lines before"}], {}
-        return rows_of({height.line: samples}, {height.line: row | {"outcome": "timed"}}, self.rates["product_flops"]), timing.raw(
-            {height.line: samples})
+        if others and not relative(losses[0], others[0]) <= AGREEMENT[DTYPES[self.dtype]]:
+            return [row | {"outcome": f"disagrees: {relative(losses[0], others[0]):.1e} from the contenders before"}], {}
+        own = {height.contender: measured}
+        return rows_of(own, {height.contender: row | {"outcome": "timed"}}, self.rates["product_flops"]), timing.raw(own)
 
 
-def timed_steps(line) -> list[Sample]:
-    """Three steps of a line, or as many as take some seconds."""
-    samples: list[Sample] = []
-    while len(samples) < 3 and sum(sample.wall for sample in samples) < FEWEST_SECONDS:
+def timed_steps(contender: Trained) -> list[Measurement]:
+    """Return measurements of three steps, or of as many as take some seconds."""
+    measured: list[Measurement] = []
+    while len(measured) < 3 and sum(one.wall for one in measured) < FEWEST_SECONDS:
         synchronize()
         start, cpu = time.perf_counter(), time.process_time()
-        done = line.step()
+        done = contender.step()
+        synchronize()
         wall = time.perf_counter() - start
-        samples.append(Sample(time.process_time() - cpu, wall, 1, done.tokens, done.supervised, done.padding, done.flops))
-    return samples
+        measured.append(Measurement(time.process_time() - cpu, wall, 1, done.tokens, done.supervised, done.padding, done.flops))
+    return measured
 
 
 def longest_that_fits(rows: list[dict]) -> dict[str, int | None]:
@@ -304,10 +290,10 @@ def longest_that_fits(rows: list[dict]) -> dict[str, int | None]:
     return longest
 
 
-def context(device: torch.device, dtype: torch.dtype, shape: Model = B8, lengths: Sequence[int] = CONTEXTS,
+def context(device: torch.device, dtype: torch.dtype, shape: ModelShape = B8, lengths: Sequence[int] = CONTEXTS,
             budget: float = float("inf"), keep: Callable[[dict], None] = lambda outcome: None, earlier: dict | None = None) -> dict:
     # Activations are kept first: computing them again leaves a gradient of the embedding's output behind in the plain loop.
-    heights = [Height(line, mode, tokens) for line in (OURS, PLAIN) for mode in ("none", "full") for tokens in lengths]
+    heights = [Height(name, mode, tokens) for name in (OURS, PLAIN) for mode in ("none", "full") for tokens in lengths]
     climber, outcome = Climber(shape, device, dtype), begun(earlier) | {"model": shape.name}
 
     def kept(outcome: dict) -> None:
@@ -333,9 +319,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
     def keep(outcome: dict) -> None:
-        aside = arguments.out.with_suffix(".part")
-        aside.write_text(json.dumps(outcome, indent=1) + "\n")
-        aside.replace(arguments.out)
+        with atomic_file(arguments.out) as tmp:
+            tmp.write_text(json.dumps(outcome, indent=1) + "\n")
 
     def kept() -> dict | None:
         return json.loads(arguments.out.read_text()) if arguments.out.exists() else None

@@ -1,6 +1,7 @@
-"""`python -m benchmarks.speed.bare_vllm MODEL`: the engine that `synth` uses, with its settings, called as vLLM's own examples call it.
+"""Call vLLM as its own examples do, with the engine settings of `synth`.
 
-For every line on standard input (a JSON file of requests) it makes one `LLM.generate` call with all of them, and prints how long that took.
+`python -m benchmarks.speed.bare_vllm MODEL`: for every line on standard input (a JSON file of requests) it makes one `LLM.generate` call
+with all of them, and prints how long that took.
 """
 
 from __future__ import annotations

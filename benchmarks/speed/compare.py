@@ -1,9 +1,9 @@
-"""This checkout against another commit of it, CPU-seconds for the same work: `python -m benchmarks.run --compare REV`.
+"""Compare this checkout with another commit, in CPU-seconds for equal work.
 
-REV is checked out into a temporary folder. Each side runs in a process of its own, all driven from here: a round has every side do the
-same steps of every case, one after another, in a freshly shuffled order, so that whatever drifts falls on all alike. Each commit runs in
-two processes, whose ratio (A/A) shows what noise there is between processes, and all are started anew half-way, since where a process
-happens to lie in memory is part of that noise.
+`python -m benchmarks.run --compare REV` checks REV out into a temporary folder. Each side runs in a process of its own, all driven from
+here: in a round every side does equal steps of every case, one after another, in a freshly shuffled order, so that drift affects all alike.
+Each commit runs in two processes, whose ratio (A/A) shows the noise between processes, and all are started again half-way, since where a
+process lies in memory is part of that noise.
 
 A case has changed if the 99% interval of the ratio excludes 1, and the ratio is further from 1 than the interval of either commit's A/A
 reaches. Results (losses; norms of outputs and gradients) are compared first. The exit status is 1 where a case is slower.
@@ -25,8 +25,9 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.harness import record, timing
-from benchmarks.harness.timing import Interval, Sample
+from benchmarks.harness import record, show, timing
+from benchmarks.harness.suite import Caption, Suite, View
+from benchmarks.harness.timing import Interval, Measurement
 from trainer.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -114,7 +115,7 @@ def last_line(text: str) -> str:
 
 @contextlib.contextmanager
 def started(roots: dict[str, Path], setting: Path, threads: int) -> Iterator[dict[str, Side]]:
-    """A running process for each side, in folders that go with it."""
+    """Start a process for each side, in temporary folders, and end them afterwards."""
     with tempfile.TemporaryDirectory(prefix="steadfast-sides-") as folder, contextlib.ExitStack() as stack:
         sides = {}
         for i, (name, root) in enumerate(roots.items()):
@@ -131,7 +132,7 @@ def started(roots: dict[str, Path], setting: Path, threads: int) -> Iterator[dic
 
 
 def prepared(sides: dict[str, Side], cases: list[str]) -> tuple[list[str], dict[str, str], dict[str, float]]:
-    """Cases that all sides have; why others are left out; and how far the results of the two commits are apart."""
+    """Return the cases that all sides have, why others are left out, and how far results differ."""
     present, left_out, differences = [], {}, {}
     for case in cases:
         made = {name: side.ask(do="make", case=case) for name, side in sides.items()}
@@ -158,30 +159,31 @@ def steps_for(sides: dict[str, Side], case: str) -> int:
     return max(1, round(SAMPLE_SECONDS / max(min(taken), 1e-6)))
 
 
-def rounds_of(sides: dict[str, Side], steps: dict[str, int], rounds: int, order: np.random.Generator) -> dict[str, dict[str, list[Sample]]]:
-    samples: dict[str, dict[str, list[Sample]]] = {case: {name: [] for name in sides} for case in steps}
+def rounds_of(sides: dict[str, Side], steps: dict[str, int], rounds: int,
+              order: np.random.Generator) -> dict[str, dict[str, list[Measurement]]]:
+    samples: dict[str, dict[str, list[Measurement]]] = {case: {name: [] for name in sides} for case in steps}
     names, cases = list(sides), list(steps)
     for _ in range(rounds):
         for c in order.permutation(len(cases)):
             for s in order.permutation(len(names)):
                 took = sides[names[s]].ask(do="run", case=cases[c], steps=steps[cases[c]])
-                samples[cases[c]][names[s]].append(Sample(took["cpu"], took["wall"], took["steps"], took["tokens"], 0, 0, 0.0))
+                samples[cases[c]][names[s]].append(Measurement(took["cpu"], took["wall"], took["steps"], took["tokens"], 0, 0, 0.0))
     return samples
 
 
-def per_cpu_second(sample: Sample) -> float:
+def per_cpu_second(sample: Measurement) -> float:
     return sample.steps / sample.cpu
 
 
 def verdict(ratio: Interval, same: Iterable[Interval]) -> str:
-    """What the ratio of this to the other commit means, beside those of each commit to itself."""
+    """Judge the ratio of this commit to the other, beside those of each commit to itself."""
     noise = max(abs(end - 1) for one in same for end in (one.low, one.value, one.high))
     if ratio.low <= 1 <= ratio.high or abs(ratio.value - 1) <= noise:
         return "no change beyond noise"
     return "faster" if ratio.value > 1 else "slower"
 
 
-def row(case: str, samples: dict[str, list[Sample]], difference: float) -> dict:
+def row(case: str, samples: dict[str, list[Measurement]], difference: float) -> dict:
     both = {name: samples[name] + samples[again] for name, again in AGAIN.items()}
     ratio = timing.ratio(both[THIS], both[OTHER], per_cpu_second, CONFIDENCE)
     same = {name: timing.ratio(samples[again], samples[name], per_cpu_second, CONFIDENCE) for name, again in AGAIN.items()}
@@ -210,11 +212,12 @@ def run(arguments: argparse.Namespace) -> dict:
     with tempfile.TemporaryDirectory(prefix="steadfast-compare-") as name:
         folder = Path(name)
         if any(case.startswith("training") for case in cases):
-            from benchmarks.speed import training
+            from benchmarks.harness.synthetic_models import quiet
+            from benchmarks.speed.chat_task import make_task
 
-            training.quiet()
+            quiet()
             (folder / "setting").mkdir()
-            training.make_setting(folder / "setting", None)
+            make_task(folder / "setting")
         with checked_out(commit, folder / "other") as other:
             roots = {THIS: ROOT, AGAIN[THIS]: ROOT, OTHER: other, AGAIN[OTHER]: other}
             samples, left_out, differences = measured(roots, folder / "setting", cases, arguments)
@@ -253,3 +256,50 @@ def measured(roots: dict[str, Path], setting: Path, cases: list[str], arguments:
 def status(made: dict) -> int:
     """1 where a case is slower beyond noise."""
     return int(any(row["outcome"] == "slower" for row in made["summary"]))
+
+
+# ---------------------------------------------------------------- how a record is shown
+
+
+def table(record: dict) -> list[list[str]]:
+    """Return how many times as fast each case is as in the other commit, the noise, and the verdict."""
+    here, there = commits(record)
+    rows = [["case", f"{here}, CPU-ms a step", f"{there}, CPU-ms a step", f"speed, × {there}", f"A/A {here[:8]}", f"A/A {there}",
+             "results differ by", "outcome"]]
+    for row in record["summary"]:
+        ms = [f"{row['cpu_ms'][side]['value']:.3g}" for side in ("this", "other")]
+        difference = f"{row['results_differ']:.0e}" if row["results_differ"] else "0"
+        rows.append([row["line"], *ms, show.interval(row["ratio"]["other"]), *map(show.interval, row["same"].values()), difference,
+                     row["outcome"]])
+    return rows
+
+
+def commits(record: dict) -> tuple[str, str]:
+    return (record["commit"] or "none")[:8] + " with changes" * bool(record["dirty"]), record["conditions"]["other"][:8]
+
+
+def caption(record: dict) -> Caption:
+    c, (here, there) = record["conditions"], commits(record)
+    return Caption(
+        f"CPU time for equal work in {here} and in {there}; {show.machine(record)}. Faster or slower: the interval excludes 1, and the "
+        "ratio is further from 1 than either A/A (a commit's second process over its first) reaches.",
+        (f"Medians of {c['rounds']} interleaved rounds, each side in processes of its own, started {c['starts']} times; ratios with "
+         f"{c['confidence']:.0%} intervals.", *show.left_out(c["left_out"]), f"`{record['command']}`, {record['time'][:10]}."))
+
+
+def draw(record: dict, figure) -> None:
+    """Draw the ratio of every case with its interval, over those of the A/As."""
+    rows = record["summary"][::-1]
+    axes = show.axes_of(figure, 8, 1.3 + 0.35 * len(rows))
+    for i, row in enumerate(rows):
+        ratio = row["ratio"]["other"]
+        for same, place in zip(row["same"].values(), (i + 0.18, i - 0.18)):
+            axes.barh(place, same["high"] - same["low"], 0.3, left=same["low"], color=show.OTHERS)
+        axes.errorbar(ratio["value"], i, xerr=[[ratio["value"] - ratio["low"]], [ratio["high"] - ratio["value"]]], fmt="o", color=show.OURS)
+    axes.axvline(1, color=show.GREY, linewidth=0.8)
+    axes.set_yticks(range(len(rows)), [row["line"] for row in rows])
+    axes.set_xlabel(f"speed over that of {commits(record)[1]} (grey: each commit over itself)")
+
+
+SUITE = Suite("compare", "This checkout against another commit, CPU time for equal work", add_arguments, run,
+              {"compare": View(table, caption, draw, lambda record: f"Speed against commit {commits(record)[1]}")}, status)

@@ -1,15 +1,16 @@
-"""One side of `benchmarks.speed.compare`: a process that runs the cases of one checkout as it is told, one line of JSON after another.
+"""Run the cases of one checkout for `benchmarks.speed.compare`: one line of JSON in, one line out.
 
     python -P compare_worker.py ROOT FOLDER THREADS      with ROOT as PYTHONPATH
 
-It is this file for every commit, and all else that it imports is ROOT's: so it keeps to what `benchmarks/speed/training.py` and
-`benchmarks/speed/kernel_cases.py` have always had. FOLDER holds the model, the adapter and the chats, the same for every side.
+This file serves every commit, and all else that it imports is ROOT's: `interface` tries the names of each time. FOLDER holds the model,
+the adapter and the chats, equal for every side.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import json
 import os
 import sys
@@ -18,43 +19,60 @@ from collections.abc import Callable
 from pathlib import Path
 
 TOKENS = 1024
-SHAPE = ("7 M", 256, 704, 4, 2, 64, 8192, 4)  # of the model that the training cases train, as `kernel_predictions.Model` has it
+SHAPE = ("7 M", 256, 704, 4, 2, 64, 8192, 4)  # of the kernels' cases: name, width, MLP, heads, key heads, channels, vocabulary, layers
 STEPS = 4096  # that the training cases plan ahead
 WARMUP = 2
 
 Step = Callable[[], tuple[float, list[float]]]  # does one step, says how many tokens it took, and its results, each as one figure
 
 
+def interface(*names: str):
+    """Return the first of these modules that the checkout has; ImportError where it has none."""
+    for name in names:
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if not name.startswith(error.name or "?"):  # a module of that time's own is missing inside
+                raise
+    raise ImportError(f"none of {', '.join(names)}")
+
+
 def training_case(folder: Path, precision: str) -> Step:
-    """The trainer's own step: loss as the result."""
+    """Return the trainer's own step, with the loss as its result."""
     from transformers import PreTrainedTokenizerFast
 
-    from benchmarks.speed import training
-
-    training.quiet()
-    setting = training.Setting(folder, PreTrainedTokenizerFast.from_pretrained(folder / "model"), [], "")
-    line = training.Steadfast(setting, precision, STEPS)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "model")
+    try:
+        task = interface("benchmarks.speed.chat_task")
+        interface("benchmarks.harness.synthetic_models").quiet()
+        contender = task.steadfast(task.ChatTask(folder, tokenizer, [], ""), precision, STEPS)
+    except ImportError:  # before the task had a module of its own
+        training = interface("benchmarks.speed.training", "benchmarks.training")
+        training.quiet()
+        contender = training.Steadfast(training.Setting(folder, tokenizer, [], ""), precision, STEPS)
 
     def step() -> tuple[float, list[float]]:
-        done = line.step()
-        return done.tokens, [done.loss]
+        done = contender.step()
+        return done.tokens, [float(done.loss)]
 
     return step
 
 
 def kernel_case(operation: str) -> Step:
-    """An operation forward and backward in fp32, in the form that a CPU gets: norms of what it gives and of its gradients."""
+    """Return an operation's CPU form in fp32, forward and backward.
+
+    Its results are norms of outputs and gradients.
+    """
     import torch
 
-    from benchmarks.speed.kernel_cases import CASES, OURS, RANDOM, Source
-    from benchmarks.speed.kernel_predictions import Model
-
-    without = {"dropout": 0.0} if operation in RANDOM else {}
-    setup = CASES[operation](Source(torch.device("cpu"), torch.float32), Model(*SHAPE), TOKENS, **without)
+    cases = interface("benchmarks.speed.kernel_cases", "benchmarks.kernel_cases")
+    without = {"dropout": 0.0} if operation in cases.RANDOM else {}
+    shape = shape_class()(*SHAPE)
+    setup = cases.CASES[operation](cases.Source(torch.device("cpu"), torch.float32), shape, TOKENS, **without)
     wanted, upstream = [t for t in setup.inputs if t.requires_grad], []
 
     def step() -> tuple[float, list[float]]:
-        results = setup.forwards[OURS](*setup.inputs)
+        results = setup.forwards[cases.OURS](*setup.inputs)
         results = list(results) if isinstance(results, (tuple, list)) else [results]
         if wanted:
             if not upstream:
@@ -63,6 +81,12 @@ def kernel_case(operation: str) -> Step:
         return TOKENS, results
 
     return step
+
+
+def shape_class() -> type:
+    """Return the class of a model's shape, by the name that the checkout has for it."""
+    module = interface("benchmarks.harness.model_shapes", "benchmarks.speed.kernel_predictions", "benchmarks.predict")
+    return getattr(module, "ModelShape", None) or module.Model
 
 
 def figures(results: list) -> list[float]:
@@ -74,7 +98,7 @@ class Worker:
         self.folder, self.steps = folder, {}
 
     def make(self, case: str) -> dict:
-        """Builds the case and warms it up; `missing` says why that cannot be."""
+        """Build the case and warm it up; `missing` says why that cannot be."""
         import torch
 
         torch.manual_seed(0)

@@ -1,8 +1,7 @@
-"""What `benchmarks.speed.kernels` times: for each operation of `benchmarks.speed.kernel_predictions`, its inputs
-and everyone's way to compute it.
+"""Define the cases of `benchmarks.speed.kernels`: inputs of each operation, and ways to compute it.
 
-"torch eager" is the plain formula, as models are written; torch.compile gets the same function. A library that is not installed, or has
-not got the operation, has no line. (Liger's RoPE and SwiGLU have none: they write over their inputs, which are read again here.)
+"torch eager" is the plain formula, as models are written; torch.compile gets the same function. A library that is not installed, or lacks
+the operation, is left out. (So are Liger's RoPE and SwiGLU, which write over their inputs: these are read again here.)
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.speed.kernel_predictions import DOCUMENT, DROPOUT, RANK, Model
+from benchmarks.speed.kernel_predictions import DOCUMENT, DROPOUT, RANK, ModelShape
 from kernels.attention import packed_attention
 from kernels.glu import glu, glu_backward, glu_forward
 from kernels.linear_cross_entropy import linear_cross_entropy
@@ -35,7 +34,7 @@ EPS, IGNORED = 1e-5, -100
 
 @dataclass
 class Setup:
-    """Inputs, and functions of them by line; gradients are taken of those inputs that require one."""
+    """Inputs, and functions of them by contender; gradients are taken of those inputs that require one."""
 
     inputs: tuple
     forwards: dict[str, Callable]
@@ -44,7 +43,7 @@ class Setup:
 
 
 class Source:
-    """Random tensors on one device in one dtype, the same ones for one seed."""
+    """Random tensors on one device in one dtype, equal for equal seeds."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, seed: int = 0):
         self.device, self.dtype, self.generator = device, dtype, torch.Generator(device).manual_seed(seed)
@@ -58,7 +57,7 @@ class Source:
 
 
 def library(name: str):
-    """A module of a package that nothing here needs or pins; None where it is not installed."""
+    """Return a module of a package that nothing here needs, or None where it is not installed."""
     return importlib.import_module(name) if importlib.util.find_spec(name.partition(".")[0]) else None
 
 
@@ -66,8 +65,11 @@ def library(name: str):
 
 
 def hidden_states(source: Source, weight: Tensor, target: Tensor) -> Tensor:
-    """Hidden states [T, D] whose logits look like a trained model's, a mean loss of 1 to 2 nats: noise of deviation 2 in all logits, and
-    the target's raised by 15 ± 5. Of random ones every row is as good as uniform, which flatters or hurts whoever skips small terms."""
+    """Return hidden states [T, D] whose logits look like a trained model's: a loss of 1 to 2 nats.
+
+    Logits are noise of deviation 2, and the target's is raised by 15 ± 5. Under purely random states every row is nearly uniform, which
+    favours or penalises implementations that skip small terms.
+    """
     V, D = weight.shape
     size = weight.float().square().sum(1).mean().sqrt()  # of a row
     raised = 15 + 5 * torch.randn(len(target), 1, generator=source.generator, device=source.device)
@@ -75,7 +77,7 @@ def hidden_states(source: Source, weight: Tensor, target: Tensor) -> Tensor:
     return (noise + weight[target].float() * (raised / size**2)).to(weight.dtype)
 
 
-def cross_entropy(source: Source, model: Model, tokens: int, trained: bool = False, ignored: float = 0.0) -> Setup:
+def cross_entropy(source: Source, model: ModelShape, tokens: int, trained: bool = False, ignored: float = 0.0) -> Setup:
     weight = source(model.vocabulary, model.width, scale=model.width**-0.5, grad=trained)
     target = source.integers(model.vocabulary, tokens)
     x = hidden_states(source, weight.detach(), target).requires_grad_()
@@ -96,7 +98,7 @@ def cross_entropy(source: Source, model: Model, tokens: int, trained: bool = Fal
     return Setup((x, weight), forwards)
 
 
-def kl(source: Source, model: Model, tokens: int) -> Setup:
+def kl(source: Source, model: ModelShape, tokens: int) -> Setup:
     weight = source(model.vocabulary, model.width, scale=model.width**-0.5)
     x_ref = hidden_states(source, weight, source.integers(model.vocabulary, tokens))
     x = (x_ref + source(tokens, model.width)).requires_grad_()
@@ -116,7 +118,7 @@ def adapter(source: Source, inner: int, outer: int) -> tuple[Tensor, Tensor]:
 
 
 def adapted(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, dropout: float) -> Tensor:
-    """As PEFT has it."""
+    """Compute a LoRA layer as PEFT does."""
     return F.linear(x, weight) + 2.0 * F.linear(F.linear(F.dropout(x, dropout), A), B)
 
 
@@ -124,7 +126,7 @@ def loras(tensors: tuple[Tensor, ...], dropout: float) -> list[Lora]:
     return [Lora(A, B, 2.0, dropout) for A, B in zip(tensors[::2], tensors[1::2])]
 
 
-def projections(source: Source, model: Model, tokens: int, outputs: tuple[int, ...], dropout: float) -> Setup:
+def projections(source: Source, model: ModelShape, tokens: int, outputs: tuple[int, ...], dropout: float) -> Setup:
     x = source(tokens, model.width, grad=True)
     weights = [source(n, model.width, scale=model.width**-0.5) for n in outputs]
     tensors = sum((adapter(source, model.width, n) for n in outputs), ())
@@ -148,7 +150,7 @@ def projections(source: Source, model: Model, tokens: int, outputs: tuple[int, .
     return Setup((x, *tensors), {OURS: ours, EAGER: plain}, bare)
 
 
-def mlp(source: Source, model: Model, tokens: int, dropout: float) -> Setup:
+def mlp(source: Source, model: ModelShape, tokens: int, dropout: float) -> Setup:
     D, N = model.width, model.mlp
     x, dy = source(tokens, D, grad=True), source(tokens, D)
     weights = [source(N, D, scale=D**-0.5), source(N, D, scale=D**-0.5), source(D, N, scale=N**-0.5)]
@@ -172,7 +174,7 @@ def mlp(source: Source, model: Model, tokens: int, dropout: float) -> Setup:
 
 
 def plain_norm(x: Tensor, weight: Tensor) -> Tensor:
-    """As models in transformers have it."""
+    """Compute RMSNorm as models in transformers do."""
     wide = x.float()
     return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS)).to(x.dtype)
 
@@ -188,7 +190,7 @@ def angles(source: Source, tokens: int, dim: int) -> tuple[Tensor, Tensor]:
     return theta.cos().to(source.dtype), theta.sin().to(source.dtype)
 
 
-def norm(source: Source, model: Model, tokens: int) -> Setup:
+def norm(source: Source, model: ModelShape, tokens: int) -> Setup:
     weight = source(model.width)
     forwards = {OURS: lambda x: rms_norm(x, weight, EPS), EAGER: lambda x: plain_norm(x, weight),
                 "torch rms_norm": lambda x: F.rms_norm(x, weight.shape, weight, EPS)}
@@ -197,7 +199,7 @@ def norm(source: Source, model: Model, tokens: int) -> Setup:
     return Setup((source(tokens, model.width, grad=True),), forwards)
 
 
-def add_norm(source: Source, model: Model, tokens: int) -> Setup:
+def add_norm(source: Source, model: ModelShape, tokens: int) -> Setup:
     weight = source(model.width)
 
     def plain(x, z):
@@ -208,17 +210,17 @@ def add_norm(source: Source, model: Model, tokens: int) -> Setup:
                  {OURS: lambda x, z: add_rms_norm(x, z, weight, EPS), EAGER: plain})
 
 
-def heads(source: Source, model: Model, tokens: int) -> tuple[Tensor, Tensor]:
+def heads(source: Source, model: ModelShape, tokens: int) -> tuple[Tensor, Tensor]:
     return tuple(source(tokens, n, model.head_dim, grad=True) for n in (model.heads, model.kv_heads))
 
 
-def rope(source: Source, model: Model, tokens: int) -> Setup:
+def rope(source: Source, model: ModelShape, tokens: int) -> Setup:
     cos, sin = angles(source, tokens, model.head_dim)
     return Setup(heads(source, model, tokens), {
         OURS: lambda q, k: apply_rope(q, k, cos, sin), EAGER: lambda q, k: (plain_rope(q, cos, sin), plain_rope(k, cos, sin))})
 
 
-def norm_rope(source: Source, model: Model, tokens: int) -> Setup:
+def norm_rope(source: Source, model: ModelShape, tokens: int) -> Setup:
     cos, sin = angles(source, tokens, model.head_dim)
     wq, wk = source(model.head_dim), source(model.head_dim)
     return Setup(heads(source, model, tokens), {
@@ -226,13 +228,16 @@ def norm_rope(source: Source, model: Model, tokens: int) -> Setup:
         EAGER: lambda q, k: (plain_rope(plain_norm(q, wq), cos, sin), plain_rope(plain_norm(k, wk), cos, sin))})
 
 
-def gated(source: Source, model: Model, tokens: int) -> Setup:
+def gated(source: Source, model: ModelShape, tokens: int) -> Setup:
     return Setup((source(tokens, model.mlp, grad=True), source(tokens, model.mlp, grad=True)),
                  {OURS: glu, EAGER: lambda gate, up: F.silu(gate) * up})
 
 
-def dequantisation(source: Source, model: Model, tokens: int) -> Setup:
-    """One layer's seven matrices, once for every layer. Quantised by bitsandbytes where it is installed, else random codes."""
+def dequantisation(source: Source, model: ModelShape, tokens: int) -> Setup:
+    """Dequantise one layer's seven matrices, once for every layer.
+
+    They are quantised by bitsandbytes where it is installed, else they are random codes.
+    """
     q, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
     D, N = model.width, model.mlp
     shapes = [(q, D), (kv, D), (kv, D), (D, q), (N, D), (N, D), (D, N)]
@@ -247,7 +252,7 @@ def dequantisation(source: Source, model: Model, tokens: int) -> Setup:
 
 
 def nf4(source: Source, shape: tuple[int, int], bnb) -> tuple[Nf4, tuple | None]:
-    """A weight as we and as bitsandbytes hold it."""
+    """Return a weight in our form and in bitsandbytes'."""
     if bnb:
         codes, state = bnb.functional.quantize_4bit(source(*shape), quant_type="nf4", compress_statistics=True)
         made = Nf4(codes, state.absmax, state.state2.code, state.state2.absmax, state.offset, shape, source.dtype, state.blocksize)
@@ -259,8 +264,8 @@ def nf4(source: Source, shape: tuple[int, int], bnb) -> tuple[Nf4, tuple | None]
     return Nf4(codes, one_block, nested, scales, torch.ones((), device=source.device), shape, source.dtype, 64), None
 
 
-def attention(source: Source, model: Model, tokens: int) -> Setup:
-    """Documents of one length, so that plain torch needs no padding: the best case for it."""
+def attention(source: Source, model: ModelShape, tokens: int) -> Setup:
+    """Attend within documents of one length, so that plain torch needs no padding: its best case."""
     length = min(DOCUMENT, tokens // 2)
     bounds = torch.arange(0, tokens + 1, length, device=source.device, dtype=torch.int32)
     q, k = heads(source, model, tokens)

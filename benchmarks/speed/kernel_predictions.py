@@ -1,9 +1,9 @@
-"""Predicted time of every operation on GPUs that are not here, from the bytes, FLOPs and launches of its kernels.
+"""Predict the time of every operation on GPUs from the bytes, FLOPs and launches of its kernels.
 
-A kernel takes the longer of its products at the part's product rate and its memory traffic at the part's bandwidth, and a launch; an
-operation takes the sum of its kernels, forward and backward. What a kernel reads again soon enough to find it in the L2 cache is counted
-once. Nothing here is measured: `python -m benchmarks.run kernels --predict` prints it beside what others have published, in their own
-settings, and beside what a GPU run of `benchmarks.speed.kernels` measured, once there is one.
+A kernel takes the longer of its matmuls at the GPU's matmul rate and its memory traffic at the GPU's bandwidth, and a launch; an operation
+takes the sum of its kernels, forward and backward. Data that a kernel reads again soon enough to find in the L2 cache counts once. Nothing
+here is measured: `python -m benchmarks.run kernels --predict` prints it beside figures that others have published, in their own settings,
+and beside those that a GPU run of `benchmarks.speed.kernels` measured, once there is one.
 
 Letters: T tokens, D model width, F width of the MLP, V vocabulary, H query heads, G key heads, C channels of a head, R LoRA rank.
 """
@@ -14,14 +14,18 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
+from benchmarks.harness import show
+from benchmarks.harness.model_shapes import MODELS, ModelShape
+from benchmarks.harness.suite import Caption, View
+
 TOKENS, RANK, DROPOUT = 8192, 16, 0.05
 DOCUMENT = 1024  # tokens of each document in the pack that attention sees
 BF16, FP32 = 2, 4  # bytes
 
 
 @dataclass(frozen=True)
-class Part:
-    """A GPU: what its datasheet states, and the share of it that is assumed to be reached."""
+class Arch:
+    """A GPU: its datasheet's figures, and the share of them that is assumed to be reached."""
 
     name: str
     device: str  # how its driver's name for it is told
@@ -35,38 +39,10 @@ class Part:
 
 # Datasheets: H200 SXM 989 TFLOP/s and 4.8 TB/s; A100 SXM 80 GB 312 and 2.039; RTX 4090 165.2 and 1.008. FlashAttention 2 has no Hopper
 # instructions, so its share of an H200 is the smallest.
-PARTS = (
-    Part("H200", "H200", 989e12, 4.8e12, attention_share=0.25),
-    Part("A100", "A100", 312e12, 2.039e12, attention_share=0.45),
-    Part("RTX 4090", "4090", 165.2e12, 1.008e12, attention_share=0.55),
-)
-
-
-@dataclass(frozen=True)
-class Model:
-    """The shapes of a model."""
-
-    name: str
-    width: int
-    mlp: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocabulary: int
-    layers: int
-    qk_norm: bool = False
-
-    @property
-    def linear_weights(self) -> int:
-        """Of all layers: what QLoRA stores in NF4."""
-        attention = self.width * self.head_dim * 2 * (self.heads + self.kv_heads)
-        return self.layers * (attention + 3 * self.width * self.mlp)
-
-
-MODELS = (
-    Model("Llama-3.1-8B", 4096, 14336, 32, 8, 128, 128256, 32),
-    Model("Qwen3-4B", 2560, 9728, 32, 8, 128, 151936, 36, qk_norm=True),
-    Model("Llama-3.2-1B", 2048, 8192, 32, 8, 64, 128256, 16),
+ARCHS = (
+    Arch("H200", "H200", 989e12, 4.8e12, attention_share=0.25),
+    Arch("A100", "A100", 312e12, 2.039e12, attention_share=0.45),
+    Arch("RTX 4090", "4090", 165.2e12, 1.008e12, attention_share=0.55),
 )
 
 
@@ -80,14 +56,14 @@ class Kernel(NamedTuple):
 
 
 class Work(NamedTuple):
-    """An operation's kernels, forward and backward; and those that the layer would run without it (LoRA: the base products)."""
+    """An operation's kernels, forward and backward, and those of the layer without it (`base`)."""
 
     forward: list[Kernel]
     backward: list[Kernel]
     base: list[Kernel] = []
 
 
-def seconds(kernels: list[Kernel], part: Part) -> float:
+def seconds(kernels: list[Kernel], part: Arch) -> float:
     total = 0.0
     for kernel in kernels:
         rate = part.product_rate * (part.attention_share if kernel.attention else part.product_share)
@@ -96,22 +72,25 @@ def seconds(kernels: list[Kernel], part: Part) -> float:
 
 
 def product(rows: int, inner: int, columns: int, added: bool = False, out: int = BF16) -> Kernel:
-    """[rows, inner] x [inner, columns], `added` to what is there."""
+    """Return the kernel of [rows, inner] x [inner, columns], `added` to what is there."""
     written = rows * columns * out
     return Kernel(2.0 * rows * inner * columns, BF16 * inner * (rows + columns) + written * (2 if added else 1))
 
 
 def passes(elements: float, count: float, launches: int = 1) -> list[Kernel]:
-    """`count` readings or writings of bf16 elements, in one launch."""
+    """Return kernels that read or write bf16 elements `count` times in one launch."""
     return [Kernel(0.0, elements * count * BF16, launches)]
 
 
 # ---------------------------------------------------------------- the operations
 
 
-def cross_entropy(model: Model, rows: int, trained: bool, kept: float = 1.0, sides: int = 1) -> Work:
-    """Chunks of rows: a product for the logits (of `sides` models), the row kernel, which reads them and writes the gradient over them, a
-    product for ∂x, one for ∂W in fp32 when the head is trained. The upstream gradient scales ∂x (and rounds ∂W) in the backward."""
+def cross_entropy(model: ModelShape, rows: int, trained: bool, kept: float = 1.0, sides: int = 1) -> Work:
+    """Return the work of a linear cross entropy, chunk of rows by chunk.
+
+    A chunk takes a matmul for the logits (of `sides` models), the row kernel, which reads them and writes the gradient over them, a matmul
+    for ∂x, and one for ∂W in fp32 when the head is trained. The upstream gradient scales ∂x (and rounds ∂W) in the backward.
+    """
     D, V, rows = model.width, model.vocabulary, int(rows * kept)
     chunk = max(2048, D if trained else 0)
     forward = []
@@ -128,9 +107,11 @@ def cross_entropy(model: Model, rows: int, trained: bool, kept: float = 1.0, sid
 
 
 def lora(rows: int, width: int, outputs: list[int]) -> Work:
-    """P projections of one x [rows, width], adapter first. Forward: one launch makes S = drop(x) Aᵀ and writes S Bᵀ, to which the P base
-    products add. Backward: one launch makes ∂S = ∂Y B and writes drop(∂S A), to which the P base products add their ∂x; one more reads
-    ∂Y and x again for ∂A and ∂B, in slices that a last one sums."""
+    """Return the work of P projections of one x [rows, width].
+
+    Forward: one launch makes S = drop(x) Aᵀ and writes S Bᵀ, to which the P base matmuls add. Backward: one launch makes ∂S = ∂Y B and
+    writes drop(∂S A), to which the P base matmuls add their ∂x; one more reads ∂Y and x again for ∂A and ∂B, in slices that a last one sums.
+    """
     P, total = len(outputs), sum(outputs)
     base = [product(rows, width, n) for n in outputs] + [product(rows, n, width, added=i > 0) for i, n in enumerate(outputs)]
     narrow = 2.0 * rows * RANK * (P * width + total)  # FLOPs of S and S Bᵀ; of ∂S and ∂S A; of ∂A and ∂B
@@ -144,35 +125,44 @@ def together(*works: Work) -> Work:
     return Work(*(sum(kernels, []) for kernels in zip(*works, strict=True)))
 
 
-def mlp(model: Model, rows: int) -> Work:
-    """gate and up share x; the backward of their product also writes it again for the down projection's ∂A."""
+def mlp(model: ModelShape, rows: int) -> Work:
+    """Return the work of the MLP.
+
+    gate and up share x; the backward of their gated product also writes it again for the down projection's ∂A.
+    """
     gated = Work(passes(rows * model.mlp, 3), passes(rows * model.mlp, 6))
     return together(lora(rows, model.width, [model.mlp] * 2), gated._replace(base=gated.forward + passes(rows * model.mlp, 5)),
                     lora(rows, model.mlp, [model.width]))
 
 
-def attention(model: Model, rows: int) -> Work:
-    """Causal FlashAttention over documents of DOCUMENT tokens: half of each document's square, 2 products forward and 5 backward."""
+def attention(model: ModelShape, rows: int) -> Work:
+    """Return the work of causal FlashAttention over documents of DOCUMENT tokens.
+
+    That is half of each document's square, 2 matmuls forward and 5 backward.
+    """
     pairs = rows * DOCUMENT / 2
     flops, q, kv = 4.0 * pairs * model.heads * model.head_dim, rows * model.heads * model.head_dim, rows * model.kv_heads * model.head_dim
     return Work([Kernel(flops, BF16 * 2 * (q + kv), attention=True)], [Kernel(2.5 * flops, BF16 * 4 * (q + kv), 3, attention=True)])
 
 
-def channels(model: Model, rows: int) -> int:
-    """Of q and k, which rotary embeddings turn."""
+def channels(model: ModelShape, rows: int) -> int:
+    """Return the number of channels of q and k, which rotary embeddings turn."""
     return rows * (model.heads + model.kv_heads) * model.head_dim
 
 
-def dequantisation(model: Model, rows: int) -> Work:
-    """Of every weight once: half a byte and a byte for each 64 are read, two bytes written; a launch for each of a layer's 7 matrices."""
+def dequantisation(model: ModelShape, rows: int) -> Work:
+    """Return the work of dequantising every weight once.
+
+    Half a byte and a byte for each 64 are read, two bytes written, with a launch for each of a layer's 7 matrices.
+    """
     return Work([Kernel(0.0, model.linear_weights * (0.5 + 1 / 64 + BF16), 7 * model.layers)], [])
 
 
-def qkv(model: Model, rows: int) -> Work:
+def qkv(model: ModelShape, rows: int) -> Work:
     return lora(rows, model.width, [model.heads * model.head_dim, *[model.kv_heads * model.head_dim] * 2])
 
 
-OPERATIONS: dict[str, Callable[[Model, int], Work]] = {
+OPERATIONS: dict[str, Callable[[ModelShape, int], Work]] = {
     "linear CE, frozen head": lambda m, T: cross_entropy(m, T, False),
     "linear CE, half ignored": lambda m, T: cross_entropy(m, T, False, kept=0.5),
     "linear CE, trained head": lambda m, T: cross_entropy(m, T, True),
@@ -204,12 +194,15 @@ TARGETS = {
 } | dict.fromkeys(("RMSNorm", "RoPE", "GLU", "NF4, all layers"), "≥ 85% of copying")
 
 
-def applies(operation: str, model: Model) -> bool:
+def applies(operation: str, model: ModelShape) -> bool:
     return model.qk_norm or operation != "QK-norm + RoPE"
 
 
 def predict() -> list[dict]:
-    """A row for each operation of each model: ms of forward and backward on each part, and what LoRA adds to its base products."""
+    """Return a row for each operation of each model.
+
+    It holds ms of forward and backward on each GPU, and what LoRA adds to its base matmuls.
+    """
     rows = []
     for model in MODELS:
         for name, work_of in OPERATIONS.items():
@@ -220,24 +213,27 @@ def predict() -> list[dict]:
             rows.append({
                 "line": f"{name}, {model.name}", "operation": name, "model": model.name,
                 "ms": {part.name: {"forward": 1e3 * seconds(work.forward, part), "backward": 1e3 * seconds(work.backward, part)}
-                       for part in PARTS},
-                "overhead": {part.name: seconds(kernels, part) / seconds(work.base, part) - 1 for part in PARTS} if work.base else None,
+                       for part in ARCHS},
+                "overhead": {part.name: seconds(kernels, part) / seconds(work.base, part) - 1 for part in ARCHS} if work.base else None,
                 "flops": sum(k.flops for k in kernels), "bytes": sum(k.bytes for k in kernels),
                 "launches": sum(k.launches for k in kernels)})
     return rows
 
 
 def record_of() -> dict:
-    """The record of a prediction, in the form of a measured one."""
+    """Return the record of a prediction, in the form of a measured one."""
     from benchmarks.harness import record
 
-    conditions = {"tokens": TOKENS, "rank": RANK, "dropout": DROPOUT, "document": DOCUMENT, "parts": [asdict(part) for part in PARTS],
+    conditions = {"tokens": TOKENS, "rank": RANK, "dropout": DROPOUT, "document": DOCUMENT, "parts": [asdict(part) for part in ARCHS],
                   "models": [asdict(model) for model in MODELS]}
     return record.make("kernels-predicted", conditions, {}, predict(), {})
 
 
 def newest_measured() -> dict | None:
-    """The latest record of `benchmarks.speed.kernels` on a GPU, by itself or in one of `make gpu`; None while there is none."""
+    """Return the latest record of a GPU's kernels, or None while there is none.
+
+    It is a record of `benchmarks.speed.kernels`, by itself or inside one of `make gpu`.
+    """
     from benchmarks.harness import record
 
     records = record.newest()
@@ -259,40 +255,60 @@ def predicted_cell(row: dict, part: str) -> str:
 
 
 def measured_cell(row: dict, measured: dict | None) -> str:
-    """Our median of the same operation and model in a GPU's record; OOM and failures show as what they are."""
+    """Return our median of an operation in a GPU's record, or its outcome where it was not timed."""
     found = next((r for r in (measured or {}).get("summary", ()) if (r["operation"], r["model"]) == (row["operation"], row["model"])
-                  and r["line"] == "Steadfast"), None)
+                  and r["contender"] == "Steadfast"), None)
     if found is None:
         return ""
     return found["outcome"] if found["ms"] is None else milliseconds(found["ms"]["value"])
 
 
-def table(record: dict, measured: dict | None = None, models: tuple[str, ...] = tuple(m.name for m in MODELS)) -> str:
-    """Markdown: predicted ms, forward and backward together, on every part; measured ones where `measured` is a GPU's record."""
+def table(record: dict, measured: dict | None = None, models: tuple[str, ...] | None = None) -> list[list[str]]:
+    """Return predicted ms on every GPU, and measured ones where `measured` is a GPU's record.
+
+    Forward and backward together. `models`: those to show (default: all of the record).
+    """
+    models = models or tuple(model["name"] for model in record["conditions"]["models"])
     device = measured["device"] if measured else "a GPU"
-    parts = [part["name"] for part in record["conditions"]["parts"]]
+    archs = [arch["name"] for arch in record["conditions"]["parts"]]
     several = len(models) > 1
-    head = ["operation", *["model"] * several, *(f"{part}, predicted" for part in parts), f"measured on {device}", "target, H200",
-            "published by others"]
-    lines = [head, ["---", *["---"] * several, *["---:"] * (len(parts) + 2), "---"]]
+    rows = [["operation", *["model"] * several, *(f"{arch}, predicted" for arch in archs), f"measured on {device}", "target, H200",
+             "published by others"]]
     for row in (r for r in record["summary"] if r["model"] in models):
         operation, model = row["operation"], row["model"]
         target = TARGETS.get(operation, "") if model == MODELS[0].name else ""
-        lines.append([operation, *[model] * several, *(predicted_cell(row, part) for part in parts), measured_cell(row, measured), target,
-                      PUBLISHED.get((operation, model), "")])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+        rows.append([operation, *[model] * several, *(predicted_cell(row, arch) for arch in archs), measured_cell(row, measured), target,
+                     PUBLISHED.get((operation, model), "")])
+    return rows
 
 
-def conditions_of(record: dict) -> str:
-    c, part = record["conditions"], record["conditions"]["parts"][0]
-    return (
-        f"Milliseconds, forward and backward together, bf16, {c['tokens']} tokens; LoRA of rank {c['rank']} with dropout, in "
-        f"brackets what it adds to the bare base products; attention over documents of {c['document']}; NF4 once for every weight of every "
-        f"layer. Predicted from bytes, FLOPs and launches at {part['product_share']:.0%} of the stated product rate, "
-        f"{part['bandwidth_share']:.0%} of the stated bandwidth and {part['launch'] * 1e6:.0f} µs a launch: nothing of it is measured. "
-        f"`python -m benchmarks.run kernels --predict`.")
+def caption(record: dict) -> Caption:
+    c, arch = record["conditions"], record["conditions"]["parts"][0]
+    return Caption(
+        f"Predicted milliseconds, forward and backward together, bf16, {c['tokens']:,} tokens; in brackets what LoRA of rank {c['rank']} "
+        "adds to the base matmuls. Nothing of it is measured. `python -m benchmarks.run kernels --predict`.",
+        (f"Predicted from bytes, FLOPs and launches at {arch['product_share']:.0%} of the stated matmul rate, "
+         f"{arch['bandwidth_share']:.0%} of the stated bandwidth and {arch['launch'] * 1e6:.0f} µs a launch.",
+         f"LoRA with dropout; attention over documents of {c['document']} tokens; NF4 once for every weight of every layer."))
 
 
-def markdown(record: dict, measured: dict | None = None, models: tuple[str, ...] = tuple(m.name for m in MODELS)) -> str:
-    """The table with the conditions under it."""
-    return f"{table(record, measured, models)}\n\n{conditions_of(record)}\n"
+def first_model(record: dict) -> tuple[str]:
+    return (record["conditions"]["models"][0]["name"],)
+
+
+def draw(record: dict, figure) -> None:
+    """Draw predicted milliseconds of the first model's operations on every GPU, on a logarithmic axis."""
+    (model,), archs = first_model(record), [arch["name"] for arch in record["conditions"]["parts"]]
+    rows = [row for row in record["summary"] if row["model"] == model][::-1]
+    axes = show.axes_of(figure, 8, 1.3 + 0.45 * len(rows))
+    for i, (arch, colour) in enumerate(zip(archs, (show.OURS, show.SECOND, show.OTHERS))):
+        axes.barh([j + 0.27 * (1 - i) for j in range(len(rows))], [sum(row["ms"][arch].values()) for row in rows], 0.25, color=colour,
+                  label=arch)
+    axes.set_yticks(range(len(rows)), [row["operation"] for row in rows])
+    axes.set(xscale="log", xlabel=f"predicted ms, forward and backward, {model}")
+    axes.legend(frameon=False)
+
+
+VIEW = View(lambda record: table(record, newest_measured(), first_model(record)), caption, draw,
+            lambda record: "Predicted times of the kernels: nothing here is measured")
+FULL_VIEW = View(lambda record: table(record, newest_measured()), caption, draw)

@@ -1,13 +1,14 @@
-"""Kernel timings on a GPU, beside plain torch, torch.compile and the libraries that are installed; or, with --predict, predicted ones.
+"""Time kernels on a GPU beside plain torch, torch.compile and libraries; or predict their times.
+
+On a CPU, `benchmarks.speed.kernels_cpu` times their CPU forms instead.
 
 Each case of `benchmarks.speed.kernel_cases` is one operation at one model's shapes, forward and backward. Before anything is timed, every
-line's results and gradients are compared with plain torch's. Then rounds: each runs every line once, in a shuffled order. A line's time
-is the device's (`benchmarks.harness.gpu_timing`); the host's is noted beside it. A line that runs out of memory, fails or disagrees
-keeps its
+contender's results and gradients are compared with plain torch's. A round runs every contender once, in shuffled order. A contender's time
+is the device's (`benchmarks.harness.gpu_timing`); the host's is noted beside it. One that runs out of memory, fails or disagrees keeps its
 row, without a time.
 
-Speeds are also given as shares of what this very card was measured to do just before: a large bf16 product, and a copy.
-It needs torch, Triton and numpy alone, and also runs by itself: `python -m benchmarks.speed.kernels --out FILE`.
+Speeds are also given as shares of what this card was measured to reach just before: a large bf16 matmul, and a copy.
+It needs torch, Triton and numpy only, and also runs by itself: `python -m benchmarks.speed.kernels --out FILE`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -25,26 +26,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.harness import record, timing
+from benchmarks.harness import record, show, timing
 from benchmarks.harness.gpu_timing import FEWEST, Clock, distance, free, measured_rates, peak_mib, reason, rounds_of, tried
+from benchmarks.harness.model_shapes import MODELS, ModelShape
 from benchmarks.harness.record import origin
-from benchmarks.speed import kernel_predictions
+from benchmarks.harness.suite import Caption, Suite, View
+from benchmarks.speed import kernel_predictions, kernels_cpu
 from benchmarks.speed.kernel_cases import BARE, CASES, COMPILED, EAGER, OURS, RANDOM, Setup, Source
-from benchmarks.speed.kernel_predictions import MODELS, OPERATIONS, TOKENS, Model
+from benchmarks.speed.kernel_predictions import OPERATIONS, TOKENS
 from trainer.errors import UserError
+from trainer.files import atomic_file
 
-TINY = Model("tiny", 64, 128, 4, 2, 16, 257, 2, qk_norm=True)  # for --smoke, which tests this file on a CPU
+TINY = ModelShape("tiny", 64, 128, 4, 2, 16, 257, 2, qk_norm=True)  # for --smoke, which tests this file on a CPU
 TINY_TOKENS = 96
 ROUNDS, CASE_SECONDS = 30, 1.5  # rounds of a case: at most, and how long once the fewest are done
 TOLERANCE = {torch.bfloat16: 5e-2, torch.float32: 1e-3}  # of results and gradients, relative to plain torch's
 AGAIN = f"{OURS} (A/A)"
 
 
-# ---------------------------------------------------------------- running a line
+# ---------------------------------------------------------------- running a contender
 
 
 def step(forward: Callable, inputs: tuple, calls: int, upstream: list[Tensor]) -> list[Tensor]:
-    """Results and gradients of those inputs that require one. `upstream` is filled at the first call and used by every line."""
+    """Return results, and gradients of those inputs that require one.
+
+    `upstream`, the upstream gradients, is filled at the first call and used by every contender.
+    """
     for _ in range(calls):
         results = forward(*inputs)
     results = list(results) if isinstance(results, (tuple, list)) else [results]
@@ -57,23 +64,25 @@ def step(forward: Callable, inputs: tuple, calls: int, upstream: list[Tensor]) -
     return [y.detach() for y in results] + list(gradients)
 
 
-def lines_of(setup: Setup, compiled: bool, again: bool) -> dict[str, Callable[[], list[Tensor] | None]]:
+def contenders_of(setup: Setup, compiled: bool, again: bool) -> dict[str, Callable[[], list[Tensor] | None]]:
     upstream: list[Tensor] = []
     forwards = {OURS: setup.forwards[OURS], COMPILED: torch.compile(setup.forwards[EAGER])} if compiled else setup.forwards
-    lines = {name: partial(step, forward, setup.inputs, setup.calls, upstream) for name, forward in forwards.items()}
+    contenders = {name: partial(step, forward, setup.inputs, setup.calls, upstream) for name, forward in forwards.items()}
     if compiled:
-        return lines
+        return contenders
     if again:
-        lines[AGAIN] = lines[OURS]
-    return lines | ({BARE: setup.bare} if setup.bare else {})
+        contenders[AGAIN] = contenders[OURS]
+    return contenders | ({BARE: setup.bare} if setup.bare else {})
 
 
-def compare(lines: dict[str, Callable], tolerance: float) -> tuple[dict[str, float], dict[str, str]]:
-    """How far each line is from plain torch (or, where that gives nothing, from ours): the largest of its results and gradients. And the
-    outcomes of lines that cannot be timed."""
+def compare(contenders: dict[str, Callable], tolerance: float) -> tuple[dict[str, float], dict[str, str]]:
+    """Return how far each contender is from plain torch, and the outcomes of those that cannot be timed.
+
+    Where plain torch fails, ours takes its place. A difference is the largest of all results and gradients.
+    """
     differences, outcomes, truth = {}, {}, None
-    for name in sorted(lines, key=lambda name: (name != EAGER, name != OURS)):
-        results, why = tried(lines[name])
+    for name in sorted(contenders, key=lambda name: (name != EAGER, name != OURS)):
+        results, why = tried(contenders[name])
         if why:
             outcomes[name] = why
         elif results is not None and truth is None:
@@ -89,18 +98,21 @@ def compare(lines: dict[str, Callable], tolerance: float) -> tuple[dict[str, flo
 # ---------------------------------------------------------------- a case
 
 
-def measure(operation: str, model: Model, tokens: int, device: torch.device, dtype: torch.dtype, clock: Clock, compiled: bool,
+def measure(operation: str, model: ModelShape, tokens: int, device: torch.device, dtype: torch.dtype, clock: Clock, compiled: bool,
             rates: dict[str, float], seconds: float = CASE_SECONDS, most: int = ROUNDS) -> tuple[list[dict], dict[str, float], dict]:
-    """Rows, agreement and raw samples of one case; `compiled`: of torch.compile beside ours alone."""
-    def lines(**options):
-        return lines_of(CASES[operation](Source(device, dtype), model, tokens, **options), compiled, again=operation == "RMSNorm")
+    """Return rows, agreement and raw measurements of one case.
+
+    `compiled`: of torch.compile beside ours only.
+    """
+    def contenders(**options):
+        return contenders_of(CASES[operation](Source(device, dtype), model, tokens, **options), compiled, again=operation == "RMSNorm")
 
     fixed = {"dropout": 0.0} if operation in RANDOM else {}
-    checked = {name: run for name, run in lines(**fixed).items() if name not in (AGAIN, BARE)}
+    checked = {name: run for name, run in contenders(**fixed).items() if name not in (AGAIN, BARE)}
     differences, outcomes = compare(checked, TOLERANCE[dtype])
     checked.clear()
     free()
-    timed = {name: run for name, run in lines().items() if name not in outcomes}
+    timed = {name: run for name, run in contenders().items() if name not in outcomes}
     peaks = {}
     for name in list(timed):  # also warms up
         _, why = tried(timed[name])
@@ -113,33 +125,36 @@ def measure(operation: str, model: Model, tokens: int, device: torch.device, dty
     label = f"{operation}, {model.name}"
     rows = [row(operation, model, tokens, name, samples, outcomes, peaks, rates) for name in (*timed, *outcomes)]
     return rows, {f"{label}: {name}": value for name, value in differences.items() if np.isfinite(value)}, {
-        f"{label}: {name}": [{"ms": ms, "host_ms": host} for ms, host in line] for name, line in samples.items()}
+        f"{label}: {name}": [{"ms": ms, "host_ms": host} for ms, host in own] for name, own in samples.items()}
 
 
-def row(operation: str, model: Model, tokens: int, name: str, samples: dict, outcomes: dict[str, str], peaks: dict,
+def row(operation: str, model: ModelShape, tokens: int, name: str, samples: dict, outcomes: dict[str, str], peaks: dict,
         rates: dict[str, float]) -> dict:
-    """A line's summary: medians with their 20th and 80th percentiles, ratios with 95% intervals, shares of the card's measured rates."""
+    """Return a contender's row: medians with their spread, ratios, and shares of the card's rates."""
     if name not in samples:
         return missing(operation, model, name, outcomes[name])
-    line = samples[name]
+    own = samples[name]
     work = OPERATIONS[operation](model, tokens)
     kernels = work.base or work.forward + work.backward  # with an adapter: what the layer does without
-    ms = timing.spread(line, lambda s: s[0])
+    ms = timing.spread(own, lambda s: s[0])
     flops, moved = sum(k.flops for k in kernels), sum(k.bytes for k in kernels)
     return {
-        "operation": operation, "model": model.name, "line": name, "outcome": "timed",
-        "ms": asdict(ms), "host_ms": asdict(timing.spread(line, lambda s: s[1])), "peak_mib": peaks[name],
+        "operation": operation, "model": model.name, "contender": name, "outcome": "timed",
+        "ms": asdict(ms), "host_ms": asdict(timing.spread(own, lambda s: s[1])), "peak_mib": peaks[name],
         "share_of_product": 1e3 * flops / ms.value / rates["product_flops"], "share_of_copy": 1e3 * moved / ms.value / rates["copy_bytes"],
-        "ratio": {other: asdict(timing.ratio(line, samples[other], lambda s: s[0])) for other in samples if other != name}}
+        "ratio": {other: asdict(timing.ratio(own, samples[other], lambda s: s[0])) for other in samples if other != name}}
 
 
-def missing(operation: str, model: Model, name: str, why: str) -> dict:
-    """The row of a line that could not be timed."""
-    return {"operation": operation, "model": model.name, "line": name, "outcome": why, "ms": None}
+def missing(operation: str, model: ModelShape, name: str, why: str) -> dict:
+    """Return the row of a contender that could not be timed."""
+    return {"operation": operation, "model": model.name, "contender": name, "outcome": why, "ms": None}
 
 
-def cases(models: tuple[Model, ...], operations: list[str], compiled: bool) -> Iterator[tuple[str, Model, bool]]:
-    """Every case of every model. torch.compile, which takes seconds for each, is tried for the first model, right after its cases."""
+def cases(models: tuple[ModelShape, ...], operations: list[str], compiled: bool) -> Iterator[tuple[str, ModelShape, bool]]:
+    """Yield every case of every model.
+
+    torch.compile, which takes seconds for each, is tried for the first model, after its other cases.
+    """
     for model in models:
         for with_compile in (False, True) if compiled and model is models[0] else (False,):
             for operation in operations:
@@ -152,32 +167,34 @@ def cases(models: tuple[Model, ...], operations: list[str], compiled: bool) -> I
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--predict", action="store_true", help="measure nothing: predict from bytes, FLOPs and launches")
-    parser.add_argument("--device", default="cuda", help="cuda or cpu (default: %(default)s)")
-    parser.add_argument("--smoke", action="store_true", help="tiny shapes: a test of this code, not a benchmark")
-    parser.add_argument("--operations", nargs="+", metavar="NAME", default=list(CASES), help="of: " + "; ".join(CASES))
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto",
+                        help="cpu: CPU forms beside stock torch, transformers and PEFT (default: a GPU where there is one)")
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes: tests the GPU benchmark on any device, gives no figures")
+    parser.add_argument("--quick", action="store_true", help="on a CPU, two rounds of one call: tests the code, gives no figures")
+    parser.add_argument("--operations", nargs="+", metavar="NAME", help="default: all")
     parser.add_argument("--models", nargs="+", metavar="NAME", default=[m.name for m in MODELS], help="default: %(default)s")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--budget", type=float, default=600.0, help="seconds after which no case begins (default: %(default)s)")
 
 
 def run(arguments: argparse.Namespace, keep: Callable[[dict], None] = lambda record: None) -> dict:
-    """Measure (or predict) and return the record; `keep` is given it after every case."""
+    """Measure or predict, and return the record; `keep` is called with it after every case."""
     if arguments.predict:
         return kernel_predictions.record_of()
     device = device_of(arguments)
+    if device.type == "cpu" and not arguments.smoke:
+        return kernels_cpu.run(chosen_operations(arguments.operations, kernels_cpu.OPERATIONS), arguments.quick)
     models, tokens = ((TINY,), TINY_TOKENS) if arguments.smoke else (chosen_models(arguments.models), TOKENS)
-    unknown = [name for name in arguments.operations if name not in CASES]
-    if unknown:
-        raise UserError(f"--operations: expected names of {', '.join(CASES)}, got {', '.join(unknown)}")
+    operations = chosen_operations(arguments.operations, CASES)
     dtype, begun = torch.bfloat16 if device.type == "cuda" else torch.float32, time.monotonic()
     clock = Clock(device)
     rates = measured_rates(device, clock)
     conditions = {"tokens": tokens, "dtype": str(dtype).removeprefix("torch."), "models": [asdict(m) for m in models], "rates": rates,
                   "rounds": [FEWEST, ROUNDS], "memory_gib": memory_gib(device), "skipped": []}
     agreement, summary, raw = {}, [], {}
-    made = record.make(f"kernels-{device.type}", conditions, agreement, summary, raw)
+    made = record.make("kernels-smoke" if arguments.smoke else "kernels-cuda", conditions, agreement, summary, raw)
     effort = {"seconds": 0.0, "most": 2} if arguments.smoke else {}
-    for operation, model, compiled in cases(models, arguments.operations, not arguments.no_compile):
+    for operation, model, compiled in cases(models, operations, not arguments.no_compile):
         label = f"{operation}, {model.name}" + ", torch.compile" * compiled
         if time.monotonic() - begun > arguments.budget:
             conditions["skipped"].append(label)
@@ -186,10 +203,10 @@ def run(arguments: argparse.Namespace, keep: Callable[[dict], None] = lambda rec
             rows, agreed, samples = measure(operation, model, tokens, device, dtype, clock, compiled, rates, **effort)
         except torch.cuda.OutOfMemoryError as error:  # for its inputs alone
             rows, agreed, samples = [missing(operation, model, OURS, reason(error))], {}, {}
-        summary += [r for r in rows if not (compiled and r["line"] == OURS)]
+        summary += [r for r in rows if not (compiled and r["contender"] == OURS)]
         agreement |= agreed
-        raw |= {(f"{name} beside torch.compile" if compiled and name.endswith(OURS) else name): line for name, line in samples.items()}
-        outcomes = (f"{r['line']} {r['ms']['value']:.3f} ms" if r["ms"] else f"{r['line']} {r['outcome']}" for r in rows)
+        raw |= {(f"{name} beside torch.compile" if compiled and name.endswith(OURS) else name): own for name, own in samples.items()}
+        outcomes = (f"{r['contender']} {r['ms']['value']:.3f} ms" if r["ms"] else f"{r['contender']} {r['outcome']}" for r in rows)
         print(f"{label}: {'; '.join(outcomes)}", file=sys.stderr, flush=True)
         keep(made)
         torch._dynamo.reset()
@@ -198,14 +215,20 @@ def run(arguments: argparse.Namespace, keep: Callable[[dict], None] = lambda rec
 
 
 def device_of(arguments: argparse.Namespace) -> torch.device:
-    if arguments.device == "cpu" and not arguments.smoke:
-        raise UserError("kernels: a CPU's times say nothing of a GPU's; expected a GPU, or --predict, or --smoke, which tests the code")
-    if arguments.device != "cpu" and not torch.cuda.is_available():
+    """Return the device to measure on: a GPU where there is one, unless told otherwise."""
+    if arguments.device == "cuda" and not torch.cuda.is_available():
         raise UserError("kernels: expected a GPU, found none; --predict says what to expect of one")
-    return torch.device(arguments.device)
+    return torch.device("cpu" if arguments.device == "cpu" or not torch.cuda.is_available() else "cuda")
 
 
-def chosen_models(names: list[str]) -> tuple[Model, ...]:
+def chosen_operations(names: list[str] | None, known: Iterable[str]) -> list[str]:
+    """Return the operations to measure: all, or those of these names."""
+    if unknown := [name for name in names or () if name not in known]:
+        raise UserError(f"--operations: expected names of {', '.join(known)}, got {', '.join(unknown)}")
+    return list(names or known)
+
+
+def chosen_models(names: list[str]) -> tuple[ModelShape, ...]:
     known = {model.name: model for model in MODELS}
     if unknown := [name for name in names if name not in known]:
         raise UserError(f"--models: expected names of {', '.join(known)}, got {', '.join(unknown)}")
@@ -216,38 +239,64 @@ def memory_gib(device: torch.device) -> float | None:
     return torch.cuda.get_device_properties(device).total_memory / 2**30 if device.type == "cuda" else None
 
 
-# ---------------------------------------------------------------- the table
+# ---------------------------------------------------------------- how records are shown
 
 
-def report(record: dict) -> str:
-    """What a run prints: everything. (The README has a prediction's first model alone.)"""
-    predicted = record["suite"] == "kernels-predicted"
-    return kernel_predictions.markdown(record, kernel_predictions.newest_measured()) if predicted else markdown(record)
-
-
-def markdown(record: dict) -> str:
-    """Every line of every case: ms, ours over it, peak memory, shares of the card's own product rate and copy bandwidth."""
-    head = ["operation", "model", "line", "ms", f"× {OURS}", "host ms", "peak MiB", "of product rate", "of copy bandwidth"]
-    lines = [head, ["---"] * 3 + ["---:"] * 6]
+def table(record: dict) -> list[list[str]]:
+    """Return every contender of every case: ms, its ratio to ours, memory, and shares of the card's rates."""
+    rows = [["operation", "model", "contender", "ms", f"× {OURS}", "host ms", "peak MiB", "of matmul rate", "of copy bandwidth"]]
     for r in record["summary"]:
-        cells = [r["operation"], r["model"], r["line"]]
+        cells = [r["operation"], r["model"], r["contender"]]
         if r["ms"] is None:
-            lines.append([*cells, r["outcome"], *[""] * 5])
+            rows.append([*cells, r["outcome"], *[""] * 5])
             continue
-        ms, ratio = r["ms"], r["ratio"].get(OURS)
-        lines.append([*cells, f"{ms['value']:.3g} ({ms['low']:.3g}-{ms['high']:.3g})",
-                      f"{ratio['value']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})" if ratio else "", f"{r['host_ms']['value']:.2f}",
-                      "" if r["peak_mib"] is None else f"{r['peak_mib']:,.0f}",
-                      f"{r['share_of_product']:.0%}", f"{r['share_of_copy']:.0%}"])
-    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+        rows.append([*cells, show.interval(r["ms"], ".3g"), show.interval(r["ratio"].get(OURS)), f"{r['host_ms']['value']:.2f}",
+                     "" if r["peak_mib"] is None else f"{r['peak_mib']:,.0f}", f"{r['share_of_product']:.0%}", f"{r['share_of_copy']:.0%}"])
+    return rows
+
+
+def caption(record: dict) -> Caption:
     c = record["conditions"]
-    skipped = f" Not reached in the time given: {'; '.join(c['skipped'])}." if c["skipped"] else ""
-    return (
-        f"{table}\n\n{record['device']}, torch {record['versions']['torch']}, Triton {record['versions'].get('triton', 'none')}; "
-        f"{c['tokens']} tokens, {c['dtype']}, forward and backward. Medians of interleaved rounds with their 20th and 80th percentiles, "
-        f"ratios with 95% intervals. A product runs at {c['rates']['product_flops'] / 1e12:.0f} TFLOP/s here and a copy moves "
-        f"{c['rates']['copy_bytes'] / 1e12:.2f} TB/s; an operation's share is that of its useful work (of a LoRA layer: the bare base "
-        f"products).{skipped} {origin(record)}.\n")
+    return Caption(
+        f"Time of each operation on {record['device']}, forward and backward, {c['tokens']:,} tokens, {c['dtype']}; an operation's share "
+        "is that of its useful work (of a LoRA layer: the base matmuls).",
+        (f"torch {record['versions']['torch']}, Triton {record['versions'].get('triton', 'none')}.",
+         "Medians of interleaved rounds with their 20th and 80th percentiles, ratios with 95% intervals.",
+         f"A matmul runs at {c['rates']['product_flops'] / 1e12:.0f} TFLOP/s here, and a copy moves "
+         f"{c['rates']['copy_bytes'] / 1e12:.2f} TB/s.",
+         *([f"Not reached in the time given: {'; '.join(c['skipped'])}."] if c["skipped"] else []), f"{origin(record)}."))
+
+
+def draw(record: dict, figure) -> None:
+    """Draw how many times as long as ours every other contender of the first model's operations takes."""
+    model = record["conditions"]["models"][0]["name"]
+    rows = [row for row in record["summary"] if row["model"] == model and row["ms"] and OURS in row["ratio"]][::-1]
+    axes = show.axes_of(figure, 8, 1.3 + 0.25 * len(rows))
+    axes.barh([f"{row['operation']}: {row['contender']}" for row in rows], [row["ratio"][OURS]["value"] for row in rows],
+              color=show.OTHERS)
+    axes.axvline(1, color=show.OURS)
+    axes.set_xlabel(f"time over Steadfast's, {model}, {record['device']}")
+
+
+def gpu_table(record: dict) -> list[list[str]]:
+    """Return the outcome of each check of `make gpu`."""
+    outcomes = [[name, f"{part['outcome']} ({part.get('seconds', 0):.0f} s)"] for name, part in record["parts"].items()]
+    return [["check", "outcome"], *outcomes]
+
+
+def gpu_caption(record: dict) -> Caption:
+    return Caption(f"`make gpu` on {record['device']}; its page has every table.", (f"{origin(record)}.",))
+
+
+def gpu_draw(record: dict, figure) -> None:
+    if inside := record["parts"].get("kernels", {}).get("record"):
+        draw(inside, figure)
+
+
+VIEW = View(table, caption, draw, lambda record: f"Operations on {record['device']}", text_columns=3)
+SUITE = Suite("kernels", "Every operation beside stock code, on a CPU, or beside its peers on a GPU", add_arguments, run, {
+    "kernels-cuda": VIEW, "kernels-smoke": VIEW, "kernels-cpu": kernels_cpu.VIEW, "kernels-predicted": kernel_predictions.VIEW,
+    "gpu": View(gpu_table, gpu_caption, gpu_draw, text_columns=2)})
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -265,10 +314,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def write(path: Path, record: dict) -> None:
-    """Whole or not at all: whoever started this may end it at any moment."""
-    aside = path.with_suffix(".part")
-    aside.write_text(json.dumps(record, indent=1) + "\n")
-    aside.replace(path)
+    """Write a record atomically: whoever started this may end it at any moment."""
+    with atomic_file(path) as tmp:
+        tmp.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""What synthesis costs beside the engine's own work, what the pool takes to write, and how well a known distribution comes back."""
+"""Measure what synthesis costs beside the engine, and how well a known distribution comes back.
+
+It also measures how long a pool takes to write.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,10 @@ from pathlib import Path
 from benchmarks.forgetting.miniature.family import FAMILY
 from benchmarks.forgetting.miniature.recovery import Recovery, drawn
 from benchmarks.forgetting.miniature.skills import GENERAL
-from benchmarks.harness import record, timing
-from benchmarks.harness.timing import Line, Sample, StepResult
+from benchmarks.harness import record, show, timing
+from benchmarks.harness.record import origin
+from benchmarks.harness.suite import Caption, Suite, View
+from benchmarks.harness.timing import Contender, Measurement, StepResult
 from synth.config import Config, Instruct, Model, name_of
 from synth.engines import kind_of
 from synth.engines.interface import Engine
@@ -44,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict:
-    """The record of the suite. UserError where vLLM is missing."""
+    """Measure, and return the record. UserError where vLLM is missing."""
     model = Model(path=str(FAMILY["base"].folder))
     if kind_of(model) != "vllm":
         raise UserError("synthesis: expected vLLM, found none; install what requirements-synth.txt lists")
@@ -60,7 +65,7 @@ def run(arguments: argparse.Namespace) -> dict:
     return record.make("synthesis-cpu", conditions, agreement, lines, timing.raw(samples))
 
 
-def rate(sample: Sample) -> float:
+def rate(sample: Measurement) -> float:
     """Tokens per second of wall time."""
     return sample.tokens / sample.wall
 
@@ -68,8 +73,9 @@ def rate(sample: Sample) -> float:
 # ---------------------------------------------------------------- overhead
 
 
-def overhead(engine: Engine, model: Model, arguments: argparse.Namespace, work: Path) -> tuple[dict[str, list[Sample]], dict[str, float]]:
-    """Stage `instruct` against one `LLM.generate` call on the same requests, in two processes that take turns."""
+def overhead(engine: Engine, model: Model, arguments: argparse.Namespace,
+             work: Path) -> tuple[dict[str, list[Measurement]], dict[str, float]]:
+    """Time stage `instruct` against one `LLM.generate` call on equal requests, in two processes in turns."""
     with fresh_run(model, work, Config(base=model, instruct=Instruct(num_instructions=arguments.prompts, max_tokens=64))) as run:
         asking = TurnTask(run, 0)
         requests = [{"token_ids": r.prompt.token_ids, "seed": r.seed, **r.sampling._asdict()}
@@ -93,16 +99,16 @@ def overhead(engine: Engine, model: Model, arguments: argparse.Namespace, work: 
             texts["synth"] = [text for text, _ in rows]
             return StepResult(0.0, sum(tokens for _, tokens in rows), 0, 0, 0.0)
 
-        lines = [Line(BARE, lambda: bare(0)), Line(f"{BARE} (A/A)", lambda: bare(0)), Line("vLLM bare, text alone", lambda: bare(None)),
-                 Line("synth", ours)]
-        samples = timing.interleave(lines, arguments.rounds, 1)
+        contenders = [Contender(BARE, lambda: bare(0)), Contender(f"{BARE} (A/A)", lambda: bare(0)),
+                      Contender("vLLM bare, text alone", lambda: bare(None)), Contender("synth", ours)]
+        samples = timing.interleave(contenders, arguments.rounds, 1)
     different = sum(a.strip() != b for a, b in zip(texts["bare"], texts["synth"], strict=True))
     return samples, {"texts that differ": different / arguments.prompts}
 
 
 @contextmanager
 def bare_vllm(folder: str) -> Iterator:
-    """A process that calls vLLM on files of requests; the function that asks it."""
+    """Start a process that calls vLLM on files of requests, and yield the function that asks it."""
     environment = os.environ | {
         "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_ATTN_SPLIT_KV": "0",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "CRITICAL", "VLLM_LOGGING_STREAM": "ext://sys.stderr",
@@ -139,7 +145,7 @@ def engine_of(model: Model, work: Path) -> Iterator[Engine]:
 
 @contextmanager
 def fresh_run(model: Model, work: Path, settings: Config) -> Iterator[SynthesisRun]:
-    """A run with an empty pool in which the items are planned."""
+    """Yield a run with an empty pool in which the items are planned."""
     with tempfile.TemporaryDirectory(dir=work) as folder, Pool(Path(folder) / "pool.sqlite") as pool:
         with pool.transaction():
             pool.insert("items", (plan(settings, item) for item in range(settings.instruct.num_instructions)))
@@ -150,7 +156,10 @@ def fresh_run(model: Model, work: Path, settings: Config) -> Iterator[SynthesisR
 
 
 def writing(rows: int, work: Path) -> dict:
-    """Scores into a pool, judge after judge as the stage does, in its batches; seconds, and what a whole pool of SCORES would take."""
+    """Write scores into a pool, judge after judge in the stage's batches, and time it.
+
+    The seconds of a whole pool of SCORES are extrapolated.
+    """
     from synth.pool.writer import BATCH
 
     with Pool(work / "writing.sqlite") as pool:
@@ -169,7 +178,10 @@ def writing(rows: int, work: Path) -> dict:
 
 
 def score_row(i: int, rows: int) -> tuple:
-    """The i-th score that is written: three judges one after the other, nine answers to each item, three of each of three models."""
+    """Return the i-th score: of three judges one after another, on nine answers to each item.
+
+    Three answers are of each of three models.
+    """
     judge, answer = divmod(i, -(-rows // 3))
     item, rest = divmod(answer, 9)
     return item, f"model-{rest // 3}", rest % 3, f"judge-{judge}", 3.25, 0.98, None, seeds.seed(0, "judge", judge, answer), None
@@ -179,7 +191,10 @@ def score_row(i: int, rows: int) -> tuple:
 
 
 def distribution(engine: Engine, model: Model, count: int, work: Path) -> list[dict]:
-    """Topic distance to the world's true shares, and the share of invalid instructions, by temperature, and once without duplicates."""
+    """Return topic distance and the share of invalid instructions, by temperature.
+
+    The distance is to the world's true shares; one row is without duplicates.
+    """
     rows = [figures("the world's own", drawn(GENERAL, count))]
     for temperature, top_p in SETTINGS:
         settings = Config(base=model, instruct=Instruct(num_instructions=count, max_tokens=64, temperature=[temperature], top_p=[top_p]))
@@ -196,3 +211,44 @@ def distribution(engine: Engine, model: Model, count: int, work: Path) -> list[d
 def figures(name: str, found: Recovery, dropped: float = 0.0) -> dict:
     return {"sampled": name, "distance": found.distance, "invalid": found.invalid, "dropped": dropped,
             "distinct": len(set(found.instructions)) / len(found.instructions), "shares": found.shares}
+
+
+# ---------------------------------------------------------------- how a record is shown
+
+
+def table(record: dict) -> list[list[str]]:
+    """Return how well the distribution of instructions comes back, at every setting."""
+    head = ["instructions", "topic distance", "invalid", "dropped", "distinct"]
+    return [head] + [[row["sampled"], f"{row['distance']:.3f}", f"{row['invalid']:.1%}", f"{row['dropped']:.1%}", f"{row['distinct']:.0%}"]
+                     for row in record["conditions"]["distribution"]]
+
+
+def caption(record: dict) -> Caption:
+    c = record["conditions"]
+    speeds = "; ".join(f"{row['line']} {row['tokens_per_second']['value']:,.0f} tokens/s, {show.interval(row['share_of_bare'])} of bare"
+                       for row in record["summary"])
+    writing = c["writing"]
+    return Caption(
+        "How close sampled instructions are to the data that the miniature base was tuned on. Topic distance: total variation between the "
+        "shares of the world's eight skills and those among the instructions. Invalid: a question of no skill.",
+        (f"Speed of stage `instruct` ({c['prompts']:,} prompts, {c['tokens']:,} tokens, {c['engine']}, {c['rounds']} rounds in turns): "
+         f"{speeds}.",
+         f"The pool: {writing['rows']:,} scores written in {writing['seconds']:.1f} s, so {writing['scores'] / 1e6:.1f} million take about "
+         f"{writing['extrapolated_seconds']:.0f} s.",
+         f"{show.machine(record)}; {origin(record)}."))
+
+
+def draw(record: dict, figure) -> None:
+    """Draw topic distance and the share of invalid instructions."""
+    rows = record["conditions"]["distribution"][::-1]
+    axes = show.axes_of(figure, 8, 1.3 + 0.45 * len(rows))
+    for i, (key, colour) in enumerate((("distance", show.OURS), ("invalid", show.SECOND))):
+        axes.barh([j + 0.2 - 0.4 * i for j in range(len(rows))], [row[key] for row in rows], 0.38, color=colour,
+                  label={"distance": "topic distance", "invalid": "invalid"}[key])
+    axes.set_yticks(range(len(rows)), [row["sampled"] for row in rows])
+    axes.legend(frameon=False)
+
+
+SUITE = Suite("synthesis", "What synthesis costs beside the engine's own work, and how well a known distribution comes back",
+              add_arguments, run,
+              {"synthesis": View(table, caption, draw, lambda record: "Sampled instructions against the base's own training data")})

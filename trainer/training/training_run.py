@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -15,9 +16,11 @@ from trainer.metrics.log import Log
 from trainer.metrics.throughput import ModelSize
 from trainer.optim.adamw import FlatAdamW
 from trainer.retention.kl import KlToBase
-from trainer.retention.monitor import ForgettingMonitor
 from trainer.runtime.distributed import Distributed
 from trainer.training.loader import StepLoader
+
+if TYPE_CHECKING:  # it reads items with `datasets`, which a training step does without
+    from trainer.retention.monitor import ForgettingMonitor
 
 
 @dataclass

@@ -19,12 +19,15 @@ from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.forgetting.miniature.domain import DOMAIN
 from benchmarks.forgetting.miniature.evaluate import Scores, evaluate
-from benchmarks.forgetting.miniature.family import FAMILY, THREADS, load
+from benchmarks.forgetting.miniature.family import FAMILY, load
 from benchmarks.forgetting.miniature.judging import RUBRIC
 from benchmarks.forgetting.miniature.skills import GENERAL
 from benchmarks.forgetting.miniature.table import figures, table
 from benchmarks.forgetting.miniature.world import heldout_items, training_records, write_jsonl
-from benchmarks.harness import record
+from benchmarks.harness import record, show
+from benchmarks.harness.parallel import THREADS
+from benchmarks.harness.record import origin
+from benchmarks.harness.suite import Caption, Suite, View
 from synth import config as synthesis
 from synth.run import synthesise
 from trainer.config import BatchSize, Config, Data, Logging, Lora, Model, Optim, Replay
@@ -89,6 +92,36 @@ def run(_: argparse.Namespace) -> dict:
     raw = {arm: [{"items": name, "right": "".join("01"[right] for right in scores.right)}
                  for name, scores in zip(("general", "domain"), both)] for arm, both in arms.items()}
     return record.make("demo-cpu", conditions, {}, figures(arms), raw)
+
+
+# ---------------------------------------------------------------- how a record is shown
+
+
+def table_of(record: dict) -> list[list[str]]:
+    columns = ("general", "domain", "forgotten")
+    return [["model", *columns]] + [[row["line"], *(f"{row[column]:.3f}" for column in columns)] for row in record["summary"]]
+
+
+def caption(record: dict) -> Caption:
+    c = record["conditions"]
+    return Caption(
+        f"Exact match of greedy answers to {c['items']['general']} general and {c['items']['domain']} held-out domain items. "
+        "Forgotten: share of the base's right general answers that are wrong after training.",
+        (f"{c['domain_rows']} domain chats, {c['epochs']} epochs, LoRA; {c['seconds']:.0f} s with both evaluations.",
+         f"{show.machine(record)}; {origin(record)}."))
+
+
+def draw(record: dict, figure) -> None:
+    """Draw general against domain accuracy, one point for each arm."""
+    axes = show.axes_of(figure)
+    for row in record["summary"]:
+        axes.plot(row["domain"], row["general"], "o", markersize=9, color=show.OURS, clip_on=False)
+        axes.annotate(row["line"], (row["domain"], row["general"]), xytext=(8, 8), textcoords="offset points")
+    axes.set(xlabel="domain accuracy", ylabel="general accuracy", xlim=(0, 1.15), ylim=(0, 1.1))
+
+
+SUITE = Suite("demo", "The miniature demo: fine-tuning forgets, replay prevents it", add_arguments, run,
+              {"demo": View(table_of, caption, draw, lambda record: "Replay keeps general accuracy while the domain is learnt")})
 
 
 def main() -> int:

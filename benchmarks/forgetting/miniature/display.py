@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 from benchmarks.forgetting.miniature.summary import BASE
 from benchmarks.harness.record import origin
+from benchmarks.harness.show import OURS, SECOND, bare
+from benchmarks.harness.suite import Caption
 
-COLOURS = ("#1f6f8b", "#c8803c")  # of the bases
+COLOURS = (OURS, SECOND)  # of the bases
 COLUMNS = ("general", "domain", "forgotten")
 
 
@@ -47,25 +49,30 @@ def cell(row: dict | None, column: str) -> str:
     return f"{row[column]:.3f}" + (f" ± {error:.3f}" if error else "")
 
 
-def conditions(record: dict) -> str:
+def caption(record: dict) -> Caption:
     c = record["conditions"]
     right = ", ".join(f"{found['replay']} {found['right']:.1%}" for found in c["replay"] if found["base"] == bases(record)[0])
     times = f"{c['seeds']} seed{'s' * (c['seeds'] > 1)}"
-    return (
-        f"Exact match of greedy answers to {c['items']['general']:,} general and {c['items']['domain']} domain items of each seed, none of "
-        f"which can be met in training but for facts; forgotten: share of the base's right general answers that are wrong now. Means of "
-        f"{times}{' ± standard error' if c['seeds'] > 1 else ''}: a seed draws domain rows, items, order and adapter, one pool serves all. "
-        f"{c['domain']} domain rows, {c['steps']} steps of {c['tokens']} tokens for every arm, {c['ratio']:.0%} of the rows replay, LoRA "
-        f"of rank 16 unless full. Right answers in the sets chosen from the pool of {bases(record)[0]}: {right}. "
-        f"{c['seconds'] / 60:.0f} minutes with {c['workers']} workers of one thread. {origin(record)}.")
+    return Caption(
+        f"Exact match of greedy answers to {c['items']['general']:,} general and {c['items']['domain']} domain items of each seed. "
+        f"Forgotten: share of the base's right general answers that are wrong after training. Means of {times}"
+        f"{' ± standard error' if c['seeds'] > 1 else ''}.",
+        ("No item can be met in training, except facts. A seed draws domain rows, items, order and adapter; one pool serves all.",
+         f"{c['domain']} domain rows, {c['steps']} steps of {c['tokens']} tokens for every arm, {c['ratio']:.0%} of the rows replay, LoRA "
+         "of rank 16 unless full.",
+         f"Right answers in the sets chosen from the pool of {bases(record)[0]}: {right}.",
+         f"{c['seconds'] / 60:.0f} minutes with {c['workers']} workers of one thread. {origin(record)}."))
+
+
+def headline(record: dict) -> str:
+    return "How much each way to fine-tune forgets, and what it learns"
 
 
 # ---------------------------------------------------------------- picture
 
 
-def picture(record: dict, figure) -> None:
-    """What every arm forgets and learns; both over the share of replay, and over its unique rows, where they were measured."""
-    figure.clear()
+def draw(record: dict, figure) -> None:
+    """Draw what every arm forgets and learns; both over the share of replay, and over its unique rows, where they were measured."""
     arms = {arm: by_base for arm, by_base in rows_of(record).items() if arm != BASE}
     measured = {row["arm"] for row in record["summary"]} & points(record).keys()
     figure.set_size_inches(11.5 if measured else 8, 1.2 + 0.3 * len(arms))
@@ -102,7 +109,7 @@ def dots(axes, record: dict, arms: dict[str, dict[str, dict]], column: str) -> N
     else:
         axes.set(xlim=(0, 1), xlabel="accuracy on the domain")
         axes.set_yticks(range(len(arms)), [""] * len(arms))
-    plain(axes)
+    bare(axes)
 
 
 def curve(axes, found: Sequence[tuple[float, dict]], label: str, logarithmic: bool) -> None:
@@ -115,8 +122,4 @@ def curve(axes, found: Sequence[tuple[float, dict]], label: str, logarithmic: bo
         axes.minorticks_off()
     axes.set(xlabel=label, ylim=(0, 1.02), ylabel="accuracy")
     axes.legend(frameon=False, loc="lower right")
-    plain(axes)
-
-
-def plain(axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
+    bare(axes)

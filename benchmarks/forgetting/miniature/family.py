@@ -19,9 +19,6 @@ HEAD_DIM = 32
 TUTOR_SHARES = {"reverse": 0.13, "sort": 0.18, "capitals": 0.07, "spell": 0.07, "count": 0.09, "add": 0.20, "next": 0.12, "facts": 0.14}
 PEER_SHARES = {"reverse": 0.20, "sort": 0.05, "capitals": 0.10, "spell": 0.10, "count": 0.06, "add": 0.26, "next": 0.15, "facts": 0.08}
 
-# Matrices this small gain little from a second thread, and wait for it where cores are shared: there a demo of 10 s took 218 s on two.
-THREADS = 1
-
 
 @dataclass(frozen=True)
 class Member:

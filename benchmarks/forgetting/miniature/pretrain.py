@@ -18,12 +18,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.forgetting.miniature.domain import DOMAIN
 from benchmarks.forgetting.miniature.evaluate import evaluate
-from benchmarks.forgetting.miniature.family import EVERYONE, THREADS, Member, load
+from benchmarks.forgetting.miniature.family import EVERYONE, Member, load
 from benchmarks.forgetting.miniature.judging import Case, cases, judge
 from benchmarks.forgetting.miniature.recovery import recovery
 from benchmarks.forgetting.miniature.skills import GENERAL, Skill
 from benchmarks.forgetting.miniature.tokenizer import make_tokenizer
 from benchmarks.forgetting.miniature.world import heldout_items, training_records, write_jsonl
+from benchmarks.harness.parallel import THREADS
 from trainer.config import BatchSize, Config, Data, Logging, Model, Optim
 from trainer.run import train
 

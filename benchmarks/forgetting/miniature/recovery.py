@@ -16,12 +16,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from benchmarks.forgetting.miniature.family import FAMILY, THREADS, load
+from benchmarks.forgetting.miniature.family import FAMILY, load
 from benchmarks.forgetting.miniature.judging import is_judging
 from benchmarks.forgetting.miniature.skills import GENERAL, Skill, recognise
 from benchmarks.forgetting.miniature.table import align
 from benchmarks.forgetting.miniature.tokenizer import BOS, USER
 from benchmarks.forgetting.miniature.world import training_records
+from benchmarks.harness.parallel import THREADS
 
 LONGEST = 128  # tokens of a user's turn: a question has some 30, a judging prompt 60
 TEMPERATURES, TOP_PS = (0.7, 1.0, 1.3), (0.98, 1.0)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from peft import PeftModel
 
-from benchmarks.forgetting.miniature import arms, summary
+from benchmarks.forgetting.miniature import arms, display, summary
 from benchmarks.forgetting.miniature.arms import Arm
 from benchmarks.forgetting.miniature.domain import DOMAIN
 from benchmarks.forgetting.miniature.evaluate import evaluate
@@ -26,7 +26,8 @@ from benchmarks.forgetting.miniature.replays import draw, replay_file, synthesis
 from benchmarks.forgetting.miniature.skills import GENERAL
 from benchmarks.forgetting.miniature.world import heldout_items, training_records, write_jsonl
 from benchmarks.harness import parallel, record
-from benchmarks.harness.parallel import quietly, told
+from benchmarks.harness.parallel import quietly, results_of
+from benchmarks.harness.suite import Suite, View
 from trainer.config import BatchSize, Config, Data, Logging, Lora, Model, Optim, Replay, Retention
 from trainer.interpolate import Interpolate, interpolate
 from trainer.run import train
@@ -154,9 +155,9 @@ def carry_out(plan: dict[str, Sequence[Arm]], seeds: int, size: Size, work: Path
     with parallel.pool(workers) as pool:
         bases = [pool.submit(base_alone, job) for job in todo if job.arm is plan[job.base][0]]
         pools = [pool.submit(make_pool, work, base, names, size.instructions) for base, names in sets.items()]
-        found = told(begun, bases, lambda f: f"{f[0].base}, seed {f[0].seed}")
-        sound = told(begun, pools, lambda f: f"pool of {f[0]['base']}")
-        found += told(begun, [pool.submit(measure, job) for job in todo], lambda f: f"{f[0].base}, {f[0].arm}, seed {f[0].seed}")
+        found = results_of(begun, bases, lambda f: f"{f[0].base}, seed {f[0].seed}")
+        sound = results_of(begun, pools, lambda f: f"pool of {f[0]['base']}")
+        found += results_of(begun, [pool.submit(measure, job) for job in todo], lambda f: f"{f[0].base}, {f[0].arm}, seed {f[0].seed}")
     return list(itertools.chain.from_iterable(found)), list(itertools.chain.from_iterable(sound))
 
 
@@ -183,3 +184,7 @@ def run(arguments: argparse.Namespace) -> dict:
     order = {name: place for place, name in enumerate(summary.names(plan))}
     outcomes.sort(key=lambda found: (list(plan).index(found.base), order[found.arm], found.seed))
     return record.make("miniature-cpu", conditions, {}, summary.rows(outcomes), {"outcomes": [asdict(found) for found in outcomes]})
+
+
+SUITE = Suite("miniature", "The miniature study: every way to keep a model from forgetting, over several seeds", add_arguments, run,
+              {"miniature": View(display.table, display.caption, display.draw, display.headline)})

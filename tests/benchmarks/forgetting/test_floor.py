@@ -6,7 +6,6 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from benchmarks import plot
 from benchmarks.forgetting import floor
 from benchmarks.forgetting.floor import CHOSEN, GIVEN, HALF, QUARTER, WHOLE, Plan, Run
 from benchmarks.forgetting.miniature import study
@@ -15,6 +14,7 @@ from benchmarks.forgetting.miniature.study import Size
 from benchmarks.forgetting.miniature.world import heldout_items, training_records, write_jsonl
 from benchmarks.harness import record
 from benchmarks.run import main
+from tests.helpers.records import drawn, shown
 from trainer.config import validate
 from trainer.retention import replay_search
 
@@ -125,12 +125,12 @@ def test_table_and_picture(tmp_path):
     facts = {"floor": 0.99, "epochs": 10.0, "domain": 600, "tokens": 512, "seeds": 1, "items": {"general": 10, "domain": 4},
              "watched_items": {"general": 8, "domain": 2}, "replay": SOUND, "workers": 2, "seconds": 600.0}
     made = record.make("floor-cpu", facts, {}, floor.summary(runs()), {"runs": runs()})
-    text = plot.markdown(made)
+    text = shown(made)
     assert "| auto, probes of a half | 50% | 0 | 2 | 50% | 7 | 20 | 80.0% | 75.0% |" in text
     assert "| domain only |  |  |  |  |  | 20 | 20.0% | 75.0% |" in text
-    assert "The run after 2 probes of a half missed it." in text
+    assert "The run after 2 probes of a half missed the floor." in text
     assert "60.0% of the base's accuracy at its lowest, step 10 of 100, 70.0% after a third, 90.0% or more in the last fifth, 95.0%" in text
-    assert plot.draw(made, tmp_path / "a.png").read_bytes() == plot.draw(made, tmp_path / "b.png").read_bytes()
+    assert drawn(made, tmp_path / "a.png").read_bytes() == drawn(made, tmp_path / "b.png").read_bytes()
 
 
 def test_bad_options_are_one_line(capsys):

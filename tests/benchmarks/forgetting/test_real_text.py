@@ -8,11 +8,11 @@ from random import Random
 
 import pytest
 
-from benchmarks import plot
 from benchmarks.forgetting import real_text, real_text_data
 from benchmarks.forgetting.miniature.world import heldout_items
 from benchmarks.forgetting.real_text import Arm, Size
 from benchmarks.forgetting.real_text_data import Counts, Schooling
+from tests.helpers.records import drawn, shown, table_rows
 from trainer.errors import UserError
 
 WORDS = "the a patient had two red apples and bought seven more while doctors saw no change in pain after treatment".split()
@@ -135,14 +135,14 @@ def test_the_record_has_no_place_of_this_machine(made, data):
 
 
 def test_table_and_picture(made, tmp_path):
-    lines = plot.markdown(made).splitlines()
-    assert lines[0].startswith("| arm | general | domain | forgotten | gained |") and len(lines) == 2 + 5 + 2
+    lines = table_rows(made)
+    assert lines[0].startswith("| arm | general | domain | forgotten | gained |") and len(lines) == 2 + 5
     assert lines[2].startswith(f"| base | {made['summary'][0]['general']:.3f} | 0.000 | 0.000 |")
-    assert "1 seed;" in lines[-1] and "3 steps of 512 tokens" in lines[-1]
+    assert "1 seed." in shown(made) and "3 steps of 512 tokens" in shown(made)
     again = copy.deepcopy(made)
     again["summary"][1]["domain"], again["summary"][1]["domain_error"] = 0.5, 0.25
-    assert "| +0.500 ± 0.250 |" in plot.markdown(again)
-    assert plot.draw(made, tmp_path / "a.png").read_bytes() == plot.draw(made, tmp_path / "b.png").read_bytes()
+    assert "| +0.500 ± 0.250 |" in shown(again)
+    assert drawn(made, tmp_path / "a.png").read_bytes() == drawn(made, tmp_path / "b.png").read_bytes()
 
 
 def test_arms_are_compared_with_the_same_steps_and_tokens(made):

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks import plot
 from benchmarks.forgetting.miniature import arms, display, study, summary
 from benchmarks.forgetting.miniature.arms import selections
 from benchmarks.forgetting.miniature.family import STUDIED
@@ -16,6 +15,7 @@ from benchmarks.forgetting.miniature.world import heldout_items, training_record
 from benchmarks.harness import record
 from synth.config import name_of, resolve_presets
 from synth.config import validate as validate_synthesis
+from tests.helpers.records import drawn, shown
 from trainer.config import validate
 
 EVERY = (*arms.ARMS, *arms.FULL, *arms.SHARES, *arms.UNIQUE)
@@ -120,18 +120,18 @@ def made(found, **conditions):
 
 
 def test_the_table_has_a_row_for_each_arm_and_columns_for_each_base():
-    shown = display.table(made([*outcomes(), *(replace(found, base="reader") for found in outcomes()[:2])]))
-    assert shown[0] == ["arm", "novice: general", "novice: domain", "novice: forgotten", "reader: general", "reader: domain",
+    rows = display.table(made([*outcomes(), *(replace(found, base="reader") for found in outcomes()[:2])]))
+    assert rows[0] == ["arm", "novice: general", "novice: domain", "novice: forgotten", "reader: general", "reader: domain",
                         "reader: forgotten"]
-    assert shown[2] == ["plus", "0.850 ± 0.050", "0.875 ± 0.125", f"{15 / 112:.3f} ± {1 / 112:.3f}", "", "", ""]
+    assert rows[2] == ["plus", "0.850 ± 0.050", "0.875 ± 0.125", f"{15 / 112:.3f} ± {1 / 112:.3f}", "", "", ""]
 
 
 @pytest.mark.parametrize("curves", [False, True])
 def test_the_picture_is_drawn_with_and_without_curves(tmp_path, curves):
     points = [replace(found, arm=arm.name) for found in outcomes()[2:] for arm in (*arms.SHARES, *arms.UNIQUE)] if curves else []
-    path = plot.draw(made([*outcomes(), *points]), tmp_path / "study.png")
-    assert path.stat().st_size > 10_000 and "| plus | 0.850 ± 0.050 |" in plot.markdown(made([*outcomes(), *points]))
-    assert not any("rows |" in line for line in plot.markdown(made([*outcomes(), *points])).splitlines())
+    path = drawn(made([*outcomes(), *points]), tmp_path / "study.png")
+    assert path.stat().st_size > 10_000 and "| plus | 0.850 ± 0.050 |" in shown(made([*outcomes(), *points]))
+    assert not any("rows |" in line for line in shown(made([*outcomes(), *points])).splitlines())
 
 
 # ---------------------------------------------------------------- bad input

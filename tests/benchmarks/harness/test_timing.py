@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from benchmarks.harness import timing
-from benchmarks.harness.timing import Line, Sample, StepResult
+from benchmarks.harness.timing import Contender, Measurement, StepResult
 
 
 @pytest.fixture(autouse=True)
@@ -24,24 +24,24 @@ class Clock:
         return self.now
 
 
-def steady(name: str, clock: Clock, seconds, tokens: int = 100) -> Line:
+def steady(name: str, clock: Clock, seconds, tokens: int = 100) -> Contender:
     """A line whose every step takes `seconds` (a number, or a function that returns one) for `tokens` tokens."""
     def step() -> StepResult:
         clock.now += seconds() if callable(seconds) else seconds
         return StepResult(1.0, tokens, tokens // 2, 10, 5.0 * tokens)
 
-    return Line(name, step)
+    return Contender(name, step)
 
 
-def samples(rates) -> list[Sample]:
-    return [Sample(cpu=1.0, wall=2.0, steps=1, tokens=rate, supervised=0, padding=0, flops=0.0) for rate in rates]
+def samples(rates) -> list[Measurement]:
+    return [Measurement(cpu=1.0, wall=2.0, steps=1, tokens=rate, supervised=0, padding=0, flops=0.0) for rate in rates]
 
 
 def test_rates_are_those_of_the_clock():
     clock = Clock()
     taken = timing.interleave([steady("fast", clock, 0.5), steady("slow", clock, 2.0)], rounds=5, steps=3, cpu=clock, wall=clock)
     assert [len(line) for line in taken.values()] == [5, 5]
-    assert taken["fast"][0] == Sample(cpu=1.5, wall=1.5, steps=3, tokens=300, supervised=150, padding=30, flops=1500.0)
+    assert taken["fast"][0] == Measurement(cpu=1.5, wall=1.5, steps=3, tokens=300, supervised=150, padding=30, flops=1500.0)
     assert timing.spread(taken["slow"]) == timing.Interval(50.0, 50.0, 50.0)
     assert timing.ratio(taken["fast"], taken["slow"]) == timing.Interval(4.0, 4.0, 4.0)
 
@@ -54,7 +54,7 @@ def test_every_round_runs_every_line_in_an_order_of_its_own():
 
     ticks = iter(range(10**6))
     names = ["a", "b", "c", "d"]
-    timing.interleave([Line(n, step_of(n)) for n in names], rounds=20, steps=1, cpu=lambda: next(ticks), wall=lambda: 0.0)
+    timing.interleave([Contender(n, step_of(n)) for n in names], rounds=20, steps=1, cpu=lambda: next(ticks), wall=lambda: 0.0)
     rounds = np.array(seen[timing.WARMUP * 4 :]).reshape(20, 4)
     assert all(sorted(one) == names for one in rounds.tolist())
     assert len({tuple(one) for one in rounds.tolist()}) > 5
@@ -75,7 +75,7 @@ def test_drift_falls_on_all_lines_alike():
 
 
 def test_a_real_clock_finds_no_difference_between_a_line_and_itself():
-    line = timing.product(torch.float32, size=64)
+    line = timing.matmul(torch.float32, size=64)
     taken = timing.interleave([line, timing.again(line)], rounds=30, steps=1)
     aa = timing.ratio(*taken.values(), figure=lambda s: s.flops / s.cpu, confidence=0.999)
     assert aa.low <= 1 <= aa.high
@@ -102,12 +102,12 @@ def test_ratio_resamples_rounds_whole():
 
 def test_refusals():
     with pytest.raises(ValueError, match="different names"):
-        timing.interleave([Line("a", lambda: None), Line("a", lambda: None)], rounds=1, steps=1)
+        timing.interleave([Contender("a", lambda: None), Contender("a", lambda: None)], rounds=1, steps=1)
     with pytest.raises(ValueError, match="two or more rounds"):
         timing.ratio(samples([1]), samples([1]))
 
 
 def test_product_counts_its_flops():
-    line = timing.product(torch.bfloat16, size=8)
+    line = timing.matmul(torch.bfloat16, size=8)
     assert line.name == "matrix product, bfloat16"
     assert line.step().flops == 20 * 2 * 8**3

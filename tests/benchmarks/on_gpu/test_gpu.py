@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import gpu
-from benchmarks.gpu import ASKED_FOR, PARTS, ROOT, TOTAL, Part, Processes, finite, main, read_report, run_part, run_tests
+from benchmarks.gpu import ASKED_FOR, CHECKS, ROOT, TOTAL, Check, Processes, finite, main, read_report, run_check, run_tests
 from benchmarks.harness import record
 from benchmarks.on_gpu import page as gpu_page
 
@@ -37,7 +37,7 @@ def test_without_a_gpu_one_line_and_status_2(tmp_path):
 
 
 def test_its_parts_leave_time_for_the_last():
-    assert sum(part.seconds for part in PARTS[:-1]) <= TOTAL - 120 and TOTAL < 9 * 60 - 15
+    assert sum(part.seconds for part in CHECKS[:-1]) <= TOTAL - 120 and TOTAL < 9 * 60 - 15
 
 
 def test_make_takes_the_environment_or_python3_and_makes_none(tmp_path):
@@ -109,14 +109,14 @@ def test_test_files_that_do_not_end_are_named(tmp_path, monkeypatch):
 
 
 def test_a_part_that_lacks_a_package_or_time_is_skipped_by_name(tmp_path):
-    assert run_part(Part("compile", 9, ("nothing_of_the_kind",)), Processes(), 60, tmp_path) == {
+    assert run_check(Check("compile", 9, ("nothing_of_the_kind",)), Processes(), 60, tmp_path) == {
         "outcome": "skipped: nothing_of_the_kind not installed"}
-    assert run_part(PARTS[0], Processes(), 5, tmp_path) == {"outcome": "skipped: no time left"}
+    assert run_check(CHECKS[0], Processes(), 5, tmp_path) == {"outcome": "skipped: no time left"}
 
 
 def test_what_cannot_be_read_is_an_outcome(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "run_kernels", lambda *_: json.loads("{"))
-    assert run_part(Part("kernels", 60), Processes(), 60, tmp_path)["outcome"].startswith("failed: JSONDecodeError")
+    assert run_check(Check("kernels", 60), Processes(), 60, tmp_path)["outcome"].startswith("failed: JSONDecodeError")
     (tmp_path / "cut.xml").write_text("<testsuites><testsuite")
     with pytest.raises(gpu.ElementTree.ParseError):
         read_report(tmp_path / "cut.xml")
@@ -141,18 +141,18 @@ class Scripted(Processes):
     (1, {"passed": False, "error": "failed: RuntimeError: no"}, "failed: failed: RuntimeError: no"), (None, None, "out of time"),
     (-11, None, "failed: see the record"), (-11, {"passed": True}, "failed: see the record")])
 def test_outcomes_of_a_check(status, left, outcome, tmp_path):
-    found = gpu.run_check("compile", Scripted(status, left), 60, tmp_path)
+    found = gpu.run_whole_step("compile", Scripted(status, left), 60, tmp_path)
     assert found["outcome"] == outcome and ("output" in found) == (outcome != "passed" and "error" not in found)
     assert found.get("output", "its last words") == "its last words"
 
 
 def timed(**changes):
-    return {"summary": [{"operation": "GLU", "model": "m", "line": "Steadfast", "outcome": "timed"} | changes]}
+    return {"summary": [{"operation": "GLU", "model": "m", "contender": "Steadfast", "outcome": "timed"} | changes]}
 
 
 @pytest.mark.parametrize(("status", "left", "outcome"), [
     (0, timed(), "passed"), (None, timed(), "out of time"), (None, None, "out of time"), (1, None, "failed"), (1, timed(), "failed: "),
-    (0, timed(outcome="disagrees"), "failed: GLU, m: Steadfast disagrees"), (0, timed(line="Liger", outcome="failed: x"), "passed")])
+    (0, timed(outcome="disagrees"), "failed: GLU, m: Steadfast disagrees"), (0, timed(contender="Liger", outcome="failed: x"), "passed")])
 def test_outcomes_of_the_timings(status, left, outcome, tmp_path):
     found = gpu.run_kernels(Scripted(status, left), 60, tmp_path)
     assert found["outcome"] == outcome and found.get("record") == left
@@ -177,7 +177,7 @@ def test_one_json_with_every_part_whatever_happens(tmp_path, monkeypatch, capsys
         return next(outcomes)
 
     monkeypatch.setattr(gpu, "why_not", lambda: None)
-    monkeypatch.setattr(gpu, "run_part", scripted)
+    monkeypatch.setattr(gpu, "run_check", scripted)
     monkeypatch.setattr(gpu.signal, "signal", lambda *_: None)
     with pytest.raises(KeyboardInterrupt):
         main(["--results", str(tmp_path), "--total", "100"])
@@ -195,7 +195,7 @@ def test_one_json_with_every_part_whatever_happens(tmp_path, monkeypatch, capsys
 @pytest.mark.parametrize(("outcome", "status"), [("passed", 0), ("skipped: x", 0), ("failed: x", 1), ("out of time", 1)])
 def test_the_status_says_whether_all_is_well(outcome, status, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "why_not", lambda: None)
-    monkeypatch.setattr(gpu, "run_part", lambda *_: {"outcome": outcome})
+    monkeypatch.setattr(gpu, "run_check", lambda *_: {"outcome": outcome})
     monkeypatch.setattr(gpu.signal, "signal", lambda *_: None)
     assert main(["--results", str(tmp_path), "--parts", "tests", "kernels"]) == status
     made = json.loads(next(tmp_path.glob("*.json")).read_text())
@@ -224,7 +224,7 @@ def plain_python(tmp_path_factory):
 
 def test_what_make_gpu_runs_starts_under_a_plain_python(plain_python):
     done = plain_python("-c", "import benchmarks.speed.kernels, benchmarks.gpu, benchmarks.on_gpu.whole_step_sizes; "
-                        "from trainer.model.loading import patch")
+                        "from trainer.model.patch import patch")
     assert done.returncode == 0, done.stderr
 
 
@@ -249,14 +249,14 @@ def test_every_check_of_the_whole_step_is_a_part():
     pytest.importorskip("peft")
     from benchmarks.on_gpu import whole_step, whole_step_sizes
 
-    assert {part.name for part in PARTS + ASKED_FOR} == {"tests", "kernels", *whole_step.CHECKS, *whole_step_sizes.CHECKS}
+    assert {part.name for part in CHECKS + ASKED_FOR} == {"tests", "kernels", *whole_step.CHECKS, *whole_step_sizes.CHECKS}
     assert set(gpu.BY_CASES) == whole_step_sizes.CHECKS.keys()
 
 
 def test_short_runs_of_one_commit_add_up(tmp_path, monkeypatch):
     state, outcomes = {"commit": "a" * 40, "dirty": False}, iter(["passed", "failed: x", "passed", "passed", "passed"])
     monkeypatch.setattr(gpu, "why_not", lambda: None)
-    monkeypatch.setattr(gpu, "run_part", lambda *_: {"outcome": next(outcomes)})
+    monkeypatch.setattr(gpu, "run_check", lambda *_: {"outcome": next(outcomes)})
     monkeypatch.setattr(gpu.signal, "signal", lambda *_: None)
     real, clock = record.make, iter(range(10))
     monkeypatch.setattr(record, "make", lambda *given: real(*given) | state | {"time": f"2026-01-01T00:00:0{next(clock)}+00:00"})
@@ -285,7 +285,7 @@ def clean_checkout(monkeypatch):
 
 
 def case(name):
-    return {"case": name, "line": "Steadfast", "outcome": "timed"}
+    return {"case": name, "contender": "Steadfast", "outcome": "timed"}
 
 
 def test_sizes_go_on_where_an_earlier_run_was_ended(tmp_path, monkeypatch, clean_checkout):
@@ -299,7 +299,7 @@ def test_sizes_go_on_where_an_earlier_run_was_ended(tmp_path, monkeypatch, clean
         rows.append(case("ab"[len(rows)]))
         return {"outcome": "passed", "rows": rows, "not_reached": ["b"] if len(rows) == 1 else []}
 
-    monkeypatch.setattr(gpu, "run_part", scripted)
+    monkeypatch.setattr(gpu, "run_check", scripted)
     for _ in range(3):
         assert main(["--results", str(tmp_path), "--parts", "sizes"]) == 0
     assert found_before == [[], ["a"], []]
@@ -310,12 +310,12 @@ def test_a_case_by_case_part_that_is_interrupted_or_cannot_begin_keeps_its_cases
         (folder / "sizes.json").write_text(json.dumps({"rows": [case("a")], "not_reached": ["b"]}))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(gpu, "run_part", interrupted)
+    monkeypatch.setattr(gpu, "run_check", interrupted)
     with pytest.raises(KeyboardInterrupt):
         main(["--results", str(tmp_path), "--parts", "sizes"])
     found = record.newest(tmp_path)["gpu"]["parts"]["sizes"]
     assert found["outcome"] == "interrupted" and found["rows"] == [case("a")]
-    monkeypatch.setattr(gpu, "run_part", lambda *_: {"outcome": "skipped: no time left"})
+    monkeypatch.setattr(gpu, "run_check", lambda *_: {"outcome": "skipped: no time left"})
     main(["--results", str(tmp_path), "--parts", "sizes"])
     found = record.newest(tmp_path)["gpu"]["parts"]["sizes"]
     assert found["outcome"] == "skipped: no time left" and found["rows"] == [case("a")] and found["not_reached"] == ["b"]
@@ -323,7 +323,7 @@ def test_a_case_by_case_part_that_is_interrupted_or_cannot_begin_keeps_its_cases
 
 def test_a_part_by_cases_that_is_ended_keeps_what_it_measured(tmp_path):
     left = {"rows": [case("a")], "not_reached": ["b"], "passed": True}
-    found = gpu.run_check("sizes", Scripted(None, left), 60, tmp_path)
+    found = gpu.run_whole_step("sizes", Scripted(None, left), 60, tmp_path)
     assert found["outcome"] == "out of time" and found["rows"] == left["rows"]
 
 

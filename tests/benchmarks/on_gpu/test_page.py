@@ -16,23 +16,26 @@ def interval(value):
     return {"value": value, "low": 0.98 * value, "high": 1.02 * value}
 
 
-def step_row(line, rate, mfu, held, added, ratio=None, padding=0.0, **changes):
-    row = {"case": f"{B8}, lora, tailed", "model": B8, "adapter": "lora", "lengths": "tailed", "tokens": 8192, "product_flops": 7.1e14,
-           "line": line, "outcome": "timed", "micro_batch": None if line == OURS else 4, "resident_mib": held, "step_mib": added,
+def step_row(contender, rate, mfu, held, added, ratio=None, padding=0.0, **changes):
+    row = {"case": f"{B8}, lora, tailed", "model": B8, "method": "lora", "lengths": "tailed", "tokens": 8192, "product_flops": 7.1e14,
+           "contender": contender, "outcome": "timed",
+           "micro_batch": None if contender == OURS else 4, "resident_mib": held, "step_mib": added,
            "launches": 5210, "tokens_per_second": interval(rate), "supervised_per_second": interval(rate / 2),
            "steps_per_second": interval(rate / 8192), "mfu": interval(mfu), "padding": padding}
     return row | ({"ratio": interval(ratio)} if ratio else {}) | changes
 
 
-def height(line, mode, tokens, seconds, added=30000.0, outcome="timed"):
-    row = {"case": f"{line}, checkpointing {mode}, {tokens} tokens", "climb": f"{line}, checkpointing {mode}", "line": line,
-           "checkpointing": mode, "tokens": tokens, "outcome": outcome}
+def height(contender, mode, tokens, seconds, added=30000.0, outcome="timed"):
+    climb = f"{contender}, checkpointing {mode}"
+    row = {"case": f"{climb}, {tokens} tokens", "climb": climb, "contender": contender, "checkpointing": mode,
+           "tokens": tokens, "outcome": outcome}
     return row | ({"resident_mib": 16000.0, "step_mib": added, "tokens_per_second": interval(tokens / seconds),
                    "steps_per_second": interval(1 / seconds)} if outcome == "timed" else {})
 
 
-def kernel(operation, ms, line=OURS, share=0.6, ratio=None, peak=900.0, model=B8):
-    return {"operation": operation, "model": model, "line": line, "outcome": "timed", "ms": interval(ms), "host_ms": interval(0.2),
+def kernel(operation, ms, contender=OURS, share=0.6, ratio=None, peak=900.0, model=B8):
+    return {"operation": operation, "model": model, "contender": contender, "outcome": "timed", "ms": interval(ms),
+            "host_ms": interval(0.2),
             "peak_mib": peak, "share_of_product": share, "share_of_copy": share,
             "ratio": {name: interval(value) for name, value in (ratio or {}).items()}}
 
@@ -40,12 +43,12 @@ def kernel(operation, ms, line=OURS, share=0.6, ratio=None, peak=900.0, model=B8
 def made():
     """A record such as a day on an H200 leaves."""
     sizes = [step_row(PLAIN, 5100.0, 0.21, 15900.0, 81000.0, padding=0.27), step_row(OURS, 17340.0, 0.72, 15900.0, 29000.0, ratio=3.4),
-             step_row(PLAIN, 0, 0, 0, 0, adapter="qlora", outcome="bitsandbytes is not installed"),
-             step_row(OURS, 15020.0, 0.62, 6100.0, 29000.0, adapter="qlora")]
+             step_row(PLAIN, 0, 0, 0, 0, method="qlora", outcome="bitsandbytes is not installed"),
+             step_row(OURS, 15020.0, 0.62, 6100.0, 29000.0, method="qlora")]
     context = [height(OURS, "none", 2048, 0.15), height(OURS, "none", 4096, 0.3), height(OURS, "none", 8192, 0, outcome="out of memory"),
                height(PLAIN, "full", 2048, 0.5), height(PLAIN, "full", 4096, 0, outcome="failed: RuntimeError: <too> long")]
     kernels = [kernel("linear CE, frozen head", 23.4, ratio={"torch eager": 0.35}),
-               kernel("linear CE, frozen head", 66.0, line="torch eager", ratio={OURS: 2.82}),
+               kernel("linear CE, frozen head", 66.0, contender="torch eager", ratio={OURS: 2.82}),
                kernel("linear CE, trained head", 34.0, peak=1800.0), kernel("LoRA linear", 5.5, ratio={"base products": 1.06}),
                kernel("RMSNorm", 0.05, share=0.81), kernel("GLU", 0.3, share=0.9)]
     kernels.append(kernel("RoPE", 0) | {"ms": None, "outcome": "failed: OutOfResources"})
@@ -104,10 +107,10 @@ def test_a_step_target_is_missed_just_below_it(figure, value, at_the_edge, misse
 def test_without_the_plain_loop_only_mfu_is_judged_and_without_ours_all_are_missed():
     record = made()
     rows = record["parts"]["sizes"]["rows"]
-    rows[0] = {name: rows[0][name] for name in ("case", "model", "adapter", "lengths", "tokens", "line")} | {"outcome": "out of memory"}
+    rows[0] = {name: rows[0][name] for name in ("case", "model", "method", "lengths", "tokens", "contender")} | {"outcome": "out of memory"}
     del rows[1]["ratio"]
     assert [target.verdict for target in step_targets(record)] == [MET, UNKNOWN, UNKNOWN]
-    rows[1] = rows[0] | {"line": OURS}
+    rows[1] = rows[0] | {"contender": OURS}
     assert {(target.measured, target.verdict) for target in step_targets(record)} == {("out of memory", MISSED)}
 
 
@@ -163,7 +166,7 @@ def test_files_and_parts_that_ended_early_are_shown(tmp_path):
     record = made()
     record["parts"]["tests"]["files"]["test_rope.py"] = {
         "tests": 0, "output": "ImportError: nothing", "status": None, "seconds": 220.0}
-    record["parts"]["sizes"]["rows"] = [{"case": "Qwen3-4B, full, equal", "line": OURS, "outcome": "failed: RuntimeError: no"}]
+    record["parts"]["sizes"]["rows"] = [{"case": "Qwen3-4B, full, equal", "contender": OURS, "outcome": "failed: RuntimeError: no"}]
     text = text_of(record, tmp_path)
     assert "test_rope.py ImportError: nothing" in text and "test_rope.py out of time 0 0 0" in text
     assert "Qwen3-4B, full, equal (sizes) Steadfast failed: RuntimeError: no" in text

@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from benchmarks.speed import baselines
+from benchmarks.speed.baselines import Batching
 from tests.helpers import tiny
 
 
@@ -52,15 +53,15 @@ def test_endless_is_epochs_in_new_orders():
 
 
 def test_plain_loop_trains_on_the_losses_of_its_samples(adapted):
-    line = baselines.padded_loop(adapted(), some_samples(), pad_token=2, batch_size=4, lr=1e-2)
-    batch = line.next_batch()
+    loop = baselines.padded_loop(adapted(), some_samples(), Batching(samples=4), lr=1e-2)
+    batch = loop.next_batch()
     expected = loss_by_hand(adapted(), batch)
-    done = line.step_on(batch)
-    assert done.loss == pytest.approx(expected, rel=1e-5)
+    done = loop.step_on(batch)
+    assert float(done.loss) == pytest.approx(expected, rel=1e-5)
     lengths = [len(ids) for ids, _ in batch]
     assert (done.tokens, done.padding) == (sum(lengths), 4 * max(lengths) - sum(lengths))
     assert done.supervised == sum(int(mask[1:].sum()) for _, mask in batch)
-    assert line.step_on(batch).loss < done.loss
+    assert loop.step_on(batch).loss < done.loss
 
 
 def test_batches_of_like_lengths():
@@ -71,13 +72,13 @@ def test_batches_of_like_lengths():
     def padding(batches):
         return sum(4 * max(lengths[i] for i in batch) for batch in batches) / sum(lengths) - 1
 
-    assert padding(drawn) < 0.5 * padding(list(islice(baselines.drawn(64, 4, seed=0), 16)))
+    assert padding(drawn) < 0.5 * padding(list(islice(baselines.shuffled(64, 4, seed=0), 16)))
     assert drawn != list(islice(baselines.grouped(lengths, 4, seed=1), 16))
 
 
 def test_filled_packs_fit():
     lengths = [5, 9, 30, 2, 7, 11, 3]
-    packs = list(islice(baselines.filled(lengths, 20, seed=0), 40))
+    packs = list(islice(baselines.first_fit(lengths, 20, seed=0), 40))
     assert all(sum(lengths[i] for i in pack) <= 20 or len(pack) == 1 for pack in packs)
     for pack, following in zip(packs, packs[1:]):
         assert sum(lengths[i] for i in pack) + lengths[following[0]] > 20
@@ -90,25 +91,42 @@ def test_flattened():
     assert batch["labels"].tolist() == [[-100, 6, -100, -100, 9]]
 
 
+SIZE = Batching(samples=4, tokens=48)
 FORMS = {
-    "like lengths": lambda model, samples: baselines.grouped_loop(model, samples, 2, 4, 1e-2),
-    "packed": lambda model, samples: baselines.packed_loop(model, samples, 48, 1e-2),
-    "checkpointing": lambda model, samples: baselines.checkpointed(baselines.padded_loop(model, samples, 2, 4, 1e-2)),
+    "grouped": lambda model, samples: baselines.grouped_loop(model, samples, SIZE, 1e-2),
+    "packed": lambda model, samples: baselines.packed_loop(model, samples, SIZE, 1e-2),
+    "checkpointing": lambda model, samples: baselines.checkpointed(baselines.padded_loop(model, samples, SIZE, 1e-2)),
+    "micro-batches": lambda model, samples: baselines.padded_loop(model, samples, SIZE, 1e-2, micro_batch=3),
     # traced, but not by inductor: two minutes of its work are checked where a benchmark compares losses before it measures
-    "compiled": lambda model, samples: baselines.compiled(baselines.padded_loop(model, samples, 2, 4, 1e-2), "eager"),
+    "compiled": lambda model, samples: baselines.compiled(baselines.padded_loop(model, samples, SIZE, 1e-2), "eager"),
 }
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_of_the_loop_computes_the_losses_of_its_samples(adapted, form):
     """In particular packed samples do not see each other. The second step shows that the gradients are right too."""
-    line, plain = FORMS[form](adapted(), some_samples()), baselines.padded_loop(adapted(), some_samples(), 2, 4, 1e-2)
+    loop, plain = FORMS[form](adapted(), some_samples()), baselines.padded_loop(adapted(), some_samples(), SIZE, 1e-2)
     for _ in range(3):
-        batch = line.next_batch()
-        done, expected = line.step_on(batch), plain.step_on(batch)
-        assert done.loss == pytest.approx(expected.loss, rel=2e-5)
+        batch = loop.next_batch()
+        done, expected = loop.step_on(batch), plain.step_on(batch)
+        assert float(done.loss) == pytest.approx(float(expected.loss), rel=2e-5)
         assert (done.tokens, done.supervised) == (expected.tokens, expected.supervised)
-        assert done.padding == 0 if form == "packed" else done.padding == expected.padding
+        if form != "micro-batches":
+            assert done.padding == 0 if form == "packed" else done.padding == expected.padding
+
+
+def test_bf16_has_bf16_weights_and_fp32_adapters_and_autocast_fp32_weights(model_folder, tmp_path, adapted):
+    low = baselines.load_stock(model_folder, tmp_path, dtype=torch.bfloat16)
+    kinds = {p.requires_grad: p.dtype for p in low.parameters()}
+    assert kinds == {False: torch.bfloat16, True: torch.float32}
+    loops = [baselines.padded_loop(low, some_samples(), SIZE, 1e-2),
+             baselines.padded_loop(adapted(), some_samples(), SIZE, 1e-2, autocast=True)]
+    plain = baselines.padded_loop(adapted(), some_samples(), SIZE, 1e-2)
+    for loop in loops:
+        batch = loop.next_batch()
+        loss = float(loop.step_on(batch).loss)
+        assert loss != float(plain.gradients(batch)[0]) and loss == pytest.approx(float(plain.gradients(batch)[0]), rel=2e-2)
+    assert {p.dtype for p in loops[1].model.parameters()} == {torch.float32}
 
 
 def test_checkpointing_keeps_fewer_activations(adapted):
@@ -116,33 +134,47 @@ def test_checkpointing_keeps_fewer_activations(adapted):
     def kept(loop) -> int:
         sizes = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.nbytes) or t, lambda t: t):
-            loop.model(**loop.lay(loop.next_batch()), use_cache=False)
+            loop.model(**loop.collate(loop.next_batch()), use_cache=False)
         return sum(sizes)
 
-    plain = baselines.padded_loop(adapted(), some_samples(), 2, 4, 1e-2)
-    assert kept(baselines.checkpointed(baselines.padded_loop(adapted(), some_samples(), 2, 4, 1e-2))) < 0.7 * kept(plain)
+    plain = baselines.padded_loop(adapted(), some_samples(), SIZE, 1e-2)
+    assert kept(baselines.checkpointed(baselines.padded_loop(adapted(), some_samples(), SIZE, 1e-2))) < 0.7 * kept(plain)
 
 
-def test_why_a_line_is_missing(monkeypatch):
+def test_the_micro_batch_is_halved_until_it_fits(adapted, monkeypatch):
+    loop = baselines.padded_loop(adapted(), some_samples(), SIZE, 1e-2)
+    real = loop.gradients
+
+    def limited(samples):
+        if (loop.micro_batch or len(samples)) > 1:
+            raise torch.cuda.OutOfMemoryError("too much")
+        return real(samples)
+
+    monkeypatch.setattr(loop, "gradients", limited)
+    loop.halve_until_it_fits()
+    assert loop.micro_batch == 1 and all(p.grad is None for p in loop.trained)
+
+
+def test_why_a_contender_is_missing(monkeypatch):
     assert baselines.missing("no_such_package", torch.device("cuda")) == "no-such-package is not installed"
     assert baselines.missing("peft", torch.device("cpu")) == "its kernels need a GPU"
     assert baselines.missing("peft", torch.device("cuda")) is None
 
 
-@pytest.mark.parametrize("batches", [baselines.padded_batches(4), baselines.packed_batches(48)], ids=["padded", "packed"])
+@pytest.mark.parametrize("batches", [baselines.padded_arguments(4), baselines.packed_arguments(48)], ids=["padded", "packed"])
 def test_trl_sees_its_samples_and_gives_their_loss(adapted, batches):
     samples = some_samples()
-    line = baselines.Trl(adapted(), samples, tiny.tokenizer(), batches | {"learning_rate": 1e-2})
+    loop = baselines.Trl(adapted(), samples, tiny.tokenizer(), batches | {"learning_rate": 1e-2})
     before = loss_by_hand(adapted(), samples)
-    batch = line.next_batch()
-    seen = line.samples_of(batch)
-    assert line.step_on(batch).loss == pytest.approx(loss_by_hand(adapted(), seen), rel=1e-5)
+    batch = loop.next_batch()
+    seen = loop.samples_of(batch)
+    assert float(loop.step_on(batch).loss) == pytest.approx(loss_by_hand(adapted(), seen), rel=1e-5)
     epoch = [seen]
     while sum(map(len, epoch)) < len(samples):
-        epoch.append(line.samples_of(line.next_batch()))
+        epoch.append(loop.samples_of(loop.next_batch()))
     ours = sorted((ids.tolist(), mask[1:].tolist()) for ids, mask in samples)
     assert sorted((ids.tolist(), mask[1:].tolist()) for part in epoch for ids, mask in part) == ours
     for _ in range(15):
-        done = line.step()
+        done = loop.step()
     assert done.tokens > 0 and (done.padding == 0) == ("packing" in batches)
-    assert loss_by_hand(line.model.eval(), samples) < before
+    assert loss_by_hand(loop.model.eval(), samples) < before

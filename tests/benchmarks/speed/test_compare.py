@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import plot, run
-from benchmarks.harness import record
-from benchmarks.harness.timing import Interval, Sample
+from benchmarks import run
+from benchmarks.harness import record, show
+from benchmarks.harness.synthetic_models import quiet
+from benchmarks.harness.timing import Interval, Measurement
 from benchmarks.speed import compare, compare_worker
+from benchmarks.speed.chat_task import make_task
 from trainer.errors import UserError
 
 # A side whose steps take what its checkout's file says, with noise of 1%, each side's its own, the same whenever this runs.
@@ -195,7 +197,7 @@ def test_false_alarms_are_rare_and_changes_of_a_tenth_are_found():
     for _ in range(60):
         def side(speed):
             here = speed * rng.normal(1, 0.01)
-            return [Sample(cpu=1 / (here * rng.normal(1, 0.03)), wall=1.0, steps=1, tokens=1, supervised=0, padding=0, flops=0.0)
+            return [Measurement(cpu=1 / (here * rng.normal(1, 0.03)), wall=1.0, steps=1, tokens=1, supervised=0, padding=0, flops=0.0)
                     for _ in range(12)]
 
         for speed in (1.0, 0.9):
@@ -227,13 +229,10 @@ def test_every_kernel_case_runs_here_and_repeats(monkeypatch, tmp_path):
     assert one.make("kernels: nothing")["missing"] == "KeyError: 'nothing'"
 
 
-def test_the_training_cases_run_in_a_process_of_their_own(tmp_path, monkeypatch):
-    from benchmarks.speed import training
-
-    training.quiet()
-    monkeypatch.setattr(training, "CHATS", 40)
+def test_the_training_cases_run_in_a_process_of_their_own(tmp_path):
+    quiet()
     (tmp_path / "setting").mkdir()
-    training.make_setting(tmp_path / "setting", None)
+    make_task(tmp_path / "setting", count=40)
     roots = dict.fromkeys(("this", "other"), Path(compare.ROOT))
     with compare.started(roots, tmp_path / "setting", threads=1) as sides:
         present, left_out, differences = compare.prepared(sides, ["training: fp32", "kernels: nothing"])
@@ -253,7 +252,7 @@ def test_a_worker_refuses_the_code_of_another_checkout(tmp_path):
 def test_the_table_of_a_record(repository, tmp_path):
     old = repository.commit(cases=cases(a=0.01))
     assert gate(tmp_path, old) == 0
-    table = plot.markdown(left(tmp_path)).splitlines()
+    table = show.markdown(left(tmp_path), compare.SUITE.views["compare"]).splitlines()
     assert table[0].startswith("| case | ") and "A/A" in table[0]
     assert re.match(r"\| kernels: a \| (10|9\.9\d|10\.1) \| [\d.]+ \| (1\.00|0\.99|1\.01) \(", table[2])
 

@@ -7,20 +7,20 @@ import pytest
 from benchmarks.harness import record
 from benchmarks.speed import kernel_predictions
 from benchmarks.speed.kernel_predictions import (
+    ARCHS,
     MODELS,
     OPERATIONS,
-    PARTS,
     TARGETS,
     TOKENS,
-    markdown,
     newest_measured,
     predicted_cell,
+    table,
     product,
     seconds,
 )
 
 LLAMA, QWEN, SMALL = MODELS
-H200 = PARTS[0]
+H200 = ARCHS[0]
 NDV = 2.0 * TOKENS * LLAMA.width * LLAMA.vocabulary
 
 
@@ -31,7 +31,7 @@ def totals(operation, model=LLAMA, tokens=TOKENS):
 
 def test_one_product_of_the_head_takes_what_the_floor_says():
     """8.6 TFLOP: 11.6, 36.8 and 69.6 ms at three quarters of the stated rates."""
-    for part, expected in zip(PARTS, (11.6, 36.8, 69.6), strict=True):
+    for part, expected in zip(ARCHS, (11.6, 36.8, 69.6), strict=True):
         assert 1e3 * seconds([product(TOKENS, LLAMA.width, LLAMA.vocabulary)], part) == pytest.approx(expected, rel=5e-3)
 
 
@@ -81,7 +81,7 @@ def test_a_row_for_each_operation_of_each_model_and_faster_parts_are_faster():
     assert len(rows) == 3 * len(OPERATIONS) - 2  # two of the models have no norms on queries and keys
     assert len({row["line"] for row in rows}) == len(rows)
     for row in rows:
-        forward_and_backward = [sum(row["ms"][part.name].values()) for part in PARTS]
+        forward_and_backward = [sum(row["ms"][part.name].values()) for part in ARCHS]
         assert forward_and_backward == sorted(forward_and_backward), row["line"]
     assert TARGETS.keys() <= OPERATIONS.keys()
     assert {operation for operation, _ in kernel_predictions.PUBLISHED} <= OPERATIONS.keys()
@@ -90,25 +90,26 @@ def test_a_row_for_each_operation_of_each_model_and_faster_parts_are_faster():
 # ---------------------------------------------------------------- the table
 
 PREDICTED = {"summary": kernel_predictions.predict(),
-             "conditions": {"parts": [vars(part) for part in PARTS], "tokens": 1, "rank": 1, "document": 1}}
+             "conditions": {"parts": [vars(arch) for arch in ARCHS], "models": [vars(model) for model in MODELS], "tokens": 1, "rank": 1, "document": 1}}
 
 
 def measured_record(*rows, device="NVIDIA H200"):
     return {"device": device, "time": "2026-01-01", "summary": [
-        {"operation": operation, "model": LLAMA.name, "line": line, "outcome": outcome, "ms": ms} for operation, line, outcome, ms in rows]}
+        {"operation": operation, "model": LLAMA.name, "contender": contender, "outcome": outcome, "ms": ms}
+        for operation, contender, outcome, ms in rows]}
 
 
-def row_of(table, operation):
-    return next(line.split(" | ") for line in table.splitlines() if line.startswith(f"| {operation} |"))
+def row_of(rows, operation):
+    return next(row for row in rows if row[0] == operation)
 
 
 def test_a_gpus_record_fills_the_measured_column_and_nothing_else_does():
     measured = measured_record(("GLU", "torch eager", "timed", {"value": 9.0}), ("GLU", "Steadfast", "timed", {"value": 0.5123}),
                                ("LoRA MLP", "Steadfast", "out of memory", None))
-    table = markdown(PREDICTED, measured, (LLAMA.name,))
-    assert "measured on NVIDIA H200" in table
-    assert row_of(table, "GLU")[4] == "0.512" and row_of(table, "LoRA MLP")[4] == "out of memory" and row_of(table, "RoPE")[4] == ""
-    assert "measured on a GPU" in markdown(PREDICTED) and len(markdown(PREDICTED, None, (LLAMA.name,)).splitlines()) == 2 + 13 + 2
+    rows = table(PREDICTED, measured, (LLAMA.name,))
+    assert "measured on NVIDIA H200" in rows[0]
+    assert row_of(rows, "GLU")[4] == "0.512" and row_of(rows, "LoRA MLP")[4] == "out of memory" and row_of(rows, "RoPE")[4] == ""
+    assert "measured on a GPU" in table(PREDICTED)[0] and len(table(PREDICTED, None, (LLAMA.name,))) == 1 + 13
 
 
 def test_what_lora_adds_stands_in_brackets():

@@ -11,16 +11,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import plot
-from benchmarks.harness import gpu_timing, timing
+from benchmarks.harness import gpu_timing, show, timing
 from benchmarks.harness.gpu_timing import FEWEST, Clock, distance, rounds_of, tried
-from benchmarks.speed import kernel_cases, kernels
+from benchmarks.harness.model_shapes import MODELS
+from benchmarks.harness.suite import view_of
+from benchmarks.speed import kernel_cases, kernel_predictions, kernels
 from benchmarks.speed.kernel_cases import BARE, CASES, COMPILED, EAGER, IGNORED, OURS, RANDOM, Source
-from benchmarks.speed.kernel_predictions import MODELS, OPERATIONS
-from benchmarks.speed.kernels import AGAIN, TINY, TINY_TOKENS, compare, markdown, run
+from benchmarks.speed.kernel_predictions import OPERATIONS
+from benchmarks.speed.kernels import AGAIN, TINY, TINY_TOKENS, compare, run
+from benchmarks.suites import VIEWS
 from trainer.errors import UserError
 
 CPU = torch.device("cpu")
+
+
+def markdown(record):
+    return show.markdown(record, view_of(record, VIEWS))
 
 
 def arguments(*words):
@@ -41,7 +47,7 @@ def test_every_operation_is_timed_and_agrees_with_plain_torch(measured):
     record, kept = measured
     assert CASES.keys() == OPERATIONS.keys()
     for operation in CASES:
-        rows = {row["line"]: row for row in record["summary"] if row["operation"] == operation}
+        rows = {row["contender"]: row for row in record["summary"] if row["operation"] == operation}
         assert rows.keys() >= {OURS, EAGER}, operation
         assert rows[OURS]["outcome"] == rows[EAGER]["outcome"] == "timed" and rows[OURS]["ms"]["value"] > 0, rows
         assert record["agreement"][f"{operation}, {TINY.name}: {OURS}"] < 1e-4, operation
@@ -49,7 +55,7 @@ def test_every_operation_is_timed_and_agrees_with_plain_torch(measured):
         assert rows[EAGER]["ratio"][OURS]["low"] <= rows[EAGER]["ratio"][OURS]["value"] <= rows[EAGER]["ratio"][OURS]["high"]
         assert len(record["raw"][f"{operation}, {TINY.name}: {OURS}"]) == 2
     assert kept == sorted(set(kept)) and len(kept) == len(CASES) and kept[-1] == len(record["summary"])
-    assert record["device"] == "cpu" and record["suite"] == "kernels-cpu"
+    assert record["device"] == "cpu" and record["suite"] == "kernels-smoke"
     json.dumps(record, allow_nan=False)
 
 
@@ -65,20 +71,19 @@ def test_records_have_tables_and_pictures(measured, tmp_path):
     whole = record | {"suite": "gpu", "parts": {"tests": {"outcome": "passed", "seconds": 7.0}, "kernels": {"outcome": "out of time",
                                                                                                          "record": record}}}
     cut_short = whole | {"parts": {"tests": {"outcome": "interrupted"}}}
-    assert plot.markdown(record) == markdown(record)
-    assert plot.markdown(whole).startswith("| part | outcome |") and plot.markdown(whole).endswith(markdown(record))
-    assert "| tests | interrupted (0 s) |" in plot.markdown(cut_short)
+    assert markdown(whole).startswith("| check | outcome |") and "| tests | interrupted (0 s) |" in markdown(cut_short)
     predicted = run(arguments("--predict"))
-    assert plot.markdown(predicted).count("\n| GLU |") == 1 < kernels.report(predicted).count("\n| GLU |") == 3
+    full = show.markdown(predicted, kernel_predictions.FULL_VIEW)
+    assert markdown(predicted).count("\n| GLU |") == 1 < full.count("\n| GLU |") == 3
     for i, made in enumerate((record, whole, cut_short, predicted)):
-        assert plot.draw(made, tmp_path / f"{i}.png").stat().st_size > 1000
+        assert show.draw(made, view_of(made, VIEWS), tmp_path / f"{i}.png").stat().st_size > 1000
 
 
 def test_torch_compile_is_timed_beside_ours_in_rounds_of_its_own(monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function) or function)
     record = run(arguments("--device", "cpu", "--smoke", "--operations", "GLU", "LoRA QKV"))
-    assert [(r["operation"], r["line"]) for r in record["summary"]] == [
+    assert [(r["operation"], r["contender"]) for r in record["summary"]] == [
         ("GLU", OURS), ("GLU", EAGER), ("LoRA QKV", OURS), ("LoRA QKV", EAGER), ("LoRA QKV", BARE), ("GLU", COMPILED),
         ("LoRA QKV", COMPILED)]
     assert len(compiled) == 4  # for comparing, without dropout, and for timing
@@ -92,7 +97,7 @@ def test_cases_that_do_not_fit_the_time_are_named():
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    (("--device", "cpu"), "a CPU's times say nothing"),
+    (("--operations", "GRU", "--device", "cpu"), "--operations: expected names of .*, got GRU"),
     (("--operations", "GLU", "GRU", "--device", "cpu", "--smoke"), "--operations: expected names of .*, got GRU"),
 ])
 def test_mistakes_are_named(words, message):
@@ -102,7 +107,7 @@ def test_mistakes_are_named(words, message):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_one_line_says_so(capsys, tmp_path):
-    assert kernels.main(["--out", str(tmp_path / "record.json")]) == 2
+    assert kernels.main(["--device", "cuda", "--out", str(tmp_path / "record.json")]) == 2
     assert capsys.readouterr().err == ("benchmarks.speed.kernels: kernels: expected a GPU, found none; --predict says what to expect of "
                                        "one\n")
 
@@ -115,7 +120,7 @@ def test_unknown_models_are_named():
 
 def test_predictions_need_no_gpu():
     record = run(arguments("--predict"))
-    assert record["suite"] == "kernels-predicted" and "Qwen3-4B" in kernels.report(record)
+    assert record["suite"] == "kernels-predicted" and "Qwen3-4B" in show.markdown(record, kernel_predictions.FULL_VIEW)
 
 
 # ---------------------------------------------------------------- inputs
@@ -137,7 +142,7 @@ def test_one_seed_gives_the_same_inputs_and_half_are_ignored():
 
 
 @pytest.mark.parametrize("operation", CASES)
-def test_no_line_writes_what_the_next_one_reads(operation):
+def test_no_contender_writes_what_the_next_one_reads(operation):
     setup = CASES[operation](Source(CPU, torch.float32), TINY, TINY_TOKENS)
     before = [t.detach().clone() for t in setup.inputs]
     upstream = []
@@ -173,7 +178,7 @@ def test_libraries_are_called_as_they_are_meant_to_be(monkeypatch):
     monkeypatch.setattr(kernel_cases, "library", stand_ins.get)
     operations = ["linear CE, half ignored", "linear CE, trained head", "RMSNorm"]
     record = run(arguments("--device", "cpu", "--smoke", "--no-compile", "--operations", *operations))
-    timed = {(r["operation"], r["line"]) for r in record["summary"] if r["outcome"] == "timed"}
+    timed = {(r["operation"], r["contender"]) for r in record["summary"] if r["outcome"] == "timed"}
     assert timed >= {*((o, "Liger") for o in operations), *((o, "CCE") for o in operations[:2])}, record["summary"]
 
 
@@ -183,7 +188,7 @@ def test_bitsandbytes_dequantises_the_same_weights(measured):
     assert record["agreement"][f"NF4, all layers, {TINY.name}: bitsandbytes"] == 0
 
 
-def test_a_library_that_is_missing_has_no_line(measured, monkeypatch):
+def test_a_library_that_is_missing_is_no_contender(measured, monkeypatch):
     assert kernel_cases.library("nothing_of.the_kind") is None and kernel_cases.library("torch.nn") is torch.nn
     monkeypatch.setattr(kernel_cases, "library", lambda name: None)
     setup = CASES["NF4, all layers"](Source(CPU, torch.float32), TINY, TINY_TOKENS)
@@ -203,7 +208,7 @@ def broken():
     raise RuntimeError("no kernel image\nfor this GPU")
 
 
-def test_lines_that_fail_or_disagree_keep_their_reason():
+def test_contenders_that_fail_or_disagree_keep_their_reason():
     right, wrong = torch.ones(5), torch.ones(5) * 1.2
     lines = {OURS: lambda: [right], "Liger": exhausted, "CCE": broken, EAGER: lambda: [right], "mad": lambda: [wrong], "nan": lambda: [
         right * float("nan")]}
@@ -218,11 +223,11 @@ def test_where_plain_torch_runs_out_of_memory_the_others_are_compared_with_ours(
     assert outcomes == {EAGER: "out of memory", "CCE": "disagrees: 5.0e-01 from the others"} and differences.keys() == {"CCE"}
 
 
-def test_a_line_without_a_time_keeps_its_row(monkeypatch):
+def test_a_contender_without_a_time_keeps_its_row(monkeypatch):
     monkeypatch.setitem(CASES, "GLU", lambda source, model, tokens: kernel_cases.Setup(
         (source(4, 4, grad=True),), {OURS: lambda x: x * 2, EAGER: lambda x: x * 2, "Liger": lambda x: exhausted()}))
     record = run(arguments("--device", "cpu", "--smoke", "--no-compile", "--operations", "GLU"))
-    row = next(r for r in record["summary"] if r["line"] == "Liger")
+    row = next(r for r in record["summary"] if r["contender"] == "Liger")
     assert row["outcome"] == "out of memory" and row["ms"] is None
     assert "| GLU | tiny | Liger | out of memory |" in markdown(record)
 
@@ -240,7 +245,7 @@ def test_tried_hands_on_results():
 # ---------------------------------------------------------------- timing
 
 
-def test_rounds_run_every_line_once_in_changing_order():
+def test_rounds_run_every_contender_once_in_changing_order():
     calls = []
     lines = {name: (lambda name=name: calls.append(name)) for name in "abc"}
     samples = rounds_of(lines, Clock(CPU), seconds=0.0, most=30)
@@ -250,7 +255,7 @@ def test_rounds_run_every_line_once_in_changing_order():
     assert len(rounds_of(lines, Clock(CPU), seconds=60.0, most=9)["a"]) == 9
 
 
-def test_a_slower_line_is_seen_to_be_slower():
+def test_a_slower_contender_is_seen_to_be_slower():
     lines = {"long": lambda: time.sleep(0.02), "short": lambda: time.sleep(0.005)}
     samples = rounds_of(lines, Clock(CPU), seconds=60.0, most=15)
     ratio = timing.ratio(samples["long"], samples["short"], lambda s: s[0])

@@ -5,15 +5,16 @@ import argparse
 import pytest
 import torch
 
-from benchmarks import plot
-from benchmarks.harness import timing
+from benchmarks.harness import show, timing
+from benchmarks.harness.model_shapes import ModelShape
 from benchmarks.speed import scaling
-from benchmarks.speed.kernel_predictions import Model
-from benchmarks.speed.scaling import AXES, OURS, PLAIN, Plan, Point, growth, measure
+from benchmarks.speed.scaling import AXES, OURS, PLAIN, Grid, Point, growth, measure
 from trainer.errors import UserError
 
-TINY = Model("tiny", 64, 112, 4, 2, 16, 257, 1)
-SMALL_PLAN = Plan(Point(TINY, 4, 16), dict(zip(AXES, ((32, 64), (16, 32), (64, 257), (4, 8)))))
+TINY = ModelShape("tiny", 64, 112, 4, 2, 16, 257, 1)
+SMALL_GRID = Grid(Point(TINY, 4, 16), dict(zip(AXES, ((32, 64), (16, 32), (64, 257), (4, 8)))))
+
+VIEW = scaling.SUITE.views["scaling"]
 
 
 @pytest.fixture(autouse=True)
@@ -29,65 +30,62 @@ def arguments(*words: str) -> argparse.Namespace:
 
 
 def test_one_setting_is_varied_at_a_time():
-    points = {axis: SMALL_PLAN.point(axis, SMALL_PLAN.values[axis][0]) for axis in AXES}
+    points = {axis: SMALL_GRID.point(axis, SMALL_GRID.values[axis][0]) for axis in AXES}
     assert (points["tokens a step"].count, points["tokens a step"].length) == (2, 16)
     assert (points["context"].count, points["context"].length) == (1, 16)
-    assert points["vocabulary"].model == Model("tiny", 64, 112, 4, 2, 16, 64, 1) and points["rank"].rank == 4
+    assert points["vocabulary"].model == ModelShape("tiny", 64, 112, 4, 2, 16, 64, 1) and points["rank"].rank == 4
     for plan in (scaling.ON_CPU, scaling.ON_GPU):
         assert all(value % plan.middle.length == 0 for value in plan.values["tokens a step"])
         assert all(values == tuple(sorted(values)) for values in plan.values.values())
 
 
-def test_a_run_has_a_row_for_every_line_and_point(monkeypatch, capsys):
-    monkeypatch.setattr(scaling, "ON_CPU", SMALL_PLAN)
+def test_a_run_has_a_row_for_every_contender_and_point(monkeypatch, capsys):
+    monkeypatch.setattr(scaling, "ON_CPU", SMALL_GRID)
     made = scaling.run(arguments("--device", "cpu", "--rounds", "2", "--axes", "tokens a step", "rank"))
     rows = made["summary"]
     assert [(r["axis"], r["value"]) for r in rows[::2]] == [("tokens a step", 32), ("tokens a step", 64), ("rank", 4), ("rank", 8)]
-    assert {r["line"] for r in rows} == {OURS, PLAIN} and all(r["us_per_token"]["value"] > 0 for r in rows)
+    assert {r["contender"] for r in rows} == {OURS, PLAIN} and all(r["us_per_token"]["value"] > 0 for r in rows)
     assert max(made["agreement"].values()) < 1e-5 and made["suite"] == "scaling-cpu"
     assert {s["tokens"] for s in made["raw"]["tokens a step 64: Steadfast"]} == {64}
     assert {s["padding"] for line in made["raw"].values() for s in line} == {0}
-    assert all(r["ratio"][PLAIN]["low"] <= r["ratio"][PLAIN]["high"] for r in rows if r["line"] == OURS)
-    assert all((r["same"] is not None) == (r["line"] == OURS) for r in rows)
+    assert all(r["ratio"][PLAIN]["low"] <= r["ratio"][PLAIN]["high"] for r in rows if r["contender"] == OURS)
+    assert all((r["same"] is not None) == (r["contender"] == OURS) for r in rows)
     assert "rank 8: plain HF loop" in capsys.readouterr().err
-    table = plot.markdown(made).splitlines()
-    assert "A line timed against itself: " in table[-1]
-    assert len(table) == 2 + 4 + 2 and table[2].startswith("| tokens a step | 32 | ")
+    table = show.markdown(made, VIEW).splitlines()
+    assert len([row for row in table if row.startswith("|")]) == 2 + 4 and table[2].startswith("| tokens a step | 32 | ")
 
 
 def test_the_picture(monkeypatch, tmp_path):
-    monkeypatch.setattr(scaling, "ON_CPU", SMALL_PLAN)
+    monkeypatch.setattr(scaling, "ON_CPU", SMALL_GRID)
     made = scaling.run(arguments("--device", "cpu", "--rounds", "2", "--axes", "vocabulary", "context"))
-    assert plot.draw(made, tmp_path / "a.png").read_bytes() == plot.draw(made, tmp_path / "b.png").read_bytes()
+    assert show.draw(made, VIEW, tmp_path / "a.png").read_bytes() == show.draw(made, VIEW, tmp_path / "b.png").read_bytes()
 
 
 def test_losses_that_differ_stop_the_run(monkeypatch):
-    class Wrong(scaling.Packs):
-        def step(self):
-            done = super().step()
-            return type(done)(done.loss * 1.01, done.tokens, done.supervised, done.padding, done.flops)
+    def wrong(model, samples, point, device):
+        model.get_output_embeddings().weight.data.mul_(1.01)
+        return scaling.steadfast(model, samples, point, device)
 
-    monkeypatch.setattr(scaling, "LINES", {PLAIN: scaling.Padded, OURS: Wrong})
-    with pytest.raises(AssertionError, match="losses of Steadfast and the plain HF loop differ by 9.9e-03"):
-        measure(SMALL_PLAN.middle, torch.device("cpu"), torch.float32, 2)
+    monkeypatch.setitem(scaling.CONTENDERS, OURS, wrong)
+    with pytest.raises(AssertionError, match="losses of Steadfast and the plain HF loop differ by .* in fp32"):
+        measure(SMALL_GRID.middle, torch.device("cpu"), "fp32", 2)
 
 
-def test_a_line_that_fails_keeps_its_row(monkeypatch):
-    class Full(scaling.Padded):
-        def step(self):
-            raise torch.cuda.OutOfMemoryError("too much")
+def test_a_contender_that_fails_keeps_its_row(monkeypatch):
+    def full(*_):
+        raise torch.cuda.OutOfMemoryError("too much")
 
-    monkeypatch.setattr(scaling, "LINES", {PLAIN: Full, OURS: scaling.Packs})
-    monkeypatch.setattr(scaling, "ON_CPU", SMALL_PLAN)
+    monkeypatch.setitem(scaling.CONTENDERS, PLAIN, full)
+    monkeypatch.setattr(scaling, "ON_CPU", SMALL_GRID)
     made = scaling.run(arguments("--device", "cpu", "--rounds", "2", "--axes", "rank"))
     assert [r["outcome"] for r in made["summary"]] == ["out of memory", "timed"] * 2
     assert all(r["ratio"] == {} for r in made["summary"]) and made["conditions"]["growth"]["rank: plain HF loop"] is None
-    assert "| rank | 4 | out of memory | " in plot.markdown(made)
+    assert "| rank | 4 | out of memory | " in show.markdown(made, VIEW)
 
 
 def test_growth_is_the_power_of_the_setting():
     def rows(axis, cost):
-        return [{"axis": axis, "value": v, "line": OURS, "us_per_token": {"value": cost(v)}} for v in (256, 512, 1024)]
+        return [{"axis": axis, "value": v, "contender": OURS, "us_per_token": {"value": cost(v)}} for v in (256, 512, 1024)]
 
     assert growth(rows("context", lambda v: v), "context", OURS) == pytest.approx(2.0)  # cost of a token in proportion to it
     assert growth(rows("tokens a step", lambda v: 3.0), "tokens a step", OURS) == pytest.approx(1.0)

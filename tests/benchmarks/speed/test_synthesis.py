@@ -4,7 +4,7 @@ from importlib.util import find_spec
 
 import pytest
 
-from benchmarks import plot
+from benchmarks.harness.record import newest
 from benchmarks.run import main
 from benchmarks.speed import synthesis
 from synth.pool.store import Pool
@@ -22,7 +22,7 @@ def test_scores_that_are_written_are_a_pools_own(tmp_path):
 def test_a_small_round_agrees_with_bare_vllm_and_makes_a_table(tmp_path, capsys):
     assert main(["synthesis", "--prompts", "60", "--rounds", "2", "--rows", "3000", "--count", "400", "--results", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    record, = plot.newest(tmp_path).values()
+    record, = newest(tmp_path).values()
     assert record["agreement"] == {"texts that differ": 0.0}
     sampled = {row["sampled"]: row for row in record["conditions"]["distribution"]}
     assert sampled["T 0.7, top_p 0.98"]["distinct"] < sampled["T 1, top_p 1"]["distinct"] <= 1
