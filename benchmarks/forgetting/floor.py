@@ -208,9 +208,9 @@ def caption(record: dict) -> Caption:
                     for row in record["summary"] if row["probes"])
     curves = tuple(f"Measured all along, {one['line']}: {curve_summary(one['curve'])}." for one in watched(record))
     return Caption(
-        f"Auto: `--replay_search.enabled` with a floor of {c['floor']:.0%} of the base's right answers to {c['watched_items']['general']} general "
-        f"items; other runs have a given share of replay. General and domain: exact match of greedy answers to {c['items']['general']} and "
-        f"{c['items']['domain']} items of another draw.",
+        f"Auto: `--replay_search.enabled` with a floor of {c['floor']:.0%} of the base's right answers to "
+        f"{c['watched_items']['general']} general items; other runs have a given share of replay. General and domain: exact match of "
+        f"greedy answers to {c['items']['general']} and {c['items']['domain']} items of another draw.",
         (*reached, "An eighth, a quarter, a half: of the run's passes over the domain, with the whole learning-rate schedule.",
          f"The novice base of the miniature study, its replay set `{c['replay']['replay']}` ({c['replay']['rows']:,} rows, "
          f"{c['replay']['right']:.1%} of the known answers right), {c['domain']} domain rows, {c['epochs']:g} epochs, LoRA of rank 16, "

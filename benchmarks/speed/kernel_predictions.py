@@ -110,7 +110,7 @@ def lora(rows: int, width: int, outputs: list[int]) -> Work:
     """Return the work of P projections of one x [rows, width].
 
     Forward: one launch makes S = drop(x) Aᵀ and writes S Bᵀ, to which the P base matmuls add. Backward: one launch makes ∂S = ∂Y B and
-    writes drop(∂S A), to which the P base matmuls add their ∂x; one more reads ∂Y and x again for ∂A and ∂B, in slices that a last one sums.
+    writes drop(∂S A), to which the P base matmuls add their ∂x; one more reads ∂Y and x again for ∂A and ∂B, in slices that a last sums.
     """
     P, total = len(outputs), sum(outputs)
     base = [product(rows, width, n) for n in outputs] + [product(rows, n, width, added=i > 0) for i, n in enumerate(outputs)]

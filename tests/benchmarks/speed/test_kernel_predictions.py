@@ -14,9 +14,9 @@ from benchmarks.speed.kernel_predictions import (
     TOKENS,
     newest_measured,
     predicted_cell,
-    table,
     product,
     seconds,
+    table,
 )
 
 LLAMA, QWEN, SMALL = MODELS
@@ -90,7 +90,8 @@ def test_a_row_for_each_operation_of_each_model_and_faster_parts_are_faster():
 # ---------------------------------------------------------------- the table
 
 PREDICTED = {"summary": kernel_predictions.predict(),
-             "conditions": {"parts": [vars(arch) for arch in ARCHS], "models": [vars(model) for model in MODELS], "tokens": 1, "rank": 1, "document": 1}}
+             "conditions": {"parts": [vars(arch) for arch in ARCHS], "models": [vars(model) for model in MODELS], "tokens": 1, "rank": 1,
+                            "document": 1}}
 
 
 def measured_record(*rows, device="NVIDIA H200"):
