@@ -1,9 +1,9 @@
-"""`make gpu`: everything that needs a GPU, in under nine minutes on one card, into one JSON and one page.
+"""Run everything that needs a GPU, in under nine minutes: `make gpu`. It writes one JSON and one page.
 
 tests        every tests/kernels/test_*.py, with real kernels in real bf16
 compile      one whole training step under torch.compile, without a break in the graph
 capture      the same as a CUDA graph
-throughput   real tokens a second beside a plain Hugging Face loop
+throughput   real tokens a second of the trainer's step beside a plain Hugging Face loop
 kernels      times of every operation beside plain torch, torch.compile and the libraries that are installed
 
 Only where asked for, as in `make gpu ARGS="--parts sizes"`:
@@ -12,9 +12,9 @@ rivals       throughput beside others' packs, TRL's with Liger's kernels among t
 sizes        throughput, memory and launches of 1B, 4B and 8B shapes with LoRA, QLoRA and all weights
 context      one sample of 2k to 128k tokens a step, as far as it fits
 
-It runs from a checkout under any Python that has torch, Triton and pytest; a part that lacks something is skipped by name. Each part is
-a process of its own (the tests one for each file), with a time after which it is ended. JSON and page are written anew after each part.
-Short runs add up: of an earlier run of the same clean commit on the same device, the parts that were not asked for again are taken over,
+It runs from a checkout under any Python that has torch, Triton and pytest; a check that lacks something is skipped by name. Each check is
+a process of its own (the tests one for each file), with a time after which it is ended. JSON and page are written anew after each check.
+Short runs add up: of an earlier run of the same clean commit on the same device, the checks that were not asked for again are taken over,
 and of `sizes` and `context`, where they were not done, the cases.
 """
 
@@ -45,7 +45,7 @@ FAILURES_KEPT = 40  # failed tests whose message is written down
 
 @dataclass(frozen=True)
 class Check:
-    """A part, the most seconds it may take, and the packages it needs."""
+    """A check, the most seconds it may take, and the packages it needs."""
 
     name: str
     seconds: float
@@ -64,14 +64,14 @@ BY_CASES = ("sizes", "context")  # those that write their outcome anew after eac
 
 
 class Processes:
-    """The processes under way: each in a group of its own, ended with all that it started."""
+    """Child processes: each in a group of its own, ended with all that it started."""
 
     def __init__(self):
         self.running: set[subprocess.Popen] = set()
         self.over = False
 
     def run(self, words: list[str], seconds: float, log: Path) -> int | None:
-        """The exit status of a Python command, None if its time ran out; its output goes to `log`."""
+        """Return the exit status of a Python command, None if its time ran out; its output goes to `log`."""
         if self.over:
             return None
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -103,7 +103,7 @@ class Processes:
 
 
 def run_tests(processes: Processes, seconds: float, folder: Path) -> dict:
-    """Each file's counts, the names and messages of what failed, and why tests were skipped."""
+    """Run each test file; return its counts, names and messages of failures, and reasons of skips."""
     files, deadline = sorted((ROOT / "tests" / "kernels").glob("test_*.py")), time.monotonic() + seconds
 
     def run_file(file: Path) -> tuple[str, dict]:
@@ -123,7 +123,7 @@ def run_tests(processes: Processes, seconds: float, folder: Path) -> dict:
 
 
 def read_report(path: Path) -> dict:
-    """Counts, failures and reasons to skip, of pytest's JUnit file."""
+    """Return counts, failures and reasons of skips from pytest's JUnit file."""
     suite = next(ElementTree.parse(path).getroot().iter("testsuite"))
     counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
     failures, skips = {}, {}
@@ -138,7 +138,7 @@ def read_report(path: Path) -> dict:
 
 
 def run_whole_step(name: str, processes: Processes, seconds: float, folder: Path) -> dict:
-    """One of `benchmarks.on_gpu.whole_step`'s, or of `benchmarks.on_gpu.whole_step_sizes`'s, as far as it came."""
+    """Run a check of whole steps, and return its outcome as far as it came."""
     out, log = folder / f"{name}.json", folder / f"{name}.log"
     sized = ["benchmarks.on_gpu.whole_step_sizes", name, "--seconds", str(seconds)]
     check = sized if name in BY_CASES else ["benchmarks.on_gpu.whole_step", name]
@@ -151,7 +151,10 @@ def run_whole_step(name: str, processes: Processes, seconds: float, folder: Path
 
 
 def run_kernels(processes: Processes, seconds: float, folder: Path) -> dict:
-    """The record of `benchmarks.speed.kernels`, as far as it came; a case that is under way when the budget is over is given 30 seconds."""
+    """Return the record of `benchmarks.speed.kernels`, as far as it came.
+
+    A case that is under way when the budget is over is given 30 seconds.
+    """
     out, log = folder / "kernels.json", folder / "kernels.log"
     words = ["-m", "benchmarks.speed.kernels", "--device", "cuda", "--out", str(out), "--budget", str(seconds - 30)]
     status = processes.run(words, seconds, log)
@@ -181,7 +184,10 @@ def run_check(part: Check, processes: Processes, seconds: float, folder: Path) -
 
 
 def earlier(folder: Path, made: dict) -> dict[str, dict]:
-    """What the newest other record of `make gpu` has, if commit and device are those of `made` and nothing was changed in either."""
+    """Return the checks of the newest other record of `make gpu`, if commit and device are those of `made`.
+
+    Both must be without changes.
+    """
     alike = ("suite", "commit", "dirty", "device")
     records = [json.loads(path.read_text()) for path in folder.glob("gpu-*.json")] if made["commit"] and not made["dirty"] else []
     records = [record for record in records if all(record.get(key) == made[key] for key in alike)]
@@ -190,18 +196,18 @@ def earlier(folder: Path, made: dict) -> dict[str, dict]:
 
 
 def unfinished(kept: dict[str, dict]) -> dict[str, dict]:
-    """The parts that have cases to go on with."""
+    """Return the checks that have cases left."""
     return {name: part for name, part in kept.items() if name in BY_CASES and part.get("not_reached")}
 
 
 def as_far_as_it_came(name: str, folder: Path) -> dict:
-    """What a part that was interrupted has measured."""
+    """Return the outcome that an interrupted check has written."""
     path = folder / f"{name}.json"
     return finite(json.loads(path.read_text())) if name in BY_CASES and path.exists() else {}
 
 
 def finite(value):
-    """The same, with figures that JSON has no form for as words."""
+    """Replace figures that JSON cannot hold (NaN, infinity) by text."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -210,7 +216,10 @@ def finite(value):
 
 
 def write(made: dict, folder: Path) -> Path:
-    """The JSON, and the page beside it where its libraries are installed. Whatever is wrong with a page, the measuring goes on."""
+    """Write the JSON, and the page beside it where its libraries are installed.
+
+    An error in the page does not end the run.
+    """
     from benchmarks.harness import record
 
     path = record.write(made, folder)
@@ -227,7 +236,7 @@ def write(made: dict, folder: Path) -> Path:
 
 
 def why_not() -> str | None:
-    """What is missing for any of it."""
+    """Return the reason why nothing can be measured, or None."""
     if importlib.util.find_spec("torch") is None:
         return f"expected torch, found none in {sys.executable}"
     import torch

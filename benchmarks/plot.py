@@ -1,6 +1,6 @@
-"""Renew the tables of the READMEs and the pictures from the newest records: `python -m benchmarks.plot`.
+"""Renew the READMEs' tables and the pictures from the newest records.
 
-A table goes between two markers, `<!-- benchmark: SUITE -->` (predictions of all models: `SUITE in full`) and
+`python -m benchmarks.plot`: a table goes between two markers, `<!-- benchmark: SUITE -->` (predictions of all models: `SUITE in full`) and
 `<!-- end of benchmark -->`. With `--check` nothing is written: the exit status is 1 where a page and the newest records disagree.
 """
 
@@ -23,7 +23,10 @@ BLOCK = re.compile(r"(<!-- benchmark: ([\w-]+)( in full)? -->\n)(.*?)(<!-- end o
 
 
 def renew(text: str, records: dict[str, dict]) -> str:
-    """Return a page's text with the table of every marked suite made anew. Raises UserError for a suite without a record."""
+    """Return a page's text with the table of every marked suite made anew.
+
+    Raises UserError for a suite without a record.
+    """
     def block(found: re.Match) -> str:
         if found[2] not in records:
             raise UserError(f"README.md: expected a record of suite {found[2]} in benchmarks/results, found none; run its benchmark first")

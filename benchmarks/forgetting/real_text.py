@@ -25,6 +25,7 @@ from benchmarks.forgetting.miniature.world import training_records, write_jsonl
 from benchmarks.forgetting.real_text_data import Counts, Schooling, Texts
 from benchmarks.harness import parallel, record, show
 from benchmarks.harness.parallel import begin, quietly, results_of
+from benchmarks.harness.public_sets import add_data_argument
 from benchmarks.harness.record import origin
 from benchmarks.harness.suite import Caption, Suite, View
 from benchmarks.harness.synthetic_models import quiet
@@ -264,17 +265,17 @@ def carry_out(size: Size, seeds: int, work: Path, workers: int, begun: float) ->
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", type=Path, required=True, help="folder with " + ", ".join(real_text_data.FILES))
+    add_data_argument(parser, "folder with " + ", ".join(real_text_data.FILES))
     parallel.add_arguments(parser, seeds=2)
 
 
 def run(arguments: argparse.Namespace) -> dict:
     parallel.check(arguments)
     begun, size = time.perf_counter(), SIZE
-    texts = real_text_data.read(arguments.data)
     begin()
     quiet()
     with parallel.working_folder(arguments) as work:
+        texts = real_text_data.read(arguments.data or real_text_data.download(work / "public sets"))
         base, cpu = prepare(texts, size, arguments.seeds, work), time.process_time()
         parameters = AutoModelForCausalLM.from_pretrained(work / BASE).num_parameters()
         print(f"{time.perf_counter() - begun:6.0f} s  base", flush=True)

@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from benchmarks.forgetting.miniature.skills import GENERAL, Skill, Slots
 from benchmarks.forgetting.miniature.words import word
 from benchmarks.forgetting.miniature.world import heldout_items, training_records, write_jsonl
+from benchmarks.harness.public_sets import gsm8k, hub_rows
 from benchmarks.harness.synthetic_models import SPECIAL, TEMPLATE
 from trainer.config import BatchSize, Config, Data, Logging, Model, Optim, Source
 from trainer.errors import UserError
@@ -28,6 +29,7 @@ from trainer.runtime.device import fast_bf16
 
 FILES = ("gsm8k_train.jsonl", "gsm8k_test.jsonl", "pubmedqa_ori_pqal.json", "self_instruct_seed_tasks.jsonl",
          "self_instruct_user_oriented.jsonl")
+PUBMEDQA, SEED_TASKS, SELF_INSTRUCT = "qiaojin/PubMedQA", "HuggingFaceH4/self-instruct-seed", "yizhongw/self_instruct"  # on the hub
 LONGEST = 1000  # bytes of a question and its answer
 TOKENS = 512  # a pack and a step of the base's training; the few chats that are longer are left out
 VOCABULARY = 4096
@@ -61,6 +63,27 @@ def read(folder: Path) -> Texts:
         "decisions": [short for i, (_, short) in enumerate(medical) if (i in held["medical"]) == out],
         "tasks": [chat for i, chat in enumerate(told) if (i in held["told"]) == out]} for out in (False, True))
     return Texts(parsed(train, problems), parsed(test, problems), general, heldout)
+
+
+def download(folder: Path) -> Path:
+    """Load the public sets from the hub and write them as `FILES`. Raises UserError where the hub cannot be reached."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "test"):
+        rows = [{"question": question, "answer": answer} for question, answer in gsm8k(split, None)]
+        write_jsonl(rows, folder / f"gsm8k_{split}.jsonl")
+    papers = {str(row["pubid"]): {"QUESTION": row["question"], "CONTEXTS": row["context"]["contexts"], "LONG_ANSWER": row["long_answer"],
+                                  "final_decision": row["final_decision"]} for row in hub_rows(PUBMEDQA, "pqa_labeled", "train")}
+    (folder / "pubmedqa_ori_pqal.json").write_text(json.dumps(papers), encoding="utf-8")
+    for name, config, file in ((SEED_TASKS, None, FILES[3]), (SELF_INSTRUCT, "human_eval", FILES[4])):
+        rows = [{"instruction": row["instruction"], "instances": [first_instance(row["instances"])]}
+                for row in hub_rows(name, config, "train")]
+        write_jsonl(rows, folder / file)
+    return folder
+
+
+def first_instance(instances: list[dict] | dict[str, list]) -> dict:
+    """Return the first example of a task, whether the hub has them as a list of rows or as columns."""
+    return instances[0] if isinstance(instances, list) else {name: values[0] for name, values in instances.items()}
 
 
 def parsed(path: Path, kind) -> list:

@@ -32,7 +32,7 @@ def markdown_caption(caption: Caption) -> str:
     if not caption.details:
         return f"{caption.text}\n"
     bullets = "\n".join(f"- {detail}" for detail in caption.details)
-    return f"{caption.text}\n\n<details><summary>How this was measured</summary>\n\n{bullets}\n\n</details>\n"
+    return f"{caption.text}\n\n<details><summary>Details</summary>\n\n{bullets}\n\n</details>\n"
 
 
 def interval(value: dict | None, form: str = ".2f") -> str:

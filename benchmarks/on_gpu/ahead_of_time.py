@@ -1,9 +1,10 @@
-"""Compiles every kernel for GPUs that are not here, and reads registers, spills, shared memory and machine instructions.
+"""Compile every kernel for GPUs that are not here, and check the results against budgets.
 
 A kernel file lists its launches in `AOT`: functions that call its real launchers on tensors of device "meta". Each is recorded as if on the
-part in question, with that part's own launch settings, and compiled with the same type, value-is-1 and divisible-by-16 specialisations
-that a launch on the device would make. The compilers and disassemblers come with Triton; kernels that are to be compiled must not have
-been made for the interpreter, so this needs a process without TRITON_INTERPRET.
+GPU architecture in question, with its own launch settings, and compiled with the type, value-is-1 and divisible-by-16 specialisations
+that a launch on the device would make. Registers, spills, shared memory and machine instructions are read from the result. The compilers
+and disassemblers come with Triton; kernels that are to be compiled must not have been made for the interpreter, so this needs a process
+without TRITON_INTERPRET.
 """
 
 import argparse
@@ -36,7 +37,7 @@ INSTRUCTIONS = ("HGMMA", "HMMA", "QGMMA", "UTCHMMA", "STL", "LDL", "ATOMG", "RED
 
 
 def cases() -> dict[str, Callable[[], Any]]:
-    """Every entry of every kernel file's AOT, by label."""
+    """Return every entry of every kernel file's AOT, by label."""
     found: dict[str, Callable] = {}
     for info in pkgutil.iter_modules(kernels.__path__):
         entries = getattr(importlib.import_module(f"kernels.{info.name}"), "AOT", {})
@@ -46,7 +47,7 @@ def cases() -> dict[str, Callable[[], Any]]:
 
 
 def _argument(value: Any, place: tuple[int, ...], signature: list, constants: dict, hints: dict) -> None:
-    """Adds what a launch would make of one argument: its type, or the constant it becomes, and its divisibility."""
+    """Add what a launch would make of one argument: its type or constant, and its divisibility."""
     if isinstance(value, tuple):
         inner: list = []
         for i, v in enumerate(value):
@@ -70,7 +71,7 @@ def _argument(value: Any, place: tuple[int, ...], signature: list, constants: di
 
 
 def build(launch: Recorded, part: str):
-    """The compiled kernel of one recorded launch."""
+    """Return the compiled kernel of one recorded launch."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -91,7 +92,10 @@ def build(launch: Recorded, part: str):
 
 
 def figures(compiled, part: str) -> dict[str, int]:
-    """registers, spills (bytes of stack on NVIDIA, registers on AMD), shared (bytes), dots (products in the source) and instructions."""
+    """Return registers, spills, shared memory in bytes, matmuls in the source, and instructions.
+
+    Spills are bytes of stack on NVIDIA, registers on AMD.
+    """
     counts = {"shared": compiled.metadata.shared, "dots": len(re.findall(r"\btt\.dot\b", compiled.asm["ttir"]))}
     if not part.startswith("sm_"):
         text = compiled.asm["amdgcn"]
@@ -111,7 +115,10 @@ def figures(compiled, part: str) -> dict[str, int]:
 
 
 def measure(label: str, part: str) -> dict[str, dict[str, int]]:
-    """Figures of every kernel that one case launches on `part`: "label / kernel", numbered where a kernel is launched in several forms."""
+    """Return the figures of every kernel that one case launches on one architecture.
+
+    They are keyed "label / kernel", numbered where a kernel is launched in several forms.
+    """
     with recording(part) as launches:
         cases()[label]()
     assert launches, f"{label}: its AOT case launches nothing"
@@ -135,7 +142,10 @@ def measure_all(parts=tuple(SHARED_MEMORY), workers: int = 2) -> Iterator[tuple[
 
 
 def faults(name: str, part: str, found: dict[str, int], budget: dict[str, int] | None) -> list[str]:
-    """What is wrong with one compiled kernel: over its budget, spills, atomics, or a product that bypasses sm_90's tensor cores."""
+    """Return the faults of one compiled kernel.
+
+    It may be over its budget, spill, use atomics, or have a matmul that bypasses sm_90's tensor cores.
+    """
     where = f"{name} on {part}: "
     if budget is None:
         return [where + "no budget; write one with python -m benchmarks.on_gpu.ahead_of_time"]
@@ -162,7 +172,10 @@ def check_budgets() -> int:
 
 
 def table(budgets: dict) -> str:
-    """The budgets as a table: "registers / shared KiB" of every kernel on every part; empty where launches on a part take other forms."""
+    """Return the budgets as a table: "registers / shared KiB" of every kernel and architecture.
+
+    A cell is empty where launches on an architecture take other forms.
+    """
     lines = [["kernel", *SHARED_MEMORY], ["---"] + ["---:"] * len(SHARED_MEMORY)]
     for name, by_part in budgets.items():
         cells = (by_part.get(part) for part in SHARED_MEMORY)
@@ -171,7 +184,10 @@ def table(budgets: dict) -> str:
 
 
 def write_budgets() -> None:
-    """Writes what is measured now as the budgets that tests hold kernels to, and their table in kernels/README.md."""
+    """Write the present figures as the budgets that tests hold kernels to.
+
+    Their table in kernels/README.md is renewed too.
+    """
     budgets: dict[str, dict[str, dict[str, int]]] = {}
     for name, part, result in measure_all():
         kept = {key: result[key] for key in ("registers", "spills", "shared")}

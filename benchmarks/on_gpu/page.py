@@ -1,4 +1,4 @@
-"""The page about a record of `make gpu`: what was set out to be reached and what was, tests, kernels, whole steps and contexts.
+"""Make the page of a record of `make gpu`: targets, tests, kernels, whole steps and contexts.
 
 `make gpu` writes it beside its JSON where jinja2 and matplotlib are installed; elsewhere: `python -m benchmarks.on_gpu.page RECORD`.
 """
@@ -60,13 +60,19 @@ def part(record: dict, name: str) -> dict:
 
 
 def targets(record: dict) -> list[Target]:
-    """Those of a whole step, then those of kernels. Of another card than they are set for, nothing is judged."""
+    """Return the verdicts on targets of a whole step, then of kernels.
+
+    A card other than the one they are set for is not judged.
+    """
     applies = CARD in record["device"]
     return [*(step_targets(record) if applies else step_targets({"parts": {}})), *kernel_targets(record if applies else {"parts": {}})]
 
 
 def step_targets(record: dict) -> list[Target]:
-    """Return the verdicts on a whole step's targets; a step of ours that could not be timed missed them all."""
+    """Return the verdicts on a whole step's targets.
+
+    A step of ours that could not be timed missed them all.
+    """
     rows = {row["contender"]: row for row in part(record, "sizes").get("rows", [])
             if (row.get("model"), row.get("method"), row.get("lengths")) == (MODEL, "lora", "tailed") and row["tokens"] >= 8192}
     ours, plain = rows.get(OURS, {}), rows.get(PLAIN, {})
@@ -82,14 +88,20 @@ def step_targets(record: dict) -> list[Target]:
 
 
 def kernel_targets(record: dict) -> list[Target]:
-    """Targets are words, as `predict.TARGETS` has them: milliseconds and perhaps GB, a share of copying, or what an adapter adds."""
+    """Return the verdicts on kernels' targets.
+
+    Targets are text in `kernel_predictions.TARGETS`: milliseconds and perhaps GB, a share of copying, or what an adapter adds.
+    """
     rows = {row["operation"]: row for row in kernel_rows(record) if row["contender"] == OURS and row["model"] == MODEL}
     return [Target(f"{operation}, {MODEL}", re.sub(r"^≤ (\d+)", r"≤ \1 ms", wanted), *judge(wanted, rows.get(operation)))
             for operation, wanted in TARGETS.items()]
 
 
 def judge(wanted: str, row: dict | None) -> tuple[str, str]:
-    """What was measured of a kernel's target, and the verdict. One that could not be timed missed it."""
+    """Return the figure measured for a kernel's target, and the verdict.
+
+    A kernel that could not be timed missed it.
+    """
     if row is None:
         return "–", UNKNOWN
     if row["ms"] is None:
@@ -132,7 +144,7 @@ def facts(record: dict, judged: list[Target]) -> list[Fact]:
 
 
 def failures(record: dict) -> list[list[str]]:
-    """Tests that failed, and the last words of files and parts that left nothing else."""
+    """Return tests that failed, and the last output of files and checks that left nothing else."""
     files = part(record, "tests").get("files", {})
     found = [[f"{file}: {test}", message] for file, about in files.items() for test, message in about.get("failed", {}).items()]
     silent = [[file, about["output"][-300:]] for file, about in files.items() if about.get("output") and not about.get("failed")]
@@ -141,7 +153,7 @@ def failures(record: dict) -> list[list[str]]:
 
 
 def skips(record: dict) -> list[list[str]]:
-    """Reasons why tests were skipped, and how many were."""
+    """Return reasons why tests were skipped, and how many were."""
     counts: dict[str, int] = {}
     for about in part(record, "tests").get("files", {}).values():
         for why, count in about.get("skipped_because", {}).items():
@@ -228,7 +240,7 @@ def rivals(record: dict) -> Table:
 
 
 def contexts(record: dict) -> Table:
-    """A row for each length, a column for each climb; the last row has the longest that fits."""
+    """Return a row for each length, a column for each climb, and last the longest that fits."""
     found = part(record, "context")
     climbs: dict[str, dict[int, dict]] = {}
     for row in found.get("rows", []):

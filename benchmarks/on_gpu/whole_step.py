@@ -49,7 +49,7 @@ DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 def learning_rate(model: nn.Module) -> float:
-    """Return a rate for AdamW; all weights in bf16 would diverge at an adapter's rate."""
+    """Return a rate for AdamW: lower for all weights in bf16, which would diverge at an adapter's."""
     return 1e-3 if hasattr(model, "peft_config") else 1e-4
 
 
@@ -66,7 +66,10 @@ def mean_loss(model: nn.Module, batch: PackedBatch) -> Tensor:
 
 def check_compile(device: torch.device, dtype: torch.dtype, size: ModelShape = SMALL, backend: str = "inductor",
                   packs: tuple[list[int], ...] = ([70, 5, 130], [9, 200, 64, 31])) -> dict:
-    """Compare values and gradients of the compiled loss with the eager one's, on packs of different shapes. A graph break is an error."""
+    """Compare values and gradients of the compiled loss with the eager one's, on packs of other shapes.
+
+    A graph break is an error.
+    """
     model = fused(adapted(stock_model(size, device, dtype)))
     compiled = torch.compile(lambda batch: mean_loss(model, batch), fullgraph=True, backend=backend)
     differences, begun = {"loss": 0.0, "gradients": 0.0}, time.perf_counter()
@@ -88,7 +91,10 @@ def check_compile(device: torch.device, dtype: torch.dtype, size: ModelShape = S
 
 
 def capturable_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: PackedBatch) -> Tensor:
-    """Do a step that a CUDA graph can hold: no clipping, no loader, torch's AdamW. It is checked, never reported as throughput."""
+    """Do a step that a CUDA graph can hold: no clipping, no loader, torch's AdamW.
+
+    It is checked, and never reported as throughput.
+    """
     loss = mean_loss(model, batch)
     loss.backward()
     optimizer.step()
@@ -101,7 +107,10 @@ def capturable_adamw(model: nn.Module, device: torch.device) -> torch.optim.Opti
 
 
 def same_shapes(count: int, vocabulary: int, device: torch.device) -> list[PackedBatch]:
-    """Return packs of different samples but equal shapes, as a captured graph needs. All name one longest sample."""
+    """Return packs of different samples but equal shapes, as a captured graph needs.
+
+    All name one longest sample.
+    """
     lengths = ([200, 56, 128], [100, 156, 128], [60, 130, 194], [128, 128, 128])
     batches = [packed(random_samples(lengths[i % len(lengths)], vocabulary, i), device) for i in range(count)]
     rows = min(len(batch.targets) for batch in batches)
@@ -116,7 +125,10 @@ def fill(static: PackedBatch, batch: PackedBatch) -> None:
 
 
 def captured_step(model: nn.Module, optimizer: torch.optim.Optimizer, static: PackedBatch, warm_up: list[PackedBatch]):
-    """Return a CUDA graph of `capturable_step` on `static`, after steps on `warm_up`, and the loss that each replay writes."""
+    """Return a CUDA graph of `capturable_step` on `static`, and the loss that each replay writes.
+
+    It is captured after steps on `warm_up`.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -131,7 +143,10 @@ def captured_step(model: nn.Module, optimizer: torch.optim.Optimizer, static: Pa
 
 
 def check_capture(device: torch.device, dtype: torch.dtype, size: ModelShape = SMALL, warm: int = 3, steps: int = 8) -> dict:
-    """Compare losses of captured steps with an eager run's on equal packs, and with dropout those of replays of one step."""
+    """Compare losses of captured steps with an eager run's on equal packs.
+
+    With dropout, losses of replays of one step must differ.
+    """
     batches = same_shapes(warm + steps, size.vocabulary, device)
     model = fused(adapted(stock_model(size, device, dtype)))
     optimizer = capturable_adamw(model, device)
@@ -182,9 +197,9 @@ CONTENDERS: dict[str, Callable[..., Trained]] = {PLAIN: plain_loop, OURS: steadf
 
 def side_by_side(makers: dict[str, Callable[[], Trained]], dtype: torch.dtype, rounds: int,
                  steps: int) -> tuple[dict[str, list[Measurement]], dict]:
-    """Return the measurements of the contenders that run and agree, and each one's outcome, memory and launches.
+    """Return measurements of the contenders that run and agree, and facts about all.
 
-    All are made before the first one steps, so that each has the memory that is left beside the others.
+    Facts are outcome, memory and launches. All are made before the first one steps, so that each has the memory left beside the others.
     """
     made, facts = {}, {}
     for name, make in makers.items():
@@ -227,7 +242,10 @@ def first_steps(one: Trained, batches: list[TokenSamples]) -> dict:
 
 
 def disagreement(name: str, losses: dict[str, list[float]], facts: dict, most: float) -> str | None:
-    """Return how far a contender's losses are from the first one's, where that is too far; `facts` notes it either way."""
+    """Return how far a contender's losses are from the first one's, where that is too far.
+
+    `facts` notes the difference either way.
+    """
     first = next(iter(losses))
     if first == name:
         return None
@@ -236,14 +254,17 @@ def disagreement(name: str, losses: dict[str, list[float]], facts: dict, most: f
 
 
 def resident_mib(one: Trained) -> float:
-    """Return the memory held between steps: weights, in 4 bits or more, gradients and the optimiser's states."""
+    """Return the memory held between steps: weights, gradients and the optimiser's states."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in one.state_tensors()}
     scales = sum(nf4_of(layer).nbytes - layer.weight.nbytes for layer in quantized_layers(one.model))
     return (sum(storages.values()) + scales) / 2**20
 
 
 def launches(one) -> int | None:
-    """Return the kernels that a step starts on the device; on a CPU, operations that compute. None where the profiler sees nothing."""
+    """Return the kernels that a step starts on the device; on a CPU, operations that compute.
+
+    None where the profiler sees nothing.
+    """
     if one.device.type == "cpu":
         from benchmarks.harness.costs import counted_operations
 
@@ -262,7 +283,10 @@ def kernels_in(trace: dict) -> int:
 
 
 def rows_of(measured: dict[str, list[Measurement]], facts: dict[str, dict], matmul_flops: float) -> list[dict]:
-    """Return every contender's row, also of those that could not be timed; MFU is the share of `matmul_flops`."""
+    """Return every contender's row, also of those that could not be timed.
+
+    MFU is the share of `matmul_flops`.
+    """
     figures = {"tokens_per_second": lambda m: m.tokens / m.wall, "supervised_per_second": lambda m: m.supervised / m.wall,
                "steps_per_second": lambda m: m.steps / m.wall, "mfu": lambda m: m.flops / m.wall / matmul_flops}
     rows = []
@@ -344,7 +368,10 @@ def rivals(device: torch.device, dtype: torch.dtype, shape: ModelShape = LLAMA_1
 
 
 def first_difference(make: Callable[[], Trained], made: dict[str, Trained], name: str) -> float:
-    """Make a contender and have it do a step; return how far its loss is from ours, which has made none yet, on its samples."""
+    """Make a contender, have it do a step, and return how far its loss is from ours.
+
+    Ours has made no step yet, and is evaluated on the contender's samples.
+    """
     one = made[name] = make()
     batch = one.next_batch()
     expected = float(made[OURS].loss_on(one.samples_of(batch)))
@@ -352,7 +379,7 @@ def first_difference(make: Callable[[], Trained], made: dict[str, Trained], name
 
 
 def bare_tokenizer():
-    """What TRL asks for beside samples that are tokens already: ids to pad and to end with."""
+    """Return the tokenizer that TRL requires even for tokens: ids to pad and to end with."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 

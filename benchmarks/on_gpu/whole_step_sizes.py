@@ -1,4 +1,4 @@
-"""Time whole steps and their memory by model, method, lengths and context, beside the plain Hugging Face loop.
+"""Time whole steps by model, method, lengths and context, beside the plain Hugging Face loop.
 
 sizes     1B, 4B and 8B shapes; LoRA, QLoRA, all weights; log-normal lengths, which packing gains from, and equal ones, which it does not
 context   one sample of 2k to 128k tokens a step on the 8B shape with LoRA, activations kept or computed again; the longest that fits
@@ -49,7 +49,7 @@ RESERVE = 90.0  # seconds that a case may take which begins at the end of the bu
 
 
 class Linear4bit(nn.Linear):
-    """A layer as bitsandbytes' one of this name lays it out, doubly quantised, with random codes."""
+    """A layer with the attributes of bitsandbytes' one of this name, doubly quantised, with random codes."""
 
     def __init__(self, dense: nn.Linear, dtype: torch.dtype):
         super().__init__(dense.in_features, dense.out_features, bias=False, device="meta")
@@ -67,7 +67,7 @@ class Linear4bit(nn.Linear):
 
 
 def quantized(base: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """With every linear layer but the head in NF4: by bitsandbytes, where it is installed."""
+    """Put every linear layer but the head into NF4, by bitsandbytes where it is installed."""
     head, theirs = base.get_output_embeddings(), no_bitsandbytes() is None
     for module in list(base.modules()):
         for name, layer in module.named_children():
@@ -134,14 +134,17 @@ CASES = tuple(Case(model, adapter, lengths) for lengths, model, adapter in (
 
 
 def still_open(cases: Sequence, rows: list[dict]) -> list:
-    """Cases without a row, in climbs that go on."""
+    """Return cases without a row, in climbs that have not ended."""
     done = {row["case"] for row in rows}
     ended = {row["climb"] for row in rows if "climb" in row and row["outcome"] != "timed"}
     return [case for case in cases if case.name not in done and case.climb not in ended]
 
 
 def work_off(cases: Sequence, measure: Callable, outcome: dict, keep: Callable[[dict], None], budget: float) -> dict:
-    """Add the rows of every case that is open; none begins once the budget is over. `keep` is given the outcome after each."""
+    """Add the rows of every open case; none begins once the budget is over.
+
+    `keep` is called with the outcome after each.
+    """
     begun = time.monotonic()
     while (left := still_open(cases, outcome["rows"])) and time.monotonic() - begun <= budget:
         measured, why = tried(lambda case=left[0]: measure(case))
@@ -156,8 +159,10 @@ def work_off(cases: Sequence, measure: Callable, outcome: dict, keep: Callable[[
 
 
 def judged(outcome: dict, cases: Sequence) -> dict:
-    """`outcome` with the names of what was not reached, and with what went wrong; running out of memory is no fault, nor is a plain loop
-    that cannot be had."""
+    """Return the outcome with the names of cases not reached, and with faults.
+
+    Running out of memory is no fault, nor is a plain loop that is not installed.
+    """
     faults = [f"{row['case']}: {row['contender']} {row['outcome']}" for row in outcome["rows"]
               if row["outcome"].startswith("disagrees") or (row["contender"] == OURS and row["outcome"].startswith("failed"))]
     outcome |= {"passed": not faults, "not_reached": [case.name for case in still_open(cases, outcome["rows"])]}
@@ -166,7 +171,7 @@ def judged(outcome: dict, cases: Sequence) -> dict:
 
 
 def begun(earlier: dict | None) -> dict:
-    """Nothing yet, or what an earlier run left."""
+    """Return an empty outcome, or the one that an earlier run left."""
     earlier = earlier or {}
     return {"rows": [*earlier.get("rows", [])], "raw": dict(earlier.get("raw", {}))}
 
@@ -191,7 +196,10 @@ def trainable(case: Case, device: torch.device, dtype: torch.dtype) -> nn.Module
 
 
 def measure_case(case: Case, device: torch.device, dtype: torch.dtype, tokens: int = TOKENS, rounds: int = ROUNDS) -> tuple[list, dict]:
-    """Return the rows of both contenders and their raw measurements. MFU is a share of a matmul's rate, measured just before."""
+    """Return the rows of both contenders and their raw measurements.
+
+    MFU is a share of a matmul's rate, measured just before.
+    """
     samples = random_samples(lengths_of(case.lengths, tokens), case.model.vocabulary, seed=0)
     absent = {PLAIN: {"outcome": no_bitsandbytes()}} if case.method == "qlora" and no_bitsandbytes() else {}
     rates = measured_rates(device, Clock(device))
@@ -211,7 +219,10 @@ def sizes(device: torch.device, dtype: torch.dtype, cases: Sequence[Case] = CASE
 
 
 class Climber:
-    """Makes one contender at a time, and steps it at learning rate 0, so that at each length all losses are those of equal weights."""
+    """Makes one contender at a time, and steps it at learning rate 0.
+
+    So at each length all losses are those of equal weights.
+    """
 
     def __init__(self, shape: ModelShape, device: torch.device, dtype: torch.dtype):
         self.shape, self.device, self.dtype = shape, device, dtype
@@ -281,7 +292,7 @@ def timed_steps(contender: Trained) -> list[Measurement]:
 
 
 def longest_that_fits(rows: list[dict]) -> dict[str, int | None]:
-    """Of every climb; None where not even the shortest fits."""
+    """Return the longest context of every climb, None where not even the shortest fits."""
     longest: dict[str, int | None] = {}
     for row in rows:
         longest.setdefault(row["climb"], None)

@@ -291,8 +291,8 @@ def caption(record: dict) -> Caption:
 def headline(record: dict) -> str:
     """Return Steadfast's ratios to the plain loop of each dtype."""
     rows = [row for row in shown(record) if row["contender"].startswith(OURS) and "plain" in row["ratio"]]
-    ratios = " and ".join(f"{row['ratio']['plain']['value']:.1f}× in {row['dtype']}" for row in rows)
-    return f"Training on a CPU: {ratios} the plain HF loop of the same dtype" if ratios else "Training on a CPU"
+    ratios = ", ".join(f"{row['ratio']['plain']['value']:.1f}× in {row['dtype']}" for row in rows)
+    return f"Training on a CPU, × the plain HF loop of the same dtype: {ratios}" if ratios else "Training on a CPU"
 
 
 def draw(record: dict, figure) -> None:

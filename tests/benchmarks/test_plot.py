@@ -50,7 +50,7 @@ def test_the_table_has_ratios_within_a_dtype_and_one_column_across(kept):
     text = shown(kept)
     assert "timed against itself: 1.00 (0.90-1.10)" in text and "at worst to 2e-05 (c)" in text
     assert "commit 01234567 with changes" in text and "here plain HF loop, autocast" in text
-    assert VIEWS["training"].headline(kept) == "Training on a CPU: 4.5× in fp32 and 3.0× in bf16 the plain HF loop of the same dtype"
+    assert VIEWS["training"].headline(kept) == "Training on a CPU, × the plain HF loop of the same dtype: 4.5× in fp32, 3.0× in bf16"
 
 
 def test_renew_touches_only_what_is_marked(kept):

@@ -42,6 +42,26 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
+def test_without_files_the_sets_come_from_the_hub(data, tmp_path, monkeypatch):
+    files = {name: (data / name).read_text() for name in real_text_data.FILES}
+    problems = {split: [json.loads(line) for line in files[f"gsm8k_{split}.jsonl"].splitlines()] for split in ("train", "test")}
+    tasks = {name: [json.loads(line) for line in files[file].splitlines()]
+             for name, file in zip((real_text_data.SEED_TASKS, real_text_data.SELF_INSTRUCT), real_text_data.FILES[3:])}
+    papers = [{"pubid": int(i), "question": row["QUESTION"], "context": {"contexts": row["CONTEXTS"]}, "long_answer": row["LONG_ANSWER"],
+               "final_decision": row["final_decision"]} for i, row in json.loads(files["pubmedqa_ori_pqal.json"]).items()]
+
+    def hub_rows(name, config, split):
+        if name == real_text_data.PUBMEDQA:
+            return papers
+        columns = config is not None  # the hub has the one set's instances as columns, the other's as rows
+        return [row | {"instances": {key: [one[key] for one in row["instances"]] for key in ("input", "output")} if columns
+                       else row["instances"]} for row in tasks[name]]
+
+    monkeypatch.setattr(real_text_data, "hub_rows", hub_rows)
+    monkeypatch.setattr(real_text_data, "gsm8k", lambda split, path: [(row["question"], row["answer"]) for row in problems[split]])
+    assert real_text_data.read(real_text_data.download(tmp_path / "sets")) == real_text_data.read(data)
+
+
 def arguments(*words: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     real_text.add_arguments(parser)
