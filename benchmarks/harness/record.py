@@ -55,19 +55,28 @@ def command() -> str:
     """Return the command that runs it again, without options that name places on this machine."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     module = spec.name if spec and spec.name.startswith("benchmarks.") else "benchmarks.run"
-    words, kept = iter(sys.argv[1:]), []
-    for word in words:
+    return shlex.join(["python", "-m", module, *without_places(sys.argv[1:])])
+
+
+def without_places(words: list[str]) -> list[str]:
+    """Return a command's words without options that say where files are."""
+    kept, following = [], iter(words)
+    for word in following:
         if word in PLACES:
-            next(words, None)
+            next(following, None)
         elif not word.startswith(tuple(f"{place}=" for place in PLACES)):
             kept.append(word)
-    return shlex.join(["python", "-m", module, *kept])
+    return kept
 
 
 def origin(record: dict) -> str:
     """Return the command that made a record, the day and the commit."""
     changes = " with changes" if record["dirty"] else ""
-    return f"`{record['command']}`, {record['time'][:10]}, commit {(record['commit'] or 'none')[:8]}{changes}"
+    return f"`{origin_command(record)}`, {record['time'][:10]}, commit {(record['commit'] or 'none')[:8]}{changes}"
+
+
+def origin_command(record: dict) -> str:
+    return shlex.join(without_places(shlex.split(record["command"])))
 
 
 def machine() -> dict:

@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.harness import record, show, timing
+from benchmarks.harness.record import origin_command
 from benchmarks.harness.suite import Caption, Suite, View
 from benchmarks.harness.timing import Interval, Measurement
 from trainer.errors import UserError
@@ -284,7 +285,7 @@ def caption(record: dict) -> Caption:
         f"CPU time for equal work in {here} and in {there}; {show.machine(record)}. Faster or slower: the interval excludes 1, and the "
         "ratio is further from 1 than either A/A (a commit's second process over its first) reaches.",
         (f"Medians of {c['rounds']} interleaved rounds, each side in processes of its own, started {c['starts']} times; ratios with "
-         f"{c['confidence']:.0%} intervals.", *show.left_out(c["left_out"]), f"`{record['command']}`, {record['time'][:10]}."))
+         f"{c['confidence']:.0%} intervals.", *show.left_out(c["left_out"]), f"`{origin_command(record)}`, {record['time'][:10]}."))
 
 
 def draw(record: dict, figure) -> None:

@@ -90,7 +90,7 @@ def test_every_committed_record_has_a_short_caption(suite):
     assert len(caption.text.split()) < 60 and caption.details
     assert len({len(cells) for cells in view.table(kept)}) == 1
     if suite != "kernels-predicted":
-        assert any(kept["command"] in detail for detail in caption.details)
+        assert any(record.origin_command(kept) in detail for detail in caption.details)
 
 
 def test_the_picture_shows_every_contender_by_dtype(kept):
