@@ -322,7 +322,7 @@ def run(operations: list[str], quick: bool = False, threads: int = 1) -> dict:
     left_out = {operation: f"{package} is not installed" for operation, package in NEEDS.items() if find_spec(package) is None}
     rounds, sample_seconds = (2, 0.0) if quick else (ROUNDS, SAMPLE_SECONDS)
     conditions = {"tokens": TOKENS, "model": asdict(SMALL), "rank": RANK, "document": DOCUMENT, "rounds": rounds, "dtypes": dtypes,
-                  "left_out": left_out}
+                  "left_out": left_out | ({} if "bf16" in dtypes else {"bf16": "this CPU has no bf16 matmul"})}
     summary, agreed, raw = [], {}, {}
     for operation in operations:
         for dtype in dtypes if operation not in left_out else ():

@@ -166,8 +166,14 @@ def run(arguments: argparse.Namespace) -> dict:
         "mean_tokens": float(np.mean(lengths)), "longest": max(lengths),
         "supervised": sum(int(mask.sum()) for _, mask in task.samples) / sum(lengths), "tokens_per_step": TOKENS_PER_STEP,
         "rounds": rounds, "steps_per_round": steps, "compared": arguments.compared, "phases": phases, "bases": bases_of(rates),
-        "left_out": left_out | {name: missing(package, torch.device("cpu")) for name, package in FOR_GPUS.items()}}
+        "left_out": left_out | absent(dtypes)}
     return record.make(suite_name(arguments), conditions, agreed, summary(measured, costs, conditions["bases"]), timing.raw(measured))
+
+
+def absent(dtypes: list[str]) -> dict[str, str]:
+    """Return what this machine cannot measure, and why."""
+    found = {name: missing(package, torch.device("cpu")) for name, package in FOR_GPUS.items()}
+    return found if "bf16" in dtypes or fast_bf16() else found | {"bf16": "this CPU has no bf16 matmul"}
 
 
 def progress(what: str) -> None:
@@ -270,15 +276,13 @@ def caption(record: dict) -> Caption:
     c = record["conditions"]
     noise = next((ratio for row in record["summary"] if row["contender"].endswith(timing.AGAIN) for ratio in row["ratio"].values()), None)
     worst = max(record["agreement"].items(), key=lambda item: item[1], default=None)
-    mixed = {name for forms in c["bases"].values() for name in forms.values() if name.endswith("autocast")}
     return Caption(
         f"{c['model']}; {c['method']}; {c['chats']} chats ({c['data']}), about {c['tokens_per_step']:,} tokens a step; "
         f"{show.machine(record)}. Columns × compare with the plain HF loop of the row's own dtype: padded, grouped by length, packed.",
         (f"Chats: {c['mean_tokens']:.0f} tokens on average, {c['supervised']:.0%} supervised.",
          f"Medians of {c['rounds']} interleaved rounds of {c['steps_per_round']} steps; rates with their 20th and 80th percentiles, ratios "
          "with 95% intervals.",
-         "bf16: base weights in bf16, PEFT's adapters in fp32 (its default). autocast: fp32 weights under torch.autocast. In bf16, × "
-         "compares with the faster of the two" + (f", here {', '.join(sorted(mixed))}" if mixed else "") + ".",
+         *bf16_detail(record),
          "MFU: the share of this machine's matmul rate in that dtype that useful FLOPs reach. Memory: the most that a step holds beside "
          "weights and optimiser states. Operations: ATen operations, without views.",
          *([f"Noise: Steadfast timed against itself: {show.interval(noise)}."] if noise else []),
@@ -286,6 +290,15 @@ def caption(record: dict) -> Caption:
          *(f"Wall time by phase, {name}: {', '.join(f'{phase} {share:.0%}' for phase, share in spent.items())}."
            for name, spent in c["phases"].items() if OURS in name),
          *show.left_out(c["left_out"]), f"{origin(record)}."))
+
+
+def bf16_detail(record: dict) -> tuple[str, ...]:
+    """Return what bf16 and autocast mean, and which of them others are compared with."""
+    bases = record["conditions"]["bases"].get("bf16", {})
+    if not bases:
+        return ()
+    return ("bf16: base weights in bf16, PEFT's adapters in fp32 (its default). autocast: fp32 weights under torch.autocast. In bf16, "
+            f"× compares with the faster of the two: {'; '.join(bases.values())}.",)
 
 
 def headline(record: dict) -> str:

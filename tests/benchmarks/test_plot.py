@@ -49,7 +49,7 @@ def test_the_table_has_ratios_within_a_dtype_and_one_column_across(kept):
     assert lines[6] == "| Steadfast, bf16 | 9,000 (8,100-9,900) | 25% | 50% | 900 | 1,234 | 3.00 (2.70-3.30) | 9.00 |"
     text = shown(kept)
     assert "timed against itself: 1.00 (0.90-1.10)" in text and "at worst to 2e-05 (c)" in text
-    assert "commit 01234567 with changes" in text and "here plain HF loop, autocast" in text
+    assert "commit 01234567 with changes" in text and "the faster of the two: plain HF loop, autocast." in text
     assert VIEWS["training"].headline(kept) == "Training on a CPU, × the plain HF loop of the same dtype: 4.5× in fp32, 3.0× in bf16"
 
 

@@ -61,6 +61,8 @@ def test_outside_a_repository(tmp_path):
     assert record.code(tmp_path) == {"commit": None, "dirty": None}
 
 
-def test_the_command_leaves_out_where_its_files_went(monkeypatch):
+def test_the_command_leaves_out_places_on_this_machine(monkeypatch):
     monkeypatch.setattr("sys.argv", ["run", "training", "--results", "/tmp/a b", "--rounds", "3", "--keep=here", "--data", "x y.jsonl"])
-    assert record.command() == "python -m benchmarks.run training --rounds 3 --data 'x y.jsonl'"
+    assert record.command() == "python -m benchmarks.run training --rounds 3"
+    kept = made() | {"command": "python -m benchmarks.run gsm8k --data '../a b' --max_steps 3", "dirty": False}
+    assert record.origin(kept).startswith("`python -m benchmarks.run gsm8k --max_steps 3`, 2026-11-21, commit ")

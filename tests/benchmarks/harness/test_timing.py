@@ -46,7 +46,7 @@ def test_rates_are_those_of_the_clock():
     assert timing.ratio(taken["fast"], taken["slow"]) == timing.Interval(4.0, 4.0, 4.0)
 
 
-def test_every_round_runs_every_line_in_an_order_of_its_own():
+def test_every_round_runs_every_contender_in_an_order_of_its_own():
     seen = []
 
     def step_of(name):
@@ -60,7 +60,7 @@ def test_every_round_runs_every_line_in_an_order_of_its_own():
     assert len({tuple(one) for one in rounds.tolist()}) > 5
 
 
-def test_drift_falls_on_all_lines_alike():
+def test_drift_falls_on_all_contenders_alike():
     """The machine slows down to a third over the run; two equal lines still come out equal."""
     clock, noise = Clock(), np.random.default_rng(1)
 
@@ -74,7 +74,7 @@ def test_drift_falls_on_all_lines_alike():
     assert timing.spread(taken["line"]).high > 1.2 * timing.spread(taken["line"]).low  # the drift was there
 
 
-def test_a_real_clock_finds_no_difference_between_a_line_and_itself():
+def test_a_real_clock_finds_no_difference_between_a_contender_and_itself():
     line = timing.matmul(torch.float32, size=64)
     taken = timing.interleave([line, timing.again(line)], rounds=30, steps=1)
     aa = timing.ratio(*taken.values(), figure=lambda s: s.flops / s.cpu, confidence=0.999)
@@ -107,7 +107,7 @@ def test_refusals():
         timing.ratio(samples([1]), samples([1]))
 
 
-def test_product_counts_its_flops():
-    line = timing.matmul(torch.bfloat16, size=8)
-    assert line.name == "matrix product, bfloat16"
-    assert line.step().flops == 20 * 2 * 8**3
+def test_matmul_counts_its_flops():
+    one = timing.matmul(torch.bfloat16, size=8)
+    assert one.name == "matmul, bfloat16"
+    assert one.step().flops == 20 * 2 * 8**3
