@@ -381,7 +381,8 @@ def draw(record: dict, figure) -> None:
     dtypes, found = record["conditions"]["dtypes"], list(by_case(record).items())[::-1]
     axes = show.axes_of(figure, 8, 1.3 + 0.32 * len(found))
     for place, (dtype, colour) in enumerate(zip(dtypes, (show.OURS, show.SECOND))):
-        rows = [(i + 0.2 - 0.4 * place, by_dtype[dtype]["ratio"]["value"]) for i, (_, by_dtype) in enumerate(found) if dtype in by_dtype]
+        offset = 0.2 - 0.4 * place if len(dtypes) > 1 else 0.0
+        rows = [(i + offset, by_dtype[dtype]["ratio"]["value"]) for i, (_, by_dtype) in enumerate(found) if dtype in by_dtype]
         axes.barh([at for at, _ in rows], [value for _, value in rows], 0.38, color=colour, label=dtype)
     axes.axvline(1, color=show.GREY, linewidth=0.8)
     axes.set_yticks(range(len(found)), [f"{operation}: {stock}" for (operation, stock), _ in found])
