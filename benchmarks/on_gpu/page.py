@@ -18,7 +18,7 @@ from benchmarks.speed.kernel_predictions import ARCHS, TARGETS
 from trainer.report import page
 from trainer.report.page import duration, number, percent
 
-TEMPLATE = Path(__file__).with_name("page.html.jinja")
+TEMPLATE = Path(__file__).with_name("gpu_page.html.jinja")
 OURS, PLAIN, BARE = "Steadfast", "plain HF loop", "base products"  # as records have them
 CARD, MODEL = "H200", MODELS[0].name  # what the targets are set for
 MET, MISSED, UNKNOWN = "met", "missed", "not measured"

@@ -222,6 +222,20 @@ def plain_python(tmp_path_factory):
     return run
 
 
+STEP = """
+import torch
+from benchmarks.on_gpu import whole_step
+from benchmarks.harness.model_shapes import ModelShape
+shape = ModelShape("tiny", 64, 112, 4, 2, 16, 257, 1)
+print(whole_step.throughput(torch.device("cpu"), torch.float32, shape, mean=20, rounds=2)["passed"])
+"""
+
+
+def test_a_whole_step_is_timed_under_a_plain_python(plain_python):
+    done = plain_python("-c", STEP)
+    assert done.stdout == "True\n", done.stderr
+
+
 def test_what_make_gpu_runs_starts_under_a_plain_python(plain_python):
     done = plain_python("-c", "import benchmarks.speed.kernels, benchmarks.gpu, benchmarks.on_gpu.whole_step_sizes; "
                         "from trainer.model.patch import patch")
@@ -229,7 +243,7 @@ def test_what_make_gpu_runs_starts_under_a_plain_python(plain_python):
 
 
 def test_without_matplotlib_there_is_a_record_and_a_line_about_the_page(plain_python, tmp_path):
-    code = ("from benchmarks import gpu, record; from pathlib import Path; import sys; "
+    code = ("from benchmarks import gpu; from benchmarks.harness import record; from pathlib import Path; import sys; "
             "gpu.write(record.make('gpu', {}, {}, [], {}) | {'parts': {}}, Path(sys.argv[1]))")
     done = plain_python("-c", code, str(tmp_path))
     path, = tmp_path.iterdir()
