@@ -76,7 +76,7 @@ def test_drift_falls_on_all_contenders_alike():
 
 def test_a_real_clock_finds_no_difference_between_a_contender_and_itself():
     one = timing.matmul(torch.float32, size=64)
-    taken = timing.interleave([line, timing.again(line)], rounds=30, steps=1)
+    taken = timing.interleave([one, timing.again(one)], rounds=30, steps=1)
     aa = timing.ratio(*taken.values(), figure=lambda s: s.flops / s.cpu, confidence=0.999)
     assert aa.low <= 1 <= aa.high
 
