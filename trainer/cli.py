@@ -167,6 +167,8 @@ def _explain(message: str, kind: type) -> str:
     keys = list(known_keys(kind))
     if found := re.match(r"unrecognized arguments: (?:--)?(\S+)", message):
         return _unknown(found[1].split("=")[0], keys)
+    if found := re.match(r"ambiguous option: --(\S+) could match (.*)", message):
+        return f"unknown option {found[1].split('=')[0]}: did you mean one of {found[2].replace('--', '')}?"
     if found := re.match(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message):
         return _unknown(f"{found[1]}.{found[2]}", keys)
     if found := re.match(r"Option '([\w.]+)' is not accepted", message):

@@ -39,6 +39,7 @@ def test_saved_configuration_reads_back_equal(tmp_path):
 @pytest.mark.parametrize(("arguments", "expected"), [
     (["--optim.lrr", "3"], "unknown option optim.lrr: did you mean optim.lr?"),
     (["--lr", "3"], "unknown option lr: did you mean optim.lr?"),
+    (["--retention.kl", "3"], "unknown option retention.kl: did you mean one of retention.kl_weight, retention.kl_sources, "),
     (["--optim.lr", "fast"], "optim.lr: expected float, got fast"),
     (["--batch.tokens_per_pack", "1.5"], "batch.tokens_per_pack: expected int, got 1.5"),
     (["--method", "lorax"], "method: expected one of 'lora', 'qlora', 'full', got lorax"),
