@@ -153,7 +153,7 @@ def test_leaked_special_tokens_are_seen():
 
 @pytest.mark.parametrize(("template", "reason"), [
     ("{% for m in messages %}{{ m.content }}{% endfor %}", "prints nothing before them"),
-    ("{{ bos_token }}{{ messages | length }}", "prints a user's words not at all"),
+    ("{{ bos_token }}{{ messages | length }}", "does not print a user's words"),
     ("{% for m in messages %}{{ m.content | length }}|{{ m.content }}<|im_end|>{% endfor %}", "depends on them|each message"),
 ])
 def test_templates_without_a_prefix_are_refused_with_the_reason(template, reason):
