@@ -13,7 +13,7 @@ from typing import Any
 from trainer.errors import UserError
 from trainer.evaluation.config import Config, Statistics
 from trainer.evaluation.generation import stock_attention
-from trainer.evaluation.models import Side
+from trainer.evaluation.models import LoadedModel
 from trainer.evaluation.results import paired
 from trainer.evaluation.significance import bootstrap, wilson
 
@@ -47,7 +47,7 @@ def _manager(folder: str | None):
     return TaskManager(include_path=folder)
 
 
-def run(side: Side, config: Config) -> Scores:
+def run(side: LoadedModel, config: Config) -> Scores:
     """The value of every metric for every document, under one model. UserError where a task cannot be run."""
     if not names(config):
         return {}

@@ -37,7 +37,7 @@ class Likelihood:
 
 
 @dataclass
-class Memory:
+class BaseStates:
     """What a base leaves for the model that is compared with it: its head, and the last hidden states of some samples."""
 
     head: LmHead
@@ -69,8 +69,8 @@ def chosen(samples: Sequence[Sample], roles: Sequence[str], tokens: int, seed: i
 
 
 @torch.no_grad()
-def measure(model: nn.Module, samples: Sequence[Sample], capacity: int, *, remember: Memory | None = None, keep: Iterable[int] = (),
-            base: Memory | None = None) -> list[Likelihood]:
+def measure(model: nn.Module, samples: Sequence[Sample], capacity: int, *, remember: BaseStates | None = None, keep: Iterable[int] = (),
+            base: BaseStates | None = None) -> list[Likelihood]:
     """The log-prob of each sample, and its KL from `base` where the base remembers it.
 
     The hidden states of the samples in `keep` go into `remember`. Packs hold `capacity` tokens at most, each sample seeing itself alone.
@@ -102,7 +102,7 @@ def per_sample(values: Tensor, batch: PackedBatch) -> list[float]:
     return sums.index_add_(0, sample, values.double()).tolist()
 
 
-def divergences(numbers: np.ndarray, rows: Sequence[Tensor], out: LmHead, base: Memory) -> list[tuple[int, float]]:
+def divergences(numbers: np.ndarray, rows: Sequence[Tensor], out: LmHead, base: BaseStates) -> list[tuple[int, float]]:
     """KL(base || model), summed over its scored tokens, of each sample of a pack that the base remembers; rows [S, D] of each sample."""
     known = [(int(i), part) for i, part in zip(numbers, rows) if int(i) in base.hidden]
     if not known:

@@ -30,7 +30,7 @@ from trainer.model.patch import patch
 
 
 @dataclass
-class Side:
+class LoadedModel:
     """One of the two models of a comparison, ready to be scored."""
 
     name: Literal["base", "model"]
@@ -112,11 +112,11 @@ def parts(found: EvaluatedModels) -> list[tuple[Literal["base", "model"], traini
     return [*([("base", before, None)] if before else []), ("model", found.model, found.adapter)]
 
 
-def sides(found: EvaluatedModels, config: Config, device: torch.device) -> Iterator[Side]:
+def sides(found: EvaluatedModels, config: Config, device: torch.device) -> Iterator[LoadedModel]:
     """The base, if there is one to compare with, and then the model; each is valid until the next is asked for."""
     if found.base is not None:
         with _option("base.", "model."):
-            side = Side("base", found.base.path, load(found.base, None, config, device), template_of(found.base, config))
+            side = LoadedModel("base", found.base.path, load(found.base, None, config, device), template_of(found.base, config))
         yield side
         side.model = None  # whoever holds the side holds no weights
         _free(device)
@@ -124,8 +124,8 @@ def sides(found: EvaluatedModels, config: Config, device: torch.device) -> Itera
     template = template_of(found.model, config)
     if found.switched:
         with lora.adapters_disabled(lora.adapted_layers(model)):
-            yield Side("base", found.model.path, model, template)
-    yield Side("model", str(found.adapter or found.model.path), model, template)
+            yield LoadedModel("base", found.model.path, model, template)
+    yield LoadedModel("model", str(found.adapter or found.model.path), model, template)
 
 
 def template_of(settings: training.Model, config: Config) -> ChatTemplate:

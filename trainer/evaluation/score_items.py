@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from trainer.evaluation.config import Config
 from trainer.evaluation.generation import Answer, answers, stopped
 from trainer.evaluation.items import ItemFile
-from trainer.evaluation.likelihood import Likelihood, Memory, chosen, measure
-from trainer.evaluation.models import Side
+from trainer.evaluation.likelihood import BaseStates, Likelihood, chosen, measure
+from trainer.evaluation.models import LoadedModel
 from trainer.evaluation.scoring import choose, judge
 from trainer.evaluation.tokens import Key, Sample, Tokens, encode
 from trainer.model.forward import lm_head
@@ -39,7 +39,7 @@ class Outcomes:
     side: str
     label: str
     items: dict[Key, Outcome]
-    memory: Memory | None = None  # of a base
+    memory: BaseStates | None = None  # of a base
     notes: list[str] = field(default_factory=list)  # what a reader has to know
 
     def of(self, f: int) -> list[Outcome]:
@@ -47,7 +47,7 @@ class Outcomes:
         return [outcome for key, outcome in self.items.items() if key.file == f]
 
 
-def score(side: Side, files: Sequence[ItemFile], config: Config, base: Memory | None = None, remember: bool = False,
+def score(side: LoadedModel, files: Sequence[ItemFile], config: Config, base: BaseStates | None = None, remember: bool = False,
           said: list[Answer] | None = None) -> Outcomes:
     """Everything about one model. `base` is what an earlier call with `remember` left; `said` are answers that another engine generated.
 
@@ -63,7 +63,7 @@ def score(side: Side, files: Sequence[ItemFile], config: Config, base: Memory | 
     why_not = base.why_not(tokens.samples, lm_head(side.model)) if base else None
     if why_not:
         found.notes.append(f"KL to the base was not measured: {why_not}")
-    found.memory = Memory(lm_head(side.model)) if remember else None
+    found.memory = BaseStates(lm_head(side.model)) if remember else None
     roles = [files[sample.key.file].role for sample in tokens.samples]
     keep = chosen(tokens.samples, roles, config.scoring.kl_tokens, config.statistics.seed) if remember else set()
     likely = measure(side.model, tokens.samples, config.scoring.tokens_per_pack, remember=found.memory, keep=keep,

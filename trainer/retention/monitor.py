@@ -1,4 +1,4 @@
-"""What a run keeps and loses, measured while it trains; and which of its states is exported, where there is a floor to what it may lose.
+"""Measure forgetting during a run, and choose the state to export where there is a floor to the accuracy that must remain.
 
 General and domain items with known answers are scored as `trainer.evaluate` scores them, beside the base: before the first step, every
 `forgetting.every` steps and after the last. The base is scored once, before training or a checkpoint changes any weight. With r the number
@@ -11,11 +11,10 @@ log-prob per token, else by held-out loss, else the latest. Where none holds it 
 command ends with status 3.
 
 A run stops after `forgetting.patience` measurements in a row, in its second half, that missed the floor and came no nearer to it than the
-one before. What a high learning rate costs comes back as the rate decays: a miniature run with half of its rows replay fell to 62.9% of the
-base's accuracy, kept 87.6% after a third of its steps, 98.6% or more in the last fifth and 99.6% at the end
-(`python -m benchmarks.run floor`).
+one before. The first half does not count, as accuracy that a high learning rate costs comes back while the rate decays (the curve of
+`python -m benchmarks.run floor`).
 
-Scoring draws no random number and leaves the model as it found it: watched or not, a run computes the same weights.
+Scoring draws no random number and leaves the model as it was: measured or not, a run computes the same weights.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from trainer.data.chat_template import ChatTemplate
 from trainer.errors import UserError
 from trainer.evaluation import config as evaluation
 from trainer.evaluation.items import ItemFile, read_files
-from trainer.evaluation.models import Side
+from trainer.evaluation.models import LoadedModel
 from trainer.evaluation.results import totals
 from trainer.evaluation.score_items import Outcomes, score
 from trainer.files import atomic_folder
@@ -95,7 +94,7 @@ def prepare(config: training.Config, files: Sequence[ItemFile], model: nn.Module
     if not files:
         return None
     watch = ForgettingMonitor(config, Path(config.output), files, as_evaluation(config),
-                              Side("model", "the trained model", model, template))
+                              LoadedModel("model", "the trained model", model, template))
     dist.on_main(watch.score_base)
     return watch
 
@@ -111,7 +110,7 @@ class ForgettingMonitor:
     folder: Path
     files: Sequence[ItemFile]
     how: evaluation.Config
-    side: Side
+    side: LoadedModel
     base: Outcomes | None = None
 
     @property
