@@ -184,9 +184,9 @@ def run_check(part: Check, processes: Processes, seconds: float, folder: Path) -
 
 
 def earlier(folder: Path, made: dict) -> dict[str, dict]:
-    """Return the checks of the newest other record of `make gpu`, if commit and device are those of `made`.
+    """Return the checks of the newest other record of `make gpu` on this commit and device.
 
-    Both must be without changes.
+    Neither record may have uncommitted changes.
     """
     alike = ("suite", "commit", "dirty", "device")
     records = [json.loads(path.read_text()) for path in folder.glob("gpu-*.json")] if made["commit"] and not made["dirty"] else []

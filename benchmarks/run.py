@@ -1,4 +1,4 @@
-"""Measure a suite, print its table, and write its record and picture: `python -m benchmarks.run SUITE`.
+"""Measure a suite, print its table, write its record and picture: `python -m benchmarks.run SUITE`.
 
 Without a suite, it lists them. `python -m benchmarks.run --compare REV` measures this checkout against another commit; the exit status is
 1 where something got slower.

@@ -44,14 +44,15 @@ class Clock:
         return lambda: (begin.elapsed_time(end), host)
 
 
-def rounds_of(lines: dict[str, Callable], clock: Clock, seconds: float, most: int, seed: int = 0) -> dict[str, list[tuple[float, float]]]:
+def rounds_of(contenders: dict[str, Callable], clock: Clock, seconds: float, most: int,
+              seed: int = 0) -> dict[str, list[tuple[float, float]]]:
     """Return (device ms, host ms) of every contender in every round; contenders in a shuffled order."""
-    order, names, begun = np.random.default_rng(seed), list(lines), time.perf_counter()
+    order, names, begun = np.random.default_rng(seed), list(contenders), time.perf_counter()
     samples: dict[str, list] = {name: [] for name in names}
     for done in range(most):
         if done >= FEWEST and time.perf_counter() - begun > seconds:
             break
-        readings = {names[i]: clock(lines[names[i]]) for i in order.permutation(len(names))}
+        readings = {names[i]: clock(contenders[names[i]]) for i in order.permutation(len(names))}
         synchronize()
         for name, read in readings.items():
             samples[name].append(read())
@@ -75,14 +76,14 @@ def measured_rates(device: torch.device, clock: Clock) -> dict[str, float]:
     size, copied = (8192, 1 << 30) if device.type == "cuda" else (256, 1 << 20)
     a, b = torch.randn(2, size, size, device=device).to(torch.bfloat16 if device.type == "cuda" else torch.float32)
     source, target = torch.zeros(2, copied, dtype=torch.int8, device=device)
-    lines = {"product": lambda: torch.mm(a, b), "copy": lambda: target.copy_(source)}
-    for run in lines.values():
+    contenders = {"product": lambda: torch.mm(a, b), "copy": lambda: target.copy_(source)}
+    for run in contenders.values():
         run()
-    ms = {name: float(np.median([device_ms for device_ms, _ in line])) for name, line in rounds_of(lines, clock, 1.0, 30).items()}
+    ms = {name: float(np.median([device_ms for device_ms, _ in own])) for name, own in rounds_of(contenders, clock, 1.0, 30).items()}
     return {"product_flops": 2e3 * size**3 / ms["product"], "copy_bytes": 2e3 * copied / ms["copy"]}
 
 
-# ---------------------------------------------------------------- lines that may fail
+# ---------------------------------------------------------------- contenders that may fail
 
 
 def distance(value: Tensor, other: Tensor) -> float:
