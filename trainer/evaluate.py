@@ -12,8 +12,8 @@ from trainer import cli
 from trainer.evaluation import harness, report, vllm
 from trainer.evaluation.config import Config, validate
 from trainer.evaluation.items import read_files
-from trainer.evaluation.models import plan, sides
-from trainer.evaluation.results import summarise, totals
+from trainer.evaluation.models import find_models, load_each
+from trainer.evaluation.results import figures_by_file, figures_by_role
 from trainer.evaluation.score_items import Outcomes, score
 from trainer.runtime.device import choose_device
 
@@ -52,20 +52,20 @@ def evaluate(config: Config) -> dict:
     vllm.require(config)
     output, device = Path(config.output), choose_device(config.device)
     report.refuse_used(output)
-    files, models = read_files(config.data), plan(config)
-    said = vllm.all_answers(models, files, config, device, output / "vllm.log") if config.generation.engine == "vllm" else {}
+    files, models = read_files(config.data), find_models(config)
+    completions = vllm.all_answers(models, files, config, device, output / "vllm.log") if config.generation.engine == "vllm" else {}
     scored: dict[str, Outcomes] = {}
     tasks: dict[str, dict] = {}
-    for side in sides(models, config, device):
+    for side in load_each(models, config, device):
         base = scored.get("base")
-        scored[side.name] = score(side, files, config, base.memory if base else None, remember=models.compared and base is None,
-                                  said=said.get(side.name))
+        scored[side.name] = score(side, files, config, base.base_states if base else None, remember=models.compared and base is None,
+                                  completions=completions.get(side.name))
         tasks[side.name] = harness.run(side, config)
         print(f"scored {side.name}: {side.label}", flush=True)
     model, base = scored["model"], scored.get("base")
     results = {
         "model": model.label, "base": base.label if base else None, "confidence": config.statistics.confidence,
-        "roles": totals(files, model, base, config.statistics), "files": summarise(files, model, base, config.statistics),
+        "roles": figures_by_role(files, model, base, config.statistics), "files": figures_by_file(files, model, base, config.statistics),
         "tasks": harness.summarise(tasks, config), "notes": list(dict.fromkeys(note for side in scored.values() for note in side.notes)),
     }
     report.write(output, config, files, scored, tasks, results)

@@ -29,7 +29,7 @@ from trainer.evaluation.config import Config
 from trainer.evaluation.generation import answers
 from trainer.evaluation.items import read_files
 from trainer.evaluation.likelihood import kl_rows
-from trainer.evaluation.models import plan, sides
+from trainer.evaluation.models import find_models, load_each
 from trainer.evaluation.score_items import score
 from trainer.evaluation.tokens import Key, encode
 from trainer.model.export import save_adapter
@@ -73,9 +73,9 @@ def scored(*given):
     """Outcomes of base and model (or of the model alone), without files."""
     settings, found = config(*given), {}
     items = read_files(settings.data)
-    for side in sides(plan(settings), settings, CPU):
+    for side in load_each(find_models(settings), settings, CPU):
         base = found.get("base")
-        found[side.name] = score(side, items, settings, base.memory if base else None, remember=base is None)
+        found[side.name] = score(side, items, settings, base.base_states if base else None, remember=base is None)
     return items, found
 
 
@@ -180,7 +180,7 @@ def test_generated_answers_are_those_of_transformers_one_by_one(adapter, files, 
     model, tokenizer = stock
     settings = config("--adapter", adapter, "--data.general", files / "exact.jsonl", "--data.metric", "exact")
     items = read_files(settings.data)
-    for side in sides(plan(settings), settings, CPU):
+    for side in load_each(find_models(settings), settings, CPU):
         prompts = [prompt.ids for prompt in encode(items, side.template, settings, side.context).prompts]
         found = answers(side.model, side.template, prompts, 24, batch=7)
         before = side.model.config._attn_implementation
@@ -216,7 +216,7 @@ def test_a_base_in_four_bits_is_its_dequantised_weights(adapter, files):
     """With the adapter off too, where bitsandbytes' own forward would misread layers of this width on some CPUs."""
     settings = config("--adapter", adapter, "--data.general", files / "exact.jsonl", "--data.metric", "exact", "--load_in_4bit", "true")
     items, dense = read_files(settings.data), AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32).eval()
-    for side in sides(plan(settings), settings, CPU):
+    for side in load_each(find_models(settings), settings, CPU):
         if side.name == "base":
             for name, module in side.model.get_base_model().named_modules():
                 if is_quantized(module):

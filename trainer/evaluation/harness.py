@@ -14,7 +14,7 @@ from trainer.errors import UserError
 from trainer.evaluation.config import Config, Statistics
 from trainer.evaluation.generation import stock_attention
 from trainer.evaluation.models import LoadedModel
-from trainer.evaluation.results import paired
+from trainer.evaluation.results import paired_figures
 from trainer.evaluation.significance import bootstrap, wilson
 
 Scores = dict[tuple[str, str, str], dict[int, float]]  # (task, filter, metric) -> document -> value
@@ -108,6 +108,6 @@ def _mean(values: list[float], settings: Statistics) -> dict:
 def _change(before: list[float], after: list[float], settings: Statistics) -> dict:
     resample = {"confidence": settings.confidence, "draws": settings.bootstrap, "seed": settings.seed}
     if _is_mark(before) and _is_mark(after):
-        return paired([(bool(was), bool(now)) for was, now in zip(before, after)], resample)
+        return paired_figures([(bool(was), bool(now)) for was, now in zip(before, after)], resample)
     moves = [now - was for was, now in zip(before, after)]
     return {"difference": sum(moves) / len(moves), "difference_interval": list(bootstrap(moves, **resample))}

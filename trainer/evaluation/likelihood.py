@@ -44,7 +44,7 @@ class BaseStates:
     hidden: dict[int, Tensor] = field(default_factory=dict)  # number of a sample -> [S, D], on the host
     ids: dict[int, np.ndarray] = field(default_factory=dict)  # and its tokens
 
-    def why_not(self, samples: Sequence[Sample], other: LmHead) -> str | None:
+    def why_no_kl(self, samples: Sequence[Sample], other: LmHead) -> str | None:
         """Why no divergence can be measured with it; None where one can."""
         if self.head.weight.shape[0] != other.weight.shape[0]:
             return f"the base predicts {self.head.weight.shape[0]:,} tokens, the model {other.weight.shape[0]:,}"

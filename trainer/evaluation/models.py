@@ -58,7 +58,7 @@ class EvaluatedModels:
         return self.switched or self.base is not None
 
 
-def plan(config: Config) -> EvaluatedModels:
+def find_models(config: Config) -> EvaluatedModels:
     """The models that the options name, checked as far as no weights are needed. UserError says what is missing or does not fit."""
     folder = None if config.adapter is None else Path(config.adapter).expanduser()
     settings = config.model if folder is None else _adapter_base(config, folder)
@@ -112,7 +112,7 @@ def parts(found: EvaluatedModels) -> list[tuple[Literal["base", "model"], traini
     return [*([("base", before, None)] if before else []), ("model", found.model, found.adapter)]
 
 
-def sides(found: EvaluatedModels, config: Config, device: torch.device) -> Iterator[LoadedModel]:
+def load_each(found: EvaluatedModels, config: Config, device: torch.device) -> Iterator[LoadedModel]:
     """The base, if there is one to compare with, and then the model; each is valid until the next is asked for."""
     if found.base is not None:
         with _option("base.", "model."):

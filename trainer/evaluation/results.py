@@ -13,7 +13,7 @@ from trainer.evaluation.significance import bootstrap, chance_adjusted, mcnemar,
 Figures = dict
 
 
-def summarise(files: Sequence[ItemFile], model: Outcomes, base: Outcomes | None, settings: Statistics) -> list[Figures]:
+def figures_by_file(files: Sequence[ItemFile], model: Outcomes, base: Outcomes | None, settings: Statistics) -> list[Figures]:
     """One record per file: name, role, metric, items; figures of `base` and `model`; and of the change."""
     rows = []
     for f, file in enumerate(files):
@@ -24,7 +24,7 @@ def summarise(files: Sequence[ItemFile], model: Outcomes, base: Outcomes | None,
     return rows
 
 
-def totals(files: Sequence[ItemFile], model: Outcomes, base: Outcomes | None, settings: Statistics) -> dict[str, Figures]:
+def figures_by_role(files: Sequence[ItemFile], model: Outcomes, base: Outcomes | None, settings: Statistics) -> dict[str, Figures]:
     """The same of each role, over the items of all its files: a file with more items weighs more."""
     found = {}
     for role in ("general", "domain"):
@@ -36,13 +36,13 @@ def totals(files: Sequence[ItemFile], model: Outcomes, base: Outcomes | None, se
 
 
 def _pair(model: list[Outcome], base: list[Outcome] | None, settings: Statistics, options: list[int] | None) -> Figures:
-    figures = {"model": one(model, settings, options)}
+    figures = {"model": model_figures(model, settings, options)}
     if base is not None:
-        figures = {"base": one(base, settings, options), **figures, "change": change(base, model, settings)}
+        figures = {"base": model_figures(base, settings, options), **figures, "change": change_figures(base, model, settings)}
     return figures
 
 
-def one(outcomes: list[Outcome], settings: Statistics, options: list[int] | None = None) -> Figures:
+def model_figures(outcomes: list[Outcome], settings: Statistics, options: list[int] | None = None) -> Figures:
     """Of one model: accuracy with its Wilson interval, adjusted for chance where there are choices; log-prob per token and byte in nats."""
     figures: Figures = {}
     marks = [outcome.right for outcome in outcomes if outcome.right is not None]
@@ -63,14 +63,14 @@ def one(outcomes: list[Outcome], settings: Statistics, options: list[int] | None
     return figures
 
 
-def change(base: list[Outcome], model: list[Outcome], settings: Statistics) -> Figures:
+def change_figures(base: list[Outcome], model: list[Outcome], settings: Statistics) -> Figures:
     """Paired, item by item: lost (1 -> 0) and gained (0 -> 1), their exact McNemar p, the difference of accuracies with its bootstrap
     interval; the difference of log-probs per token, and KL(base || model) in nats per token, with theirs."""
     figures: Figures = {}
     resample = {"confidence": settings.confidence, "draws": settings.bootstrap, "seed": settings.seed}
     pairs = [(was.right, now.right) for was, now in zip(base, model, strict=True) if was.right is not None and now.right is not None]
     if pairs:
-        figures |= paired(pairs, resample)
+        figures |= paired_figures(pairs, resample)
     shared = [(was, now) for was, now in zip(base, model, strict=True)
               if was.logprob is not None and now.logprob is not None and was.tokens == now.tokens]
     if shared:
@@ -83,7 +83,7 @@ def change(base: list[Outcome], model: list[Outcome], settings: Statistics) -> F
     return figures
 
 
-def paired(pairs: Sequence[tuple[bool, bool]], resample: dict) -> Figures:
+def paired_figures(pairs: Sequence[tuple[bool, bool]], resample: dict) -> Figures:
     """Of (right under the base, right under the model): `kept` is the share of those right before that still are; `retention` compares
     the numbers of right items, so gains make up for losses. (Where no item changed the bootstrap's interval of the difference is one
     point, however few items there are: the two accuracies' own intervals say what is known.)"""

@@ -39,7 +39,7 @@ class Outcomes:
     side: str
     label: str
     items: dict[Key, Outcome]
-    memory: BaseStates | None = None  # of a base
+    base_states: BaseStates | None = None  # of a base
     notes: list[str] = field(default_factory=list)  # what a reader has to know
 
     def of(self, f: int) -> list[Outcome]:
@@ -48,7 +48,7 @@ class Outcomes:
 
 
 def score(side: LoadedModel, files: Sequence[ItemFile], config: Config, base: BaseStates | None = None, remember: bool = False,
-          said: list[Answer] | None = None) -> Outcomes:
+          completions: list[Answer] | None = None) -> Outcomes:
     """Everything about one model. `base` is what an earlier call with `remember` left; `said` are answers that another engine generated.
 
     UserError for items that do not fit the model.
@@ -56,18 +56,18 @@ def score(side: LoadedModel, files: Sequence[ItemFile], config: Config, base: Ba
     tokens = encode(files, side.template, config, side.context)
     items = {Key(f, i): Outcome() for f, file in enumerate(files) for i in range(len(file.items))}
     found = Outcomes(side.name, side.label, items, notes=_cut_notes(tokens))
-    if said is None:
+    if completions is None:
         how = config.generation
-        said = answers(side.model, side.template, [prompt.ids for prompt in tokens.prompts], how.max_tokens, how.batch)
-    _judged(files, tokens, [stopped(answer, config.generation.stop) for answer in said], items)
-    why_not = base.why_not(tokens.samples, lm_head(side.model)) if base else None
-    if why_not:
-        found.notes.append(f"KL to the base was not measured: {why_not}")
-    found.memory = BaseStates(lm_head(side.model)) if remember else None
+        completions = answers(side.model, side.template, [prompt.ids for prompt in tokens.prompts], how.max_tokens, how.batch)
+    _judged(files, tokens, [stopped(answer, config.generation.stop) for answer in completions], items)
+    why_no_kl = base.why_no_kl(tokens.samples, lm_head(side.model)) if base else None
+    if why_no_kl:
+        found.notes.append(f"KL to the base was not measured: {why_no_kl}")
+    found.base_states = BaseStates(lm_head(side.model)) if remember else None
     roles = [files[sample.key.file].role for sample in tokens.samples]
     keep = chosen(tokens.samples, roles, config.scoring.kl_tokens, config.statistics.seed) if remember else set()
-    likely = measure(side.model, tokens.samples, config.scoring.tokens_per_pack, remember=found.memory, keep=keep,
-                     base=None if why_not else base)
+    likely = measure(side.model, tokens.samples, config.scoring.tokens_per_pack, remember=found.base_states, keep=keep,
+                     base=None if why_no_kl else base)
     _likelihoods(files, tokens.samples, likely, items)
     return found
 
@@ -78,8 +78,8 @@ def _cut_notes(tokens: Tokens) -> list[str]:
     return [f"{count:,} {what}" for what, count in counts.items() if count]
 
 
-def _judged(files: Sequence[ItemFile], tokens: Tokens, said: Sequence[Answer], items: dict[Key, Outcome]) -> None:
-    for (key, _), answer in zip(tokens.prompts, said, strict=True):
+def _judged(files: Sequence[ItemFile], tokens: Tokens, completions: Sequence[Answer], items: dict[Key, Outcome]) -> None:
+    for (key, _), answer in zip(tokens.prompts, completions, strict=True):
         file = files[key.file]
         right, found = judge(answer.text, file.items[key.item].answers, file.settings)
         outcome = items[key]

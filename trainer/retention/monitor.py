@@ -36,7 +36,7 @@ from trainer.errors import UserError
 from trainer.evaluation import config as evaluation
 from trainer.evaluation.items import ItemFile, read_files
 from trainer.evaluation.models import LoadedModel
-from trainer.evaluation.results import totals
+from trainer.evaluation.results import figures_by_role
 from trainer.evaluation.score_items import Outcomes, score
 from trainer.files import atomic_folder
 from trainer.metrics.log import Log
@@ -54,10 +54,10 @@ HERE = {"data.general": "forgetting.general", "data.domain": "forgetting.domain"
 
 def as_evaluation(config: training.Config) -> evaluation.Config:
     """The options of a run, as trainer.evaluate has them. Held-out texts longer than the model's context are cut off, and it is said."""
-    held = config.forgetting
+    forgetting = config.forgetting
     return evaluation.Config(
-        model=config.model, precision=config.precision, generation=evaluation.Generation(max_tokens=held.max_tokens),
-        data=evaluation.Data(general=held.general, domain=held.domain, metric=held.metric, regex=held.regex,
+        model=config.model, precision=config.precision, generation=evaluation.Generation(max_tokens=forgetting.max_tokens),
+        data=evaluation.Data(general=forgetting.general, domain=forgetting.domain, metric=forgetting.metric, regex=forgetting.regex,
                              chat_template=config.data.chat_template, on_overlong="truncate"))
 
 
@@ -137,15 +137,15 @@ class ForgettingMonitor:
 
     def describe(self) -> list[str]:
         """What a run says of it when it starts, on rank 0."""
-        held, marks = self.config.forgetting, [o.right for o in self.base.items.values() if o.right is not None]
-        when = f"every {held.every} steps" if held.every else "before the first step and after the last"
+        forgetting, marks = self.config.forgetting, [o.right for o in self.base.items.values() if o.right is not None]
+        when = f"every {forgetting.every} steps" if forgetting.every else "before the first step and after the last"
         lines = [f"forgetting: {len(self.base.items):,} items, measured {when}"
                  + (f"; the base answers {self._right(self.base):,} of {self._judged(self.base):,} general ones right" if marks else "")]
         if self.floor is not None:
             lines.append(f"forgetting: the best state with {self.floor * self._right(self.base):.4g} right ones or more is exported")
-            if held.patience:
-                lines.append(f"forgetting: in its second half the run stops at {held.patience} measurements in a row that miss this and "
-                             "come no nearer")
+            if forgetting.patience:
+                lines.append(f"forgetting: in its second half the run stops after {forgetting.patience} measurements in a row that miss "
+                             "the floor and come no nearer to it")
         return lines + [f"forgetting: {note}" for note in self.base.notes]
 
     def measure(self, state: checkpoint.State, optimizer: FlatAdamW, heldout_loss: float | None, total: int, log: Log) -> None:
@@ -177,17 +177,17 @@ class ForgettingMonitor:
         model = self.side.model
         self._head_on(next(model.parameters()).device)
         with at_rest(model, self.config.compile):
-            found = score(self.side, self.files, self.how, self.base.memory)
+            found = score(self.side, self.files, self.how, self.base.base_states)
         if self.config.method == "full":
             self._head_on(torch.device("cpu"))
         return found
 
     def _head_on(self, device: torch.device, copy: bool = False) -> None:
         """Move the base's head, where the run has a copy of it. (An adapter's base has the very head of the model.)"""
-        head = self.base.memory.head
+        head = self.base.base_states.head
         if self.config.method == "full":
             weight, bias = (None if t is None else t.detach().to(device, copy=copy) for t in (head.weight, head.bias))
-            self.base.memory.head = head._replace(weight=weight, bias=bias)
+            self.base.base_states.head = head._replace(weight=weight, bias=bias)
 
     def _general(self, outcomes: Outcomes) -> list[bool]:
         return [o.right for key, o in outcomes.items.items() if self.files[key.file].role == "general" and o.right is not None]
@@ -200,9 +200,10 @@ class ForgettingMonitor:
 
     def _record(self, step: int, outcomes: Outcomes, heldout_loss: float | None) -> dict:
         """A flat record: of each role accuracy with its interval, the share of the base's right answers that it comes to, items lost and
-        gained, KL(base || model) and log-prob in nats per token; of each file its accuracy."""
+        gained, KL(base || model) and log-prob in nats per token; of each file its accuracy.
+        """
         record: dict = {"kind": "forgetting", "step": step}
-        for role, found in totals(self.files, outcomes, self.base, self.how.statistics).items():
+        for role, found in figures_by_role(self.files, outcomes, self.base, self.how.statistics).items():
             model, base, change = found["model"], found["base"], found["change"]
             figures = {"": model.get("accuracy"), "interval": model.get("accuracy_interval"), "base": base.get("accuracy"),
                        "retained": change.get("retention"), "lost": change.get("lost"), "gained": change.get("gained"),

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.evaluation.config import Statistics
-from trainer.evaluation.results import change, one, paired
+from trainer.evaluation.results import change_figures, model_figures, paired_figures
 from trainer.evaluation.score_items import Outcome
 from trainer.evaluation.significance import bootstrap, chance_adjusted, mcnemar, wilson
 
@@ -84,19 +84,19 @@ RESAMPLE = {"confidence": 0.95, "draws": 200, "seed": 0}
 
 def test_pairs_are_counted_by_hand():
     pairs = [(True, True)] * 5 + [(True, False)] * 2 + [(False, True)] + [(False, False)] * 2
-    found = paired(pairs, RESAMPLE)
+    found = paired_figures(pairs, RESAMPLE)
     assert (found["lost"], found["gained"], found["p"]) == (2, 1, 1) and found["difference"] == pytest.approx(-0.1)
     assert found["kept"] == pytest.approx(5 / 7) and found["retention"] == pytest.approx(6 / 7)
     assert found["difference_interval"][0] < -0.1 < found["difference_interval"][1]
-    assert paired([(False, True)], RESAMPLE)["kept"] is None, "nothing was there to be kept"
+    assert paired_figures([(False, True)], RESAMPLE)["kept"] is None, "nothing was there to be kept"
 
 
 def test_figures_are_per_token_and_per_byte_not_per_item():
     base = [Outcome(right=True, logprob=-2.0, tokens=2, bytes=8), Outcome(right=False, logprob=-4.0, tokens=8, bytes=8)]
     model = [Outcome(right=False, logprob=-3.0, tokens=2, bytes=8, kl=1.0), Outcome(right=True, logprob=-2.0, tokens=8, bytes=8, kl=0.5)]
-    figures = one(base, Statistics(bootstrap=200))
+    figures = model_figures(base, Statistics(bootstrap=200))
     assert figures["accuracy"] == 0.5 and figures["logprob_per_token"] == pytest.approx(-0.6)
     assert figures["logprob_per_byte"] == pytest.approx(-6 / 16)
-    moved = change(base, model, Statistics(bootstrap=200))
+    moved = change_figures(base, model, Statistics(bootstrap=200))
     assert moved["logprob_per_token"] == pytest.approx((-1 + 2) / 10) and moved["kl_per_token"] == pytest.approx(0.15)
     assert (moved["lost"], moved["gained"], moved["kl_tokens"]) == (1, 1, 10)
