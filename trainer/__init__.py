@@ -1,4 +1,4 @@
-"""The training half of Steadfast: chats in, a fine-tuned adapter or model out. Start reading at `run.py`."""
+"""The training half of Steadfast: chats become an adapter or a model. Start reading at `run.py`."""
 
 import logging
 

@@ -76,7 +76,7 @@ class Replay:
 
 @dataclass
 class ReplaySearch:
-    """Short probe runs that choose replay.ratio and retention.kl_weight: the least replay that holds forgetting.floor."""
+    """Short probe runs that choose the least replay, and a KL weight, that hold forgetting.floor."""
 
     enabled: bool = False  # needs forgetting.general and forgetting.floor
     ratios: list[float] = field(default_factory=lambda: [0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.83])  # replay ratios to choose from, rising
@@ -121,7 +121,7 @@ class Quantization:
 
 @dataclass
 class Retention:
-    """Terms that keep the model near its base, beside replay. The base is the model before training, without any adapter."""
+    """Terms that keep the model near its base: the model before training, without any adapter."""
 
     kl_weight: float = 0.0  # weight of the KL to the base, in nats per token, added to the loss; 0: off; 0.3 is a good start
     kl_sources: Literal["replay", "all"] = "replay"  # the samples whose tokens the KL counts
@@ -141,7 +141,7 @@ class Retention:
 
 @dataclass
 class Forgetting:
-    """Items with known answers, scored during the run as trainer.evaluate scores them, and the accuracy that must remain."""
+    """Items with known answers that are scored during the run, and the accuracy that must remain."""
 
     general: str | list[str | Items] = field(default_factory=list)  # general items: what the base can do
     domain: str | list[str | Items] = field(default_factory=list)  # items of the domain, scored beside them

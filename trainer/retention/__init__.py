@@ -1,1 +1,1 @@
-"""Methods against forgetting: KL to the base, token weighting, the forgetting monitor, the replay search."""
+"""Methods against forgetting: KL to the base, token weighting, forgetting monitor, replay search."""

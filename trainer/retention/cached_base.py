@@ -1,15 +1,15 @@
-"""Run the base once and cache its last hidden states on disk for the KL (`retention.kl_reference: cached`).
+"""Run the base once and cache its last hidden states on disk, for the KL.
 
-With `live` the base runs in every step: with an adapter that is another forward pass over the KL samples, with full fine-tuning a second
-copy of the model on the device too. The base's states of a sample never change, so `cached` runs it once, before the first step, and each
-pack reads its rows while the step before it runs. Of the base only the head stays: an adapter leaves the model's own untrained, full
-fine-tuning keeps a copy of it. The KL is computed by the same operation (`kernels.linear_kl`) and is equal but for rounding, as the base
-has read each sample in another pack.
+This is `retention.kl_reference: cached`. With `live` the base runs in every step: with an adapter that is another forward pass over the KL
+samples, with full fine-tuning a second copy of the model on the device too. The base's states of a sample never change, so `cached` runs it
+once, before the first step, and each pack reads its rows while the step before it runs. Of the base only the head stays: an adapter leaves
+the model's own untrained, full fine-tuning keeps a copy of it. The KL is computed by the same operation (`kernels.linear_kl`) and is equal
+but for rounding, as the base has read each sample in another pack.
 
     bytes = KL tokens of the samples that the run sees x W x bytes of an element        W = 4096 in bf16: 8,192 a token
 
 The 64 largest log-probabilities of a token with their ids would take 384 bytes, and leave out the rest of the vocabulary; hidden states
-are exact. What a step costs with either: `python -m benchmarks.run options`. The pass before the first step saves nothing where each
+are exact. `python -m benchmarks.run options` times a step with either. The pass before the first step saves nothing where each
 sample is seen once; the gain is then the memory of full fine-tuning.
 
 The file is in the run folder, named after all that decides what the run computes, and is removed when the run has finished. It is written
@@ -48,7 +48,7 @@ from trainer.runtime.distributed import Distributed
 
 @dataclass(frozen=True)
 class CachedRows:
-    """Where each sample's rows are in the file: `counts[i]` of them from row `first[i]`, in the order of its tokens."""
+    """The place of each sample's rows in the file: `counts[i]` rows from row `first[i]`, in token order."""
 
     counts: np.ndarray  # int64[samples], 0 where the sample has no KL tokens, or the run does not see it
     width: int
@@ -102,9 +102,10 @@ def cached_rows(kl: KlToBase, samples: Samples, plan: StepPlan, dtype: torch.dty
 
 def with_cached_base(kl: KlToBase, samples: Samples, plan: StepPlan, folder: Path, identity: dict, device: torch.device,
                      dist: Distributed) -> KlToBase:
-    """Return `kl` with cached states: from this run's file in `folder`, or made now by the model, which is not trained yet.
+    """Return `kl` with cached states, read from this run's file in `folder` or computed now.
 
-    `identity` is all that decides what the run computes. Raises UserError where the file cannot be written.
+    The model must not be trained yet. `identity` is all that decides what the run computes. Raises UserError where the file cannot be
+    written.
     """
     rows = cached_rows(kl, samples, plan, lm_head(kl.base.model).weight.dtype)
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
@@ -158,7 +159,10 @@ def _allocate(tmp: Path, rows: CachedRows) -> None:
 
 def _base_states(kl: KlToBase, samples: Samples, rows: CachedRows, batch_size: config.BatchSize, device: torch.device,
                  dist: Distributed) -> Iterator[tuple[np.ndarray, Tensor]]:
-    """Run the base on this rank's packs of the samples with rows; yield the samples of each and their rows [K, W]."""
+    """Run the base on this rank's packs; yield the samples of each pack and their KL rows [K, W].
+
+    Samples without KL rows are in no pack.
+    """
     indices = np.flatnonzero(rows.counts)
     packs = pack(samples.lengths[indices], batch_size.tokens_per_pack, batch_size.max_samples_per_pack, seed=0)
     for members in packs[dist.rank :: dist.size]:

@@ -1,12 +1,12 @@
-"""Compute the KL between the model and its base, the term that keeps a trained model near its base (`retention.kl_weight`).
+"""Compute the KL between the model and its base, the term that keeps a trained model near it.
 
     objective = Σ_i w_i ce_i / Σ_i w_i  +  kl_weight · Σ_k w_k D_k / Σ_k w_k
 
-over the supervised tokens i of a step and the tokens k that `retention.kl_sources` and `kl_positions` choose: of replay samples or of all,
-the supervised ones or all but a sample's first. D_k is KL(base ‖ model), KL(model ‖ base) or their Jensen-Shannon divergence in the
-prediction of token k, in nats, so a weight means the same for any model and length. Both sums of weights are known on the host before a
-step runs, so the division of a step into packs and ranks changes nothing. Distilling a model's old answers into it while it learns is
-Learning without Forgetting (Li and Hoiem, arXiv 1606.09282).
+with `retention.kl_weight`, over the supervised tokens i of a step and the tokens k that `retention.kl_sources` and `kl_positions` choose:
+of replay samples or of all, the supervised ones or all but a sample's first. D_k is KL(base ‖ model), KL(model ‖ base) or their
+Jensen-Shannon divergence in the prediction of token k, in nats, so a weight means the same for any model and length. Both sums of weights
+are known on the host before a step runs, so the division of a step into packs and ranks changes nothing. Distilling a model's old answers
+into it while it learns is Learning without Forgetting (Li and Hoiem, arXiv 1606.09282).
 
 The base is the model as training starts. With an adapter it is the same weights with the adapter switched off, also where training
 continues a saved adapter; full fine-tuning keeps a frozen second copy. It runs without gradients, on the KL samples of a pack alone, and
@@ -104,7 +104,7 @@ class KlToBase:
         return batch
 
     def _kl_rows(self, samples: Sequence[Piece], batch: PackedBatch) -> KlRows | None:
-        """Return the KL rows of a pack, with the pack of their samples for the base to read, or with its cached states."""
+        """Return the KL rows of a pack, with the pack that the base reads, or with its cached states."""
         tokens = self._kl_tokens(batch)
         if not len(tokens):
             return None
@@ -130,7 +130,10 @@ class KlToBase:
     # ------------------------------------------------------------ on the device: the KL of a pack
 
     def reference(self, batch: PackedBatch, phases: Phases) -> Tensor | None:
-        """Return the base's hidden states [K, W] at the KL rows, computed now or cached; None where the pack has no such rows."""
+        """Return the base's hidden states [K, W] at the KL rows; None where the pack has no such rows.
+
+        They are computed now, or read from the cache.
+        """
         if batch.kl is None:
             return None
         if batch.kl.cached_states is not None:
@@ -139,9 +142,9 @@ class KlToBase:
             return self.base.hidden(batch.kl.reference, batch.kl.reference_rows)
 
     def hidden_and_kl(self, model: nn.Module, batch: PackedBatch, reference: Tensor) -> tuple[Tensor, Tensor]:
-        """Run the model; return its hidden states at the supervised rows [S, W], and the sum of weight * KL over the KL rows.
+        """Run the model; return its hidden states at the supervised rows [S, W], and the weighted KL sum.
 
-        `reference` [K, W] is the base's hidden states at the KL rows.
+        The sum is of weight * KL over the KL rows. `reference` [K, W] is the base's hidden states at the KL rows.
         """
         if self.on_supervised:
             hidden = supervised = supervised_hidden(model, batch)
@@ -163,7 +166,10 @@ def _sample_of(rows: np.ndarray, batch: PackedBatch) -> np.ndarray:
 
 
 def prepare(options: config.Retention, model: nn.Module, roles: Sequence[str]) -> KlToBase | None:
-    """Return the KL, and DFT's mask, of a run over sources of these roles; None without both. `model` is not trained yet."""
+    """Return the KL, and DFT's mask, of a run over sources of these roles; None without both.
+
+    `model` must not be trained yet.
+    """
     has_kl, has_dft = options.kl_weight > 0, options.token_weighting == "dft"
     if not has_kl and not has_dft:
         return None
@@ -185,7 +191,10 @@ def sources_of(roles: Sequence[str], role: str) -> np.ndarray:
 
 
 def describe(options: config.Retention, method: str, copy_bytes: float) -> list[str]:
-    """Return the console lines of these options, none where they are off. A second copy of the model takes `copy_bytes`."""
+    """Return the console lines of these options, none where they are off.
+
+    A second copy of the model takes `copy_bytes`.
+    """
     lines = []
     if options.kl_weight > 0:
         names = {"forward": "KL(base || model)", "reverse": "KL(model || base)", "js": "Jensen-Shannon divergence from the base"}

@@ -1,8 +1,9 @@
-"""Choose the least replay, and a weight of the KL to the base, that hold the floor, by short probe runs (`replay_search.enabled`).
+"""Choose the least replay, and a KL weight, that hold the floor, by short probe runs.
 
-A probe run is a run of its own, in the folder `replay_search/` of the run folder: the same data, seed and learning-rate schedule, over
-`replay_search.probe_fraction` of the epochs. So all probe runs see the same domain samples, each with its share of replay, and each ends
-with its learning rate decayed: accuracy that a high rate costs comes back then, so a run cut off half way says little about its end.
+With `replay_search.enabled` the search comes before the run. A probe run is a run of its own, in the folder `replay_search/` of the run
+folder: the same data, seed and learning-rate schedule, over `replay_search.probe_fraction` of the epochs. So all probe runs see the same
+domain samples, each with its share of replay, and each ends with its learning rate decayed: accuracy that a high rate costs comes back
+then, so a run cut off half way says little about its end.
 
 The more replay, the less is forgotten: for the first of `replay_search.kl_weights` the least ratio that holds the floor is found by
 bisection of `replay_search.ratios`. Each further weight is tried on the ratio below the least so far, and by bisection on those below where
@@ -82,9 +83,10 @@ class ReplaySearch:
 
 
 def choose(config: Config, run: Callable[[Config], RunResult], dist: Distributed) -> Config | RunResult:
-    """Return the configuration of the run with the chosen ratio and weight, or the result of a probe run that a signal stopped.
+    """Return the run's configuration with the chosen ratio and weight, or a stopped probe run's result.
 
-    A resumed run keeps its earlier choice. Raises UserError where replay_search.json belongs to another configuration.
+    A probe run's result comes back where a signal stopped it. A resumed run keeps its earlier choice. Raises UserError where
+    replay_search.json belongs to another configuration.
     """
     earlier: dict = {}
     dist.on_main(lambda: earlier.update(read_earlier(config)))
@@ -104,10 +106,11 @@ def choose(config: Config, run: Callable[[Config], RunResult], dist: Distributed
 
 def least_replay(ratios: Sequence[float], kl_weights: Sequence[float], probe: Callable[[float, float], dict | RunResult],
                  learns_enough: Callable[[dict, dict], bool]) -> dict | RunResult | None:
-    """Return the probe with the least of these ratios that holds the floor; None where none does, a RunResult that `probe` returns at once.
+    """Return the probe with the least of these ratios that holds the floor; None where none does.
 
-    `ratios` and `kl_weights` rise. A ratio is assumed to hold the floor where a smaller one does. `learns_enough(probe, best)` decides
-    whether a larger weight learns the domain well enough beside the best probe so far.
+    A RunResult from `probe` (a signal stopped it) is returned at once. `ratios` and `kl_weights` rise. A ratio is assumed to hold the floor
+    where a smaller one does. `learns_enough(probe, best)` decides whether a larger weight learns the domain well enough beside the best
+    probe so far.
     """
     best, end = None, len(ratios)  # ratios[end:] need no further probe
     for number, kl_weight in enumerate(kl_weights):
@@ -126,9 +129,10 @@ def least_replay(ratios: Sequence[float], kl_weights: Sequence[float], probe: Ca
 
 
 def learns_enough(probe: dict, best: dict) -> bool:
-    """Return whether a probe gains at least half of what the best one gains on the domain; True without domain items.
+    """Return whether a probe gains on the domain at least half of what the best one gains.
 
-    Half is enough, as a KL slows learning more than it hinders it: a whole run catches up on most of what its probe run lags behind.
+    Without domain items it is True. Half is enough, as a KL slows learning more than it hinders it: a whole run catches up on most of what
+    its probe run lags behind.
     """
     return "domain" not in probe or probe["domain"] - probe["domain_base"] >= 0.5 * (best["domain"] - best["domain_base"])
 
@@ -143,7 +147,10 @@ def config_with(config: Config, ratio: float, kl_weight: float) -> Config:
 
 
 def probe_config(config: Config, ratio: float, kl_weight: float) -> Config:
-    """Return the configuration of a probe run: `probe_fraction` of the epochs, measured at both ends, no checkpoints."""
+    """Return the configuration of a probe run.
+
+    It has `probe_fraction` of the epochs, is measured before the first step and after the last, and saves no checkpoints.
+    """
     fraction, optim = config.replay_search.probe_fraction, config.optim
     probe = config_with(config, ratio, kl_weight)
     return replace(
@@ -189,7 +196,10 @@ def read_earlier(config: Config) -> dict:
 
 
 def _prepare_folder(folder: Path, resume: str) -> None:
-    """Make the empty folder of a probe run, or leave it as it is if the probe run resumes. Raises UserError if it cannot be written."""
+    """Make the empty folder of a probe run; keep the folder of one that resumes.
+
+    Raises UserError if it cannot be written.
+    """
     if resume == "never" or checkpoint.newest(folder / "checkpoints") is None:
         shutil.rmtree(folder, ignore_errors=True)
     try:
@@ -229,7 +239,7 @@ def probe_line(probe: dict) -> str:
 
 
 def choice_line(config: Config, probes: Sequence[dict], choice: dict) -> str:
-    """Return the console line of the choice, with the cost of the probe runs beside that of the run that follows."""
+    """Return the console line of the choice, with the cost of the probe runs beside the run's own."""
     steps, seconds = (sum(probe[name] for probe in probes) for name in ("steps", "seconds"))
     of_run = steps * config.replay_search.probe_fraction / choice["steps"]
     chosen = f"replay.ratio {choice['ratio']:g} and retention.kl_weight {choice['kl_weight']:g}"

@@ -1,4 +1,4 @@
-"""Weight or mask tokens that are improbable under a model, so that they do not pull it away from what it knows.
+"""Weight or mask improbable tokens, so that they do not pull a model away from what it knows.
 
 dft     Dynamic Fine-Tuning (Wu et al., arXiv 2508.05629). A token's loss is weighted by the model's own probability of it, p, held
         constant in the gradient: p · -log p. The gradient of cross entropy is one over p times that of p, and so largest for the
@@ -33,15 +33,19 @@ from trainer.runtime.distributed import Distributed
 
 
 def own_probability(losses: Tensor, dft_mask: Tensor) -> Tensor:
-    """Return DFT's weights [S] of tokens with these losses [S]: the probability of those in `dft_mask`, 1 of the others."""
+    """Return DFT's weights [S] of tokens with these losses [S].
+
+    A token in `dft_mask` weighs its own probability, any other 1.
+    """
     return torch.where(dft_mask, torch.exp(-losses.detach()), 1.0)
 
 
 def apply_token_weighting(samples: Samples, config: Config, model: nn.Module, roles: Sequence[str], device: torch.device,
                           dist: Distributed) -> tuple[Samples, str | None]:
-    """Return the samples masked (stm) or weighted (flow) as `retention.token_weighting` says, and a console line; else as they are, None.
+    """Return the samples masked (stm) or weighted (flow), and a console line.
 
-    `model` is not trained yet. Raises UserError where no token would be left to learn from.
+    Without `retention.token_weighting: stm` or `flow` they are returned as they are, with None. `model` must not be trained yet. Raises
+    UserError where no token would be left to learn from.
     """
     retention = config.retention
     if retention.token_weighting not in ("stm", "flow"):
@@ -63,7 +67,7 @@ def apply_token_weighting(samples: Samples, config: Config, model: nn.Module, ro
 
 
 def mean_losses(log_probs: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Return the mean loss of each sample [n] from the log-probs of all tokens, counts[i] >= 1 of them in sample i."""
+    """Return each sample's mean loss [n] from the log-probs of all tokens, counts[i] >= 1 of sample i."""
     starts = np.cumsum(counts) - counts
     return -np.add.reduceat(log_probs.astype(np.float64), starts) / counts
 
@@ -76,7 +80,10 @@ def flow_weights(losses: np.ndarray) -> np.ndarray:
 @torch.no_grad()
 def base_log_probs(model: nn.Module, samples: Samples, indices: np.ndarray, batch_size: BatchSize, device: torch.device,
                    dist: Distributed) -> np.ndarray:
-    """Return log p of every supervised token under the base, float32, in the order of `indices`. Each rank runs its packs."""
+    """Return log p of every supervised token under the base, float32, in the order of `indices`.
+
+    Each rank runs its own packs.
+    """
     base, head = FrozenBase(model), lm_head(model)
     counts = samples.supervised[indices]
     starts = np.cumsum(counts) - counts
