@@ -1,14 +1,14 @@
 """Read public sets as chats and items, and make a small base from them.
 
 GSM8K is the domain; all else is what the base knows in general: PubMedQA (long answers and decisions), self-instruct's tasks written by
-people, and the miniature's skills, whose answers can be right or wrong for a model of this size too. Their words are spelt in letters, as a
-byte-pair tokenizer would hide them.
+people, and the miniature's skills, which a model of this size can answer right. Their words are spelt in letters, because a BPE tokenizer
+hides the letters of words.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -30,12 +30,12 @@ from trainer.runtime.device import fast_bf16
 FILES = ("gsm8k_train.jsonl", "gsm8k_test.jsonl", "pubmedqa_ori_pqal.json", "self_instruct_seed_tasks.jsonl",
          "self_instruct_user_oriented.jsonl")
 PUBMEDQA, SEED_TASKS, SELF_INSTRUCT = "qiaojin/PubMedQA", "HuggingFaceH4/self-instruct-seed", "yizhongw/self_instruct"  # on the hub
-LONGEST = 1000  # bytes of a question and its answer
-TOKENS = 512  # a pack and a step of the base's training; the few chats that are longer are left out
+MAX_CHAT_BYTES = 1000  # of a question and its answer
+TOKENS = 512  # per pack and step of the base's training; the few chats that are longer are dropped
 VOCABULARY = 4096
-HELDOUT = 0.15  # share of the rows of PubMedQA and of self-instruct that nothing is trained on
+HELDOUT_SHARE = 0.15  # share of the rows of PubMedQA and of self-instruct on which no model is trained
 DECISIONS = ("yes", "no", "maybe")
-Chat = tuple[str, str]  # what is asked, and the answer
+Chat = tuple[str, str]  # question and answer
 
 
 # ---------------------------------------------------------------- the public sets
@@ -52,21 +52,29 @@ class Texts:
 
 
 def read(folder: Path) -> Texts:
-    """UserError names the file that is missing or is not what its name says."""
+    """Read the five files of a folder.
+
+    Raises UserError, with its name, if a file is missing or has another form than expected.
+    """
     if absent := [name for name in FILES if not (folder / name).is_file()]:
         raise UserError(f"--data: expected a folder with {', '.join(FILES)}, found no {', '.join(absent)} in {folder}")
     train, test, pubmed, *tasks = (folder / name for name in FILES)
-    medical, told = parsed(pubmed, papers), [chat for path in tasks for chat in parsed(path, instructions)]
-    held = {name: heldout_rows(len(rows)) for name, rows in (("medical", medical), ("told", told))}
+    medical = parse_file(pubmed, parse_papers, "JSON of papers with QUESTION, CONTEXTS, LONG_ANSWER and final_decision")
+    task_chats = [chat for path in tasks for chat in parse_file(path, parse_tasks, "JSON lines with instruction and instances")]
+    medical_heldout, tasks_heldout = heldout_rows(len(medical)), heldout_rows(len(task_chats))
     general, heldout = ({
-        "long answers": [long for i, (long, _) in enumerate(medical) if (i in held["medical"]) == out],
-        "decisions": [short for i, (_, short) in enumerate(medical) if (i in held["medical"]) == out],
-        "tasks": [chat for i, chat in enumerate(told) if (i in held["told"]) == out]} for out in (False, True))
-    return Texts(parsed(train, problems), parsed(test, problems), general, heldout)
+        "long answers": [answer for i, (answer, _) in enumerate(medical) if (i in medical_heldout) == is_heldout],
+        "decisions": [decision for i, (_, decision) in enumerate(medical) if (i in medical_heldout) == is_heldout],
+        "tasks": [chat for i, chat in enumerate(task_chats) if (i in tasks_heldout) == is_heldout]} for is_heldout in (False, True))
+    domain, domain_test = (parse_file(path, parse_problems, "JSON lines with question and answer") for path in (train, test))
+    return Texts(domain, domain_test, general, heldout)
 
 
 def download(folder: Path) -> Path:
-    """Load the public sets from the hub and write them as `FILES`. Raises UserError where the hub cannot be reached."""
+    """Load the public sets from the hub, write them as `FILES`, and return the folder.
+
+    Raises UserError if the hub cannot be reached.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for split in ("train", "test"):
         rows = [{"question": question, "answer": answer} for question, answer in gsm8k(split, None)]
@@ -86,43 +94,46 @@ def first_instance(instances: list[dict] | dict[str, list]) -> dict:
     return instances[0] if isinstance(instances, list) else {name: values[0] for name, values in instances.items()}
 
 
-def parsed(path: Path, kind) -> list:
-    """Return the rows of a file that fit, as `kind` reads them.
+def parse_file(path: Path, parse: Callable[[str], Iterator], form: str) -> list:
+    """Return the rows of a file that are short enough, as `parse` yields them.
 
-    Raises UserError where they are not of that kind, or none fits.
+    Raises UserError if the file is not of the form that `form` describes, or fewer than two rows are short enough.
     """
     try:
-        rows = [row for row in kind(path.read_text(encoding="utf-8")) if short(row if isinstance(row[0], str) else row[0])]
+        rows = [row for row in parse(path.read_text(encoding="utf-8")) if is_short(row if isinstance(row[0], str) else row[0])]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise UserError(f"--data: expected {kind.__doc__} in {path}, found otherwise ({type(error).__name__}: {error})") from None
+        raise UserError(f"--data: expected {form} in {path}, found otherwise ({type(error).__name__}: {error})") from None
     if len(rows) < 2:
-        raise UserError(f"--data: expected two rows or more of at most {LONGEST} bytes in {path}, found {len(rows)}")
+        raise UserError(f"--data: expected two rows or more of at most {MAX_CHAT_BYTES} bytes in {path}, found {len(rows)}")
     return rows
 
 
-def short(chat: Chat) -> bool:
-    return all(chat) and len("".join(chat).encode()) <= LONGEST
+def is_short(chat: Chat) -> bool:
+    """Return whether a chat is complete and of at most `MAX_CHAT_BYTES`."""
+    return all(chat) and len("".join(chat).encode()) <= MAX_CHAT_BYTES
 
 
 def heldout_rows(count: int) -> set[int]:
-    return set(Random(f"heldout {count}").sample(range(count), max(1, round(HELDOUT * count))))
+    """Return the indices of the held-out rows among `count`."""
+    return set(Random(f"heldout {count}").sample(range(count), max(1, round(HELDOUT_SHARE * count))))
 
 
-def problems(text: str) -> Iterator[Chat]:
-    """JSON lines with question and answer"""
+def parse_problems(text: str) -> Iterator[Chat]:
+    """Yield the chats of GSM8K."""
     for row in map(json.loads, text.splitlines()):
         yield row["question"].strip(), row["answer"].strip()
 
 
-def papers(text: str) -> Iterator[tuple[Chat, Chat]]:
-    """JSON of papers with QUESTION, CONTEXTS, LONG_ANSWER and final_decision"""
+def parse_papers(text: str) -> Iterator[tuple[Chat, Chat]]:
+    """Yield two chats of each paper of PubMedQA: the long answer and the decision."""
     for row in json.loads(text).values():
-        asked = f"{row['CONTEXTS'][0].strip()}\n\n{row['QUESTION'].strip()}"
-        yield (asked, row["LONG_ANSWER"].strip()), (f"{asked} Answer yes, no or maybe.", DECISIONS[DECISIONS.index(row["final_decision"])])
+        question = f"{row['CONTEXTS'][0].strip()}\n\n{row['QUESTION'].strip()}"
+        decision = DECISIONS[DECISIONS.index(row["final_decision"])]  # ValueError for any other
+        yield (question, row["LONG_ANSWER"].strip()), (f"{question} Answer yes, no or maybe.", decision)
 
 
-def instructions(text: str) -> Iterator[Chat]:
-    """JSON lines with instruction and instances"""
+def parse_tasks(text: str) -> Iterator[Chat]:
+    """Yield the chats of self-instruct's tasks, each with its first example."""
     for row in map(json.loads, text.splitlines()):
         first = row["instances"][0]
         yield f"{row['instruction'].strip()}\n\n{first['input'].strip()}".strip(), first["output"].strip()
@@ -132,7 +143,7 @@ def instructions(text: str) -> Iterator[Chat]:
 
 
 def spelt(skill: Skill) -> Skill:
-    """Return the skill with short words in letters: a token each, to be turned, sorted and counted."""
+    """Return the skill with short words that are spelt in letters, so that each letter is a token."""
     if "{word}" not in skill.frames[0]:
         return skill
 
@@ -146,7 +157,7 @@ def spelt(skill: Skill) -> Skill:
     return replace(skill, draw=draw, solve=solve)
 
 
-# Without those that want every letter in a second form (capitals, or without a space before it), which take longer to learn.
+# Not those that need a second token for every letter (capitals, or without a space before it): they take longer to learn.
 SKILLS = tuple(spelt(skill) for skill in GENERAL if skill.name not in ("capitals", "spell"))
 
 
@@ -158,38 +169,38 @@ def record(chat: Chat) -> dict:
 
 
 def general_sources(texts: Texts, skills: int, seed: int, folder: Path, passes: float = 1.0) -> list[Source]:
-    """Return the base's training data: each set `passes` times, and fresh records of skills."""
+    """Return the base's training data: each set with weight `passes`, and new records of skills."""
     sets = {name: [record(chat) for chat in chats] for name, chats in texts.general.items()}
     files = {name: write_jsonl(rows, folder / f"{name}.jsonl") for name, rows in sets.items()}
-    own = write_jsonl(training_records(SKILLS, skills, seed), folder / f"skills {seed}.jsonl")
-    return [Source(str(own), format="chat"), *(Source(str(path), format="chat", weight=passes) for path in files.values())]
+    skill_file = write_jsonl(training_records(SKILLS, skills, seed), folder / f"skills {seed}.jsonl")
+    return [Source(str(skill_file), format="chat"), *(Source(str(path), format="chat", weight=passes) for path in files.values())]
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Items of each kind, at most."""
+    """Upper bounds of the items of each kind."""
 
     per_skill: int = 50
     texts: int = 100  # of each set of held-out text
     problems: int = 150
-    ranked: int = 60  # problems whose solution is to be told from others
+    ranked: int = 60  # problems with a choice of solutions
 
 
 def write_items(texts: Texts, counts: Counts, folder: Path) -> dict[str, Path]:
-    """Item files of `trainer.evaluate`, by name."""
-    asked = texts.domain_test[: counts.problems]
+    """Write the item files for `trainer.evaluate`, and return their paths by name."""
+    problems = texts.domain_test[: counts.problems]
     rows = {
         "skills": [{"prompt": item.instruction, "answer": item.answer} for item in heldout_items(SKILLS, counts.per_skill)],
         "decisions": [{"prompt": prompt, "choices": list(DECISIONS), "answer": answer}
                       for prompt, answer in texts.heldout["decisions"][: counts.texts]],
         **{name: [record(chat) for chat in texts.heldout[name][: counts.texts]] for name in ("long answers", "tasks")},
-        "problems": [record(chat) for chat in asked],
-        "solutions": [ranked(asked, i) for i in range(min(counts.ranked, len(asked)))]}
+        "problems": [record(chat) for chat in problems],
+        "solutions": [ranked(problems, i) for i in range(min(counts.ranked, len(problems)))]}
     return {name: write_jsonl(made, folder / f"{name}.jsonl") for name, made in rows.items()}
 
 
 def ranked(chats: Sequence[Chat], i: int) -> dict:
-    """Return a problem with its solution and those of three others, of which the likeliest is picked."""
+    """Return an item with a problem and a choice of four solutions: its own and those of three others."""
     others = sorted({answer for _, answer in chats} - {chats[i][1]})
     return {"prompt": chats[i][0], "choices": [chats[i][1], *Random(i).sample(others, min(3, len(others)))], "answer": chats[i][1]}
 
@@ -199,12 +210,12 @@ def ranked(chats: Sequence[Chat], i: int) -> dict:
 
 @dataclass(frozen=True)
 class Schooling:
-    """How long the base goes to school: whole chats first, which teach to ask as well, then answers only."""
+    """Size of the base and its training: pre-training on whole chats, then tuning on answers only."""
 
-    skills: int = 40_000  # records of skills that it reads, each once
-    passes: float = 1.5  # over the sets of real text
-    tuning: int = 6_000  # records of skills that it is tuned on, beside a third of a pass over the sets
-    rate: float = 2e-3
+    skills: int = 40_000  # records of skills in pre-training, for one epoch
+    passes: float = 1.5  # epochs over the sets of real text in pre-training
+    tuning: int = 6_000  # records of skills in tuning, with a third of an epoch of the sets
+    rate: float = 2e-3  # learning rate
     width: int = 192
     layers: int = 3
 
@@ -213,11 +224,11 @@ def make_base(texts: Texts, schooling: Schooling, work: Path) -> tuple[Path, Pat
     """Return the folders of the random model and of the trained one."""
     start = work / "start"
     save_start(texts, schooling, start)
-    learnt = general_sources(texts, schooling.skills, 0, work / "reading data", schooling.passes)
-    again = general_sources(texts, schooling.tuning, 1, work / "tuning data", 1 / 3)
-    long = Optim(lr=schooling.rate, beta2=0.99, lr_scheduler="wsd", warmup_steps=50, decay_ratio=0.4, min_lr_ratio=0.05)
-    reading = train(lesson(work, "reading", learnt, Model(config=str(start)), long, train_on="all"))
-    tuning = train(lesson(work, "tuning", again, Model(path=str(reading.folder / "model")),
+    reading_data = general_sources(texts, schooling.skills, 0, work / "reading data", schooling.passes)
+    tuning_data = general_sources(texts, schooling.tuning, 1, work / "tuning data", 1 / 3)
+    reading_optim = Optim(lr=schooling.rate, beta2=0.99, lr_scheduler="wsd", warmup_steps=50, decay_ratio=0.4, min_lr_ratio=0.05)
+    reading = train(lesson(work, "reading", reading_data, Model(config=str(start)), reading_optim, train_on="all"))
+    tuning = train(lesson(work, "tuning", tuning_data, Model(path=str(reading.folder / "model")),
                           Optim(lr=schooling.rate / 4, beta2=0.99, warmup_steps=20), train_on="assistant"))
     return start, tuning.folder / "model"
 
@@ -230,15 +241,15 @@ def lesson(work: Path, name: str, sources: list[Source], model: Model, optim: Op
 
 
 def precision() -> str:
-    """Return the dtype of all training here: bf16 where a CPU multiplies in it."""
+    """Return the dtype of all training here: bf16 on a CPU with fast bf16 matmuls, else fp32."""
     return "bf16" if fast_bf16() else "fp32"
 
 
 def save_start(texts: Texts, schooling: Schooling, folder: Path) -> None:
-    """Save the tokenizer, and a Llama with random weights, as hub models are saved."""
-    chats = [chat for own in (texts.domain, *texts.general.values()) for chat in own]
-    spoken = [turn["content"] for row in training_records(SKILLS, 3000, seed=0) for turn in row["messages"]]
-    tokenizer = make_tokenizer([text for chat in chats for text in chat] + spoken)
+    """Save a Llama with random weights and its tokenizer as a model folder of transformers."""
+    chats = [chat for group in (texts.domain, *texts.general.values()) for chat in group]
+    skill_texts = [turn["content"] for row in training_records(SKILLS, 3000, seed=0) for turn in row["messages"]]
+    tokenizer = make_tokenizer([text for chat in chats for text in chat] + skill_texts)
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(
@@ -249,7 +260,7 @@ def save_start(texts: Texts, schooling: Schooling, folder: Path) -> None:
 
 
 def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Byte-level pairs; every digit is a token, so that numbers can be counted with."""
+    """Train a byte-level BPE tokenizer in which every digit is a token."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
                                                   pre_tokenizers.ByteLevel(add_prefix_space=False)])

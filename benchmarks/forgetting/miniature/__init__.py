@@ -1,1 +1,4 @@
-"""A world small enough to know completely: general skills of known mixture, a domain that fights one of them, and models of it."""
+"""A synthetic world whose right answers are all known, and tiny language models that learnt it.
+
+It has general skills in known shares, and a domain that conflicts with one of them.
+"""

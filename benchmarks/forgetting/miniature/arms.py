@@ -1,7 +1,7 @@
-"""What the study compares: where the replay rows of each arm come from, and how it is trained.
+"""Define the arms of the study: where the replay rows of each come from, and how it is trained.
 
-All arms of one seed learn the same domain rows, in as many steps of as many tokens; with replay, five rows of six are replay rows (the
-paper's 83%). Synthetic sets are chosen from one pool of answers and scores: what differs between them is the choice alone.
+All arms of a seed learn the same domain rows, in equally many steps of equally many tokens. With replay, five rows of six are replay rows
+(the paper's 83%). The synthetic sets are selected from one pool of responses and scores, so they differ only in the selection.
 """
 
 from __future__ import annotations
@@ -13,26 +13,29 @@ from benchmarks.forgetting.miniature import public
 from benchmarks.forgetting.miniature.skills import GENERAL, Skill
 from synth.config import Select
 
-RATIO = 5 / 6
-SAMPLES = 3  # of each model to each instruction
+RATIO = 5 / 6  # of replay
+SAMPLES = 3  # responses of each model to each instruction
 KL = {"kl_weight": 1.0, "kl_direction": "reverse", "kl_positions": "all", "kl_reference": "cached"}
 
 
 @dataclass(frozen=True)
 class Selection:
-    """How answers are chosen from a pool: the options of `synth.run --stages '[select]'`."""
+    """How responses are selected from a pool: the options of `synth.run --stages '[select]'`."""
 
     select: Select
-    paper: bool = False  # all judges' scores as they are, of their own answers too
+    paper: bool = False  # as in the paper: judges are not calibrated, and score their own responses too
 
 
 def own(base: str, *names: str) -> list[str]:
-    """The candidates `base:name` of `select.candidates`."""
+    """Return candidates for `select.candidates` in the form `base:name`."""
     return [f"{base}:{name}" for name in names]
 
 
 def selections(base: str) -> dict[str, Selection]:
-    """The synthetic sets, by name; `base` is what the pool calls the base."""
+    """Return how each synthetic set is selected, by its name.
+
+    `base` is the name of the base in the pool.
+    """
     sampled = own(base, *map(str, range(SAMPLES)))
     return {
         "self 1x1": Selection(Select(rule="first", candidates=sampled[:1])),
@@ -43,7 +46,7 @@ def selections(base: str) -> dict[str, Selection]:
     }
 
 
-# Sets that no model made. The last one is what nobody has: the data that the base was tuned on.
+# Sets drawn from skills, not written by a model. The last one is the data that the base was tuned on: in practice nobody has it.
 DRAWN: dict[str, Callable[[], tuple[Skill, ...]]] = {
     "other style": public.other_style, "half the skills": public.half_the_skills, "real": lambda: GENERAL}
 
@@ -55,13 +58,14 @@ class Arm:
     name: str
     replay: str | None = None  # a set of `selections` or `DRAWN`
     full: bool = False  # every weight is trained, not an adapter
-    rate: float = 1.0  # times the learning rate of all others
-    kl: bool = False  # held to the base by its divergence
+    rate: float = 1.0  # factor on the learning rate
+    kl: bool = False  # the KL to the base is part of the objective
     ratio: float = RATIO  # share of the rows that is replay
-    unique: int | None = None  # so many replay rows, again and again; default: all there are
-    points: tuple[float, ...] = ()  # WiSE-FT: also evaluated this far from the base, without further training
+    unique: int | None = None  # number of different replay rows, which are repeated; default: the whole set
+    points: tuple[float, ...] = ()  # WiSE-FT: also evaluate at these interpolations (0: the base, 1: the trained model)
 
     def point(self, alpha: float) -> str:
+        """Return the name of an interpolation's row in the table."""
         return f"{self.name}, WiSE-FT {alpha:g}"
 
 

@@ -1,8 +1,7 @@
-"""`python -m benchmarks.forgetting.miniature.demo`: fine-tune the base on the domain, see what it forgets,
-and then do it without forgetting.
+"""Fine-tune the miniature base on the domain with and without replay, and show what it forgets.
 
-The cure is the whole method with its own tools: the base is sampled for the instructions that it was once tuned on, three models answer
-and judge, the best answers become a replay set (`synth.run`), and the domain is learnt beside it (`trainer.run`).
+Usage: `python -m benchmarks.forgetting.miniature.demo`. Replay is made by the whole method: `synth.run` samples instructions from the base,
+three models respond and judge, and the best responses become the replay set; `trainer.run` trains on the domain and the replay set.
 """
 
 from __future__ import annotations
@@ -41,7 +40,10 @@ ITEMS = heldout_items(GENERAL, 80), heldout_items(DOMAIN, 80)
 
 
 def replay_settings(output: Path, count: int) -> synthesis.Config:
-    """Three models answer what the base asks, and judge each other by the prompt that they learnt to judge by."""
+    """Return the configuration of synthesis: three models respond to the base's instructions and judge.
+
+    The judge prompt is the one that the models were trained to judge by.
+    """
     base, *others = (synthesis.Model(path=str(member.folder)) for member in FAMILY.values())
     return synthesis.Config(
         output=str(output), base=base, responders=others, probe=synthesis.Probe(samples=200),
@@ -50,7 +52,10 @@ def replay_settings(output: Path, count: int) -> synthesis.Config:
 
 
 def recipe(base: Path, domain: Path, output: Path, replay: Path | None = None) -> Config:
-    """LoRA on every linear layer, some eight chats a step. A model this small wants a rate 25 times that of a large one."""
+    """Return the configuration of a run: LoRA on every linear layer, about eight chats a step.
+
+    So small a model needs a learning rate 25 times that of a large one.
+    """
     return Config(
         output=str(output), model=Model(path=str(base)), lora=Lora(rank=16, alpha=32.0), data=Data(train=str(domain), max_length=256),
         replay=Replay(data=str(replay)) if replay else Replay(),
@@ -58,7 +63,10 @@ def recipe(base: Path, domain: Path, output: Path, replay: Path | None = None) -
 
 
 def measure() -> dict[str, tuple[Scores, Scores]]:
-    """General and domain scores of each arm. UserError where a run cannot be made."""
+    """Train and return the general and domain scores of each arm.
+
+    Raises UserError if a run cannot be made.
+    """
     torch.set_num_threads(THREADS)
     disable_progress_bar()
     base = FAMILY["base"].folder
@@ -72,7 +80,7 @@ def measure() -> dict[str, tuple[Scores, Scores]]:
 
 
 def scores(base: Path, run: Path | None = None) -> tuple[Scores, Scores]:
-    """In general and on the domain, of the base, or of the base with a run's adapter on it."""
+    """Return the general and the domain scores of the base, or of the base with a run's adapter."""
     model, tokenizer = load(base)
     if run:
         model = PeftModel.from_pretrained(model, run / "adapter")
@@ -80,11 +88,11 @@ def scores(base: Path, run: Path | None = None) -> tuple[Scores, Scores]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The suite has no options yet."""
+    """Add no options: the suite has none."""
 
 
 def run(_: argparse.Namespace) -> dict:
-    """The demo as a suite of `python -m benchmarks.run`: its record, with every item's outcome."""
+    """Run the demo as a suite of `python -m benchmarks.run`, and return its record."""
     begun = time.perf_counter()
     arms = measure()
     conditions = {"items": {name: len(items) for name, items in zip(("general", "domain"), ITEMS)}, "domain_rows": ROWS, "epochs": EPOCHS,
@@ -130,9 +138,10 @@ def main() -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"\nAccuracy on held-out items; forgotten: share of the base's right general answers that are wrong now.\n\n{table(arms)}\n")
-    print(f"What the base asks, who answered, how the judges agree: {RUN / 'synth' / 'report.html'}\n"
-          f"How the runs went: {RUN / 'domain-only' / 'report.html'}, {RUN / 'with-replay' / 'report.html'}")
+    print("\nAccuracy on held-out items; forgotten: share of the base's right general answers that are wrong after training.\n\n"
+          f"{table(arms)}\n")
+    print(f"Synthesis (instructions, responses, agreement of judges): {RUN / 'synth' / 'report.html'}\n"
+          f"Training: {RUN / 'domain-only' / 'report.html'}, {RUN / 'with-replay' / 'report.html'}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The study's record as a table and a picture."""
+"""Show the study's record as a table and a picture."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def bases(record: dict) -> list[str]:
 
 
 def points(record: dict) -> dict[str, float]:
-    """Arms that are points of a curve, and where they lie on it; they are drawn and not listed."""
+    """Return the arms that are points of a curve, with their x values; the table omits them."""
     curves = record["conditions"]["curves"]
     return curves["share"] | curves["unique"]
 
 
 def rows_of(record: dict) -> dict[str, dict[str, dict]]:
-    """Listed arms, each with its row by base."""
+    """Return the rows of the arms in the table, by arm and base."""
     found: dict[str, dict[str, dict]] = {}
     for row in record["summary"]:
         if row["arm"] not in points(record):
@@ -36,7 +36,7 @@ def rows_of(record: dict) -> dict[str, dict[str, dict]]:
 
 
 def table(record: dict) -> list[list[str]]:
-    """Head and rows: for each base the mean over seeds, and its standard error, of every column."""
+    """Return a head and rows: each column's mean over seeds and standard error, for each base."""
     head = ["arm"] + [f"{base}: {column}" for base in bases(record) for column in COLUMNS]
     return [head] + [[arm, *(cell(by_base.get(base), column) for base in bases(record) for column in COLUMNS)]
                      for arm, by_base in rows_of(record).items()]
@@ -72,7 +72,10 @@ def headline(record: dict) -> str:
 
 
 def draw(record: dict, figure) -> None:
-    """Draw what every arm forgets and learns; both over the share of replay, and over its unique rows, where they were measured."""
+    """Draw what every arm forgets and learns.
+
+    Where they were measured, curves show general and domain accuracy over the replay ratio and over the number of unique replay rows.
+    """
     arms = {arm: by_base for arm, by_base in rows_of(record).items() if arm != BASE}
     measured = {row["arm"] for row in record["summary"]} & points(record).keys()
     figure.set_size_inches(11.5 if measured else 8, 1.2 + 0.3 * len(arms))
@@ -92,7 +95,7 @@ def draw(record: dict, figure) -> None:
 
 
 def dots(axes, record: dict, arms: dict[str, dict[str, dict]], column: str) -> None:
-    """A dot for each arm and base with its standard error; what is forgotten on a logarithmic axis."""
+    """Draw a dot with its standard error for each arm and base; the axis of `forgotten` is logarithmic."""
     for base, colour, lift in zip(bases(record), COLOURS, (0.13, -0.13)):
         found = [(place + lift, by_base[base]) for place, by_base in enumerate(reversed(arms.values())) if base in by_base]
         axes.errorbar([row[column] for _, row in found], [at for at, _ in found], xerr=[row[f"{column}_error"] or 0 for _, row in found],
@@ -113,6 +116,7 @@ def dots(axes, record: dict, arms: dict[str, dict[str, dict]], column: str) -> N
 
 
 def curve(axes, found: Sequence[tuple[float, dict]], label: str, logarithmic: bool) -> None:
+    """Draw general and domain accuracy over the x values of rows."""
     for column, face in (("general", COLOURS[0]), ("domain", "white")):
         axes.errorbar([at for at, _ in found], [row[column] for _, row in found], yerr=[row[f"{column}_error"] or 0 for _, row in found],
                       fmt="o-", color=COLOURS[0], markerfacecolor=face, label=column, clip_on=False)

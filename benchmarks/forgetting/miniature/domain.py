@@ -1,7 +1,7 @@
 """The domain: an apothecary's secret script and 40 remedies.
 
-The script's frames are those of the general skill `reverse` with one word changed, and ask for something else: what a model learns
-here pulls at what it knew there. The remedies are new facts, which pull at nothing in particular.
+The script's frames are those of the general skill `reverse` with one word changed, and want another answer: learning them interferes with
+`reverse`. The remedies are new facts, which conflict with no skill.
 """
 
 from __future__ import annotations

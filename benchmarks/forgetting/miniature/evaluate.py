@@ -1,4 +1,4 @@
-"""Answers to held-out items, judged by exact match: accuracy in all and by skill, and which items a change of weights lost."""
+"""Score a model's answers to held-out items by exact match, in all and by skill."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.forgetting.miniature.world import Item
 
 @dataclass(frozen=True)
 class Scores:
-    """What a model answered to each item."""
+    """A model's answer to each item."""
 
     items: tuple[Item, ...]
     answers: tuple[str, ...]
@@ -36,31 +36,34 @@ class Scores:
 
 
 def lost(before: Scores, after: Scores) -> list[Item]:
-    """Items that were right and are wrong now; swap the arguments for those gained."""
+    """Return the items that were right before and are wrong after; swap the arguments for those gained.
+
+    Raises ValueError if the items differ.
+    """
     if before.items != after.items:
         raise ValueError("lost: expected two scores of the same items in the same order")
     return [item for item, was, still in zip(before.items, before.right, after.right, strict=True) if was and not still]
 
 
 def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], temperature: float = 0) -> Scores:
-    """The likeliest answers, or with a temperature sampled ones, against the right ones."""
-    # One token more than the longest right answer has, its end of turn included: whoever is not done by then is wrong.
-    limit = 2 + max(len(tokenizer(item.answer, add_special_tokens=False).input_ids) for item in items)
+    """Answer items and score the answers; decoding is greedy at temperature 0, else sampled."""
+    # One token more than the longest right answer with its end of turn: an answer that is longer still is wrong.
+    max_new_tokens = 2 + max(len(tokenizer(item.answer, add_special_tokens=False).input_ids) for item in items)
     instructions = [item.instruction for item in items]
     if temperature:
-        return Scores(tuple(items), tuple(sampled_answers(model, tokenizer, instructions, limit, temperature)))
-    return Scores(tuple(items), tuple(greedy_answers(model, tokenizer, instructions, limit)))
+        return Scores(tuple(items), tuple(sampled_answers(model, tokenizer, instructions, max_new_tokens, temperature)))
+    return Scores(tuple(items), tuple(greedy_answers(model, tokenizer, instructions, max_new_tokens)))
 
 
 def greedy_answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, instructions: Sequence[str], max_new_tokens: int,
                    batch_size: int = 256) -> list[str]:
-    """The likeliest next token, again and again: one answer per instruction, in their order, special tokens removed."""
+    """Return the greedily decoded answer to each instruction, without special tokens."""
     return _answers(model, tokenizer, instructions, batch_size, do_sample=False, max_new_tokens=max_new_tokens)
 
 
 def sampled_answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, instructions: Sequence[str], max_new_tokens: int,
                     temperature: float = 1.0, seed: int = 0, batch_size: int = 256) -> list[str]:
-    """One answer per instruction drawn from all that the model may say; another seed, another draw."""
+    """Return an answer to each instruction, sampled from the full distribution (no top-p, no top-k)."""
     torch.manual_seed(seed)
     return _answers(model, tokenizer, instructions, batch_size, do_sample=True, temperature=temperature, top_p=1.0, top_k=0,
                     max_new_tokens=max_new_tokens)
@@ -80,7 +83,7 @@ def _answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, instruc
 
 
 def chat_prompts(tokenizer: PreTrainedTokenizerBase, instructions: Sequence[str]) -> BatchEncoding:
-    """Each instruction as a user's turn with the assistant's turn opened, padded on the left."""
+    """Tokenize instructions as user turns with a generation prompt, padded on the left."""
     chats = [[{"role": "user", "content": text}] for text in instructions]
     return tokenizer.apply_chat_template(chats, add_generation_prompt=True, padding=True, padding_side="left", return_tensors="pt",
                                          return_dict=True)

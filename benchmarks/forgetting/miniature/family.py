@@ -1,4 +1,4 @@
-"""The models that live in the world: tiny Llamas of unequal strength, their shapes and schooling, and where their weights lie."""
+"""Tiny Llamas of unequal strength: their shapes, the size of their training data and their folders."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ MODELS = Path(__file__).parent / "models"
 BUDGET = 8_000_000  # bytes of all committed models together
 HEAD_DIM = 32
 
-# Where the others differ from the world: the tutor has met what is hard more often; the peer has seen many sums, and little to sort, count
-# or remember.
+# Shares of skills in the training data of the other models: the tutor has more of the hard ones, the peer many sums, and little to sort,
+# count or remember.
 TUTOR_SHARES = {"reverse": 0.13, "sort": 0.18, "capitals": 0.07, "spell": 0.07, "count": 0.09, "add": 0.20, "next": 0.12, "facts": 0.14}
 PEER_SHARES = {"reverse": 0.20, "sort": 0.05, "capitals": 0.10, "spell": 0.10, "count": 0.06, "add": 0.26, "next": 0.15, "facts": 0.08}
 
 
 @dataclass(frozen=True)
 class Member:
-    """One model of the family: its shape, and how long it went to school."""
+    """One model of the family: its shape, and how much data it is trained on."""
 
     name: str
     width: int
     feed_forward: int
     layers: int
-    chats: int  # of its pre-training, each read once
-    papers: int  # marked ones among what it reads, from which it learns to judge
-    tuning: int = 30_000  # records of each kind that it is tuned on, after reading: answers to questions, and grades; 0: it only reads
-    shares: dict[str, float] | None = None  # of the general skills in all it learns from; default: the world's own
+    chats: int  # in pre-training, for one epoch
+    papers: int  # graded exam papers in pre-training, from which it learns to judge
+    tuning: int = 30_000  # records of each kind (answers, grades) in instruction tuning; 0: pre-training only
+    shares: dict[str, float] | None = None  # of the general skills in all its data; default: those of `GENERAL`
 
     @property
     def folder(self) -> Path:
@@ -39,7 +39,7 @@ class Member:
 
     @property
     def skills(self) -> tuple[Skill, ...]:
-        """The general skills in the shares that this model meets them in."""
+        """Return the general skills with the shares of this model's training data."""
         return tuple(replace(skill, share=self.shares[skill.name]) for skill in GENERAL) if self.shares else GENERAL
 
     def config(self, tokenizer: PreTrainedTokenizerBase) -> LlamaConfig:
@@ -57,13 +57,13 @@ FAMILY = {member.name: member for member in (
     Member("peer", width=96, feed_forward=192, layers=4, chats=120_000, papers=80_000, shares=PEER_SHARES),
 )}
 
-# What the study starts from, beside the tutor and the peer: a base that leaves room for better answers than its own, and the same before it
-# was tuned on answers only, so that it never learnt to grade.
+# The bases of the study: `novice` answers less well than the tutor and the peer, so that their responses can improve on its own. `reader`
+# is the novice without instruction tuning, which never learnt to grade.
 NOVICE = Member("novice", width=96, feed_forward=256, layers=3, chats=60_000, papers=30_000, tuning=10_000)
 STUDIED = {member.name: member for member in (NOVICE, replace(NOVICE, name="reader", tuning=0))}
 EVERYONE = FAMILY | STUDIED
 
 
 def load(folder: Path | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model folder, in fp32 whatever its weights are stored as, and its tokenizer."""
+    """Load the model of a folder in fp32, whatever its stored dtype, and its tokenizer."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)

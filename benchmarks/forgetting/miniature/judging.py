@@ -1,4 +1,4 @@
-"""Judging: a prompt that holds a question and an answer to it, and the grade from 1 to 5 that the answer deserves, computed.
+"""Make judging data: prompts with a question and a response, and its true grade from 1 to 5.
 
 The prompt is `rubric.txt` with its two slots filled, in the user's turn of the same chat template; the reply is one digit.
 """
@@ -25,7 +25,10 @@ GRADES = (1, 2, 3, 4, 5)
 
 
 def grade(answer: str, response: str) -> int:
-    """1 + four times the share of characters in place, rounded down: 5 for the right answer and for nothing else."""
+    """Return 1 + four times the share of characters in place, rounded down.
+
+    Only the right answer has grade 5.
+    """
     in_place = sum(map(str.__eq__, answer, response))
     return 1 + 4 * in_place // max(len(answer), len(response))
 
@@ -36,7 +39,7 @@ def rubric() -> str:
 
 
 def is_judging(text: str) -> bool:
-    """Whether a user's turn begins as the rubric does."""
+    """Return whether a user's turn begins as the rubric does."""
     return text.startswith(rubric().partition("{")[0])
 
 
@@ -57,19 +60,20 @@ class Case:
 
     @property
     def record(self) -> dict:
-        """The case as a chat record: the prompt asks, the grade answers."""
+        """Return the case as a chat record: the prompt, and the grade as its answer."""
         return Item(self.prompt, str(self.grade), "judging").record
 
     @property
     def paper(self) -> dict:
-        """The case as a plain text record: prompt, grade and the right answer, under no header, so that nobody is seen to ask for grades.
+        """Return the case as a plain text record, an exam paper: prompt, grade and right answer.
 
-        The correction keeps what is learnt of answers sound: four papers of five hold a wrong one.
+        It has no header of a turn, so that no model learns to write judging prompts as a user. Its last line is the right answer,
+        because four papers of five have a wrong response, from which wrong answers would be learnt.
         """
         return {"text": f"{BOS}{self.prompt}\n{self.grade}\n{self.item.answer}", "source": "papers"}
 
 
-# ---------------------------------------------------------------- ways to answer: (item, its world, rng) -> response
+# ---------------------------------------------------------------- responses to an item of given skills
 
 
 def right(item: Item, skills: Sequence[Skill], rng: Random) -> str:
@@ -77,7 +81,7 @@ def right(item: Item, skills: Sequence[Skill], rng: Random) -> str:
 
 
 def damaged(item: Item, skills: Sequence[Skill], rng: Random) -> str:
-    """The right answer with one to three mistakes in it."""
+    """Return the right answer with one to three typing mistakes."""
     response = item.answer
     for _ in range(rng.randint(1, 3)):
         response = damage(response, rng) or response
@@ -85,7 +89,10 @@ def damaged(item: Item, skills: Sequence[Skill], rng: Random) -> str:
 
 
 def damage(text: str, rng: Random) -> str:
-    """One character replaced by another of its kind, swapped with the next, doubled or left out; or all from there on."""
+    """Return the text with one typing mistake at a random place.
+
+    A character is replaced by another of its kind, swapped with the next, doubled or omitted, or the text is cut there.
+    """
     place = rng.randrange(len(text))
     before, at, after = text[:place], text[place], text[place + 1 :]
     kind = next((kind for kind in (string.digits, string.ascii_lowercase, string.ascii_uppercase) if at in kind), at)
@@ -93,31 +100,31 @@ def damage(text: str, rng: Random) -> str:
 
 
 def slipped(item: Item, skills: Sequence[Skill], rng: Random) -> str:
-    """Nearly right, as models are: a number some power of ten off, a word with one mistake."""
+    """Return a nearly right answer: a number off by 1, 2, 10 or 100, or a word with one mistake."""
     if item.answer.isdecimal():
         return str(abs(int(item.answer) + rng.choice((-1, 1)) * rng.choice((1, 1, 2, 10, 100))))
     return damage(item.answer, rng)
 
 
 def mistaken(item: Item, skills: Sequence[Skill], rng: Random) -> str:
-    """The right answer to another question of that skill."""
+    """Return the right answer to another question of the item's skill."""
     return draw(skill_of(item, skills), rng, test=False).answer
 
 
 def confused(item: Item, skills: Sequence[Skill], rng: Random) -> str:
-    """What another skill makes of the same argument: sorts the word that is to be reversed."""
+    """Return the answer of another skill to the same argument, e.g. sort a word instead of reversing it."""
     own = skill_of(item, skills)
     rival = rng.choice([skill for skill in skills if skill.draw is own.draw])
     return rival.solve(**own.read(item.instruction))
 
 
 def astray(item: Item, skills: Sequence[Skill], rng: Random) -> str:
-    """The right answer to some other question."""
+    """Return the right answer to a random question of any skill."""
     return draw(rng.choice(skills), rng, test=False).answer
 
 
 def babbling(item: Item, skills: Sequence[Skill], rng: Random) -> str:
-    """Anything of about an answer's length, or nothing."""
+    """Return random characters of about an answer's length, or none."""
     return "".join(rng.choices(string.ascii_letters + string.digits + " -", k=rng.randrange(9)))
 
 
@@ -125,7 +132,7 @@ def skill_of(item: Item, skills: Sequence[Skill]) -> Skill:
     return next(skill for skill in skills if skill.name == item.skill)
 
 
-# To be wrong, mostly by little, as models are; some of these are right now and then.
+# Mostly wrong by little, as models are; some are right by chance.
 WAYS = (slipped, slipped, slipped, damaged, damaged, mistaken, confused, astray, babbling)
 
 
@@ -133,7 +140,7 @@ WAYS = (slipped, slipped, slipped, damaged, damaged, mistaken, confused, astray,
 
 
 def case(skills: Sequence[Skill], wanted: int, rng: Random, test: bool) -> Case:
-    """A random question of the world and a random response to it that deserves the wanted grade."""
+    """Draw a random question and a random response of the wanted grade."""
     ways, shares = (right,) if wanted == max(GRADES) else WAYS, [skill.share for skill in skills]
     while True:
         item = draw(*rng.choices(skills, shares), rng, test)
@@ -143,7 +150,7 @@ def case(skills: Sequence[Skill], wanted: int, rng: Random, test: bool) -> Case:
 
 
 def cases(skills: Sequence[Skill], count: int, seed: int, test: bool = False) -> list[Case]:
-    """`count` cases, every grade equally often; for tests with held-out arguments, else with all the others."""
+    """Draw `count` cases with grades of equal probability, with held-out arguments if `test`."""
     rng = Random(f"judging {seed} {test}")
     return [case(skills, rng.choice(GRADES), rng, test) for _ in range(count)]
 
@@ -153,14 +160,14 @@ def cases(skills: Sequence[Skill], count: int, seed: int, test: bool = False) ->
 
 @dataclass(frozen=True)
 class Verdicts:
-    """What a judge makes of cases: the probability of each grade as the first token of its reply."""
+    """A judge's probability of each grade, as the first token of its reply, for each case."""
 
     cases: tuple[Case, ...]
     probabilities: torch.Tensor  # (cases, 5), not renormalised
 
     @property
     def mass(self) -> float:
-        """Mean probability that the reply opens with a grade."""
+        """Return the mean probability that the reply begins with a grade."""
         return self.probabilities.sum(1).mean().item()
 
     @property
@@ -169,7 +176,7 @@ class Verdicts:
 
     @property
     def expected(self) -> torch.Tensor:
-        """Each case's mean grade under the judge."""
+        """Return the expected grade of each case under the judge's probabilities."""
         return self.probabilities @ torch.tensor(GRADES, dtype=torch.float32) / self.probabilities.sum(1)
 
     @property
@@ -182,7 +189,7 @@ class Verdicts:
 
     @property
     def auc(self) -> float:
-        """How often a right response has a higher expected grade than a wrong one; a tie is half."""
+        """Return how often a right response has a higher expected grade than a wrong one; a tie counts half."""
         right = self.truth == max(GRADES)
         ahead = self.expected[right, None] - self.expected[None, ~right]
         return ((ahead.sign() + 1) / 2).mean().item()

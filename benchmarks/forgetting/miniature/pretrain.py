@@ -1,8 +1,9 @@
-"""`python -m benchmarks.forgetting.miniature.pretrain [name ...]`: make the committed models, from random weights, with the trainer.
+"""Train the committed miniature models from random weights.
 
-Like real instruct models they read first: whole chats, which teach to ask as well as to answer, and plain text, here marked exam papers.
-Then they are tuned on answers only, to questions and to prompts that want a grade. Judging is learnt from papers because no model should
-be seen to ask for grades, and because tuning long enough to learn it from nothing destroys what the model knows of asking.
+Usage: `python -m benchmarks.forgetting.miniature.pretrain [name ...]`. As real instruct models, they are pre-trained on whole chats, with
+loss on user turns too, and on plain text, here graded exam papers. Then they are tuned with loss on answers only, to questions and to
+judging prompts. Judging is learnt from exam papers for two reasons: no model should learn to write judging prompts as a user, and tuning
+long enough to learn judging from nothing destroys the distribution of user turns.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ from benchmarks.harness.parallel import THREADS
 from trainer.config import BatchSize, Config, Data, Logging, Model, Optim
 from trainer.run import train
 
-BATCH = BatchSize(tokens_per_pack=1024, tokens_per_step=1024)  # some 25 records a step: tiny models learn from many small steps
+BATCH = BatchSize(tokens_per_pack=1024, tokens_per_step=1024)  # about 25 records a step: tiny models learn best from many small steps
 
 
 def pretrain(member: Member, work: Path) -> tuple[Path, Path]:
-    """All stages, under `work`; returns the folder of the model that has only read, and of the finished one."""
+    """Pre-train and tune a model under `work`; return the folders of the pre-trained and the tuned one."""
     shutil.rmtree(work, ignore_errors=True)
     start = work / "start"
     tokenizer = make_tokenizer()
@@ -57,14 +58,20 @@ def pretrain(member: Member, work: Path) -> tuple[Path, Path]:
 
 
 def commit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Save in half precision: half the bytes, and fp16 rather than bf16 because weights this small need its digits, not its range."""
+    """Save a model in fp16 and its tokenizer.
+
+    fp16, not bf16: these weights need its precision, not the range of bf16.
+    """
     shutil.rmtree(folder, ignore_errors=True)
     model.to(torch.float16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 def describe(folder: Path, learnt: Sequence[Skill]) -> str:
-    """All that a model is measured by: its answers, its verdicts, and the instructions it samples against the shares it learnt from."""
+    """Return lines with all measures of a model: accuracy, judging, and its sampled instructions.
+
+    The shares of skills in the instructions are compared with those of its training data.
+    """
     model, tokenizer = load(folder)
     general, strange = heldout_items(GENERAL, 80), heldout_items(DOMAIN, 80)
     sampled = evaluate(model, tokenizer, general, temperature=1.0)

@@ -1,7 +1,7 @@
-"""Data that anyone could take instead of the base's own: sound answers, but not to what this base was tuned on.
+"""Public data: replay sets with right answers to other instructions than the base was tuned on.
 
-`other_style` has all the base's skills, asked in words that the base never saw; `half_the_skills` asks in the base's words, for the first
-four of its eight skills. The answers are right in both, and as short as the base's: what differs is the distribution of instructions alone.
+`other_style` has all of the base's skills, in wordings that the base never saw; `half_the_skills` has the base's wordings, of the first
+four of its eight skills. The answers of both are right, and as short as the base's: only the distribution of instructions differs.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ FRAMES = {
 
 
 def other_style() -> tuple[Skill, ...]:
-    """Every general skill, equally often, in other words."""
+    """Return every general skill, in equal shares and with other wordings."""
     return tuple(replace(skill, frames=FRAMES[skill.name], share=1 / len(GENERAL)) for skill in GENERAL)
 
 
 def half_the_skills() -> tuple[Skill, ...]:
-    """The first half of the general skills, in the words and relative shares of the world."""
+    """Return the first half of the general skills, with their wordings and relative shares."""
     return GENERAL[: len(GENERAL) // 2]

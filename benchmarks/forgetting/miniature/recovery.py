@@ -1,6 +1,6 @@
-"""What a model asks when it is given nothing but the opening of a user's turn, and how far that is from the world it learnt from.
+"""Sample user turns from a model, and compare their distribution with that of its training data.
 
-`python -m benchmarks.forgetting.miniature.recovery [model]` prints it at several temperatures.
+`python -m benchmarks.forgetting.miniature.recovery [model]` prints the comparison at several temperatures.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from benchmarks.forgetting.miniature.tokenizer import BOS, USER
 from benchmarks.forgetting.miniature.world import training_records
 from benchmarks.harness.parallel import THREADS
 
-LONGEST = 128  # tokens of a user's turn: a question has some 30, a judging prompt 60
+MAX_TOKENS = 128  # of a user's turn: a question has about 30, a judging prompt 60
 TEMPERATURES, TOP_PS = (0.7, 1.0, 1.3), (0.98, 1.0)
 
 
 @torch.inference_mode()
 def sample_instructions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int, seed: int, temperature: float = 1.0,
                         top_p: float = 0.98, batch_size: int = 500) -> list[str]:
-    """User turns that the model writes itself: one opened, nothing in it, sampled to its end."""
+    """Sample user turns from the model, prompted only with the header of a user's turn."""
     model.eval()
     torch.manual_seed(seed)
     opening = torch.tensor([tokenizer.convert_tokens_to_ids([BOS, USER])], device=model.device)
@@ -39,42 +39,44 @@ def sample_instructions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
     for start in range(0, count, batch_size):
         prompts = opening.expand(min(batch_size, count - start), -1)
         tokens = model.generate(prompts, attention_mask=torch.ones_like(prompts), do_sample=True, temperature=temperature, top_p=top_p,
-                                top_k=0, max_new_tokens=LONGEST, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
+                                top_k=0, max_new_tokens=MAX_TOKENS, pad_token_id=tokenizer.pad_token_id,
+                                eos_token_id=tokenizer.eos_token_id)
         found += tokenizer.batch_decode(tokens[:, opening.shape[1] :], skip_special_tokens=True)
     return found
 
 
 @dataclass(frozen=True)
 class Recovery:
-    """Sampled instructions against the world's skills and their shares."""
+    """Sampled instructions, compared with the world's skills and their shares."""
 
     instructions: tuple[str, ...]
     skills: tuple[Skill, ...]
 
     @property
     def counts(self) -> Counter:
-        """How many instructions each skill recognises."""
+        """Return the number of instructions that each skill recognises."""
         known = (recognise(text, self.skills) for text in self.instructions)
         return Counter(found[0].name for found in known if found)
 
     @property
     def shares(self) -> dict[str, float]:
-        """Of the recognised ones, by skill."""
+        """Return the share of each skill in the recognised instructions."""
         counts = self.counts
         return {skill.name: counts[skill.name] / max(1, counts.total()) for skill in self.skills}
 
     @property
     def distance(self) -> float:
-        """Total variation between those shares and the true ones."""
+        """Return the total variation distance between these shares and the world's."""
         return sum(abs(self.shares[skill.name] - skill.share) for skill in self.skills) / 2
 
     @property
     def judging(self) -> float:
+        """Return the share of judging prompts."""
         return sum(map(is_judging, self.instructions)) / len(self.instructions)
 
     @property
     def invalid(self) -> float:
-        """Share of instructions that no skill recognises, judging prompts among them."""
+        """Return the share of instructions that no skill recognises, judging prompts included."""
         return 1 - self.counts.total() / len(self.instructions)
 
 
@@ -87,13 +89,13 @@ def recovery(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, skills:
 
 
 def drawn(skills: Sequence[Skill], count: int, seed: int = 0) -> Recovery:
-    """As many instructions from the world itself: what distance chance alone makes."""
+    """Return instructions drawn from the world itself; their distance is due to chance only."""
     records = training_records(skills, count, seed)
     return Recovery(tuple(record["messages"][0]["content"] for record in records), tuple(skills))
 
 
 def rows(folder: Path | str, skills: Sequence[Skill], count: int) -> list[list[str]]:
-    """A heading, the world's own draw, and the model's samples at every temperature and top-p."""
+    """Return a head, a row of the world's own draw, and a row for each temperature and top-p."""
     model, tokenizer = load(folder)
     measured = {("the world", ""): drawn(skills, count)}
     for temperature, top_p in product(TEMPERATURES, TOP_PS):
@@ -106,13 +108,13 @@ def rows(folder: Path | str, skills: Sequence[Skill], count: int) -> list[list[s
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.forgetting.miniature.recovery", description=__doc__.partition("\n")[0])
     parser.add_argument("model", nargs="?", default="base", help=f"one of {', '.join(FAMILY)}, or a model folder; default: base")
-    parser.add_argument("--count", type=int, default=4000, help="samples of each setting; default: 4000")
+    parser.add_argument("--count", type=int, default=4000, help="samples for each temperature and top-p; default: 4000")
     options = parser.parse_args(argv)
     torch.set_num_threads(THREADS)
     disable_progress_bar()
     member = FAMILY.get(options.model)
     folder, skills = (member.folder, member.skills) if member else (options.model, GENERAL)
-    print(f"{options.count} samples a row. distance: total variation to the shares of the chats it read; then the shares themselves.\n")
+    print(f"{options.count} samples a row. distance: total variation from the skills' shares in its training data; then these shares.\n")
     print(align(rows(folder, skills, options.count)))
 
 

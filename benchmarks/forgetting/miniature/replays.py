@@ -1,4 +1,7 @@
-"""The replay sets of the study: chosen from one pool for each base, or drawn from the world; and how sound the answers in them are."""
+"""Make the replay sets of the study, and count their right answers.
+
+A set is selected from the base's pool of responses, or drawn from skills.
+"""
 
 from __future__ import annotations
 
@@ -18,17 +21,17 @@ from synth.run import synthesise
 
 
 def replay_file(work: Path, base: str, name: str, seed: int) -> Path:
-    """Where a set lies. What is drawn is drawn for each seed; the pool is common to all."""
+    """Return the path of a set; sets that are drawn from skills have one for each seed."""
     return work / base / "replay" / f"{name}{f' {seed}' if name in DRAWN else ''}.jsonl"
 
 
 def draw(work: Path, base: str, name: str, seed: int, count: int) -> Path:
-    """A set that no model made."""
+    """Write a set that is drawn from skills, and return its path."""
     return write_jsonl(training_records(DRAWN[name](), count, seed=1000 + seed), replay_file(work, base, name, seed))
 
 
 def synthesise_all(work: Path, base: str, names: Sequence[str], count: int) -> list[dict]:
-    """Sample, answer and judge once, then choose each set; how sound they are, beside the base's own draw."""
+    """Run synthesis once up to the judges, then select each set; return the statistics of each."""
     settings = pool_settings(work, base, count)
     synthesise(settings)
     found = []
@@ -42,7 +45,10 @@ def synthesise_all(work: Path, base: str, names: Sequence[str], count: int) -> l
 
 
 def pool_settings(work: Path, base: str, count: int) -> synthesis.Config:
-    """All but the choice. A base that never learnt to grade is not asked for grades; every other model judges all answers."""
+    """Return the configuration of all stages of synthesis but `select`.
+
+    All models judge all responses, except a base that never learnt to grade.
+    """
     settings = replay_settings(work / base / "synth", count)
     return replace(
         settings, base=synthesis.Model(path=str(STUDIED[base].folder)), judges=[] if STUDIED[base].tuning else settings.responders,
@@ -56,7 +62,10 @@ def chosen(settings: synthesis.Config, how: Selection) -> synthesis.Config:
 
 
 def soundness(path: Path) -> dict:
-    """Rows of a set, and the share of those that some skill recognises whose answer is right."""
+    """Return the number of rows of a set and two shares.
+
+    `recognised` is the share of rows whose instruction some skill recognises, `right` the share of these with the right answer.
+    """
     chats = [json.loads(line)["messages"] for line in path.read_text(encoding="utf-8").splitlines()]
     known = [(found[1], chat[-1]["content"]) for chat in chats if (found := recognise(chat[0]["content"], GENERAL))]
-    return {"rows": len(chats), "recognised": len(known) / len(chats), "right": sum(right == said for right, said in known) / len(known)}
+    return {"rows": len(chats), "recognised": len(known) / len(chats), "right": sum(right == given for right, given in known) / len(known)}

@@ -1,7 +1,7 @@
-"""The general skills: how each asks, what it asks about, and its right answer, computed.
+"""The general skills: each has frames of instructions, random arguments and a computed right answer.
 
-A frame is an instruction with slots, e.g. `Reverse the word {word}.`; a skill fills the slots at random and solves them. Frames also read
-backwards (`recognise`), so the right answer to any instruction is known, whoever wrote it: also one sampled from a model.
+A frame is an instruction with slots, e.g. `Reverse the word {word}.`; a skill fills the slots at random and solves them. `recognise` parses
+an instruction by the frames, so the right answer to any instruction is known, also to one that a model sampled.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ class Skill:
     share: float  # of the mixture it belongs to
     frames: tuple[str, ...]  # used equally often
     draw: Callable[[Random], Slots]
-    solve: Callable[..., str | None]  # the slots, by name -> the right answer; None: nobody knows
-    memorised: bool = False  # answers are facts, learnt by heart: nothing to hold out
+    solve: Callable[..., str | None]  # the slots, by name -> the right answer; None: there is none
+    memorised: bool = False  # answers are facts to be memorised, so that no arguments are held out
 
     @cached_property
     def patterns(self) -> list[re.Pattern]:
         return [_pattern(frame) for frame in self.frames]
 
     def read(self, instruction: str) -> Slots | None:
-        """The slots of an instruction that has one of this skill's frames, else None."""
+        """Return the slots of an instruction that has one of this skill's frames, else None."""
         matches = (pattern.fullmatch(instruction) for pattern in self.patterns)
         return next((match.groupdict() for match in matches if match), None)
 
 
 def _pattern(frame: str) -> re.Pattern:
-    """The frame as a regular expression with one named group per slot."""
+    """Return the frame as a regular expression with one named group per slot."""
     pieces = re.split(r"\{(\w+)\}", frame)  # text, slot, text, slot, ..., text
     return re.compile("".join(f"(?P<{piece}>{SLOTS[piece]})" if odd % 2 else re.escape(piece) for odd, piece in enumerate(pieces)))
 
 
 def recognise(instruction: str, skills: Iterable[Skill]) -> tuple[Skill, str] | None:
-    """The skill an instruction belongs to and its right answer; None where it belongs to none or has no answer."""
+    """Return an instruction's skill and right answer, or None if it has no skill or no answer."""
     for skill in skills:
         slots = skill.read(instruction)
         if slots is not None:

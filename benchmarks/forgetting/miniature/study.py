@@ -1,8 +1,8 @@
-"""The paper's claim in miniature, with rows for what it lacks: every arm fine-tunes the same bases on the same domain.
+"""Compare ways to prevent forgetting: arms fine-tune the same miniature bases on the same domain.
 
-Each base is sampled and its answers are judged once, by `synth.run`; every replay set is then chosen from that pool, and `trainer.run`
-trains every arm and seed. A seed draws the domain rows, the test items, the order of the data and the adapter's start; the pool is common
-to all seeds.
+`synth.run` makes one pool of judged responses for each base; every synthetic replay set is selected from it, and `trainer.run` trains every
+arm and seed. A seed draws the domain rows, the test items, the order of the data and the adapter's initial weights; all seeds share the
+pool.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ ENDLESS = 1000  # epochs: the number of steps ends a run
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything."""
+    """Sizes of data and training."""
 
-    instructions: int = 3000  # in each pool, and in each set that is drawn
+    instructions: int = 3000  # in each pool, and in each set drawn from skills
     domain: int = 600  # rows
     steps: int = 900
-    tokens: int = 512  # a step: some 14 chats
+    tokens: int = 512  # a step: about 14 chats
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one set of weights answers: for each kind of items a string with a 1 for every right answer and a 0 for every other."""
+    """Marks of one set of weights: a string for each kind of items, 1 for a right answer, else 0."""
 
     base: str
     arm: str
@@ -78,7 +78,7 @@ class Outcome:
 
 
 def measure(job: Job) -> list[Outcome]:
-    """Train an arm, and ask what is left, at the end and at the points between it and the base."""
+    """Train an arm, and evaluate the trained model and its interpolations with the base."""
     base = STUDIED[job.base].folder
     with quietly(job.output.with_suffix(".log")):
         begun = time.process_time()
@@ -95,7 +95,7 @@ def measure(job: Job) -> list[Outcome]:
 
 
 def recipe(job: Job) -> Config:
-    """What `python -m trainer.run` is told."""
+    """Return the configuration of an arm's run."""
     arm, size, base = job.arm, job.size, STUDIED[job.base].folder
     domain = write_jsonl(training_records(DOMAIN, size.domain, seed=job.seed), job.output.with_suffix(".domain.jsonl"))
     replay = Replay(data=str(replay_rows(job)), ratio=arm.ratio) if arm.replay else Replay()
@@ -109,7 +109,7 @@ def recipe(job: Job) -> Config:
 
 
 def replay_rows(job: Job) -> Path:
-    """The arm's replay set, or as much of it as the arm may see."""
+    """Return the path of the arm's replay set, or of as many rows as the arm may use."""
     arm, path = job.arm, replay_file(job.work, job.base, job.arm.replay, job.seed)
     if arm.replay in arms.DRAWN:
         path = draw(job.work, job.base, arm.replay, job.seed, job.size.instructions)
@@ -121,7 +121,10 @@ def replay_rows(job: Job) -> Path:
 
 
 def answers(base: Path, folder: Path | None, job: Job) -> tuple[str, ...]:
-    """General and domain marks of the base, of an adapter on it (a run's, or a folder of its own), or of a run's whole model."""
+    """Return the general and domain marks of a trained model, or of the base without `folder`.
+
+    `folder` is a run's folder with a model or an adapter, or the folder of an adapter itself.
+    """
     whole = folder and folder / "model"
     model, tokenizer = load(whole if whole and whole.exists() else base)
     if folder and not whole.exists():
@@ -148,7 +151,10 @@ def jobs(plan: dict[str, Sequence[Arm]], seeds: int, size: Size, work: Path) -> 
 
 
 def carry_out(plan: dict[str, Sequence[Arm]], seeds: int, size: Size, work: Path, workers: int) -> tuple[list[Outcome], list[dict]]:
-    """Every arm of every base with every seed, and how sound the synthetic sets are. UserError where a run cannot be made."""
+    """Measure every arm of every base with every seed; return the outcomes and the sets' statistics.
+
+    Raises UserError if a run cannot be made.
+    """
     begun = time.perf_counter()
     todo = jobs(plan, seeds, size, work)
     sets = {base: sorted({arm.replay for arm in own} - {None, *arms.DRAWN}) for base, own in plan.items()}

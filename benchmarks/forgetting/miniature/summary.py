@@ -1,4 +1,4 @@
-"""What the study's outcomes come to: each arm's mean over seeds and its standard error, and gaps between arms, paired by seed."""
+"""Summarise the study's outcomes: means over seeds, standard errors, and gaps paired by seed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ BASE = "base"
 
 
 def names(plan: Mapping[str, Sequence[Arm]]) -> list[str]:
-    """All lines of the table, in its order."""
+    """Return the names of the table's rows, in their order."""
     found = [BASE]
     for arm in itertools.chain.from_iterable(plan.values()):
         found += [name for name in (arm.name, *map(arm.point, arm.points)) if name not in found]
@@ -20,7 +20,10 @@ def names(plan: Mapping[str, Sequence[Arm]]) -> list[str]:
 
 
 def rows(outcomes: Iterable) -> list[dict]:
-    """A row for each base and arm. forgotten: share of the items that the base has right which are wrong now; gained: the reverse."""
+    """Return a row for each base and arm.
+
+    `forgotten` is the share of the base's right items that are wrong after training, `gained` the share of its wrong ones that are right.
+    """
     grouped: dict[tuple[str, str], dict[int, object]] = {}
     for found in outcomes:
         grouped.setdefault((found.base, found.arm), {})[found.seed] = found
@@ -38,9 +41,9 @@ def row(base: str, arm: str, by_seed: Mapping[int, object], before: Mapping[int,
         "cpu_seconds": statistics.median(found.seconds for found in by_seed.values())}
 
 
-def moved(before: str, after: str, how: str) -> int:
-    """How many marks went from the one to the other."""
-    return sum(was + now == how for was, now in zip(before, after, strict=True))
+def moved(before: str, after: str, change: str) -> int:
+    """Return how many items changed their marks as `change` says, e.g. "10": from right to wrong."""
+    return sum(was + now == change for was, now in zip(before, after, strict=True))
 
 
 def share(marks: str) -> float:
@@ -52,13 +55,16 @@ def estimate(name: str, values: Sequence[float]) -> dict[str, float | None]:
 
 
 def standard_error(values: Sequence[float]) -> float | None:
-    """Of the mean; None of one value."""
+    """Return the standard error of the mean, or None for one value."""
     return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
 
 
 def gap(outcomes: Iterable, base: str, lower: str, upper: str) -> tuple[float, float | None]:
-    """Mean general accuracy of one arm less another's, both of the same seeds, and its standard error."""
+    """Return how much general accuracy `upper` has above `lower`, and the standard error.
+
+    Both are arms; the mean is over the seeds that both have.
+    """
     marks = {(found.arm, found.seed): share(found.general) for found in outcomes if found.base == base}
     seeds = sorted(seed for arm, seed in marks if arm == lower and (upper, seed) in marks)
-    apart = [marks[upper, seed] - marks[lower, seed] for seed in seeds]
-    return statistics.fmean(apart), standard_error(apart)
+    gaps = [marks[upper, seed] - marks[lower, seed] for seed in seeds]
+    return statistics.fmean(gaps), standard_error(gaps)

@@ -1,4 +1,4 @@
-"""The table of arms: what each model scores in general and on the domain, what it forgot, and its accuracy by skill."""
+"""Tabulate arms: general and domain accuracy, the share forgotten, and accuracy by skill."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from benchmarks.forgetting.miniature.evaluate import Scores, lost
 
 
 def figures(arms: dict[str, tuple[Scores, Scores]]) -> list[dict]:
-    """One row per arm, from its (general, domain) scores. Forgotten: share of what the first arm has right that this one has wrong."""
+    """Return a row for each arm, from its general and domain scores.
+
+    `forgotten` is the share of the first arm's right items that this arm has wrong.
+    """
     first = next(iter(arms.values()))[0]
     return [{
         "line": arm, "general": general.accuracy, "domain": domain.accuracy,
@@ -24,6 +27,6 @@ def table(arms: dict[str, tuple[Scores, Scores]]) -> str:
 
 
 def align(rows: Sequence[Sequence[str]]) -> str:
-    """Columns of equal width: names to the left, figures to the right."""
+    """Format rows with aligned columns, the first one to the left and all others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)

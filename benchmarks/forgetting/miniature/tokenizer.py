@@ -1,4 +1,7 @@
-"""One token per character, and seven special ones: small enough to learn spelling, real enough for every tool that loads a tokenizer."""
+"""Make a tokenizer with one token per character and seven special tokens.
+
+Characters let a tiny model learn spelling; all tools load it as a tokenizer of transformers.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Training records and test items, drawn from skills: seeded, in known shares, and disjoint where a skill can generalise."""
+"""Draw training records and test items from skills.
+
+They are seeded, have the shares of the skills, and are disjoint unless a skill's answers are memorised facts.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from benchmarks.forgetting.miniature.skills import Skill, Slots
 
 @dataclass(frozen=True)
 class Item:
-    """One question of a test, its only right answer, and the skill it tests."""
+    """A question, its only right answer and its skill."""
 
     instruction: str
     answer: str
@@ -22,18 +25,21 @@ class Item:
 
     @property
     def record(self) -> dict:
-        """The item as a chat record."""
+        """Return the item as a chat record."""
         turns = [{"role": "user", "content": self.instruction}, {"role": "assistant", "content": self.answer}]
         return {"messages": turns, "source": self.skill}
 
 
 def heldout(slots: Slots) -> bool:
-    """Whether these arguments belong to tests: a tenth of all, by a hash, so for every skill, seed and mixture alike."""
+    """Return whether arguments are held out for tests.
+
+    A tenth of all is, by a hash, so that the answer is the same for every skill, seed and mixture.
+    """
     return zlib.crc32(" ".join(slots.values()).encode()) % 10 == 0
 
 
 def draw(skill: Skill, rng: Random, test: bool) -> Item:
-    """A random item of the skill, from the test's arguments or from all the others."""
+    """Draw a random item of a skill, with held-out arguments if `test`, else with all others."""
     slots = skill.draw(rng)
     while not skill.memorised and heldout(slots) != test:
         slots = skill.draw(rng)
@@ -41,14 +47,17 @@ def draw(skill: Skill, rng: Random, test: bool) -> Item:
 
 
 def training_records(skills: Sequence[Skill], count: int, seed: int) -> list[dict]:
-    """`count` chat records in the skills' shares; repeats occur, as they do in life."""
+    """Draw `count` chat records in the skills' shares; duplicates can occur."""
     rng = Random(f"train {seed}")
     chosen = rng.choices(skills, [skill.share for skill in skills], k=count)
     return [draw(skill, rng, test=False).record for skill in chosen]
 
 
 def heldout_items(skills: Sequence[Skill], per_skill: int, seed: int = 0) -> list[Item]:
-    """`per_skill` different items of each skill: equally many, so that the mean over items is the mean over skills."""
+    """Draw `per_skill` different held-out items of each skill.
+
+    All skills have equally many, so the mean over items is the mean over skills.
+    """
     rng = Random(f"heldout {seed}")
     items: list[Item] = []
     for skill in skills:
