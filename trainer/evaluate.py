@@ -1,4 +1,4 @@
-"""`python -m trainer.evaluate`: what a model can do, and what it lost. Read the items, score base and model, compare, report."""
+"""Score a model on item files, compare it with its base, and report: `python -m trainer.evaluate`."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ USAGE = """\
 usage: python -m trainer.evaluate --model.path MODEL --data.general FILE [--data.domain FILE] [--section.option value ...]
        python -m trainer.evaluate --config evaluation.yaml [--section.option value ...]
 
-Scores a model on item files: exact answers, choices, answers found by a pattern, the log-prob of held-out text. Beside its base it
-counts the items that were lost and gained, and measures how far the model has moved.
+Scores a model on item files: exact answers, choices, answers found by a pattern, log-probs of held-out text. Compared with its base it
+counts the items that were forgotten and gained, and measures the KL between the two.
 
-The commonest commands:
+The most common commands:
   python -m trainer.evaluate --adapter runs/first/adapter --data.general general.jsonl --data.domain domain.jsonl
   python -m trainer.evaluate --model.path tuned --base.path original --data.general general.jsonl
   python -m trainer.evaluate --model.path my-model --data.domain gsm8k_test.jsonl --data.regex '#### (-?[\\d,.]+)'
@@ -46,27 +46,32 @@ def main() -> int:
 
 
 def evaluate(config: Config) -> dict:
-    """The whole evaluation: its figures, as results.json holds them. Raises UserError for anything the user can mend."""
+    """Run the whole evaluation and return its figures, as in results.json.
+
+    Raises UserError for any mistake that the user can correct.
+    """
     validate(config)
     harness.require(config)
     vllm.require(config)
     output, device = Path(config.output), choose_device(config.device)
     report.refuse_used(output)
     files, models = read_files(config.data), find_models(config)
-    completions = vllm.all_answers(models, files, config, device, output / "vllm.log") if config.generation.engine == "vllm" else {}
+    use_vllm = config.generation.engine == "vllm"
+    completions = vllm.generate_all(models, files, config, device, output / "vllm.log") if use_vllm else {}
     scored: dict[str, Outcomes] = {}
     tasks: dict[str, dict] = {}
-    for side in load_each(models, config, device):
+    for loaded in load_each(models, config, device):
         base = scored.get("base")
-        scored[side.name] = score(side, files, config, base.base_states if base else None, remember=models.compared and base is None,
-                                  completions=completions.get(side.name))
-        tasks[side.name] = harness.run(side, config)
-        print(f"scored {side.name}: {side.label}", flush=True)
+        scored[loaded.name] = score(loaded, files, config, base.base_states if base else None, remember=models.compared and base is None,
+                                    completions=completions.get(loaded.name))
+        tasks[loaded.name] = harness.run_tasks(loaded, config)
+        print(f"scored {loaded.name}: {loaded.label}", flush=True)
     model, base = scored["model"], scored.get("base")
     results = {
         "model": model.label, "base": base.label if base else None, "confidence": config.statistics.confidence,
         "roles": figures_by_role(files, model, base, config.statistics), "files": figures_by_file(files, model, base, config.statistics),
-        "tasks": harness.summarise(tasks, config), "notes": list(dict.fromkeys(note for side in scored.values() for note in side.notes)),
+        "tasks": harness.task_figures(tasks, config),
+        "notes": list(dict.fromkeys(note for outcomes in scored.values() for note in outcomes.notes)),
     }
     report.write(output, config, files, scored, tasks, results)
     return results

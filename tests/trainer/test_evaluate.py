@@ -26,9 +26,9 @@ from trainer.config import Lora
 from trainer.errors import UserError
 from trainer.evaluate import evaluate
 from trainer.evaluation.config import Config
-from trainer.evaluation.generation import answers
+from trainer.evaluation.generation import generate_completions
 from trainer.evaluation.items import read_files
-from trainer.evaluation.likelihood import kl_rows
+from trainer.evaluation.likelihood import kl_per_row
 from trainer.evaluation.models import find_models, load_each
 from trainer.evaluation.score_items import score
 from trainer.evaluation.tokens import Key, encode
@@ -73,9 +73,9 @@ def scored(*given):
     """Outcomes of base and model (or of the model alone), without files."""
     settings, found = config(*given), {}
     items = read_files(settings.data)
-    for side in load_each(find_models(settings), settings, CPU):
+    for loaded in load_each(find_models(settings), settings, CPU):
         base = found.get("base")
-        found[side.name] = score(side, items, settings, base.base_states if base else None, remember=base is None)
+        found[loaded.name] = score(loaded, items, settings, base.base_states if base else None, remember=base is None)
     return items, found
 
 
@@ -104,7 +104,7 @@ def test_log_probs_of_choices_and_answers_are_those_of_transformers(adapter, fil
     items, found = scored("--adapter", adapter, "--data.general", files / "choice.jsonl")
     model, tokenizer = stock
     for name in ("base", "model"):
-        for item, outcome in zip(items[0].items, found[name].of(0)):
+        for item, outcome in zip(items[0].items, found[name].of_file(0)):
             prompt = chat_ids(tokenizer, item.prompt[0]["content"])
             spelt = [tokenizer(choice, add_special_tokens=False).input_ids for choice in item.choices]
             if name == "base":
@@ -124,7 +124,7 @@ def test_an_answer_in_a_chat_is_scored_with_the_end_of_its_turn(files, stock):
     items, found = scored("--model.path", BASE, "--data.domain", files / "exact.jsonl", "--data.metric", "exact")
     model, tokenizer = stock
     with model.disable_adapter():
-        for item, outcome in zip(items[0].items, found["model"].of(0)):
+        for item, outcome in zip(items[0].items, found["model"].of_file(0)):
             answer = [*tokenizer(item.answers[0], add_special_tokens=False).input_ids, tokenizer.eos_token_id]
             expected = plain_logprob(model, chat_ids(tokenizer, item.prompt[0]["content"]), answer)
             assert outcome.logprob == pytest.approx(expected, abs=2e-4) and outcome.tokens == len(answer)
@@ -140,7 +140,7 @@ def test_without_a_chat_template_choices_follow_the_prompt_and_a_space(tmp_path,
     spelt = [tokenizer(f"The quick brown {choice}").input_ids[len(prompt):] for choice in ("fox", "lazy dog", "zzz")]
     assert tokenizer.decode(spelt[0][0]) == " fox" and tokenizer.decode(spelt[2][0]) == " ", "with the word, and alone"
     expected = [plain_logprob(model, prompt, ids) for ids in spelt]
-    assert found["model"].of(0)[0].choice_logprobs == pytest.approx(expected, abs=1e-4)
+    assert found["model"].of_file(0)[0].choice_logprobs == pytest.approx(expected, abs=1e-4)
 
 
 @torch.no_grad()
@@ -148,7 +148,7 @@ def test_kl_to_the_base_is_that_of_plain_torch(adapter, files, stock):
     items, found = scored("--adapter", adapter, "--data.general", files / "exact.jsonl", "--data.domain", files / "text.jsonl")
     model, tokenizer = stock
     for f, file in enumerate(items):
-        for item, outcome in zip(file.items, found["model"].of(f)):
+        for item, outcome in zip(file.items, found["model"].of_file(f)):
             if item.text is None:
                 asked, said = (turn["content"] for turn in item.chat)
                 prompt = chat_ids(tokenizer, asked)
@@ -169,10 +169,10 @@ def test_heads_that_differ_are_compared_slice_by_slice():
     x, y, one, other = torch.randn(5, 8), torch.randn(5, 12), torch.randn(40, 8), torch.randn(40, 12)
     plain, capped = LmHead(one, None, None, 1.0), LmHead(other, torch.randn(40), 5.0, 0.5)
     p, q = capped.logits(y).log_softmax(-1), plain.logits(x).log_softmax(-1)
-    torch.testing.assert_close(kl_rows(x, plain, y, capped), (p.exp() * (p - q)).sum(-1))
+    torch.testing.assert_close(kl_per_row(x, plain, y, capped), (p.exp() * (p - q)).sum(-1))
     same = LmHead(other, torch.randn(40), None, 1.0)
     p = same.logits(y).log_softmax(-1)
-    torch.testing.assert_close(kl_rows(x, plain, y, same), (p.exp() * (p - q)).sum(-1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(kl_per_row(x, plain, y, same), (p.exp() * (p - q)).sum(-1), rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
@@ -180,17 +180,17 @@ def test_generated_answers_are_those_of_transformers_one_by_one(adapter, files, 
     model, tokenizer = stock
     settings = config("--adapter", adapter, "--data.general", files / "exact.jsonl", "--data.metric", "exact")
     items = read_files(settings.data)
-    for side in load_each(find_models(settings), settings, CPU):
-        prompts = [prompt.ids for prompt in encode(items, side.template, settings, side.context).prompts]
-        found = answers(side.model, side.template, prompts, 24, batch=7)
-        before = side.model.config._attn_implementation
-        with model.disable_adapter() if side.name == "base" else torch.no_grad():
+    for loaded in load_each(find_models(settings), settings, CPU):
+        prompts = [prompt.ids for prompt in encode(items, loaded.template, settings, loaded.context).prompts]
+        found = generate_completions(loaded.model, loaded.template, prompts, 24, batch_size=7)
+        before = loaded.model.config._attn_implementation
+        with model.disable_adapter() if loaded.name == "base" else torch.no_grad():
             for ids, answer in zip(prompts, found):
                 out = model.generate(input_ids=torch.tensor([ids]), do_sample=False, max_new_tokens=24, pad_token_id=2)
                 out = out[0, len(ids):].tolist()
                 assert answer.text == tokenizer.decode(out, skip_special_tokens=True)
                 assert answer.tokens == len(out) and answer.finished == (out[-1] == tokenizer.eos_token_id)
-        assert before == side.model.config._attn_implementation == "steadfast_packed", "packs go on as before"
+        assert before == loaded.model.config._attn_implementation == "steadfast_packed", "packs go on as before"
 
 
 def test_attention_that_caps_its_logits_generates_as_in_transformers(tmp_path):
@@ -204,7 +204,7 @@ def test_attention_that_caps_its_logits_generates_as_in_transformers(tmp_path):
     _, found = scored("--model.path", folder, "--data.general", tmp_path / "a.jsonl")
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    for outcome, question in zip(found["model"].of(0), ("The quick brown fox", "How many")):
+    for outcome, question in zip(found["model"].of_file(0), ("The quick brown fox", "How many")):
         ids = torch.tensor([chat_ids(tokenizer, question)])
         out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24)[0, ids.shape[1]:]
         assert outcome.prediction == tokenizer.decode(out, skip_special_tokens=True)
@@ -216,18 +216,18 @@ def test_a_base_in_four_bits_is_its_dequantised_weights(adapter, files):
     """With the adapter off too, where bitsandbytes' own forward would misread layers of this width on some CPUs."""
     settings = config("--adapter", adapter, "--data.general", files / "exact.jsonl", "--data.metric", "exact", "--load_in_4bit", "true")
     items, dense = read_files(settings.data), AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32).eval()
-    for side in load_each(find_models(settings), settings, CPU):
-        if side.name == "base":
-            for name, module in side.model.get_base_model().named_modules():
+    for loaded in load_each(find_models(settings), settings, CPU):
+        if loaded.name == "base":
+            for name, module in loaded.model.get_base_model().named_modules():
                 if is_quantized(module):
                     dense.get_submodule(name.removesuffix(".base_layer")).weight.copy_(dequantize_nf4(nf4_of(module)))
-            found = score(side, items, settings)
+            found = score(loaded, items, settings)
     tokenizer = AutoTokenizer.from_pretrained(BASE)
-    for item, outcome in zip(items[0].items, found.of(0)):
+    for item, outcome in zip(items[0].items, found.of_file(0)):
         prompt = chat_ids(tokenizer, item.prompt[0]["content"])
         answer = [*tokenizer(item.answers[0], add_special_tokens=False).input_ids, tokenizer.eos_token_id]
         assert outcome.logprob == pytest.approx(plain_logprob(dense, prompt, answer), abs=1e-3)
-    assert sum(outcome.right for outcome in found.of(0)) > len(found.items) / 2
+    assert sum(outcome.right for outcome in found.of_file(0)) > len(found.items) / 2
 
 
 # ---------------------------------------------------------------- whole evaluations
@@ -282,10 +282,10 @@ def test_models_of_other_tokens_are_compared_without_kl(files, model_folder, tmp
 
 def test_kl_tokens_bound_what_is_kept(adapter, files):
     _, found = scored("--adapter", adapter, "--data.general", files / "text.jsonl", "--scoring.kl_tokens", "200")
-    measured = [outcome.tokens for outcome in found["model"].of(0) if outcome.kl is not None]
+    measured = [outcome.tokens for outcome in found["model"].of_file(0) if outcome.kl is not None]
     assert 100 < sum(measured) <= 200
     _, found = scored("--adapter", adapter, "--data.general", files / "text.jsonl", "--scoring.kl_tokens", "0")
-    assert all(outcome.kl is None for outcome in found["model"].of(0))
+    assert all(outcome.kl is None for outcome in found["model"].of_file(0))
 
 
 def test_held_out_texts_that_are_too_long(tmp_path):
@@ -295,15 +295,15 @@ def test_held_out_texts_that_are_too_long(tmp_path):
         scored(*given)
     _, cut = scored(*given, "--data.on_overlong", "truncate")
     _, dropped = scored(*given, "--data.on_overlong", "drop")
-    assert cut["model"].of(0)[1].tokens == 63 and cut["model"].of(0)[1].bytes == 63
-    assert dropped["model"].of(0)[1].logprob is None and dropped["model"].notes == ["1 held-out texts were left out: too long"]
+    assert cut["model"].of_file(0)[1].tokens == 63 and cut["model"].of_file(0)[1].bytes == 63
+    assert dropped["model"].of_file(0)[1].logprob is None and dropped["model"].notes == ["1 held-out texts were dropped: too long"]
     assert cut["model"].items[Key(0, 0)].logprob == pytest.approx(dropped["model"].items[Key(0, 0)].logprob, abs=1e-4)
 
 
 def test_right_answers_too_long_to_measure_are_judged_all_the_same(tmp_path):
     write_jsonl([{"question": "Reverse ab.", "answer": "b" * 600}, {"question": "Reverse ab.", "answer": "ba"}], tmp_path / "a.jsonl")
     _, found = scored("--model.path", BASE, "--data.general", tmp_path / "a.jsonl", "--generation.stop", '["b"]')
-    long, short = found["model"].of(0)
+    long, short = found["model"].of_file(0)
     assert long.right is False and long.logprob is None and short.logprob < 0
     assert found["model"].notes == ["1 answers were too long to measure their log-prob"]
     assert "b" not in short.prediction and short.finished, "a stop text ends an answer"
@@ -348,7 +348,7 @@ def test_models_and_adapters_that_do_not_fit(adapter, files, model_folder, tmp_p
     assert refused("--model.path", BASE, "--base.path", tmp_path / "none", *items) == f"base.path: there is no folder {tmp_path / 'none'}"
     assert refused("--adapter", tmp_path, *items) == f"adapter: expected a folder with adapter_config.json, found none in {tmp_path}"
     other = refused("--adapter", adapter, "--model.path", model_folder, *items)
-    assert re.match(r"adapter: .* was trained on .*base, not on model.path = .*; leave model.path out, or, where that is a copy", other)
+    assert re.match(r"adapter: .* was trained on .*base, not on model.path = .*; leave out model.path, or, if that is a copy", other)
     unfit = refused("--adapter", adapter, "--model.path", model_folder, "--force_base", "true", *items)
     assert re.match(f"adapter: the adapter in {adapter} does not fit this model: ", unfit)
     assert "set lora.path" not in refused("--model.path", BASE, "--base.path", BASE / "none", *items)
@@ -366,7 +366,7 @@ def test_a_copy_of_the_base_may_bear_the_adapter(adapter, files, tmp_path):
     copy = shutil.copytree(BASE, tmp_path / "copy")
     _, moved = scored("--adapter", adapter, "--model.path", copy, "--force_base", "true", "--data.general", files / "choice.jsonl")
     _, here = scored("--adapter", adapter, "--data.general", files / "choice.jsonl")
-    assert [o.kl for o in moved["model"].of(0)] == [o.kl for o in here["model"].of(0)]
+    assert [o.kl for o in moved["model"].of_file(0)] == [o.kl for o in here["model"].of_file(0)]
 
 
 def test_prompts_that_do_not_fit_the_context(tmp_path):
@@ -394,8 +394,8 @@ def test_vllm_gives_the_answers_of_transformers(adapter, files, tmp_path):
         evaluate(config(*given, tmp_path / engine, "--generation.engine", engine))
     found = [[json.loads(line) for line in (tmp_path / engine / "results.jsonl").read_text().splitlines()]
              for engine in ("transformers", "vllm")]
-    for side in ("base", "model"):
-        one, other = ([line[side]["prediction"] for line in lines] for lines in found)
+    for name in ("base", "model"):
+        one, other = ([line[name]["prediction"] for line in lines] for lines in found)
         assert sum(a == b for a, b in zip(one, other)) >= len(one) - 1, "but for a tie"
     assert len({line["model"]["prediction"] for line in found[1]}) > 5
     assert [line["base"]["prediction"] for line in found[1]] != [line["model"]["prediction"] for line in found[1]]
@@ -403,7 +403,7 @@ def test_vllm_gives_the_answers_of_transformers(adapter, files, tmp_path):
 
 def test_what_vllm_cannot_do(adapter, files, monkeypatch, tmp_path):
     given = ("--adapter", adapter, "--data.general", files / "regex.jsonl", "--generation.engine", "vllm", "--output", tmp_path / "out")
-    assert refused(*given, "--load_in_4bit", "true").startswith("generation.engine: vllm holds no model in the 4 bits")
+    assert refused(*given, "--load_in_4bit", "true").startswith("generation.engine: vllm cannot load a model in 4 bits")
     broken = f"import sys; print('ValueError: no DoRA'); sys.exit(1)  # {tmp_path}"
     real = subprocess.run
     monkeypatch.setattr(subprocess, "run", lambda command, **more: real([sys.executable, "-c", broken], **more))

@@ -1,1 +1,1 @@
-"""Scoring a model on item files, beside its base: items, scoring, statistics, pages. `trainer/evaluate.py` is the table of contents."""
+"""Score a model on item files and compare it with its base. Start reading at `trainer/evaluate.py`."""

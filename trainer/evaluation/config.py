@@ -1,4 +1,7 @@
-"""Every option of `python -m trainer.evaluate`, its default, and what it does. YAML sections and dotted overrides bear these names."""
+"""Define every option of `python -m trainer.evaluate`, with its default.
+
+YAML sections and dotted overrides have the names of these classes' fields.
+"""
 
 from __future__ import annotations
 
@@ -13,20 +16,20 @@ QUOTED = "a pattern in quotes, as YAML takes what follows a # for a comment"
 
 @dataclass
 class Data:
-    """What is asked, and how it becomes tokens."""
+    """Item files, and how their prompts become tokens."""
 
-    general: str | list[str | Items] = field(default_factory=list)  # what the model could do before: a path, or a list of paths and items
-    domain: str | list[str | Items] = field(default_factory=list)  # what it was tuned for
-    metric: Metric = "auto"  # of files that do not name theirs
-    regex: str = ""  # of files that do not name theirs, e.g. '#### (-?[\d,.]+)' for GSM8K
-    chat: bool = True  # ask through the chat template; false: the prompt's bare text, a space, and the answer
+    general: str | list[str | Items] = field(default_factory=list)  # files of abilities to keep: a path, or a list of paths and items
+    domain: str | list[str | Items] = field(default_factory=list)  # files of what it was tuned for; same forms
+    metric: Metric = "auto"  # of files without a metric of their own
+    regex: str = ""  # of files without a pattern of their own, e.g. '#### (-?[\d,.]+)' for GSM8K
+    chat: bool = True  # render prompts with the chat template; false: the prompt's text, a space, and the answer
     chat_template: str | None = None  # a Jinja file to use instead of the tokenizer's own template
-    on_overlong: Literal["error", "drop", "truncate"] = "error"  # held-out texts longer than a pack or the model's context
+    on_overlong: Literal["error", "drop", "truncate"] = "error"  # what to do with held-out texts longer than a pack or the model's context
 
 
 @dataclass
 class Base:
-    """What the model is compared with. With an adapter it is the adapter's own base, unless another is named."""
+    """The model to compare with; default: with an adapter its own base, else none."""
 
     path: str | None = None  # folder or hub name
     tokenizer: str | None = None  # folder or hub name; default: the base's own
@@ -34,25 +37,25 @@ class Base:
 
 @dataclass
 class Generation:
-    """Answers are the likeliest next token, again and again, until the model ends its turn."""
+    """Greedy generation of answers."""
 
     engine: Literal["transformers", "vllm"] = "transformers"  # vllm: faster, in a process of its own (needs the `synth` extra)
-    max_tokens: int = 256  # an answer that is not done by then is cut off, and reports count it
-    stop: list[str] = field(default_factory=list)  # an answer also ends before any of these texts
-    batch: int = 64  # prompts that transformers answers together
+    max_tokens: int = 256  # longest answer; reports count those that are cut off
+    stop: list[str] = field(default_factory=list)  # texts that end an answer, and are not part of it
+    batch: int = 64  # prompts in one batch of transformers
 
 
 @dataclass
 class Scoring:
-    """Log-probs of given answers, and the divergence from the base over them."""
+    """Log-probs of given answers, and the KL to the base over them."""
 
     tokens_per_pack: int = 8192  # capacity of one packed sequence, and the longest sample
-    kl_tokens: int = 20_000  # answer tokens per role over which KL(base || model) is measured, at most; the host keeps a vector of each
+    kl_tokens: int = 20_000  # at most so many answer tokens per role have their KL measured; the host keeps a vector of each
 
 
 @dataclass
 class Statistics:
-    """Intervals."""
+    """Confidence intervals."""
 
     confidence: float = 0.95  # of all intervals
     bootstrap: int = 2000  # resamples of the items
@@ -61,47 +64,50 @@ class Statistics:
 
 @dataclass
 class Harness:
-    """Settings of lm-evaluation-harness, for `tasks`."""
+    """Options of lm-evaluation-harness, for `tasks`."""
 
-    role: Literal["general", "domain"] = "general"  # what the tasks stand for
+    role: Literal["general", "domain"] = "general"  # role of the tasks
     limit: int | None = None  # the first n documents of each task
     num_fewshot: int | None = None  # examples before each question; default: the task's own
     batch: int = 16  # sequences in one call of the model
-    chat: bool = False  # ask through the chat template
+    chat: bool = False  # render prompts with the chat template
 
 
 @dataclass
 class Config:
-    """Score a model, beside its base: `python -m trainer.evaluate --adapter A --data.general F.jsonl --data.domain G.jsonl`."""
+    """Score a model on item files and compare it with its base."""
 
     output: str = "runs/evaluation"  # the folder for results.jsonl, results.json and report.html
-    model: Model = field(default_factory=Model)  # model.path may be left out where an adapter names its base
+    model: Model = field(default_factory=Model)  # model.path is optional if an adapter names its base
     adapter: str | None = None  # folder of a LoRA adapter on the model
     force_base: bool = False  # put the adapter on model.path although adapter_config.json names another base
-    load_in_4bit: bool = False  # hold the model in 4 bits, as a QLoRA run does (needs the `quant` extra)
+    load_in_4bit: bool = False  # load the model in 4 bits, as a QLoRA run does (needs the `quant` extra)
     base: Base = field(default_factory=Base)
     data: Data = field(default_factory=Data)
     generation: Generation = field(default_factory=Generation)
     scoring: Scoring = field(default_factory=Scoring)
     statistics: Statistics = field(default_factory=Statistics)
     tasks: str | list[str] = field(default_factory=list)  # of lm-evaluation-harness, by name: a list, or a,b,c (needs the `eval` extra)
-    task_folder: str | None = None  # task files (YAML) beside those that come with the library
+    task_folder: str | None = None  # task files (YAML) beside those of the library
     harness: Harness = field(default_factory=Harness)
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU that has it, else fp32
     device: Literal["auto", "cuda", "cpu"] = "auto"
 
 
 def validate(config: Config) -> None:
-    """Refuse values that no evaluation can use. Types are checked before, by the parser. Raises UserError naming the option."""
+    """Check the values; raise UserError, which names the option, if one is unusable.
+
+    Types are checked before, by the parser.
+    """
     data, scoring, statistics = config.data, config.scoring, config.statistics
     _require(bool(config.output.strip()), "output", "a folder", "none")
     _require(bool(data.general or data.domain or config.tasks), "data.general, data.domain, tasks", "an item file or a task", "none")
     _require(data.regex is not None, "data.regex", QUOTED, data.regex)
     keys = ", ".join(key.name for key in fields(Items))
-    for role, given in (("general", data.general), ("domain", data.domain)):
-        for items in [given] if isinstance(given, str) else given:
-            written = not str(items).startswith(("[", "{"))  # what could not be read as a list of items is a string
-            _require(written, f"data.{role}", f"a path, or a list of items in YAML with the keys {keys}", items)
+    for role, entries in (("general", data.general), ("domain", data.domain)):
+        for items in [entries] if isinstance(entries, str) else entries:
+            parsed = not str(items).startswith(("[", "{"))  # a list that the parser could not read is still a string
+            _require(parsed, f"data.{role}", f"a path, or a list of items in YAML with the keys {keys}", items)
             pattern = "" if isinstance(items, str) else items.regex
             _require(pattern is not None, f"data.{role}: regex", QUOTED, pattern)
             max_records = None if isinstance(items, str) else items.max_records
@@ -123,6 +129,6 @@ def validate(config: Config) -> None:
     _require(config.harness.batch >= 1, "harness.batch", "1 or more", config.harness.batch)
 
 
-def _require(holds: bool, option: str, expected: str, found) -> None:
-    if not holds:
-        raise UserError(f"{option}: expected {expected}, got {found}")
+def _require(condition: bool, option: str, expected: str, got) -> None:
+    if not condition:
+        raise UserError(f"{option}: expected {expected}, got {got}")

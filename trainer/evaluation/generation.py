@@ -1,7 +1,8 @@
-"""Greedy answers in batches, by transformers' `generate` with a key-value cache: prompts of like length together, padded on the left.
+"""Generate greedy answers in batches, with transformers' `generate` and its key-value cache.
 
-A model that runs packs cannot be given masks, so its attention is the stock one while it generates. Rows of a batch are computed
-together, which may turn the choice between two tokens that are equally likely to the last bit.
+Prompts of similar length share a batch, padded on the left. Packed attention takes no masks, so the model has its stock attention while it
+generates. The rows of a batch are computed together, which may change the choice between two tokens that are equally likely to the last
+bit.
 """
 
 from __future__ import annotations
@@ -21,68 +22,77 @@ from trainer.model.forward import unwrap_peft
 from trainer.model.packed_attention import is_packed
 
 
-class Answer(NamedTuple):
+class Completion(NamedTuple):
+    """A generated answer."""
+
     text: str  # without special tokens
-    tokens: int  # generated, the end included
-    finished: bool  # it ended by itself, not at the limit
+    tokens: int  # generated tokens, the end included
+    finished: bool  # the model ended it before the limit
 
 
 @torch.no_grad()
-def answers(model: nn.Module, template: ChatTemplate, prompts: Sequence[Sequence[int]], max_tokens: int, batch: int) -> list[Answer]:
-    """The likeliest answer to each prompt of token ids, in their order; repetition penalties and the like are off."""
-    found: list[Answer | None] = [None] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # the longest first: what does not fit fails at once
+def generate_completions(model: nn.Module, template: ChatTemplate, prompts: Sequence[Sequence[int]], max_tokens: int,
+                         batch_size: int) -> list[Completion]:
+    """Return the greedy answer to each prompt of token ids, in their order.
+
+    The model's own generation settings (repetition penalty and so on) are not used.
+    """
+    completions: list[Completion | None] = [None] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # the longest first, so that a lack of memory shows at once
     with stock_attention(model) as base:
-        ends = end_tokens(base.generation_config, template)
-        for start in range(0, len(order), batch):
-            numbers = order[start:start + batch]
+        ends = end_token_ids(base.generation_config, template)
+        for start in range(0, len(order), batch_size):
+            numbers = order[start:start + batch_size]
             for i, ids in zip(numbers, _generate(base, template, [prompts[i] for i in numbers], max_tokens, ends)):
-                found[i] = answer_of(template, ids, ends)
-    return found
+                completions[i] = decode_completion(template, ids, ends)
+    return completions
 
 
 def _generate(base: PreTrainedModel, template: ChatTemplate, prompts: list[Sequence[int]], max_tokens: int,
               ends: list[int]) -> list[list[int]]:
-    """What follows each prompt, ends and padding included."""
+    """Return the token ids generated after each prompt, end tokens and padding included."""
     width = max(map(len, prompts))
     pad = template.tokenizer.pad_token_id
     pad = pad if pad is not None else ends[0] if ends else 0
     ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=base.device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=base.device)
     settings = GenerationConfig(do_sample=False, max_new_tokens=max_tokens, use_cache=True, pad_token_id=pad, eos_token_id=ends or None)
-    own, base.generation_config = base.generation_config, settings
+    before, base.generation_config = base.generation_config, settings
     try:
         return base.generate(input_ids=ids, attention_mask=mask)[:, width:].tolist()
     finally:
-        base.generation_config = own
+        base.generation_config = before
 
 
-def answer_of(template: ChatTemplate, ids: list[int], ends: list[int]) -> Answer:
-    """What was generated up to the first token that ends an answer."""
+def decode_completion(template: ChatTemplate, ids: list[int], ends: list[int]) -> Completion:
+    """Return the completion up to the first token that ends an answer."""
     end = next((i for i, token in enumerate(ids) if token in ends), None)
     text = template.tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return Answer(text, len(ids) if end is None else end + 1, end is not None)
+    return Completion(text, len(ids) if end is None else end + 1, end is not None)
 
 
-def stopped(answer: Answer, stops: Sequence[str]) -> Answer:
-    """The answer up to the first of the stop texts that it holds."""
-    places = [place for stop in stops if (place := answer.text.find(stop)) >= 0]
-    return answer._replace(text=answer.text[:min(places)], finished=True) if places else answer
+def cut_at_stop(completion: Completion, stops: Sequence[str]) -> Completion:
+    """Return the completion up to the first stop text in it."""
+    places = [place for stop in stops if (place := completion.text.find(stop)) >= 0]
+    return completion._replace(text=completion.text[:min(places)], finished=True) if places else completion
 
 
-def end_tokens(settings: GenerationConfig | None, template: ChatTemplate) -> list[int]:
-    """The tokens that end an answer: those of the model's generation settings, the tokenizer's, and what ends a turn of the template."""
-    named = getattr(settings, "eos_token_id", None)
-    ends = {*(named if isinstance(named, list) else [named]), template.tokenizer.eos_token_id}
+def end_token_ids(settings: GenerationConfig | None, template: ChatTemplate) -> list[int]:
+    """Return the tokens that end an answer.
+
+    They are those of the model's generation settings, of the tokenizer, and of the end of a turn in the chat template.
+    """
+    configured = getattr(settings, "eos_token_id", None)
+    ends = {*(configured if isinstance(configured, list) else [configured]), template.tokenizer.eos_token_id}
     vocabulary = template.tokenizer.get_added_vocab()
-    with suppress(TurnError, UserError):  # no template, one that prints nothing that ends a turn, or one that takes no such chat
+    with suppress(TurnError, UserError):  # no template, or one without an end of turn
         ends.add(vocabulary.get(read_layout(template.render, vocabulary).end))
     return sorted(ends - {None})
 
 
 @contextmanager
 def stock_attention(model: nn.Module) -> Iterator[PreTrainedModel]:
-    """The transformers model, taking masks and a cache for the time being."""
+    """Yield the transformers model with stock attention, which takes masks and a cache."""
     base = unwrap_peft(model)
     before, packed = base.config._attn_implementation, is_packed(base)
     if packed:  # only eager attention caps its logits, as Gemma 2 wants

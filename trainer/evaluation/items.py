@@ -1,14 +1,14 @@
-"""Item files to items: what is asked, and what is right. All that is wrong with a file is said before a model is loaded.
+"""Read item files: questions with their right answers, checked before a model is loaded.
 
-    metric     columns                                          right
-    exact      prompt, answer                                   what is generated equals an answer
-    regex      prompt, answer                                   what the pattern finds in both is equal
+    metric     columns                                          right if
+    exact      prompt, answer                                   the generated text equals an answer
+    regex      prompt, answer                                   the pattern finds equal texts in both
     choice     prompt, choices, answer (index, text, letter)    the likeliest choice is the answer
-    logprob    messages, or prompt and answer, or text          nothing: its log-prob is the measure
+    logprob    messages, or prompt and answer, or text          none: its log-prob is measured
 
-A prompt may also be the column question or instruction (with input and system); an answer the column answers (a list of which each is
-right), completion, output, target or response. `messages` stand for a prompt, and for the answer too where they end with the assistant's
-turn. Any other column by mapping: {prompt: stem, answer: key}.
+The prompt may also be in the column question or instruction (with input and system), the answer in answers (a list, each of which is
+right), completion, output, target or response. `messages` replace the prompt, and the answer too if they end with an assistant turn. Other
+columns are mapped: {prompt: stem, answer: key}.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from trainer.data.formats import Format, RecordError, look_up
 from trainer.data.sources import open_source, rows_of
 from trainer.errors import UserError
 from trainer.evaluation.config import Data, Items
-from trainer.evaluation.scoring import reference
+from trainer.evaluation.scoring import expected_answer
 
 COLUMNS = {
     "prompt": ("prompt", "question", "instruction"),
@@ -42,110 +42,116 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True)
 class Item:
-    """One question with its right answers, or a text to be likely."""
+    """One question with its right answers, or one held-out text or chat whose log-prob is measured."""
 
     id: str
     place: str  # "gsm8k.jsonl, line 3"
-    prompt: tuple[Message, ...] = ()  # the chat up to what is asked; none for held-out text
-    answers: tuple[str, ...] = ()  # the right ones; the first is the one whose log-prob is measured
+    prompt: tuple[Message, ...] = ()  # the chat up to the question; none for held-out text
+    answers: tuple[str, ...] = ()  # the right ones; the log-prob of the first is measured
     choices: tuple[str, ...] = ()
     chat: tuple[Message, ...] = ()  # a held-out chat
     text: str | None = None  # a held-out text
 
     @property
-    def right(self) -> int:
-        """The index of the right choice."""
+    def right_choice(self) -> int:
+        """Return the index of the right choice."""
         return self.choices.index(self.answers[0])
 
 
 @dataclass(frozen=True)
 class ItemFile:
-    """The items of one file, and how they are scored."""
+    """The items of one file, and the options to score them with."""
 
     name: str
     role: Role
-    settings: Items  # with the metric and regex that hold
+    options: Items  # its metric and regex are the ones in use, never "auto"
     items: tuple[Item, ...]
 
     @property
     def metric(self) -> str:
-        return self.settings.metric
+        return self.options.metric
 
 
 def read_files(data: Data) -> list[ItemFile]:
-    """All item files, general ones first. UserError names the file, line and remedy."""
+    """Read all item files, general ones first.
+
+    Raises UserError, which names the file, the line and the remedy, if a file or one of its rows does not fit its metric.
+    """
     files = []
-    for role, given in (("general", data.general), ("domain", data.domain)):
-        for entry in [given] if isinstance(given, (str, Items)) else given:
-            settings = Items(entry) if isinstance(entry, str) else entry
-            files.append(_read(settings, role, data))
-    return [replace(file, name=name) for file, name in zip(files, _distinct([file.name for file in files]))]
+    for role, entries in (("general", data.general), ("domain", data.domain)):
+        for entry in [entries] if isinstance(entries, (str, Items)) else entries:
+            options = Items(entry) if isinstance(entry, str) else entry
+            files.append(_read_file(options, role, data))
+    return [replace(file, name=name) for file, name in zip(files, _number_repeated([file.name for file in files]))]
 
 
-def _distinct(names: list[str]) -> list[str]:
-    """The names, a number added to those that came before."""
+def _number_repeated(names: list[str]) -> list[str]:
+    """Return the names, each repeated one with a number: a, a (2), a (3)."""
     return [name if name not in names[:i] else f"{name} ({names[:i].count(name) + 1})" for i, name in enumerate(names)]
 
 
-def _read(settings: Items, role: Role, data: Data) -> ItemFile:
-    settings = replace(settings, regex=settings.regex or data.regex)
-    source = Source(settings.path, split=settings.split, subset=settings.subset)
-    rows = islice(rows_of(open_source(source)), settings.max_records)
+def _read_file(options: Items, role: Role, data: Data) -> ItemFile:
+    options = replace(options, regex=options.regex or data.regex)
+    source = Source(options.path, split=options.split, subset=options.subset)
+    rows = islice(rows_of(open_source(source)), options.max_records)
     first = next(rows, None)
     if first is None:
-        raise UserError(f"{settings.path}: expected items, found an empty file")
-    columns = _find_columns(first[1], settings)
-    metric = settings.metric if settings.metric != "auto" else data.metric
-    settings = replace(settings, metric=_auto_metric(columns, settings) if metric == "auto" else metric)
-    _check(settings, columns, first[1])
+        raise UserError(f"{options.path}: expected items, found an empty file")
+    columns = _find_columns(first[1], options)
+    metric = options.metric if options.metric != "auto" else data.metric
+    options = replace(options, metric=_infer_metric(columns, options) if metric == "auto" else metric)
+    _check_columns(options, columns, first[1])
     items = []
     for place, row in (first, *rows):
-        place = f"{settings.path}, {place}"
+        place = f"{options.path}, {place}"
         try:
-            items.append(_item(row, columns, settings, place, len(items) + 1))
+            items.append(_parse_item(row, columns, options, place, len(items) + 1))
         except RecordError as error:
             raise UserError(f"{place}: {error}") from None
-    return ItemFile(settings.name or Path(settings.path).stem, role, settings, tuple(items))
+    return ItemFile(options.name or Path(options.path).stem, role, options, tuple(items))
 
 
-def _find_columns(row: dict, settings: Items) -> dict[str, str]:
-    """Our name -> the file's column, of what the first row has. UserError for a mapping that names what is not there."""
-    mapped = settings.columns or {}
+def _find_columns(row: dict, options: Items) -> dict[str, str]:
+    """Return our name -> the file's column for the columns of the first row.
+
+    Raises UserError if `columns` maps an unknown name, or maps to a column that the file lacks.
+    """
+    mapped = options.columns or {}
     if unknown := [name for name in mapped if name not in COLUMNS]:
-        raise UserError(f"{settings.path}: columns: expected some of {', '.join(COLUMNS)}, found {', '.join(unknown)}")
+        raise UserError(f"{options.path}: columns: expected some of {', '.join(COLUMNS)}, found {', '.join(unknown)}")
     if absent := [path for path in mapped.values() if path not in row and look_up(row, path) is None]:
-        raise UserError(f"{settings.path}: columns: expected {', '.join(absent)} in the file, found the columns {', '.join(row)}")
-    there = {ours: next((name for name in names if name in row), None) for ours, names in COLUMNS.items()}
-    return {ours: column for ours, column in there.items() if column} | mapped
+        raise UserError(f"{options.path}: columns: expected {', '.join(absent)} in the file, found the columns {', '.join(row)}")
+    by_name = {ours: next((name for name in names if name in row), None) for ours, names in COLUMNS.items()}
+    return {ours: column for ours, column in by_name.items() if column} | mapped
 
 
-def _auto_metric(columns: dict[str, str], settings: Items) -> str:
+def _infer_metric(columns: dict[str, str], options: Items) -> str:
     if "choices" in columns:
         return "choice"
     if "answer" in columns:
-        return "regex" if settings.regex else "exact"
+        return "regex" if options.regex else "exact"
     return "logprob"
 
 
-def _check(settings: Items, columns: dict[str, str], row: dict) -> None:
-    """UserError unless the metric fits the file's columns."""
+def _check_columns(options: Items, columns: dict[str, str], row: dict) -> None:
+    """Check that the file has the columns and patterns of its metric; raise UserError if not."""
     def refuse(expected: str, remedy: str):
         found = ", ".join(row) or "none"
-        raise UserError(f"{settings.path}: metric {settings.metric} expects {expected}, found the columns {found}; {remedy}")
+        raise UserError(f"{options.path}: metric {options.metric} expects {expected}, found the columns {found}; {remedy}")
 
-    if settings.metric == "logprob":
+    if options.metric == "logprob":
         if not {"messages", "text"} & set(columns) and not {"prompt", "answer"} <= set(columns):
             refuse("messages, text, or prompt and answer", "map them, as in columns: {text: body}")
         return
     if not {"prompt", "messages"} & set(columns):
         refuse("a prompt or messages", "map it, as in columns: {prompt: stem}" + ("; or use metric logprob" if "text" in columns else ""))
-    if settings.metric == "choice" and "choices" not in columns:
+    if options.metric == "choice" and "choices" not in columns:
         refuse("choices", "map them, as in columns: {choices: options}, or use metric exact")
-    if "answer" not in columns and (settings.metric == "choice" or "messages" not in columns):
+    if "answer" not in columns and (options.metric == "choice" or "messages" not in columns):
         refuse("answers", "map them, as in columns: {answer: solution}, or use metric logprob")
-    if settings.metric == "regex":
+    if options.metric == "regex":
         for name in ("regex", "answer_regex"):
-            _check_pattern(settings.path, name, getattr(settings, name))
+            _check_pattern(options.path, name, getattr(options, name))
 
 
 def _check_pattern(path: str, name: str, pattern: str | None) -> None:
@@ -165,31 +171,31 @@ def _check_pattern(path: str, name: str, pattern: str | None) -> None:
 # ---------------------------------------------------------------- one row
 
 
-def _item(row: dict, columns: dict[str, str], settings: Items, place: str, number: int) -> Item:
-    """The item of one row. RecordError says what is missing or unfit in it."""
-    found = {ours: look_up(row, column) for ours, column in columns.items()}
-    item = Item(str(found["id"]) if found.get("id") is not None else str(number), place)
-    if settings.metric == "logprob":
+def _parse_item(row: dict, columns: dict[str, str], options: Items, place: str, number: int) -> Item:
+    """Return the item of one row. Raises RecordError if a value is missing or does not fit."""
+    values = {ours: look_up(row, column) for ours, column in columns.items()}
+    item = Item(str(values["id"]) if values.get("id") is not None else str(number), place)
+    if options.metric == "logprob":
         if "text" in columns and "messages" not in columns:
             return replace(item, text=Format("text", {"text": columns["text"]}).record(row)["text"])
-        return replace(item, chat=tuple(_heldout_chat(found)))
-    prompt, last = _prompt(found)
-    if settings.metric == "choice":
-        choices, answer = _choices(found["choices"]), found.get("answer")
-        if settings.path.endswith(".csv"):
-            _check_index(answer, choices)
-        return replace(item, prompt=prompt, choices=choices, answers=(choices[_right(answer, choices, found["choices"])],))
-    answers = _answers(found.get("answer"), columns) if "answer" in columns else (last,)
+        return replace(item, chat=tuple(_heldout_chat(values)))
+    prompt, last_turn = _split_prompt(values)
+    if options.metric == "choice":
+        choices, answer = _choices(values["choices"]), values.get("answer")
+        if options.path.endswith(".csv"):
+            _check_csv_index(answer, choices)
+        return replace(item, prompt=prompt, choices=choices, answers=(choices[_answer_index(answer, choices, values["choices"])],))
+    answers = _answers(values.get("answer"), columns) if "answer" in columns else (last_turn,)
     if answers == (None,):
         raise RecordError("expected an answer: an assistant's turn at the end, or a column answer; found neither")
-    if settings.metric == "regex":
-        _check_extracts(answers, settings)
+    if options.metric == "regex":
+        _check_pattern_finds(answers, options)
     return replace(item, prompt=prompt, answers=answers)
 
 
-def _prompt(found: dict[str, Any]) -> tuple[tuple[Message, ...], str | None]:
-    """What is asked, as a chat, and the assistant's answer where the chat ends with one."""
-    turns = _turns(found, None)
+def _split_prompt(values: dict[str, Any]) -> tuple[tuple[Message, ...], str | None]:
+    """Return the prompt as a chat, and the answer if the chat ends with an assistant turn."""
+    turns = _read_turns(values, None)
     if turns[-1]["role"] != "assistant":
         return tuple(turns), None
     if len(turns) == 1:
@@ -197,23 +203,25 @@ def _prompt(found: dict[str, Any]) -> tuple[tuple[Message, ...], str | None]:
     return tuple(turns[:-1]), turns[-1]["content"]
 
 
-def _turns(found: dict[str, Any], answer: str | None) -> list[Message]:
-    """The row's chat, with system prompt, input and answer where it has them, checked by the reader of training data."""
-    turns = found.get("messages")
+def _read_turns(values: dict[str, Any], answer: str | None) -> list[Message]:
+    """Return the row's chat, with its system prompt, input and answer if it has them.
+
+    The reader of training data checks it, and raises RecordError.
+    """
+    turns = values.get("messages")
     if turns is None:
-        more = found.get("input")
-        asked = found.get("prompt")
-        turns = asked if isinstance(asked, list) else [{"role": "user", "content": f"{asked}\n\n{more}" if asked and more else asked}]
+        prompt, more = values.get("prompt"), values.get("input")
+        turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": f"{prompt}\n\n{more}" if prompt and more else prompt}]
     if isinstance(turns, list) and answer is not None:
         turns = [*turns, {"role": "assistant", "content": answer}]
-    row = {"messages": turns, "system": found.get("system")}
+    row = {"messages": turns, "system": values.get("system")}
     record = Format("chat", {"messages": "messages", "system": "system"}).record(row)
     return [{"role": m["role"], "content": m["content"]} | (json.loads(m["extra"]) if m["extra"] else {}) for m in record["messages"]]
 
 
-def _heldout_chat(found: dict[str, Any]) -> list[Message]:
-    answer = found.get("answer") if found.get("messages") is None else None
-    turns = _turns(found, answer[0] if isinstance(answer, list) and answer else answer)
+def _heldout_chat(values: dict[str, Any]) -> list[Message]:
+    answer = values.get("answer") if values.get("messages") is None else None
+    turns = _read_turns(values, answer[0] if isinstance(answer, list) and answer else answer)
     if not any(turn["role"] == "assistant" for turn in turns):
         raise RecordError("expected an assistant's turn, whose log-prob is measured, found none")
     return turns
@@ -221,28 +229,31 @@ def _heldout_chat(found: dict[str, Any]) -> list[Message]:
 
 def _answers(value: Any, columns: dict[str, str]) -> tuple[str, ...]:
     answers = value if isinstance(value, list) else [value]
-    texts = [_plain(answer) for answer in answers]
+    texts = [_as_text(answer) for answer in answers]
     if not texts or not all(texts):
         raise RecordError(f"expected an answer in column {columns['answer']}, found {'none' if value is None else repr(value)}")
     return tuple(texts)
 
 
-def _plain(value: Any) -> str:
-    """A string as it is, a number as it is written; anything else is no text."""
+def _as_text(value: Any) -> str:
+    """Return a string as it is, a number or truth value as JSON writes it, and "" for anything else."""
     if isinstance(value, bool):
         return str(value).lower()
     return value if isinstance(value, str) else str(value) if isinstance(value, (int, float)) else ""
 
 
 def _choices(value: Any) -> tuple[str, ...]:
-    """Two or more different texts: a list, JSON of one (as in CSV), or {"text": [...], "label": [...]} as ARC has them."""
+    """Return two or more different texts, or raise RecordError.
+
+    The value is a list, JSON of a list (as in CSV), or {"text": [...], "label": [...]}, as in ARC.
+    """
     value = value.get("text") if isinstance(value, dict) else value
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except json.JSONDecodeError:
             raise RecordError(f'expected choices as a list, such as ["yes", "no"], found {value!r}') from None
-    choices = tuple(_plain(choice) for choice in value) if isinstance(value, list) else ()
+    choices = tuple(_as_text(choice) for choice in value) if isinstance(value, list) else ()
     if len(choices) < 2:
         raise RecordError(f"expected two choices or more, found {len(choices)}")
     if not all(choices) or len(set(choices)) < len(choices):
@@ -250,14 +261,17 @@ def _choices(value: Any) -> tuple[str, ...]:
     return choices
 
 
-def _right(answer: Any, choices: tuple[str, ...], given: Any) -> int:
-    """The index that an answer means: an index from 0, a choice's text, its label, or its letter (A is the first)."""
+def _answer_index(answer: Any, choices: tuple[str, ...], value: Any) -> int:
+    """Return the index of the choice that an answer names, or raise RecordError.
+
+    The answer is an index from 0, the choice's text, its label, or its letter (A is the first). `value` is the row's value of choices.
+    """
     if isinstance(answer, list) and len(answer) == 1:
         answer = answer[0]
-    labels = [str(label) for label in given.get("label") or ()] if isinstance(given, dict) else []
+    labels = [str(label) for label in value.get("label") or ()] if isinstance(value, dict) else []
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices) and not labels:
         return answer
-    text = _plain(answer)
+    text = _as_text(answer)
     if not text:
         raise RecordError(f"expected an answer: an index from 0, or the text or letter of a choice; found {answer!r}")
     if text in choices:
@@ -272,18 +286,18 @@ def _right(answer: Any, choices: tuple[str, ...], given: Any) -> int:
     return letter
 
 
-def _check_index(answer: Any, choices: tuple[str, ...]) -> None:
-    """In CSV nothing tells a number from its text. RecordError where that matters."""
+def _check_csv_index(answer: Any, choices: tuple[str, ...]) -> None:
+    """Raise RecordError if an answer in CSV, which has no numbers, may mean a text or an index."""
     if answer in choices and answer.isdecimal() and int(answer) < len(choices) and choices.index(answer) != int(answer):
         letter = chr(ord("A") + choices.index(answer))
         raise RecordError(f"the answer {answer} is the text of one choice and the index of another; write the letter of the one that is "
                           f"meant ({letter} for the text)")
 
 
-def _check_extracts(answers: tuple[str, ...], settings: Items) -> None:
+def _check_pattern_finds(answers: tuple[str, ...], options: Items) -> None:
     for answer in answers:
-        if reference(answer, settings) is None:
-            pattern = settings.answer_regex or settings.regex
+        if expected_answer(answer, options) is None:
+            pattern = options.answer_regex or options.regex
             raise RecordError(f"the pattern {pattern!r} finds nothing in the answer {answer[-60:]!r}; "
                               'mend it, or set answer_regex to one for answers ("" takes them as they stand)')
 

@@ -1,8 +1,8 @@
-"""Log-probs of given answers in packs, and how far a model has moved from its base over them.
+"""Compute log-probs of given answers in packs, and the KL between a model and its base over them.
 
 For a scored token y after context x:   log p(y | x)   and   KL(base || model) = Σ_v p_base(v | x) (log p_base(v | x) - log p_model(v | x)),
-both in nats. The base is measured first, and its last hidden states wait on the host: S vectors, instead of S x V log-probs, from which
-its distributions come back through its head. So one model is on the device at a time, and an adapter is switched off for one pass.
+both in nats. The base runs first, and its last hidden states are kept on the host: S vectors instead of S x V log-probs. Its head turns
+them into distributions when the model runs. So one model is on the device at a time; with an adapter the base runs with the adapter off.
 
 Shapes: T tokens of a pack, S scored tokens, D model width, V vocabulary.
 """
@@ -24,8 +24,8 @@ from trainer.data.samples import Piece
 from trainer.evaluation.tokens import Sample
 from trainer.model.forward import LmHead, forward_hidden, lm_head
 
-DOCUMENTS = 1024  # samples in one pack, at most
-SLICE = 256  # rows of full logits at a time, where heads differ in scale or cap
+MAX_SAMPLES_PER_PACK = 1024  # samples in one pack, at most
+ROWS_AT_ONCE = 256  # rows of full logits at a time, if the heads differ in scale or cap
 
 
 @dataclass
@@ -38,14 +38,14 @@ class Likelihood:
 
 @dataclass
 class BaseStates:
-    """What a base leaves for the model that is compared with it: its head, and the last hidden states of some samples."""
+    """The head of a base, and its last hidden states of some samples, for the KL of another model."""
 
     head: LmHead
     hidden: dict[int, Tensor] = field(default_factory=dict)  # number of a sample -> [S, D], on the host
-    ids: dict[int, np.ndarray] = field(default_factory=dict)  # and its tokens
+    ids: dict[int, np.ndarray] = field(default_factory=dict)  # number of a sample -> its token ids
 
     def why_no_kl(self, samples: Sequence[Sample], other: LmHead) -> str | None:
-        """Why no divergence can be measured with it; None where one can."""
+        """Return the reason why no KL to a model with this head can be measured; None if it can."""
         if self.head.weight.shape[0] != other.weight.shape[0]:
             return f"the base predicts {self.head.weight.shape[0]:,} tokens, the model {other.weight.shape[0]:,}"
         if any(i >= len(samples) or not np.array_equal(ids, samples[i].ids) for i, ids in self.ids.items()):
@@ -53,74 +53,81 @@ class BaseStates:
         return None
 
 
-def chosen(samples: Sequence[Sample], roles: Sequence[str], tokens: int, seed: int) -> set[int]:
-    """Reference samples over which the divergence is measured: in a random order of each role, until they have `tokens` scored ones."""
-    picked: set[int] = set()
+def choose_kl_samples(samples: Sequence[Sample], roles: Sequence[str], tokens: int, seed: int) -> set[int]:
+    """Return the numbers of the samples over which the KL is measured.
+
+    Of each role they are taken in random order while they have at most `tokens` scored tokens together.
+    """
+    chosen: set[int] = set()
     order = np.random.default_rng(seed).permutation(len(samples))
     for role in set(roles):
-        room = tokens
+        budget = tokens
         for i in order.tolist():
-            if samples[i].reference and roles[i] == role:
-                room -= samples[i].tokens
-                if room < 0:
+            if samples[i].gives_logprob and roles[i] == role:
+                budget -= samples[i].tokens
+                if budget < 0:
                     break
-                picked.add(i)
-    return picked
+                chosen.add(i)
+    return chosen
 
 
 @torch.no_grad()
-def measure(model: nn.Module, samples: Sequence[Sample], capacity: int, *, remember: BaseStates | None = None, keep: Iterable[int] = (),
-            base: BaseStates | None = None) -> list[Likelihood]:
-    """The log-prob of each sample, and its KL from `base` where the base remembers it.
+def measure_likelihoods(model: nn.Module, samples: Sequence[Sample], capacity: int, *, remember: BaseStates | None = None,
+                        keep: Iterable[int] = (), base: BaseStates | None = None) -> list[Likelihood]:
+    """Return the log-prob of each sample, and its KL to the base for the samples in `base`.
 
-    The hidden states of the samples in `keep` go into `remember`. Packs hold `capacity` tokens at most, each sample seeing itself alone.
+    The hidden states of the samples in `keep` are put into `remember`. Packs have at most `capacity` tokens, and their samples do not see
+    each other.
     """
-    found, keep, out = [Likelihood(0.0) for _ in samples], set(keep), lm_head(model)
-    device = out.weight.device
-    for numbers in pack([len(sample.ids) for sample in samples], capacity, DOCUMENTS, seed=0) if samples else ():
+    likelihoods, keep, head = [Likelihood(0.0) for _ in samples], set(keep), lm_head(model)
+    device = head.weight.device
+    for numbers in pack([len(sample.ids) for sample in samples], capacity, MAX_SAMPLES_PER_PACK, seed=0) if samples else ():
         batch = collate([Piece(samples[i].ids, samples[i].scored) for i in numbers]).to(device)
         rows = forward_hidden(model, batch, batch.supervised_rows)  # (S, D)
-        logprobs = linear_log_prob(rows, out.weight, batch.targets, bias=out.bias, ignore_index=None, softcap=out.softcap,
-                                   logit_scale=out.logit_scale)
-        for i, total in zip(numbers, per_sample(logprobs, batch)):
-            found[i].logprob = total
+        logprobs = linear_log_prob(rows, head.weight, batch.targets, bias=head.bias, ignore_index=None, softcap=head.softcap,
+                                   logit_scale=head.logit_scale)
+        for i, total in zip(numbers, sum_per_sample(logprobs, batch)):
+            likelihoods[i].logprob = total
         counts = [samples[i].tokens for i in numbers]
         if remember is not None:
-            for i, part in zip(numbers, rows.split(counts)):
+            for i, sample_rows in zip(numbers, rows.split(counts)):
                 if i in keep:
-                    remember.hidden[int(i)], remember.ids[int(i)] = part.cpu(), samples[i].ids
+                    remember.hidden[int(i)], remember.ids[int(i)] = sample_rows.cpu(), samples[i].ids
         if base is not None:
-            for i, total in divergences(numbers, rows.split(counts), out, base):
-                found[i].kl = total
-    return found
+            for i, total in kl_per_sample(numbers, rows.split(counts), head, base):
+                likelihoods[i].kl = total
+    return likelihoods
 
 
-def per_sample(values: Tensor, batch: PackedBatch) -> list[float]:
-    """Sums over each sample's scored tokens of values [S], in double precision."""
+def sum_per_sample(values: Tensor, batch: PackedBatch) -> list[float]:
+    """Return the sum of `values` [S] over the scored tokens of each sample, in double precision."""
     sample = torch.searchsorted(batch.cu_seqlens[1:].long(), batch.supervised_rows, right=True)
     sums = torch.zeros(len(batch.cu_seqlens) - 1, dtype=torch.float64, device=values.device)
     return sums.index_add_(0, sample, values.double()).tolist()
 
 
-def divergences(numbers: np.ndarray, rows: Sequence[Tensor], out: LmHead, base: BaseStates) -> list[tuple[int, float]]:
-    """KL(base || model), summed over its scored tokens, of each sample of a pack that the base remembers; rows [S, D] of each sample."""
-    known = [(int(i), part) for i, part in zip(numbers, rows) if int(i) in base.hidden]
+def kl_per_sample(numbers: np.ndarray, rows: Sequence[Tensor], head: LmHead, base: BaseStates) -> list[tuple[int, float]]:
+    """Return number and KL(base || model) of the samples of a pack that are in `base`.
+
+    The KL is the sum over a sample's scored tokens. `rows` has the hidden states [S, D] of each sample.
+    """
+    known = [(int(i), sample_rows) for i, sample_rows in zip(numbers, rows) if int(i) in base.hidden]
     if not known:
         return []
-    model_rows = torch.cat([part for _, part in known])
+    model_rows = torch.cat([sample_rows for _, sample_rows in known])
     base_rows = torch.cat([base.hidden[i] for i, _ in known]).to(model_rows.device)
-    parts = kl_rows(model_rows, out, base_rows, base.head).split([len(part) for _, part in known])
-    return [(i, float(part.double().sum())) for (i, _), part in zip(known, parts)]
+    kl = kl_per_row(model_rows, head, base_rows, base.head).split([len(sample_rows) for _, sample_rows in known])
+    return [(i, float(sample_kl.double().sum())) for (i, _), sample_kl in zip(known, kl)]
 
 
-def kl_rows(x: Tensor, out: LmHead, x_base: Tensor, out_base: LmHead) -> Tensor:
-    """KL(base || model) [S] in nats, of hidden states x [S, D] under one head from x_base [S, D'] under the other."""
-    if out.softcap == out_base.softcap and out.logit_scale == out_base.logit_scale and x.dtype == x_base.dtype:
-        shared = out.weight is out_base.weight
-        return linear_kl(x, out.weight, x_base, None if shared else out_base.weight, divergence="forward", bias=out.bias,
-                         bias_ref=None if shared else out_base.bias, softcap=out.softcap, logit_scale=out.logit_scale, reduction="none")
-    found = []
-    for mine, theirs in zip(x.split(SLICE), x_base.split(SLICE)):
-        log_p, log_q = out_base.logits(theirs).log_softmax(-1), out.logits(mine).log_softmax(-1)
-        found.append((log_p.exp() * (log_p - log_q)).sum(-1))
-    return torch.cat(found)
+def kl_per_row(x: Tensor, head: LmHead, x_base: Tensor, head_base: LmHead) -> Tensor:
+    """Return KL(base || model) [S] in nats from hidden states x [S, D], x_base [S, D'] and their heads."""
+    if head.softcap == head_base.softcap and head.logit_scale == head_base.logit_scale and x.dtype == x_base.dtype:
+        shared = head.weight is head_base.weight
+        return linear_kl(x, head.weight, x_base, None if shared else head_base.weight, divergence="forward", bias=head.bias,
+                         bias_ref=None if shared else head_base.bias, softcap=head.softcap, logit_scale=head.logit_scale, reduction="none")
+    kl = []
+    for rows, base_rows in zip(x.split(ROWS_AT_ONCE), x_base.split(ROWS_AT_ONCE)):
+        log_p, log_q = head_base.logits(base_rows).log_softmax(-1), head.logits(rows).log_softmax(-1)
+        kl.append((log_p.exp() * (log_p - log_q)).sum(-1))
+    return torch.cat(kl)

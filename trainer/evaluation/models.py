@@ -1,6 +1,6 @@
-"""Which models are scored, and how they get into memory: one at a time, the base first.
+"""Find the models of an evaluation and load them, one at a time, the base first.
 
-An adapter's base is the same model with the adapter switched off. Another base is loaded, measured and forgotten before the model is.
+The base of an adapter is the same model with the adapter off. Another base is loaded, scored and freed before the model is loaded.
 """
 
 from __future__ import annotations
@@ -34,71 +34,74 @@ class LoadedModel:
     """One of the two models of a comparison, ready to be scored."""
 
     name: Literal["base", "model"]
-    label: str  # what reports call it
+    label: str  # its name in reports
     model: nn.Module
     template: ChatTemplate
 
     @property
     def context(self) -> int | None:
-        """Tokens that the model was made for, as its configuration says."""
+        """Return the longest input, in tokens, of the model's configuration; None if it names none."""
         return getattr(unwrap_peft(self.model).config.get_text_config(), "max_position_embeddings", None)
 
 
 @dataclass(frozen=True)
 class EvaluatedModels:
-    """What is loaded."""
+    """The model to score and the base to compare it with, not loaded yet."""
 
     model: training.Model
     adapter: Path | None
-    base: training.Model | None  # another model, loaded before
-    switched: bool  # the base is the model with its adapter off
+    base: training.Model | None  # a model of its own, loaded before the other
+    base_is_adapter_off: bool  # the base is the model with its adapter off
 
     @property
     def compared(self) -> bool:
-        return self.switched or self.base is not None
+        return self.base_is_adapter_off or self.base is not None
 
 
 def find_models(config: Config) -> EvaluatedModels:
-    """The models that the options name, checked as far as no weights are needed. UserError says what is missing or does not fit."""
+    """Return the models that the options name, checked without loading weights.
+
+    Raises UserError if a model is missing, or the adapter was trained on another one.
+    """
     folder = None if config.adapter is None else Path(config.adapter).expanduser()
-    settings = config.model if folder is None else _adapter_base(config, folder)
+    model_options = config.model if folder is None else _adapter_base(config, folder)
     base = None
     if config.base.path is not None:
-        base = replace(settings, path=config.base.path, tokenizer=config.base.tokenizer)
-        with _option("base.", "model."):
+        base = replace(model_options, path=config.base.path, tokenizer=config.base.tokenizer)
+        with _rename_option("base.", "model."):
             model_source(base)
-    model_source(settings)
-    return EvaluatedModels(settings, folder, base, switched=folder is not None and base is None)
+    model_source(model_options)
+    return EvaluatedModels(model_options, folder, base, base_is_adapter_off=folder is not None and base is None)
 
 
 def _adapter_base(config: Config, folder: Path) -> training.Model:
-    """The model that the adapter is put on. UserError where the adapter says it was made for another one."""
+    """Return the model under the adapter. Raises UserError if the adapter was trained on another one."""
     file = folder / "adapter_config.json"
     if not file.is_file():
         raise UserError(f"adapter: expected a folder with adapter_config.json, found none in {folder}")
     try:
         saved = json.loads(file.read_text(encoding="utf-8"))
-        named = saved.get("base_model_name_or_path")
+        saved_base = saved.get("base_model_name_or_path")
     except (ValueError, AttributeError) as error:
         raise UserError(f"adapter: cannot read {file}: {error}") from None
     if config.model.path is None:
-        if not named:
+        if not saved_base:
             raise UserError(f"adapter: {file} names no base; set model.path")
-        return replace(config.model, path=named)
-    if named and not config.force_base and _resolved(named) != _resolved(config.model.path):
-        raise UserError(f"adapter: {folder} was trained on {named}, not on model.path = {config.model.path}; leave model.path out, or, "
-                        "where that is a copy of it, add --force_base true")
+        return replace(config.model, path=saved_base)
+    if saved_base and not config.force_base and _absolute(saved_base) != _absolute(config.model.path):
+        raise UserError(f"adapter: {folder} was trained on {saved_base}, not on model.path = {config.model.path}; leave out model.path, "
+                        "or, if that is a copy of it, add --force_base true")
     return config.model
 
 
-def _resolved(name: str) -> str:
+def _absolute(name: str) -> str:
     path = Path(name).expanduser()
     return str(path.resolve()) if path.exists() else name
 
 
 @contextmanager
-def _option(ours: str, theirs: str = "model") -> Iterator[None]:
-    """Names the option of this command in an error of code that knows it by another name: model.path becomes base.path."""
+def _rename_option(ours: str, theirs: str = "model") -> Iterator[None]:
+    """Name an option as this command does in the errors of shared code: model.path becomes base.path."""
     try:
         yield
     except UserError as error:
@@ -106,57 +109,60 @@ def _option(ours: str, theirs: str = "model") -> Iterator[None]:
         raise UserError(f"{option.replace(theirs, ours)}:{rest}" if option.startswith(theirs) else str(error)) from None
 
 
-def parts(found: EvaluatedModels) -> list[tuple[Literal["base", "model"], training.Model, Path | None]]:
-    """Name, model and adapter of each side, the base first."""
-    before = found.base or (found.model if found.switched else None)
-    return [*([("base", before, None)] if before else []), ("model", found.model, found.adapter)]
+def models_to_load(models: EvaluatedModels) -> list[tuple[Literal["base", "model"], training.Model, Path | None]]:
+    """Return name, model and adapter of the models to score, the base first."""
+    base = models.base or (models.model if models.base_is_adapter_off else None)
+    return [*([("base", base, None)] if base else []), ("model", models.model, models.adapter)]
 
 
-def load_each(found: EvaluatedModels, config: Config, device: torch.device) -> Iterator[LoadedModel]:
-    """The base, if there is one to compare with, and then the model; each is valid until the next is asked for."""
-    if found.base is not None:
-        with _option("base.", "model."):
-            side = LoadedModel("base", found.base.path, load(found.base, None, config, device), template_of(found.base, config))
-        yield side
-        side.model = None  # whoever holds the side holds no weights
-        _free(device)
-    model = load(found.model, found.adapter, config, device)
-    template = template_of(found.model, config)
-    if found.switched:
+def load_each(models: EvaluatedModels, config: Config, device: torch.device) -> Iterator[LoadedModel]:
+    """Yield the base, if there is one, then the model; each is valid until the next is loaded."""
+    if models.base is not None:
+        with _rename_option("base.", "model."):
+            loaded = LoadedModel("base", models.base.path, load(models.base, None, config, device), template_of(models.base, config))
+        yield loaded
+        loaded.model = None  # so that the caller's variable does not keep the weights
+        _free_memory(device)
+    model = load(models.model, models.adapter, config, device)
+    template = template_of(models.model, config)
+    if models.base_is_adapter_off:
         with lora.adapters_disabled(lora.adapted_layers(model)):
-            yield LoadedModel("base", found.model.path, model, template)
-    yield LoadedModel("model", str(found.adapter or found.model.path), model, template)
+            yield LoadedModel("base", models.model.path, model, template)
+    yield LoadedModel("model", str(models.adapter or models.model.path), model, template)
 
 
-def template_of(settings: training.Model, config: Config) -> ChatTemplate:
-    return ChatTemplate(load_tokenizer(settings), read_template(config.data.chat_template), config.data.chat_template)
+def template_of(model_options: training.Model, config: Config) -> ChatTemplate:
+    return ChatTemplate(load_tokenizer(model_options), read_template(config.data.chat_template), config.data.chat_template)
 
 
-def load(settings: training.Model, adapter: Path | None, config: Config, device: torch.device) -> nn.Module:
-    """The model, patched, frozen and in evaluation mode, with its adapter. UserError says what is missing or unfit."""
-    kind = "qlora" if config.load_in_4bit or _quantized(settings) else "full"
-    run = training.Config(model=settings, method=kind, precision=config.precision)
+def load(model_options: training.Model, adapter: Path | None, config: Config, device: torch.device) -> nn.Module:
+    """Load a model with its adapter, patched, frozen and in evaluation mode.
+
+    Raises UserError if model or adapter are missing or do not fit.
+    """
+    method = "qlora" if config.load_in_4bit or _quantized(model_options) else "full"
+    run = training.Config(model=model_options, method=method, precision=config.precision)
     quantization.require_bitsandbytes(run)
     model, _ = load_model(run, device)
     if adapter is not None:
-        with _option("adapter", "lora.path"):
+        with _rename_option("adapter", "lora.path"):
             model = lora.add_adapter(model, training.Lora(path=str(adapter)))
-    report = patch(model, settings.fused_kernels)
-    with _option("load_in_4bit", "method qlora"):
-        refuse_misread_layers(lora.unfused_layers(model, settings.fused_kernels))
+    report = patch(model, model_options.fused_kernels)
+    with _rename_option("load_in_4bit", "method qlora"):
+        refuse_misread_layers(lora.unfused_layers(model, model_options.fused_kernels))
     print(report, flush=True)
     return model.requires_grad_(False).eval()
 
 
-def _quantized(settings: training.Model) -> bool:
-    """Whether the checkpoint itself is quantised; if it is NF4, it stays as it is."""
-    source = model_source(settings)
+def _quantized(model_options: training.Model) -> bool:
+    """Return whether the checkpoint itself is quantised; if it is NF4, it stays as it is."""
+    source = model_source(model_options)
     with one_line_errors("model.path", source):
-        found = AutoConfig.from_pretrained(source, trust_remote_code=settings.trust_remote_code)
-    return getattr(found, "quantization_config", None) is not None
+        model_config = AutoConfig.from_pretrained(source, trust_remote_code=model_options.trust_remote_code)
+    return getattr(model_config, "quantization_config", None) is not None
 
 
-def _free(device: torch.device) -> None:
+def _free_memory(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -1,4 +1,7 @@
-"""What an evaluation leaves: results.jsonl (every item), results.json (the figures), config.yaml, and report.html; and a table to print."""
+"""Write the files of an evaluation, and lay out its table and its page.
+
+The files are results.jsonl (every item), results.json (the figures), config.yaml and report.html.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +26,9 @@ from trainer.report.page import Plot, Theme, plot
 from trainer.versions import versions
 
 TEMPLATE = Path(__file__).with_name("evaluation.html.jinja")
-HEADER = ("role", "items", "metric", "n", "base", "model", "change", "lost", "gained", "p", "adjusted", "log-prob/token", "KL/token")
-SHOWN = 12  # bars of a plot; further files are in the table
+HEADER = ("role", "file or task", "metric", "items", "base", "model", "change", "forgotten", "gained", "p", "chance-adjusted",
+          "log-prob/token", "KL/token")
+MAX_BARS = 12  # bars of a plot; further files are in the table
 
 
 def refuse_used(output: Path) -> None:
@@ -34,15 +38,15 @@ def refuse_used(output: Path) -> None:
 
 def write(output: Path, config: Config, files: Sequence[ItemFile], scored: dict[str, Outcomes], tasks: dict[str, dict],
           results: dict) -> None:
-    """The folder and all that is in it; results.json comes last. UserError where it cannot be written."""
+    """Write the folder of an evaluation, results.json last. Raises UserError if it cannot be written."""
     try:
         output.mkdir(parents=True, exist_ok=True)
         cli.save_yaml(config, output / "config.yaml", versions=versions("torch", "transformers", "peft", "tokenizers", "lm-eval"),
                       command=shlex.join(sys.orig_argv))
         with (output / "results.jsonl").open("w", encoding="utf-8") as file:
-            for record in [*records(files, scored), *task_records(tasks)]:
+            for record in [*item_records(files, scored), *task_records(tasks)]:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        header, *cells = shown(results)
+        header, *cells = filled_columns(results)
         page.write(output / "report.html", TEMPLATE, plots(results), results=results, name=output.resolve().name, rows=cells,
                    header=header, notes=caption(results), command=shlex.join(sys.orig_argv))
         (output / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
@@ -50,100 +54,102 @@ def write(output: Path, config: Config, files: Sequence[ItemFile], scored: dict[
         raise UserError(f"output: cannot write {output}: {error.strerror}; choose another --output") from None
 
 
-# ---------------------------------------------------------------- every item
+# ---------------------------------------------------------------- records
 
 
-def records(files: Sequence[ItemFile], scored: dict[str, Outcomes]) -> list[dict]:
-    """One record per item: what it is, and what each model made of it. Log-probs and KL are sums over the answer's tokens, in nats."""
-    found = []
+def item_records(files: Sequence[ItemFile], scored: dict[str, Outcomes]) -> list[dict]:
+    """Return one record per item, with its outcome under each model.
+
+    Log-probs and KL are sums over the answer's tokens, in nats.
+    """
+    records = []
     for f, file in enumerate(files):
-        sides = {name: outcomes.of(f) for name, outcomes in scored.items()}
+        outcomes_by_model = {name: outcomes.of_file(f) for name, outcomes in scored.items()}
         for i, item in enumerate(file.items):
-            about = {"id": item.id, "file": file.name, "role": file.role, "metric": file.metric, **_asked(item)}
-            found.append(about | {name: _made(outcomes[i]) for name, outcomes in sides.items()})
-    return found
+            record = {"id": item.id, "file": file.name, "role": file.role, "metric": file.metric, **_question_fields(item)}
+            records.append(record | {name: _outcome_fields(outcomes[i]) for name, outcomes in outcomes_by_model.items()})
+    return records
 
 
-def _asked(item: Item) -> dict:
+def _question_fields(item: Item) -> dict:
     if not item.prompt:
         return {}
     choices = {"choices": list(item.choices)} if item.choices else {}
     return {"question": item.prompt[-1]["content"], "answers": list(item.answers), **choices}
 
 
-def _made(outcome: Outcome) -> dict:
+def _outcome_fields(outcome: Outcome) -> dict:
     return {name: value for name, value in asdict(outcome).items() if value is not None}
 
 
 def task_records(tasks: dict[str, dict]) -> list[dict]:
-    """One record per document, filter and metric of a task of lm-evaluation-harness."""
-    found: dict[tuple, dict] = {}
-    for side, scores in tasks.items():
+    """Return one record per document, filter and metric of the tasks of lm-evaluation-harness."""
+    records: dict[tuple, dict] = {}
+    for model_name, scores in tasks.items():
         for (task, filter_name, metric), values in scores.items():
             for document, value in values.items():
-                about = {"id": document, "task": task, "filter": filter_name, "metric": metric}
-                found.setdefault((task, filter_name, metric, document), about)[side] = value
-    return list(found.values())
+                record = {"id": document, "task": task, "filter": filter_name, "metric": metric}
+                records.setdefault((task, filter_name, metric, document), record)[model_name] = value
+    return list(records.values())
 
 
 # ---------------------------------------------------------------- the table
 
 
-def rows(results: dict) -> list[list[str]]:
-    """The table's cells: a row for each file, for each role of several files, and for each task."""
-    found = []
+def table_rows(results: dict) -> list[list[str]]:
+    """Return the cells of the table: a row per file, per role of several files, and per task."""
+    rows = []
     for role, total in results["roles"].items():
-        own = [file for file in results["files"] if file["role"] == role]
-        found += [_row(role, file["name"], file["metric"], file) for file in own]
-        if len(own) > 1:
-            found.append(_row(role, f"all {len(own)} files", "", total))
+        files = [file for file in results["files"] if file["role"] == role]
+        rows += [_table_row(role, file["name"], file["metric"], file) for file in files]
+        if len(files) > 1:
+            rows.append(_table_row(role, f"all {len(files)} files", "", total))
     for task in results["tasks"]:
         metric = task["metric"] if task["filter"] == "none" else f"{task['metric']}, {task['filter']}"
-        found.append(_row(task["role"], task["task"], metric, task))
-    return found
+        rows.append(_table_row(task["role"], task["task"], metric, task))
+    return rows
 
 
-def _row(role: str, name: str, metric: str, figures: dict) -> list[str]:
+def _table_row(role: str, name: str, metric: str, figures: dict) -> list[str]:
     model, base, change = figures["model"], figures.get("base", {}), figures.get("change", {})
-    adjusted = [f"{side['chance_adjusted']:.1%}" for side in (base, model) if "chance_adjusted" in side]
-    logprobs = [f"{side['logprob_per_token']:.3f}" for side in (base, model) if "logprob_per_token" in side]
-    moved = f"{change['difference']:+.1%} {_interval(change['difference_interval'], '+.1%')}" if "difference" in change else ""
+    adjusted = [f"{each['chance_adjusted']:.1%}" for each in (base, model) if "chance_adjusted" in each]
+    logprobs = [f"{each['logprob_per_token']:.3f}" for each in (base, model) if "logprob_per_token" in each]
+    difference = f"{change['difference']:+.1%} {_interval(change['difference_interval'], '+.1%')}" if "difference" in change else ""
     kl = f"{change['kl_per_token']:.4f} {_interval(change['kl_interval'], '.4f')}" if "kl_per_token" in change else ""
-    lost, gained = (str(change.get(name, "")) for name in ("lost", "gained"))
-    return [role, name, metric, f"{figures['items']:,}", _share(base), _share(model), moved, lost, gained,
+    forgotten, gained = (str(change.get(name, "")) for name in ("lost", "gained"))
+    return [role, name, metric, f"{figures['items']:,}", _accuracy_cell(base), _accuracy_cell(model), difference, forgotten, gained,
             f"{change['p']:.2g}" if "p" in change else "", " → ".join(adjusted), " → ".join(logprobs), kl]
 
 
-def _share(side: dict) -> str:
-    if "mean" in side:
-        return f"{side['mean']:.4g} {_interval(side['mean_interval'], '.4g')}"
-    return f"{side['accuracy']:.1%} {_interval(side['accuracy_interval'], '.1%')}" if "accuracy" in side else ""
+def _accuracy_cell(figures: dict) -> str:
+    if "mean" in figures:
+        return f"{figures['mean']:.4g} {_interval(figures['mean_interval'], '.4g')}"
+    return f"{figures['accuracy']:.1%} {_interval(figures['accuracy_interval'], '.1%')}" if "accuracy" in figures else ""
 
 
 def _interval(interval: Sequence[float], form: str) -> str:
     return f"[{interval[0]:{form}}, {interval[1]:{form}}]"
 
 
-def shown(results: dict) -> list[list[str]]:
-    """Header and rows, without the columns that no row fills."""
-    found = rows(results)
-    return [[cell for c, cell in enumerate(row) if any(other[c] for other in found)] for row in (HEADER, *found)]
+def filled_columns(results: dict) -> list[list[str]]:
+    """Return header and rows of the table, without the columns that are empty in all rows."""
+    rows = table_rows(results)
+    return [[cell for c, cell in enumerate(row) if any(other[c] for other in rows)] for row in (HEADER, *rows)]
 
 
 def table(results: dict) -> str:
-    """The figures as aligned text, with what the columns mean and what a reader has to know."""
-    cells = shown(results)
+    """Return the table as aligned text, with its caption."""
+    cells = filled_columns(results)
     widths = [max(map(len, column)) for column in zip(*cells)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in cells]
     return "\n".join([*lines, *caption(results)])
 
 
 def caption(results: dict) -> list[str]:
-    """What the columns mean, and what a reader has to know."""
-    sure = f"intervals of {results['confidence']:.0%}: Wilson for shares, bootstrap over items for the rest"
-    lines = [f"{sure}; log-probs and KL in nats per token"]
+    """Return the lines that explain the columns, and the warnings of the evaluation."""
+    lines = [f"{results['confidence']:.0%} intervals: Wilson for accuracies, bootstrap over items otherwise; log-prob in nats per token"]
     if results["base"]:
-        lines[0] += ", KL(base || model); p: exact McNemar"
+        lines[0] += "; KL(base || model) in nats per token; p: exact McNemar test"
     unfinished = sum(file["model"].get("unfinished", 0) for file in results["files"])
     if unfinished:
         lines.append(f"{unfinished:,} answers of the model were cut off at generation.max_tokens")
@@ -154,63 +160,64 @@ def caption(results: dict) -> list[str]:
 
 
 def plots(results: dict) -> list[Plot]:
-    """Accuracy of base and model with intervals; items lost and gained; KL."""
+    """Return the plots: accuracy of base and model, items forgotten and gained, KL."""
     entries = [(file["name"], file) for file in results["files"]] + [(task["task"], task) for task in results["tasks"]]
-    judged = [(name, figures) for name, figures in entries if "accuracy" in figures["model"]][:SHOWN]
-    moved = [(name, figures) for name, figures in judged if "lost" in figures.get("change", {})]
-    apart = [(name, figures) for name, figures in entries if "kl_per_token" in figures.get("change", {})][:SHOWN]
-    drawn = []
+    judged = [(name, figures) for name, figures in entries if "accuracy" in figures["model"]][:MAX_BARS]
+    paired = [(name, figures) for name, figures in judged if "lost" in figures.get("change", {})]
+    with_kl = [(name, figures) for name, figures in entries if "kl_per_token" in figures.get("change", {})][:MAX_BARS]
+    found = []
     if judged:
-        drawn.append(plot("accuracy", "Accuracy", f"With intervals of {results['confidence']:.0%} (Wilson).",
+        found.append(plot("accuracy", "Accuracy", f"Bars: {results['confidence']:.0%} confidence intervals (Wilson).",
                           lambda axes, theme: _accuracy(axes, theme, judged), _height(judged)))
-    if moved:
-        drawn.append(plot("transitions", "Items that changed", "Left: right under the base, wrong now; right: the reverse.",
-                          lambda axes, theme: _transitions(axes, theme, moved), _height(moved)))
-    if apart:
-        drawn.append(plot("kl", "Distance from the base", "KL(base || model) over the given answers' tokens, nats per token.",
-                          lambda axes, theme: _distance(axes, theme, apart), _height(apart)))
-    return drawn
+    if paired:
+        found.append(plot("transitions", "Forgotten and gained items", "Forgotten: only the base is right; gained: only the model.",
+                          lambda axes, theme: _transitions(axes, theme, paired), _height(paired)))
+    if with_kl:
+        found.append(plot("kl", "KL to the base", "KL(base || model) over right answers and held-out texts, nats per token.",
+                          lambda axes, theme: _kl(axes, theme, with_kl), _height(with_kl)))
+    return found
 
 
 def _height(entries: Sequence) -> float:
     return max(1.6, 0.9 + 0.42 * len(entries))
 
 
-def _names(axes: Axes, theme: Theme, entries: Sequence[tuple[str, dict]]) -> np.ndarray:
-    """Rows from top to bottom, each bearing its name; the grid is along the values."""
-    places = np.arange(len(entries), dtype=float)
-    axes.set_yticks(places, [name if len(name) <= 22 else name[:21] + "…" for name, _ in entries], color=theme.ink)
+def _label_rows(axes: Axes, theme: Theme, entries: Sequence[tuple[str, dict]]) -> np.ndarray:
+    """Label the rows from top to bottom, with grid lines for the values; return the rows' positions."""
+    rows = np.arange(len(entries), dtype=float)
+    axes.set_yticks(rows, [name if len(name) <= 22 else name[:21] + "…" for name, _ in entries], color=theme.ink)
     axes.set_ylim(len(entries) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
     axes.grid(axis="x", visible=True)
-    return places
+    return rows
 
 
 def _accuracy(axes: Axes, theme: Theme, entries: Sequence[tuple[str, dict]]) -> None:
-    places = _names(axes, theme, entries)
-    sides = [side for side in ("base", "model") if all(side in figures for _, figures in entries)]
-    for side, colour, offset in zip(sides, (theme.series[0], theme.series[1]), (-0.13, 0.13) if len(sides) > 1 else (0,)):
-        values = np.array([figures[side]["accuracy"] for _, figures in entries])
-        low, high = np.array([figures[side]["accuracy_interval"] for _, figures in entries]).T
-        axes.errorbar(values, places + offset, xerr=np.abs([values - low, high - values]), fmt="o", color=colour, label=side, capsize=2)
+    rows = _label_rows(axes, theme, entries)
+    models = [name for name in ("base", "model") if all(name in figures for _, figures in entries)]
+    for model, colour, offset in zip(models, (theme.series[0], theme.series[1]), (-0.13, 0.13) if len(models) > 1 else (0,)):
+        values = np.array([figures[model]["accuracy"] for _, figures in entries])
+        low, high = np.array([figures[model]["accuracy_interval"] for _, figures in entries]).T
+        axes.errorbar(values, rows + offset, xerr=np.abs([values - low, high - values]), fmt="o", color=colour, label=model, capsize=2)
     axes.set_xlim(-0.02, 1.02)
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     page.legend(axes)
 
 
 def _transitions(axes: Axes, theme: Theme, entries: Sequence[tuple[str, dict]]) -> None:
-    places = _names(axes, theme, entries)
-    for name, sign, colour in (("lost", -1, theme.series[1]), ("gained", 1, theme.series[2])):
-        counts = np.array([figures["change"][name] for _, figures in entries])
-        axes.barh(places, sign * counts, height=0.5, color=colour, label=name)
+    rows = _label_rows(axes, theme, entries)
+    for key, label, sign, colour in (("lost", "forgotten", -1, theme.series[1]),
+                                     ("gained", "gained", 1, theme.series[2])):
+        counts = np.array([figures["change"][key] for _, figures in entries])
+        axes.barh(rows, sign * counts, height=0.5, color=colour, label=label)
     axes.axvline(0, color=theme.muted, linewidth=0.8)
     axes.xaxis.set_major_formatter(lambda value, _: f"{abs(value):g}")
     page.legend(axes)
 
 
-def _distance(axes: Axes, theme: Theme, entries: Sequence[tuple[str, dict]]) -> None:
-    places = _names(axes, theme, entries)
+def _kl(axes: Axes, theme: Theme, entries: Sequence[tuple[str, dict]]) -> None:
+    rows = _label_rows(axes, theme, entries)
     values = np.array([figures["change"]["kl_per_token"] for _, figures in entries])
     low, high = np.array([figures["change"]["kl_interval"] for _, figures in entries]).T
-    axes.errorbar(values, places, xerr=np.abs([values - low, high - values]), fmt="o", color=theme.series[0], capsize=2)
+    axes.errorbar(values, rows, xerr=np.abs([values - low, high - values]), fmt="o", color=theme.series[0], capsize=2)
     axes.set_xlim(left=0)

@@ -1,4 +1,4 @@
-"""Outcomes to figures: of each file and each role, of each model, and of what changed between the two."""
+"""Compute the figures of an evaluation from its outcomes: per file, per role, and per model."""
 
 from __future__ import annotations
 
@@ -13,48 +13,57 @@ from trainer.evaluation.significance import bootstrap, chance_adjusted, mcnemar,
 Figures = dict
 
 
-def figures_by_file(files: Sequence[ItemFile], model: Outcomes, base: Outcomes | None, settings: Statistics) -> list[Figures]:
-    """One record per file: name, role, metric, items; figures of `base` and `model`; and of the change."""
+def figures_by_file(files: Sequence[ItemFile], model: Outcomes, base: Outcomes | None, statistics: Statistics) -> list[Figures]:
+    """Return one record per file: its name, role and metric, the models' figures, and their change."""
     rows = []
     for f, file in enumerate(files):
-        options = [len(item.choices) for item in file.items] if file.metric == "choice" else None
-        own, other = model.of(f), base.of(f) if base else None
-        rows.append({"name": file.name, "path": file.settings.path, "role": file.role, "metric": file.metric, "items": len(file.items),
-                     **_pair(own, other, settings, options)})
+        choice_counts = [len(item.choices) for item in file.items] if file.metric == "choice" else None
+        outcomes, base_outcomes = model.of_file(f), base.of_file(f) if base else None
+        rows.append({"name": file.name, "path": file.options.path, "role": file.role, "metric": file.metric, "items": len(file.items),
+                     **_paired_results(outcomes, base_outcomes, statistics, choice_counts)})
     return rows
 
 
-def figures_by_role(files: Sequence[ItemFile], model: Outcomes, base: Outcomes | None, settings: Statistics) -> dict[str, Figures]:
-    """The same of each role, over the items of all its files: a file with more items weighs more."""
-    found = {}
+def figures_by_role(files: Sequence[ItemFile], model: Outcomes, base: Outcomes | None, statistics: Statistics) -> dict[str, Figures]:
+    """Return the figures of each role over the items of all its files, each item with equal weight."""
+    figures = {}
     for role in ("general", "domain"):
         numbers = [f for f, file in enumerate(files) if file.role == role]
         if numbers:
-            own, other = ([o for f in numbers for o in outcomes.of(f)] if outcomes else None for outcomes in (model, base))
-            found[role] = {"files": len(numbers), "items": len(own), **_pair(own, other, settings, None)}
-    return found
-
-
-def _pair(model: list[Outcome], base: list[Outcome] | None, settings: Statistics, options: list[int] | None) -> Figures:
-    figures = {"model": model_figures(model, settings, options)}
-    if base is not None:
-        figures = {"base": model_figures(base, settings, options), **figures, "change": change_figures(base, model, settings)}
+            outcomes, base_outcomes = _outcomes_of(numbers, model), _outcomes_of(numbers, base) if base else None
+            figures[role] = {"files": len(numbers), "items": len(outcomes), **_paired_results(outcomes, base_outcomes, statistics, None)}
     return figures
 
 
-def model_figures(outcomes: list[Outcome], settings: Statistics, options: list[int] | None = None) -> Figures:
-    """Of one model: accuracy with its Wilson interval, adjusted for chance where there are choices; log-prob per token and byte in nats."""
+def _outcomes_of(numbers: list[int], outcomes: Outcomes) -> list[Outcome]:
+    return [outcome for f in numbers for outcome in outcomes.of_file(f)]
+
+
+def _paired_results(model: list[Outcome], base: list[Outcome] | None, statistics: Statistics, choice_counts: list[int] | None) -> Figures:
+    figures = {"model": model_figures(model, statistics, choice_counts)}
+    if base is not None:
+        figures = {"base": model_figures(base, statistics, choice_counts), **figures, "change": change_figures(base, model, statistics)}
+    return figures
+
+
+def model_figures(outcomes: list[Outcome], statistics: Statistics, choice_counts: list[int] | None = None) -> Figures:
+    """Return one model's accuracy with its Wilson interval, and its log-prob per token and byte in nats.
+
+    With `choice_counts`, the number of choices of each item, the accuracy is also adjusted for chance, and given for each norm of the
+    choices' log-probs.
+    """
     figures: Figures = {}
     marks = [outcome.right for outcome in outcomes if outcome.right is not None]
     if marks:
-        figures |= {"right": sum(marks), "judged": len(marks), "accuracy": sum(marks) / len(marks),
-                    "accuracy_interval": list(wilson(sum(marks), len(marks), settings.confidence))}
-    if options:
-        figures["chance_adjusted"] = chance_adjusted(figures["accuracy"], options)
+        right = sum(marks)
+        figures |= {"right": right, "judged": len(marks), "accuracy": right / len(marks),
+                    "accuracy_interval": list(wilson(right, len(marks), statistics.confidence))}
+    if choice_counts:
+        figures["chance_adjusted"] = chance_adjusted(figures["accuracy"], choice_counts)
         figures["accuracy_by"] = {norm: sum(outcome.picks[norm] for outcome in outcomes) / len(outcomes) for norm in NORMS}
-    generated = [outcome.finished for outcome in outcomes if outcome.finished is not None]
-    if generated:
-        figures["unfinished"] = generated.count(False)
+    finished = [outcome.finished for outcome in outcomes if outcome.finished is not None]
+    if finished:
+        figures["unfinished"] = finished.count(False)
     measured = [outcome for outcome in outcomes if outcome.logprob is not None]
     if measured:
         total, tokens, size = (sum(getattr(o, name) for o in measured) for name in ("logprob", "tokens", "bytes"))
@@ -63,33 +72,45 @@ def model_figures(outcomes: list[Outcome], settings: Statistics, options: list[i
     return figures
 
 
-def change_figures(base: list[Outcome], model: list[Outcome], settings: Statistics) -> Figures:
-    """Paired, item by item: lost (1 -> 0) and gained (0 -> 1), their exact McNemar p, the difference of accuracies with its bootstrap
-    interval; the difference of log-probs per token, and KL(base || model) in nats per token, with theirs."""
+def change_figures(base: list[Outcome], model: list[Outcome], statistics: Statistics) -> Figures:
+    """Return the change from base to model, paired item by item.
+
+    The figures are those of `paired_figures`, the difference of log-probs per token and KL(base || model), both in nats per token with
+    bootstrap intervals.
+    """
     figures: Figures = {}
-    resample = {"confidence": settings.confidence, "draws": settings.bootstrap, "seed": settings.seed}
-    pairs = [(was.right, now.right) for was, now in zip(base, model, strict=True) if was.right is not None and now.right is not None]
+    bootstrap_options = {"confidence": statistics.confidence, "draws": statistics.bootstrap, "seed": statistics.seed}
+    pairs = [(before.right, after.right) for before, after in zip(base, model, strict=True)
+             if before.right is not None and after.right is not None]
     if pairs:
-        figures |= paired_figures(pairs, resample)
-    shared = [(was, now) for was, now in zip(base, model, strict=True)
-              if was.logprob is not None and now.logprob is not None and was.tokens == now.tokens]
-    if shared:
-        moved, tokens = [now.logprob - was.logprob for was, now in shared], [now.tokens for _, now in shared]
-        figures |= {"logprob_per_token": sum(moved) / sum(tokens), "logprob_interval": list(bootstrap(moved, tokens, **resample))}
-    apart = [outcome for outcome in model if outcome.kl is not None]
-    if apart:
-        kl, tokens = [outcome.kl for outcome in apart], [outcome.tokens for outcome in apart]
-        figures |= {"kl_per_token": sum(kl) / sum(tokens), "kl_interval": list(bootstrap(kl, tokens, **resample)), "kl_tokens": sum(tokens)}
+        figures |= paired_figures(pairs, bootstrap_options)
+    comparable = [(before, after) for before, after in zip(base, model, strict=True)
+                  if before.logprob is not None and after.logprob is not None and before.tokens == after.tokens]
+    if comparable:
+        differences = [after.logprob - before.logprob for before, after in comparable]
+        tokens = [after.tokens for _, after in comparable]
+        figures |= {"logprob_per_token": sum(differences) / sum(tokens),
+                    "logprob_interval": list(bootstrap(differences, tokens, **bootstrap_options))}
+    with_kl = [outcome for outcome in model if outcome.kl is not None]
+    if with_kl:
+        kl, tokens = [outcome.kl for outcome in with_kl], [outcome.tokens for outcome in with_kl]
+        figures |= {"kl_per_token": sum(kl) / sum(tokens), "kl_interval": list(bootstrap(kl, tokens, **bootstrap_options)),
+                    "kl_tokens": sum(tokens)}
     return figures
 
 
-def paired_figures(pairs: Sequence[tuple[bool, bool]], resample: dict) -> Figures:
-    """Of (right under the base, right under the model): `kept` is the share of those right before that still are; `retention` compares
-    the numbers of right items, so gains make up for losses. (Where no item changed the bootstrap's interval of the difference is one
-    point, however few items there are: the two accuracies' own intervals say what is known.)"""
+def paired_figures(pairs: Sequence[tuple[bool, bool]], bootstrap_options: dict) -> Figures:
+    """Return the figures of pairs (right under the base, right under the model).
+
+    They are the numbers of items forgotten (`lost`: right, then wrong) and gained (wrong, then right), their exact McNemar p, and the
+    difference of accuracies with its bootstrap interval. `kept` is the share of the base's right items that are still right; `retention`
+    compares the numbers of right items, so gains make up for losses. Where no item changed the interval of the difference is a single
+    point, however few items there are: the intervals of the two accuracies are the ones to read.
+    """
     lost, gained = pairs.count((True, False)), pairs.count((False, True))
-    before, after = (sum(side) for side in zip(*pairs))
-    moves = [int(now) - int(was) for was, now in pairs]
-    return {"lost": lost, "gained": gained, "p": mcnemar(lost, gained), "difference": (after - before) / len(pairs),
-            "difference_interval": list(bootstrap(moves, **resample)), "kept": 1 - lost / before if before else None,
-            "retention": after / before if before else None}
+    right_before, right_after = (sum(marks) for marks in zip(*pairs))
+    differences = [int(after) - int(before) for before, after in pairs]
+    return {"lost": lost, "gained": gained, "p": mcnemar(lost, gained), "difference": (right_after - right_before) / len(pairs),
+            "difference_interval": list(bootstrap(differences, **bootstrap_options)),
+            "kept": 1 - lost / right_before if right_before else None,
+            "retention": right_after / right_before if right_before else None}

@@ -1,7 +1,7 @@
-"""Items to tokens: prompts to be answered, and samples whose log-prob is measured.
+"""Tokenize items: prompts to generate answers to, and samples whose log-prob is measured.
 
-Every item has one reference sample, its right answer after its prompt (or the held-out text itself); an item with choices has a sample
-for each choice. In a chat answer the end of the turn counts too, as in training; a choice is its text alone, as in lm-evaluation-harness.
+The log-prob of an item is that of one sample: its right answer after its prompt, or the held-out text. An item with choices has a sample
+for each choice. An answer in a chat includes the end of its turn, as in training; a choice is only its text, as in lm-evaluation-harness.
 """
 
 from __future__ import annotations
@@ -17,30 +17,32 @@ from trainer.errors import UserError
 from trainer.evaluation.config import Config
 from trainer.evaluation.items import Item, ItemFile
 
-BATCH = 500  # texts in one call of the tokenizer
+TEXTS_PER_CALL = 500  # texts in one call of the tokenizer
 
 
 class Key(NamedTuple):
-    """Which item: number of its file, and in its file."""
+    """The number of an item's file, and the item's number in that file."""
 
     file: int
     item: int
 
 
 class Prompt(NamedTuple):
+    """A prompt to generate an answer to."""
+
     key: Key
     ids: list[int]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A text whose tokens from `start` on are scored."""
+    """A tokenized text, some of whose tokens are scored."""
 
     key: Key
-    choice: int | None  # None: the reference of an item without choices
-    reference: bool  # the right choice is one too
+    choice: int | None  # number of the choice; None: the item has no choices
+    gives_logprob: bool  # its log-prob is the item's: right answer, right choice or held-out text
     ids: np.ndarray  # int32[n]
-    scored: np.ndarray  # bool[n]; never the first, which nothing predicts
+    scored: np.ndarray  # bool[n]; never the first, which has no context
     bytes: int  # of the scored tokens' text, special tokens left out
 
     @property
@@ -50,38 +52,43 @@ class Sample:
 
 @dataclass
 class Tokens:
+    """The tokenized items of an evaluation."""
+
     prompts: list[Prompt]
     samples: list[Sample]
-    cut: int = 0  # held-out texts that were cut off
-    dropped: int = 0  # held-out texts that were left out
-    unmeasured: int = 0  # right answers too long to measure, of items that are answered by generating
+    truncated: int = 0  # held-out texts
+    dropped: int = 0  # held-out texts
+    unmeasured: int = 0  # right answers, too long to measure, of items with generated answers
 
 
 def encode(files: Sequence[ItemFile], template: ChatTemplate, config: Config, context: int | None) -> Tokens:
-    """The tokens of all items for one model, whose longest input is `context`. UserError for what does not fit it."""
+    """Return the tokens of all items for one model, whose longest input is `context`.
+
+    Raises UserError if an item does not fit the model or its chat template.
+    """
     tokens = Tokens([], [])
     for f, file in enumerate(files):
-        for start in range(0, len(file.items), BATCH):
-            keys = [Key(f, i) for i in range(start, min(start + BATCH, len(file.items)))]
+        for start in range(0, len(file.items), TEXTS_PER_CALL):
+            keys = [Key(f, i) for i in range(start, min(start + TEXTS_PER_CALL, len(file.items)))]
             items = [file.items[key.item] for key in keys]
             if file.metric == "logprob":
-                tokens.samples += _heldout(keys, items, template)
+                tokens.samples += _heldout_samples(keys, items, template)
             elif file.metric == "choice":
-                tokens.samples += _choices(keys, items, template, config.data.chat)
+                tokens.samples += _choice_samples(keys, items, template, config.data.chat)
             else:
-                encoded = template.tokenizer([_asked(item, template, config.data.chat) for item in items], verbose=False,
+                encoded = template.tokenizer([_prompt_text(item, template, config.data.chat) for item in items], verbose=False,
                                              add_special_tokens=not config.data.chat)["input_ids"]
                 tokens.prompts += map(Prompt, keys, encoded)
-                tokens.samples += _references(keys, items, template, config.data.chat)
+                tokens.samples += _answer_samples(keys, items, template, config.data.chat)
     _fit(files, tokens, template, config, context)
     return tokens
 
 
-# ---------------------------------------------------------------- what is asked
+# ---------------------------------------------------------------- prompts and samples
 
 
-def _asked(item: Item, template: ChatTemplate, chat: bool) -> str:
-    """The text up to where the answer begins."""
+def _prompt_text(item: Item, template: ChatTemplate, chat: bool) -> str:
+    """Return the text up to the beginning of the answer."""
     if chat:
         try:
             return template.render([dict(turn) for turn in item.prompt], add_generation_prompt=True)
@@ -92,71 +99,77 @@ def _asked(item: Item, template: ChatTemplate, chat: bool) -> str:
     return item.prompt[0]["content"]
 
 
-def _references(keys: list[Key], items: list[Item], template: ChatTemplate, chat: bool) -> list[Sample]:
+def _answer_samples(keys: list[Key], items: list[Item], template: ChatTemplate, chat: bool) -> list[Sample]:
     if chat:
         chats = [[*map(dict, item.prompt), {"role": "assistant", "content": item.answers[0]}] for item in items]
         encoded = template.encode_chats(chats, "last", [item.place for item in items])
     else:
-        encoded = _continued(template, [(_asked(item, template, False), item.answers[0]) for item in items], False)
-    return [_sample(template, key, None, True, *tokens) for key, tokens in zip(keys, encoded)]
+        encoded = _encode_pairs(template, [(_prompt_text(item, template, False), item.answers[0]) for item in items], False)
+    return [_make_sample(template, key, None, True, *tokens) for key, tokens in zip(keys, encoded)]
 
 
-def _heldout(keys: list[Key], items: list[Item], template: ChatTemplate) -> list[Sample]:
-    """Of one file, whose items are all texts or all chats."""
+def _heldout_samples(keys: list[Key], items: list[Item], template: ChatTemplate) -> list[Sample]:
+    """Return the samples of one file, whose items are all texts or all chats."""
     if items[0].text is not None:
         encoded = template.encode_texts([item.text for item in items])
     else:
         encoded = template.encode_chats([[*map(dict, item.chat)] for item in items], "assistant", [item.place for item in items])
-    return [_sample(template, key, None, True, *tokens) for key, tokens in zip(keys, encoded)]
+    return [_make_sample(template, key, None, True, *tokens) for key, tokens in zip(keys, encoded)]
 
 
-def _choices(keys: list[Key], items: list[Item], template: ChatTemplate, chat: bool) -> list[Sample]:
-    asked = [_asked(item, template, chat) for item in items]
-    encoded = iter(_continued(template, [(text, choice) for text, item in zip(asked, items) for choice in item.choices], chat))
-    return [_sample(template, key, c, c == item.right, *next(encoded)) for key, item in zip(keys, items) for c in range(len(item.choices))]
+def _choice_samples(keys: list[Key], items: list[Item], template: ChatTemplate, chat: bool) -> list[Sample]:
+    prompts = [_prompt_text(item, template, chat) for item in items]
+    encoded = iter(_encode_pairs(template, [(prompt, choice) for prompt, item in zip(prompts, items) for choice in item.choices], chat))
+    return [_make_sample(template, key, c, c == item.right_choice, *next(encoded))
+            for key, item in zip(keys, items) for c in range(len(item.choices))]
 
 
-def _continued(template: ChatTemplate, pairs: list[tuple[str, str]], chat: bool) -> list[tuple[list[int], list[bool]]]:
-    """Token ids of question and answer as they are spelt together, and which belong to the answer: from the first that holds a character
-    of it. Without a chat template a space stands between them, and a token that begins with it is the answer's."""
-    joined = [(asked if chat or asked[-1:].isspace() else f"{asked} ", answer) for asked, answer in pairs]
-    found = template.tokenizer([asked + answer for asked, answer in joined], add_special_tokens=not chat, verbose=False)
+def _encode_pairs(template: ChatTemplate, pairs: list[tuple[str, str]], chat: bool) -> list[tuple[list[int], list[bool]]]:
+    """Tokenize prompts and answers together; return token ids, and a mask of the answer's tokens.
+
+    The answer begins at the first token with a character of it. Without a chat template a space separates the two, and a token that begins
+    with this space belongs to the answer.
+    """
+    joined = [(prompt if chat or prompt[-1:].isspace() else f"{prompt} ", answer) for prompt, answer in pairs]
+    encoding = template.tokenizer([prompt + answer for prompt, answer in joined], add_special_tokens=not chat, verbose=False)
     encoded = []
-    for i, (asked, answer) in enumerate(joined):
-        ids, start = found["input_ids"][i], len(asked if chat else asked.rstrip())
-        places = (found.char_to_token(i, place) for place in range(start, len(asked + answer)))
-        first = next((place for place in places if place is not None), len(ids))
-        encoded.append((ids, [first <= place for place in range(len(ids))]))
+    for i, (prompt, answer) in enumerate(joined):
+        ids, start = encoding["input_ids"][i], len(prompt if chat else prompt.rstrip())
+        tokens = (encoding.char_to_token(i, place) for place in range(start, len(prompt + answer)))
+        first = next((token for token in tokens if token is not None), len(ids))
+        encoded.append((ids, [first <= token for token in range(len(ids))]))
     return encoded
 
 
-def _sample(template: ChatTemplate, key: Key, choice: int | None, reference: bool, ids: list[int], scored: Sequence[bool]) -> Sample:
-    flags = np.array(scored, dtype=bool)
-    flags[:1] = False
-    return _measured(template, Sample(key, choice, reference, np.array(ids, dtype=np.int32), flags, 0))
+def _make_sample(template: ChatTemplate, key: Key, choice: int | None, gives_logprob: bool, ids: list[int],
+                 scored: Sequence[bool]) -> Sample:
+    mask = np.array(scored, dtype=bool)
+    mask[:1] = False
+    return _with_bytes(template, Sample(key, choice, gives_logprob, np.array(ids, dtype=np.int32), mask, 0))
 
 
-def _measured(template: ChatTemplate, sample: Sample) -> Sample:
-    """The sample with the bytes of its scored text."""
-    said = sample.ids[sample.scored].tolist()
-    text = template.tokenizer.decode(said, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+def _with_bytes(template: ChatTemplate, sample: Sample) -> Sample:
+    """Return the sample with the bytes of its scored text."""
+    scored_ids = sample.ids[sample.scored].tolist()
+    text = template.tokenizer.decode(scored_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return replace(sample, bytes=len(text.encode()))
 
 
-# ---------------------------------------------------------------- what fits
+# ---------------------------------------------------------------- lengths
 
 
 def _fit(files: Sequence[ItemFile], tokens: Tokens, template: ChatTemplate, config: Config, context: int | None) -> None:
-    """Cut or drop held-out texts that are too long, if that was asked for, and leave out right answers, which generating does not need.
+    """Truncate or drop held-out texts that are too long, as `data.on_overlong` says.
 
-    UserError for all else that is too long or empty.
+    Right answers that are too long are not measured; the generated ones are still judged. Raises UserError for anything else that is too
+    long, and for samples without scored tokens.
     """
-    limit, most = min(config.scoring.tokens_per_pack, context or 2**31), config.generation.max_tokens
-    why = f"the model's context of {limit:,}" if limit == context else f"scoring.tokens_per_pack = {limit:,}"
+    limit, max_tokens = min(config.scoring.tokens_per_pack, context or 2**31), config.generation.max_tokens
+    limit_name = f"the model's context of {limit:,}" if limit == context else f"scoring.tokens_per_pack = {limit:,}"
     for prompt in tokens.prompts:
-        if context is not None and len(prompt.ids) + most > context:
-            raise UserError(f"{_place(files, prompt.key)}: a prompt of {len(prompt.ids):,} tokens and generation.max_tokens = {most:,} "
-                            f"exceed the model's context of {context:,}; lower generation.max_tokens, or shorten the prompt")
+        if context is not None and len(prompt.ids) + max_tokens > context:
+            raise UserError(f"{_place(files, prompt.key)}: a prompt of {len(prompt.ids):,} tokens and generation.max_tokens = "
+                            f"{max_tokens:,} exceed the model's context of {context:,}; lower generation.max_tokens, or shorten the prompt")
     kept = []
     for sample in tokens.samples:
         if len(sample.ids) > limit and files[sample.key.file].metric in ("exact", "regex"):
@@ -166,13 +179,13 @@ def _fit(files: Sequence[ItemFile], tokens: Tokens, template: ChatTemplate, conf
             heldout = files[sample.key.file].metric == "logprob"
             if not heldout or config.data.on_overlong == "error":
                 remedy = "set data.on_overlong to drop or truncate" if heldout else "shorten it"
-                raise UserError(f"{_place(files, sample.key)}: {len(sample.ids):,} tokens exceed {why}; {remedy}"
+                raise UserError(f"{_place(files, sample.key)}: {len(sample.ids):,} tokens exceed {limit_name}; {remedy}"
                                 + (", or raise it" if limit != context else ""))
             if config.data.on_overlong == "drop":
                 tokens.dropped += 1
                 continue
-            tokens.cut += 1
-            sample = _measured(template, replace(sample, ids=sample.ids[:limit], scored=sample.scored[:limit]))
+            tokens.truncated += 1
+            sample = _with_bytes(template, replace(sample, ids=sample.ids[:limit], scored=sample.scored[:limit]))
         if not sample.scored.any():
             raise UserError(f"{_place(files, sample.key)}: expected tokens to measure the log-prob of, found none in "
                             f"{len(sample.ids)} tokens")

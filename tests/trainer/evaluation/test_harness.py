@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness: what is made of its records, and, where the library is installed, a local task run offline."""
+"""Tasks of lm-evaluation-harness: figures of its records and, if the library is installed, a local task run offline."""
 
 import importlib.util
 import json
@@ -13,7 +13,7 @@ from trainer.config import Lora
 from trainer.errors import UserError
 from trainer.evaluate import evaluate
 from trainer.evaluation.config import Config
-from trainer.evaluation.harness import _scores, names, summarise
+from trainer.evaluation.harness import collect_scores, task_figures, task_names
 from trainer.model.export import save_adapter
 from trainer.model.lora import add_adapter
 
@@ -21,7 +21,7 @@ installed = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reas
 
 
 def test_tasks_are_a_list_or_names_with_commas():
-    assert names(Config(tasks="a, b")) == names(Config(tasks=["a", "b"])) == ["a", "b"] and names(Config()) == []
+    assert task_names(Config(tasks="a, b")) == task_names(Config(tasks=["a", "b"])) == ["a", "b"] and task_names(Config()) == []
 
 
 def test_records_become_paired_figures():
@@ -29,8 +29,9 @@ def test_records_become_paired_figures():
         return [{"doc_id": i, "filter": "none", "metrics": ["acc", "nll", "f1"], "acc": a, "nll": -a, "f1": (1, 2)}
                 for i, a in enumerate(values)]
 
-    found = {"base": _scores({"t": documents([1.0, 1.0, 0.0, 1.0])}), "model": _scores({"t": documents([1.0, 0.0, 1.0, 0.0])})}
-    marks, means = summarise(found, Config())
+    scores = {"base": collect_scores({"t": documents([1.0, 1.0, 0.0, 1.0])}),
+              "model": collect_scores({"t": documents([1.0, 0.0, 1.0, 0.0])})}
+    marks, means = task_figures(scores, Config())
     assert (marks["task"], marks["metric"], marks["items"]) == ("t", "acc", 4)
     assert (marks["base"]["accuracy"], marks["model"]["accuracy"]) == (0.75, 0.5)
     assert (marks["change"]["lost"], marks["change"]["gained"], marks["change"]["p"]) == (2, 1, 1)
@@ -61,7 +62,7 @@ metric_list: [{metric: exact_match}]
 
 @installed
 def test_a_local_task_agrees_with_our_own_scores(tmp_path, monkeypatch):
-    """The same questions as a task and as item files: the same answers are right under base and adapter, choices and generated ones."""
+    """Score the same questions as a task and as item files: the same answers are right, choices and generated ones."""
     from transformers import AutoModelForCausalLM
 
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
@@ -94,8 +95,8 @@ def test_a_local_task_agrees_with_our_own_scores(tmp_path, monkeypatch):
 
 @installed
 def test_unknown_tasks_and_folders(tmp_path):
-    given = ["--model.path", str(FAMILY["base"].folder), "--output", str(tmp_path / "out"), "--device", "cpu"]
-    for more, expected in ((["--tasks", "no_such_task"], "tasks: lm-evaluation-harness knows no no_such_task; "),
+    arguments = ["--model.path", str(FAMILY["base"].folder), "--output", str(tmp_path / "out"), "--device", "cpu"]
+    for more, expected in ((["--tasks", "no_such_task"], "tasks: expected tasks of lm-evaluation-harness, got no_such_task; "),
                            (["--tasks", "a", "--task_folder", str(tmp_path / "none")], "task_folder: expected a folder with task files")):
         with pytest.raises(UserError, match=expected):
-            evaluate(parse(Config, given + more, "trainer.evaluate"))
+            evaluate(parse(Config, arguments + more, "trainer.evaluate"))

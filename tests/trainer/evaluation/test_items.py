@@ -1,4 +1,4 @@
-"""Item files of every kind and format, what in them is refused, and when an answer is right."""
+"""Item files of every kind and format, mistakes in them, and when an answer is right."""
 
 import json
 import re
@@ -11,7 +11,7 @@ import pytest
 from trainer.errors import UserError
 from trainer.evaluation.config import Data, Items
 from trainer.evaluation.items import read_files
-from trainer.evaluation.scoring import canonical, choose, extract, judge, normalise
+from trainer.evaluation.scoring import canonical, extract, judge, normalise, pick_choices
 
 GSM8K = r"#### (-?[\d,.]+)"
 
@@ -21,14 +21,14 @@ def write(path: Path, *rows: dict) -> Path:
     return path
 
 
-def read(path: Path, **settings):
-    file, = read_files(Data(general=[Items(str(path), **settings)]))
+def read(path: Path, **options):
+    file, = read_files(Data(general=[Items(str(path), **options)]))
     return file
 
 
-def refused(path: Path, **settings) -> str:
+def refused(path: Path, **options) -> str:
     with pytest.raises(UserError) as raised:
-        read(path, **settings)
+        read(path, **options)
     message = str(raised.value)
     assert "\n" not in message
     return message
@@ -37,21 +37,21 @@ def refused(path: Path, **settings) -> str:
 # ---------------------------------------------------------------- reading
 
 
-def test_every_kind_is_told_from_its_columns(tmp_path):
+def test_the_metric_is_inferred_from_the_columns(tmp_path):
     chat = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
     exact = read(write(tmp_path / "a.jsonl", {"question": "2 + 2?", "answer": 4, "id": "sum"}))
     assert exact.metric == "exact" and exact.items[0].answers == ("4",) and exact.items[0].id == "sum"
     assert exact.items[0].prompt == ({"role": "user", "content": "2 + 2?"},)
     choice = read(write(tmp_path / "b.jsonl", {"question": "2 + 2?", "choices": ["3", "4"], "answer": 1}))
-    assert choice.metric == "choice" and choice.items[0].right == 1
+    assert choice.metric == "choice" and choice.items[0].right_choice == 1
     regex = read(write(tmp_path / "c.jsonl", {"question": "2 + 2?", "answer": "It is\n#### 4"}), regex=GSM8K)
     assert regex.metric == "regex"
     text = read(write(tmp_path / "d.jsonl", {"text": "A text."}))
     assert text.metric == "logprob" and text.items[0].text == "A text."
-    held = read(write(tmp_path / "e.jsonl", {"messages": chat}))
-    assert held.metric == "logprob" and held.items[0].chat == tuple(chat)
-    asked = read(write(tmp_path / "e.jsonl", {"messages": chat}), metric="exact")
-    assert asked.items[0].prompt == tuple(chat[:1]) and asked.items[0].answers == ("4",)
+    heldout = read(write(tmp_path / "e.jsonl", {"messages": chat}))
+    assert heldout.metric == "logprob" and heldout.items[0].chat == tuple(chat)
+    answered = read(write(tmp_path / "e.jsonl", {"messages": chat}), metric="exact")
+    assert answered.items[0].prompt == tuple(chat[:1]) and answered.items[0].answers == ("4",)
 
 
 def test_columns_map_and_several_answers_are_right(tmp_path):
@@ -68,7 +68,7 @@ def test_csv_parquet_and_json_hold_the_same_items(tmp_path):
     lines = ["question,choices,answer", *(f'{r["question"]},"{json.dumps(r["choices"]).replace(chr(34), chr(34) * 2)}",B' for r in rows)]
     (tmp_path / "a.csv").write_text("\n".join(lines))
     kinds = ("json", "parquet", "csv")
-    found = [[(item.prompt, item.choices, item.right) for item in read(tmp_path / f"a.{kind}").items] for kind in kinds]
+    found = [[(item.prompt, item.choices, item.right_choice) for item in read(tmp_path / f"a.{kind}").items] for kind in kinds]
     assert found[0] == found[1] == found[2] and len(found[0]) == 3
 
 
@@ -79,7 +79,7 @@ def test_csv_parquet_and_json_hold_the_same_items(tmp_path):
 ])
 def test_an_answer_is_an_index_a_text_a_label_or_a_letter(tmp_path, answer, choices, right):
     item, = read(write(tmp_path / "a.jsonl", {"question": "?", "choices": choices, "answer": answer})).items
-    assert item.right == right
+    assert item.right_choice == right
 
 
 def test_roles_limits_and_names(tmp_path):
@@ -90,10 +90,10 @@ def test_roles_limits_and_names(tmp_path):
     assert domain.items[4].place == f"{path}, line 5"
 
 
-# ---------------------------------------------------------------- what is refused
+# ---------------------------------------------------------------- mistakes
 
 
-@pytest.mark.parametrize("row, settings, expected", [
+@pytest.mark.parametrize("row, options, expected", [
     ({"question": "?"}, {"metric": "exact"}, "metric exact expects answers, found the columns question; map them, as in columns: {answer"),
     ({"question": "?", "choices": ["a", "b"]}, {}, "metric choice expects answers"),
     ({"question": "?", "answer": "a"}, {"metric": "choice"}, "metric choice expects choices, found the columns question, answer"),
@@ -122,9 +122,9 @@ def test_roles_limits_and_names(tmp_path):
     ({"question": "?", "answer": "a"}, {"columns": {"reply": "answer"}}, "columns: expected some of prompt, answer, .*, found reply"),
     ({"question": "?", "answer": "a"}, {"columns": {"answer": "key"}}, "columns: expected key in the file, found the columns question"),
 ])
-def test_a_file_that_does_not_fit_is_one_line_with_its_place(tmp_path, row, settings, expected):
+def test_a_file_that_does_not_fit_is_one_line_with_its_place(tmp_path, row, options, expected):
     path = write(tmp_path / "items.jsonl", row)
-    message = refused(path, **settings)
+    message = refused(path, **options)
     assert message.startswith(str(path)) and re.search(expected, message), message
 
 
@@ -145,7 +145,7 @@ def test_a_bad_row_late_in_a_file_is_named(tmp_path):
     assert refused(path).startswith(f"{path}, line 3: expected an answer")
 
 
-# ---------------------------------------------------------------- what is right
+# ---------------------------------------------------------------- right answers
 
 
 def test_normalising_keeps_what_tells_answers_apart():
@@ -178,6 +178,6 @@ def test_judging_by_pattern_and_by_equality():
 
 def test_choices_by_sum_by_character_and_by_token():
     """The short one is likelier, the long one per character, the middle one per token."""
-    found = choose([-2.0, -3.0, -4.0], ["a", "bb", "c" * 10], [1, 3, 2])
+    found = pick_choices([-2.0, -3.0, -4.0], ["a", "bb", "c" * 10], [1, 3, 2])
     assert found == {"sum": 0, "characters": 2, "tokens": 1}
-    assert choose([float("nan"), -5.0], ["a", "b"], [1, 1])["sum"] == 1
+    assert pick_choices([float("nan"), -5.0], ["a", "b"], [1, 1])["sum"] == 1
