@@ -56,7 +56,7 @@ def evaluate(run: TrainingRun, state: checkpoint.State, meter: Meter) -> None:
 def measure_forgetting(run: TrainingRun, state: checkpoint.State, meter: Meter) -> None:
     """Score general and domain items into the log and `state`; keep the best weights so far."""
     with meter.paused():
-        needs_loss = run.eval_set and run.monitor.wants_loss
+        needs_loss = run.eval_set and run.monitor.needs_eval_loss
         loss = eval_loss(run.model, run.eval_set, run.device, run.dist)[0] if needs_loss else None
         run.dist.on_main(lambda: run.monitor.measure(state, run.optimizer, loss, run.plan.total, run.log))
         scored = (state.last_measurement, state.kept_measurement, state.floor_misses)

@@ -1,4 +1,4 @@
-"""General and domain items scored during a run: the figures, that watching changes nothing, the floor and what is exported, mistakes."""
+"""General and domain items scored during a run: figures, unchanged weights, the floor and its export, mistakes."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def run(data: Path, output: Path, *more) -> RunResult:
 
 
 def plain(data: Path, output: Path, *more) -> RunResult:
-    """The same, unwatched."""
+    """Run with the same options, without measurements."""
     found = parse(Config, arguments(BASE, data / "domain.jsonl", output, *options(data, *more)), "trainer.run")
     return train(replace(found, forgetting=replace(found.forgetting, general=[], domain=[], every=0, floor=None)))
 
@@ -49,18 +49,18 @@ def plain(data: Path, output: Path, *more) -> RunResult:
 
 
 @pytest.fixture(scope="module")
-def watched(data, tmp_path_factory):
+def measured_run(data, tmp_path_factory):
     torch.set_num_threads(1)
-    return run(data, tmp_path_factory.mktemp("watched") / "run", "--forgetting.every", "3", "--logging.tensorboard", "true")
+    return run(data, tmp_path_factory.mktemp("measured") / "run", "--forgetting.every", "3", "--logging.tensorboard", "true")
 
 
-def test_the_figures_are_those_of_trainer_evaluate(data, watched, tmp_path):
+def test_the_figures_are_those_of_trainer_evaluate(data, measured_run, tmp_path):
     result = evaluate.evaluate(parse(evaluation.Config, [
-        "--adapter", str(watched.folder / "adapter"), "--data.general", str(data / "kept.jsonl"),
+        "--adapter", str(measured_run.folder / "adapter"), "--data.general", str(data / "kept.jsonl"),
         "--data.domain", str(data / "learnt.jsonl"), "--generation.max_tokens", "24",
         "--device", "cpu", "--output", str(tmp_path / "out")], "trainer.evaluate"))
-    found = records(watched.folder, "forgetting")
-    assert [r["step"] for r in found] == [0, 3, 6, 8] and watched.status == 0
+    found = records(measured_run.folder, "forgetting")
+    assert [r["step"] for r in found] == [0, 3, 6, 8] and measured_run.status == 0
     for role in ("general", "domain"):
         expected, first, last = result["roles"][role], found[0], found[-1]
         assert first[role] == last[f"{role}_base"] == expected["base"]["accuracy"] and first[f"{role}_lost"] == first[f"{role}_kl"] == 0
@@ -70,34 +70,34 @@ def test_the_figures_are_those_of_trainer_evaluate(data, watched, tmp_path):
         assert last[f"{role}_logprob"] == pytest.approx(expected["model"]["logprob_per_token"], rel=1e-4)
     assert found[-1]["general_retained"] == result["roles"]["general"]["change"]["retention"] < 1
     assert found[-1]["files"] == {"kept": found[-1]["general"], "learnt": found[-1]["domain"]}
-    assert watched.forgetting == {name: value for name, value in found[-1].items() if name != "time"}
+    assert measured_run.forgetting == {name: value for name, value in found[-1].items() if name != "time"}
 
 
-def test_the_page_and_the_logs_have_them(watched):
-    page = (watched.folder / "report.html").read_text()
-    assert "Kept and learnt" in page and "KL(base || model)" in page and (watched.folder / "forgetting.png").exists()
+def test_the_page_and_the_logs_have_them(measured_run):
+    page = (measured_run.folder / "report.html").read_text()
+    assert "General and domain accuracy" in page and "KL(base || model)" in page and (measured_run.folder / "forgetting.png").exists()
     assert page.count('data-column="General KL"') == 4 and "exported" in page
-    assert any(b"forgetting/general_kl" in path.read_bytes() for path in (watched.folder / "tensorboard").iterdir())
-    assert not (watched.folder / "kept").exists()
+    assert any(b"forgetting/general_kl" in path.read_bytes() for path in (measured_run.folder / "tensorboard").iterdir())
+    assert not (measured_run.folder / "kept").exists()
 
 
 @pytest.mark.parametrize("more", [
     ("--lora.dropout", "0.1", "--retention.kl_weight", "0.3"), ("--method", "full", "--optim.lr", "1e-3", "--precision", "bf16"),
     ("--activation_checkpointing", "full", "--data.eval_fraction", "0.1"),
 ])
-def test_watching_changes_no_weight_and_no_loss(data, tmp_path, no_report, more):
-    run(data, tmp_path / "watched", "--forgetting.every", "2", "--logging.every", "1", *more)
+def test_measuring_changes_no_weight_and_no_loss(data, tmp_path, no_report, more):
+    run(data, tmp_path / "measured", "--forgetting.every", "2", "--logging.every", "1", *more)
     plain(data, tmp_path / "plain", "--logging.every", "1", *more)
     name = "model/model.safetensors" if "--method" in more else "adapter/adapter_model.safetensors"
-    assert (tmp_path / "watched" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+    assert (tmp_path / "measured" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
     for kind in ("step", "eval"):
-        one, two = ([(r["step"], r["loss"]) for r in records(tmp_path / side, kind)] for side in ("watched", "plain"))
+        one, two = ([(r["step"], r["loss"]) for r in records(tmp_path / side, kind)] for side in ("measured", "plain"))
         assert one == two
 
 
-def test_a_saved_adapter_is_measured_before_it_is_trained_and_its_base_is_without_it(data, watched, tmp_path, no_report):
-    again = run(data, tmp_path / "run", "--lora.path", str(watched.folder / "adapter"), "--max_steps", "1")
-    first, before = records(again.folder, "forgetting")[0], records(watched.folder, "forgetting")
+def test_a_saved_adapter_is_measured_before_it_is_trained_and_its_base_is_without_it(data, measured_run, tmp_path, no_report):
+    again = run(data, tmp_path / "run", "--lora.path", str(measured_run.folder / "adapter"), "--max_steps", "1")
+    first, before = records(again.folder, "forgetting")[0], records(measured_run.folder, "forgetting")
     assert first["general"] == before[-1]["general"] and first["general_base"] == before[0]["general"]
     assert first["general_kl"] == pytest.approx(before[-1]["general_kl"], rel=1e-4)
 
@@ -151,15 +151,15 @@ def scripted(monkeypatch):
     seen = {}
 
     def script(figures: dict[int, tuple[int, int]]) -> dict[int, list[torch.Tensor]]:
-        def scored(watch: ForgettingMonitor) -> Outcomes:
+        def scored(monitor: ForgettingMonitor) -> Outcomes:
             rights, items = figures[script.step], {}
-            for f, (file, right) in enumerate(zip(watch.files, rights)):
+            for f, (file, right) in enumerate(zip(monitor.files, rights)):
                 items |= {Key(f, i): Outcome(right=i < right) for i in range(len(file.items))}
             return Outcomes("model", "scripted", items)
 
-        def measured(watch: ForgettingMonitor, state, optimizer, *more):
+        def measured(monitor: ForgettingMonitor, state, optimizer, *more):
             script.step, seen[state.step] = state.step, [group.master.detach().clone() for group in optimizer.groups]
-            return measure(watch, state, optimizer, *more)
+            return measure(monitor, state, optimizer, *more)
 
         measure = ForgettingMonitor.measure
         monkeypatch.setattr(ForgettingMonitor, "_score", scored)

@@ -90,11 +90,11 @@ def scripted(monkeypatch):
     record = ForgettingMonitor._record
 
     def script(retained) -> None:
-        def recorded(watch: ForgettingMonitor, step: int, *more) -> dict:
-            found, asked = record(watch, step, *more), watch.config
+        def recorded(monitor: ForgettingMonitor, step: int, *more) -> dict:
+            found, config = record(monitor, step, *more), monitor.config
             if step:
-                share = retained(asked.replay.ratio, asked.retention.kl_weight)
-                found |= {"general": share, "general_retained": share, "holds_floor": share >= asked.forgetting.floor}
+                share = retained(config.replay.ratio, config.retention.kl_weight)
+                found |= {"general": share, "general_retained": share, "holds_floor": share >= config.forgetting.floor}
             return found
         monkeypatch.setattr(ForgettingMonitor, "_record", recorded)
 
