@@ -127,7 +127,7 @@ def test_what_only_one_side_has_is_left_out_with_the_reason(repository, tmp_path
     assert gate(tmp_path, old) == 0
     assert [row["line"] for row in left(tmp_path)["summary"]] == ["kernels: a"]
     told = capsys.readouterr().out
-    assert "Left out: kernels: b (not the same work" in told and "kernels: c (other: KeyError: not yet)" in told
+    assert "Not measured: kernels: b (not the same work" in told and "kernels: c (other: KeyError: not yet)" in told
 
 
 def test_results_that_differ_are_told(repository, tmp_path, capsys):
@@ -174,10 +174,10 @@ def test_outside_a_repository(tmp_path, monkeypatch, capsys):
     assert "benchmarks.run: --compare: git rev-parse" in capsys.readouterr().err
 
 
-def test_spelled_out():
+def test_compare_is_a_suite():
     for words in (["--compare", "v1", "--rounds", "9"], ["--compare=v1", "--rounds", "9"], ["--rounds", "9", "--compare", "v1"]):
-        assert run.spelled_out(words) == ["compare", "v1", "--rounds", "9"]
-    assert run.spelled_out(["training"]) == ["training"] and run.spelled_out(["--compare"]) == ["compare"]
+        assert run.as_suite(words) == ["compare", "v1", "--rounds", "9"]
+    assert run.as_suite(["training"]) == ["training"] and run.as_suite(["--compare"]) == ["compare"]
 
 
 # ---------------------------------------------------------------- the verdict
