@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from trainer.config import Config
-from trainer.data.prepare import EvalSet
 from trainer.data.step_plan import StepPlan
 from trainer.metrics.log import Log
 from trainer.metrics.throughput import ModelSize
@@ -19,7 +18,8 @@ from trainer.retention.kl import KlToBase
 from trainer.runtime.distributed import Distributed
 from trainer.training.loader import StepLoader
 
-if TYPE_CHECKING:  # it reads items with `datasets`, which a training step does without
+if TYPE_CHECKING:  # both read files with `datasets`, which a training step does without
+    from trainer.data.prepare import EvalSet
     from trainer.retention.monitor import ForgettingMonitor
 
 

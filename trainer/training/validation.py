@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 from torch import nn
 
 from trainer.data.batch import batches
-from trainer.data.prepare import EvalSet
 from trainer.errors import UserError
 from trainer.runtime import checkpoint
 from trainer.runtime.distributed import Distributed
@@ -15,6 +16,9 @@ from trainer.training.loader import supervised_weight
 from trainer.training.loss import sft_loss
 from trainer.training.meter import Meter
 from trainer.training.training_run import TrainingRun
+
+if TYPE_CHECKING:  # it reads files with `datasets`, which a training step does without
+    from trainer.data.prepare import EvalSet
 
 
 @torch.no_grad()
