@@ -1,4 +1,4 @@
-"""Models on items: scores against plain transformers and plain torch, whole evaluations by the command, and mistakes.
+"""Scores of items against plain transformers and torch, whole evaluations, and mistakes.
 
 The model is the base of the miniature world; its adapter is drawn at random, strong enough to lose some items and keep others.
 """
@@ -65,18 +65,18 @@ def files(tmp_path_factory):
     return folder
 
 
-def config(*given) -> Config:
-    return parse(Config, ["--device", "cpu", "--generation.max_tokens", "24", *map(str, given)], "trainer.evaluate")
+def config(*arguments) -> Config:
+    return parse(Config, ["--device", "cpu", "--generation.max_tokens", "24", *map(str, arguments)], "trainer.evaluate")
 
 
-def scored(*given):
-    """Outcomes of base and model (or of the model alone), without files."""
-    settings, found = config(*given), {}
-    items = read_files(settings.data)
-    for loaded in load_each(find_models(settings), settings, CPU):
-        base = found.get("base")
-        found[loaded.name] = score(loaded, items, settings, base.base_states if base else None, remember=base is None)
-    return items, found
+def scored(*arguments):
+    """Return the item files, and the outcomes of base and model (or of the model only)."""
+    evaluation_config, outcomes = config(*arguments), {}
+    items = read_files(evaluation_config.data)
+    for loaded in load_each(find_models(evaluation_config), evaluation_config, CPU):
+        base = outcomes.get("base")
+        outcomes[loaded.name] = score(loaded, items, evaluation_config, base.base_states if base else None, remember=base is None)
+    return items, outcomes
 
 
 @pytest.fixture(scope="module")
@@ -101,10 +101,10 @@ def chat_ids(tokenizer, question: str) -> list[int]:
 
 
 def test_log_probs_of_choices_and_answers_are_those_of_transformers(adapter, files, stock):
-    items, found = scored("--adapter", adapter, "--data.general", files / "choice.jsonl")
+    items, outcomes = scored("--adapter", adapter, "--data.general", files / "choice.jsonl")
     model, tokenizer = stock
     for name in ("base", "model"):
-        for item, outcome in zip(items[0].items, found[name].of_file(0)):
+        for item, outcome in zip(items[0].items, outcomes[name].of_file(0)):
             prompt = chat_ids(tokenizer, item.prompt[0]["content"])
             spelt = [tokenizer(choice, add_special_tokens=False).input_ids for choice in item.choices]
             if name == "base":
@@ -121,10 +121,10 @@ def test_log_probs_of_choices_and_answers_are_those_of_transformers(adapter, fil
 
 
 def test_an_answer_in_a_chat_is_scored_with_the_end_of_its_turn(files, stock):
-    items, found = scored("--model.path", BASE, "--data.domain", files / "exact.jsonl", "--data.metric", "exact")
+    items, outcomes = scored("--model.path", BASE, "--data.domain", files / "exact.jsonl", "--data.metric", "exact")
     model, tokenizer = stock
     with model.disable_adapter():
-        for item, outcome in zip(items[0].items, found["model"].of_file(0)):
+        for item, outcome in zip(items[0].items, outcomes["model"].of_file(0)):
             answer = [*tokenizer(item.answers[0], add_special_tokens=False).input_ids, tokenizer.eos_token_id]
             expected = plain_logprob(model, chat_ids(tokenizer, item.prompt[0]["content"]), answer)
             assert outcome.logprob == pytest.approx(expected, abs=2e-4) and outcome.tokens == len(answer)
@@ -132,27 +132,27 @@ def test_an_answer_in_a_chat_is_scored_with_the_end_of_its_turn(files, stock):
 
 
 def test_without_a_chat_template_choices_follow_the_prompt_and_a_space(tmp_path, model_folder):
-    """As lm-evaluation-harness: the tokens of the whole, less those of the prompt without its last spaces."""
+    """Score, like lm-evaluation-harness, the tokens of the whole without those of the stripped prompt."""
     write_jsonl([{"prompt": "The quick brown", "choices": ["fox", "lazy dog", "zzz"], "answer": "fox"}], tmp_path / "a.jsonl")
-    _, found = scored("--model.path", model_folder, "--data.general", tmp_path / "a.jsonl", "--data.chat", "false")
+    _, outcomes = scored("--model.path", model_folder, "--data.general", tmp_path / "a.jsonl", "--data.chat", "false")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(model_folder).eval(), AutoTokenizer.from_pretrained(model_folder)
     prompt = tokenizer("The quick brown").input_ids
     spelt = [tokenizer(f"The quick brown {choice}").input_ids[len(prompt):] for choice in ("fox", "lazy dog", "zzz")]
     assert tokenizer.decode(spelt[0][0]) == " fox" and tokenizer.decode(spelt[2][0]) == " ", "with the word, and alone"
     expected = [plain_logprob(model, prompt, ids) for ids in spelt]
-    assert found["model"].of_file(0)[0].choice_logprobs == pytest.approx(expected, abs=1e-4)
+    assert outcomes["model"].of_file(0)[0].choice_logprobs == pytest.approx(expected, abs=1e-4)
 
 
 @torch.no_grad()
 def test_kl_to_the_base_is_that_of_plain_torch(adapter, files, stock):
-    items, found = scored("--adapter", adapter, "--data.general", files / "exact.jsonl", "--data.domain", files / "text.jsonl")
+    items, outcomes = scored("--adapter", adapter, "--data.general", files / "exact.jsonl", "--data.domain", files / "text.jsonl")
     model, tokenizer = stock
     for f, file in enumerate(items):
-        for item, outcome in zip(file.items, found["model"].of_file(f)):
+        for item, outcome in zip(file.items, outcomes["model"].of_file(f)):
             if item.text is None:
-                asked, said = (turn["content"] for turn in item.chat)
-                prompt = chat_ids(tokenizer, asked)
-                ids = [*prompt, *tokenizer(said, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+                question, answer = (turn["content"] for turn in item.chat)
+                prompt = chat_ids(tokenizer, question)
+                ids = [*prompt, *tokenizer(answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
             else:
                 ids = [*tokenizer(item.text).input_ids, tokenizer.eos_token_id]
                 prompt = ids[:1]
@@ -162,15 +162,15 @@ def test_kl_to_the_base_is_that_of_plain_torch(adapter, files, stock):
                 p = model(torch.tensor([ids])).logits[0, len(prompt) - 1:-1].log_softmax(-1).double()
             assert outcome.kl == pytest.approx(float((p.exp() * (p - q)).sum()), rel=1e-3, abs=1e-4) and outcome.kl > 0
             assert outcome.tokens == len(ids) - len(prompt)
-    assert all(outcome.kl is None for outcome in found["base"].items.values())
+    assert all(outcome.kl is None for outcome in outcomes["base"].items.values())
 
 
 def test_heads_that_differ_are_compared_slice_by_slice():
-    x, y, one, other = torch.randn(5, 8), torch.randn(5, 12), torch.randn(40, 8), torch.randn(40, 12)
-    plain, capped = LmHead(one, None, None, 1.0), LmHead(other, torch.randn(40), 5.0, 0.5)
+    x, y, weight, other_weight = torch.randn(5, 8), torch.randn(5, 12), torch.randn(40, 8), torch.randn(40, 12)
+    plain, capped = LmHead(weight, None, None, 1.0), LmHead(other_weight, torch.randn(40), 5.0, 0.5)
     p, q = capped.logits(y).log_softmax(-1), plain.logits(x).log_softmax(-1)
     torch.testing.assert_close(kl_per_row(x, plain, y, capped), (p.exp() * (p - q)).sum(-1))
-    same = LmHead(other, torch.randn(40), None, 1.0)
+    same = LmHead(other_weight, torch.randn(40), None, 1.0)
     p = same.logits(y).log_softmax(-1)
     torch.testing.assert_close(kl_per_row(x, plain, y, same), (p.exp() * (p - q)).sum(-1), rtol=1e-4, atol=1e-5)
 
@@ -178,10 +178,10 @@ def test_heads_that_differ_are_compared_slice_by_slice():
 @torch.no_grad()
 def test_generated_answers_are_those_of_transformers_one_by_one(adapter, files, stock):
     model, tokenizer = stock
-    settings = config("--adapter", adapter, "--data.general", files / "exact.jsonl", "--data.metric", "exact")
-    items = read_files(settings.data)
-    for loaded in load_each(find_models(settings), settings, CPU):
-        prompts = [prompt.ids for prompt in encode(items, loaded.template, settings, loaded.context).prompts]
+    evaluation_config = config("--adapter", adapter, "--data.general", files / "exact.jsonl", "--data.metric", "exact")
+    items = read_files(evaluation_config.data)
+    for loaded in load_each(find_models(evaluation_config), evaluation_config, CPU):
+        prompts = [prompt.ids for prompt in encode(items, loaded.template, evaluation_config, loaded.context).prompts]
         found = generate_completions(loaded.model, loaded.template, prompts, 24, batch_size=7)
         before = loaded.model.config._attn_implementation
         with model.disable_adapter() if loaded.name == "base" else torch.no_grad():
@@ -201,10 +201,10 @@ def test_attention_that_caps_its_logits_generates_as_in_transformers(tmp_path):
             layer.self_attn.q_proj.weight.mul_(100)  # so that there is something to cap
     model.save_pretrained(folder)
     write_jsonl([{"prompt": "The quick brown fox", "answer": "x"}, {"prompt": "How many", "answer": "x"}], tmp_path / "a.jsonl")
-    _, found = scored("--model.path", folder, "--data.general", tmp_path / "a.jsonl")
+    _, outcomes = scored("--model.path", folder, "--data.general", tmp_path / "a.jsonl")
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    for outcome, question in zip(found["model"].of_file(0), ("The quick brown fox", "How many")):
+    for outcome, question in zip(outcomes["model"].of_file(0), ("The quick brown fox", "How many")):
         ids = torch.tensor([chat_ids(tokenizer, question)])
         out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24)[0, ids.shape[1]:]
         assert outcome.prediction == tokenizer.decode(out, skip_special_tokens=True)
@@ -213,15 +213,16 @@ def test_attention_that_caps_its_logits_generates_as_in_transformers(tmp_path):
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes (the `quant` extra) is not installed")
 @torch.no_grad()
 def test_a_base_in_four_bits_is_its_dequantised_weights(adapter, files):
-    """With the adapter off too, where bitsandbytes' own forward would misread layers of this width on some CPUs."""
-    settings = config("--adapter", adapter, "--data.general", files / "exact.jsonl", "--data.metric", "exact", "--load_in_4bit", "true")
-    items, dense = read_files(settings.data), AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32).eval()
-    for loaded in load_each(find_models(settings), settings, CPU):
+    """Check it with the adapter off: bitsandbytes' forward misreads layers of this width on some CPUs."""
+    evaluation_config = config("--adapter", adapter, "--data.general", files / "exact.jsonl", "--data.metric", "exact",
+                               "--load_in_4bit", "true")
+    items, dense = read_files(evaluation_config.data), AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32).eval()
+    for loaded in load_each(find_models(evaluation_config), evaluation_config, CPU):
         if loaded.name == "base":
             for name, module in loaded.model.get_base_model().named_modules():
                 if is_quantized(module):
                     dense.get_submodule(name.removesuffix(".base_layer")).weight.copy_(dequantize_nf4(nf4_of(module)))
-            found = score(loaded, items, settings)
+            found = score(loaded, items, evaluation_config)
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     for item, outcome in zip(items[0].items, found.of_file(0)):
         prompt = chat_ids(tokenizer, item.prompt[0]["content"])
@@ -281,20 +282,20 @@ def test_models_of_other_tokens_are_compared_without_kl(files, model_folder, tmp
 
 
 def test_kl_tokens_bound_what_is_kept(adapter, files):
-    _, found = scored("--adapter", adapter, "--data.general", files / "text.jsonl", "--scoring.kl_tokens", "200")
-    measured = [outcome.tokens for outcome in found["model"].of_file(0) if outcome.kl is not None]
+    _, outcomes = scored("--adapter", adapter, "--data.general", files / "text.jsonl", "--scoring.kl_tokens", "200")
+    measured = [outcome.tokens for outcome in outcomes["model"].of_file(0) if outcome.kl is not None]
     assert 100 < sum(measured) <= 200
-    _, found = scored("--adapter", adapter, "--data.general", files / "text.jsonl", "--scoring.kl_tokens", "0")
-    assert all(outcome.kl is None for outcome in found["model"].of_file(0))
+    _, outcomes = scored("--adapter", adapter, "--data.general", files / "text.jsonl", "--scoring.kl_tokens", "0")
+    assert all(outcome.kl is None for outcome in outcomes["model"].of_file(0))
 
 
 def test_held_out_texts_that_are_too_long(tmp_path):
     write_jsonl([{"text": "short text"}, {"text": "long text " * 20}], tmp_path / "a.jsonl")
-    given = ("--model.path", BASE, "--data.general", tmp_path / "a.jsonl", "--scoring.tokens_per_pack", "64")
+    arguments = ("--model.path", BASE, "--data.general", tmp_path / "a.jsonl", "--scoring.tokens_per_pack", "64")
     with pytest.raises(UserError, match=r"a.jsonl, line 2: 201 tokens exceed scoring.tokens_per_pack = 64; set data.on_overlong to drop"):
-        scored(*given)
-    _, cut = scored(*given, "--data.on_overlong", "truncate")
-    _, dropped = scored(*given, "--data.on_overlong", "drop")
+        scored(*arguments)
+    _, cut = scored(*arguments, "--data.on_overlong", "truncate")
+    _, dropped = scored(*arguments, "--data.on_overlong", "drop")
     assert cut["model"].of_file(0)[1].tokens == 63 and cut["model"].of_file(0)[1].bytes == 63
     assert dropped["model"].of_file(0)[1].logprob is None and dropped["model"].notes == ["1 held-out texts were dropped: too long"]
     assert cut["model"].items[Key(0, 0)].logprob == pytest.approx(dropped["model"].items[Key(0, 0)].logprob, abs=1e-4)
@@ -302,10 +303,10 @@ def test_held_out_texts_that_are_too_long(tmp_path):
 
 def test_right_answers_too_long_to_measure_are_judged_all_the_same(tmp_path):
     write_jsonl([{"question": "Reverse ab.", "answer": "b" * 600}, {"question": "Reverse ab.", "answer": "ba"}], tmp_path / "a.jsonl")
-    _, found = scored("--model.path", BASE, "--data.general", tmp_path / "a.jsonl", "--generation.stop", '["b"]')
-    long, short = found["model"].of_file(0)
+    _, outcomes = scored("--model.path", BASE, "--data.general", tmp_path / "a.jsonl", "--generation.stop", '["b"]')
+    long, short = outcomes["model"].of_file(0)
     assert long.right is False and long.logprob is None and short.logprob < 0
-    assert found["model"].notes == ["1 answers were too long to measure their log-prob"]
+    assert outcomes["model"].notes == ["1 answers were too long to measure their log-prob"]
     assert "b" not in short.prediction and short.finished, "a stop text ends an answer"
 
 
@@ -321,15 +322,15 @@ def test_a_pattern_that_yaml_would_take_for_a_comment(tmp_path):
     assert refused("--config", tmp_path / "e.yaml") == expected.format("general: regex")
 
 
-def refused(*given) -> str:
+def refused(*arguments) -> str:
     with pytest.raises(UserError) as raised:
-        evaluate(config(*given))
+        evaluate(config(*arguments))
     message = str(raised.value)
     assert "\n" not in message
     return message
 
 
-@pytest.mark.parametrize("given, expected", [
+@pytest.mark.parametrize("arguments, expected", [
     ([], "data.general, data.domain, tasks: expected an item file or a task, got none"),
     (["--data.general", "a.jsonl"], "model.path: expected a model, or an adapter that names its base, got neither"),
     (["--data.general", "[a", "--model.path", "m"], 
@@ -338,8 +339,8 @@ def refused(*given) -> str:
     (["--model.path", "m", "--data.general", "a", "--statistics.confidence", "95"], "statistics.confidence: expected 0 < confidence < 1"),
     (["--model.path", "m", "--data.general", "a", "--force_base", "true"], "force_base: expected an adapter beside it, got none"),
 ])
-def test_options_that_cannot_be(given, expected):
-    assert re.match(expected, refused(*given))
+def test_options_that_cannot_be(arguments, expected):
+    assert re.match(expected, refused(*arguments))
 
 
 def test_models_and_adapters_that_do_not_fit(adapter, files, model_folder, tmp_path):
@@ -371,13 +372,13 @@ def test_a_copy_of_the_base_may_bear_the_adapter(adapter, files, tmp_path):
 
 def test_prompts_that_do_not_fit_the_context(tmp_path):
     write_jsonl([{"question": "a" * 495, "answer": "b"}], tmp_path / "a.jsonl")
-    given = ("--model.path", BASE, "--data.general", tmp_path / "a.jsonl", "--output", tmp_path / "out")
+    arguments = ("--model.path", BASE, "--data.general", tmp_path / "a.jsonl", "--output", tmp_path / "out")
     assert re.search(r"a.jsonl, line 1: a prompt of 499 tokens and generation.max_tokens = 24 exceed the model's context of 512; lower", (
-        refused(*given)))
+        refused(*arguments)))
     chats = [{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}] * 2}]
     write_jsonl(chats, tmp_path / "a.jsonl")
     assert "expected one prompt where data.chat is false, found a chat of 3 turns" in refused(
-        *given, "--data.metric", "exact", "--data.chat", "false")
+        *arguments, "--data.metric", "exact", "--data.chat", "false")
 
 
 def test_tasks_without_their_library_name_the_remedy(monkeypatch):
@@ -389,9 +390,9 @@ def test_tasks_without_their_library_name_the_remedy(monkeypatch):
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm (the `synth` extra) is not installed")
 @pytest.mark.skipif(not os.environ.get("STEADFAST_VLLM"), reason="starts vLLM twice; STEADFAST_VLLM=1 runs it")
 def test_vllm_gives_the_answers_of_transformers(adapter, files, tmp_path):
-    given = ("--adapter", adapter, "--data.general", files / "exact.jsonl", "--data.metric", "exact", "--output")
+    arguments = ("--adapter", adapter, "--data.general", files / "exact.jsonl", "--data.metric", "exact", "--output")
     for engine in ("transformers", "vllm"):
-        evaluate(config(*given, tmp_path / engine, "--generation.engine", engine))
+        evaluate(config(*arguments, tmp_path / engine, "--generation.engine", engine))
     found = [[json.loads(line) for line in (tmp_path / engine / "results.jsonl").read_text().splitlines()]
              for engine in ("transformers", "vllm")]
     for name in ("base", "model"):
@@ -402,12 +403,12 @@ def test_vllm_gives_the_answers_of_transformers(adapter, files, tmp_path):
 
 
 def test_what_vllm_cannot_do(adapter, files, monkeypatch, tmp_path):
-    given = ("--adapter", adapter, "--data.general", files / "regex.jsonl", "--generation.engine", "vllm", "--output", tmp_path / "out")
-    assert refused(*given, "--load_in_4bit", "true").startswith("generation.engine: vllm cannot load a model in 4 bits")
+    arguments = ("--adapter", adapter, "--data.general", files / "regex.jsonl", "--generation.engine", "vllm", "--output", tmp_path / "out")
+    assert refused(*arguments, "--load_in_4bit", "true").startswith("generation.engine: vllm cannot load a model in 4 bits")
     broken = f"import sys; print('ValueError: no DoRA'); sys.exit(1)  # {tmp_path}"
     real = subprocess.run
     monkeypatch.setattr(subprocess, "run", lambda command, **more: real([sys.executable, "-c", broken], **more))
-    assert refused(*given) == (f"generation.engine: vllm failed on {BASE}: ValueError: no DoRA; see {tmp_path / 'out' / 'vllm.log'}, "
+    assert refused(*arguments) == (f"generation.engine: vllm failed on {BASE}: ValueError: no DoRA; see {tmp_path / 'out' / 'vllm.log'}, "
                                "or use transformers")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert refused(*given).startswith("generation.engine: vllm is not installed; pip install")
+    assert refused(*arguments).startswith("generation.engine: vllm is not installed; pip install")

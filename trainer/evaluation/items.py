@@ -290,14 +290,14 @@ def _check_csv_index(answer: Any, choices: tuple[str, ...]) -> None:
     """Raise RecordError if an answer in CSV, which has no numbers, may mean a text or an index."""
     if answer in choices and answer.isdecimal() and int(answer) < len(choices) and choices.index(answer) != int(answer):
         letter = chr(ord("A") + choices.index(answer))
-        raise RecordError(f"the answer {answer} is the text of one choice and the index of another; write the letter of the one that is "
-                          f"meant ({letter} for the text)")
+        raise RecordError(f"expected one meaning, but the answer {answer} is the text of one choice and the index of another; write the "
+                          f"letter of the right one ({letter} for the text)")
 
 
 def _check_pattern_finds(answers: tuple[str, ...], options: Items) -> None:
     for answer in answers:
         if expected_answer(answer, options) is None:
             pattern = options.answer_regex or options.regex
-            raise RecordError(f"the pattern {pattern!r} finds nothing in the answer {answer[-60:]!r}; "
-                              'mend it, or set answer_regex to one for answers ("" takes them as they stand)')
+            raise RecordError(f"expected a match of the pattern {pattern!r} in the answer {answer[-60:]!r}, found none; "
+                              'correct the pattern, or set answer_regex to one for answers ("" takes them as they are)')
 

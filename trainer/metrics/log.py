@@ -88,8 +88,8 @@ def _forgetting_line(r: dict) -> str:
     parts = [f"step {r['step']}"]
     for role in ("general", "domain"):
         if role in r:
-            moved = f", lost {r[f'{role}_lost']:,}, gained {r[f'{role}_gained']:,}"
-            parts.append(f"{role} {r[role]:.1%} (base {r[f'{role}_base']:.1%}{moved})")
+            change = f", forgotten {r[f'{role}_lost']:,}, gained {r[f'{role}_gained']:,}"
+            parts.append(f"{role} {r[role]:.1%} (base {r[f'{role}_base']:.1%}{change})")
         elif f"{role}_logprob" in r:
             parts.append(f"{role} log-prob {r[f'{role}_logprob']:.4f}")
         parts[-1] += f", KL {r[f'{role}_kl']:.4f}" if f"{role}_kl" in r else ""

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness: figures of its records and, if the library is installed, a local task run offline."""
+"""Tasks of lm-evaluation-harness: figures of its records, and a local task run offline."""
 
 import importlib.util
 import json
@@ -62,7 +62,7 @@ metric_list: [{metric: exact_match}]
 
 @installed
 def test_a_local_task_agrees_with_our_own_scores(tmp_path, monkeypatch):
-    """Score the same questions as a task and as item files: the same answers are right, choices and generated ones."""
+    """Score the same questions as a task and as item files: the same answers are right."""
     from transformers import AutoModelForCausalLM
 
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))

@@ -103,7 +103,8 @@ def test_roles_limits_and_names(tmp_path):
     ({"question": "?", "answer": "a"}, {"regex": "####"}, "regex: expected a group in '####'.*put the answer's part in parentheses"),
     ({"question": "?", "answer": "a"}, {"regex": "(#"}, r"regex: '\(#' is not a regular expression: missing \)"),
     ({"question": "?", "answer": "a #1"}, {"regex": "#(.)", "answer_regex": "#."}, "answer_regex: expected a group"),
-    ({"question": "?", "answer": "none"}, {"regex": GSM8K}, "line 1: the pattern .* finds nothing in the answer 'none'; mend it"),
+    ({"question": "?", "answer": "none"}, {"regex": GSM8K},
+     "line 1: expected a match of the pattern .* in the answer 'none', found none; correct the pattern"),
     ({"question": "?", "choices": ["a"], "answer": 0}, {}, "line 1: expected two choices or more, found 1"),
     ({"question": "?", "choices": [], "answer": 0}, {}, "line 1: expected two choices or more, found 0"),
     ({"question": "?", "choices": ["a", "a"], "answer": 0}, {}, "line 1: expected choices that are different texts"),
@@ -130,7 +131,8 @@ def test_a_file_that_does_not_fit_is_one_line_with_its_place(tmp_path, row, opti
 
 def test_a_number_in_csv_that_may_be_index_or_text(tmp_path):
     (tmp_path / "a.csv").write_text('question,choices,answer\n2 - 1?,"[1, 2, 3]",1\n')
-    assert "line 2: the answer 1 is the text of one choice and the index of another" in refused(tmp_path / "a.csv")
+    expected = "line 2: expected one meaning, but the answer 1 is the text of one choice and the index of another"
+    assert expected in refused(tmp_path / "a.csv")
 
 
 def test_empty_and_absent_files(tmp_path):
@@ -177,7 +179,7 @@ def test_judging_by_pattern_and_by_equality():
 
 
 def test_choices_by_sum_by_character_and_by_token():
-    """The short one is likelier, the long one per character, the middle one per token."""
+    """Pick the short one by log-prob, the long one per character, the middle one per token."""
     found = pick_choices([-2.0, -3.0, -4.0], ["a", "bb", "c" * 10], [1, 3, 2])
     assert found == {"sum": 0, "characters": 2, "tokens": 1}
     assert pick_choices([float("nan"), -5.0], ["a", "b"], [1, 1])["sum"] == 1

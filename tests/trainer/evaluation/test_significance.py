@@ -1,4 +1,4 @@
-"""Intervals and tests against values worked out by hand, by closed forms, and by other libraries' documentation."""
+"""Intervals and tests against values computed by hand and by closed forms."""
 
 import math
 
@@ -25,7 +25,7 @@ def test_wilson_is_the_textbooks():
 
 @given(st.integers(1, 5000), st.floats(0, 1), st.floats(0.5, 0.99))
 def test_wilson_solves_its_equation(n, share, confidence):
-    """Its ends are the p at which the score test of the observed share is just not rejected."""
+    """Check that at either end p the score test of the observed share is just not rejected."""
     from statistics import NormalDist
 
     k, z = round(n * share), NormalDist().inv_cdf((1 + confidence) / 2)

@@ -1,4 +1,4 @@
-"""General and domain items scored during a run: figures, unchanged weights, the floor and its export, mistakes."""
+"""Items scored during a run: figures, unchanged weights, the floor and its export, mistakes."""
 
 import json
 import os
@@ -147,7 +147,10 @@ def test_two_ranks_measure_what_one_does(data, tmp_path):
 
 @pytest.fixture
 def scripted(monkeypatch):
-    """Runs whose measurements are made up: step -> (general items right, of 16; domain items right, of 8). Returns the masters by step."""
+    """Return a function that scripts a run's measurements and returns the master weights by step.
+
+    It takes step -> (right general items of 16, right domain items of 8).
+    """
     seen = {}
 
     def script(figures: dict[int, tuple[int, int]]) -> dict[int, list[torch.Tensor]]:
@@ -171,7 +174,7 @@ def scripted(monkeypatch):
 
 
 def test_the_best_on_the_domain_of_those_that_hold_the_floor_is_exported(data, tmp_path, scripted, capsys):
-    """Of 16 right ones the floor wants 12.8: step 2 holds it, 4 learns more but misses it, 6 is the best, 8 holds it with less."""
+    """Need 12.8 of 16 right ones: step 2 has them, 4 learns more but misses, 6 is best, 8 learns less."""
     seen = scripted({2: (15, 2), 4: (12, 8), 6: (13, 5), 8: (16, 4)})
     result = run(data, tmp_path / "run", "--forgetting.every", "2", "--forgetting.floor", "0.8", "--export", "both")
     assert result.forgetting["step"] == 6 and result.reason == "max_steps" and result.steps == 8 and result.status == 0
@@ -292,7 +295,7 @@ def test_mistakes_are_one_line_before_anything_is_trained(data, tmp_path, more, 
 
 
 def test_options_of_trainer_evaluate_work_unchanged(data, tmp_path, no_report):
-    """A list of files with their own settings, choices and held-out text among them."""
+    """Measure a list of files with options of their own, among them choices and held-out text."""
     items = [item for item in heldout_items(GENERAL, 1)]
     write_jsonl([{"question": item.instruction, "choices": [item.answer + "s", item.answer], "answer": 1} for item in items],
                 tmp_path / "choice.jsonl")
