@@ -20,6 +20,17 @@ MAY_IMPORT = {
     "tests": {"tests", "benchmarks", "synth", "trainer", "kernels"},
 }
 FILES = [path for top in MAY_IMPORT for path in sorted((ROOT / top).rglob("*.py"))]
+# Folders of a package from the ground up: a module imports from its own folder and from those before it. "" is the package's own files that
+# are not listed in TOP: the ground floor, on which everything stands.
+LAYERS = {
+    "trainer": ("", "runtime", "data", "model", "optim", "metrics", "report", "evaluation", "retention", "training"),
+    "synth": ("", "engines", "pool", "filters", "judging", "reporting", "stages"),
+    "benchmarks": ("", "harness", "forgetting", "speed", "on_gpu"),
+}
+TOP = {"trainer": {"run", "evaluate", "interpolate"}, "synth": {"run"}, "benchmarks": {"run", "plot", "gpu"}}  # commands: above all folders
+# First words of docstrings that begin with something else than a verb.
+NO_VERBS = set("the a an what which whether how why one all each every this these that those it its where when who whose of for in on from "
+               "with without no not if as to same some any both such there their they at by only after before until here now".split())
 
 
 def imported(source: str) -> set[str]:
@@ -70,6 +81,106 @@ def test_imports_go_one_way(path):
     top = path.relative_to(ROOT).parts[0]
     wrong = imported(path.read_text()) & (set(MAY_IMPORT) | {"."}) - MAY_IMPORT[top]
     assert not wrong, f"{name_of(path)} may import {sorted(MAY_IMPORT[top])} by their full names, but imports {sorted(wrong)}"
+
+
+def layer(module: str) -> int | None:
+    """Return the height of a module of ours in its package; None for a module that is not there."""
+    package, *rest = module.split(".")
+    if rest and rest[0] in TOP[package]:
+        return len(LAYERS[package])
+    folder = rest[0] if rest and (ROOT / package / rest[0]).is_dir() else ""
+    return LAYERS[package].index(folder)
+
+
+def imported_modules(source: str) -> set[str]:
+    """Full names of the modules of ours that Python source imports anywhere."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                inside = f"{node.module}.{alias.name}"
+                is_module = (ROOT / (inside.replace(".", "/") + ".py")).exists() or (ROOT / inside.replace(".", "/")).is_dir()
+                found.add(inside if is_module else node.module)
+    return {name for name in found if name.partition(".")[0] in MAY_IMPORT}
+
+
+def dotted(path: Path) -> str:
+    return name_of(path).removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+
+
+def test_folders_import_from_below():
+    wrong = []
+    for path in FILES:
+        module, package = dotted(path), path.relative_to(ROOT).parts[0]
+        if package in LAYERS:
+            above = {name for name in imported_modules(path.read_text()) if name.startswith(f"{package}.") and layer(name) > layer(module)}
+            wrong += [f"{module} is below {name}" for name in sorted(above)]
+    assert not wrong, f"the folders from the ground up are {LAYERS}"
+
+
+def test_no_module_imports_itself_in_a_circle():
+    """Circles inside a folder, which the order of folders does not see."""
+    graph = {dotted(path): imported_modules(path.read_text()) for path in FILES if not name_of(path).startswith("tests/")}
+    done, open_ = set(), []
+
+    def visit(module: str) -> None:
+        if module in open_:
+            raise AssertionError(" -> ".join([*open_[open_.index(module):], module]))
+        if module in graph and module not in done:
+            open_.append(module)
+            for other in graph[module]:
+                visit(other)
+            open_.pop()
+            done.add(module)
+
+    for module in graph:
+        visit(module)
+
+
+def test_synthesis_does_not_load_the_training_loop():
+    code = "import sys, synth.pool.store, synth.reporting.manifest; print([m for m in sys.modules if m.startswith('trainer.training')])"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "[]\n"
+
+
+def docstring_mistakes(source: str) -> list[str]:
+    """Return what is wrong with the docstrings of Python source, one line each."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and (text := ast.get_docstring(node)):
+            first, *others = text.splitlines()
+            place = f"{getattr(node, 'name', 'module')}, line {getattr(node, 'lineno', 1)}"
+            if len(first) > 100:
+                found.append(f"{place}: expected at most 100 characters in the first line, got {len(first)}")
+            if not first.endswith((".", "?", ":")) or (others and others[0]):
+                found.append(f"{place}: expected the first line to be a sentence of its own")
+            word = re.sub(r"\W", "", first.split()[0]).lower()
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and word in NO_VERBS:
+                found.append(f"{place}: expected a verb first, got {word!r}")
+            if re.search(r"(?:^|[.!?]\s)\s*(What|Which|The same)\b", text):
+                found.append(f"{place}: a sentence starts with What, Which or The same")
+    return found
+
+
+def test_docstrings_start_with_a_verb_and_its_object():
+    packages = [path for path in FILES if not name_of(path).startswith("tests/")]
+    assert not [f"{name_of(path)}: {mistake}" for path in packages for mistake in docstring_mistakes(path.read_text())]
+
+
+def test_docstring_mistakes_are_seen():
+    wrong = ['def f():\n    "The sum"', 'def f():\n    "What is read. "', f'"""{"x" * 101}."""', 'class C:\n    """One.\n    Two."""',
+             '"""Sum it. Which is good."""', 'def f():\n    "The sum."']
+    assert all(docstring_mistakes(source) for source in wrong)
+    right = '"""Sum."""\nclass C:\n    """The settings."""\n    def f():\n        """Return the sum.\n\n        All."""'
+    assert not docstring_mistakes(right)
+
+
+def test_tests_do_not_import_tests():
+    for path in FILES:
+        if name_of(path).startswith("tests/"):
+            wrong = {name for name in imported_modules(path.read_text()) if name.rpartition(".")[2].startswith("test_")}
+            assert not wrong, f"{name_of(path)} imports {sorted(wrong)}: put helpers into tests/helpers, fixtures into conftest.py"
 
 
 def test_kernels_stand_on_torch_alone():
