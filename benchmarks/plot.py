@@ -1,7 +1,8 @@
 """Renew the READMEs' tables and the pictures from the newest records.
 
 `python -m benchmarks.plot`: a table goes between two markers, `<!-- benchmark: SUITE -->` (predictions of all models: `SUITE in full`) and
-`<!-- end of benchmark -->`. With `--check` nothing is written: the exit status is 1 where a page and the newest records disagree.
+`<!-- end of benchmark -->`; the README's own sections go between `<!-- headline -->`, `<!-- summary -->` and their ends. With `--check`
+nothing is written: the exit status is 1 where a page and the newest records disagree.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import re
 import sys
 
+from benchmarks import summary
 from benchmarks.harness import show
 from benchmarks.harness.record import RESULTS, newest
 from benchmarks.harness.suite import view_of
@@ -18,8 +20,9 @@ from benchmarks.suites import VIEWS
 from trainer.errors import UserError
 
 ROOT = RESULTS.parents[1]
-PAGES = (ROOT / "README.md", ROOT / "kernels" / "README.md", ROOT / "benchmarks" / "README.md")
+PAGES = tuple(ROOT / folder / "README.md" for folder in ("", "kernels", "synth", "benchmarks"))
 BLOCK = re.compile(r"(<!-- benchmark: ([\w-]+)( in full)? -->\n)(.*?)(<!-- end of benchmark -->)", re.DOTALL)
+SECTION = re.compile(r"(<!-- (headline|summary) -->\n)(.*?)(<!-- end of \2 -->)", re.DOTALL)
 
 
 def renew(text: str, records: dict[str, dict]) -> str:
@@ -34,7 +37,8 @@ def renew(text: str, records: dict[str, dict]) -> str:
         view = kernel_predictions.FULL_VIEW if found[3] else view_of(record, VIEWS)
         return found[1] + show.markdown(record, view) + found[5]
 
-    return BLOCK.sub(block, text)
+    text = BLOCK.sub(block, text)
+    return SECTION.sub(lambda found: found[1] + summary.SECTIONS[found[2]](records) + found[4], text)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -58,6 +62,8 @@ def main(argv: list[str] | None = None) -> int:
         page.write_text(text)
     for suite, record in records.items():
         print(show.draw(record, view_of(record, VIEWS), RESULTS / f"{suite}.{arguments.format}"))
+    if "miniature-cpu" in records:
+        print(show.draw(records["miniature-cpu"], summary.VIEW, RESULTS / f"{summary.PICTURE}.{arguments.format}"))
     return 0
 
 
