@@ -17,7 +17,7 @@ def headline(records: dict[str, dict]) -> str:
     """Return three bullets: speed, forgetting, and the state of the GPU."""
     training, forgetting = records["training-cpu"], recipes(records["miniature-cpu"])
     fp32, bf16 = ours(training, "fp32"), ours(training, "bf16")
-    in_bf16 = f" and {bf16['ratio']['plain']['value']:.1f} times in bf16" if bf16 else ""
+    in_bf16 = f" and {bf16['ratio']['plain']['value']:.1f} times in bf16" if bf16 and "plain" in bf16["ratio"] else ""
     alone, replay = forgetting["domain only"], forgetting["plus"]
     return (
         f"- **Fast.** On a CPU, {fp32['ratio']['plain']['value']:.1f} times a plain Hugging Face loop in fp32{in_bf16}, each against its "
