@@ -60,7 +60,7 @@ def draw(study: dict, figure: Any) -> None:
     found = recipes(study)
     names = [RECIPES[arm] for arm in reversed(found)]
     rows = list(reversed(found.values()))
-    figure.set_size_inches(11, 3.4)
+    figure.set_size_inches(8.5, 3)
     left, right = figure.subplots(1, 2, width_ratios=(2, 1))
     colours = [show.OURS if "replay" in name else show.OTHERS for name in names]
     for axes, column, label in ((left, "forgotten", "right answers of the base that are wrong now (less is better)"),
