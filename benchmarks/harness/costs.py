@@ -1,7 +1,7 @@
 """Count the memory that a step adds, and the operations that it consists of.
 
 Memory is what torch's allocator hands out, counted by its profiler: exact and repeatable, without what is held before the step (weights,
-the optimiser's moments) or what libraries allocate for themselves. Operations are ATen's, without views and allocations. On a GPU each is
+the optimizer's moments) or what libraries allocate for themselves. Operations are ATen's, without views and allocations. On a GPU each is
 a launch or more; on a CPU each is a call's overhead.
 """
 

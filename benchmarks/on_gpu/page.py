@@ -215,7 +215,7 @@ def whole_steps(record: dict) -> Table:
     rows = [[f"{case} ({name})", *cells] for name in ("throughput", "sizes")
             for case, *cells in map(step_row, part(record, name).get("rows", []))]
     return Table("Whole steps", "Rates are medians of interleaved rounds with their 20th and 80th percentiles; ratios of real tokens/s "
-                 "have 95% intervals. Memory held is that of weights and optimiser's states; a step adds to it at its height.",
+                 "have 95% intervals. Memory held is that of weights and optimizer's states; a step adds to it at its height.",
                  ["Model, method, lengths", "Contender", "Real tokens/s", "Supervised/s", "Steps/s", "× plain", "MFU", "Padding",
                   "Micro-batch", "Held GiB", "Step adds GiB", "Launches"], rows)
 

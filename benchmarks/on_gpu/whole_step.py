@@ -254,7 +254,7 @@ def disagreement(name: str, losses: dict[str, list[float]], facts: dict, most: f
 
 
 def resident_mib(one: Trained) -> float:
-    """Return the memory held between steps: weights, gradients and the optimiser's states."""
+    """Return the memory held between steps: weights, gradients and the optimizer's states."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in one.state_tensors()}
     scales = sum(nf4_of(layer).nbytes - layer.weight.nbytes for layer in quantized_layers(one.model))
     return (sum(storages.values()) + scales) / 2**20

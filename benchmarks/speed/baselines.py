@@ -193,7 +193,7 @@ class PlainLoop:
         self.optimizer.zero_grad()
 
     def state_tensors(self) -> list[Tensor]:
-        """Return what is held between steps: weights, buffers and the optimiser's moments."""
+        """Return what is held between steps: weights, buffers and the optimizer's moments."""
         moments = [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
         return [*self.model.parameters(), *self.model.buffers(), *moments]
 
@@ -247,7 +247,7 @@ def missing(package: str, device: torch.device) -> str | None:
 
 
 class Trl:
-    """TRL's SFTTrainer, with its collator, loss and optimiser, on padded or best-fit packed batches.
+    """TRL's SFTTrainer, with its collator, loss and optimizer, on padded or best-fit packed batches.
 
     Its steps are called one at a time, to be interleaved with others: the logging and callbacks of `train()` are left out.
     """

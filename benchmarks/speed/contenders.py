@@ -1,4 +1,4 @@
-"""Make Steadfast a contender: the trainer's own step, loss, optimiser and loader on its own packs.
+"""Make Steadfast a contender: the trainer's own step, loss, optimizer and loader on its own packs.
 
 It is made from a configuration, as `python -m trainer.run` makes it, or from a model and samples that are in memory. Collating and
 copying a batch is part of a step, as it is for the baselines.
@@ -122,7 +122,7 @@ class Steadfast:
         self.run.optimizer.zero_grad()
 
     def state_tensors(self) -> list[Tensor]:
-        """Return what is held between steps: weights, buffers, the flat gradients and the optimiser's states."""
+        """Return what is held between steps: weights, buffers, the flat gradients and the optimizer's states."""
         optimizer = self.run.optimizer
         return [*self.model.parameters(), *self.model.buffers(), *optimizer.gradients, *optimizer.state().values()]
 

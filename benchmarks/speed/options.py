@@ -257,7 +257,7 @@ def caption(record: dict) -> Caption:
         f"CPU time of a training step over that of {PLAIN} alone ({1e3 * rows[PLAIN]['cpu_seconds']['value']:.0f} ms): 1.00 is free. "
         f"{c['model']}; {c['chats']} chats, about {c['tokens_per_step']:,} tokens a step, fp32 unless the row says bf16; "
         f"{show.machine(record)}.",
-        ("Memory: the most that a step holds beside weights and optimiser states.",
+        ("Memory: the most that a step holds beside weights and optimizer states.",
          "Before the first step: CPU time, in plain steps, that a run takes once to run or quantise its base, or to compile.",
          f"Medians of {c['rounds']} interleaved rounds of {c['steps_per_round']} steps, 95% intervals. Noise: the plain step timed "
          f"against a second one: {show.interval(rows[AGAIN]['cost'])}.",

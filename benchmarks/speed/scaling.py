@@ -202,7 +202,7 @@ def caption(record: dict) -> Caption:
         f"without padding; {where}.",
         (f"A Llama of width {model['width']} with {model['layers']} layers and random weights; LoRA on all linear layers; half of the "
          "tokens supervised. Context: one sample.",
-         "Steadfast: the trainer's own step, its loader and optimiser included. The plain loop: micro-batches of "
+         "Steadfast: the trainer's own step, its loader and optimizer included. The plain loop: micro-batches of "
          f"{MICRO_BATCH} samples.",
          f"Medians of {c['rounds']} interleaved rounds, ratios with 95% intervals."
          + (f" Noise: Steadfast timed against itself: {min(noise):.2f}-{max(noise):.2f} over all points." if noise else ""),

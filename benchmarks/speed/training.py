@@ -284,7 +284,7 @@ def caption(record: dict) -> Caption:
          "with 95% intervals.",
          *bf16_detail(record),
          "MFU: the share of this machine's matmul rate in that dtype that useful FLOPs reach. Memory: the most that a step holds beside "
-         "weights and optimiser states. Operations: ATen operations, without views.",
+         "weights and optimizer states. Operations: ATen operations, without views.",
          *([f"Noise: Steadfast timed against itself: {show.interval(noise)}."] if noise else []),
          *([f"Losses over {c['compared']} steps agree with Steadfast's, at worst to {worst[1]:.0e} ({worst[0]})."] if worst else []),
          *(f"Wall time by phase, {name}: {', '.join(f'{phase} {share:.0%}' for phase, share in spent.items())}."

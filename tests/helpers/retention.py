@@ -33,7 +33,7 @@ BASE = FAMILY["base"].folder  # the miniature base, which measured runs start fr
 
 
 def ready_run(family: str, adapter: str = "lora", **options) -> TrainingRun:
-    """A run whose adapter, if any, is not at its start, and whose optimiser keeps the gradients it was given instead of stepping."""
+    """A run whose adapter, if any, is not at its start, and whose optimizer keeps the gradients it was given instead of stepping."""
     model = tiny.model(family).train()
     use_packed_attention(model)
     if adapter == "lora":

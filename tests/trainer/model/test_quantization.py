@@ -302,7 +302,7 @@ def test_memory_and_work_know_of_4_bits(folders, double_quant):
 # ---------------------------------------------------------------- whole runs
 
 
-def test_layers_and_optimiser_read_nothing_back(folders):
+def test_layers_and_optimizer_read_nothing_back(folders):
     model = adapted(folders("llama"))[0]
     patch(model)
     optimizer, batch = FlatAdamW(model.parameters(), Optim(name="adamw_8bit")), collate(samples())
