@@ -65,6 +65,16 @@ def test_every_option_that_is_named_exists(package):
     assert len(paths) > 20 and found == []
 
 
+# Named in tables of other trainers' options, in the benchmarks' commands, or of a section named before.
+OF_OTHERS = {"compare", "predict", "model", "chats", "data", "method", "parts", "contenders", "rounds", "steps", "compared", "no_deps"}
+
+
+@pytest.mark.parametrize("page", ["README.md", "trainer/README.md", "synth/README.md", "CONTRIBUTING.md"])
+def test_every_option_of_a_page_exists(page):
+    text = re.sub(r"\(\S+\)|<!-- benchmark.*?<!-- end of benchmark -->", " ", (ROOT / page).read_text(), flags=re.DOTALL)  # links, tables
+    assert [name for name in unknown_options(text, COMMANDS["synth"]) if name not in OF_OTHERS] == []
+
+
 def test_an_option_that_does_not_exist_is_found():
     assert unknown_options("lower optim.lr, or add --dry-run; see --optim.lr, data.json and model.layers.0", TRAINER) == []
     assert unknown_options("checkpoint.resume goes on; add --lora.ranks 3.", TRAINER) == ["checkpoint.resume", "lora.ranks"]
