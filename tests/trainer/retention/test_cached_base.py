@@ -350,7 +350,7 @@ def test_a_disk_that_fails_while_it_is_written_is_one_line(model_folder, chats, 
         yield np.array([0]), torch.zeros(0, 64)
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(cached_base, "_read", failing)
+    monkeypatch.setattr(cached_base, "_base_states", failing)
     with pytest.raises(UserError, match="retention.kl_reference: cannot write .*partial: Input/output error; choose another --output"):
         run(model_folder, chats, tmp_path / "run", "--retention.kl_reference", "cached")
     assert not stored_files(tmp_path / "run")

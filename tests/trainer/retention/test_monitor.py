@@ -278,7 +278,7 @@ def test_kept_states_are_those_that_whole_checkpoints_refer_to(tmp_path):
     (["--forgetting.metric", "regex"], "kept.jsonl: metric regex expects a pattern with a group, found none; set forgetting.regex"),
     (["--forgetting.metric", "choice"], "kept.jsonl: metric choice expects choices, found the columns prompt, answer"),
     (["--forgetting.general", "DATA/text.jsonl", "--forgetting.floor", "0.9"],
-     "forgetting.floor: expected general items whose answers are right or wrong, found held-out text alone"),
+     "forgetting.floor: expected general items whose answers are right or wrong, found only held-out text in forgetting.general"),
     (["--forgetting.general", "[{path: DATA/kept.jsonl, max_records: 0}]"],
      "forgetting.general: max_records: expected 1 or more items, got 0"),
     (["--forgetting.general", "[{path: DATA/kept.jsonl, metrik: exact}]"],
