@@ -1,8 +1,8 @@
 """Measure forgetting on real text: a small model learns GSM8K with and without replay.
 
-The base is made here, from random weights: `real_text_data` says of what. It is sampled once, by `synth.run`; `trainer.run` trains every
-arm and seed, and `trainer.evaluate` scores each beside the base. A seed draws the domain rows, the order of the data and the adapter's
-start; base, replay sets of the base's own and items are common to all seeds.
+The base is trained here from random weights, on the data of `real_text_data`. `synth.run` samples it once; `trainer.run` trains every arm
+and seed, and `trainer.evaluate` compares each with the base. A seed draws the domain rows, the order of the data and the adapter's initial
+weights; all seeds share the base, the replay sets that it writes, and the items.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from trainer.evaluation import config as evaluation
 from trainer.run import train
 
 RATIO = 0.5  # share of the tokens that is replay
-RATES = {"lora": 2e-3, "full": 5e-4}
+LEARNING_RATES = {"lora": 2e-3, "full": 5e-4}
 KL = {"kl_weight": 1.0, "kl_positions": "all", "kl_reference": "cached"}
-ENDLESS = 1000  # epochs: the number of steps ends a run
-OWN = {"self 1x1": "base:0", "self, greedy": "base:greedy"}  # replay sets that the base writes, and the answers that each takes
+MAX_EPOCHS = 1000  # more than any run has: max_steps ends it
+SELF_SETS = {"self 1x1": "base:0", "self, greedy": "base:greedy"}  # replay sets that the base writes -> their candidate responses
 METRICS = {  # of the item files, by role
     "general": {"skills": "exact", "decisions": "choice", "long answers": "logprob", "tasks": "logprob"},
     "domain": {"problems": "logprob", "solutions": "choice"}}
@@ -52,14 +52,14 @@ class Arm:
     """One way to fine-tune: a row of the table."""
 
     name: str
-    replay: str | None = None  # a set of OWN, or "real": what nobody has, the data that the base was trained on
+    replay: str | None = None  # a set of SELF_SETS, or "real": the data that the base was trained on, which in practice nobody has
     full: bool = False  # every weight is trained, not an adapter
-    rate: float = 1.0  # times the learning rate of all others
-    kl: bool = False  # held to the base by its divergence
+    lr_factor: float = 1.0  # multiplies the learning rate that all arms share
+    kl: bool = False  # the KL to the base is part of the objective
 
 
 ARMS = (
-    Arm("domain only"), Arm("domain only, LR/10", rate=0.1), Arm("self 1x1", "self 1x1"), Arm("self, greedy", "self, greedy"),
+    Arm("domain only"), Arm("domain only, LR/10", lr_factor=0.1), Arm("self 1x1", "self 1x1"), Arm("self, greedy", "self, greedy"),
     Arm("self, greedy + KL", "self, greedy", kl=True), Arm("real data (oracle)", "real"),
     Arm("full: domain only", full=True), Arm("full: self, greedy + KL", "self, greedy", full=True, kl=True),
 )
@@ -67,15 +67,15 @@ ARMS = (
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything."""
+    """Sizes of data and training."""
 
     schooling: Schooling = field(default_factory=Schooling)
     counts: Counts = field(default_factory=Counts)
     instructions: int = 2000  # that the base is sampled for, and rows of real replay
-    domain: int = 3000  # problems, at most: more than the steps take
+    domain: int = 3000  # upper bound of problems: more than the steps take
     steps: int = 300
     tokens: int = real_text_data.TOKENS  # a step
-    answer: int = 12  # tokens of a generated answer, at most: more than any right one has
+    answer: int = 12  # upper bound of the tokens of a generated answer: more than any right one has
 
 
 SIZE = Size()
@@ -103,24 +103,24 @@ class Job:
 
 
 def replay_file(work: Path, name: str, seed: int) -> Path:
-    return work / "replay" / (f"{name}.jsonl" if name in OWN else f"{name} {seed}.jsonl")
+    return work / "replay" / (f"{name}.jsonl" if name in SELF_SETS else f"{name} {seed}.jsonl")
 
 
-def make_own_sets(work: Path, size: Size) -> dict[str, int]:
-    """Sample and answer once, then choose each set; the rows of each."""
-    def settings(among: str, stages: Sequence[str]) -> synthesis.Config:
+def make_self_sets(work: Path, size: Size) -> dict[str, int]:
+    """Run synthesis once up to the responses, then select each set; return the rows of each."""
+    def synthesis_config(candidate: str, stages: Sequence[str]) -> synthesis.Config:
         return synthesis.Config(
             output=str(work / "synth"), base=synthesis.Model(path=str(work / BASE), name=BASE, engine="transformers"), stages=[*stages],
             probe=synthesis.Probe(samples=32),
             instruct=synthesis.Instruct(num_instructions=size.instructions, max_tokens=400, reference_samples=0),
             respond=synthesis.Respond(num_samples=1, max_tokens=200, score_with_base=False),
-            select=synthesis.Select(rule="first", candidates=[among]))
+            select=synthesis.Select(rule="first", candidates=[candidate]))
 
     rows = {}
     with quietly(work / "synth.log"):
-        synthesise(settings(OWN["self 1x1"], ["probe", "instruct", "clean", "respond"]))
-        for name, among in OWN.items():
-            synthesise(settings(among, ["select"]))
+        synthesise(synthesis_config(SELF_SETS["self 1x1"], ["probe", "instruct", "clean", "respond"]))
+        for name, candidate in SELF_SETS.items():
+            synthesise(synthesis_config(candidate, ["select"]))
             path = replay_file(work, name, 0)
             path.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(work / "synth" / "replay.jsonl", path)
@@ -130,7 +130,7 @@ def make_own_sets(work: Path, size: Size) -> dict[str, int]:
 
 def write_real(texts: Texts, size: Size, seed: int, work: Path) -> None:
     """Write rows of the base's training data, in the base's shares; those of skills are new ones."""
-    chats = [chat for own in texts.general.values() for chat in own]
+    chats = [chat for group in texts.general.values() for chat in group]
     real = round(size.instructions * (1 - size.schooling.skills / (size.schooling.skills + size.schooling.passes * len(chats))))
     drawn = Random(f"replay {seed}").sample(chats, min(real, len(chats)))
     rows = [*map(real_text_data.record, drawn), *training_records(real_text_data.SKILLS, size.instructions - len(drawn), seed=1000 + seed)]
@@ -138,6 +138,7 @@ def write_real(texts: Texts, size: Size, seed: int, work: Path) -> None:
 
 
 def write_domain(texts: Texts, size: Size, seed: int, work: Path) -> None:
+    """Write a seed's domain rows."""
     drawn = Random(f"domain {seed}").sample(texts.domain, min(size.domain, len(texts.domain)))
     write_jsonl([*map(real_text_data.record, drawn)], work / f"domain {seed}.jsonl")
 
@@ -146,62 +147,62 @@ def write_domain(texts: Texts, size: Size, seed: int, work: Path) -> None:
 
 
 def measure(job: Job) -> dict:
-    """Train an arm, and score it beside the base."""
+    """Train an arm, and score it and the base."""
     with quietly(job.output.with_suffix(".log")):
         begun = time.process_time()
         folder = train(recipe(job)).folder
         seconds = time.process_time() - begun
         if job.arm.full:
-            settings = evaluation.Config(model=Model(path=str(folder / "model")), base=evaluation.Base(path=str(job.base)))
+            config = evaluation.Config(model=Model(path=str(folder / "model")), base=evaluation.Base(path=str(job.base)))
         else:
-            settings = evaluation.Config(adapter=str(folder / "adapter"))
-        return {"arm": job.arm.name, "seed": job.seed, "cpu_seconds": seconds, **scored(settings, job.work, job.size, folder / "scores")}
+            config = evaluation.Config(adapter=str(folder / "adapter"))
+        return {"arm": job.arm.name, "seed": job.seed, "cpu_seconds": seconds, **score(config, job.work, job.size, folder / "scores")}
 
 
 def recipe(job: Job) -> Config:
     """Return the configuration of an arm's run."""
     arm, size = job.arm, job.size
-    kind = "full" if arm.full else "lora"
-    replayed = Replay(data=str(replay_file(job.work, arm.replay, job.seed)), ratio=RATIO, unit="tokens") if arm.replay else Replay()
+    method = "full" if arm.full else "lora"
+    replay = Replay(data=str(replay_file(job.work, arm.replay, job.seed)), ratio=RATIO, unit="tokens") if arm.replay else Replay()
     return Config(
-        output=str(job.output), model=Model(path=str(job.base)), method=kind, lora=Lora(rank=16, alpha=32.0), replay=replayed,
+        output=str(job.output), model=Model(path=str(job.base)), method=method, lora=Lora(rank=16, alpha=32.0), replay=replay,
         data=Data(train=str(job.work / f"domain {job.seed}.jsonl"), max_length=size.tokens, on_overlong="drop",
                   cache_dir=str(job.work / "cache"), num_proc=1),
         retention=Retention(**KL) if arm.kl else Retention(), batch=BatchSize(tokens_per_pack=size.tokens, tokens_per_step=size.tokens),
-        optim=Optim(lr=RATES[kind] * arm.rate), epochs=ENDLESS, max_steps=size.steps, seed=job.seed, precision=real_text_data.precision(),
-        logging=Logging(every=50, tensorboard=False, progress=False))
+        optim=Optim(lr=LEARNING_RATES[method] * arm.lr_factor), epochs=MAX_EPOCHS, max_steps=size.steps, seed=job.seed,
+        precision=real_text_data.precision(), logging=Logging(every=50, tensorboard=False, progress=False))
 
 
-def scored(settings: evaluation.Config, work: Path, size: Size, output: Path) -> dict:
+def score(config: evaluation.Config, work: Path, size: Size, output: Path) -> dict:
     """Return the figures of `trainer.evaluate` by role and item file, and a mark for every item."""
     files = {role: [Items(str(work / "items" / f"{name}.jsonl"), metric=metric, choice_by="sum" if name == "decisions" else "tokens")
-                    for name, metric in own.items()] for role, own in METRICS.items()}
-    found = evaluate(replace(
-        settings, output=str(output), data=evaluation.Data(**files), generation=evaluation.Generation(max_tokens=size.answer)))
+                    for name, metric in metrics.items()] for role, metrics in METRICS.items()}
+    result = evaluate(replace(
+        config, output=str(output), data=evaluation.Data(**files), generation=evaluation.Generation(max_tokens=size.answer)))
     marks: dict[str, dict[str, str]] = {}
     for row in map(json.loads, (output / "results.jsonl").read_text(encoding="utf-8").splitlines()):
         for side in (BASE, "model"):
             if "right" in row[side]:
-                own = marks.setdefault(row["file"], {})
-                own[side] = own.get(side, "") + "01"[row[side]["right"]]
-    return {"roles": found["roles"], "files": {file.pop("name"): {k: v for k, v in file.items() if k != "path"} for file in found["files"]},
-            "marks": marks}
+                file_marks = marks.setdefault(row["file"], {})
+                file_marks[side] = file_marks.get(side, "") + "01"[row[side]["right"]]
+    files = {file["name"]: {key: value for key, value in file.items() if key not in ("name", "path")} for file in result["files"]}
+    return {"roles": result["roles"], "files": files, "marks": marks}
 
 
-# ---------------------------------------------------------------- what it comes to
+# ---------------------------------------------------------------- figures
 
 
 def figures(outcome: dict) -> dict[str, float]:
     """Return one arm's figures with one seed, beside the base's: shares of items, and nats per token."""
     files, roles = outcome["files"], outcome["roles"]
     skills, text = files["skills"], [files[name] for name in TEXT]
-    before, moved = skills[BASE]["right"], skills["change"]
+    base_right, change = skills[BASE]["right"], skills["change"]
     tokens = sum(file["model"]["tokens"] for file in text)
     return {
         "general": skills["model"]["accuracy"],
         "domain": files["problems"]["change"]["logprob_per_token"],
-        "forgotten": moved["lost"] / max(1, before),
-        "gained": moved["gained"] / max(1, skills[BASE]["judged"] - before),
+        "forgotten": change["lost"] / max(1, base_right),
+        "gained": change["gained"] / max(1, skills[BASE]["judged"] - base_right),
         "decisions": files["decisions"]["model"]["chance_adjusted"],
         "text": sum(file["change"]["logprob_per_token"] * file["model"]["tokens"] for file in text) / tokens,
         "kl_general": roles["general"]["change"]["kl_per_token"],
@@ -212,51 +213,51 @@ def figures(outcome: dict) -> dict[str, float]:
 def summary(outcomes: Sequence[dict]) -> list[dict]:
     """Return a row for the base and each arm: means over seeds, and their standard errors."""
     first = outcomes[0]
-    unmoved = {"general": first["files"]["skills"][BASE]["accuracy"], "decisions": first["files"]["decisions"][BASE]["chance_adjusted"],
-               "solutions": first["files"]["solutions"][BASE]["accuracy"]}
-    rows = [{"line": BASE, **{name: 0.0 for name in figures(first)}, **unmoved}]
+    base_row = {"general": first["files"]["skills"][BASE]["accuracy"], "decisions": first["files"]["decisions"][BASE]["chance_adjusted"],
+                "solutions": first["files"]["solutions"][BASE]["accuracy"]}
+    rows = [{"line": BASE, **{name: 0.0 for name in figures(first)}, **base_row}]
     for name in dict.fromkeys(outcome["arm"] for outcome in outcomes):
-        own = [outcome for outcome in outcomes if outcome["arm"] == name]
-        row = {"line": name, "seeds": len(own), "cpu_seconds": statistics.median(outcome["cpu_seconds"] for outcome in own)}
+        by_seed = [outcome for outcome in outcomes if outcome["arm"] == name]
+        row = {"line": name, "seeds": len(by_seed), "cpu_seconds": statistics.median(outcome["cpu_seconds"] for outcome in by_seed)}
         for figure in figures(first):
-            row |= estimate(figure, [figures(outcome)[figure] for outcome in own])
+            row |= estimate(figure, [figures(outcome)[figure] for outcome in by_seed])
         rows.append(row)
     return rows
 
 
-def schooled(outcome: dict) -> dict[str, dict[str, float]]:
+def base_logprobs(outcome: dict) -> dict[str, dict[str, float]]:
     """Return the log-prob per token of held-out text before and after the base's training."""
     return {name: {side: outcome["files"][name][side]["logprob_per_token"] for side in (BASE, "model")} for name in (*TEXT, "problems")}
 
 
-# ---------------------------------------------------------------- all of them
+# ---------------------------------------------------------------- all arms
 
 
 def prepare(texts: Texts, size: Size, seeds: int, work: Path) -> dict:
-    """Make items, domain rows, real replay and the base, and score the base beside the random weights."""
+    """Make items, domain rows, real replay and the base, and score the base and its random weights."""
     real_text_data.write_items(texts, size.counts, work / "items")
     for seed in range(seeds):
         write_domain(texts, size, seed, work)
         write_real(texts, size, seed, work)
     with quietly(work / "base.log"):
-        start, made = real_text_data.make_base(texts, size.schooling, work / "schooling")
-        shutil.copytree(made, work / BASE)
-        settings = evaluation.Config(model=Model(path=str(work / BASE)), base=evaluation.Base(path=str(start)))
-        return scored(settings, work, size, work / "base scores")
+        start, trained = real_text_data.make_base(texts, size.schooling, work / "schooling")
+        shutil.copytree(trained, work / BASE)
+        config = evaluation.Config(model=Model(path=str(work / BASE)), base=evaluation.Base(path=str(start)))
+        return score(config, work, size, work / "base scores")
 
 
-def carry_out(size: Size, seeds: int, work: Path, workers: int, begun: float) -> tuple[list[dict], dict[str, int]]:
-    """Measure every arm with every seed, and count the rows of the base's own sets.
+def run_all(size: Size, seeds: int, work: Path, workers: int, begun: float) -> tuple[list[dict], dict[str, int]]:
+    """Measure every arm with every seed, and count the rows of the sets that the base writes.
 
-    Arms that need none of these are trained while the base is sampled.
+    Arms that need none of these sets are trained while the base is sampled.
     """
     jobs = [Job(arm, seed, size, work) for seed in range(seeds) for arm in ARMS]
     with parallel.pool(workers) as pool:
-        sampling = pool.submit(make_own_sets, work, size)
-        running = [pool.submit(measure, job) for job in jobs if job.arm.replay not in OWN]
-        rows = sampling.result()
-        running += [pool.submit(measure, job) for job in jobs if job.arm.replay in OWN]
-        outcomes = results_of(begun, running, lambda found: f"{found['arm']}, seed {found['seed']}")
+        self_sets = pool.submit(make_self_sets, work, size)
+        running = [pool.submit(measure, job) for job in jobs if job.arm.replay not in SELF_SETS]
+        rows = self_sets.result()
+        running += [pool.submit(measure, job) for job in jobs if job.arm.replay in SELF_SETS]
+        outcomes = results_of(begun, running, lambda outcome: f"{outcome['arm']}, seed {outcome['seed']}")
     order = [(arm.name, seed) for arm in ARMS for seed in range(seeds)]
     return sorted(outcomes, key=lambda outcome: order.index((outcome["arm"], outcome["seed"]))), rows
 
@@ -279,11 +280,12 @@ def run(arguments: argparse.Namespace) -> dict:
         base, cpu = prepare(texts, size, arguments.seeds, work), time.process_time()
         parameters = AutoModelForCausalLM.from_pretrained(work / BASE).num_parameters()
         print(f"{time.perf_counter() - begun:6.0f} s  base", flush=True)
-        outcomes, rows = carry_out(size, arguments.seeds, work, arguments.workers, begun)
+        outcomes, rows = run_all(size, arguments.seeds, work, arguments.workers, begun)
     conditions = {
         **asdict(size), "parameters": parameters, "items": {name: file["items"] for name, file in base["files"].items()},
-        "seeds": arguments.seeds, "ratio": RATIO, "rates": RATES, "kl": KL, "precision": real_text_data.precision(), "replay_rows": rows,
-        "schooled": schooled(base), "base_cpu_seconds": cpu, "workers": arguments.workers, "seconds": time.perf_counter() - begun}
+        "seeds": arguments.seeds, "ratio": RATIO, "rates": LEARNING_RATES, "kl": KL, "precision": real_text_data.precision(),
+        "replay_rows": rows, "schooled": base_logprobs(base), "base_cpu_seconds": cpu, "workers": arguments.workers,
+        "seconds": time.perf_counter() - begun}
     return record.make("retention-cpu", conditions, {}, summary(outcomes), {"base": [base], "outcomes": outcomes})
 
 
@@ -294,10 +296,10 @@ def table(record: dict) -> list[list[str]]:
     """Return each arm's accuracy in general, what it forgot there, and what it gained on the domain."""
     head = ["arm", "general", "domain", "forgotten", "gained", "general text", "KL, general", "KL, domain", "decisions", "solutions"]
     keys = ("general", "domain", "forgotten", "gained", "text", "kl_general", "kl_domain", "decisions", "solutions")
-    return [head] + [[row["line"], *(estimated(row, key, sign=key in ("domain", "text")) for key in keys)] for row in record["summary"]]
+    return [head] + [[row["line"], *(format_mean(row, key, sign=key in ("domain", "text")) for key in keys)] for row in record["summary"]]
 
 
-def estimated(row: dict, key: str, sign: bool = False) -> str:
+def format_mean(row: dict, key: str, sign: bool = False) -> str:
     """Format a mean, with its standard error where it has one."""
     error = row.get(f"{key}_error")
     value = f"{row[key]:+.3f}" if sign and row[key] else f"{row[key]:.3f}"
@@ -307,7 +309,7 @@ def estimated(row: dict, key: str, sign: bool = False) -> str:
 def caption(record: dict) -> Caption:
     c = record["conditions"]
     items, seeds = c["items"], c["seeds"]
-    learnt = "; ".join(f"{name} {figures['base']:.2f} to {figures['model']:.2f}" for name, figures in c["schooled"].items())
+    logprobs = "; ".join(f"{name} {figures['base']:.2f} to {figures['model']:.2f}" for name, figures in c["schooled"].items())
     return Caption(
         f"General: exact match of greedy answers to {items['skills']} skill items. Forgotten, gained: share of items that the base has "
         "right, or wrong, and the arm does not. Domain, general text: change of held-out answers' log-prob against the base, nats per "
@@ -319,7 +321,7 @@ def caption(record: dict) -> Caption:
          f"{c['steps']} steps of {c['tokens']:,} tokens for every arm, {c['ratio']:.0%} of them replay where there is any; LoRA of rank 16 "
          f"unless full; {c['precision']} training.",
          f"The base: Llama, {c['parameters'] / 1e6:.1f} M parameters, trained from random weights in {c['base_cpu_seconds'] / 60:.1f} CPU "
-         f"minutes, which brought held-out log-probs per token from {learnt}.",
+         f"minutes, which brought held-out log-probs per token from {logprobs}.",
          f"{c['seconds'] / 60:.0f} minutes with {c['workers']} workers of one thread on {record['cpu']}. {origin(record)}."))
 
 
@@ -340,5 +342,5 @@ def draw(record: dict, figure) -> None:
         panel.tick_params(labelleft=i == 0, labelsize=9)
 
 
-SUITE = Suite("retention", "Forgetting on real text: a small model learns GSM8K, alone and beside replay", add_arguments, run,
+SUITE = Suite("retention", "Forgetting on real text: a small model learns GSM8K, with and without replay", add_arguments, run,
               {"retention": View(table, caption, draw, lambda record: "Replay keeps what a model knew of real text")})

@@ -142,7 +142,7 @@ def parse_tasks(text: str) -> Iterator[Chat]:
 # ---------------------------------------------------------------- the skills
 
 
-def spelt(skill: Skill) -> Skill:
+def spell_words(skill: Skill) -> Skill:
     """Return the skill with short words that are spelt in letters, so that each letter is a token."""
     if "{word}" not in skill.frames[0]:
         return skill
@@ -158,7 +158,7 @@ def spelt(skill: Skill) -> Skill:
 
 
 # Not those that need a second token for every letter (capitals, or without a space before it): they take longer to learn.
-SKILLS = tuple(spelt(skill) for skill in GENERAL if skill.name not in ("capitals", "spell"))
+SKILLS = tuple(spell_words(skill) for skill in GENERAL if skill.name not in ("capitals", "spell"))
 
 
 # ---------------------------------------------------------------- files for the trainer and its evaluation
@@ -195,11 +195,11 @@ def write_items(texts: Texts, counts: Counts, folder: Path) -> dict[str, Path]:
                       for prompt, answer in texts.heldout["decisions"][: counts.texts]],
         **{name: [record(chat) for chat in texts.heldout[name][: counts.texts]] for name in ("long answers", "tasks")},
         "problems": [record(chat) for chat in problems],
-        "solutions": [ranked(problems, i) for i in range(min(counts.ranked, len(problems)))]}
+        "solutions": [choice_item(problems, i) for i in range(min(counts.ranked, len(problems)))]}
     return {name: write_jsonl(made, folder / f"{name}.jsonl") for name, made in rows.items()}
 
 
-def ranked(chats: Sequence[Chat], i: int) -> dict:
+def choice_item(chats: Sequence[Chat], i: int) -> dict:
     """Return an item with a problem and a choice of four solutions: its own and those of three others."""
     others = sorted({answer for _, answer in chats} - {chats[i][1]})
     return {"prompt": chats[i][0], "choices": [chats[i][1], *Random(i).sample(others, min(3, len(others)))], "answer": chats[i][1]}
@@ -223,17 +223,17 @@ class Schooling:
 def make_base(texts: Texts, schooling: Schooling, work: Path) -> tuple[Path, Path]:
     """Return the folders of the random model and of the trained one."""
     start = work / "start"
-    save_start(texts, schooling, start)
+    save_random_model(texts, schooling, start)
     reading_data = general_sources(texts, schooling.skills, 0, work / "reading data", schooling.passes)
     tuning_data = general_sources(texts, schooling.tuning, 1, work / "tuning data", 1 / 3)
     reading_optim = Optim(lr=schooling.rate, beta2=0.99, lr_scheduler="wsd", warmup_steps=50, decay_ratio=0.4, min_lr_ratio=0.05)
-    reading = train(lesson(work, "reading", reading_data, Model(config=str(start)), reading_optim, train_on="all"))
-    tuning = train(lesson(work, "tuning", tuning_data, Model(path=str(reading.folder / "model")),
+    reading = train(training_config(work, "reading", reading_data, Model(config=str(start)), reading_optim, train_on="all"))
+    tuning = train(training_config(work, "tuning", tuning_data, Model(path=str(reading.folder / "model")),
                           Optim(lr=schooling.rate / 4, beta2=0.99, warmup_steps=20), train_on="assistant"))
     return start, tuning.folder / "model"
 
 
-def lesson(work: Path, name: str, sources: list[Source], model: Model, optim: Optim, train_on: str) -> Config:
+def training_config(work: Path, name: str, sources: list[Source], model: Model, optim: Optim, train_on: str) -> Config:
     return Config(
         output=str(work / name), model=model, method="full", optim=optim, batch=BatchSize(tokens_per_pack=TOKENS, tokens_per_step=TOKENS),
         data=Data(train=sources, train_on=train_on, max_length=TOKENS, on_overlong="drop", cache_dir=str(work / "cache"), num_proc=1),
@@ -245,7 +245,7 @@ def precision() -> str:
     return "bf16" if fast_bf16() else "fp32"
 
 
-def save_start(texts: Texts, schooling: Schooling, folder: Path) -> None:
+def save_random_model(texts: Texts, schooling: Schooling, folder: Path) -> None:
     """Save a Llama with random weights and its tokenizer as a model folder of transformers."""
     chats = [chat for group in (texts.domain, *texts.general.values()) for chat in group]
     skill_texts = [turn["content"] for row in training_records(SKILLS, 3000, seed=0) for turn in row["messages"]]

@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.forgetting.miniature.family import FAMILY
-from benchmarks.forgetting.miniature.recovery import Recovery, drawn
+from benchmarks.forgetting.miniature.recovery import Recovery, world_sample
 from benchmarks.forgetting.miniature.skills import GENERAL
 from benchmarks.harness import record, show, timing
 from benchmarks.harness.record import origin
@@ -195,7 +195,7 @@ def distribution(engine: Engine, model: Model, count: int, work: Path) -> list[d
 
     The distance is to the world's true shares; one row is without duplicates.
     """
-    rows = [figures("the world's own", drawn(GENERAL, count))]
+    rows = [figures("the world's own", world_sample(GENERAL, count))]
     for temperature, top_p in SETTINGS:
         settings = Config(base=model, instruct=Instruct(num_instructions=count, max_tokens=64, temperature=[temperature], top_p=[top_p]))
         with fresh_run(model, work, settings) as run:

@@ -23,10 +23,10 @@ class Selection:
     """How responses are selected from a pool: the options of `synth.run --stages '[select]'`."""
 
     select: Select
-    paper: bool = False  # as in the paper: judges are not calibrated, and score their own responses too
+    as_in_paper: bool = False  # judges are not calibrated, and score their own responses too
 
 
-def own(base: str, *names: str) -> list[str]:
+def candidates_of(base: str, *names: str) -> list[str]:
     """Return candidates for `select.candidates` in the form `base:name`."""
     return [f"{base}:{name}" for name in names]
 
@@ -36,18 +36,18 @@ def selections(base: str) -> dict[str, Selection]:
 
     `base` is the name of the base in the pool.
     """
-    sampled = own(base, *map(str, range(SAMPLES)))
+    sampled = candidates_of(base, *map(str, range(SAMPLES)))
     return {
         "self 1x1": Selection(Select(rule="first", candidates=sampled[:1])),
-        "self 1x3": Selection(Select(rule="best", statistic="mode", candidates=sampled), paper=True),
-        "paper": Selection(Select(rule="best", statistic="mode", candidates=[*sampled, "tutor", "peer"]), paper=True),
+        "self 1x3": Selection(Select(rule="best", statistic="mode", candidates=sampled), as_in_paper=True),
+        "paper": Selection(Select(rule="best", statistic="mode", candidates=[*sampled, "tutor", "peer"]), as_in_paper=True),
         "plus": Selection(Select()),
-        "greedy": Selection(Select(rule="first", candidates=own(base, "greedy"))),
+        "greedy": Selection(Select(rule="first", candidates=candidates_of(base, "greedy"))),
     }
 
 
 # Sets drawn from skills, not written by a model. The last one is the data that the base was tuned on: in practice nobody has it.
-DRAWN: dict[str, Callable[[], tuple[Skill, ...]]] = {
+WORLD_SETS: dict[str, Callable[[], tuple[Skill, ...]]] = {
     "other style": public.other_style, "half the skills": public.half_the_skills, "real": lambda: GENERAL}
 
 
@@ -58,26 +58,26 @@ class Arm:
     name: str
     replay: str | None = None  # a set of `selections` or `DRAWN`
     full: bool = False  # every weight is trained, not an adapter
-    rate: float = 1.0  # factor on the learning rate
+    lr_factor: float = 1.0  # multiplies the learning rate that all arms share
     kl: bool = False  # the KL to the base is part of the objective
     ratio: float = RATIO  # share of the rows that is replay
-    unique: int | None = None  # number of different replay rows, which are repeated; default: the whole set
-    points: tuple[float, ...] = ()  # WiSE-FT: also evaluate at these interpolations (0: the base, 1: the trained model)
+    unique_rows: int | None = None  # number of different replay rows, which are repeated; default: the whole set
+    alphas: tuple[float, ...] = ()  # WiSE-FT: also evaluate at these interpolations (0: the base, 1: the trained model)
 
-    def point(self, alpha: float) -> str:
+    def alpha_name(self, alpha: float) -> str:
         """Return the name of an interpolation's row in the table."""
         return f"{self.name}, WiSE-FT {alpha:g}"
 
 
 ARMS = (
-    Arm("domain only", points=(0.5,)),
-    Arm("domain only, LR/10", rate=0.1),
+    Arm("domain only", alphas=(0.5,)),
+    Arm("domain only, LR/10", lr_factor=0.1),
     Arm("public, other style", "other style"),
     Arm("public, half the skills", "half the skills"),
     Arm("self 1x1", "self 1x1"),
     Arm("self 1x3, filtered", "self 1x3"),
     Arm("3 models x 3, filtered (the paper)", "paper"),
-    Arm("plus", "plus", points=(0.75,)),
+    Arm("plus", "plus", alphas=(0.75,)),
     Arm("self, greedy", "greedy"),
     Arm("self, greedy + KL", "greedy", kl=True),
     Arm("plus + KL", "plus", kl=True),
@@ -87,4 +87,4 @@ FULL = tuple(Arm(f"full: {name}", replay, full=True) for name, replay in (
     ("domain only", None), ("the paper", "paper"), ("plus", "plus")))
 QUICK = tuple(arm for arm in ARMS if arm.name in ("domain only", "self 1x1", "3 models x 3, filtered (the paper)", "plus"))
 SHARES = tuple(Arm(f"plus, {share:.0%} replay", "plus", ratio=share) for share in (0.2, 0.5))
-UNIQUE = tuple(Arm(f"plus, {unique} rows", "plus", unique=unique) for unique in (100, 300, 1000))
+UNIQUE = tuple(Arm(f"plus, {unique} rows", "plus", unique_rows=unique) for unique in (100, 300, 1000))

@@ -39,7 +39,7 @@ RUN = Path("runs/demo")
 ITEMS = heldout_items(GENERAL, 80), heldout_items(DOMAIN, 80)
 
 
-def replay_settings(output: Path, count: int) -> synthesis.Config:
+def synthesis_config(output: Path, count: int) -> synthesis.Config:
     """Return the configuration of synthesis: three models respond to the base's instructions and judge.
 
     The judge prompt is the one that the models were trained to judge by.
@@ -74,7 +74,7 @@ def measure() -> dict[str, tuple[Scores, Scores]]:
     shutil.rmtree(RUN, ignore_errors=True)
     domain = write_jsonl(training_records(DOMAIN, ROWS, seed=0), RUN / "domain.jsonl")
     arms["domain only"] = scores(base, train(recipe(base, domain, RUN / "domain-only")).folder)
-    synthesise(replay_settings(RUN / "synth", INSTRUCTIONS))
+    synthesise(synthesis_config(RUN / "synth", INSTRUCTIONS))
     arms["with replay"] = scores(base, train(recipe(base, domain, RUN / "with-replay", RUN / "synth" / "replay.jsonl")).folder)
     return arms
 

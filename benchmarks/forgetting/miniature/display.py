@@ -80,21 +80,21 @@ def draw(record: dict, figure) -> None:
     measured = {row["arm"] for row in record["summary"]} & points(record).keys()
     figure.set_size_inches(11.5 if measured else 8, 1.2 + 0.3 * len(arms))
     grid = figure.add_gridspec(2, 3 if measured else 2, width_ratios=(3, 1.5, 2.2) if measured else (3, 1.5))
-    dots(figure.add_subplot(grid[:, 0]), record, arms, "forgotten")
-    dots(figure.add_subplot(grid[:, 1]), record, arms, "domain")
+    draw_dots(figure.add_subplot(grid[:, 0]), record, arms, "forgotten")
+    draw_dots(figure.add_subplot(grid[:, 1]), record, arms, "domain")
     if not measured:
         return
     rows = {row["arm"]: row for row in record["summary"] if row["base"] == bases(record)[0]}
     c = record["conditions"]
     shares = [(0, rows[arm]) for arm in ("domain only",) if arm in rows]
     shares += [(value * 100, rows[arm]) for arm, value in c["curves"]["share"].items()]
-    curve(figure.add_subplot(grid[0, 2]), [*shares, (c["ratio"] * 100, rows["plus"])], "plus: % of the rows that are replay", False)
+    draw_curve(figure.add_subplot(grid[0, 2]), [*shares, (c["ratio"] * 100, rows["plus"])], "plus: % of the rows that are replay", False)
     whole = next(found["rows"] for found in c["replay"] if found["replay"] == "plus" and found["base"] == bases(record)[0])
     unique = [(value, rows[arm]) for arm, value in c["curves"]["unique"].items()]
-    curve(figure.add_subplot(grid[1, 2]), [*unique, (whole, rows["plus"])], "plus: unique replay rows", True)
+    draw_curve(figure.add_subplot(grid[1, 2]), [*unique, (whole, rows["plus"])], "plus: unique replay rows", True)
 
 
-def dots(axes, record: dict, arms: dict[str, dict[str, dict]], column: str) -> None:
+def draw_dots(axes, record: dict, arms: dict[str, dict[str, dict]], column: str) -> None:
     """Draw a dot with its standard error for each arm and base; the axis of `forgotten` is logarithmic."""
     for base, colour, lift in zip(bases(record), COLOURS, (0.13, -0.13)):
         found = [(place + lift, by_base[base]) for place, by_base in enumerate(reversed(arms.values())) if base in by_base]
@@ -115,7 +115,7 @@ def dots(axes, record: dict, arms: dict[str, dict[str, dict]], column: str) -> N
     bare(axes)
 
 
-def curve(axes, found: Sequence[tuple[float, dict]], label: str, logarithmic: bool) -> None:
+def draw_curve(axes, found: Sequence[tuple[float, dict]], label: str, logarithmic: bool) -> None:
     """Draw general and domain accuracy over the x values of rows."""
     for column, face in (("general", COLOURS[0]), ("domain", "white")):
         axes.errorbar([at for at, _ in found], [row[column] for _, row in found], yerr=[row[f"{column}_error"] or 0 for _, row in found],

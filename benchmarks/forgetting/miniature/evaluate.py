@@ -32,7 +32,7 @@ class Scores:
         marks = defaultdict(list)
         for item, right in zip(self.items, self.right, strict=True):
             marks[item.skill].append(right)
-        return {skill: sum(own) / len(own) for skill, own in marks.items()}
+        return {skill: sum(values) / len(values) for skill, values in marks.items()}
 
 
 def lost(before: Scores, after: Scores) -> list[Item]:

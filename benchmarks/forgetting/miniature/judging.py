@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from benchmarks.forgetting.miniature.evaluate import chat_prompts
 from benchmarks.forgetting.miniature.skills import Skill
 from benchmarks.forgetting.miniature.tokenizer import BOS
-from benchmarks.forgetting.miniature.world import Item, draw
+from benchmarks.forgetting.miniature.world import Item, draw_item
 
 RUBRIC = Path(__file__).with_name("rubric.txt")
 GRADES = (1, 2, 3, 4, 5)
@@ -76,19 +76,19 @@ class Case:
 # ---------------------------------------------------------------- responses to an item of given skills
 
 
-def right(item: Item, skills: Sequence[Skill], rng: Random) -> str:
+def right_answer(item: Item, skills: Sequence[Skill], rng: Random) -> str:
     return item.answer
 
 
-def damaged(item: Item, skills: Sequence[Skill], rng: Random) -> str:
+def several_typos(item: Item, skills: Sequence[Skill], rng: Random) -> str:
     """Return the right answer with one to three typing mistakes."""
     response = item.answer
     for _ in range(rng.randint(1, 3)):
-        response = damage(response, rng) or response
+        response = typo(response, rng) or response
     return response
 
 
-def damage(text: str, rng: Random) -> str:
+def typo(text: str, rng: Random) -> str:
     """Return the text with one typing mistake at a random place.
 
     A character is replaced by another of its kind, swapped with the next, doubled or omitted, or the text is cut there.
@@ -99,31 +99,31 @@ def damage(text: str, rng: Random) -> str:
     return before + rng.choice((rng.choice(kind) + after, after[:1] + at + after[1:], at + at + after, after, ""))
 
 
-def slipped(item: Item, skills: Sequence[Skill], rng: Random) -> str:
+def near_miss(item: Item, skills: Sequence[Skill], rng: Random) -> str:
     """Return a nearly right answer: a number off by 1, 2, 10 or 100, or a word with one mistake."""
     if item.answer.isdecimal():
         return str(abs(int(item.answer) + rng.choice((-1, 1)) * rng.choice((1, 1, 2, 10, 100))))
-    return damage(item.answer, rng)
+    return typo(item.answer, rng)
 
 
-def mistaken(item: Item, skills: Sequence[Skill], rng: Random) -> str:
+def answer_to_another_question(item: Item, skills: Sequence[Skill], rng: Random) -> str:
     """Return the right answer to another question of the item's skill."""
-    return draw(skill_of(item, skills), rng, test=False).answer
+    return draw_item(skill_of(item, skills), rng, test=False).answer
 
 
-def confused(item: Item, skills: Sequence[Skill], rng: Random) -> str:
+def answer_of_another_skill(item: Item, skills: Sequence[Skill], rng: Random) -> str:
     """Return the answer of another skill to the same argument, e.g. sort a word instead of reversing it."""
-    own = skill_of(item, skills)
-    rival = rng.choice([skill for skill in skills if skill.draw is own.draw])
-    return rival.solve(**own.read(item.instruction))
+    right_skill = skill_of(item, skills)
+    other = rng.choice([skill for skill in skills if skill.draw is right_skill.draw])
+    return other.solve(**right_skill.read(item.instruction))
 
 
-def astray(item: Item, skills: Sequence[Skill], rng: Random) -> str:
+def unrelated_answer(item: Item, skills: Sequence[Skill], rng: Random) -> str:
     """Return the right answer to a random question of any skill."""
-    return draw(rng.choice(skills), rng, test=False).answer
+    return draw_item(rng.choice(skills), rng, test=False).answer
 
 
-def babbling(item: Item, skills: Sequence[Skill], rng: Random) -> str:
+def random_characters(item: Item, skills: Sequence[Skill], rng: Random) -> str:
     """Return random characters of about an answer's length, or none."""
     return "".join(rng.choices(string.ascii_letters + string.digits + " -", k=rng.randrange(9)))
 
@@ -133,26 +133,28 @@ def skill_of(item: Item, skills: Sequence[Skill]) -> Skill:
 
 
 # Mostly wrong by little, as models are; some are right by chance.
-WAYS = (slipped, slipped, slipped, damaged, damaged, mistaken, confused, astray, babbling)
+WRONG_RESPONSES = (near_miss, near_miss, near_miss, several_typos, several_typos, answer_to_another_question, answer_of_another_skill,
+                   unrelated_answer, random_characters)
 
 
 # ---------------------------------------------------------------- cases
 
 
-def case(skills: Sequence[Skill], wanted: int, rng: Random, test: bool) -> Case:
+def draw_case(skills: Sequence[Skill], wanted: int, rng: Random, test: bool) -> Case:
     """Draw a random question and a random response of the wanted grade."""
-    ways, shares = (right,) if wanted == max(GRADES) else WAYS, [skill.share for skill in skills]
+    respond = (right_answer,) if wanted == max(GRADES) else WRONG_RESPONSES
+    shares = [skill.share for skill in skills]
     while True:
-        item = draw(*rng.choices(skills, shares), rng, test)
-        made = Case(item, rng.choice(ways)(item, skills, rng))
-        if made.grade == wanted:
-            return made
+        item = draw_item(*rng.choices(skills, shares), rng, test)
+        case = Case(item, rng.choice(respond)(item, skills, rng))
+        if case.grade == wanted:
+            return case
 
 
 def cases(skills: Sequence[Skill], count: int, seed: int, test: bool = False) -> list[Case]:
     """Draw `count` cases with grades of equal probability, with held-out arguments if `test`."""
     rng = Random(f"judging {seed} {test}")
-    return [case(skills, rng.choice(GRADES), rng, test) for _ in range(count)]
+    return [draw_case(skills, rng.choice(GRADES), rng, test) for _ in range(count)]
 
 
 # ---------------------------------------------------------------- verdicts
@@ -191,17 +193,17 @@ class Verdicts:
     def auc(self) -> float:
         """Return how often a right response has a higher expected grade than a wrong one; a tie counts half."""
         right = self.truth == max(GRADES)
-        ahead = self.expected[right, None] - self.expected[None, ~right]
-        return ((ahead.sign() + 1) / 2).mean().item()
+        margins = self.expected[right, None] - self.expected[None, ~right]
+        return ((margins.sign() + 1) / 2).mean().item()
 
 
 @torch.inference_mode()
 def judge(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cases: Sequence[Case], batch_size: int = 256) -> Verdicts:
     model.eval()
     grades = tokenizer.convert_tokens_to_ids([str(grade) for grade in GRADES])
-    found = []
+    probabilities = []
     for start in range(0, len(cases), batch_size):
         prompts = chat_prompts(tokenizer, [case.prompt for case in cases[start : start + batch_size]]).to(model.device)
         logits = model(**prompts, logits_to_keep=1).logits[:, -1]
-        found.append(logits.float().softmax(-1)[:, grades].cpu())
-    return Verdicts(tuple(cases), torch.cat(found))
+        probabilities.append(logits.float().softmax(-1)[:, grades].cpu())
+    return Verdicts(tuple(cases), torch.cat(probabilities))

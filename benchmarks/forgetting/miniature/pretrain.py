@@ -67,24 +67,25 @@ def commit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: P
     tokenizer.save_pretrained(folder)
 
 
-def describe(folder: Path, learnt: Sequence[Skill]) -> str:
+def describe(folder: Path, skills: Sequence[Skill]) -> str:
     """Return lines with all measures of a model: accuracy, judging, and its sampled instructions.
 
     The shares of skills in the instructions are compared with those of its training data.
     """
     model, tokenizer = load(folder)
-    general, strange = heldout_items(GENERAL, 80), heldout_items(DOMAIN, 80)
+    general, domain = heldout_items(GENERAL, 80), heldout_items(DOMAIN, 80)
     sampled = evaluate(model, tokenizer, general, temperature=1.0)
     lines = [f"{name} {scores.accuracy:.3f}: " + "  ".join(f"{skill} {score:.2f}" for skill, score in scores.by_skill.items())
              for name, scores in (("general", evaluate(model, tokenizer, general)), ("general, T 1", sampled),
-                                  ("domain", evaluate(model, tokenizer, strange)))]
-    own = list(map(Case, sampled.items, sampled.answers))
-    for name, judged in (("made", cases(GENERAL, 2000, seed=0, test=True)), ("own", own)):
-        found = judge(model, tokenizer, judged)
-        lines += [f"judging {name} answers: accuracy {found.accuracy:.3f}  correlation {found.correlation:.3f}  "
-                  f"right above wrong {found.auc:.3f}  digit mass {found.mass:.4f}"]
-    asked = recovery(model, tokenizer, learnt, 4000)
-    lines += [f"asking: distance {asked.distance:.3f}  invalid {asked.invalid:.4f}  for grades {asked.judging:.4f}"]
+                                  ("domain", evaluate(model, tokenizer, domain)))]
+    own_answers = list(map(Case, sampled.items, sampled.answers))
+    for name, judged in (("constructed", cases(GENERAL, 2000, seed=0, test=True)), ("own", own_answers)):
+        verdicts = judge(model, tokenizer, judged)
+        lines += [f"judging {name} answers: accuracy {verdicts.accuracy:.3f}  correlation {verdicts.correlation:.3f}  "
+                  f"AUC {verdicts.auc:.3f}  probability of a grade {verdicts.mass:.4f}"]
+    instructions = recovery(model, tokenizer, skills, 4000)
+    lines += [f"sampled instructions: distance {instructions.distance:.3f}  invalid {instructions.invalid:.4f}  "
+              f"judging prompts {instructions.judging:.4f}"]
     return "\n".join("  " + line for line in lines)
 
 
@@ -98,8 +99,8 @@ def main() -> None:
         reading, tuning = pretrain(member, Path("runs/miniature") / name)
         minutes = (time.process_time() - begun) / 60
         commit(*load(tuning), member.folder)
-        print(f"{name}, after reading\n{describe(reading, member.skills)}")
-        print(f"{name}, after {minutes:.1f} CPU minutes\n{describe(member.folder, member.skills)}", flush=True)
+        print(f"{name}, pre-trained\n{describe(reading, member.skills)}")
+        print(f"{name}, tuned, after {minutes:.1f} CPU minutes\n{describe(member.folder, member.skills)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -35,14 +35,14 @@ def sample_instructions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
     model.eval()
     torch.manual_seed(seed)
     opening = torch.tensor([tokenizer.convert_tokens_to_ids([BOS, USER])], device=model.device)
-    found = []
+    instructions = []
     for start in range(0, count, batch_size):
         prompts = opening.expand(min(batch_size, count - start), -1)
         tokens = model.generate(prompts, attention_mask=torch.ones_like(prompts), do_sample=True, temperature=temperature, top_p=top_p,
                                 top_k=0, max_new_tokens=MAX_TOKENS, pad_token_id=tokenizer.pad_token_id,
                                 eos_token_id=tokenizer.eos_token_id)
-        found += tokenizer.batch_decode(tokens[:, opening.shape[1] :], skip_special_tokens=True)
-    return found
+        instructions += tokenizer.batch_decode(tokens[:, opening.shape[1] :], skip_special_tokens=True)
+    return instructions
 
 
 @dataclass(frozen=True)
@@ -88,16 +88,16 @@ def recovery(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, skills:
 # ---------------------------------------------------------------- the table of a model
 
 
-def drawn(skills: Sequence[Skill], count: int, seed: int = 0) -> Recovery:
+def world_sample(skills: Sequence[Skill], count: int, seed: int = 0) -> Recovery:
     """Return instructions drawn from the world itself; their distance is due to chance only."""
     records = training_records(skills, count, seed)
     return Recovery(tuple(record["messages"][0]["content"] for record in records), tuple(skills))
 
 
-def rows(folder: Path | str, skills: Sequence[Skill], count: int) -> list[list[str]]:
+def table_rows(folder: Path | str, skills: Sequence[Skill], count: int) -> list[list[str]]:
     """Return a head, a row of the world's own draw, and a row for each temperature and top-p."""
     model, tokenizer = load(folder)
-    measured = {("the world", ""): drawn(skills, count)}
+    measured = {("the world", ""): world_sample(skills, count)}
     for temperature, top_p in product(TEMPERATURES, TOP_PS):
         measured[f"T {temperature}", f"{top_p}"] = recovery(model, tokenizer, skills, count, temperature=temperature, top_p=top_p)
     return [["sampled at", "top-p", "distance", "invalid", "judging", *(skill.name for skill in skills)]] + [
@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     member = FAMILY.get(options.model)
     folder, skills = (member.folder, member.skills) if member else (options.model, GENERAL)
     print(f"{options.count} samples a row. distance: total variation from the skills' shares in its training data; then these shares.\n")
-    print(align(rows(folder, skills, options.count)))
+    print(align(table_rows(folder, skills, options.count)))
 
 
 if __name__ == "__main__":

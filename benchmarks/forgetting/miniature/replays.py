@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.forgetting.miniature.arms import DRAWN, SAMPLES, Selection, selections
-from benchmarks.forgetting.miniature.demo import replay_settings
+from benchmarks.forgetting.miniature.arms import SAMPLES, WORLD_SETS, Selection, selections
+from benchmarks.forgetting.miniature.demo import synthesis_config
 from benchmarks.forgetting.miniature.family import STUDIED
 from benchmarks.forgetting.miniature.skills import GENERAL, recognise
 from benchmarks.forgetting.miniature.world import training_records, write_jsonl
@@ -22,46 +22,47 @@ from synth.run import synthesise
 
 def replay_file(work: Path, base: str, name: str, seed: int) -> Path:
     """Return the path of a set; sets that are drawn from skills have one for each seed."""
-    return work / base / "replay" / f"{name}{f' {seed}' if name in DRAWN else ''}.jsonl"
+    return work / base / "replay" / f"{name}{f' {seed}' if name in WORLD_SETS else ''}.jsonl"
 
 
-def draw(work: Path, base: str, name: str, seed: int, count: int) -> Path:
+def write_world_set(work: Path, base: str, name: str, seed: int, count: int) -> Path:
     """Write a set that is drawn from skills, and return its path."""
-    return write_jsonl(training_records(DRAWN[name](), count, seed=1000 + seed), replay_file(work, base, name, seed))
+    return write_jsonl(training_records(WORLD_SETS[name](), count, seed=1000 + seed), replay_file(work, base, name, seed))
 
 
-def synthesise_all(work: Path, base: str, names: Sequence[str], count: int) -> list[dict]:
+def make_replay_sets(work: Path, base: str, names: Sequence[str], count: int) -> list[dict]:
     """Run synthesis once up to the judges, then select each set; return the statistics of each."""
-    settings = pool_settings(work, base, count)
-    synthesise(settings)
-    found = []
+    pool = pool_config(work, base, count)
+    synthesise(pool)
+    statistics = []
     for name in names:
-        synthesise(chosen(settings, selections(base)[name]))
+        synthesise(selection_config(pool, selections(base)[name]))
         path = replay_file(work, base, name, seed=0)
         path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(Path(settings.output) / "replay.jsonl", path)
-        found.append({"base": base, "replay": name, **soundness(path)})
-    return found
+        shutil.copy(Path(pool.output) / "replay.jsonl", path)
+        statistics.append({"base": base, "replay": name, **replay_statistics(path)})
+    return statistics
 
 
-def pool_settings(work: Path, base: str, count: int) -> synthesis.Config:
+def pool_config(work: Path, base: str, count: int) -> synthesis.Config:
     """Return the configuration of all stages of synthesis but `select`.
 
     All models judge all responses, except a base that never learnt to grade.
     """
-    settings = replay_settings(work / base / "synth", count)
+    config = synthesis_config(work / base / "synth", count)
     return replace(
-        settings, base=synthesis.Model(path=str(STUDIED[base].folder)), judges=[] if STUDIED[base].tuning else settings.responders,
-        instruct=replace(settings.instruct, reference_samples=0), respond=replace(settings.respond, num_samples=SAMPLES),
-        judge=replace(settings.judge, exclude_self=False), stages=["probe", "instruct", "clean", "respond", "judge"])
+        config, base=synthesis.Model(path=str(STUDIED[base].folder)), judges=[] if STUDIED[base].tuning else config.responders,
+        instruct=replace(config.instruct, reference_samples=0), respond=replace(config.respond, num_samples=SAMPLES),
+        judge=replace(config.judge, exclude_self=False), stages=["probe", "instruct", "clean", "respond", "judge"])
 
 
-def chosen(settings: synthesis.Config, how: Selection) -> synthesis.Config:
-    judge = replace(settings.judge, exclude_self=not how.paper, calibrate_judges=not how.paper)
-    return replace(settings, stages=["select"], select=how.select, judge=judge)
+def selection_config(pool: synthesis.Config, selection: Selection) -> synthesis.Config:
+    """Return the configuration that selects a set from a pool."""
+    judge = replace(pool.judge, exclude_self=not selection.as_in_paper, calibrate_judges=not selection.as_in_paper)
+    return replace(pool, stages=["select"], select=selection.select, judge=judge)
 
 
-def soundness(path: Path) -> dict:
+def replay_statistics(path: Path) -> dict:
     """Return the number of rows of a set and two shares.
 
     `recognised` is the share of rows whose instruction some skill recognises, `right` the share of these with the right answer.

@@ -22,7 +22,7 @@ from benchmarks.forgetting.miniature.arms import Arm
 from benchmarks.forgetting.miniature.domain import DOMAIN
 from benchmarks.forgetting.miniature.evaluate import evaluate
 from benchmarks.forgetting.miniature.family import STUDIED, load
-from benchmarks.forgetting.miniature.replays import draw, replay_file, synthesise_all
+from benchmarks.forgetting.miniature.replays import make_replay_sets, replay_file, write_world_set
 from benchmarks.forgetting.miniature.skills import GENERAL
 from benchmarks.forgetting.miniature.world import heldout_items, training_records, write_jsonl
 from benchmarks.harness import parallel, record
@@ -33,8 +33,8 @@ from trainer.interpolate import Interpolate, interpolate
 from trainer.run import train
 
 ITEMS = {"general": (GENERAL, 200), "domain": (DOMAIN, 100)}  # skills, and items of each
-RATES = {"lora": 2e-3, "full": 5e-4}
-ENDLESS = 1000  # epochs: the number of steps ends a run
+LEARNING_RATES = {"lora": 2e-3, "full": 5e-4}
+MAX_EPOCHS = 1000  # more than any run has: max_steps ends it
 
 
 @dataclass(frozen=True)
@@ -84,14 +84,14 @@ def measure(job: Job) -> list[Outcome]:
         begun = time.process_time()
         folder = train(recipe(job)).folder
         seconds = time.process_time() - begun
-        found = [Outcome(job.base, job.arm.name, job.seed, *answers(base, folder, job), seconds)]
-        if job.arm.points:
+        outcomes = [Outcome(job.base, job.arm.name, job.seed, *marks_of(base, folder, job), seconds)]
+        if job.arm.alphas:
             points = folder / "points"
             interpolate(Interpolate(output=str(points), model=Model(path=str(base)), adapter=str(folder / "adapter"),
-                                    alpha=[*job.arm.points]))
-            found += [Outcome(job.base, job.arm.point(alpha), job.seed, *answers(base, points / f"alpha-{alpha:g}", job))
-                      for alpha in job.arm.points]
-    return found
+                                    alpha=[*job.arm.alphas]))
+            outcomes += [Outcome(job.base, job.arm.alpha_name(alpha), job.seed, *marks_of(base, points / f"alpha-{alpha:g}", job))
+                         for alpha in job.arm.alphas]
+    return outcomes
 
 
 def recipe(job: Job) -> Config:
@@ -99,72 +99,76 @@ def recipe(job: Job) -> Config:
     arm, size, base = job.arm, job.size, STUDIED[job.base].folder
     domain = write_jsonl(training_records(DOMAIN, size.domain, seed=job.seed), job.output.with_suffix(".domain.jsonl"))
     replay = Replay(data=str(replay_rows(job)), ratio=arm.ratio) if arm.replay else Replay()
-    kind = "full" if arm.full else "lora"
+    method = "full" if arm.full else "lora"
     return Config(
-        output=str(job.output), model=Model(path=str(base)), method=kind, lora=Lora(rank=16, alpha=32.0),
+        output=str(job.output), model=Model(path=str(base)), method=method, lora=Lora(rank=16, alpha=32.0),
         data=Data(train=str(domain), max_length=256), replay=replay,
         retention=Retention(**arms.KL) if arm.kl else Retention(),
         batch=BatchSize(tokens_per_pack=size.tokens, tokens_per_step=size.tokens),
-        optim=Optim(lr=RATES[kind] * arm.rate), epochs=ENDLESS, max_steps=size.steps, seed=job.seed, logging=Logging(every=100))
+        optim=Optim(lr=LEARNING_RATES[method] * arm.lr_factor), epochs=MAX_EPOCHS, max_steps=size.steps, seed=job.seed,
+        logging=Logging(every=100))
 
 
 def replay_rows(job: Job) -> Path:
     """Return the path of the arm's replay set, or of as many rows as the arm may use."""
     arm, path = job.arm, replay_file(job.work, job.base, job.arm.replay, job.seed)
-    if arm.replay in arms.DRAWN:
-        path = draw(job.work, job.base, arm.replay, job.seed, job.size.instructions)
-    if arm.unique is None:
+    if arm.replay in arms.WORLD_SETS:
+        path = write_world_set(job.work, job.base, arm.replay, job.seed, job.size.instructions)
+    if arm.unique_rows is None:
         return path
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    start = job.seed * arm.unique % max(1, len(rows) - arm.unique)
-    return write_jsonl(rows[start : start + arm.unique], job.output.with_suffix(".replay.jsonl"))
+    start = job.seed * arm.unique_rows % max(1, len(rows) - arm.unique_rows)
+    return write_jsonl(rows[start : start + arm.unique_rows], job.output.with_suffix(".replay.jsonl"))
 
 
-def answers(base: Path, folder: Path | None, job: Job) -> tuple[str, ...]:
+def marks_of(base: Path, folder: Path | None, job: Job) -> tuple[str, ...]:
     """Return the general and domain marks of a trained model, or of the base without `folder`.
 
     `folder` is a run's folder with a model or an adapter, or the folder of an adapter itself.
     """
-    whole = folder and folder / "model"
-    model, tokenizer = load(whole if whole and whole.exists() else base)
-    if folder and not whole.exists():
+    full = folder and folder / "model"
+    model, tokenizer = load(full if full and full.exists() else base)
+    if folder and not full.exists():
         adapter = folder / "adapter"
         model = PeftModel.from_pretrained(model, adapter if adapter.exists() else folder)
-    scores = (evaluate(model, tokenizer, heldout_items(skills, count, job.seed)) for skills, count in ITEMS.values())
-    return tuple("".join("01"[right] for right in found.right) for found in scores)
+    scores_by_kind = (evaluate(model, tokenizer, heldout_items(skills, count, job.seed)) for skills, count in ITEMS.values())
+    return tuple("".join("01"[right] for right in scores.right) for scores in scores_by_kind)
 
 
-def base_alone(job: Job) -> list[Outcome]:
-    return [Outcome(job.base, "base", job.seed, *answers(STUDIED[job.base].folder, None, job))]
+def measure_base(job: Job) -> list[Outcome]:
+    """Evaluate the base on a seed's items."""
+    return [Outcome(job.base, "base", job.seed, *marks_of(STUDIED[job.base].folder, None, job))]
 
 
 # ---------------------------------------------------------------- all of them
 
 
 def make_pool(work: Path, base: str, names: Sequence[str], count: int) -> list[dict]:
+    """Make the named replay sets of a base, and return their statistics."""
     with quietly(work / base / "synth.log"):
-        return synthesise_all(work, base, names, count)
+        return make_replay_sets(work, base, names, count)
 
 
-def jobs(plan: dict[str, Sequence[Arm]], seeds: int, size: Size, work: Path) -> list[Job]:
-    return [Job(base, arm, seed, size, work) for seed in range(seeds) for base, own in plan.items() for arm in own]
+def jobs_of(plan: dict[str, Sequence[Arm]], seeds: int, size: Size, work: Path) -> list[Job]:
+    return [Job(base, arm, seed, size, work) for seed in range(seeds) for base, base_arms in plan.items() for arm in base_arms]
 
 
-def carry_out(plan: dict[str, Sequence[Arm]], seeds: int, size: Size, work: Path, workers: int) -> tuple[list[Outcome], list[dict]]:
+def run_all(plan: dict[str, Sequence[Arm]], seeds: int, size: Size, work: Path, workers: int) -> tuple[list[Outcome], list[dict]]:
     """Measure every arm of every base with every seed; return the outcomes and the sets' statistics.
 
     Raises UserError if a run cannot be made.
     """
     begun = time.perf_counter()
-    todo = jobs(plan, seeds, size, work)
-    sets = {base: sorted({arm.replay for arm in own} - {None, *arms.DRAWN}) for base, own in plan.items()}
+    todo = jobs_of(plan, seeds, size, work)
+    sets = {base: sorted({arm.replay for arm in base_arms} - {None, *arms.WORLD_SETS}) for base, base_arms in plan.items()}
     with parallel.pool(workers) as pool:
-        bases = [pool.submit(base_alone, job) for job in todo if job.arm is plan[job.base][0]]
+        bases = [pool.submit(measure_base, job) for job in todo if job.arm is plan[job.base][0]]
         pools = [pool.submit(make_pool, work, base, names, size.instructions) for base, names in sets.items()]
-        found = results_of(begun, bases, lambda f: f"{f[0].base}, seed {f[0].seed}")
-        sound = results_of(begun, pools, lambda f: f"pool of {f[0]['base']}")
-        found += results_of(begun, [pool.submit(measure, job) for job in todo], lambda f: f"{f[0].base}, {f[0].arm}, seed {f[0].seed}")
-    return list(itertools.chain.from_iterable(found)), list(itertools.chain.from_iterable(sound))
+        outcomes = results_of(begun, bases, lambda found: f"{found[0].base}, seed {found[0].seed}")
+        replay_stats = results_of(begun, pools, lambda found: f"pool of {found[0]['base']}")
+        outcomes += results_of(begun, [pool.submit(measure, job) for job in todo],
+                               lambda found: f"{found[0].base}, {found[0].arm}, seed {found[0].seed}")
+    return list(itertools.chain.from_iterable(outcomes)), list(itertools.chain.from_iterable(replay_stats))
 
 
 # ---------------------------------------------------------------- the suite
@@ -182,14 +186,14 @@ def run(arguments: argparse.Namespace) -> dict:
         "novice": (*arms.ARMS, *arms.FULL, *arms.SHARES, *arms.UNIQUE), "reader": arms.ARMS}
     seeds, size = 1 if arguments.quick else arguments.seeds, Size()
     with parallel.working_folder(arguments) as work:
-        outcomes, sound = carry_out(plan, seeds, size, work, arguments.workers)
-    curves = {"share": {arm.name: arm.ratio for arm in arms.SHARES}, "unique": {arm.name: arm.unique for arm in arms.UNIQUE}}
+        outcomes, replay_stats = run_all(plan, seeds, size, work, arguments.workers)
+    curves = {"share": {arm.name: arm.ratio for arm in arms.SHARES}, "unique": {arm.name: arm.unique_rows for arm in arms.UNIQUE}}
     conditions = {**asdict(size), "items": {kind: len(skills) * count for kind, (skills, count) in ITEMS.items()}, "seeds": seeds,
-                  "ratio": arms.RATIO, "rates": RATES, "kl": arms.KL, "workers": arguments.workers, "curves": curves, "replay": sound,
-                  "seconds": time.perf_counter() - begun}
-    order = {name: place for place, name in enumerate(summary.names(plan))}
-    outcomes.sort(key=lambda found: (list(plan).index(found.base), order[found.arm], found.seed))
-    return record.make("miniature-cpu", conditions, {}, summary.rows(outcomes), {"outcomes": [asdict(found) for found in outcomes]})
+                  "ratio": arms.RATIO, "rates": LEARNING_RATES, "kl": arms.KL, "workers": arguments.workers, "curves": curves,
+                  "replay": replay_stats, "seconds": time.perf_counter() - begun}
+    order = {name: place for place, name in enumerate(summary.row_names(plan))}
+    outcomes.sort(key=lambda outcome: (list(plan).index(outcome.base), order[outcome.arm], outcome.seed))
+    return record.make("miniature-cpu", conditions, {}, summary.rows(outcomes), {"outcomes": [asdict(outcome) for outcome in outcomes]})
 
 
 SUITE = Suite("miniature", "The miniature study: every way to keep a model from forgetting, over several seeds", add_arguments, run,

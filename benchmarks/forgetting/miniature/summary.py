@@ -11,12 +11,12 @@ from benchmarks.forgetting.miniature.arms import Arm
 BASE = "base"
 
 
-def names(plan: Mapping[str, Sequence[Arm]]) -> list[str]:
+def row_names(plan: Mapping[str, Sequence[Arm]]) -> list[str]:
     """Return the names of the table's rows, in their order."""
-    found = [BASE]
+    rows = [BASE]
     for arm in itertools.chain.from_iterable(plan.values()):
-        found += [name for name in (arm.name, *map(arm.point, arm.points)) if name not in found]
-    return found
+        rows += [name for name in (arm.name, *map(arm.alpha_name, arm.alphas)) if name not in rows]
+    return rows
 
 
 def rows(outcomes: Iterable) -> list[dict]:
@@ -25,28 +25,31 @@ def rows(outcomes: Iterable) -> list[dict]:
     `forgotten` is the share of the base's right items that are wrong after training, `gained` the share of its wrong ones that are right.
     """
     grouped: dict[tuple[str, str], dict[int, object]] = {}
-    for found in outcomes:
-        grouped.setdefault((found.base, found.arm), {})[found.seed] = found
+    for outcome in outcomes:
+        grouped.setdefault((outcome.base, outcome.arm), {})[outcome.seed] = outcome
     return [row(base, arm, by_seed, grouped[base, BASE]) for (base, arm), by_seed in grouped.items()]
 
 
 def row(base: str, arm: str, by_seed: Mapping[int, object], before: Mapping[int, object]) -> dict:
-    lost = [moved(before[seed].general, found.general, "10") / before[seed].general.count("1") for seed, found in by_seed.items()]
-    gained = [moved(before[seed].general, found.general, "01") / max(1, before[seed].general.count("0")) for seed, found in by_seed.items()]
+    """Return the row of an arm from its outcomes and the base's, both by seed."""
+    pairs = [(before[seed].general, outcome.general) for seed, outcome in by_seed.items()]
+    forgotten = [count_changes(old, new, "10") / old.count("1") for old, new in pairs]
+    gained = [count_changes(old, new, "01") / max(1, old.count("0")) for old, new in pairs]
     return {
         "line": f"{base}: {arm}", "base": base, "arm": arm, "seeds": len(by_seed),
-        **estimate("general", [share(found.general) for found in by_seed.values()]),
-        **estimate("domain", [share(found.domain) for found in by_seed.values()]),
-        **estimate("forgotten", lost), **estimate("gained", gained),
-        "cpu_seconds": statistics.median(found.seconds for found in by_seed.values())}
+        **estimate("general", [share(outcome.general) for outcome in by_seed.values()]),
+        **estimate("domain", [share(outcome.domain) for outcome in by_seed.values()]),
+        **estimate("forgotten", forgotten), **estimate("gained", gained),
+        "cpu_seconds": statistics.median(outcome.seconds for outcome in by_seed.values())}
 
 
-def moved(before: str, after: str, change: str) -> int:
+def count_changes(before: str, after: str, change: str) -> int:
     """Return how many items changed their marks as `change` says, e.g. "10": from right to wrong."""
     return sum(was + now == change for was, now in zip(before, after, strict=True))
 
 
 def share(marks: str) -> float:
+    """Return the share of right answers."""
     return marks.count("1") / len(marks)
 
 
@@ -64,7 +67,7 @@ def gap(outcomes: Iterable, base: str, lower: str, upper: str) -> tuple[float, f
 
     Both are arms; the mean is over the seeds that both have.
     """
-    marks = {(found.arm, found.seed): share(found.general) for found in outcomes if found.base == base}
-    seeds = sorted(seed for arm, seed in marks if arm == lower and (upper, seed) in marks)
-    gaps = [marks[upper, seed] - marks[lower, seed] for seed in seeds]
+    accuracy = {(outcome.arm, outcome.seed): share(outcome.general) for outcome in outcomes if outcome.base == base}
+    seeds = sorted(seed for arm, seed in accuracy if arm == lower and (upper, seed) in accuracy)
+    gaps = [accuracy[upper, seed] - accuracy[lower, seed] for seed in seeds]
     return statistics.fmean(gaps), standard_error(gaps)

@@ -30,7 +30,7 @@ class Item:
         return {"messages": turns, "source": self.skill}
 
 
-def heldout(slots: Slots) -> bool:
+def is_heldout(slots: Slots) -> bool:
     """Return whether arguments are held out for tests.
 
     A tenth of all is, by a hash, so that the answer is the same for every skill, seed and mixture.
@@ -38,10 +38,10 @@ def heldout(slots: Slots) -> bool:
     return zlib.crc32(" ".join(slots.values()).encode()) % 10 == 0
 
 
-def draw(skill: Skill, rng: Random, test: bool) -> Item:
+def draw_item(skill: Skill, rng: Random, test: bool) -> Item:
     """Draw a random item of a skill, with held-out arguments if `test`, else with all others."""
     slots = skill.draw(rng)
-    while not skill.memorised and heldout(slots) != test:
+    while not skill.memorised and is_heldout(slots) != test:
         slots = skill.draw(rng)
     return Item(rng.choice(skill.frames).format(**slots), skill.solve(**slots), skill.name)
 
@@ -50,7 +50,7 @@ def training_records(skills: Sequence[Skill], count: int, seed: int) -> list[dic
     """Draw `count` chat records in the skills' shares; duplicates can occur."""
     rng = Random(f"train {seed}")
     chosen = rng.choices(skills, [skill.share for skill in skills], k=count)
-    return [draw(skill, rng, test=False).record for skill in chosen]
+    return [draw_item(skill, rng, test=False).record for skill in chosen]
 
 
 def heldout_items(skills: Sequence[Skill], per_skill: int, seed: int = 0) -> list[Item]:
@@ -61,10 +61,10 @@ def heldout_items(skills: Sequence[Skill], per_skill: int, seed: int = 0) -> lis
     rng = Random(f"heldout {seed}")
     items: list[Item] = []
     for skill in skills:
-        own: dict[Item, None] = {}
-        while len(own) < per_skill:
-            own[draw(skill, rng, test=True)] = None
-        items += own
+        distinct: dict[Item, None] = {}  # a set that keeps its order
+        while len(distinct) < per_skill:
+            distinct[draw_item(skill, rng, test=True)] = None
+        items += distinct
     return items
 
 

@@ -11,7 +11,7 @@ from synth.config import name_of, resolve_presets, validate
 
 
 def test_three_models_answer_and_judge():
-    config = demo.replay_settings(demo.RUN / "synth", 10)
+    config = demo.synthesis_config(demo.RUN / "synth", 10)
     validate(config)
     assert [name_of(model) for model in resolve_presets(config).judges] == list(FAMILY) == ["base", "tutor", "peer"]
     assert config.instruct.num_instructions == 10 and "{response}" in open(config.judge.rubric).read()

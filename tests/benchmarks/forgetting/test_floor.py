@@ -1,4 +1,4 @@
-"""The suite's runs are what the trainer would be told, a short one goes through, and the figures are those of the marks."""
+"""The floor suite: configurations of its runs, a short one of them, and figures from marks."""
 
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.forgetting import floor
-from benchmarks.forgetting.floor import CHOSEN, GIVEN, HALF, QUARTER, WHOLE, Plan, Run
+from benchmarks.forgetting.floor import FIXED, HALF, QUARTER, SEARCHED, WHOLE, Plan, Run
 from benchmarks.forgetting.miniature import study
 from benchmarks.forgetting.miniature.skills import GENERAL
 from benchmarks.forgetting.miniature.study import Size
@@ -18,7 +18,7 @@ from tests.helpers.records import drawn, shown
 from trainer.config import validate
 from trainer.retention import replay_search
 
-TINY = Plan((Run(), Run(QUARTER), Run(WHOLE, 0.5, watched=True)), Size(instructions=60, domain=16), epochs=2.0, items=1, every=1)
+TINY = Plan((Run(), Run(QUARTER), Run(WHOLE, 0.5, monitored=True)), Size(instructions=60, domain=16), epochs=2.0, items=1, every=1)
 SOUND = {"base": "novice", "replay": "plus", "rows": 60, "recognised": 1.0, "right": 0.98}
 
 
@@ -34,30 +34,30 @@ def test_names_are_rows_and_files_of_their_own():
     assert len(set(names)) == len(names) == 1 + 2 + 15
     assert names[:3] == ["domain only", "auto, probes of a quarter", "auto, probes of a half"]
     assert "65% replay, KL 1: an eighth" in names and not any(set(name) & set("/.") for name in names)
-    assert [run.name for run in Plan().runs if run.watched] == ["50% replay: the whole"]
+    assert [run.name for run in Plan().runs if run.monitored] == ["50% replay: the whole"]
 
 
-@pytest.mark.parametrize("run", [Run(), *CHOSEN, *GIVEN], ids=lambda run: run.name)
-def test_a_run_is_what_the_trainer_is_told(run, tmp_path):
+@pytest.mark.parametrize("run", [Run(), *SEARCHED, *FIXED], ids=lambda run: run.name)
+def test_a_run_has_the_configuration_of_a_search_or_of_its_probe(run, tmp_path):
     write_replay(tmp_path, 60)
     config = floor.recipe(run, TINY, floor.job_of(run, TINY, 0, tmp_path))
     validate(config)
     forgetting, replay, search = config.forgetting, config.replay, config.replay_search
-    if run.part and run.share is None:
+    if run.part and run.ratio is None:
         assert search.enabled and (search.probe_fraction, forgetting.floor) == (run.part.share, 0.99)
         assert (replay.ratio, config.epochs) == (None, TINY.epochs) and forgetting.general and forgetting.domain
-        probe, given = replay_search.probe_config(config, 0.5, 0.0), floor.recipe(GIVEN[0], TINY, floor.job_of(GIVEN[0], TINY, 0, tmp_path))
+        probe, given = replay_search.probe_config(config, 0.5, 0.0), floor.recipe(FIXED[0], TINY, floor.job_of(FIXED[0], TINY, 0, tmp_path))
         assert (probe.max_steps, probe.optim, probe.lora, probe.batch) == (None, given.optim, given.lora, given.batch)
         return
-    assert not search.enabled and (replay.ratio, config.retention.kl_weight, forgetting.floor) == (run.share, run.kl, None)
+    assert not search.enabled and (replay.ratio, config.retention.kl_weight, forgetting.floor) == (run.ratio, run.kl, None)
     assert bool(replay.data) == bool(run.part) and config.epochs == TINY.epochs * (run.part.share if run.part else 1)
-    assert bool(forgetting.general) == run.watched == bool(forgetting.every)
+    assert bool(forgetting.general) == run.monitored == bool(forgetting.every)
 
 
-def test_items_that_are_watched_are_not_those_of_the_table(tmp_path):
-    watched = floor.write_items(floor.job_of(Run(), TINY, 0, tmp_path), "general", 3).read_text()
-    counted = [item.instruction for item in heldout_items(GENERAL, 3, 0)]
-    assert watched.count("\n") == 3 * len(GENERAL) and sum(f'"{asked}"' in watched for asked in counted) < len(counted) / 2
+def test_items_that_are_monitored_are_not_those_of_the_table(tmp_path):
+    monitored = floor.write_items(floor.job_of(Run(), TINY, 0, tmp_path), "general", 3).read_text()
+    scored = [item.instruction for item in heldout_items(GENERAL, 3, 0)]
+    assert monitored.count("\n") == 3 * len(GENERAL) and sum(f'"{instruction}"' in monitored for instruction in scored) < len(scored) / 2
 
 
 # ---------------------------------------------------------------- a short run
@@ -87,16 +87,16 @@ def test_a_short_run(monkeypatch, tmp_path, capsys):
     torch.set_num_threads(1)
     assert main(["floor", "--quick", "--workers", "1", "--results", str(tmp_path)]) == 0
     made = record.newest(tmp_path)["floor-cpu"]
-    alone, chosen, given = made["summary"]
-    assert (alone["line"], alone["share"], alone["probes"]) == ("domain only", None, 0)
+    domain_only, chosen, given = made["summary"]
+    assert (domain_only["line"], domain_only["share"], domain_only["probes"]) == ("domain only", None, 0)
     assert chosen["probes"] >= 3 and 0 < chosen["share"] < 1 and chosen["held"] in (True, False)
     probes = made["raw"]["runs"][2]["probes"]
     assert chosen["probe_steps"] == sum(probe["steps"] for probe in probes) / chosen["steps"] and chosen["probe_seconds"] > 0
     assert any((probe["ratio"], probe["kl_weight"]) == (chosen["share"], chosen["kl"]) for probe in probes)
     assert given["share"] == 0.5 and [point["step"] for point in made["raw"]["runs"][3]["curve"]] == list(range(given["steps"] + 1))
     assert made["conditions"]["items"] == {"general": 16, "domain": 4} and str(tmp_path) not in str(made["raw"])
-    said = capsys.readouterr().out
-    assert "| auto, probes of a quarter | " in said and "Measured all along, 50% replay: the whole: " in said
+    out = capsys.readouterr().out
+    assert "| auto, probes of a quarter | " in out and "Measured all along, 50% replay: the whole: " in out
 
 
 # ---------------------------------------------------------------- figures
@@ -116,8 +116,8 @@ def runs() -> list[dict]:
 
 
 def test_figures_by_hand():
-    alone, chosen, given = floor.summary(runs())
-    assert (alone["retained"], chosen["retained"], given["retained"]) == (0.2, 0.8, 1.2) and alone["domain"] == 0.75
+    domain_only, chosen, given = floor.summary(runs())
+    assert (domain_only["retained"], chosen["retained"], given["retained"]) == (0.2, 0.8, 1.2) and domain_only["domain"] == 0.75
     assert (chosen["probes"], chosen["probe_steps"], chosen["probe_seconds"]) == (2, 0.5, 7.0)
 
 

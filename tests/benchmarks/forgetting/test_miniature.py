@@ -20,7 +20,7 @@ from benchmarks.forgetting.miniature.skills import ATLAS, GENERAL, recognise
 from benchmarks.forgetting.miniature.table import table
 from benchmarks.forgetting.miniature.tokenizer import SPECIAL, make_tokenizer
 from benchmarks.forgetting.miniature.words import CONSONANTS, VOWELS, word
-from benchmarks.forgetting.miniature.world import Item, heldout, heldout_items, training_records
+from benchmarks.forgetting.miniature.world import Item, heldout_items, is_heldout, training_records
 
 ALL = GENERAL + DOMAIN
 BY_NAME = {skill.name: skill for skill in ALL}
@@ -151,13 +151,13 @@ def test_training_never_meets_a_test_argument():
     train = [BY_NAME[record["source"]].read(record["messages"][0]["content"]) for record in RECORDS
              if not BY_NAME[record["source"]].memorised]
     test = [BY_NAME[item.skill].read(item.instruction) for item in heldout_items(ALL, 80) if not BY_NAME[item.skill].memorised]
-    assert not any(map(heldout, train)) and all(map(heldout, test))
+    assert not any(map(is_heldout, train)) and all(map(is_heldout, test))
     assert not {tuple(slots.values()) for slots in train} & {tuple(slots.values()) for slots in test}
 
 
 def test_heldout_is_a_tenth():
     rng = Random(0)
-    assert sum(heldout({"word": word(rng, 6, 6)}) for _ in range(5000)) == pytest.approx(500, abs=110)
+    assert sum(is_heldout({"word": word(rng, 6, 6)}) for _ in range(5000)) == pytest.approx(500, abs=110)
 
 
 def test_items_are_different_and_equally_many():

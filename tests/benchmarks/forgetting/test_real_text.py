@@ -88,8 +88,8 @@ def test_the_files_become_chats_and_nothing_is_both_trained_on_and_held_out(data
     assert {name: (len(chats), len(texts.heldout[name])) for name, chats in texts.general.items()} == {
         "long answers": (26, 4), "decisions": (26, 4), "tasks": (34, 6)}
     papers = {chat[0] for chat in texts.general["long answers"]}
-    for asked, answer in texts.general["decisions"]:
-        assert asked.removesuffix(" Answer yes, no or maybe.") in papers and answer in real_text_data.DECISIONS
+    for question, answer in texts.general["decisions"]:
+        assert question.removesuffix(" Answer yes, no or maybe.") in papers and answer in real_text_data.DECISIONS
     for name, chats in texts.heldout.items():
         assert not set(chats) & set(texts.general[name])
     assert texts == real_text_data.read(data)
@@ -117,10 +117,10 @@ def test_tokens_of_letters_and_digits():
 
 
 def test_a_solution_is_ranked_among_those_of_other_problems(data):
-    asked = real_text_data.read(data).domain_test
-    row = real_text_data.ranked(asked, 3)
-    assert (row["prompt"], row["answer"]) == asked[3]
-    assert len(set(row["choices"])) == 4 and row["answer"] in row["choices"] and set(row["choices"]) <= {answer for _, answer in asked}
+    problems = real_text_data.read(data).domain_test
+    row = real_text_data.choice_item(problems, 3)
+    assert (row["prompt"], row["answer"]) == problems[3]
+    assert len(set(row["choices"])) == 4 and row["answer"] in row["choices"] and set(row["choices"]) <= {answer for _, answer in problems}
 
 
 # ---------------------------------------------------------------- the study
@@ -144,8 +144,8 @@ def test_replay_sets_hold_what_their_names_say(made):
     sets = {path.stem: [json.loads(line)["messages"] for line in path.read_text().splitlines()]
             for path in (made["kept"] / "replay").iterdir()}
     assert set(sets) == {"self 1x1", "self, greedy", "real 0"}
-    asked = [[chat[0]["content"] for chat in sets[name]] for name in real_text.OWN]
-    assert asked[0] and set(asked[0]) & set(asked[1]) and sets["self 1x1"] != sets["self, greedy"]
+    instructions = [[chat[0]["content"] for chat in sets[name]] for name in real_text.SELF_SETS]
+    assert instructions[0] and set(instructions[0]) & set(instructions[1]) and sets["self 1x1"] != sets["self, greedy"]
     assert len(sets["real 0"]) == 60
 
 

@@ -1,4 +1,4 @@
-"""The study: what its arms are told, what its outcomes come to, and the order of its arms on a small scale."""
+"""The study: configurations of its arms, summaries of outcomes, and the order of its arms on a small scale."""
 
 from dataclasses import replace
 
@@ -8,7 +8,7 @@ from benchmarks.forgetting.miniature import arms, display, study, summary
 from benchmarks.forgetting.miniature.arms import selections
 from benchmarks.forgetting.miniature.family import STUDIED
 from benchmarks.forgetting.miniature.public import FRAMES, half_the_skills, other_style
-from benchmarks.forgetting.miniature.replays import chosen, pool_settings, soundness
+from benchmarks.forgetting.miniature.replays import pool_config, replay_statistics, selection_config
 from benchmarks.forgetting.miniature.skills import GENERAL, recognise
 from benchmarks.forgetting.miniature.study import Job, Outcome, Size, recipe
 from benchmarks.forgetting.miniature.world import heldout_items, training_records, write_jsonl
@@ -42,21 +42,21 @@ def test_half_the_skills_are_the_worlds_own():
 
 
 def test_names_are_files_and_rows_of_their_own():
-    assert len({arm.name for arm in EVERY}) == len(EVERY) and not any("/" in arm.point(alpha) for arm in EVERY for alpha in arm.points)
+    assert len({arm.name for arm in EVERY}) == len(EVERY) and not any("/" in arm.alpha_name(alpha) for arm in EVERY for alpha in arm.alphas)
     for base in STUDIED:
-        assert {arm.replay for arm in EVERY} <= {None, *selections(base), *arms.DRAWN}
+        assert {arm.replay for arm in EVERY} <= {None, *selections(base), *arms.WORLD_SETS}
 
 
 @pytest.mark.parametrize("base", STUDIED)
 def test_every_set_is_a_choice_that_synth_accepts(base, tmp_path):
-    settings = pool_settings(tmp_path, base, 100)
-    validate_synthesis(settings)
-    assert [name_of(model) for model in resolve_presets(settings).judges] == [base, "tutor", "peer"][0 if STUDIED[base].tuning else 1:]
-    for how in selections(base).values():
-        config = chosen(settings, how)
+    pool = pool_config(tmp_path, base, 100)
+    validate_synthesis(pool)
+    assert [name_of(model) for model in resolve_presets(pool).judges] == [base, "tutor", "peer"][0 if STUDIED[base].tuning else 1:]
+    for selection in selections(base).values():
+        config = selection_config(pool, selection)
         validate_synthesis(config)
-        assert config.stages == ["select"] and config.judge.exclude_self == config.judge.calibrate_judges == (not how.paper)
-        assert replace(config, stages=settings.stages, select=settings.select, judge=settings.judge) == settings
+        assert config.stages == ["select"] and config.judge.exclude_self == config.judge.calibrate_judges == (not selection.as_in_paper)
+        assert replace(config, stages=pool.stages, select=pool.select, judge=pool.judge) == pool
 
 
 @pytest.mark.parametrize("arm", EVERY, ids=lambda arm: arm.name)
@@ -71,24 +71,24 @@ def test_all_arms_train_as_long_on_the_same_domain_rows(arm, tmp_path):
     assert (config.method == "full") == arm.full and (config.retention.kl_weight > 0) == arm.kl
     with open(config.data.train) as file:
         assert len(file.readlines()) == 20
-    if arm.unique:
+    if arm.unique_rows:
         with open(config.replay.data) as file:
-            assert len(file.readlines()) == arm.unique
+            assert len(file.readlines()) == arm.unique_rows
 
 
 def test_what_is_drawn_differs_by_seed_and_never_meets_a_test(tmp_path):
-    files = [study.draw(tmp_path, "novice", "real", seed, 2000) for seed in (0, 1)]
+    files = [study.write_world_set(tmp_path, "novice", "real", seed, 2000) for seed in (0, 1)]
     assert files[0] != files[1] and files[0].read_text() != files[1].read_text()
     learnt = {line for line in files[0].read_text().splitlines()}
     tests = heldout_items([skill for skill in GENERAL if not skill.memorised], 100, 0)
     assert not any(f'"{item.instruction}"' in line for line in learnt for item in tests)
 
 
-def test_soundness_counts_right_answers_to_known_questions(tmp_path):
+def test_replay_statistics_count_right_answers_to_known_questions(tmp_path):
     rows = training_records(GENERAL, 9, seed=0)
     rows[0]["messages"][1]["content"] += "?"
     rows.append({"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "I."}]})
-    assert soundness(write_jsonl(rows, tmp_path / "rows.jsonl")) == {"rows": 10, "recognised": 0.9, "right": pytest.approx(8 / 9)}
+    assert replay_statistics(write_jsonl(rows, tmp_path / "rows.jsonl")) == {"rows": 10, "recognised": 0.9, "right": pytest.approx(8 / 9)}
 
 
 # ---------------------------------------------------------------- figures
@@ -112,7 +112,7 @@ def test_figures_by_hand():
 
 
 def made(found, **conditions):
-    full = {"share": {arm.name: arm.ratio for arm in arms.SHARES}, "unique": {arm.name: arm.unique for arm in arms.UNIQUE}}
+    full = {"share": {arm.name: arm.ratio for arm in arms.SHARES}, "unique": {arm.name: arm.unique_rows for arm in arms.UNIQUE}}
     pool = {"base": "novice", "replay": "plus", "rows": 2990, "recognised": 1.0, "right": 0.99}
     given = {"items": {"general": 10, "domain": 4}, "seeds": 2, "domain": 600, "steps": 800, "tokens": 512, "ratio": 5 / 6,
              "seconds": 600.0, "workers": 2, "curves": full, "replay": [pool]}
@@ -157,8 +157,8 @@ def test_the_order_of_the_arms_on_a_small_scale(tmp_path):
     """One base, one seed, a quarter of the instructions, less than half of the steps; the gaps of the whole are in benchmarks/results."""
     size = Size(instructions=800, steps=400)
     plan = {"novice": [arm for arm in arms.ARMS if arm.name in ("domain only", "public, other style", "self 1x1", "plus")]}
-    found, sound = study.carry_out(plan, 1, size, tmp_path, workers=1)
-    general = {row["arm"]: row["general"] for row in summary.rows(found)}
-    right = {row["replay"]: row["right"] for row in sound}
+    outcomes, replay_stats = study.run_all(plan, 1, size, tmp_path, workers=1)
+    general = {row["arm"]: row["general"] for row in summary.rows(outcomes)}
+    right = {row["replay"]: row["right"] for row in replay_stats}
     assert right["self 1x1"] < right["plus"]
     assert general["domain only"] < general["public, other style"] < general["self 1x1"] < general["plus"]
