@@ -25,11 +25,11 @@ def points(record: dict) -> dict[str, float]:
 
 def rows_of(record: dict) -> dict[str, dict[str, dict]]:
     """Return the rows of the arms in the table, by arm and base."""
-    found: dict[str, dict[str, dict]] = {}
+    rows: dict[str, dict[str, dict]] = {}
     for row in record["summary"]:
         if row["arm"] not in points(record):
-            found.setdefault(row["arm"], {})[row["base"]] = row
-    return found
+            rows.setdefault(row["arm"], {})[row["base"]] = row
+    return rows
 
 
 # ---------------------------------------------------------------- table
@@ -51,11 +51,11 @@ def cell(row: dict | None, column: str) -> str:
 
 def caption(record: dict) -> Caption:
     c = record["conditions"]
-    right = ", ".join(f"{found['replay']} {found['right']:.1%}" for found in c["replay"] if found["base"] == bases(record)[0])
-    times = f"{c['seeds']} seed{'s' * (c['seeds'] > 1)}"
+    right = ", ".join(f"{stats['replay']} {stats['right']:.1%}" for stats in c["replay"] if stats["base"] == bases(record)[0])
+    seeds = f"{c['seeds']} seed{'s' * (c['seeds'] > 1)}"
     return Caption(
         f"Exact match of greedy answers to {c['items']['general']:,} general and {c['items']['domain']} domain items of each seed. "
-        f"Forgotten: share of the base's right general answers that are wrong after training. Means of {times}"
+        f"Forgotten: share of the base's right general answers that are wrong after training. Means of {seeds}"
         f"{' ± standard error' if c['seeds'] > 1 else ''}.",
         ("No item can be met in training, except facts. A seed draws domain rows, items, order and adapter; one pool serves all.",
          f"{c['domain']} domain rows, {c['steps']} steps of {c['tokens']} tokens for every arm, {c['ratio']:.0%} of the rows replay, LoRA "
@@ -89,16 +89,16 @@ def draw(record: dict, figure) -> None:
     shares = [(0, rows[arm]) for arm in ("domain only",) if arm in rows]
     shares += [(value * 100, rows[arm]) for arm, value in c["curves"]["share"].items()]
     draw_curve(figure.add_subplot(grid[0, 2]), [*shares, (c["ratio"] * 100, rows["plus"])], "plus: % of the rows that are replay", False)
-    whole = next(found["rows"] for found in c["replay"] if found["replay"] == "plus" and found["base"] == bases(record)[0])
+    plus_rows = next(stats["rows"] for stats in c["replay"] if stats["replay"] == "plus" and stats["base"] == bases(record)[0])
     unique = [(value, rows[arm]) for arm, value in c["curves"]["unique"].items()]
-    draw_curve(figure.add_subplot(grid[1, 2]), [*unique, (whole, rows["plus"])], "plus: unique replay rows", True)
+    draw_curve(figure.add_subplot(grid[1, 2]), [*unique, (plus_rows, rows["plus"])], "plus: unique replay rows", True)
 
 
 def draw_dots(axes, record: dict, arms: dict[str, dict[str, dict]], column: str) -> None:
     """Draw a dot with its standard error for each arm and base; the axis of `forgotten` is logarithmic."""
-    for base, colour, lift in zip(bases(record), COLOURS, (0.13, -0.13)):
-        found = [(place + lift, by_base[base]) for place, by_base in enumerate(reversed(arms.values())) if base in by_base]
-        axes.errorbar([row[column] for _, row in found], [at for at, _ in found], xerr=[row[f"{column}_error"] or 0 for _, row in found],
+    for base, colour, offset in zip(bases(record), COLOURS, (0.13, -0.13)):
+        rows = [(place + offset, by_base[base]) for place, by_base in enumerate(reversed(arms.values())) if base in by_base]
+        axes.errorbar([row[column] for _, row in rows], [y for y, _ in rows], xerr=[row[f"{column}_error"] or 0 for _, row in rows],
                       fmt="o", color=colour, markersize=5, clip_on=False, label=base)
     axes.set_ylim(-0.6, len(arms) - 0.4)
     axes.grid(axis="y", color="#eeeeee")
@@ -115,14 +115,14 @@ def draw_dots(axes, record: dict, arms: dict[str, dict[str, dict]], column: str)
     bare(axes)
 
 
-def draw_curve(axes, found: Sequence[tuple[float, dict]], label: str, logarithmic: bool) -> None:
-    """Draw general and domain accuracy over the x values of rows."""
+def draw_curve(axes, rows: Sequence[tuple[float, dict]], label: str, logarithmic: bool) -> None:
+    """Draw general and domain accuracy over the x value of each row."""
     for column, face in (("general", COLOURS[0]), ("domain", "white")):
-        axes.errorbar([at for at, _ in found], [row[column] for _, row in found], yerr=[row[f"{column}_error"] or 0 for _, row in found],
+        axes.errorbar([x for x, _ in rows], [row[column] for _, row in rows], yerr=[row[f"{column}_error"] or 0 for _, row in rows],
                       fmt="o-", color=COLOURS[0], markerfacecolor=face, label=column, clip_on=False)
     if logarithmic:
         axes.set_xscale("log")
-        axes.set_xticks([at for at, _ in found], [f"{at:,.0f}" for at, _ in found])
+        axes.set_xticks([x for x, _ in rows], [f"{x:,.0f}" for x, _ in rows])
         axes.minorticks_off()
     axes.set(xlabel=label, ylim=(0, 1.02), ylabel="accuracy")
     axes.legend(frameon=False, loc="lower right")

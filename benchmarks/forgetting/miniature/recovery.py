@@ -55,8 +55,8 @@ class Recovery:
     @property
     def counts(self) -> Counter:
         """Return the number of instructions that each skill recognises."""
-        known = (recognise(text, self.skills) for text in self.instructions)
-        return Counter(found[0].name for found in known if found)
+        recognised = (recognise(text, self.skills) for text in self.instructions)
+        return Counter(skill_and_answer[0].name for skill_and_answer in recognised if skill_and_answer)
 
     @property
     def shares(self) -> dict[str, float]:
@@ -97,12 +97,12 @@ def world_sample(skills: Sequence[Skill], count: int, seed: int = 0) -> Recovery
 def table_rows(folder: Path | str, skills: Sequence[Skill], count: int) -> list[list[str]]:
     """Return a head, a row of the world's own draw, and a row for each temperature and top-p."""
     model, tokenizer = load(folder)
-    measured = {("the world", ""): world_sample(skills, count)}
+    recoveries = {("the world", ""): world_sample(skills, count)}
     for temperature, top_p in product(TEMPERATURES, TOP_PS):
-        measured[f"T {temperature}", f"{top_p}"] = recovery(model, tokenizer, skills, count, temperature=temperature, top_p=top_p)
+        recoveries[f"T {temperature}", f"{top_p}"] = recovery(model, tokenizer, skills, count, temperature=temperature, top_p=top_p)
     return [["sampled at", "top-p", "distance", "invalid", "judging", *(skill.name for skill in skills)]] + [
         [*setting, f"{found.distance:.3f}", f"{found.invalid:.4f}", f"{found.judging:.4f}", *(f"{s:.3f}" for s in found.shares.values())]
-        for setting, found in measured.items()]
+        for setting, found in recoveries.items()]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

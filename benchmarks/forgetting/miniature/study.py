@@ -140,7 +140,7 @@ def measure_base(job: Job) -> list[Outcome]:
     return [Outcome(job.base, "base", job.seed, *marks_of(STUDIED[job.base].folder, None, job))]
 
 
-# ---------------------------------------------------------------- all of them
+# ---------------------------------------------------------------- all arms
 
 
 def make_pool(work: Path, base: str, names: Sequence[str], count: int) -> list[dict]:
