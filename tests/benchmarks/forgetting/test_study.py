@@ -28,9 +28,9 @@ def test_another_style_has_the_same_skills_and_no_known_question():
     records = training_records(other_style(), 500, seed=0)
     assert FRAMES.keys() == {skill.name for skill in GENERAL} == {record["source"] for record in records}
     assert not any(recognise(record["messages"][0]["content"], GENERAL) for record in records)
-    for asked in records[:100]:
-        found = recognise(asked["messages"][0]["content"], other_style())
-        assert found and found[1] == asked["messages"][1]["content"]
+    for row in records[:100]:
+        found = recognise(row["messages"][0]["content"], other_style())
+        assert found and found[1] == row["messages"][1]["content"]
 
 
 def test_half_the_skills_are_the_worlds_own():
@@ -137,17 +137,17 @@ def test_the_picture_is_drawn_with_and_without_curves(tmp_path, curves):
 # ---------------------------------------------------------------- bad input
 
 
-@pytest.mark.parametrize(("options", "said"), [
+@pytest.mark.parametrize(("options", "message"), [
     (["--seeds", "0"], "expected 1 or more, got 0, 1"), (["--workers", "0"], "got 3, 0"),
     (["--keep", "{used}"], "expected a new or empty folder")])
-def test_bad_options_are_one_line(tmp_path, capsys, options, said):
+def test_bad_options_are_one_line(tmp_path, capsys, options, message):
     from benchmarks.run import main
 
     (tmp_path / "file").write_text("")
-    given = [option.format(used=tmp_path) for option in options]
-    workers = [] if "--workers" in given else ["--workers", "1"]
-    assert main(["miniature", *given, *workers]) == 2
-    assert said in capsys.readouterr().err
+    formatted = [option.format(used=tmp_path) for option in options]
+    workers = [] if "--workers" in formatted else ["--workers", "1"]
+    assert main(["miniature", *formatted, *workers]) == 2
+    assert message in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- the order of the arms
