@@ -1,4 +1,7 @@
-"""Make the README's own sections from the newest records: the headline, the summary table, and the picture of forgetting."""
+"""Make the README's own sections from the newest records.
+
+They are the headline, the summary table and the picture of forgetting.
+"""
 
 from __future__ import annotations
 
