@@ -163,7 +163,7 @@ def _check_pattern(path: str, name: str, pattern: str | None) -> None:
     try:
         groups = re.compile(pattern).groups
     except re.error as error:
-        raise UserError(f"{path}: {name}: {pattern!r} is not a regular expression: {error}") from None
+        raise UserError(f"{path}: {name}: {pattern!r} is not a regular expression: {error}; correct it") from None
     if not groups:
         raise UserError(f"{path}: {name}: expected a group in {pattern!r}, {example}, found none; put the answer's part in parentheses")
 

@@ -145,8 +145,8 @@ class ForgettingMonitor:
             self._move_base_head(torch.device("cpu"), copy=True)
         if self.floor is not None and not self._right(self.base):
             raise UserError(f"forgetting.floor: expected general items of which the base answers some right, got 0 of "
-                            f"{self._judged(self.base)}; raise forgetting.max_tokens if answers are cut "
-                            "off, or check forgetting.metric")
+                            f"{self._judged(self.base)}; raise forgetting.max_tokens if answers are cut off, "
+                            "or check forgetting.metric")
 
     def describe(self) -> list[str]:
         """Return the console lines at the start of a run, on rank 0."""
