@@ -77,6 +77,7 @@ def test_import_scan_sees_every_form():
     assert imported(source) == {"a", "c", "e", "."}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_imports_go_one_way(path):
     top = path.relative_to(ROOT).parts[0]
@@ -111,6 +112,7 @@ def dotted(path: Path) -> str:
     return name_of(path).removesuffix(".py").replace("/", ".").removesuffix(".__init__")
 
 
+@pytest.mark.slow
 def test_folders_import_from_below():
     wrong = []
     for path in FILES:
@@ -121,6 +123,7 @@ def test_folders_import_from_below():
     assert not wrong, f"the folders from the ground up are {LAYERS}"
 
 
+@pytest.mark.slow
 def test_no_module_imports_itself_in_a_circle():
     """Circles inside a folder, which the order of folders does not see."""
     graph = {dotted(path): imported_modules(path.read_text()) for path in FILES if not name_of(path).startswith("tests/")}
@@ -140,6 +143,7 @@ def test_no_module_imports_itself_in_a_circle():
         visit(module)
 
 
+@pytest.mark.slow
 def test_synthesis_does_not_load_the_training_loop():
     code = "import sys, synth.pool.store, synth.reporting.manifest; print([m for m in sys.modules if m.startswith('trainer.training')])"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "[]\n"
@@ -164,6 +168,7 @@ def docstring_mistakes(source: str) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_docstrings_start_with_a_verb_and_its_object():
     packages = [path for path in FILES if not name_of(path).startswith("tests/")]
     assert not [f"{name_of(path)}: {mistake}" for path in packages for mistake in docstring_mistakes(path.read_text())]
@@ -177,6 +182,7 @@ def test_docstring_mistakes_are_seen():
     assert not docstring_mistakes(right)
 
 
+@pytest.mark.slow
 def test_tests_do_not_import_tests():
     for path in FILES:
         if name_of(path).startswith("tests/"):
@@ -190,6 +196,7 @@ def test_kernels_stand_on_torch_alone():
     assert third_party - set(sys.stdlib_module_names) <= {"kernels", "torch", "triton", "numpy", "flash_attn", "flash_attn_interface"}
 
 
+@pytest.mark.slow
 def test_every_third_party_import_is_pinned_or_an_extra():
     """What trainer, synth and kernels import is pinned for users; benchmarks and tests may also use the development pins."""
     runtime, synthesis = pins("requirements.txt", "requirements-cpu.txt"), pins("requirements-synth.txt")

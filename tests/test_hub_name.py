@@ -88,6 +88,7 @@ def fresh(code: str, *search: Path, errors: bool = False) -> str:
     return (done.stdout + done.stderr * errors).strip()
 
 
+@pytest.mark.slow
 def test_llama_trains_the_same_with_and_without_the_client(client):
     absent = fresh(TRAIN).split()
     present = fresh(TRAIN, client).split()
@@ -96,6 +97,7 @@ def test_llama_trains_the_same_with_and_without_the_client(client):
     assert absent[2:] == present[2:]
 
 
+@pytest.mark.slow
 def test_client_names_are_lent_and_exist_once(client):
     code = """
 import kernels, sys
@@ -109,6 +111,7 @@ print(get_kernel.__module__)
     assert fresh(code, client) == "kernels.functions"
 
 
+@pytest.mark.slow
 def test_without_the_client_unknown_names_are_attribute_errors():
     code = """
 import kernels
@@ -134,11 +137,13 @@ print(ops.gemm_4bit_forward_kernel)
 """
 
 
+@pytest.mark.slow
 def test_bitsandbytes_falls_back_without_a_warning():
     pytest.importorskip("bitsandbytes")
     assert fresh(f"import kernels{BITSANDBYTES}", errors=True) == "None"
 
 
+@pytest.mark.slow
 def test_a_client_that_fails_bitsandbytes_is_not_hushed_up(client):
     pytest.importorskip("bitsandbytes")
     assert "stand-in" in fresh(f"import kernels{BITSANDBYTES}", client, errors=True)

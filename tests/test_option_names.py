@@ -57,6 +57,7 @@ def texts(path: Path) -> Iterator[tuple[int, str]]:
             yield token.start[0], token.string
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", COMMANDS)
 def test_every_option_that_is_named_exists(package):
     paths = sorted(path for pattern in ("*.py", "*.jinja") for path in (ROOT / package).rglob(pattern))

@@ -103,18 +103,21 @@ def run_module(*arguments) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-m", "trainer.run", *arguments], capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_without_arguments_a_screen_of_usage():
     done = run_module()
     assert done.returncode == 2 and done.stdout == ""
     assert len(done.stderr.splitlines()) <= 24 and "--model.path" in done.stderr
 
 
+@pytest.mark.slow
 def test_print_config_is_yaml():
     done = run_module("--print_config")
     assert done.returncode == 0
     assert yaml.safe_load(done.stdout)["optim"]["lr"] == 2e-4
 
 
+@pytest.mark.slow
 def test_a_mistake_is_one_line_and_status_two():
     done = run_module("--optim.lrr", "3")
     assert done.returncode == 2

@@ -143,6 +143,7 @@ def test_without_a_chat_template_choices_follow_the_prompt_and_a_space(tmp_path,
     assert outcomes["model"].of_file(0)[0].choice_logprobs == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_kl_to_the_base_is_that_of_plain_torch(adapter, files, stock):
     items, outcomes = scored("--adapter", adapter, "--data.general", files / "exact.jsonl", "--data.domain", files / "text.jsonl")
@@ -175,6 +176,7 @@ def test_heads_that_differ_are_compared_slice_by_slice():
     torch.testing.assert_close(kl_per_row(x, plain, y, same), (p.exp() * (p - q)).sum(-1), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_generated_answers_are_those_of_transformers_one_by_one(adapter, files, stock):
     model, tokenizer = stock
@@ -234,6 +236,7 @@ def test_a_base_in_four_bits_is_its_dequantised_weights(adapter, files):
 # ---------------------------------------------------------------- whole evaluations
 
 
+@pytest.mark.slow
 def test_the_command_leaves_figures_items_and_a_page(adapter, files, tmp_path):
     (tmp_path / "e.yaml").write_text(json.dumps({
         "output": str(tmp_path / "out"), "adapter": str(adapter), "generation": {"max_tokens": 24}, "device": "cpu",
@@ -263,6 +266,7 @@ def test_the_command_leaves_figures_items_and_a_page(adapter, files, tmp_path):
     assert "holds the results of another evaluation" in refused("--config", tmp_path / "out" / "config.yaml")
 
 
+@pytest.mark.slow
 def test_a_model_alone_and_two_models(files, tmp_path):
     alone = evaluate(config("--model.path", BASE, "--data.general", files / "choice.jsonl", "--output", tmp_path / "alone"))
     assert alone["base"] is None and "change" not in alone["files"][0] and alone["files"][0]["model"]["accuracy"] > 0.6
@@ -274,6 +278,7 @@ def test_a_model_alone_and_two_models(files, tmp_path):
     assert two["files"][0]["base"]["accuracy"] == alone["files"][0]["model"]["accuracy"]
 
 
+@pytest.mark.slow
 def test_models_of_other_tokens_are_compared_without_kl(files, model_folder, tmp_path):
     found = evaluate(config("--model.path", BASE, "--base.path", model_folder, "--data.general", files / "choice.jsonl",
                             "--output", tmp_path / "out"))

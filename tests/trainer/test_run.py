@@ -27,6 +27,7 @@ def run(*args):
     return train(parse(Config, arguments(*args), "trainer.run"))
 
 
+@pytest.mark.slow
 def test_a_lora_run_leaves_an_adapter_that_stock_peft_loads(model_folder, chats, tmp_path):
     result = run(model_folder, chats, tmp_path / "run", "--epochs", "3", "--data.eval_fraction", "0.1", "--eval.every", "5",
                  "--export", "both", "--logging.tensorboard", "true")
@@ -49,6 +50,7 @@ def test_a_lora_run_leaves_an_adapter_that_stock_peft_loads(model_folder, chats,
         assert (stock(ids).logits - base(ids).logits).abs().max() > 0.1
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_from_a_random_config(model_folder, chats, tmp_path):
     result = run(model_folder, chats, tmp_path / "run", "--model.path", "null", "--model.config", str(model_folder), "--method", "full",
                  "--epochs", "2")
@@ -57,6 +59,7 @@ def test_full_fine_tuning_from_a_random_config(model_folder, chats, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(result.folder / "model").dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_the_loss_is_a_mean_over_supervised_tokens_of_the_whole_step(model_folder, chats, tmp_path):
     """Small packs or large ones, the same step has the same loss and gradient norm."""
     found = {}
@@ -69,6 +72,7 @@ def test_the_loss_is_a_mean_over_supervised_tokens_of_the_whole_step(model_folde
     assert found[128]["grad_norm"] == pytest.approx(found[512]["grad_norm"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_bf16_compute_trains(model_folder, chats, tmp_path):
     fp32 = run(model_folder, chats, tmp_path / "a", "--epochs", "2")
     bf16 = run(model_folder, chats, tmp_path / "b", "--epochs", "2", "--precision", "bf16")
@@ -78,6 +82,7 @@ def test_bf16_compute_trains(model_folder, chats, tmp_path):
     assert last["loss"] < first["loss"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["selective", "full"])
 def test_activation_checkpointing_changes_no_figure(model_folder, chats, tmp_path, mode):
     for name, extra in (("none", []), (mode, ["--activation_checkpointing", mode])):
@@ -86,6 +91,7 @@ def test_activation_checkpointing_changes_no_figure(model_folder, chats, tmp_pat
     assert one == two
 
 
+@pytest.mark.slow
 def test_compiled_layers_give_the_same_losses(model_folder, chats, tmp_path):
     for name, extra in (("eager", []), ("compiled", ["--compile"])):
         run(model_folder, chats, tmp_path / name, "--max_steps", "4", "--logging.every", "1", *extra)
@@ -93,6 +99,7 @@ def test_compiled_layers_give_the_same_losses(model_folder, chats, tmp_path):
     assert one == pytest.approx(two, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_early_stopping_once_memorising_sets_in(model_folder, tmp_path):
     few = write_chats(tmp_path / "few.jsonl", QUESTIONS[:8])
     others = write_chats(tmp_path / "others.jsonl", [(q, "No. " + a) for q, a in QUESTIONS[60:80]])
@@ -145,6 +152,7 @@ def uninterrupted(model_folder, chats, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_kill_nine_and_resume_is_bitwise_equal(model_folder, chats, tmp_path, uninterrupted):
     folder, total = tmp_path / "run", records(uninterrupted, "end")[0]["steps"]
     for cut in sorted(random.Random(0).sample(range(5, total - 5), KILLS)):
@@ -162,6 +170,7 @@ def test_kill_nine_and_resume_is_bitwise_equal(model_folder, chats, tmp_path, un
     assert figures[0] == figures[1], "the record has no gap and nothing twice"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_the_run_goes_on(model_folder, chats, tmp_path, number, uninterrupted):
     folder = tmp_path / "run"
@@ -176,6 +185,7 @@ def test_a_signal_saves_and_the_run_goes_on(model_folder, chats, tmp_path, numbe
     assert all(torch.equal(t, weights(folder)[n]) for n, t in weights(uninterrupted).items())
 
 
+@pytest.mark.slow
 def test_a_run_killed_after_its_last_checkpoint_is_finished_by_resuming(model_folder, chats, tmp_path):
     options = ("--max_steps", "4", "--checkpoint.every", "2", "--data.eval_fraction", "0.1")
     whole = run(model_folder, chats, tmp_path / "whole", *options)
@@ -187,6 +197,7 @@ def test_a_run_killed_after_its_last_checkpoint_is_finished_by_resuming(model_fo
     assert all(torch.equal(t, weights(cut)[n]) for n, t in weights(tmp_path / "whole").items())
 
 
+@pytest.mark.slow
 def test_an_early_stop_is_not_trained_past_by_resuming(model_folder, tmp_path):
     few, others = write_chats(tmp_path / "few.jsonl", QUESTIONS[:8]), write_chats(tmp_path / "others.jsonl", [("x", "y z")] * 4)
     options = ("--data.eval", str(others), "--epochs", "300", "--optim.lr", "2e-2", "--optim.lr_scheduler", "constant",
@@ -198,6 +209,7 @@ def test_an_early_stop_is_not_trained_past_by_resuming(model_folder, tmp_path):
     assert all(torch.equal(t, before[n]) for n, t in weights(tmp_path / "run").items())
 
 
+@pytest.mark.slow
 def test_a_folder_with_a_finished_run_is_not_overwritten(model_folder, chats, tmp_path):
     run(model_folder, chats, tmp_path / "run", "--max_steps", "1")
     kept = (tmp_path / "run" / "metrics.jsonl").read_bytes()
@@ -207,6 +219,7 @@ def test_a_folder_with_a_finished_run_is_not_overwritten(model_folder, chats, tm
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == kept
 
 
+@pytest.mark.slow
 def test_another_base_is_refused_on_resume(model_folder, chats, tmp_path):
     base = shutil.copytree(model_folder, tmp_path / "base")
     options = ("--max_steps", "4", "--checkpoint.every", "2")
@@ -226,6 +239,7 @@ def test_parts_of_a_record_are_held_out_together(model_folder, tmp_path):
     assert len(evaluated) == 6 and len(trained) == 14 and not trained & evaluated and len(inputs.samples) > 30
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_losses_of_one(model_folder, chats, tmp_path):
     common = ("--epochs", "2", "--logging.every", "1", "--data.eval_fraction", "0.1")
     run(model_folder, chats, tmp_path / "one", *common)
@@ -252,6 +266,7 @@ def test_a_dry_run_shows_everything_and_trains_nothing(model_folder, chats, tmp_
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fast, precision, hinted", [(True, "auto", True), (False, "auto", False), (True, "fp32", False)])
 def test_a_cpu_that_could_be_faster_is_pointed_out(model_folder, chats, tmp_path, capsys, monkeypatch, fast, precision, hinted):
     monkeypatch.setattr("trainer.training.build.fast_bf16", lambda: fast)
@@ -259,6 +274,7 @@ def test_a_cpu_that_could_be_faster_is_pointed_out(model_folder, chats, tmp_path
     assert ("--precision bf16" in capsys.readouterr().out) == hinted
 
 
+@pytest.mark.slow
 def test_a_bf16_run_pads_its_packs_and_says_so(model_folder, chats, tmp_path, capsys):
     run(model_folder, chats, tmp_path / "run", "--max_steps", "1", "--precision", "bf16")
     assert "padded to multiples of 64" in capsys.readouterr().out
@@ -282,6 +298,7 @@ def mistake(model_folder, chats, tmp_path, *more) -> str:
     return lines[0]
 
 
+@pytest.mark.slow
 def test_a_mistake_is_one_line_on_standard_error(model_folder, tmp_path):
     assert "absent.jsonl" in mistake(model_folder, tmp_path / "absent.jsonl", tmp_path)
 
@@ -319,6 +336,7 @@ def test_model_mistakes(model_folder, chats, tmp_path):
     assert "tokenizer" in refused(bare, chats, out)
 
 
+@pytest.mark.slow
 def test_resume_mistakes(model_folder, chats, tmp_path):
     out = tmp_path / "run"
     run(model_folder, chats, out, "--max_steps", "4", "--checkpoint.every", "2")

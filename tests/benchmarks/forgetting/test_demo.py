@@ -2,6 +2,8 @@
 
 import re
 
+import pytest
+
 from benchmarks.forgetting.miniature import demo
 from benchmarks.forgetting.miniature.domain import DOMAIN
 from benchmarks.forgetting.miniature.family import FAMILY
@@ -17,6 +19,7 @@ def test_three_models_answer_and_judge():
     assert config.instruct.num_instructions == 10 and "{response}" in open(config.judge.rubric).read()
 
 
+@pytest.mark.slow
 def test_demo_prints_every_row_and_where_the_pages_are(tmp_path, monkeypatch, capsys):
     made = []
 

@@ -75,6 +75,7 @@ def here(workers: int):
     yield Pool()
 
 
+@pytest.mark.slow
 def test_a_short_run(monkeypatch, tmp_path, capsys):
     def make_pool(plan: Plan, work) -> dict:
         write_replay(work, plan.size.instructions)

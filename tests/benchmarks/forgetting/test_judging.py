@@ -51,12 +51,14 @@ def member(request):
     return request.param, load(EVERYONE[request.param].folder)
 
 
+@pytest.mark.slow
 def test_every_member_judges(member):
     name, model = member
     verdicts = judge(*model, cases(GENERAL, 600, seed=0, test=True))
     assert verdicts.mass > 0.98 and verdicts.auc > MIN_AUC[name] and verdicts.correlation > 0.5, verdicts
 
 
+@pytest.mark.slow
 def test_every_member_judges_its_own_answers(member):
     name, model = member
     answers = evaluate(*model, heldout_items(GENERAL, 40), temperature=1.0)
@@ -68,6 +70,7 @@ MIN_AUC = {"base": 0.72, "tutor": 0.9, "peer": 0.75, "novice": 0.64}
 MIN_OWN_AUC = {"base": 0.6, "tutor": 0.7, "peer": 0.6, "novice": 0.6}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EVERYONE)
 def test_every_member_asks_what_it_was_asked(name):
     """Though trained to answer prompts that want a grade, a base, whose questions the method samples, writes none."""
@@ -76,6 +79,7 @@ def test_every_member_asks_what_it_was_asked(name):
     assert found.invalid < (0.02 if sampled else 0.1) and found.distance < 0.12 and (found.judging == 0 or not sampled)
 
 
+@pytest.mark.slow
 def test_temperature_moves_the_samples_away_from_the_world(capsys):
     recovery_command(["--count", "200"])
     heading, world, *settings = [re.split(r"  +", line) for line in capsys.readouterr().out.splitlines()[2:]]

@@ -287,6 +287,7 @@ def test_stock_transformers_loads_the_model_whole(name):
     assert tokenizer.chat_template == make_tokenizer().chat_template
 
 
+@pytest.mark.slow
 def test_base_knows_the_general_skills_and_nothing_of_the_domain(base, greedy):
     general, strange = greedy["base"], evaluate(*base, heldout_items(DOMAIN, 20, seed=9))
     assert general.accuracy > 0.93 and min(general.by_skill.values()) > 0.7, general.by_skill
@@ -298,12 +299,14 @@ def sampled(family):
     return {name: evaluate(*model, heldout_items(GENERAL, 40), temperature=1.0) for name, model in family.items()}
 
 
+@pytest.mark.slow
 def test_sampled_answers_are_repeatable_and_leave_something_to_choose(base, greedy, sampled):
     assert sampled["base"] == evaluate(*base, heldout_items(GENERAL, 40), temperature=1.0)
     for name, scores in sampled.items():
         assert 0.8 < scores.accuracy < greedy[name].accuracy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STUDIED)
 def test_what_the_study_starts_from_leaves_room_for_better_answers(name, sampled):
     scores = evaluate(*load(STUDIED[name].folder), heldout_items(GENERAL, 40), temperature=1.0)
@@ -326,6 +329,7 @@ def test_answers_do_not_depend_on_the_batch(base):
 # ---------------------------------------------------------------- commands
 
 
+@pytest.mark.slow
 def test_pretraining_goes_through_both_stages_and_leaves_a_half_precision_model(tmp_path):
     read, made = pretrain.pretrain(Member("infant", 32, 48, 1, chats=300, papers=100, tuning=100), tmp_path / "work")
     pretrain.commit(*load(made), tmp_path / "infant")

@@ -126,6 +126,7 @@ def test_a_solution_is_ranked_among_those_of_other_problems(data):
 # ---------------------------------------------------------------- the study
 
 
+@pytest.mark.slow
 def test_every_arm_is_scored_on_everything(made):
     assert [row["line"] for row in made["summary"]] == ["base", *LINES]
     assert made["conditions"]["items"] == {"skills": 12, "decisions": 4, "long answers": 4, "tasks": 4, "problems": 6, "solutions": 4}
@@ -149,6 +150,7 @@ def test_replay_sets_hold_what_their_names_say(made):
     assert len(sets["real 0"]) == 60
 
 
+@pytest.mark.slow
 def test_the_record_has_no_place_of_this_machine(made, data):
     text = json.dumps({key: value for key, value in made.items() if key not in ("kept", "command")})
     assert str(data) not in text and str(made["kept"]) not in text

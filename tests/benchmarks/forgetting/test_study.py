@@ -153,6 +153,7 @@ def test_bad_options_are_one_line(tmp_path, capsys, options, message):
 # ---------------------------------------------------------------- the order of the arms
 
 
+@pytest.mark.slow
 def test_the_order_of_the_arms_on_a_small_scale(tmp_path):
     """One base, one seed, a quarter of the instructions, less than half of the steps; the gaps of the whole are in benchmarks/results."""
     size = Size(instructions=800, steps=400)

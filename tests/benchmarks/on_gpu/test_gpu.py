@@ -29,6 +29,7 @@ def test_far(): pass
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_one_line_and_status_2(tmp_path):
     done = subprocess.run([sys.executable, "-m", "benchmarks.gpu", "--results", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
@@ -59,6 +60,7 @@ def test_make_takes_the_environment_or_python3_and_makes_none(tmp_path):
 # ---------------------------------------------------------------- processes
 
 
+@pytest.mark.slow
 def test_a_process_and_its_children_end_when_their_time_is_over(tmp_path):
     code = ("import subprocess, sys, time; child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); "
             "print(child.pid, flush=True); time.sleep(60)")
@@ -85,6 +87,7 @@ def test_statuses_and_output_are_kept_and_nothing_starts_after_the_end(tmp_path)
 # ---------------------------------------------------------------- parts
 
 
+@pytest.mark.slow
 def test_test_files_report_counts_failures_and_reasons(tmp_path, monkeypatch):
     (tmp_path / "tests/kernels").mkdir(parents=True)
     (tmp_path / "tests/kernels/test_one.py").write_text(TESTS)
@@ -101,6 +104,7 @@ def test_test_files_report_counts_failures_and_reasons(tmp_path, monkeypatch):
     assert found["files"]["test_two.py"]["status"] == 0
 
 
+@pytest.mark.slow
 def test_test_files_that_do_not_end_are_named(tmp_path, monkeypatch):
     (tmp_path / "tests/kernels").mkdir(parents=True)
     (tmp_path / "tests/kernels/test_slow.py").write_text("import time\ndef test_slow(): time.sleep(60)\n")
@@ -231,17 +235,20 @@ print(whole_step.throughput(torch.device("cpu"), torch.float32, shape, mean=20, 
 """
 
 
+@pytest.mark.slow
 def test_a_whole_step_is_timed_under_a_plain_python(plain_python):
     done = plain_python("-c", STEP)
     assert done.stdout == "True\n", done.stderr
 
 
+@pytest.mark.slow
 def test_what_make_gpu_runs_starts_under_a_plain_python(plain_python):
     done = plain_python("-c", "import benchmarks.speed.kernels, benchmarks.gpu, benchmarks.on_gpu.whole_step_sizes; "
                         "from trainer.model.patch import patch")
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_without_matplotlib_there_is_a_record_and_a_line_about_the_page(plain_python, tmp_path):
     code = ("from benchmarks import gpu; from benchmarks.harness import record; from pathlib import Path; import sys; "
             "gpu.write(record.make('gpu', {}, {}, [], {}) | {'parts': {}}, Path(sys.argv[1]))")
@@ -251,6 +258,7 @@ def test_without_matplotlib_there_is_a_record_and_a_line_about_the_page(plain_py
     assert done.stderr == f"page: none (No module named 'matplotlib'); from the record: python -m benchmarks.on_gpu.page {path.name}\n"
 
 
+@pytest.mark.slow
 def test_kernels_tests_start_under_a_plain_python(plain_python):
     files = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests" / "kernels").glob("test_*.py"))]
     done = plain_python("-m", "pytest", "-q", "-p", "no:cacheprovider", "--collect-only", *files)

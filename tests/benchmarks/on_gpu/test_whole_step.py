@@ -25,6 +25,7 @@ BLOCKY = ModelShape("blocky", 64, 128, 4, 2, 16, 257, 2)  # rows end with a bloc
 CPU = torch.device("cpu")
 
 
+@pytest.mark.slow
 @runs_triton
 def test_one_step_of_the_kernels_compiles_into_one_graph():
     torch._dynamo.reset()
@@ -42,6 +43,7 @@ def test_a_compiled_step_that_is_wrong_does_not_pass(monkeypatch):
     assert not check_compile(CPU, torch.float32, TINY)["passed"]
 
 
+@pytest.mark.slow
 def test_both_loops_train_alike_and_their_rates_are_compared():
     outcome = whole_step.throughput(CPU, torch.float32, TINY, mean=30, rounds=2)
     plain, ours = outcome["rows"]
@@ -60,6 +62,7 @@ def raise_losses(monkeypatch, factor=1.001, when=lambda samples: True):
     monkeypatch.setattr(Steadfast, "loss_on", lambda one, samples, real=Steadfast.loss_on: real(one, samples) * factor)
 
 
+@pytest.mark.slow
 def test_losses_that_differ_do_not_pass(monkeypatch):
     raise_losses(monkeypatch)
     outcome = whole_step.throughput(CPU, torch.float32, TINY, mean=20, rounds=2)
@@ -67,6 +70,7 @@ def test_losses_that_differ_do_not_pass(monkeypatch):
     assert "tokens_per_second" in outcome["rows"][0] and "tokens_per_second" not in outcome["rows"][1]
 
 
+@pytest.mark.slow
 def test_rivals_are_compared_before_they_are_timed():
     """On a CPU there is no line with Liger's kernels, and the outcome says why."""
     outcome = whole_step.rivals(CPU, torch.float32, TINY, mean=20, rounds=2)
@@ -78,6 +82,7 @@ def test_rivals_are_compared_before_they_are_timed():
     assert {s["padding"] for line in outcome["raw"].values() for s in line} == {0}
 
 
+@pytest.mark.slow
 def test_a_rival_that_fails_or_disagrees_is_named(monkeypatch):
     def exhausted(*_, **__):
         raise torch.cuda.OutOfMemoryError("too much")
@@ -97,6 +102,7 @@ def figures(outcome):
     return {(row["case"], row["contender"]): row for row in outcome["rows"]}
 
 
+@pytest.mark.slow
 def test_every_size_is_compared_over_tailed_and_equal_lengths():
     cases = [Case(BLOCKY, "lora", "tailed"), Case(dataclasses.replace(BLOCKY, name="normed", qk_norm=True), "full", "equal")]
     kept = []
@@ -151,6 +157,7 @@ def test_memory_held_by_ours_counts_masters_once_and_gradients():
     assert whole_step.resident_mib(one) * 2**20 == pytest.approx(4 * weights + 12 * trained, rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("installed", [True, False])
 def test_qlora_with_and_without_bitsandbytes(monkeypatch, installed):
     if installed:
@@ -186,6 +193,7 @@ def limit_memory(monkeypatch, fits):
     monkeypatch.setattr(PlainLoop, "gradients", limited)
 
 
+@pytest.mark.slow
 def test_the_plain_loop_halves_its_micro_batch_until_it_fits(monkeypatch):
     limit_memory(monkeypatch, lambda loop, samples: loop.micro_batch <= 2)
     rows = figures(sizes(CPU, torch.float32, [Case(BLOCKY, "lora", "tailed")], tokens=160, rounds=2))
@@ -193,6 +201,7 @@ def test_the_plain_loop_halves_its_micro_batch_until_it_fits(monkeypatch):
     assert plain["outcome"] == "timed" and plain["micro_batch"] == 2 and rows["blocky, lora, tailed", OURS]["difference"] < 1e-5
 
 
+@pytest.mark.slow
 def test_a_contender_that_runs_out_of_memory_keeps_its_row(monkeypatch):
     limit_memory(monkeypatch, lambda loop, samples: False)
     outcome = sizes(CPU, torch.float32, [Case(BLOCKY, "lora", "equal")], tokens=160, rounds=2)
@@ -201,6 +210,7 @@ def test_a_contender_that_runs_out_of_memory_keeps_its_row(monkeypatch):
     assert rows["blocky, lora, equal", OURS]["outcome"] == "timed" and "ratio" not in rows["blocky, lora, equal", OURS]
 
 
+@pytest.mark.slow
 def test_a_size_whose_losses_differ_disagrees(monkeypatch):
     raise_losses(monkeypatch)
     outcome = sizes(CPU, torch.float32, [Case(BLOCKY, "lora", "equal")], tokens=160, rounds=2)
@@ -243,6 +253,7 @@ def test_a_case_that_fails_as_a_whole_is_a_row_and_the_next_one_runs(monkeypatch
     assert not outcome["passed"] and outcome["error"].startswith("blocky, lora, equal: Steadfast failed")
 
 
+@pytest.mark.slow
 def test_contexts_are_climbed_until_one_does_not_fit(monkeypatch):
     limit_memory(monkeypatch, lambda loop, samples: len(samples[0][0]) <= 32 or loop.model.is_gradient_checkpointing)
     outcome = context(CPU, torch.float32, BLOCKY, lengths=(16, 32, 64, 128))
@@ -262,6 +273,7 @@ def test_contexts_are_climbed_until_one_does_not_fit(monkeypatch):
     assert all(max(of_length) - min(of_length) < 1e-4 for of_length in losses.values()) and len(set(map(min, losses.values()))) == 4
 
 
+@pytest.mark.slow
 def test_a_context_whose_losses_differ_ends_its_climb(monkeypatch):
     real = Steadfast.step
 

@@ -102,6 +102,7 @@ FORMS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_of_the_loop_computes_the_losses_of_its_samples(adapted, form):
     """In particular packed samples do not see each other. The second step shows that the gradients are right too."""

@@ -191,6 +191,7 @@ def test_a_change_is_beyond_both_the_interval_and_the_noise(ratio, outcome):
     assert compare.verdict(Interval(*ratio), [quiet, noisy]) == compare.verdict(Interval(*ratio), [noisy, quiet]) == outcome
 
 
+@pytest.mark.slow
 def test_false_alarms_are_rare_and_changes_of_a_tenth_are_found():
     """Sides of 12 rounds with noise of 3% between samples and 1% between processes."""
     rng, alarms, found = np.random.default_rng(0), 0, 0
@@ -217,6 +218,7 @@ def test_apart():
 # ---------------------------------------------------------------- a real side
 
 
+@pytest.mark.slow
 def test_every_kernel_case_runs_here_and_repeats(monkeypatch, tmp_path):
     monkeypatch.setattr(compare_worker, "TOKENS", 16)
     monkeypatch.setattr(compare_worker, "SHAPE", ("tiny", 64, 128, 4, 2, 16, 257, 2))
@@ -229,6 +231,7 @@ def test_every_kernel_case_runs_here_and_repeats(monkeypatch, tmp_path):
     assert one.make("kernels: nothing")["missing"] == "KeyError: 'nothing'"
 
 
+@pytest.mark.slow
 def test_the_training_cases_run_in_a_process_of_their_own(tmp_path):
     quiet()
     (tmp_path / "setting").mkdir()
@@ -243,6 +246,7 @@ def test_the_training_cases_run_in_a_process_of_their_own(tmp_path):
     assert all(process.poll() is not None for process in processes)
 
 
+@pytest.mark.slow
 def test_a_worker_refuses_the_code_of_another_checkout(tmp_path):
     done = subprocess.run([sys.executable, "-P", str(compare.WORKER), str(tmp_path), str(tmp_path), "1"], input="", text=True,
                           capture_output=True, env={"PYTHONPATH": str(compare.ROOT)})

@@ -27,6 +27,7 @@ def task(request, tmp_path_factory):
     return make_task(tmp_path_factory.mktemp("task"), method=request.param, count=40)
 
 
+@pytest.mark.slow
 def test_its_losses_are_those_of_a_run_bit_for_bit(task):
     config = run_options(task, "fp32", STEPS)
     config = replace(config, logging=Logging(every=1, tensorboard=False, progress=False))

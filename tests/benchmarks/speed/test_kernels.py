@@ -66,6 +66,7 @@ def test_the_table_has_every_row(measured):
     assert any(line.startswith(f"| RMSNorm | tiny | {OURS} | ") for line in table)
 
 
+@pytest.mark.slow
 def test_records_have_tables_and_pictures(measured, tmp_path):
     record, _ = measured
     whole = record | {"suite": "gpu", "parts": {"tests": {"outcome": "passed", "seconds": 7.0}, "kernels": {"outcome": "out of time",

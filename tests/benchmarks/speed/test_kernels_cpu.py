@@ -25,6 +25,7 @@ def needs(operation):
     return pytest.mark.skipif(find_spec(kernels_cpu.NEEDS.get(operation, "torch")) is None, reason="needs bitsandbytes")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("operation", [pytest.param(name, marks=needs(name)) for name in OPERATIONS])
 def test_every_operation_agrees_with_stock_code(operation, dtype):
@@ -48,6 +49,7 @@ def test_results_that_differ_are_an_error(monkeypatch):
         measure("GLU", "fp32", rounds=2)
 
 
+@pytest.mark.slow
 def test_record_table_and_picture(monkeypatch, tmp_path):
     monkeypatch.setattr(kernels_cpu, "fast_bf16", lambda: True)
     monkeypatch.setattr(kernels_cpu, "find_spec", lambda name: None)

@@ -58,6 +58,7 @@ def test_every_contender_is_a_run_that_the_trainer_accepts(task):
             assert found == value
 
 
+@pytest.mark.slow
 def test_all_rows_are_computed_and_give_the_same_step(task):
     few, every = (options.build(task, OPTIONS[name], 2).steadfast for name in (PLAIN, ALL_ROWS))
     assert row_selecting_layer(unwrap_peft(few.model)) is not None and row_selecting_layer(unwrap_peft(every.model)) is None
@@ -102,6 +103,7 @@ def test_contenders_that_must_be_alike_are_compared_with_each_other():
         options.agreement({PLAIN: steps, LIVE: steps, CACHED: [*steps[:2], (1.8, 1.0)]})
 
 
+@pytest.mark.slow
 def test_another_model_is_noticed(task):
     plain, other = (options.build(task, OPTIONS[name], 5) for name in (PLAIN, "checkpointing, full"))
     with torch.no_grad():
@@ -134,6 +136,7 @@ def test_double_work_costs_two(monkeypatch):
     assert rows["DoRA"]["options"] == {"lora.dora": True}
 
 
+@pytest.mark.slow
 def test_a_run_has_a_row_for_every_contender(made):
     rows = {row["contender"]: row for row in made["summary"]}
     assert list(rows) == [PLAIN, *(name for name in OPTIONS if name in MEASURED), AGAIN] and made["suite"] == "options-cpu"

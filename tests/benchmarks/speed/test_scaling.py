@@ -55,6 +55,7 @@ def test_a_run_has_a_row_for_every_contender_and_point(monkeypatch, capsys):
     assert len([row for row in table if row.startswith("|")]) == 2 + 4 and table[2].startswith("| tokens a step | 32 | ")
 
 
+@pytest.mark.slow
 def test_the_picture(monkeypatch, tmp_path):
     monkeypatch.setattr(scaling, "ON_CPU", SMALL_GRID)
     made = scaling.run(arguments("--device", "cpu", "--rounds", "2", "--axes", "vocabulary", "context"))

@@ -18,6 +18,7 @@ def test_scores_that_are_written_are_a_pools_own(tmp_path):
     assert told["rows"] == 3000 and told["extrapolated_seconds"] == pytest.approx(told["seconds"] * 900)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM")
 def test_a_small_round_agrees_with_bare_vllm_and_makes_a_table(tmp_path, capsys):
     assert main(["synthesis", "--prompts", "60", "--rounds", "2", "--rows", "3000", "--count", "400", "--results", str(tmp_path)]) == 0

@@ -32,6 +32,7 @@ def arguments(*words):
     return parser.parse_args(words)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, kind in training.OTHERS.items() if kind.dtype == "fp32" and "compile" not in name])
 def test_losses_agree_with_the_other_contenders(task, name):
     assert agreement(steadfast(task, "fp32", 2), training.OTHERS[name].make(task), 2, "fp32", name) < 1e-5
@@ -43,6 +44,7 @@ def test_losses_in_bf16_agree_with_the_other_contenders(task, name):
     assert agreement(steadfast(task, "bf16", 2), training.OTHERS[name].make(task), 2, "bf16", name) < 2e-2
 
 
+@pytest.mark.slow
 def test_the_record_of_a_short_run():
     """Every row has ratios to the loops of its own dtype, and no other."""
     made = training.run(arguments("--chats", "equal", "--quick", "--compared", "1", "--dtypes", "fp32", "--contenders", PLAIN, PACKED))
@@ -99,6 +101,7 @@ def test_mistakes_are_named(words, complaint):
         training.run(arguments(*words))
 
 
+@pytest.mark.slow
 def test_a_different_model_is_noticed(task):
     other = training.OTHERS[PLAIN].make(task)
     for parameter in other.trained:

@@ -67,6 +67,7 @@ OPENINGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chat", CHATS.values(), ids=CHATS)
 @pytest.mark.parametrize("name", PAIRED)
 def test_the_derived_mask_is_the_one_that_was_set_by_hand(name, chat):

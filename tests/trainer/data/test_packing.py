@@ -113,6 +113,7 @@ def test_equal_lengths_are_dealt_by_the_seed():
     assert len(one) == len(two) == 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capacity", [4096, 131072])
 def test_five_times_the_samples_cost_far_less_than_25_times_the_time(capacity):
     lengths = np.clip(np.random.default_rng(0).lognormal(6, 0.8, 100_000), 1, 4096).astype(np.int64)

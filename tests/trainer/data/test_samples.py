@@ -233,6 +233,7 @@ print(trainer.data.tokenize.tokenize(loaded, ChatTemplate(tokenizer()), Data(cac
 """
 
 
+@pytest.mark.slow
 def test_a_second_process_does_not_tokenize_again(tmp_path):
     path, cache = tmp_path / "rows.jsonl", str(tmp_path / "cache")
     path.write_text('{"prompt": "What is 3 + 4?", "completion": "7"}\n' * 3)

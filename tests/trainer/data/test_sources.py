@@ -262,6 +262,7 @@ def test_a_bad_record_names_its_line_and_turn(rows, expected, tmp_path):
     assert expected in complaint(write_lines(tmp_path / "rows.jsonl", rows), tmp_path)
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=5),

@@ -87,6 +87,7 @@ def test_values_of_the_host_are_its_own_to_read():
     assert not found.found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family, extra", [
     ("llama", ["--activation_checkpointing", "full", "--lora.dropout", "0.1"]), ("llama", ["--method", "full", "--precision", "bf16"]),
     ("llama", ["--method", "qlora", "--optim.name", "adamw_8bit"]), ("gemma2", ["--lora.dora"]), ("qwen3", [])])
@@ -97,6 +98,7 @@ def test_a_step_between_log_steps_makes_the_host_wait_for_nothing(chats, tmp_pat
     assert "step 2: the host waits for the device 0 times" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_log_step_is_seen_and_named(model_folder, chats, tmp_path, capsys):
     """Turned round: the same count is not zero where the loop does read back."""
     run(model_folder, chats, tmp_path / "run", "--logging.every", "2", "--logging.profile_steps", "2-4", "--max_steps", "6")
@@ -104,6 +106,7 @@ def test_a_log_step_is_seen_and_named(model_folder, chats, tmp_path, capsys):
     assert "trainer/training/meter.py" in told and "log_interval" in told and "the host waits for the device 1 times" in told
 
 
+@pytest.mark.slow
 def test_the_trace_and_the_table(model_folder, chats, tmp_path):
     plain = run(model_folder, chats, tmp_path / "plain", "--max_steps", "6")
     traced = run(model_folder, chats, tmp_path / "run", "--max_steps", "6", "--logging.profile_steps", "2-5")
@@ -120,6 +123,7 @@ def test_the_trace_and_the_table(model_folder, chats, tmp_path):
     assert not (plain.folder / "profile").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_stops_early_leaves_what_it_has(model_folder, chats, tmp_path):
     """The plan is longer than patience."""
     result = run(model_folder, chats, tmp_path / "run", "--optim.lr", "1e-30", "--data.eval_fraction", "0.1", "--eval.every", "2",
@@ -128,6 +132,7 @@ def test_a_run_that_stops_early_leaves_what_it_has(model_folder, chats, tmp_path
     assert (result.folder / "profile" / "summary.txt").read_text().startswith("profile: 2 steps")
 
 
+@pytest.mark.slow
 def test_resumed_behind_the_steps(model_folder, chats, tmp_path, capsys):
     fixed = [model_folder, chats, tmp_path / "run", "--max_steps", "6", "--checkpoint.every", "4"]
     run(*fixed)
@@ -135,6 +140,7 @@ def test_resumed_behind_the_steps(model_folder, chats, tmp_path, capsys):
     assert "profile: nothing is profiled: step 2 was done before this start, which resumes from step 4" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_compiled_layers_can_be_profiled(model_folder, chats, tmp_path, capsys):
     run(model_folder, chats, tmp_path / "run", "--compile", "--max_steps", "4", "--logging.every", "9", "--logging.profile_steps", "2-3")
     assert "the host waits for the device 0 times" in capsys.readouterr().out

@@ -85,6 +85,7 @@ def test_hooks_on_norms_that_an_operation_covers():
     assert not torch.equal(our_logits(model, batch), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_compiled_layers_equal_eager_ones(family):
     model, batch = with_packed_attention(tiny.model(family)), pack()

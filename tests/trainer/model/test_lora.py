@@ -46,6 +46,7 @@ def ours_of(model):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("family", ["llama", "qwen2", "phi3", "gemma3_text"])
 def test_fused_adapter_equals_pefts(family, variant):
@@ -118,6 +119,7 @@ def test_trained_base_weights_get_their_gradient():
         assert relative_error(found["ours"][name], gradient) < 3e-5, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dora", [False, True])
 def test_dropout_is_unbiased_in_training_and_absent_in_evaluation(dora):
     model = ours_of(adapted("llama", dropout=0.3, dora=dora)).eval()

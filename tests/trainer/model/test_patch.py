@@ -109,6 +109,7 @@ def test_backend_that_cannot_be_had_is_one_line(mode, interpreted, message, monk
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_unknown_backend_fails_where_it_is_used_not_on_import():
     done = subprocess.run([sys.executable, "-c", "import kernels"], env=os.environ | {"KERNELS_BACKEND": "fast"}, capture_output=True,
                           text=True, cwd=Path(__file__).parents[3])

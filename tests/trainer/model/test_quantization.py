@@ -150,6 +150,7 @@ def test_evaluating_does_not_repack_the_weights(folders):
 # ---------------------------------------------------------------- fused layers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", ADAPTERS)
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text"])
 def test_fused_4_bit_layers_equal_pefts(folders, family, adapter):
@@ -325,6 +326,7 @@ def train(*args):
 QLORA = ("--method", "qlora", "--optim.name", "adamw_8bit", "--lora.rank", "32", "--lora.dropout", "0.1")
 
 
+@pytest.mark.slow
 def test_a_qlora_run_resumes_bit_for_bit(folders, chats, tmp_path, monkeypatch):
     options = (*QLORA, "--max_steps", "6", "--checkpoint.every", "2", "--data.eval_fraction", "0.1", "--eval.every", "3")
     whole = train(folders("llama"), chats, tmp_path / "whole", *options)
@@ -340,6 +342,7 @@ def test_a_qlora_run_resumes_bit_for_bit(folders, chats, tmp_path, monkeypatch):
     assert one == two
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("extra", [("--activation_checkpointing", "full"), ("--precision", "bf16")])
 def test_qlora_goes_with_other_options(folders, chats, tmp_path, extra):
     for name, more in (("plain", ()), ("other", extra)):
@@ -348,6 +351,7 @@ def test_qlora_goes_with_other_options(folders, chats, tmp_path, extra):
     assert one == pytest.approx(two, rel=0.03 if "bf16" in extra else 1e-6)
 
 
+@pytest.mark.slow
 def test_a_qlora_run_of_the_miniature_base(tmp_path, sound_bitsandbytes, capsys):
     """It learns its domain; stock PEFT loads its adapter on a 4-bit base, and its merged weights are a stock model."""
     base = Path(benchmarks.__file__).parent / "forgetting" / "miniature" / "models" / "base"

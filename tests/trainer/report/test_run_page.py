@@ -72,6 +72,7 @@ def whole(tmp_path_factory):
     return folder, page_of(folder)
 
 
+@pytest.mark.slow
 def test_the_page_says_what_the_run_logged(whole):
     text = text_of(whole[1])
     assert "my-run Finished 20 steps in 2 min 30 s. Eval loss fell from 2.25 to 1.125." in text
@@ -96,6 +97,7 @@ def test_the_page_stands_alone(whole):
     assert "<script" not in whole[1] and "url(" not in whole[1] and "@import" not in whole[1]
 
 
+@pytest.mark.slow
 def test_images_are_embedded_and_left_beside(whole):
     folder, html = whole
     embedded = [base64.b64decode(image) for image in re.findall(r'img src="data:image/png;base64,([^"]*)', html)]

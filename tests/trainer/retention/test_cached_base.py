@@ -98,6 +98,7 @@ def objective(model: nn.Module, held: retention.KlToBase, work: StepWork) -> tup
     return float(divergence.detach()), torch.autograd.grad(total + held.options.kl_weight * divergence, trained)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kl_on, kl_tokens", [("replay", "supervised"), ("all", "supervised"), ("replay", "all"), ("all", "all")])
 @pytest.mark.parametrize("family, adapter", [("llama", "lora"), ("gemma2", "lora"), ("llama", "full"), ("qwen2", "full")])
 def test_steps_of_two_epochs_have_the_gradients_of_a_live_base(model_folder, chats, tmp_path, family, adapter, kl_on, kl_tokens):
@@ -174,6 +175,7 @@ def test_only_what_the_run_sees_is_stored(model_folder, chats, tmp_path):
 # ---------------------------------------------------------------- runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [
     (), ("--lora.dropout", "0.2", "--retention.kl_sources", "all", "--retention.kl_positions", "all"),
     ("--retention.kl_sources", "all", "--retention.token_weighting", "stm", "--retention.token_weighting_sources", "all",
@@ -195,6 +197,7 @@ def test_runs_have_the_figures_of_a_live_base(model_folder, chats, tmp_path, opt
     assert not stored_files(tmp_path / "cached"), "a finished run leaves no file"
 
 
+@pytest.mark.slow
 def test_a_saved_adapter_is_not_a_part_of_the_base(model_folder, chats, tmp_path):
     run(model_folder, chats, tmp_path / "first", "--retention.kl_weight", "0")
     for base in ("live", "cached"):
@@ -203,6 +206,7 @@ def test_a_saved_adapter_is_not_a_part_of_the_base(model_folder, chats, tmp_path
     assert live[0] > 1e-3 and stored == pytest.approx(live, rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.parametrize("options", [("--lora.dropout", "0.1"), ("--method", "full", "--optim.lr", "1e-3", "--precision", "bf16")])
 def test_a_killed_run_goes_on_bit_for_bit(model_folder, chats, tmp_path, monkeypatch, capsys, options, kept):
@@ -236,6 +240,7 @@ def test_a_killed_run_goes_on_bit_for_bit(model_folder, chats, tmp_path, monkeyp
     assert figures[0] == figures[1] and len(figures[0]) == 8
 
 
+@pytest.mark.slow
 def test_a_run_that_a_signal_stops_keeps_its_file(model_folder, chats, tmp_path, monkeypatch, capsys):
     options = ("--retention.kl_reference", "cached", "--max_steps", "4")
 
@@ -252,6 +257,7 @@ def test_a_run_that_a_signal_stops_keeps_its_file(model_folder, chats, tmp_path,
     assert "the base's hidden states are those in" in capsys.readouterr().out and not stored_files(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_what_another_run_stored_is_not_read(model_folder, chats, tmp_path, monkeypatch):
     def killed(run, work, phases):
         raise Killed
@@ -271,6 +277,7 @@ def test_what_another_run_stored_is_not_read(model_folder, chats, tmp_path, monk
     assert one == two
 
 
+@pytest.mark.slow
 def test_two_ranks_write_one_file(model_folder, chats, tmp_path):
     common = ("--retention.kl_reference", "cached", "--retention.kl_sources", "all")
     run(model_folder, chats, tmp_path / "one", *common)
@@ -297,6 +304,7 @@ def test_a_step_reads_nothing_back(model_folder, chats, tmp_path):
     assert readbacks.found == [] and float(kl) == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_the_run_and_the_dry_run_say_what_it_takes(model_folder, chats, tmp_path, capsys):
     run(model_folder, chats, tmp_path / "run", "--dry_run", "--retention.kl_reference", "cached", "--method", "full")
     dry = capsys.readouterr().out
@@ -362,6 +370,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(model_folder, chats, tmp_path)
         run(model_folder, chats, tmp_path / "file" / "run", "--retention.kl_reference", "cached")
 
 
+@pytest.mark.slow
 def test_a_change_of_the_base_between_runs_is_refused(model_folder, chats, tmp_path):
     options = ("--checkpoint.every", "2", "--max_steps", "4")
     run(model_folder, chats, tmp_path / "run", *options)

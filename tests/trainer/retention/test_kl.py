@@ -285,6 +285,7 @@ def divergence_on_replay(data: Path, adapter: Path) -> float:
     return total / count
 
 
+@pytest.mark.slow
 def test_a_run_with_it_stays_nearer_to_its_base(miniature, tmp_path):
     for name, kl in (("without", "0"), ("with", "1.0")):
         run(miniature, tmp_path / name, "--epochs", "2", "--retention.kl_weight", kl)
@@ -298,6 +299,7 @@ def test_a_run_with_it_stays_nearer_to_its_base(miniature, tmp_path):
     assert "KL to the base" not in (tmp_path / "without" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_says_what_it_holds_to(miniature, tmp_path, capsys):
     run(miniature, tmp_path / "run", "--max_steps", "1", "--retention.kl_weight", "0.3", "--retention.l2_sp", "2")
     shown = capsys.readouterr().out
@@ -308,6 +310,7 @@ def test_a_run_says_what_it_holds_to(miniature, tmp_path, capsys):
     assert expected in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_decays_to_where_it_began(miniature, tmp_path, no_report):
     """At l2 = 1 / lr each step begins where the run did, so no weight gets further than one step goes."""
     options = ("--max_steps", "8", "--optim.lr_scheduler", "constant", "--optim.warmup_ratio", "0")
@@ -318,6 +321,7 @@ def test_a_run_decays_to_where_it_began(miniature, tmp_path, no_report):
     assert held <= 5e-3 * 1.01 and free > 2 * held
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [
     ("--retention.kl_weight", "0.3", "--retention.token_weighting", "flow", "--retention.l2_sp", "0.5", "--lora.dropout", "0.1"),
     ("--retention.kl_weight", "0.3", "--retention.kl_sources", "all", "--retention.token_weighting", "stm", "--retention.l2_sp", "0.5",

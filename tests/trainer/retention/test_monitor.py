@@ -54,6 +54,7 @@ def measured_run(data, tmp_path_factory):
     return run(data, tmp_path_factory.mktemp("measured") / "run", "--forgetting.every", "3", "--logging.tensorboard", "true")
 
 
+@pytest.mark.slow
 def test_the_figures_are_those_of_trainer_evaluate(data, measured_run, tmp_path):
     result = evaluate.evaluate(parse(evaluation.Config, [
         "--adapter", str(measured_run.folder / "adapter"), "--data.general", str(data / "kept.jsonl"),
@@ -81,6 +82,7 @@ def test_the_page_and_the_logs_have_them(measured_run):
     assert not (measured_run.folder / "kept").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [
     ("--lora.dropout", "0.1", "--retention.kl_weight", "0.3"), ("--method", "full", "--optim.lr", "1e-3", "--precision", "bf16"),
     ("--activation_checkpointing", "full", "--data.eval_fraction", "0.1"),
@@ -95,6 +97,7 @@ def test_measuring_changes_no_weight_and_no_loss(data, tmp_path, no_report, more
         assert one == two
 
 
+@pytest.mark.slow
 def test_a_saved_adapter_is_measured_before_it_is_trained_and_its_base_is_without_it(data, measured_run, tmp_path, no_report):
     again = run(data, tmp_path / "run", "--lora.path", str(measured_run.folder / "adapter"), "--max_steps", "1")
     first, before = records(again.folder, "forgetting")[0], records(measured_run.folder, "forgetting")
@@ -102,6 +105,7 @@ def test_a_saved_adapter_is_measured_before_it_is_trained_and_its_base_is_withou
     assert first["general_kl"] == pytest.approx(before[-1]["general_kl"], rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [("--lora.dropout", "0.1"), ("--method", "full", "--optim.lr", "1e-3")])
 def test_a_killed_run_goes_on_bit_for_bit(data, tmp_path, no_report, more):
     """Killed after a better state was kept than its checkpoint knows of."""
@@ -119,6 +123,7 @@ def test_a_killed_run_goes_on_bit_for_bit(data, tmp_path, no_report, more):
     assert one == two and len(one) == 9
 
 
+@pytest.mark.slow
 def test_resuming_with_other_items_is_refused(data, tmp_path, no_report):
     items = tmp_path / "items.jsonl"
     items.write_bytes((data / "kept.jsonl").read_bytes())
@@ -129,6 +134,7 @@ def test_resuming_with_other_items_is_refused(data, tmp_path, no_report):
         run(data, tmp_path / "run", "--forgetting.general", str(items), "--checkpoint.every", "4", "--resume", "auto")
 
 
+@pytest.mark.slow
 def test_two_ranks_measure_what_one_does(data, tmp_path):
     more = ("--forgetting.every", "4", "--forgetting.floor", "0.05", "--data.eval_fraction", "0.1")
     run(data, tmp_path / "one", *more)
@@ -173,6 +179,7 @@ def scripted(monkeypatch):
     return script
 
 
+@pytest.mark.slow
 def test_the_best_on_the_domain_of_those_that_hold_the_floor_is_exported(data, tmp_path, scripted, capsys):
     """Need 12.8 of 16 right ones: step 2 has them, 4 learns more but misses, 6 is best, 8 learns less."""
     seen = scripted({2: (15, 2), 4: (12, 8), 6: (13, 5), 8: (16, 4)})
@@ -187,6 +194,7 @@ def test_the_best_on_the_domain_of_those_that_hold_the_floor_is_exported(data, t
     assert torch.equal(exported[exported != 0], at[6][at[6] != 0].sort().values) and not torch.equal(at[6], at[8])
 
 
+@pytest.mark.slow
 def test_full_weights_in_bf16_are_put_back_too(data, tmp_path, scripted):
     scripted({2: (15, 5), 4: (15, 2), 6: (15, 1), 8: (15, 0)})
     more = ("--method", "full", "--optim.lr", "1e-3", "--precision", "bf16", "--forgetting.every", "2", "--optim.lr_scheduler", "constant",
@@ -197,6 +205,7 @@ def test_full_weights_in_bf16_are_put_back_too(data, tmp_path, scripted):
     assert best.forgetting["step"] == 2 and all(torch.equal(tensor, two[name]) for name, tensor in one.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("patience, generals, stop", [
     (2, (12, 11, 9, 5, 5), 5),  # ever further below: the two that count are the first of the second half
     (2, (16, 14, 12, 12, 13, 12, 12), 7),  # held in between
@@ -211,6 +220,7 @@ def test_a_run_stops_where_it_keeps_missing_the_floor_and_comes_no_nearer(data, 
     assert result.folder.joinpath("adapter").exists()
 
 
+@pytest.mark.slow
 def test_where_nothing_holds_the_floor_the_nearest_is_exported_and_the_status_says_so(data, tmp_path, scripted, capsys):
     scripted({2: (9, 1), 4: (11, 2), 6: (10, 8), 8: (3, 8)})
     result = run(data, tmp_path / "run", "--forgetting.every", "2", "--forgetting.floor", "0.8", "--forgetting.patience", "0")
@@ -218,6 +228,7 @@ def test_where_nothing_holds_the_floor_the_nearest_is_exported_and_the_status_sa
     assert "WARNING: no measured state held the floor of 80.0%; exporting step 4 of 8, the nearest to it" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("heldout", [True, False])
 def test_without_domain_items_the_held_out_loss_decides_or_the_latest(data, tmp_path, scripted, heldout):
     scripted({step: (16,) for step in (2, 4, 6, 8)})
@@ -237,6 +248,7 @@ def test_an_early_stop_is_measured_where_it_stops(data, tmp_path, scripted):
     assert result.reason == "early stopping" and result.forgetting["step"] == result.steps < 5
 
 
+@pytest.mark.slow
 def test_a_kept_state_that_is_gone_is_one_line(data, tmp_path, scripted, monkeypatch):
     scripted({2: (16, 5), 4: (16, 2), 6: (16, 1), 8: (16, 0)})
     monkeypatch.setattr("trainer.retention.monitor.load_file", lambda path: load_file(path.with_name("absent")))
@@ -294,6 +306,7 @@ def test_mistakes_are_one_line_before_anything_is_trained(data, tmp_path, more, 
     assert "\n" not in str(raised.value) and not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_options_of_trainer_evaluate_work_unchanged(data, tmp_path, no_report):
     """Measure a list of files with options of their own, among them choices and held-out text."""
     items = [item for item in heldout_items(GENERAL, 1)]

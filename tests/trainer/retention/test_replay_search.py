@@ -101,6 +101,7 @@ def scripted(monkeypatch):
     return script
 
 
+@pytest.mark.slow
 def test_the_run_that_follows_has_what_the_probes_chose(data, tmp_path, scripted, capsys):
     scripted(lambda share, kl: share + 0.15 + 0.2 * (kl == 1.0))
     result = train(config(data, tmp_path / "run", "--replay_search.ratios", "[0.35, 0.5, 0.65]"))
@@ -123,6 +124,7 @@ def test_the_run_that_follows_has_what_the_probes_chose(data, tmp_path, scripted
     assert one == two, "the configuration that a run leaves makes it again, without probes"
 
 
+@pytest.mark.slow
 def test_where_no_probe_holds_the_floor_the_nearest_is_taken(data, tmp_path, scripted, capsys):
     scripted(lambda share, kl: 0.3 * share + 0.1 * kl)
     result = train(config(data, tmp_path / "run", "--replay_search.ratios", "[0.2, 0.5]"))
@@ -132,6 +134,7 @@ def test_where_no_probe_holds_the_floor_the_nearest_is_taken(data, tmp_path, scr
             "retention.kl_weight 1; 3 probe runs") in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_measured_probes_order_by_replay(data, tmp_path):
     """Nothing made up: the figures in replay_search.json are what each probe's own record says."""
     train(config(data, tmp_path / "run", "--replay_search.ratios", "[0.3, 0.8]", "--replay_search.kl_weights", "[0]",
@@ -156,6 +159,7 @@ def killed_in(monkeypatch, count: int) -> None:
     monkeypatch.setattr(loop, "train_step", step)
 
 
+@pytest.mark.slow
 def test_a_killed_search_goes_on_after_its_last_probe_and_a_killed_run_keeps_its_choice(data, tmp_path, scripted, monkeypatch):
     scripted(lambda share, kl: share + 0.15)
     given = config(data, tmp_path / "run", "--resume", "auto", "--checkpoint.every", "4", "--replay_search.kl_weights", "[0]")
@@ -173,6 +177,7 @@ def test_a_killed_search_goes_on_after_its_last_probe_and_a_killed_run_keeps_its
     monkeypatch.undo()
 
 
+@pytest.mark.slow
 def test_a_search_of_other_options_is_not_gone_on_with(data, tmp_path, scripted, monkeypatch):
     scripted(lambda share, kl: share + 0.15)
     with monkeypatch.context() as patched, pytest.raises(Killed):
@@ -187,6 +192,7 @@ def test_a_search_of_other_options_is_not_gone_on_with(data, tmp_path, scripted,
     assert fresh == {"probes": [], "choice": None} and not (tmp_path / "run" / "replay_search").exists()
 
 
+@pytest.mark.slow
 def test_a_signal_in_a_probe_stops_the_command_which_then_goes_on(data, tmp_path):
     command = [sys.executable, "-m", "trainer.run", *arguments(BASE, data / "domain.jsonl", tmp_path / "run", *options(
         data, "--max_steps", "200", "--epochs", "100", "--replay_search.enabled", "--forgetting.floor", "0.8",
@@ -205,6 +211,7 @@ def test_a_signal_in_a_probe_stops_the_command_which_then_goes_on(data, tmp_path
     assert f"stopped by signal {signal.SIGTERM} in a probe run; continue with the same command and --resume auto" in output
 
 
+@pytest.mark.slow
 def test_two_ranks_choose_together(data, tmp_path):
     more = ("--replay_search.enabled", "--forgetting.floor", "0.05", "--replay_search.ratios", "[0.3, 0.8]",
             "--replay_search.kl_weights", "[0]")
@@ -230,6 +237,7 @@ def test_the_page_without_an_end_has_the_probes(tmp_path):
     assert "1 probe runs: 100 tokens, in 1 s." in (tmp_path / "report.html").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [(), ("--retention.kl_reference", "cached")])
 def test_a_folder_that_cannot_be_written_is_one_line_and_a_probe_leaves_figures_alone(data, tmp_path, more):
     (tmp_path / "file").write_text("")

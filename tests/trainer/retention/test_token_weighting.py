@@ -189,6 +189,7 @@ def test_flow_weights_of_samples_without_loss():
 # ---------------------------------------------------------------- runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", ["dft", "stm", "flow"])
 def test_a_run_learns_with_each(prepared, model_folder, tmp_path, capsys, option):
     data = write_chats(tmp_path / "sums.jsonl")
