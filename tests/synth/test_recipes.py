@@ -37,6 +37,7 @@ def answer_or_judge(body: dict) -> Answer:
     return Answer(200, chat_completion(f"It is plain.\nScore: {random.Random(body['seed']).randint(1, 5)}" if judging else "An answer."))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", RECIPES, ids=NAMES)
 def test_a_recipe_runs(path, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "unused")

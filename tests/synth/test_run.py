@@ -78,6 +78,7 @@ def rows(output):
                 ("judge", "twin"): one("SELECT count(*) FROM scores WHERE judge = 'twin'")}
 
 
+@pytest.mark.slow
 def test_every_stage_ends_and_leaves_what_it_should(whole):
     output, said = whole
     with Pool(output / "pool.sqlite") as pool:
@@ -101,6 +102,7 @@ def test_every_request_is_booked_once(whole):
     assert {(stage, model): n for stage, model, n in booked if stage != "probe"} == rows(whole[0])
 
 
+@pytest.mark.slow
 def test_called_again_it_asks_no_model(whole, tmp_path):
     output, _ = whole
     before = dump(output), (output / "replay.jsonl").read_bytes()
@@ -108,6 +110,7 @@ def test_called_again_it_asks_no_model(whole, tmp_path):
     assert ": started " not in said and (dump(output), (output / "replay.jsonl").read_bytes()) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("round", range(max(1, KILLS // 5)))
 def test_kill_nine_in_any_stage_changes_nothing_and_pays_nothing_twice(whole, tmp_path, round):
     """Killed while a stage is at work, as often as STEADFAST_KILLS says, then run to its end: row for row the uninterrupted pool."""
@@ -208,6 +211,7 @@ def test_a_missing_key_and_a_server_that_is_down_are_one_line(whole, tmp_path, m
     assert [t for t in before[0] if t != "meta" and dump(copy)[0][t] != before[0][t]] == []
 
 
+@pytest.mark.slow
 def test_a_context_too_short_drops_every_item_with_the_reason(tmp_path):
     config_ = config(tmp_path, instruct=Instruct(num_instructions=3, reference_samples=0, system_prompts=[]))
     config_.base = Model(path=str(BASE), max_model_len=8)

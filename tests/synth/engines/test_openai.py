@@ -145,6 +145,7 @@ UNWELL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", UNWELL)
 def test_an_unwell_server_is_asked_again(opened, name):
     with ScriptedServer([UNWELL[name]] * 3) as server:
@@ -152,6 +153,7 @@ def test_an_unwell_server_is_asked_again(opened, name):
     assert len(server.requests) == 4 and len({json.dumps(body) for *_, body in server.requests}) == 1
 
 
+@pytest.mark.slow
 def test_everything_at_once(opened, monkeypatch):
     """Four hundred requests through a server of which every third answer goes wrong, in every way: each is answered, once."""
     from synth.engines import endpoint
@@ -164,6 +166,7 @@ def test_everything_at_once(opened, monkeypatch):
     assert len(server.requests) == 600 and server.most <= 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, reason", [
     ("500", "status 500: oops"), ("truncated JSON", "an unreadable answer"), ("no choices", "an answer without choices"),
     ("no content", "an answer without content"), ("garbage", "an unreadable answer"), ("cut off", "the connection broke off"),
@@ -175,6 +178,7 @@ def test_a_request_that_never_works_fails_alone(opened, name, reason):
     assert found["c", 0].text == found["c", 2].text == "fine" and len(server.requests) == 8
 
 
+@pytest.mark.slow
 def test_the_pause_that_a_server_asks_for(opened):
     with ScriptedServer([error_answer(429, "slow down", retry_after="0.6"), error_answer(503, "busy", retry_after="0.3")]) as server:
         ask(opened(server), chat(0))
@@ -182,6 +186,7 @@ def test_the_pause_that_a_server_asks_for(opened):
     assert 0.6 <= second - first < 10 and 0.3 <= third - second < 10
 
 
+@pytest.mark.slow
 def test_pauses_grow(opened, monkeypatch):
     from synth.engines import endpoint
 
@@ -207,6 +212,7 @@ def test_one_refused_request_fails_alone(opened):
     assert len(server.requests) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("answer, words", [
     (error_answer(401, "bad key"), r"refuses the key in OPENAI_API_KEY \(401\): bad key; set another one"),
     (error_answer(403, "not you"), r"refuses the key .*403"),
@@ -225,6 +231,7 @@ def test_a_server_at_fault_for_good_ends_the_work(opened, answer, words):
     assert "\n" not in str(error.value) and server.url in str(error.value)
 
 
+@pytest.mark.slow
 def test_what_had_come_before_the_end_is_kept(opened):
     def until_30(body):
         return Answer(200, chat_completion("fine")) if int(body["messages"][0]["content"][1:]) < 30 else error_answer(401, "over")
@@ -237,6 +244,7 @@ def test_what_had_come_before_the_end_is_kept(opened):
     assert {*range(28)} <= {*kept} <= {*range(30)}  # two may be in flight when the first one is refused
 
 
+@pytest.mark.slow
 def test_the_list_of_models(opened):
     with ScriptedServer(models=error_answer(401, "no")) as server, pytest.raises(EngineError, match="refuses the key"):
         opened(server)
@@ -256,6 +264,7 @@ def test_a_server_that_is_down(opened):
     assert {*threading.enumerate()} <= before
 
 
+@pytest.mark.slow
 def test_a_server_that_goes_down_meanwhile(opened):
     with ScriptedServer() as server:
         engine = opened(server)
@@ -277,6 +286,7 @@ def test_keys(opened, monkeypatch):
 # ---------------------------------------------------------------- how fast
 
 
+@pytest.mark.slow
 def test_work_is_spread_and_bounded(opened):
     slow = lambda body: Answer(200, chat_completion("fine"), delay=0.02)  # noqa: E731
     with ScriptedServer(otherwise=slow) as one, ScriptedServer(otherwise=slow) as other:
@@ -293,6 +303,7 @@ def test_work_is_spread_and_bounded(opened):
     assert one.most == other.most == 5 and min(len(one.requests), len(other.requests)) > 60 and max(most) <= 21
 
 
+@pytest.mark.slow
 def test_requests_per_minute(opened):
     with ScriptedServer() as server:
         list(opened(server, requests_per_minute=600).complete(chat(i) for i in range(8)))
@@ -346,6 +357,7 @@ def served(tmp_path_factory):
         process.wait()
 
 
+@pytest.mark.slow
 def test_a_vllm_server_gives_what_vllm_gives_in_process(served, tmp_path):
     how = Sampling(1.0, 0.98, 60, stop_ids=(1, 4, 5, 6))
     completions = [CompletionRequest(("c", i), Prompt((0, 4)), how, i) for i in range(100)]

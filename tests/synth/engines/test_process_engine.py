@@ -94,12 +94,14 @@ def ask(engine, requests) -> dict:
 # ---------------------------------------------------------------- completions
 
 
+@pytest.mark.slow
 def test_what_an_engine_says_of_itself(engine):
     kind, version, where = re.fullmatch(r"(\w+) ([\d.]+) \((.*)\)", engine.info.name).groups()
     assert kind in ("vllm", "transformers") and where == "cpu, float32" and engine.info.deterministic
     assert engine.info.model == str(BASE) and engine.info.fingerprint == fingerprint(BASE) and engine.cost() == 0
 
 
+@pytest.mark.slow
 def test_equal_requests_give_equal_results_whatever_stands_beside_them(engine, tokenizer):
     """In order, reversed with strangers between, and alone: text, tokens and every bit of the log-probability."""
     requests = instruct(60) + answers(tokenizer, 40)
@@ -118,6 +120,7 @@ def test_seeds_decide(engine):
     assert len({result.text for result in engine.complete(instruct(30))}) > 20
 
 
+@pytest.mark.slow
 def test_temperature_zero_takes_the_likeliest(engine, plain):
     [found] = engine.complete([CompletionRequest((1,), INSTRUCT, Sampling(0.0, 1.0, 40, HOW.stop_ids), 5)])
     ids, total = list(INSTRUCT.token_ids), 0.0
@@ -213,6 +216,7 @@ def test_what_vllm_alone_refuses_fails_alone(engine):
 # ---------------------------------------------------------------- choices, likelihoods, embeddings
 
 
+@pytest.mark.slow
 def test_choices_against_a_forward_pass(engine, plain, tokenizer):
     prompts = questions(tokenizer, 40)
     choices = ("1", "2", "a", "s", "?")
@@ -273,6 +277,7 @@ def test_embeddings(engine, plain, tokenizer):
 # ---------------------------------------------------------------- workers
 
 
+@pytest.mark.slow
 def test_requests_are_taken_as_there_is_room(engine):
     taken, ahead = [], []
 
@@ -286,6 +291,7 @@ def test_requests_are_taken_as_there_is_room(engine):
     assert len(ahead) == 12_000 and max(ahead) <= engine.workers[0].ready.depth + 300  # and what came in one message
 
 
+@pytest.mark.slow
 def test_stopping_early_leaves_the_engine_usable(engine):
     whole, before = ask(engine, instruct(30)), engine.busy()
     stream = engine.complete(instruct(3_000))
@@ -320,6 +326,7 @@ def opened(tmp_path):
         engine.close()
 
 
+@pytest.mark.slow
 def test_shards_give_what_one_gives(engine, opened, tokenizer):
     requests = instruct(150) + answers(tokenizer, 100)
     two = opened(engine.info.name.split()[0], data_parallel_size=2)
@@ -332,6 +339,7 @@ def test_shards_give_what_one_gives(engine, opened, tokenizer):
     two.close()
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_told_in_one_line(opened, tmp_path):
     for during, sign in ((False, signal.SIGKILL), (True, signal.SIGKILL), (True, signal.SIGABRT)):
         engine = opened("transformers")
@@ -380,6 +388,7 @@ def wait_until(holds, seconds=60):
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [needs("vllm"), needs("transformers")])
 def test_workers_end_with_their_parent(kind, tmp_path):
     parent = start_parent(kind, tmp_path)
@@ -390,6 +399,7 @@ def test_workers_end_with_their_parent(kind, tmp_path):
     wait_until(lambda: all(map(gone, workers)))
 
 
+@pytest.mark.slow
 def test_a_parent_that_ends_while_workers_load(tmp_path):
     parent = start_parent("transformers", tmp_path)
     workers = []
@@ -401,6 +411,7 @@ def test_a_parent_that_ends_while_workers_load(tmp_path):
     wait_until(lambda: all(map(gone, workers)))
 
 
+@pytest.mark.slow
 def test_a_forgotten_engine_ends(tmp_path):
     engine = open_engine(Model(path=str(BASE), engine="transformers"), tmp_path / "log")
     process = engine.workers[0].process
@@ -436,6 +447,7 @@ def test_models_that_are_not_there(tmp_path):
         open_engine(Model(path="a/b-c", engine="transformers"), tmp_path / "x")
 
 
+@pytest.mark.slow
 def test_models_with_unfit_files(copy):
     weights = load_file(BASE / "model.safetensors")
     (copy / "model.safetensors").write_bytes(b"x" * 100)
@@ -447,6 +459,7 @@ def test_models_with_unfit_files(copy):
     assert "expected weights in *.safetensors, got none" in refused(copy)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [needs("vllm"), needs("transformers")])
 def test_an_unknown_architecture(copy, kind):
     config = (copy / "config.json").read_text()
@@ -455,12 +468,14 @@ def test_an_unknown_architecture(copy, kind):
     assert f"{kind}: the architecture is not supported (" in said and re.search(r"; try .*; see .*x-0\.log$", said)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [needs("vllm"), needs("transformers")])
 def test_a_context_longer_than_the_models_own(copy, kind):
     said = refused(copy, engine=kind, max_model_len=4_096)
     assert re.search("max_model_len: expected at most 512, .*got 4,096|the context is longer than the model's own", said)
 
 
+@pytest.mark.slow
 def test_a_shorter_context(opened):
     engine = opened("transformers", max_model_len=40)
     found = ask(engine, [CompletionRequest((1,), Prompt((BOS, USER) + (7,) * 38), HOW, 1),
@@ -612,6 +627,7 @@ def test_products_do_not_depend_on_the_rows_beside(monkeypatch):
     assert torch.equal(torch.nn.functional.linear(x.view(20, 10, 96)[:, -1:], weight)[:, 0], whole[9::10])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen3", "gemma2", "gemma3_text", "granite", "phi3"])
 def test_families_in_batches_and_alone(family, tmp_path, monkeypatch):
     """Windows of 8 tokens, soft caps, scales: a wave gives what each row gives alone, and what growing it without a cache gives."""

@@ -59,6 +59,7 @@ def test_minhashes_estimate_similarities(texts):
         assert abs(np.mean(one == other) - similarity(a, b)) < 4 * 0.5 / PERMUTATIONS ** 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("least", [0.5, 0.8, 0.97, 1.0])
 def test_groups_are_those_of_all_pairs(texts, least):
     links, sets = UnionFind(len(texts)), [grams(text) for text in texts]
@@ -99,6 +100,7 @@ def test_thousands_alike_are_one_group():
     assert len(many) > 100 and set(group_near_duplicates(many, 0.7)) == {0}
 
 
+@pytest.mark.slow
 def test_real_prompts_are_hardly_ever_near_duplicates():
     found = group_near_duplicates(real_prompts.prompts("gsm8k_train"), 0.8)
     assert len(found) == 7473 and len(set(found)) == 7472  # Josie's and Amanda's fifty dollars

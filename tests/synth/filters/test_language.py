@@ -26,6 +26,7 @@ SENTENCES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code, text", SENTENCES.items())
 def test_sentences(code, text):
     assert language_of(text) == code
@@ -36,6 +37,7 @@ def test_what_has_no_language_is_not_guessed(text):
     assert language_of(text) in UNKNOWN
 
 
+@pytest.mark.slow
 def test_real_prompts_are_english_or_cannot_be_told():
     found = [language_of(text) for text in real_prompts.prompts(*real_prompts.COLUMNS)]
     assert sum(code not in ("en", *UNKNOWN) for code in found) <= 2 and found.count("en") > 0.99 * len(found)

@@ -11,6 +11,7 @@ STORY = ("A fox found a bell in the snow and carried it home. Nobody knew whose 
          "He told her of a ship that once lay in the bay with all its lamps lit; when spring came, they went to look for it together.")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("period", [1, 2, 7, 30, 100, 400])
 @pytest.mark.parametrize("share", [0.5, 0.9])
 def test_a_loop_counts_for_its_share_of_the_text(period, share):

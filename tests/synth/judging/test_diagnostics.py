@@ -48,12 +48,14 @@ def kinds(judge_scores: JudgeScores) -> list[tuple[str, str]]:
 # ---------------------------------------------------------------- scripted judges
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_scripted_judge_is_flagged_and_no_honest_one(script, seed):
     assert kinds(scripted(seed, script, whole=seed % 2 == 0)) == [("two", script)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("seed", range(10))
 def test_honest_judges_are_not_flagged(seed, whole):

@@ -76,6 +76,7 @@ def measured():
             for name, found in samples.items()}
 
 
+@pytest.mark.slow
 def test_figures_rank_a_good_pool_above_a_deduplicated_and_a_cold_one(measured):
     for name in ("again", "good"):
         pool = measured[name]
@@ -122,6 +123,7 @@ def test_mmds_p_is_uniform_where_nothing_differs():
     assert squared_mmd(rng.normal(size=(60, 2)), rng.normal(size=(60, 2)) + 1, 1.0, 0)[1] == 1 / 500
 
 
+@pytest.mark.slow
 def test_the_classifier_on_one_feature():
     """Two normal distributions a distance of 1 apart have an AUC of Φ(1/√2) = 0.760."""
     rng = np.random.default_rng(2)
@@ -130,6 +132,7 @@ def test_the_classifier_on_one_feature():
     assert auc == pytest.approx(0.760, abs=4 * error) and error == pytest.approx(0.0089, rel=0.3)
 
 
+@pytest.mark.slow
 def test_a_text_drawn_often_on_one_side_only_is_told_apart():
     """It is the share of draws that counts: the same texts on both sides, in other proportions."""
     rng = np.random.default_rng(3)
@@ -156,6 +159,7 @@ def test_repeats_among_equally_many():
     assert found["repeated"] == 0.75 and found["repeated_reference"] == 0.5
 
 
+@pytest.mark.slow
 def test_few_texts_and_equal_ones_are_no_obstacle():
     few, same = sample(["a", "b"]), sample(["x"] * 30)
     assert ReferenceComparison(few, [same], 3).compare(same) == {"texts": 30, "characters": 1.0, "tokens": 2.0}
@@ -172,6 +176,7 @@ def test_topics_have_their_words_and_are_largest_first():
     assert "add" in first["words"] and "capital" in second["words"] and all("capital" in text for text in second["examples"])
 
 
+@pytest.mark.slow
 def test_equal_settings_give_equal_figures():
     texts = [f"how many {word} are there" for word in "abcdefghij" * 5]
     fresh, pool = sample(texts), sample(texts[:30])

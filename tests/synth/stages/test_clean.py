@@ -110,6 +110,7 @@ def test_mistakes_are_one_line_and_leave_the_pool(tmp_path, options, complaint):
     assert "\n" not in str(error.value) and run.pool.dump() == before
 
 
+@pytest.mark.slow
 def test_real_prompts_stay(tmp_path):
     texts = real_prompts.prompts(*real_prompts.COLUMNS)
     run = cleaned(tmp_path, texts)
@@ -144,6 +145,7 @@ def test_what_stays_of_a_group(named, seed, rule_and_cap):
     assert thin_groups(shuffled, rule, cap, seed) == (dropped, weights)
 
 
+@pytest.mark.slow
 def test_who_stays_is_drawn_and_not_the_first():
     groups = dict.fromkeys(range(1000), 0)
     found = [set(thin_groups(groups, "cap", 5, seed)[1]) for seed in range(200)]

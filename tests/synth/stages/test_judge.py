@@ -372,6 +372,7 @@ def test_equal_texts_are_not_compared(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- a real engine
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["expected_score", "generated"])
 def test_the_miniature_judges_with_a_real_engine(tmp_path, how):
     """Scores of the engine are those of the model's own forward pass."""

@@ -74,6 +74,7 @@ def whole(tmp_path_factory):
 # ---------------------------------------------------------------- the page
 
 
+@pytest.mark.slow
 def test_the_page_says_what_the_pool_holds(whole):
     run, html, found, _ = whole
     text = text_of(html)
@@ -142,6 +143,7 @@ def test_steps_of_the_funnel(whole):
     assert sum(topic["shares"]["selected"] for topic in whole[2]["distribution"]["topics"]) == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_equal_pools_give_equal_reports_but_for_time_and_cost(whole, tmp_path):
     again = whole_pool(tmp_path / "my-pool")
     with again.pool.transaction():
@@ -180,6 +182,7 @@ def test_weights_thin_a_sample_to_the_weighted_distribution(tmp_path):
     assert weighted.sample.texts.count("often") == pytest.approx(500, abs=4 * math.sqrt(1500 * 2 / 9))
 
 
+@pytest.mark.slow
 def test_missing_duplicates_are_warned_of(tmp_path):
     run = make_run(tmp_path, report=NO_VECTORS)
     texts = questions(400, 7)
@@ -207,6 +210,7 @@ def test_an_empty_pool(tmp_path):
     assert found["selected"] == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("until, sentence", [
     (0, "Of 40 instructions 40 are planned; none is sampled yet."), (1, "Of 40 instructions 40 were sampled."),
     (2, "Of 40 instructions 40 are left after cleaning."), (3, "Of 40 instructions 39 have responses."),
@@ -246,6 +250,7 @@ def vector(request) -> tuple[float, ...]:
     return tuple(values / np.linalg.norm(values))
 
 
+@pytest.mark.slow
 def test_embeddings_are_of_the_base_and_of_every_text_once(tmp_path, monkeypatch):
     run = make_run(tmp_path, report=Report(topics=3))
     engine = FakeEngine("base", embed=vector)
@@ -261,6 +266,7 @@ def test_embeddings_are_of_the_base_and_of_every_text_once(tmp_path, monkeypatch
     assert run.pool.select("SELECT * FROM models") == []  # the pool does not depend on them
 
 
+@pytest.mark.slow
 def test_without_embeddings_the_report_goes_on_and_says_so(tmp_path, monkeypatch):
     lines = []
     run = make_run(tmp_path, say=lines.append, report=Report(topics=3))
