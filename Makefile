@@ -1,6 +1,6 @@
 # make demo        show forgetting and its cure on a tiny model, and print the table
 # make test        run all tests
-# make test-fast   run all tests but those marked slow, in under two minutes
+# make test-fast   run all tests but those marked slow
 # make lint        run ruff
 # make docs-check  fail if a README's table differs from the newest benchmark records (python -m benchmarks.plot renews them)
 # make env         only make the environment, .venv; the targets above make it if need be
