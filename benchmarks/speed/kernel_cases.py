@@ -297,3 +297,20 @@ CASES: dict[str, Callable[..., Setup]] = {
     "packed attention": attention,
 }
 RANDOM = {"LoRA linear", "LoRA QKV", "LoRA MLP"}
+
+
+def results_and_gradients(forward: Callable, inputs: tuple[Tensor, ...], upstream: list[Tensor], calls: int = 1) -> list[Tensor]:
+    """Return the results of `forward`, and gradients of the inputs that require one.
+
+    Forward runs `calls` times, backward once. `upstream`, the upstream gradients, is filled at the first call and used by every contender.
+    """
+    for _ in range(calls):
+        results = forward(*inputs)
+    results = list(results) if isinstance(results, (tuple, list)) else [results]
+    wanted = [t for t in inputs if t.requires_grad]
+    if not wanted:
+        return results
+    if not upstream:
+        upstream += [torch.randn_like(y) if y.dim() else torch.ones_like(y) for y in results]
+    gradients = torch.autograd.grad(results, wanted, [u.to(y.dtype) for u, y in zip(upstream, results, strict=True)])
+    return [y.detach() for y in results] + list(gradients)

@@ -32,7 +32,7 @@ from benchmarks.harness.model_shapes import MODELS, ModelShape
 from benchmarks.harness.record import origin
 from benchmarks.harness.suite import Caption, Suite, View
 from benchmarks.speed import kernel_predictions, kernels_cpu
-from benchmarks.speed.kernel_cases import BARE, CASES, COMPILED, EAGER, OURS, RANDOM, Setup, Source
+from benchmarks.speed.kernel_cases import BARE, CASES, COMPILED, EAGER, OURS, RANDOM, Setup, Source, results_and_gradients
 from benchmarks.speed.kernel_predictions import OPERATIONS, TOKENS
 from trainer.errors import UserError
 from trainer.files import atomic_file
@@ -47,27 +47,10 @@ AGAIN = f"{OURS} (A/A)"
 # ---------------------------------------------------------------- running a contender
 
 
-def step(forward: Callable, inputs: tuple, calls: int, upstream: list[Tensor]) -> list[Tensor]:
-    """Return results, and gradients of those inputs that require one.
-
-    `upstream`, the upstream gradients, is filled at the first call and used by every contender.
-    """
-    for _ in range(calls):
-        results = forward(*inputs)
-    results = list(results) if isinstance(results, (tuple, list)) else [results]
-    wanted = [t for t in inputs if t.requires_grad]
-    if not wanted:
-        return results
-    if not upstream:
-        upstream += [torch.randn_like(y) if y.dim() else torch.ones_like(y) for y in results]
-    gradients = torch.autograd.grad(results, wanted, [u.to(y.dtype) for u, y in zip(upstream, results, strict=True)])
-    return [y.detach() for y in results] + list(gradients)
-
-
 def contenders_of(setup: Setup, compiled: bool, again: bool) -> dict[str, Callable[[], list[Tensor] | None]]:
     upstream: list[Tensor] = []
     forwards = {OURS: setup.forwards[OURS], COMPILED: torch.compile(setup.forwards[EAGER])} if compiled else setup.forwards
-    contenders = {name: partial(step, forward, setup.inputs, setup.calls, upstream) for name, forward in forwards.items()}
+    contenders = {name: partial(results_and_gradients, forward, setup.inputs, upstream, setup.calls) for name, forward in forwards.items()}
     if compiled:
         return contenders
     if again:

@@ -26,7 +26,7 @@ from benchmarks.harness.model_shapes import SMALL, ModelShape
 from benchmarks.harness.record import origin
 from benchmarks.harness.suite import Caption, View
 from benchmarks.harness.timing import Measurement
-from benchmarks.speed.kernel_cases import EPS, IGNORED, Source, angles, heads, hidden_states
+from benchmarks.speed.kernel_cases import EPS, IGNORED, Source, angles, heads, hidden_states, results_and_gradients
 from benchmarks.speed.kernel_predictions import RANK
 from kernels.attention import packed_attention
 from kernels.glu import glu
@@ -256,19 +256,6 @@ NEEDS = {"NF4, one matrix": "bitsandbytes"}
 # ---------------------------------------------------------------- timing a case
 
 
-def run_once(forward: Callable, inputs: tuple[Tensor, ...], upstream: list[Tensor]) -> list[Tensor]:
-    """Return results and gradients; `upstream` is filled at the first call and used by every contender."""
-    results = forward(*inputs)
-    results = list(results) if isinstance(results, (tuple, list)) else [results]
-    wanted = [t for t in inputs if t.requires_grad]
-    if not wanted:
-        return results
-    if not upstream:
-        upstream += [torch.randn_like(y) if y.dim() else torch.ones_like(y) for y in results]
-    gradients = torch.autograd.grad(results, wanted, [u.to(y.dtype) for u, y in zip(upstream, results, strict=True)])
-    return [y.detach() for y in results] + list(gradients)
-
-
 def measure(operation: str, dtype: str, rounds: int, sample_seconds: float = SAMPLE_SECONDS) -> tuple[list[dict], dict[str, float], dict]:
     """Return rows, differences from stock code, and measurements of one operation.
 
@@ -276,7 +263,7 @@ def measure(operation: str, dtype: str, rounds: int, sample_seconds: float = SAM
     """
     case = OPERATIONS[operation](Source(torch.device("cpu"), timing.dtype_of(dtype)), SMALL)
     upstream: list[Tensor] = []
-    runs = {name: partial(run_once, forward, case.inputs, upstream) for name, forward in case.forwards.items()}
+    runs = {name: partial(results_and_gradients, forward, case.inputs, upstream) for name, forward in case.forwards.items()}
     results = {name: run() for name, run in runs.items()}
     differences = {name: max(distance(a, b) for a, b in zip(results[OURS], theirs, strict=True))
                    for name, theirs in results.items() if name != OURS}

@@ -18,7 +18,7 @@ class Ending:
 
 @dataclass
 class RunResult:
-    """Where a run ended and what it left behind."""
+    """Outcome of a run: its last step and losses, why it ended, and the folder it wrote."""
 
     folder: Path
     steps: int

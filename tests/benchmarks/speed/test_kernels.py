@@ -148,7 +148,7 @@ def test_no_contender_writes_what_the_next_one_reads(operation):
     before = [t.detach().clone() for t in setup.inputs]
     upstream = []
     for forward in setup.forwards.values():
-        kernels.step(forward, setup.inputs, 1, upstream)
+        kernels.results_and_gradients(forward, setup.inputs, upstream)
     assert all(torch.equal(a, b) for a, b in zip(before, setup.inputs, strict=True))
 
 

@@ -1,4 +1,4 @@
-"""What a step makes the host wait for: nothing, between log steps; and what `--logging.profile_steps` says of it."""
+"""Test that a step never makes the host wait between log steps, and that `--logging.profile_steps` names the waits there are."""
 
 import gzip
 import json
