@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from kernels._cross_entropy_rows import LAUNCH, Loss, cross_entropy_rows, new_logits
+from kernels._launch import ANY
 from kernels.linear_cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_chunks,
@@ -561,7 +562,7 @@ def test_kernel_on_few_rows(vocabulary, rows):
 @pytest.mark.parametrize("options", [PLAIN, EVERYTHING])
 def test_kernel_loops_over_wide_rows(options, dtype):
     """Two blocks of the widest, the last with one logit."""
-    blocks = LAUNCH["any part", None].blocks["BLOCK"]
+    blocks = LAUNCH[ANY, None].blocks["BLOCK"]
     assert_as_exact_as_torch(*both(reduction="mean", **options), triton_inputs(blocks + 1, rows=3, width=4), dtype)
 
 
