@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from trainer.errors import UserError
+from trainer.errors import UserError, require
 
 MAX_INSTRUCTIONS = 100_000_000  # more are a slip of the keyboard
 STAGES = ("probe", "instruct", "clean", "respond", "judge", "select", "report")
@@ -184,10 +184,10 @@ def validate(config: Config) -> None:
 
     Raises UserError that names the option.
     """
-    _require(bool(config.output.strip()), "output", "a folder", "none")
-    _require(bool(config.base.path), "base.path", "the model to be fine-tuned: a folder or hub name", "none")
-    _require(config.base.engine != "openai", "base.engine", "vllm or transformers, since a server hides how a user's turn begins",
-             config.base.engine)
+    require(bool(config.output.strip()), "output", "a folder", "none")
+    require(bool(config.base.path), "base.path", "the model to be fine-tuned: a folder or hub name", "none")
+    require(config.base.engine != "openai", "base.engine", "vllm or transformers, since a server hides how a user's turn begins",
+            config.base.engine)
     for option, models in (("base", [config.base]), ("responders", config.responders), ("judges", config.judges)):
         for model in models:
             _validate_model(option, model)
@@ -195,20 +195,20 @@ def validate(config: Config) -> None:
     _validate_instruct(config)
     _validate_clean(config.clean)
     _validate_respond_and_select(config)
-    _require(bool(config.stages), "stages", f"some of {', '.join(STAGES)}", "none")
-    _require(0 <= config.seed < 2**63, "seed", "0 <= seed < 2^63", config.seed)
+    require(bool(config.stages), "stages", f"some of {', '.join(STAGES)}", "none")
+    require(0 <= config.seed < 2**63, "seed", "0 <= seed < 2^63", config.seed)
 
 
 def _validate_model(option: str, model: Model) -> None:
-    _require(model.engine != "openai" or bool(model.base_url), f"{option}: base_url", "the server's URL, with engine openai", "none")
+    require(model.engine != "openai" or bool(model.base_url), f"{option}: base_url", "the server's URL, with engine openai", "none")
     if _looks_like_a_key(model.api_key_env):  # the value is not printed
         raise UserError(f"{option}: api_key_env: expected the NAME of an environment variable that holds the API key, got what is no such "
                         "name or looks like a key; export the key and give the variable's name, e.g. OPENAI_API_KEY")
-    _require(model.concurrency >= 1, f"{option}: concurrency", "1 or more", model.concurrency)
-    _require(model.data_parallel_size >= 0, f"{option}: data_parallel_size", "0 or more", model.data_parallel_size)
-    _require(model.tensor_parallel_size >= 1, f"{option}: tensor_parallel_size", "1 or more", model.tensor_parallel_size)
-    _require(0 < model.gpu_memory_utilization <= 1, f"{option}: gpu_memory_utilization", "above 0, at most 1", model.gpu_memory_utilization)
-    _require(len(model.price) == 2 and min(model.price) >= 0, f"{option}: price", "two numbers, 0 or more", model.price)
+    require(model.concurrency >= 1, f"{option}: concurrency", "1 or more", model.concurrency)
+    require(model.data_parallel_size >= 0, f"{option}: data_parallel_size", "0 or more", model.data_parallel_size)
+    require(model.tensor_parallel_size >= 1, f"{option}: tensor_parallel_size", "1 or more", model.tensor_parallel_size)
+    require(0 < model.gpu_memory_utilization <= 1, f"{option}: gpu_memory_utilization", "above 0, at most 1", model.gpu_memory_utilization)
+    require(len(model.price) == 2 and min(model.price) >= 0, f"{option}: price", "two numbers, 0 or more", model.price)
 
 
 def _looks_like_a_key(name: str) -> bool:
@@ -220,58 +220,53 @@ def _looks_like_a_key(name: str) -> bool:
 def _validate_names(config: Config) -> None:
     """Check that responders have names of their own, and that a name always means the same model."""
     names = [name_of(model) for model in (config.base, *config.responders)]
-    _require(len(set(names)) == len(names), "responders: name", "names that differ from each other and the base's", names)
+    require(len(set(names)) == len(names), "responders: name", "names that differ from each other and the base's", names)
     by_name = {}
     for model in (config.base, *config.responders, *config.judges):
         other = by_name.setdefault(name_of(model), model)
-        _require(dataclasses.astuple(other) == dataclasses.astuple(model), "judges: name",
-                 f"equal options wherever {name_of(model)} is named", "two different models of that name")
+        require(dataclasses.astuple(other) == dataclasses.astuple(model), "judges: name",
+                f"equal options wherever {name_of(model)} is named", "two different models of that name")
 
 
 def _validate_instruct(config: Config) -> None:
     probe, instruct = config.probe, config.instruct
-    _require(probe.samples >= 1 and bool(probe.temperature), "probe.samples, probe.temperature", "1 or more of each",
-             (probe.samples, probe.temperature))
-    _require(1 <= instruct.num_instructions <= MAX_INSTRUCTIONS, "instruct.num_instructions", f"1 to {MAX_INSTRUCTIONS:,}",
-             instruct.num_instructions)
-    _require(bool(instruct.temperature) and min(instruct.temperature) >= 0, "instruct.temperature", "0 or more", instruct.temperature)
-    _require(bool(instruct.top_p) and all(0 < p <= 1 for p in instruct.top_p), "instruct.top_p", "above 0, at most 1", instruct.top_p)
-    _require(bool(instruct.turn_weights) and min(instruct.turn_weights) >= 0 and sum(instruct.turn_weights) > 0, "instruct.turn_weights",
-             "shares, 0 or more, not all 0", instruct.turn_weights)
-    _require(bool(instruct.system_prompts) and all(system.weight > 0 for system in instruct.system_prompts), "instruct.system_prompts",
-             "weights above 0", [system.weight for system in instruct.system_prompts])
-    _require(instruct.reference_samples >= 0, "instruct.reference_samples", "0 or more", instruct.reference_samples)
-    _require(instruct.max_tokens >= 1, "instruct.max_tokens", "1 or more", instruct.max_tokens)
+    require(probe.samples >= 1 and bool(probe.temperature), "probe.samples, probe.temperature", "1 or more of each",
+            (probe.samples, probe.temperature))
+    require(1 <= instruct.num_instructions <= MAX_INSTRUCTIONS, "instruct.num_instructions", f"1 to {MAX_INSTRUCTIONS:,}",
+            instruct.num_instructions)
+    require(bool(instruct.temperature) and min(instruct.temperature) >= 0, "instruct.temperature", "0 or more", instruct.temperature)
+    require(bool(instruct.top_p) and all(0 < p <= 1 for p in instruct.top_p), "instruct.top_p", "above 0, at most 1", instruct.top_p)
+    require(bool(instruct.turn_weights) and min(instruct.turn_weights) >= 0 and sum(instruct.turn_weights) > 0, "instruct.turn_weights",
+            "shares, 0 or more, not all 0", instruct.turn_weights)
+    require(bool(instruct.system_prompts) and all(system.weight > 0 for system in instruct.system_prompts), "instruct.system_prompts",
+            "weights above 0", [system.weight for system in instruct.system_prompts])
+    require(instruct.reference_samples >= 0, "instruct.reference_samples", "0 or more", instruct.reference_samples)
+    require(instruct.max_tokens >= 1, "instruct.max_tokens", "1 or more", instruct.max_tokens)
 
 
 def _validate_clean(clean: Clean) -> None:
-    _require(0 <= clean.min_characters <= clean.max_characters, "clean.min_characters, clean.max_characters", "0 <= min <= max",
-             (clean.min_characters, clean.max_characters))
-    _require(0 < clean.duplicate_cap < 1 or clean.duplicate_cap >= 1 and float(clean.duplicate_cap).is_integer(), "clean.duplicate_cap",
-             "a share above 0 and below 1, or a whole number of 1 or more", clean.duplicate_cap)
-    _require(0 < clean.dedup_jaccard <= 1, "clean.dedup_jaccard", "above 0, at most 1", clean.dedup_jaccard)
-    _require(clean.contamination_ngram >= 1, "clean.contamination_ngram", "1 or more", clean.contamination_ngram)
-    _require(0 <= clean.contamination_cosine <= 1, "clean.contamination_cosine", "0 to 1", clean.contamination_cosine)
+    require(0 <= clean.min_characters <= clean.max_characters, "clean.min_characters, clean.max_characters", "0 <= min <= max",
+            (clean.min_characters, clean.max_characters))
+    require(0 < clean.duplicate_cap < 1 or clean.duplicate_cap >= 1 and float(clean.duplicate_cap).is_integer(), "clean.duplicate_cap",
+            "a share above 0 and below 1, or a whole number of 1 or more", clean.duplicate_cap)
+    require(0 < clean.dedup_jaccard <= 1, "clean.dedup_jaccard", "above 0, at most 1", clean.dedup_jaccard)
+    require(clean.contamination_ngram >= 1, "clean.contamination_ngram", "1 or more", clean.contamination_ngram)
+    require(0 <= clean.contamination_cosine <= 1, "clean.contamination_cosine", "0 to 1", clean.contamination_cosine)
 
 
 def _validate_respond_and_select(config: Config) -> None:
     respond, judge, select = config.respond, config.judge, config.select
-    _require(respond.num_samples >= (not respond.include_greedy), "respond.num_samples", "1 or more, or 0 with respond.include_greedy true",
-             respond.num_samples)
-    _require(respond.num_samples >= 1 or not config.responders, "respond.num_samples", "1 or more, for responders", respond.num_samples)
-    _require(respond.temperature >= 0 and 0 < respond.top_p <= 1, "respond.temperature, respond.top_p", "0 or more, and above 0 to 1",
-             (respond.temperature, respond.top_p))
-    _require(respond.max_tokens >= 1, "respond.max_tokens", "1 or more", respond.max_tokens)
-    _require(judge.max_tokens >= 1, "judge.max_tokens", "1 or more", judge.max_tokens)
-    _require(select.rule not in ("majority", "base_likelihood") or respond.score_with_base or config.preset == "paper",
-             "respond.score_with_base", f"true, for select.rule {select.rule}", False)
-    _require(select.statistic == "mean" or judge.scoring == "expected_score", "select.statistic", "mean, with judge.scoring generated",
-             select.statistic)
-    _require(select.rule != "first" or not judge.pairwise, "select.rule", "best, majority or base_likelihood, with judge.pairwise",
-             select.rule)
-    _require(select.margin >= 0, "select.margin", "0 or more points", select.margin)
-
-
-def _require(holds: bool, option: str, expected: str, found) -> None:
-    if not holds:
-        raise UserError(f"{option}: expected {expected}, got {found}")
+    require(respond.num_samples >= (not respond.include_greedy), "respond.num_samples", "1 or more, or 0 with respond.include_greedy true",
+            respond.num_samples)
+    require(respond.num_samples >= 1 or not config.responders, "respond.num_samples", "1 or more, for responders", respond.num_samples)
+    require(respond.temperature >= 0 and 0 < respond.top_p <= 1, "respond.temperature, respond.top_p", "0 or more, and above 0 to 1",
+            (respond.temperature, respond.top_p))
+    require(respond.max_tokens >= 1, "respond.max_tokens", "1 or more", respond.max_tokens)
+    require(judge.max_tokens >= 1, "judge.max_tokens", "1 or more", judge.max_tokens)
+    require(select.rule not in ("majority", "base_likelihood") or respond.score_with_base or config.preset == "paper",
+            "respond.score_with_base", f"true, for select.rule {select.rule}", False)
+    require(select.statistic == "mean" or judge.scoring == "expected_score", "select.statistic", "mean, with judge.scoring generated",
+            select.statistic)
+    require(select.rule != "first" or not judge.pairwise, "select.rule", "best, majority or base_likelihood, with judge.pairwise",
+            select.rule)
+    require(select.margin >= 0, "select.margin", "0 or more points", select.margin)

@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import Literal
 
-from trainer.errors import UserError
+from trainer.errors import require
 
 MOST_PASSES = 100_000  # over the data: more are a typing mistake, and would take minutes to plan
 Metric = Literal["auto", "exact", "choice", "regex", "logprob"]
@@ -247,119 +247,119 @@ def validate(config: Config) -> None:
     for option, sources in (("data.train", config.data.train), ("data.eval", config.data.eval), ("replay.data", config.replay.data)):
         for source in [sources] if isinstance(sources, str) else sources:
             _validate_source(option, source)
-    _require(bool(config.output.strip()), "output", "a folder", "none")
+    require(bool(config.output.strip()), "output", "a folder", "none")
     _validate_model(config)
     _validate_data(config.data)
     _validate_batch(config.batch, config.data.max_length)
-    _require(config.replay.ratio is None or 0 <= config.replay.ratio < 1, "replay.ratio", "0 <= ratio < 1", config.replay.ratio)
+    require(config.replay.ratio is None or 0 <= config.replay.ratio < 1, "replay.ratio", "0 <= ratio < 1", config.replay.ratio)
     _validate_optim(config.optim)
     _validate_retention(config)
     _validate_forgetting(config)
     if config.replay_search.enabled:
         _validate_replay_search(config)
-    _require(0 <= config.seed < 2**63, "seed", "0 <= seed < 2^63", config.seed)
-    _require(0 < config.epochs <= MOST_PASSES, "epochs", f"above 0, at most {MOST_PASSES:,}; to end after some steps, set max_steps",
-             config.epochs)
-    _require(config.max_steps is None or config.max_steps >= 1, "max_steps", "1 or more", config.max_steps)
+    require(0 <= config.seed < 2**63, "seed", "0 <= seed < 2^63", config.seed)
+    require(0 < config.epochs <= MOST_PASSES, "epochs", f"above 0, at most {MOST_PASSES:,}; to end after some steps, set max_steps",
+            config.epochs)
+    require(config.max_steps is None or config.max_steps >= 1, "max_steps", "1 or more", config.max_steps)
     _validate_intervals(config)
 
 
 def _validate_source(option: str, source: str | Source) -> None:
-    _require(not str(source).startswith(("[", "{")), option, "a path, or a list of sources in YAML", source)
+    require(not str(source).startswith(("[", "{")), option, "a path, or a list of sources in YAML", source)
     if isinstance(source, Source):
-        _require(0 < source.weight <= MOST_PASSES, f"{option}: weight of {source.path}", f"above 0, at most {MOST_PASSES:,}", source.weight)
-        _require(source.max_records is None or source.max_records >= 1, f"{option}: max_records of {source.path}", "1 or more",
-                 source.max_records)
+        require(0 < source.weight <= MOST_PASSES, f"{option}: weight of {source.path}", f"above 0, at most {MOST_PASSES:,}", source.weight)
+        require(source.max_records is None or source.max_records >= 1, f"{option}: max_records of {source.path}", "1 or more",
+                source.max_records)
 
 
 def _validate_model(config: Config) -> None:
     model = config.model
-    _require((model.path is None) != (model.config is None), "model.path, model.config", "exactly one of them",
-             "neither" if model.path is None else "both")
-    _require(model.config is None or config.method == "full", "method",
-             "full beside model.config: an adapter on random weights has no base that others could load", config.method)
+    require((model.path is None) != (model.config is None), "model.path, model.config", "exactly one of them",
+            "neither" if model.path is None else "both")
+    require(model.config is None or config.method == "full", "method",
+            "full beside model.config: an adapter on random weights has no base that others could load", config.method)
 
 
 def _validate_data(data: Data) -> None:
-    _require(bool(data.train), "data.train", "at least one file, folder or hub data set", "none")
-    _require(data.max_length >= 2, "data.max_length", "2 tokens or more", data.max_length)
-    _require(0 <= data.eval_fraction < 1, "data.eval_fraction", "0 <= share < 1", data.eval_fraction)
-    _require(not (data.eval and data.eval_fraction), "data.eval, data.eval_fraction", "one of them", "both")
-    _require(data.num_proc >= 0, "data.num_proc", "0 or more", data.num_proc)
+    require(bool(data.train), "data.train", "at least one file, folder or hub data set", "none")
+    require(data.max_length >= 2, "data.max_length", "2 tokens or more", data.max_length)
+    require(0 <= data.eval_fraction < 1, "data.eval_fraction", "0 <= share < 1", data.eval_fraction)
+    require(not (data.eval and data.eval_fraction), "data.eval, data.eval_fraction", "one of them", "both")
+    require(data.num_proc >= 0, "data.num_proc", "0 or more", data.num_proc)
 
 
 def _validate_batch(batch: BatchSize, max_length: int) -> None:
-    _require(batch.tokens_per_pack >= max_length, "batch.tokens_per_pack",
-             f"at least data.max_length = {max_length}, so that every sample fits a pack", batch.tokens_per_pack)
-    _require(batch.tokens_per_step % batch.tokens_per_pack == 0 and batch.tokens_per_step > 0, "batch.tokens_per_step",
-             f"a multiple of batch.tokens_per_pack = {batch.tokens_per_pack}", batch.tokens_per_step)
-    _require(batch.max_samples_per_pack >= 1, "batch.max_samples_per_pack", "1 or more", batch.max_samples_per_pack)
+    require(batch.tokens_per_pack >= max_length, "batch.tokens_per_pack",
+            f"at least data.max_length = {max_length}, so that every sample fits a pack", batch.tokens_per_pack)
+    require(batch.tokens_per_step % batch.tokens_per_pack == 0 and batch.tokens_per_step > 0, "batch.tokens_per_step",
+            f"a multiple of batch.tokens_per_pack = {batch.tokens_per_pack}", batch.tokens_per_step)
+    require(batch.max_samples_per_pack >= 1, "batch.max_samples_per_pack", "1 or more", batch.max_samples_per_pack)
 
 
 def _validate_optim(optim: Optim) -> None:
-    _require(optim.lr > 0, "optim.lr", "above 0", optim.lr)
+    require(optim.lr > 0, "optim.lr", "above 0", optim.lr)
     for name, ratio, steps in (("warmup", optim.warmup_ratio, optim.warmup_steps), ("decay", optim.decay_ratio, optim.decay_steps)):
-        _require(0 <= ratio < 1, f"optim.{name}_ratio", f"0 <= ratio < 1; for a number of steps set optim.{name}_steps", ratio)
-        _require(steps >= 0, f"optim.{name}_steps", f"1 or more, or 0 to use optim.{name}_ratio", steps)
-    _require(0 <= optim.beta1 < 1 and 0 <= optim.beta2 < 1, "optim.beta1, optim.beta2", "0 <= beta < 1", (optim.beta1, optim.beta2))
-    _require(optim.eps > 0, "optim.eps", "above 0", optim.eps)
-    _require(optim.weight_decay >= 0, "optim.weight_decay", "0 or more", optim.weight_decay)
-    _require(0 <= optim.min_lr_ratio <= 1, "optim.min_lr_ratio", "0 <= ratio <= 1", optim.min_lr_ratio)
-    _require(optim.max_grad_norm >= 0, "optim.max_grad_norm", "above 0, or 0 for no clipping", optim.max_grad_norm)
+        require(0 <= ratio < 1, f"optim.{name}_ratio", f"0 <= ratio < 1; for a number of steps set optim.{name}_steps", ratio)
+        require(steps >= 0, f"optim.{name}_steps", f"1 or more, or 0 to use optim.{name}_ratio", steps)
+    require(0 <= optim.beta1 < 1 and 0 <= optim.beta2 < 1, "optim.beta1, optim.beta2", "0 <= beta < 1", (optim.beta1, optim.beta2))
+    require(optim.eps > 0, "optim.eps", "above 0", optim.eps)
+    require(optim.weight_decay >= 0, "optim.weight_decay", "0 or more", optim.weight_decay)
+    require(0 <= optim.min_lr_ratio <= 1, "optim.min_lr_ratio", "0 <= ratio <= 1", optim.min_lr_ratio)
+    require(optim.max_grad_norm >= 0, "optim.max_grad_norm", "above 0, or 0 for no clipping", optim.max_grad_norm)
 
 
 def _validate_intervals(config: Config) -> None:
     """Check the numbers of steps between logs, evaluations and checkpoints."""
-    _require(config.checkpoint.every >= 0, "checkpoint.every", "0 or more", config.checkpoint.every)
-    _require(config.checkpoint.keep >= 1, "checkpoint.keep", "1 or more", config.checkpoint.keep)
-    _require(config.logging.every >= 1, "logging.every", "1 or more", config.logging.every)
+    require(config.checkpoint.every >= 0, "checkpoint.every", "0 or more", config.checkpoint.every)
+    require(config.checkpoint.keep >= 1, "checkpoint.keep", "1 or more", config.checkpoint.keep)
+    require(config.logging.every >= 1, "logging.every", "1 or more", config.logging.every)
     profiled_steps(config.logging.profile_steps)
     every, patience = config.eval.every, config.eval.patience
-    _require(every >= 0 and patience >= 0, "eval.every, eval.patience", "0 or more", (every, patience))
-    _require(not patience or every > 0, "eval.patience", "eval.every above 0 beside it", every)
+    require(every >= 0 and patience >= 0, "eval.every, eval.patience", "0 or more", (every, patience))
+    require(not patience or every > 0, "eval.patience", "eval.every above 0 beside it", every)
 
 
 def _validate_retention(config: Config) -> None:
     retention, lr, finite = config.retention, config.optim.lr, sys.float_info.max
-    _require(0 <= retention.kl_weight <= finite, "retention.kl_weight", "0 or more", retention.kl_weight)
-    _require(0 <= retention.l2_sp <= finite, "retention.l2_sp", "0 or more", retention.l2_sp)
-    _require(retention.l2_sp * lr <= 1, "retention.l2_sp", f"at most 1 / optim.lr = {1 / lr:g}, at which a step goes all the way back",
-             retention.l2_sp)
-    _require(1 < retention.stm_threshold <= finite, "retention.stm_threshold", "a perplexity above 1", retention.stm_threshold)
+    require(0 <= retention.kl_weight <= finite, "retention.kl_weight", "0 or more", retention.kl_weight)
+    require(0 <= retention.l2_sp <= finite, "retention.l2_sp", "0 or more", retention.l2_sp)
+    require(retention.l2_sp * lr <= 1, "retention.l2_sp", f"at most 1 / optim.lr = {1 / lr:g}, at which a step goes all the way back",
+            retention.l2_sp)
+    require(1 < retention.stm_threshold <= finite, "retention.stm_threshold", "a perplexity above 1", retention.stm_threshold)
     needs_base = {"retention.kl_weight": retention.kl_weight > 0, "retention.l2_sp": retention.l2_sp > 0,
                   "retention.token_weighting": retention.token_weighting in ("stm", "flow"),
                   "forgetting.general": bool(config.forgetting.general)}
     for option, is_set in needs_base.items():
-        _require(not is_set or config.model.config is None, option, "model.path, as random weights are no base", "model.config")
+        require(not is_set or config.model.config is None, option, "model.path, as random weights are no base", "model.config")
     counts_replay = retention.kl_weight > 0 and retention.kl_sources == "replay"
-    _require(not counts_replay or (bool(config.replay.data) and config.replay.ratio != 0), "retention.kl_weight",
-             "replay samples to count (replay.data, and a replay.ratio that is not 0), or retention.kl_sources=all", "none")
+    require(not counts_replay or (bool(config.replay.data) and config.replay.ratio != 0), "retention.kl_weight",
+            "replay samples to count (replay.data, and a replay.ratio that is not 0), or retention.kl_sources=all", "none")
 
 
 def _validate_forgetting(config: Config) -> None:
     forgetting = config.forgetting
     for name, is_set in (("domain", forgetting.domain), ("every", forgetting.every), ("floor", forgetting.floor is not None)):
-        _require(bool(forgetting.general) or not is_set, f"forgetting.{name}", "general items, as forgetting.general, beside it", "none")
+        require(bool(forgetting.general) or not is_set, f"forgetting.{name}", "general items, as forgetting.general, beside it", "none")
     floor = forgetting.floor
-    _require(floor is None or 0 < floor <= 1, "forgetting.floor", "a share of the base's accuracy, 0 < floor <= 1", floor)
-    _require(forgetting.every >= 0 and forgetting.patience >= 0, "forgetting.every, forgetting.patience", "0 or more",
-             (forgetting.every, forgetting.patience))
-    _require(forgetting.max_tokens >= 1, "forgetting.max_tokens", "1 or more", forgetting.max_tokens)
+    require(floor is None or 0 < floor <= 1, "forgetting.floor", "a share of the base's accuracy, 0 < floor <= 1", floor)
+    require(forgetting.every >= 0 and forgetting.patience >= 0, "forgetting.every, forgetting.patience", "0 or more",
+            (forgetting.every, forgetting.patience))
+    require(forgetting.max_tokens >= 1, "forgetting.max_tokens", "1 or more", forgetting.max_tokens)
 
 
 def _validate_replay_search(config: Config) -> None:
     search, replay = config.replay_search, config.replay
-    _require(config.forgetting.floor is not None, "replay_search.enabled", "forgetting.general and forgetting.floor beside it", "no floor")
-    _require(bool(replay.data), "replay_search.enabled", "replay.data beside it", "none")
-    _require(replay.ratio is None, "replay_search.enabled, replay.ratio",
-             "one of them: the search chooses from replay_search.ratios", "both")
-    _require(config.retention.kl_weight == 0, "replay_search.enabled, retention.kl_weight",
-             "one of them: the search chooses from replay_search.kl_weights", "both")
-    _require(_rises(search.ratios) and 0 < search.ratios[0] and search.ratios[-1] < 1, "replay_search.ratios",
-             "ratios above 0 and below 1, rising", search.ratios)
-    _require(_rises(search.kl_weights) and 0 <= search.kl_weights[0] and search.kl_weights[-1] < sys.float_info.max,
-             "replay_search.kl_weights", "weights of 0 or more, rising", search.kl_weights)
-    _require(0 < search.probe_fraction <= 1, "replay_search.probe_fraction", "0 < fraction <= 1", search.probe_fraction)
+    require(config.forgetting.floor is not None, "replay_search.enabled", "forgetting.general and forgetting.floor beside it", "no floor")
+    require(bool(replay.data), "replay_search.enabled", "replay.data beside it", "none")
+    require(replay.ratio is None, "replay_search.enabled, replay.ratio",
+            "one of them: the search chooses from replay_search.ratios", "both")
+    require(config.retention.kl_weight == 0, "replay_search.enabled, retention.kl_weight",
+            "one of them: the search chooses from replay_search.kl_weights", "both")
+    require(_rises(search.ratios) and 0 < search.ratios[0] and search.ratios[-1] < 1, "replay_search.ratios",
+            "ratios above 0 and below 1, rising", search.ratios)
+    require(_rises(search.kl_weights) and 0 <= search.kl_weights[0] and search.kl_weights[-1] < sys.float_info.max,
+            "replay_search.kl_weights", "weights of 0 or more, rising", search.kl_weights)
+    require(0 < search.probe_fraction <= 1, "replay_search.probe_fraction", "0 < fraction <= 1", search.probe_fraction)
 
 
 def _rises(values: list[float]) -> bool:
@@ -374,11 +374,6 @@ def profiled_steps(steps: str | None) -> range | None:
     if steps is None:
         return None
     match = re.fullmatch(r"(\d{1,9})-(\d{1,9})", steps)
-    _require(bool(match) and 1 <= int(match[1]) < int(match[2]), "logging.profile_steps",
-             "FIRST-LAST, two steps with 1 <= FIRST < LAST, as in 20-25", steps)
+    require(bool(match) and 1 <= int(match[1]) < int(match[2]), "logging.profile_steps",
+            "FIRST-LAST, two steps with 1 <= FIRST < LAST, as in 20-25", steps)
     return range(int(match[1]), int(match[2]) + 1)
-
-
-def _require(holds: bool, option: str, expected: str, found) -> None:
-    if not holds:
-        raise UserError(f"{option}: expected {expected}, got {found}")

@@ -17,6 +17,12 @@ class UserError(Exception):
     """
 
 
+def require(holds: bool, option: str, expected: str, found) -> None:
+    """Raise UserError that names an option, unless the condition on its value holds."""
+    if not holds:
+        raise UserError(f"{option}: expected {expected}, got {found}")
+
+
 def last_error_line(log: Path) -> str:
     """Return the last line of a log that names an error; without one, its last line."""
     with contextlib.suppress(OSError):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from trainer.config import Items, Metric, Model
-from trainer.errors import UserError
+from trainer.errors import require
 
 QUOTED = "a pattern in quotes, as YAML takes what follows a # for a comment"
 
@@ -100,35 +100,30 @@ def validate(config: Config) -> None:
     Types are checked before, by the parser.
     """
     data, scoring, statistics = config.data, config.scoring, config.statistics
-    _require(bool(config.output.strip()), "output", "a folder", "none")
-    _require(bool(data.general or data.domain or config.tasks), "data.general, data.domain, tasks", "an item file or a task", "none")
-    _require(data.regex is not None, "data.regex", QUOTED, data.regex)
+    require(bool(config.output.strip()), "output", "a folder", "none")
+    require(bool(data.general or data.domain or config.tasks), "data.general, data.domain, tasks", "an item file or a task", "none")
+    require(data.regex is not None, "data.regex", QUOTED, data.regex)
     keys = ", ".join(key.name for key in fields(Items))
     for role, entries in (("general", data.general), ("domain", data.domain)):
         for items in [entries] if isinstance(entries, str) else entries:
             parsed = not str(items).startswith(("[", "{"))  # a list that the parser could not read is still a string
-            _require(parsed, f"data.{role}", f"a path, or a list of items in YAML with the keys {keys}", items)
+            require(parsed, f"data.{role}", f"a path, or a list of items in YAML with the keys {keys}", items)
             pattern = "" if isinstance(items, str) else items.regex
-            _require(pattern is not None, f"data.{role}: regex", QUOTED, pattern)
+            require(pattern is not None, f"data.{role}: regex", QUOTED, pattern)
             max_records = None if isinstance(items, str) else items.max_records
-            _require(max_records is None or max_records >= 1, f"data.{role}: max_records", "1 or more items", max_records)
-    _require(config.model.config is None, "model.config", "trained weights, as model.path", "a configuration without weights")
-    _require(config.model.path is not None or config.adapter is not None, "model.path", "a model, or an adapter that names its base",
-             "neither")
-    _require(not config.force_base or config.adapter is not None, "force_base", "an adapter beside it", "none")
-    _require(config.generation.max_tokens >= 1, "generation.max_tokens", "1 or more", config.generation.max_tokens)
-    _require(config.generation.batch >= 1, "generation.batch", "1 or more", config.generation.batch)
-    _require(scoring.tokens_per_pack >= 2, "scoring.tokens_per_pack", "2 tokens or more", scoring.tokens_per_pack)
-    _require(scoring.kl_tokens >= 0, "scoring.kl_tokens", "0 or more", scoring.kl_tokens)
-    _require(0 < statistics.confidence < 1, "statistics.confidence", "0 < confidence < 1", statistics.confidence)
-    _require(statistics.bootstrap >= 100, "statistics.bootstrap", "100 resamples or more", statistics.bootstrap)
-    _require(0 <= statistics.seed < 2**63, "statistics.seed", "0 <= seed < 2^63", statistics.seed)
-    _require(config.harness.limit is None or config.harness.limit >= 1, "harness.limit", "1 or more documents", config.harness.limit)
+            require(max_records is None or max_records >= 1, f"data.{role}: max_records", "1 or more items", max_records)
+    require(config.model.config is None, "model.config", "trained weights, as model.path", "a configuration without weights")
+    require(config.model.path is not None or config.adapter is not None, "model.path", "a model, or an adapter that names its base",
+            "neither")
+    require(not config.force_base or config.adapter is not None, "force_base", "an adapter beside it", "none")
+    require(config.generation.max_tokens >= 1, "generation.max_tokens", "1 or more", config.generation.max_tokens)
+    require(config.generation.batch >= 1, "generation.batch", "1 or more", config.generation.batch)
+    require(scoring.tokens_per_pack >= 2, "scoring.tokens_per_pack", "2 tokens or more", scoring.tokens_per_pack)
+    require(scoring.kl_tokens >= 0, "scoring.kl_tokens", "0 or more", scoring.kl_tokens)
+    require(0 < statistics.confidence < 1, "statistics.confidence", "0 < confidence < 1", statistics.confidence)
+    require(statistics.bootstrap >= 100, "statistics.bootstrap", "100 resamples or more", statistics.bootstrap)
+    require(0 <= statistics.seed < 2**63, "statistics.seed", "0 <= seed < 2^63", statistics.seed)
+    require(config.harness.limit is None or config.harness.limit >= 1, "harness.limit", "1 or more documents", config.harness.limit)
     num_fewshot = config.harness.num_fewshot
-    _require(num_fewshot is None or num_fewshot >= 0, "harness.num_fewshot", "0 or more", num_fewshot)
-    _require(config.harness.batch >= 1, "harness.batch", "1 or more", config.harness.batch)
-
-
-def _require(condition: bool, option: str, expected: str, got) -> None:
-    if not condition:
-        raise UserError(f"{option}: expected {expected}, got {got}")
+    require(num_fewshot is None or num_fewshot >= 0, "harness.num_fewshot", "0 or more", num_fewshot)
+    require(config.harness.batch >= 1, "harness.batch", "1 or more", config.harness.batch)
