@@ -20,7 +20,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from trainer.data.batch import NO_PADDING, PackedBatch, PadTo
 from trainer.errors import UserError
 from trainer.model.fused_layers import row_selecting_layer
-from trainer.model.packed_attention import decoder, is_packed
+from trainer.model.pack_context import checkpoint_contexts, pack_of, run_pack
+from trainer.model.packed_attention import is_packed, last_hidden_states
 
 CPU_16BIT_PADDING = PadTo(tokens=64, rows=32)
 
@@ -30,7 +31,6 @@ class LmHead(NamedTuple):
 
     cap(z) = softcap tanh(z / softcap) if softcap is set, else z.
     """
-
 
     weight: Tensor  # [V, W]
     bias: Tensor | None  # [V]
@@ -74,10 +74,8 @@ def forward_hidden(model: nn.Module, batch: PackedBatch, rows: Tensor | None = N
         hidden = _one_sample_at_a_time(base, batch)
         return hidden if rows is None else hidden.index_select(0, rows)
     skips_rows = rows is not None and row_selecting_layer(base) is not None
-    out = decoder(base)(
-        input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen,
-        rows=rows if skips_rows else None, use_cache=False)
-    hidden = out.last_hidden_state.squeeze(0)
+    with run_pack(pack_of(batch.cu_seqlens, batch.max_seqlen, rows if skips_rows else None)):
+        hidden = last_hidden_states(base, batch.input_ids[None], batch.position_ids[None]).squeeze(0)
     return hidden if rows is None or skips_rows else hidden.index_select(0, rows)
 
 
@@ -85,8 +83,7 @@ def _one_sample_at_a_time(base: PreTrainedModel, batch: PackedBatch) -> Tensor:
     """Return the last hidden states [T,W] of a pack whose samples run through the model one by one."""
     lengths = batch.cu_seqlens.diff().tolist()
     samples = zip(batch.input_ids[None].split(lengths, dim=1), batch.position_ids[None].split(lengths, dim=1), strict=True)
-    run = partial(decoder(base), use_cache=False)
-    return torch.cat([run(input_ids=ids, position_ids=positions).last_hidden_state.squeeze(0) for ids, positions in samples])
+    return torch.cat([last_hidden_states(base, *sample).squeeze(0) for sample in samples])
 
 
 def padding_for(model: nn.Module) -> PadTo:
@@ -115,4 +112,4 @@ def apply_activation_checkpointing(model: nn.Module, mode: Literal["none", "sele
         raise UserError(f"activation_checkpointing: {unwrap_peft(model).config.model_type} has no layers that support it; use none")
     for i, layer in enumerate(layers):
         layer.gradient_checkpointing = mode == "full" or (mode == "selective" and i % 2 == 0)
-        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, context_fn=checkpoint_contexts)

@@ -23,6 +23,7 @@ from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rope import apply_rope
 from trainer.model import lora
 from trainer.model.families import BEFORE_MLP, Family
+from trainer.model.pack_context import running_pack
 
 
 def norm_forward(norm: nn.Module, eps: float, offset: float, x: Tensor) -> Tensor:
@@ -47,13 +48,13 @@ def fusable_norm(norm: nn.Module) -> NormSettings | None:
     return None if hooks or not isinstance(forward, partial) or forward.func is not norm_forward else NormSettings(*forward.args[1:])
 
 
-def layer_forward(layer: nn.Module, stream_norm: str, last: bool, hidden_states: Tensor, *args, rows: Tensor | None = None,
-                  **kwargs) -> Tensor:
+def layer_forward(layer: nn.Module, stream_norm: str, last: bool, hidden_states: Tensor, *args, **kwargs) -> Tensor:
     """Compute a decoder layer, fusing the residual addition after attention with the next norm.
 
-    If `rows` [S] is given, the last layer returns only these tokens [1,S,W]: its output projection and MLP skip the others.
+    If the running pack has `rows` [S], the last layer returns only these tokens [1,S,W]: its output projection and MLP skip the others.
     """
-    rows = rows if last else None
+    pack = running_pack()
+    rows = pack.rows if last and pack is not None else None
     norm = getattr(layer, stream_norm)
     settings = fusable_norm(norm)
     if args or settings is None:
@@ -97,21 +98,21 @@ def attention_traits(attention: nn.Module, family: Family) -> AttentionTraits:
 
 
 def attention_forward(attention: nn.Module, traits: AttentionTraits, hidden_states: Tensor, position_embeddings=None,
-                      attention_mask=None, past_key_values=None, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None,
-                      rows: Tensor | None = None, **kwargs) -> tuple[Tensor, Tensor | None]:
+                      attention_mask=None, past_key_values=None, rows: Tensor | None = None, **kwargs) -> tuple[Tensor, Tensor | None]:
     """Compute attention of a pack [1,T,W], without transposing between projections and heads.
 
     Any other input runs the class's own forward. If `rows` [S] is given, return outputs only for these query positions [1,S,W]; keys and
     values still cover the whole pack.
     """
-    if cu_seqlens is None or attention_mask is not None or past_key_values is not None:
+    pack = running_pack()
+    if pack is None or attention_mask is not None or past_key_values is not None:
         out, weights = type(attention).forward(
             attention, hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask,
-            past_key_values=past_key_values, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, **kwargs)
+            past_key_values=past_key_values, **kwargs)
         return out if rows is None else out.index_select(1, rows), weights
     q, k, v = project_heads(attention, traits, hidden_states.squeeze(0))
     q, k = position_heads(attention, traits, q, k, position_embeddings)
-    out = packed_attention(q, k, v, cu_seqlens, max_seqlen, scale=traits.scale, window=traits.window, softcap=traits.softcap,
+    out = packed_attention(q, k, v, pack.cu_seqlens, pack.max_seqlen, scale=traits.scale, window=traits.window, softcap=traits.softcap,
                            dropout=attention.attention_dropout if attention.training else 0.0)
     out = out.flatten(1)
     return attention.o_proj(out if rows is None else out.index_select(0, rows)).unsqueeze(0), None

@@ -15,7 +15,8 @@ from trainer.model import quantization
 from trainer.model.families import family_of
 from trainer.model.forward import lm_head
 from trainer.model.locate import load_tokenizer, model_source, one_line_errors
-from trainer.model.packed_attention import PACKED, decoder, packing_fault, refuse_mask
+from trainer.model.packed_attention import PACKED, decoder, refuse_mask
+from trainer.model.packing_probe import probe_packing
 from trainer.runtime.device import compute_dtype
 
 logger = logging.getLogger(__name__)
@@ -119,7 +120,7 @@ def use_packed_attention(model: PreTrainedModel) -> None:
     """
     if family_of(model) is None:
         _check_head(model)
-        if fault := packing_fault(model):
+        if fault := probe_packing(model):
             logger.warning("%s cannot run packed, its samples go through the model one at a time: %s", model.config.model_type, fault)
             return
     model.set_attn_implementation(PACKED)

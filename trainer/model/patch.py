@@ -30,6 +30,7 @@ from trainer.model.fused_layers import (
     mlp_forward,
     norm_forward,
 )
+from trainer.model.mixers import runs_by_sample
 from trainer.model.packed_attention import is_packed
 
 
@@ -106,6 +107,8 @@ def _report(base: PreTrainedModel, family: Family | None, enabled: bool, kernel_
     softcap = base.config.attn_logit_softcapping if family and family.softcap else None
     attention = backend(base.device, base.dtype, softcap, getattr(base.config, "attention_dropout", 0.0))
     report.backends["attention"] = f"packed ({attention})" if is_packed(base) else "stock, one sample at a time (slow)"
+    if mixers := sum(map(runs_by_sample, base.modules())):
+        report.backends["mixers"] = f"stock x {mixers}, each sample by itself"
     if family:
         for op in ("rms_norm", "add_rms_norm", "qk_norm_rope", "rope", "glu"):
             if counts[op]:

@@ -20,9 +20,9 @@ UNKNOWN = {  # family: (settings, whether it packs)
     "opt": (dict(ffn_dim=112, word_embed_proj_dim=32), True),
     "cohere": (dict(logit_scale=0.25), True),
     "gemma3_text": (dict(use_bidirectional_attention=True, sliding_window=8), False),
-    "stablelm": ({}, False),  # its layers drop keyword arguments
+    "stablelm": ({}, True),  # its layers drop keyword arguments
     "bloom": (dict(n_head=4, n_layer=2), False),  # its attention has a bias by distance
-    "mamba": (dict(state_size=4), False),  # a recurrence crosses from sample to sample
+    "mamba": (dict(state_size=4), True),  # a recurrence, which runs by sample
     "gpt_oss": (dict(head_dim=16, num_local_experts=2, num_experts_per_tok=1), False),  # its attention has sinks
     "llama4_text": (dict(head_dim=16, num_local_experts=2, intermediate_size_mlp=64, attention_chunk_size=8), False),  # chunked
 }
