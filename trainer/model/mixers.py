@@ -44,7 +44,8 @@ def runs_by_sample(module: nn.Module) -> bool:
 def by_sample_forward(mixer: nn.Module, *args, **kwargs):
     """Compute the class's own forward on each sample of the running pack.
 
-    Without a pack each row is one sample. Arguments [1,T,...] are divided, also inside tuples; others are passed on. Outputs [n,L,...] are put together again.
+    Without a pack each row is one sample. Arguments [1,T,...] are divided, also inside tuples; others are passed on. Outputs [n,L,...]
+    are put together again.
     """
     if (pack := running_pack()) is None:
         return type(mixer).forward(mixer, *args, **kwargs)
@@ -53,7 +54,7 @@ def by_sample_forward(mixer: nn.Module, *args, **kwargs):
     outputs = []
     with run_pack(None):  # now each row is one sample
         for tokens in batches.tokens:
-            batch_args, batch_kwargs = tree_map(lambda value: _take(value, tokens, total), (args, kwargs))
+            batch_args, batch_kwargs = tree_map(partial(_take, tokens=tokens, total=total), (args, kwargs))
             outputs.append(tree_flatten(type(mixer).forward(mixer, *batch_args, **batch_kwargs)))
     leaves = [_put_together(parts, batches) for parts in zip(*(leaves for leaves, _ in outputs), strict=True)]
     return tree_unflatten(leaves, outputs[0][1])
