@@ -2,15 +2,22 @@
 
 Each makes one launch each way and reads nothing back:
 
-    varlen_attn      torch's own build of FlashAttention 2: the default; neither softcap nor dropout
-    flash_attn 2, 3  where those packages are installed (3 on Hopper): softcap; dropout in 2 only
-    flex_attention   compiled by torch for softcap, where neither is installed
+    varlen_attn      torch's own build of FlashAttention 2: the default, and sinks; neither softcap nor dropout
+    flash_attn 2, 3  where those packages are installed (3 on Hopper): softcap; dropout in 2 only; no sinks
+    flex_attention   compiled by torch for softcap, where neither is installed, and for softcap with sinks
 
-fp32, dropout without flash-attn 2, dropout with a softcap, heads wider than 256, and GPUs before Ampere use the tiles of
+fp32, dropout without flash-attn 2, dropout with a softcap or sinks, heads wider than 256, and GPUs before Ampere use the tiles of
 `kernels.attention`, with many launches per document: a last resort. FlashAttention sums ∂q in a varying order, and in a fixed one
 (more slowly) under `torch.use_deterministic_algorithms(True)`.
 
-Values that depend on the pack but not on the layer are computed once per pack and cached with its cu_seqlens: `per_pack`.
+Sinks. With l_i = log Σ_j exp(z_ij), which a flash kernel returns, and l'_i = log(exp(l_i) + exp(sink)), attention with the sink is
+o'_i = o_i exp(l_i − l'_i). A flash backward computes P_ij = exp(z_ij − l_i) and ∂z_ij = P_ij (∂o_iᵀv_j − ∂o_iᵀo_i) from the output and l
+that it is given, so given o' and l' it is exact for the softmax with the sink, whose own gradient is −Σ_i exp(sink − l'_i) ∂o_iᵀo'_i.
+torch's kernels can be called so. FlexAttention's l has a gradient, so o' is computed from it and autograd does the rest. The public
+functions of flash-attn give l no gradient and hide the backward.
+
+Chunks of documents are documents: `chunk_bounds`. Values that depend on the pack but not on the layer are computed once per pack and
+cached with its cu_seqlens: `per_pack`.
 
 Shapes: T tokens, n documents, H query heads, Hk key heads, D head width.
 """
@@ -19,6 +26,7 @@ import functools
 import importlib.util
 import inspect
 from collections.abc import Callable, Hashable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +36,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from kernels import _dispatch
 
 INSTALLED = {name: importlib.util.find_spec(name) is not None for name in ("flash_attn", "flash_attn_interface")}
-HEAD_DIMS = range(16, 257)
+HEAD_DIMS = 16, 256  # of the flash kernels, first and last
 FLEX_BLOCK = 128  # rows and columns of FlexAttention's blocks
 _packs = WeakTensorKeyDictionary()  # cu_seqlens -> the version of its contents, and the values cached for them
 
@@ -38,16 +46,18 @@ def _generation(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0]
 
 
-def backend(device: torch.device, dtype: torch.dtype, softcap: float | None = None, dropout: float = 0.0) -> str:
+def backend(device: torch.device, dtype: torch.dtype, softcap: float | None = None, dropout: float = 0.0, sinks: bool = False) -> str:
     """Return the backend of attention: "tiles" or one of BACKENDS.
 
     Flash kernels need 16-bit dtypes and Ampere or later.
     """
-    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16) or (softcap is not None and dropout):
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16) or (dropout and (sinks or softcap is not None)):
         return "tiles"
     generation = _generation(device)
     if generation < 8 or _dispatch.mode() == "reference":
         return "tiles"
+    if sinks:
+        return "varlen_attn" if softcap is None else "flex_attention"
     if generation == 9 and not dropout and INSTALLED["flash_attn_interface"]:
         return "flash_attn 3"
     if INSTALLED["flash_attn"]:
@@ -74,7 +84,8 @@ def per_pack(cu_seqlens: Tensor, key: Hashable, compute: Callable[[], object]):
 
     All layers of a model share one cu_seqlens.
     """
-    if cu_seqlens.is_inference() or _capturing(cu_seqlens):  # no version counter; other contents in each replay
+    # no state in a graph; no version counter; other contents in each replay
+    if torch.compiler.is_compiling() or cu_seqlens.is_inference() or _capturing(cu_seqlens):
         return compute()
     version, cached = _packs.get(cu_seqlens, (None, {}))
     if version != cu_seqlens._version:
@@ -92,6 +103,20 @@ def _capturing(t: Tensor) -> bool:
 def host_bounds(cu_seqlens: Tensor) -> list[int]:
     """Return cu_seqlens as a list; on a GPU this waits for the device once per pack."""
     return cu_seqlens.tolist() if cu_seqlens.device.type == "cpu" else per_pack(cu_seqlens, "bounds", cu_seqlens.tolist)
+
+
+def chunk_bounds(cu_seqlens: Tensor, tokens: int, chunk: int) -> Tensor:
+    """Return cu_seqlens with every document cut into chunks, without waiting for the device.
+
+    n documents have at most (tokens + n (chunk - 1)) // chunk chunks; empty ones at the end make up for those that there are not.
+    """
+    documents = len(cu_seqlens) - 1
+    chunks = cu_seqlens.diff().add_(chunk - 1).div_(chunk, rounding_mode="floor")
+    last = chunks.cumsum(0)
+    index = torch.arange((tokens + documents * (chunk - 1)) // chunk + 1, device=cu_seqlens.device)
+    document = torch.searchsorted(last, index, right=True).clamp_(max=documents - 1)
+    edge = cu_seqlens[document] + (index - (last - chunks)[document]) * chunk
+    return torch.minimum(edge, cu_seqlens[document + 1]).int()
 
 
 def assert_bounds(cu_seqlens: Tensor, tokens: int, max_seqlen: int) -> None:
@@ -125,14 +150,41 @@ def _gqa_has_a_flag() -> bool:
     return "enable_gqa" in _options_of(varlen_attn)
 
 
-def _varlen_attn(q, k, v, cu_seqlens, max_seqlen, scale, window, softcap, dropout) -> Tensor:
+class _VarlenWithSinks(torch.autograd.Function):
+    """torch's FlashAttention, whose backward gets what the sinks make of its output and its log-sum-exp."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, sinks, cu_seqlens, max_seqlen, scale, window):
+        left, right = _flash_window(window)
+        ctx.bounds = cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, 0.0, window is None  # no dropout; causal
+        ctx.options = {"scale": scale, "window_size_left": left, "window_size_right": right}
+        out, lse, *random, _ = torch.ops.aten._flash_attention_forward(q, k, v, *ctx.bounds, False, **ctx.options)
+        with_sinks = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])  # [H, T]
+        out.mul_((lse - with_sinks).exp_().t()[..., None])
+        ctx.save_for_backward(q, k, v, sinks, out, with_sinks, *random)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, sinks, out, with_sinks, *random = ctx.saved_tensors
+        grads = torch.ops.aten._flash_attention_backward(grad, q, k, v, out, with_sinks, *ctx.bounds, *random, **ctx.options)
+        grad_sinks = None
+        if ctx.needs_input_grad[3]:
+            p = (sinks.to(with_sinks.dtype)[:, None] - with_sinks).exp_()
+            grad_sinks = -(p.t() * (grad.to(p.dtype) * out).sum(-1)).sum(0).to(sinks.dtype)
+        return *grads, grad_sinks, None, None, None, None
+
+
+def _varlen_attn(q, k, v, sinks, cu_seqlens, max_seqlen, scale, window, softcap, dropout) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
+    if sinks is not None:
+        return _VarlenWithSinks.apply(q, k, v, sinks, cu_seqlens, max_seqlen, scale, window)
     gqa = {"enable_gqa": True} if q.shape[1] != k.shape[1] and _gqa_has_a_flag() else {}
     return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale, window_size=_flash_window(window), **gqa)
 
 
-def _flash_attn_2(q, k, v, cu_seqlens, max_seqlen, scale, window, softcap, dropout) -> Tensor:
+def _flash_attn_2(q, k, v, sinks, cu_seqlens, max_seqlen, scale, window, softcap, dropout) -> Tensor:
     from flash_attn import flash_attn_varlen_func
 
     return flash_attn_varlen_func(
@@ -140,7 +192,7 @@ def _flash_attn_2(q, k, v, cu_seqlens, max_seqlen, scale, window, softcap, dropo
         window_size=_flash_window(window), softcap=softcap or 0.0, deterministic=torch.are_deterministic_algorithms_enabled())
 
 
-def _flash_attn_3(q, k, v, cu_seqlens, max_seqlen, scale, window, softcap, dropout) -> Tensor:
+def _flash_attn_3(q, k, v, sinks, cu_seqlens, max_seqlen, scale, window, softcap, dropout) -> Tensor:
     from flash_attn_interface import flash_attn_varlen_func
 
     out = flash_attn_varlen_func(
@@ -179,14 +231,15 @@ def block_mask(cu_seqlens: Tensor, tokens: int, window: int | None):
                                     BLOCK_SIZE=FLEX_BLOCK, mask_mod=visible, seq_lengths=(tokens, tokens))
 
 
-def _softcap_mod(softcap: float):
+def _softcap_mod(softcap: float, device: torch.device):
     """Return a score_mod that applies the softcap.
 
-    torch.compile identifies a function by its code and closure, so each softcap compiles once.
+    It is a tensor there: with dynamic shapes a captured float is symbolic, and FlexAttention's backward cannot trace one.
     """
+    cap = torch.full((), softcap, device=device)
 
     def score_mod(score, b, h, i, j):
-        return softcap * torch.tanh(score / softcap)
+        return cap * torch.tanh(score / cap)
 
     return score_mod
 
@@ -202,18 +255,22 @@ def _compiled_flex_attention():
     return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 
-def _flex_attention(q, k, v, cu_seqlens, max_seqlen, scale, window, softcap, dropout) -> Tensor:
+def _flex_attention(q, k, v, sinks, cu_seqlens, max_seqlen, scale, window, softcap, dropout) -> Tensor:
+    from torch.nn.attention.flex_attention import AuxRequest
+
     q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))  # (1, heads, T, D)
     if torch.compiler.is_compiling():
         from torch.nn.attention.flex_attention import flex_attention as attend
-
-        blocks = block_mask(cu_seqlens, q.shape[2], window)
     else:
         attend = _compiled_flex_attention()
-        blocks = per_pack(cu_seqlens, ("blocks", window), lambda: block_mask(cu_seqlens, q.shape[2], window))
-    score_mod = None if softcap is None else _softcap_mod(softcap)
-    out = attend(q, k, v, score_mod=score_mod, block_mask=blocks, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    return out[0].transpose(0, 1)
+    blocks = per_pack(cu_seqlens, ("blocks", window), partial(block_mask, cu_seqlens, q.shape[2], window))
+    score_mod = None if softcap is None else _softcap_mod(softcap, q.device)
+    attend = partial(attend, q, k, v, score_mod=score_mod, block_mask=blocks, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    if sinks is None:
+        return attend()[0].transpose(0, 1)
+    out, aux = attend(return_aux=AuxRequest(lse=True))
+    kept = torch.sigmoid(aux.lse - sinks.to(aux.lse.dtype)[:, None])
+    return (out * kept[..., None]).to(q.dtype)[0].transpose(0, 1)
 
 
 BACKENDS = {"varlen_attn": _varlen_attn, "flash_attn 2": _flash_attn_2, "flash_attn 3": _flash_attn_3, "flex_attention": _flex_attention}
@@ -226,19 +283,23 @@ def _aligned(t: Tensor) -> Tensor:
     return t if fits and (torch.compiler.is_compiling() or t.storage_offset() % 8 == 0) else t.contiguous()
 
 
-def gpu_attention(name: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, window: int | None,
-                  softcap: float | None, dropout: float) -> Tensor:
-    """Return o [T, H, D] from BACKENDS[name], for D in HEAD_DIMS.
+def gpu_attention(
+    name: str, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, cu_seqlens: Tensor, max_seqlen: int, scale: float,
+    window: int | None, chunk: int | None, softcap: float | None, dropout: float,
+) -> Tensor:
+    """Return o [T, H, D] from BACKENDS[name], for D within HEAD_DIMS.
 
     Heads whose D is no multiple of 8 are padded with zeros.
     """
-    (tokens, heads, dim), documents = q.shape, len(cu_seqlens) - 1
-    if name in ("varlen_attn", "flash_attn 2") and torch.is_grad_enabled():
-        check_backward_offsets(tokens, documents, heads, dim)
+    tokens, heads, dim = q.shape
     if not (torch.compiler.is_compiling() or _capturing(cu_seqlens)):
         per_pack(cu_seqlens, ("checked", tokens, max_seqlen), lambda: assert_bounds(cu_seqlens, tokens, max_seqlen))
+    if chunk is not None:
+        cu_seqlens, max_seqlen = per_pack(cu_seqlens, ("chunks", chunk), partial(chunk_bounds, cu_seqlens, tokens, chunk)), chunk
+    if name in ("varlen_attn", "flash_attn 2") and torch.is_grad_enabled():
+        check_backward_offsets(tokens, len(cu_seqlens) - 1, heads, dim)
     if dim % 8:
         q, k, v = (F.pad(t, (0, -dim % 8)) for t in (q, k, v))
     q, k, v = map(_aligned, (q, k, v))
-    out = BACKENDS[name](q, k, v, cu_seqlens, max_seqlen, scale, window, softcap, dropout)
+    out = BACKENDS[name](q, k, v, sinks, cu_seqlens, max_seqlen, scale, window, softcap, dropout)
     return out[..., :dim] if dim % 8 else out

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels._dropout import dropout_mask, kept_fraction
 from kernels.attention import attention_tiles, attention_tiles_backward, packed_attention
-from tests.helpers.attention_cases import DOUBLE, assert_same, eager, pack, sdpa
+from tests.helpers.attention_cases import DOUBLE, assert_same, eager, pack, sdpa, with_sinks
 from tests.helpers.kernels import given, settings, st
 
 MODULE = sys.modules["kernels.attention"]
@@ -24,22 +25,24 @@ def probabilities(request, monkeypatch):
 
 
 OPTIONS = [
-    {}, {"scale": 0.3}, {"window": 3}, {"window": 1}, {"softcap": 2.0}, {"window": 2, "softcap": 1.5, "scale": 0.7}]
+    {}, {"scale": 0.3}, {"window": 3}, {"window": 1}, {"softcap": 2.0}, {"window": 2, "softcap": 1.5, "scale": 0.7}, {"chunk": 2},
+    {"sinks": ...}, {"sinks": ..., "chunk": 3, "window": 2, "softcap": 1.5, "scale": 0.7}]
+DROPPING = [{"dropout": 0.3}, {"dropout": 0.3, "window": 3, "softcap": 2.0}, {"dropout": 0.3, "sinks": ..., "chunk": 3, "softcap": 2.0}]
 
 
 @pytest.mark.parametrize("multiple", [1, 4])
-@pytest.mark.parametrize("options", [*OPTIONS, {"dropout": 0.3}, {"dropout": 0.3, "window": 3, "softcap": 2.0}])
-@pytest.mark.parametrize("heads", [(2, 2), (4, 2)])
-def test_gradcheck(options, heads, multiple, probabilities, monkeypatch):
+@pytest.mark.parametrize("options", [*OPTIONS, *DROPPING])
+def test_gradcheck(options, multiple, probabilities, monkeypatch):
     monkeypatch.setattr(MODULE, "BLOCK", 2)
     monkeypatch.setattr(MODULE, "row_multiple", lambda dtype, device: multiple)
-    q, k, v, *rest = pack([3, 1, 4], heads, dim=2)
+    q, k, v, *rest = pack([3, 1, 4], (4, 2), dim=2)
+    options, sinks = with_sinks(options, 4)
 
     def op(*_):
         torch.manual_seed(1)
         return packed_attention(q, k, v, *rest, **options)
 
-    assert torch.autograd.gradcheck(op, [q, k, v])
+    assert torch.autograd.gradcheck(op, [q, k, v, *sinks])
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -47,26 +50,29 @@ def test_gradcheck(options, heads, multiple, probabilities, monkeypatch):
 @pytest.mark.parametrize("lengths", [[1], [1, 1, 1], [300], [127, 1, 128, 129, 13], [2, 257]])
 def test_equals_eager_document_by_document(options, heads, lengths, probabilities):
     q, k, v, *rest = pack(lengths, heads)
-    if options.get("window") == 3 and max(lengths) > 128:
-        options = {"window": 150}  # wider than a tile, narrower than a document
-    assert_same(packed_attention(q, k, v, *rest, **options), eager(q, k, v, *rest, **options), [q, k, v])
+    if max(lengths) > 128:
+        wider = {"window": 150, "chunk": 200}  # than a tile, narrower than a document
+        options = {name: wider.get(name, value) if value == 3 else value for name, value in options.items()}
+    options, sinks = with_sinks(options, heads[0])
+    assert_same(packed_attention(q, k, v, *rest, **options), eager(q, k, v, *rest, **options), [q, k, v, *sinks])
 
 
 @given(
     lengths=st.lists(st.integers(0, 40), min_size=1, max_size=8), groups=st.sampled_from([1, 2, 3]),
     kv_heads=st.sampled_from([1, 2]), dim=st.sampled_from([1, 3, 8]), window=st.sampled_from([None, 1, 2, 5, 16, 39, 50]),
-    softcap=st.sampled_from([None, 3.0]), block=st.sampled_from([1, 7, 16, 128]), keep=st.sampled_from([0, 2, 10**9]),
-    multiple=st.sampled_from([1, 3, 16]),
+    chunk=st.sampled_from([None, 1, 2, 3, 7, 16, 31, 50]), sinks=st.sampled_from([{}, {"sinks": ...}]),
+    softcap=st.sampled_from([None, 3.0]), block=st.sampled_from([1, 7, 16, 128]),
+    keep=st.sampled_from([0, 2, 10**9]), multiple=st.sampled_from([1, 3, 16]),
 )
 @settings(max_examples=80, deadline=None)
-def test_any_packing_equals_eager(lengths, groups, kv_heads, dim, window, softcap, block, keep, multiple):
+def test_any_packing_equals_eager(lengths, groups, kv_heads, dim, window, chunk, sinks, softcap, block, keep, multiple):
     q, k, v, *rest = pack(lengths, (kv_heads * groups, kv_heads), dim)
+    options, sinks = with_sinks({"window": window, "chunk": chunk, "softcap": softcap, **sinks}, kv_heads * groups)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MODULE, "BLOCK", block)
         patch.setattr(MODULE, "KEEP", keep)
         patch.setattr(MODULE, "row_multiple", lambda dtype, device: multiple)
-        ours = packed_attention(q, k, v, *rest, window=window, softcap=softcap)
-        assert_same(ours, eager(q, k, v, *rest, window=window, softcap=softcap), [q, k, v])
+        assert_same(packed_attention(q, k, v, *rest, **options), eager(q, k, v, *rest, **options), [q, k, v, *sinks])
 
 
 def test_packed_equals_separate():
@@ -80,6 +86,42 @@ def test_packed_equals_separate():
         torch.testing.assert_close(one, together[begin:end], rtol=1e-12, atol=1e-12)
         for mine, other in zip(torch.autograd.grad(one, inputs, upstream[begin:end]), grads, strict=True):
             torch.testing.assert_close(mine, other[begin:end], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("window", [None, 1, 5])
+@pytest.mark.parametrize("tokens", [1, 2, 7, 31, 32, 33])
+def test_sinks_are_those_of_gpt_oss(tokens, window, probabilities):
+    masks = pytest.importorskip("transformers.masking_utils")
+    gpt_oss = pytest.importorskip("transformers.models.gpt_oss.modeling_gpt_oss")
+    q, k, v, *rest = pack([tokens], (4, 2))
+    options, (sinks,) = with_sinks({"sinks": ..., "window": window}, 4)
+    visible = masks.sdpa_mask(batch_size=1, q_length=tokens, kv_length=tokens, allow_is_causal_skip=False,
+                              mask_function=masks.sliding_window_causal_mask_function(window or tokens))
+    mask = torch.zeros(tokens, tokens, dtype=DOUBLE).masked_fill(~visible, -math.inf)
+    module = SimpleNamespace(sinks=sinks, num_key_value_groups=2, training=False)
+    theirs = gpt_oss.eager_attention_forward(module, *(t.transpose(0, 1)[None] for t in (q, k, v)), mask, scaling=0.5)[0][0]
+    assert_same(packed_attention(q, k, v, *rest, **options), theirs, [q, k, v, sinks])
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 5, 16, 17, 40])
+@pytest.mark.parametrize("tokens", [1, 2, 7, 31, 32, 33])
+def test_chunks_are_those_of_llama_4(tokens, chunk, probabilities):
+    masks, llama4 = (pytest.importorskip(f"transformers.{name}") for name in ("masking_utils", "models.llama4.modeling_llama4"))
+    q, k, v, *rest = pack([tokens], (4, 2))
+    config = llama4.Llama4TextConfig(attention_chunk_size=chunk, attn_implementation="eager")
+    mask = masks.create_chunked_causal_mask(config, torch.zeros(1, tokens, 1, dtype=DOUBLE), None, None, torch.arange(tokens)[None])
+    module = SimpleNamespace(num_key_value_groups=2, training=False)
+    theirs = llama4.eager_attention_forward(module, *(t.transpose(0, 1)[None] for t in (q, k, v)), mask, scaling=0.5)[0][0]
+    assert_same(packed_attention(q, k, v, *rest, chunk=chunk), theirs, [q, k, v])
+
+
+@pytest.mark.parametrize(("sink", "share"), [(-1e4, 1.0), (1e4, 0.0)])
+def test_a_sink_takes_nothing_or_all(sink, share, probabilities):
+    q, k, v, *rest = pack([5, 140], (2, 1), dtype=torch.float32)
+    sinks = torch.full((2,), sink, requires_grad=True)
+    y = packed_attention(q, k, v, *rest, sinks=sinks)
+    torch.testing.assert_close(y, share * packed_attention(q, k, v, *rest), rtol=1e-6, atol=0)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(y.sum(), (q, k, v, sinks)))
 
 
 def product_shapes(lengths):
@@ -161,20 +203,42 @@ def test_views_of_a_fused_projection_and_shared_inputs(probabilities):
     assert_same(packed_attention(x, x, x, *rest), eager(x, x, x, *rest), [x])
     backwards = x.transpose(0, 1).flip(2).transpose(0, 1)
     assert_same(packed_attention(backwards, x, x, *rest), eager(backwards, x, x, *rest), [x])
+    both = torch.randn(2, 2, dtype=DOUBLE, requires_grad=True)
+    ours, theirs = (op(x, x, x, *rest, sinks=both[:, 1], chunk=3) for op in (packed_attention, eager))
+    assert_same(ours, theirs, [x, both])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"sinks": ..., "chunk": 40}])
 @pytest.mark.parametrize("heads", [(1, 1), (4, 1), (4, 4)])
-def test_repeatable_and_inputs_unchanged(heads, probabilities):
-    q, k, v, *rest = pack([30, 150, 1], heads, 8, torch.float32)
-    upstream = torch.randn_like(q)
-    before = [t.detach().clone() for t in (q, k, v, upstream)]
+def test_repeatable_and_inputs_unchanged(heads, options, dtype, probabilities):
+    q, k, v, *rest = pack([30, 150, 1], heads, 8, dtype)
+    options, sinks = with_sinks(options, heads[0], dtype)
+    inputs, upstream = [q, k, v, *sinks], torch.randn_like(q)
+    before = [t.detach().clone() for t in (*inputs, upstream)]
     runs = []
     for _ in range(2):
         torch.manual_seed(2)
-        y = packed_attention(q, k, v, *rest, dropout=0.1)
-        runs.append((y, *torch.autograd.grad(y, (q, k, v), upstream)))
+        y = packed_attention(q, k, v, *rest, dropout=0.1, **options)
+        runs.append((y, *torch.autograd.grad(y, inputs, upstream)))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(before, (q, k, v, upstream), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, (*inputs, upstream), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_error_with_sinks_beside_eager(dtype, probabilities):
+    q, k, v, *rest = pack([60, 197, 3, 131], (4, 2), 32, dtype)
+    _, (sinks,) = with_sinks({"sinks": ...}, 4, dtype)
+    upstream = torch.randn(q.shape).to(dtype)
+
+    def run(op, cast):
+        leaves = [t.detach().to(cast).requires_grad_() for t in (q, k, v, sinks)]
+        y = op(*leaves[:3], *rest, sinks=leaves[3], chunk=90)
+        return [t.detach().double() for t in (y, *torch.autograd.grad(y, leaves, upstream.to(cast)))]
+
+    exact, stock, ours = run(eager, DOUBLE), run(eager, dtype), run(packed_attention, dtype)
+    for mine, other, truth in zip(ours, stock, exact, strict=True):
+        assert (mine - truth).norm() <= 2 * (other - truth).norm() + 1e-6 * truth.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -222,13 +286,14 @@ def test_memory_is_linear_in_a_long_document():
 # ---------------------------------------------------------------- torch.compile
 
 
-@pytest.mark.parametrize("options", [{}, {"window": 3, "softcap": 2.0, "scale": 0.4}])
+@pytest.mark.parametrize("options", [{}, {"window": 3, "softcap": 2.0, "scale": 0.4}, {"sinks": ..., "chunk": 50, "window": 30}])
 def test_compiles_in_one_graph_for_packs_of_any_kind(options):
     torch._dynamo.reset()
     compiled = torch.compile(packed_attention, fullgraph=True, backend="aot_eager")
     for lengths in ([5, 7], [9, 3, 140], [1], [64] * 4):
         q, k, v, *rest = pack(lengths, (4, 2), 8)
-        assert_same(compiled(q, k, v, *rest, **options), eager(q, k, v, *rest, **options), [q, k, v])
+        drawn, sinks = with_sinks(options, 4)
+        assert_same(compiled(q, k, v, *rest, **drawn), eager(q, k, v, *rest, **drawn), [q, k, v, *sinks])
 
 
 def test_a_compiled_pack_draws_masks_from_the_generator_and_again_in_the_backward():
@@ -247,12 +312,13 @@ def test_a_compiled_pack_draws_masks_from_the_generator_and_again_in_the_backwar
         torch.testing.assert_close(mine, other)
 
 
-@pytest.mark.parametrize("options", [(None, None, 0.0, None), (3, 2.0, 0.4, torch.tensor(7))])
-def test_the_nodes_are_what_they_claim_to_be(options):
+@pytest.mark.parametrize(("sink", "options"), [(False, (None, None, None, 0.0, None)), (True, (3, 50, 2.0, 0.4, torch.tensor(7)))])
+def test_the_nodes_are_what_they_claim_to_be(sink, options):
     q, k, v, cu_seqlens, longest = pack([5, 0, 130], (4, 2))
-    torch.library.opcheck(attention_tiles.node, (q, k, v, cu_seqlens, longest, 0.3, *options))
-    q, k, v = (t.detach() for t in (q, k, v))
-    torch.library.opcheck(attention_tiles_backward.node, (torch.randn_like(q), q, k, v, cu_seqlens, longest, 0.3, *options))
+    sinks = torch.randn(4, dtype=DOUBLE, requires_grad=True) if sink else None
+    torch.library.opcheck(attention_tiles.node, (q, k, v, sinks, cu_seqlens, longest, 0.3, *options))
+    q, k, v, sinks = (t if t is None else t.detach() for t in (q, k, v, sinks))
+    torch.library.opcheck(attention_tiles_backward.node, (torch.randn_like(q), q, k, v, sinks, cu_seqlens, longest, 0.3, *options))
 
 
 @pytest.mark.parametrize("change, words", [
@@ -264,11 +330,15 @@ def test_the_nodes_are_what_they_claim_to_be(options):
     (dict(max_seqlen=4), "documents of max_seqlen 4 or less, got 5"),
     (dict(dtype=torch.int64), r"cu_seqlens int32 \[n\+1\], got torch.int64"),
     (dict(window=0), "window >= 1, got 0"),
+    (dict(chunk=0), "chunk >= 1, got 0"),
+    (dict(sinks=torch.zeros(2)), r"floating sinks \[4\], got torch.float32 \(2,\)"),
+    (dict(sinks=torch.zeros(4, dtype=torch.int64)), r"floating sinks \[4\], got torch.int64 \(4,\)"),
+    (dict(sinks=torch.zeros(4, device="meta")), "q, k, v, cu_seqlens and sinks on one device, got them on cpu, cpu, cpu, cpu, meta"),
     (dict(softcap=0.0), "softcap > 0, got 0.0"),
     (dict(dropout=1.0), r"dropout in \[0, 1\), got 1.0"),
     (dict(qkv_dtypes=(torch.float32, torch.bfloat16, torch.bfloat16)), "q, k, v of one floating dtype, got torch.float32, torch.bfloat16"),
     (dict(qkv_dtypes=[torch.int64] * 3), "q, k, v of one floating dtype, got torch.int64"),
-    (dict(kv_device="meta"), "q, k, v and cu_seqlens on one device, got them on cpu, meta, meta, cpu"),
+    (dict(kv_device="meta"), "q, k, v, cu_seqlens and sinks on one device, got them on cpu, meta, meta, cpu"),
 ])
 def test_misfits_are_named(change, words):
     made = dict(q=(8, 4, 4), k=(8, 2, 4), v=(8, 2, 4), cu_seqlens=[0, 3, 8], max_seqlen=5, dtype=torch.int32) | change

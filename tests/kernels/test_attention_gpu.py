@@ -17,12 +17,13 @@ from kernels._attention_gpu import (
     backend,
     block_mask,
     check_backward_offsets,
+    chunk_bounds,
     host_bounds,
     per_pack,
 )
 from kernels.attention import packed_attention
-from tests.helpers.attention_cases import DOUBLE, assert_same, eager, pack, sdpa
-from tests.helpers.kernels import DEVICE, error
+from tests.helpers.attention_cases import DOUBLE, assert_same, eager, pack, sdpa, with_sinks
+from tests.helpers.kernels import DEVICE, error, given, settings, st
 
 ATTENTION, GPU = sys.modules["kernels.attention"], sys.modules["kernels._attention_gpu"]
 needs_gpu = pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU")
@@ -47,11 +48,14 @@ def test_backend_names(monkeypatch):
     assert backend(cuda, bf16) == "varlen_attn"
     assert backend(cuda, bf16, 50.0) == "flex_attention"
     assert backend(cuda, bf16, None, 0.1) == "tiles"
+    with_sinks_before = [backend(cuda, bf16, softcap, dropout, True) for softcap, dropout in ((None, 0.0), (50.0, 0.0), (None, 0.1))]
+    assert with_sinks_before == ["varlen_attn", "flex_attention", "tiles"]
     installed["flash_attn"] = True
     assert backend(cuda, bf16) == backend(cuda, bf16, 50.0) == backend(cuda, bf16, None, 0.1) == "flash_attn 2"
     installed["flash_attn_interface"] = True
     assert backend(cuda, bf16) == backend(cuda, bf16, 50.0) == "flash_attn 3"
     assert backend(cuda, bf16, None, 0.1) == "flash_attn 2"
+    assert backend(cuda, bf16, sinks=True) == "varlen_attn", "flash-attn's packages take no sinks"
     capability[0] = (8, 0)
     assert backend(cuda, bf16) == "flash_attn 2"
     with _dispatch.backend_mode("reference"):
@@ -124,6 +128,20 @@ def test_the_device_checks_cu_seqlens(bounds):
     assert_bounds(torch.tensor([0, 3, 8], dtype=torch.int32), 8, 5)
 
 
+@given(lengths=st.lists(st.integers(0, 40), min_size=1, max_size=8), chunk=st.integers(1, 50))
+@settings(max_examples=100, deadline=None)
+def test_bounds_of_chunks(lengths, chunk):
+    cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32, device=DEVICE).cumsum(0, dtype=torch.int32)
+    bounds, tokens = chunk_bounds(cu_seqlens, sum(lengths), chunk), sum(lengths)
+    edges = [edge for begin, end in zip(cu_seqlens.tolist(), cu_seqlens.tolist()[1:]) for edge in range(begin, end, chunk)]
+    assert bounds.dtype == torch.int32 and bounds.tolist() == edges + [tokens] * (len(bounds) - len(edges)) and bounds[-1] == tokens
+
+
+def test_bounds_of_chunks_are_found_without_looking():
+    with torch._subclasses.FakeTensorMode():  # which cannot give a value to the host
+        assert chunk_bounds(torch.zeros(4, dtype=torch.int32), 100, 7).shape == (1 + (100 + 3 * 6) // 7,)
+
+
 # ---------------------------------------------------------------- stand-ins
 
 
@@ -159,6 +177,47 @@ def flash_3(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seq
     return out, None
 
 
+def flash_scores(q, k, begin, end, scale, left):
+    """Return the scores [H, n, n] of one document, pairs out of sight -inf."""
+    Q, K = (t[begin:end].transpose(0, 1) for t in (q, k.repeat_interleave(q.shape[1] // k.shape[1], 1)))
+    gap = torch.arange(end - begin)[:, None] - torch.arange(end - begin)
+    return (Q @ K.transpose(1, 2) * scale).masked_fill((gap < 0) | (gap > (left if left >= 0 else end)), float("-inf"))
+
+
+def aten_flash_forward(q, k, v, cu_q, cu_k, max_q, max_k, dropout, causal, debug, *, scale, window_size_left, window_size_right):
+    assert cu_q is cu_k and dropout == 0 and causal == (window_size_left < 0) and window_size_right == 0 and not debug
+    bounds, lse = cu_q.tolist(), q.new_empty(q.shape[1], q.shape[0])
+    assert max_q == max_k >= cu_q.diff().max()
+    for begin, end in zip(bounds, bounds[1:]):
+        lse[:, begin:end] = flash_scores(q, k, begin, end, scale, window_size_left).logsumexp(-1)
+    out = flash(q, k, v, cu_q, max_q, scale, (window_size_left, window_size_right))
+    return out, lse, torch.tensor(1), torch.tensor(2), q.new_empty(0)
+
+
+def aten_flash_backward(grad, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, dropout, causal, random, unused, *, scale, window_size_left,
+                        window_size_right):
+    assert (int(random), int(unused)) == (1, 2) and causal == (window_size_left < 0)
+    grads, bounds = [torch.zeros_like(t) for t in (q, k, v)], cu_q.tolist()
+    repeated = q, *(t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v)), grad, out
+    for begin, end in zip(bounds, bounds[1:]):
+        p = (flash_scores(q, k, begin, end, scale, window_size_left) - lse[:, begin:end, None]).exp()
+        Q, K, V, G, out_rows = (t[begin:end].transpose(0, 1) for t in repeated)
+        s = p * (G @ V.transpose(1, 2) - (G * out_rows).sum(-1, keepdim=True)) * scale
+        for whole, part in zip(grads, (s @ K, s.transpose(1, 2) @ Q, p.transpose(1, 2) @ G), strict=True):
+            whole[begin:end] = part.unflatten(0, (whole.shape[1], -1)).sum(1).transpose(0, 1)
+    return tuple(grads)
+
+
+@pytest.fixture
+def aten_flash(served_by):
+    """torch's FlashAttention, which has no CPU form, by its definition."""
+    served_by("varlen_attn")
+    with torch.library._scoped_library("aten", "IMPL", "CPU") as library:
+        library.impl("_flash_attention_forward", aten_flash_forward)
+        library.impl("_flash_attention_backward", aten_flash_backward)
+        yield
+
+
 STAND_INS = {
     "torch 2.11": ("varlen_attn", "torch.nn.attention.varlen", "varlen_attn", varlen_of_torch_2_11),
     "torch 2.12": ("varlen_attn", "torch.nn.attention.varlen", "varlen_attn", varlen_of_torch_2_12),
@@ -176,7 +235,7 @@ def stand_in(request, monkeypatch, served_by):
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="stand-ins are for machines without a GPU")
-@pytest.mark.parametrize("options", [{}, {"scale": 0.3}, {"window": 3}, {"window": 10**6}, {"softcap": 2.0}])
+@pytest.mark.parametrize("options", [{}, {"scale": 0.3}, {"window": 3}, {"window": 10**6}, {"softcap": 2.0}, {"chunk": 4}, {"chunk": 9}])
 @pytest.mark.parametrize(("heads", "dim"), [((2, 2), 16), ((6, 2), 20)])
 def test_each_is_told_what_it_needs(stand_in, heads, dim, options):
     if stand_in == "varlen_attn" and "softcap" in options:
@@ -184,6 +243,28 @@ def test_each_is_told_what_it_needs(stand_in, heads, dim, options):
     for lengths in ([5], [3, 0, 9, 1]):
         q, k, v, *rest = pack(lengths, heads, dim)
         assert_same(packed_attention(q, k, v, *rest, **options), eager(q, k, v, *rest, **options), [q, k, v])
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="stand-ins are for machines without a GPU")
+@pytest.mark.parametrize("options", [{}, {"scale": 0.3}, {"window": 3}, {"window": 2, "chunk": 4}])
+@pytest.mark.parametrize(("heads", "dim"), [((2, 2), 16), ((6, 2), 20)])
+def test_torch_is_given_what_sinks_make_of_its_output(aten_flash, heads, dim, options):
+    options, sinks = with_sinks(options | {"sinks": ...}, heads[0])
+    for lengths in ([5], [3, 0, 9, 1]):
+        q, k, v, *rest = pack(lengths, heads, dim)
+        assert_same(packed_attention(q, k, v, *rest, **options), eager(q, k, v, *rest, **options), [q, k, v, *sinks])
+        frozen = options | {"sinks": sinks[0].detach()}
+        assert_same(packed_attention(q, k, v, *rest, **frozen), eager(q, k, v, *rest, **frozen), [q, k, v])
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="stand-ins are for machines without a GPU")
+def test_all_layers_share_the_bounds_of_their_chunks(stand_in, monkeypatch):
+    made = []
+    monkeypatch.setattr(GPU, "chunk_bounds", lambda *inputs: made.append(inputs) or chunk_bounds(*inputs))
+    q, k, v, *rest = pack([9, 5], dim=16)
+    for chunk in (4, 4, 3, None, 4):
+        packed_attention(q, k, v, *rest, chunk=chunk)
+    assert [chunk for *_, chunk in made] == [4, 3]
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="stand-ins are for machines without a GPU")
@@ -244,21 +325,34 @@ def test_block_mask_does_not_look_at_every_pair():
     assert mode.seen <= 4 * (65_536 // FLEX_BLOCK) ** 2
 
 
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="has its own test on a GPU")
-@pytest.mark.parametrize("window", [None, 9])
-def test_flex_attention_sees_what_the_tiles_see(window, served_by, monkeypatch):
-    """FlexAttention is traced but not compiled; untraced, it would warn and materialise the scores."""
-    from torch.nn.attention.flex_attention import flex_attention
+@pytest.fixture
+def traced_flex(served_by, monkeypatch):
+    """FlexAttention serves: traced as on a GPU, gradients included, and then run operation by operation.
 
-    traced = torch.compile(flex_attention, backend="aot_eager")
+    torch refuses gradients on a CPU because its compiled form has none there. Untraced, it would warn and materialise the scores.
+    """
+    from torch.nn.attention import flex_attention as module
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(module, "_validate_device", lambda *_: None)
+    traced = torch.compile(module.flex_attention, dynamic=True, fullgraph=True, backend="aot_eager")
     monkeypatch.setattr(GPU, "_compiled_flex_attention", lambda: traced)
     served_by("flex_attention")
-    q, k, v, *rest = pack([60, 1, 140], (4, 2), 20, torch.float32, grad=False)
-    flexed = packed_attention(q, k, v, *rest, scale=0.25, window=window, softcap=2.0)
-    torch.testing.assert_close(flexed, eager(q, k, v, *rest, 0.25, window, 2.0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="has its own test on a GPU")
+@pytest.mark.parametrize("options", [
+    {"window": 9}, {"softcap": 2.0, "scale": 0.25}, {"sinks": ...}, {"sinks": ..., "softcap": 2.0, "window": 9, "chunk": 50}])
+def test_flex_attention_sees_what_the_tiles_see(options, traced_flex):
+    options, sinks = with_sinks(options, 4, torch.float32)
+    for lengths in ([60, 1, 140], [9, 130]):  # the second with shapes that are symbols
+        q, k, v, *rest = pack(lengths, (4, 2), 20, torch.float32)
+        assert_same(packed_attention(q, k, v, *rest, **options), eager(q, k, v, *rest, **options), [q, k, v, *sinks], 1e-4)
 
 
 def test_flex_attention_is_not_compiled_again_for_each_pack_or_layer(served_by, monkeypatch):
+    """Nor for another softcap."""
     from torch._dynamo.testing import CompileCounter
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -271,7 +365,7 @@ def test_flex_attention_is_not_compiled_again_for_each_pack_or_layer(served_by, 
     for lengths in ([130, 200, 7], [9, 300], [64] * 5, [40, 300, 200]):
         q, k, v, *rest = pack(lengths, (4, 2), 16, torch.float32, grad=False)
         for window in (150, None, 150):
-            packed_attention(q, k, v, *rest, window=window, softcap=2.0)
+            packed_attention(q, k, v, *rest, window=window, softcap=2.0 + len(counts))
         counts.append(counter.frame_count)
     assert counts == [counts[0]] * 4 and counts[0] <= 2, "one for each kind of window"
 
@@ -315,14 +409,25 @@ def test_varlen_attention_is_traced_whole_both_ways(heads, dim, options, served_
     assert graphs[0].count("torch_attn._varlen_attn.default") == graphs[1].count("torch_attn._varlen_attn_backward.default") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="has its own test on a GPU")
-def test_flex_attention_compiles_inside_a_larger_graph(served_by):
+def test_sinks_are_traced_whole_both_ways(aten_flash):
     torch._dynamo.reset()
-    served_by("flex_attention")
-    compiled = torch.compile(lambda *inputs: packed_attention(*inputs, softcap=2.0, window=150), fullgraph=True, backend="aot_eager")
-    for lengths in ([130, 200, 7], [9, 300]):
-        q, k, v, *rest = pack(lengths, (4, 2), 16, torch.float32, grad=False)
-        torch.testing.assert_close(compiled(q, k, v, *rest), eager(q, k, v, *rest, None, 150, 2.0), rtol=1e-5, atol=1e-5)
+    compiled = torch.compile(packed_attention, fullgraph=True, backend="aot_eager", dynamic=True)
+    for lengths in ([5, 7], [9, 3, 14]):
+        q, k, v, *rest = pack(lengths, (4, 2), 16, torch.float32)
+        options, sinks = with_sinks({"sinks": ..., "window": 3, "chunk": 5}, 4, torch.float32)
+        assert_same(compiled(q, k, v, *rest, **options), eager(q, k, v, *rest, **options), [q, k, v, *sinks], 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="has its own test on a GPU")
+def test_flex_attention_compiles_inside_a_larger_graph(traced_flex):
+    compiled = torch.compile(packed_attention, fullgraph=True, backend="aot_eager", dynamic=True)
+    for lengths, softcap in (([130, 200, 7], 2.0), ([9, 300], 30.0)):
+        q, k, v, *rest = pack(lengths, (4, 2), 16, torch.float32)
+        options, sinks = with_sinks({"softcap": softcap, "window": 150, "chunk": 180, "sinks": ...}, 4, torch.float32)
+        assert_same(compiled(q, k, v, *rest, **options), eager(q, k, v, *rest, **options), [q, k, v, *sinks], 1e-4)
 
 
 # ---------------------------------------------------------------- on a GPU
@@ -333,24 +438,36 @@ def gpu_pack(lengths, heads=(4, 2), dim=64, dtype=torch.bfloat16):
     return *(t.to(DEVICE).requires_grad_() for t in (q, k, v)), cu_seqlens.to(DEVICE), longest
 
 
+def with_gpu_sinks(options, heads=4):
+    options, sinks = with_sinks(options, heads, torch.float32)
+    sinks = [t.detach().to(DEVICE).requires_grad_() for t in sinks]
+    return options | ({"sinks": sinks[0]} if sinks else {}), sinks
+
+
 def backends_here(options: dict) -> list[str]:
     names = ["flex_attention"] if "softcap" in options else ["varlen_attn", "flex_attention"]
+    if "sinks" in options:
+        return names
     return names + [f"flash_attn {n}" for n, module in ((2, "flash_attn"), (3, "flash_attn_interface")) if GPU.INSTALLED[module]]
 
 
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("options", [{}, {"scale": 0.3}, {"window": 50}, {"softcap": 2.0}, {"softcap": 2.0, "window": 50}])
+@pytest.mark.parametrize("options", [
+    {}, {"scale": 0.3}, {"window": 50}, {"softcap": 2.0}, {"softcap": 2.0, "window": 50}, {"chunk": 40}, {"sinks": ...},
+    {"sinks": ..., "window": 50, "chunk": 100}, {"sinks": ..., "softcap": 2.0}])
 @pytest.mark.parametrize(("heads", "dim"), [((4, 4), 64), ((4, 1), 128), ((4, 2), 20), ((2, 1), 256)])
 def test_a_gpu_is_as_exact_as_torch(heads, dim, options, dtype, served_by):
     """Judged by the error of eager attention in the same dtype, value and gradients, on packs with empty and one-token documents."""
     torch._dynamo.reset()  # FlexAttention compiles a few kinds of layer, not all that are tried here
     q, k, v, cu_seqlens, longest = gpu_pack([60, 0, 197, 1, 131], heads, dim, dtype)
     upstream = torch.randn_like(q)
+    _, sinks = with_sinks(options, heads[0], dtype)
 
     def run(op, cast, device):
-        leaves = [t.detach().to(device, cast).requires_grad_() for t in (q, k, v)]
-        y = op(*leaves, cu_seqlens.to(device), longest, **options)
+        leaves = [t.detach().to(device, cast).requires_grad_() for t in (q, k, v, *sinks)]
+        drawn = options | {"sinks": leaves[3]} if sinks else options
+        y = op(*leaves[:3], cu_seqlens.to(device), longest, **drawn)
         return y, *torch.autograd.grad(y, leaves, upstream.to(device, cast))
 
     truth, stock = run(eager, DOUBLE, "cpu"), run(eager, dtype, "cpu")
@@ -379,65 +496,71 @@ def test_tiles_serve_fp32_and_dropout_on_a_gpu_and_wait_once_a_pack(dtype):
 
 
 @needs_gpu
+@pytest.mark.parametrize("options", [{"window": 100}, {"window": 100, "chunk": 150, "sinks": ...}])
 @pytest.mark.parametrize("name", ["varlen_attn", "flex_attention"])
-def test_nothing_is_read_back(name, served_by):
+def test_nothing_is_read_back(name, options, served_by):
     served_by(name)
+    options, sinks = with_gpu_sinks(options)
     for attempt in range(3):  # the first two may compile, which waits
         q, k, v, *rest = gpu_pack([60, 197 + attempt, 3])
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error" if attempt == 2 else "default")
         try:
-            torch.autograd.grad(packed_attention(q, k, v, *rest, window=100).sum(), (q, k, v))
+            torch.autograd.grad(packed_attention(q, k, v, *rest, **options).sum(), (q, k, v, *sinks))
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
 
 @needs_gpu
+@pytest.mark.parametrize("options", [{}, {"chunk": 300, "sinks": ...}])
 @pytest.mark.parametrize("name", ["varlen_attn", "flex_attention"])
-def test_deterministic_algorithms_give_the_same_bits_twice(name, served_by):
+def test_deterministic_algorithms_give_the_same_bits_twice(name, options, served_by):
     served_by(name)
+    options, sinks = with_gpu_sinks(options, 8)
     q, k, v, *rest = gpu_pack([600, 1000, 400], (8, 2))
     torch.use_deterministic_algorithms(True)
     try:
-        first, second = ([y, *torch.autograd.grad(y, (q, k, v), torch.ones_like(y))]
-                         for y in (packed_attention(q, k, v, *rest) for _ in range(2)))
+        first, second = ([y, *torch.autograd.grad(y, (q, k, v, *sinks), torch.ones_like(y))]
+                         for y in (packed_attention(q, k, v, *rest, **options) for _ in range(2)))
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @needs_gpu
-@pytest.mark.parametrize("options", [{}, {"softcap": 2.0}])
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0}, {"sinks": ..., "chunk": 100}, {"sinks": ..., "softcap": 2.0}])
 def test_compiles_on_a_gpu(options):
     torch._dynamo.reset()
+    options, sinks = with_gpu_sinks(options)
     compiled = torch.compile(packed_attention, fullgraph=True)
     for lengths in ([60, 197, 3], [300]):
         q, k, v, *rest = gpu_pack(lengths)
         ours, plain = (op(q, k, v, *rest, **options) for op in (compiled, packed_attention))
         torch.testing.assert_close(ours, plain, rtol=2e-2, atol=2e-2)
-        grads = [torch.autograd.grad(y.float().square().mean(), (q, k, v)) for y in (ours, plain)]
+        grads = [torch.autograd.grad(y.float().square().mean(), (q, k, v, *sinks)) for y in (ours, plain)]
         for mine, other in zip(*grads, strict=True):
             assert F.cosine_similarity(mine.flatten().float(), other.flatten().float(), dim=0) > 0.99
 
 
 @needs_gpu
+@pytest.mark.parametrize("chunk", [None, 90])
 @pytest.mark.parametrize("name", ["varlen_attn", "flex_attention"])
-def test_a_captured_graph_follows_the_pack(name, served_by):
+def test_a_captured_graph_follows_the_pack(name, chunk, served_by):
     """Replays with other contents of the same cu_seqlens: nothing that was derived from the captured ones may be used."""
     served_by(name)
     q, k, v, cu_seqlens, _ = gpu_pack([100, 200, 84])
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side), torch.no_grad():
-        packed_attention(q, k, v, cu_seqlens, 384)
+        packed_attention(q, k, v, cu_seqlens, 384, chunk=chunk)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph), torch.no_grad():
-        captured = packed_attention(q, k, v, cu_seqlens, 384)
+        captured = packed_attention(q, k, v, cu_seqlens, 384, chunk=chunk)
     cu_seqlens.copy_(torch.tensor([0, 50, 100, 384], dtype=torch.int32))
     graph.replay()
     with torch.no_grad():
-        torch.testing.assert_close(captured, packed_attention(q, k, v, cu_seqlens, 384), rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(captured, packed_attention(q, k, v, cu_seqlens, 384, chunk=chunk), rtol=2e-2, atol=2e-2)
 
 
 @needs_gpu
