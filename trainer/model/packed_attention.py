@@ -32,6 +32,7 @@ def packed(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attenti
     row is one sample. Raises ValueError for what packs cannot express: a mask, a cache, chunked attention.
     """
     batch, _, tokens, _ = query.shape
+    sliding_window = _window(module, sliding_window)
     _check_call(module, key.shape[2] - tokens, attention_mask, sliding_window)
     if (pack := running_pack()) is None:
         cu_seqlens, max_seqlen = torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32, device=query.device), tokens
@@ -56,11 +57,19 @@ def _check_call(module: nn.Module, cached: int, attention_mask: Tensor | None, s
 
 
 def _kind(module: nn.Module) -> str:
-    """Return the kind of an attention module's layer, in transformers' words."""
-    config = getattr(module, "config", None)
-    if kinds := getattr(config, "layer_types", None):
-        return kinds[module.layer_idx]
+    """Return the kind of an attention module's layer, in transformers' words.
+
+    A config without kinds has a window in every layer or in none; a module that several layers share has no kind of its own.
+    """
+    config, layer = getattr(module, "config", None), getattr(module, "layer_idx", None)
+    if (kinds := getattr(config, "layer_types", None)) and layer is not None:
+        return kinds[layer]
     return "full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"
+
+
+def _window(module: nn.Module, passed: int | None) -> int | None:
+    """Return the window of an attention call; where the stock code leaves it to the mask, the config's."""
+    return module.config.sliding_window if passed is None and _kind(module) == "sliding_attention" else passed
 
 
 AttentionInterface.register(PACKED, packed)

@@ -10,7 +10,7 @@ a few short samples, alone and in packs, and compares every token by itself:
 It runs in fp32 whatever the dtype of the run, one layer at a time, so that a leak does not hide in rounding. How much rounding may
 differ is measured too, and no constant: by the sample's embeddings moved by one unit in the last place, and by the sample in a batch.
 Fresh weights are small, and what training may make of them is not: so the same is shown with the matrices of one layer of each kind
-eight times as large.
+larger, eight times or as far as rounding errors do not grow with them until nothing can be seen.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from trainer.model.packed_attention import PACKED, decoder, last_hidden_states
 
 LENGTHS = (11, 1, 19, 6)  # of the samples; their sum is a prime, so that it is no model's width
 AMPLIFIED = 8.0
+LADDER = (AMPLIFIED, 4.0, 2.0)
 FROM_ALONE = 64.0  # allowed error of a sample in a pack, in units of the measured rounding
 FROM_NEIGHBOURS = 4.0  # the same where nothing but the neighbours changes
 BLIND = 1e-2  # a tolerance above this shows nothing
@@ -49,14 +50,13 @@ def probe_packing(model: PreTrainedModel) -> str | None:
         with torch.no_grad():
             for mixer in find_mixers(model, dtype):
                 run_by_sample(mixer)
-            for amplified in [None, *one_layer_of_each_kind(model)]:
-                if fault := _fault(model, dtype, amplified):
-                    return fault
-    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, AssertionError) as error:
-        return (str(error) or type(error).__name__).splitlines()[0]  # arguments refused by its code or by our attention
+            return _fault(model, dtype)
+    except ValueError as error:  # refused by our attention
+        return str(error).splitlines()[0]
+    except (TypeError, RuntimeError, AttributeError, IndexError, KeyError, AssertionError) as error:
+        return f"its code fails in a pack, {type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
     finally:
         model.train(was_training)
-    return None
 
 
 def attends_by_itself(model: PreTrainedModel) -> bool:
@@ -81,22 +81,53 @@ def one_layer_of_each_kind(model: PreTrainedModel) -> list[nn.Module]:
 # ---------------------------------------------------------------- the comparison
 
 
-def _fault(model: PreTrainedModel, dtype: torch.dtype, amplified: nn.Module | None) -> str | None:
-    """Return what differs between packs and single samples in every try; None if one shows no difference."""
+class Blind(Exception):
+    """Rounding errors are too large to see whether samples mix."""
+
+
+def _fault(model: PreTrainedModel, dtype: torch.dtype) -> str | None:
+    """Return what differs between packs and single samples; None: nothing."""
+    try:
+        if fault := _repeated(model, dtype, None, 1.0):
+            return fault
+    except Blind as error:
+        return str(error)
+    for layer in one_layer_of_each_kind(model):
+        for factor in LADDER:
+            try:
+                if fault := _repeated(model, dtype, layer, factor):
+                    return fault
+                break
+            except Blind:
+                continue
+    return None
+
+
+def _repeated(model: PreTrainedModel, dtype: torch.dtype, layer: nn.Module | None, factor: float) -> str | None:
+    """Return what differs in every try, None if not in one. Raises Blind if none shows anything."""
+    outcomes: list[str | Blind] = []
     for seed in range(TRIES):
-        fault = _one_try(model, dtype, amplified, torch.Generator().manual_seed(seed))
-        if fault is None:
+        try:
+            outcome = _one_try(model, dtype, layer, factor, torch.Generator().manual_seed(seed))
+        except Blind as error:
+            outcome = error
+        if outcome is None:
             return None
-    return fault
+        outcomes.append(outcome)
+    faults = [outcome for outcome in outcomes if isinstance(outcome, str)]
+    if not faults:
+        raise outcomes[-1]
+    return faults[-1]
 
 
-def _one_try(model: PreTrainedModel, dtype: torch.dtype, amplified: nn.Module | None, generator: torch.Generator) -> str | None:
+def _one_try(model: PreTrainedModel, dtype: torch.dtype, layer: nn.Module | None, factor: float, generator: torch.Generator) -> str | None:
+    """Return what differs with one draw of tokens and one layer amplified; None: nothing. Raises Blind."""
     samples, others = random_samples(model, generator), random_samples(model, generator)
-    with higher_precision(model, dtype, amplified):
+    with higher_precision(model, dtype, layer, factor):
         alone = torch.cat([_alone(model, sample[None])[0] for sample in samples])
         rounding = max(_rounding(model, sample, dtype) for sample in samples)
-        if rounding * FROM_ALONE > BLIND:
-            return f"its rounding errors grow to {rounding:.0e}, too large to see whether samples mix"
+        if not rounding * FROM_ALONE <= BLIND:
+            raise Blind(f"its rounding errors grow to {rounding:.0e} of a token, too large to see whether samples mix")
         with packed_attention_on(model):
             together = _together(model, samples)
             replaced = [other if i % 2 == 0 else sample for i, (sample, other) in enumerate(zip(samples, others, strict=True))]
@@ -185,7 +216,7 @@ def find_mixers(model: PreTrainedModel, dtype: torch.dtype) -> list[nn.Module]:
         for layer in tried:
             for part in layer.modules():
                 stack.callback(part.register_forward_pre_hook(note, with_kwargs=True).remove)
-        stack.enter_context(higher_precision(model, dtype, None))
+        stack.enter_context(higher_precision(model, dtype))
         stack.enter_context(packed_attention_on(model))
         samples = random_samples(model, torch.Generator().manual_seed(0))
         _together(model, samples)
@@ -233,8 +264,9 @@ def _leaks(layer: nn.Module, part: nn.Module, args: tuple, kwargs: dict, dtype: 
 
 
 @contextmanager
-def higher_precision(model: PreTrainedModel, dtype: torch.dtype, amplified: nn.Module | None) -> Iterator[None]:
-    """Compute the decoder in `dtype` inside this context, with one layer's matrices amplified.
+def higher_precision(model: PreTrainedModel, dtype: torch.dtype, amplified: nn.Module | None = None, factor: float = 1.0
+                     ) -> Iterator[None]:
+    """Compute the decoder in `dtype` inside this context, one layer with matrices times `factor`.
 
     A layer's weights are in `dtype` only while it runs, so memory grows by one layer.
     """
@@ -250,7 +282,7 @@ def higher_precision(model: PreTrainedModel, dtype: torch.dtype, amplified: nn.M
         if embeddings not in outside:
             stack.callback(embeddings.register_forward_hook(lambda module, args, output: output.to(dtype)).remove)
         for layer in layers(model):
-            _swap_while_running(stack, layer, dtype, AMPLIFIED if layer is amplified else 1.0)
+            _swap_while_running(stack, layer, dtype, factor if layer is amplified else 1.0)
         yield
 
 

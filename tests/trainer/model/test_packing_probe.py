@@ -99,6 +99,7 @@ def test_a_leak_that_training_may_wake_is_found(monkeypatch):
     with torch.no_grad():
         assert len(find_mixers(made, torch.float32)) == 3
     monkeypatch.setattr(packing_probe, "AMPLIFIED", 1.0)
+    monkeypatch.setattr(packing_probe, "LADDER", (1.0,))
     with torch.no_grad():
         assert find_mixers(made, torch.float32) == []
     assert probe_packing(made) is None
@@ -121,7 +122,7 @@ def test_layers_compute_in_higher_precision_one_at_a_time():
     made, seen = model(dtype=torch.bfloat16), []
     for layer in layers(made):
         layer.mlp.register_forward_hook(lambda mlp, args, out: seen.append((out.dtype, {p.dtype for p in made.model.layers.parameters()})))
-    with torch.no_grad(), higher_precision(made, torch.float32, None):
+    with torch.no_grad(), higher_precision(made, torch.float32):
         assert made.model(input_ids=torch.arange(5)[None]).last_hidden_state.dtype == torch.float32
     assert len(seen) == 3
     assert all(dtype == torch.float32 and dtypes == {torch.float32, torch.bfloat16} for dtype, dtypes in seen)
