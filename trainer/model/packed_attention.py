@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
@@ -23,37 +25,54 @@ PACKED = "steadfast_packed"
 SEES_ALL_EARLIER = {"full_attention", "attention", "hybrid"}  # kinds of layers whose mask is causal
 
 
+class Reach(NamedTuple):
+    """Earlier tokens of its sample that a token sees; both None: all."""
+
+    window: int | None = None  # this many, itself included
+    chunk: int | None = None  # those of its own chunk of this many
+
+
 def packed(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *,
            scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None, softcap: float | None = None,
-           **kwargs) -> tuple[Tensor, None]:
+           s_aux: Tensor | None = None, **kwargs) -> tuple[Tensor, None]:
     """Compute causal attention in the signature of transformers' attention interface.
 
-    Of query [B,H,T,D], key and value [B,Hk,T,D] it returns [B,T,H,D]. The batch is the one row of the running pack; without a pack each
-    row is one sample. Raises ValueError for what packs cannot express: a mask, a cache, chunked attention.
+    Of query and key [B,H,T,D] and [B,Hk,T,D], value [B,Hk,T,Dv], and sinks s_aux [H], it returns [B,T,H,Dv]. The batch is the one row of
+    the running pack; without a pack each row is one sample. Raises ValueError for what packs cannot express, such as a mask or a cache.
     """
-    batch, _, tokens, _ = query.shape
-    sliding_window = _window(module, sliding_window)
-    _check_call(module, key.shape[2] - tokens, attention_mask, sliding_window)
+    batch, _, tokens, dim = query.shape
+    if attention_mask is not None or key.shape[2] != tokens:
+        found = "a mask" if attention_mask is not None else f"{key.shape[2] - tokens} cached tokens"
+        raise ValueError(f"packed attention: expected neither mask nor cache, got {found}; "
+                         "call model.set_attn_implementation('sdpa') for padded batches and generation")
+    reach = _reach(module, sliding_window)
     if (pack := running_pack()) is None:
         cu_seqlens, max_seqlen = torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32, device=query.device), tokens
     elif batch == 1:
         cu_seqlens, max_seqlen = pack.cu_seqlens, pack.max_seqlen
     else:
         raise ValueError(f"packed attention: expected the pack as one row, got a batch of {batch}")
-    rows = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]  # [B*T, H, D]
-    out = packed_attention(*rows, cu_seqlens, max_seqlen, scale=scaling, window=sliding_window, softcap=softcap, dropout=dropout)
-    return out.unflatten(0, (batch, tokens)), None
+    scaling, value_dim = dim ** -0.5 if scaling is None else scaling, value.shape[3]
+    widest = max(dim, value_dim)  # the kernels have one width: zeros change neither scores nor the outputs that are kept
+    rows = [F.pad(x, (0, widest - x.shape[3])).transpose(1, 2).flatten(0, 1) for x in (query, key, value)]  # [B*T, H, D]
+    out = packed_attention(*rows, cu_seqlens, max_seqlen, scale=scaling, window=reach.window, chunk=reach.chunk, softcap=softcap,
+                           sinks=s_aux, dropout=dropout)
+    return out[..., :value_dim].unflatten(0, (batch, tokens)), None
 
 
-def _check_call(module: nn.Module, cached: int, attention_mask: Tensor | None, sliding_window: int | None) -> None:
-    """Refuse a call that packed attention cannot compute."""
-    if attention_mask is not None or cached:
-        found = "a mask" if attention_mask is not None else f"{cached} cached tokens"
-        raise ValueError(f"packed attention: expected neither mask nor cache, got {found}; "
-                         "call model.set_attn_implementation('sdpa') for padded batches and generation")
-    kind = _kind(module)
-    if kind not in SEES_ALL_EARLIER and not (kind == "sliding_attention" and sliding_window is not None):
+def _reach(module: nn.Module, window: int | None) -> Reach:
+    """Return what the tokens of an attention call see; `window` is the one passed, which some stock code leaves to the mask.
+
+    Raises ValueError for a kind of layer that is neither.
+    """
+    config, kind = getattr(module, "config", None), _kind(module)
+    if kind == "chunked_attention":
+        return Reach(chunk=config.attention_chunk_size)
+    if kind == "sliding_attention":
+        return Reach(window=config.sliding_window if window is None else window)
+    if kind not in SEES_ALL_EARLIER:
         raise ValueError(f"packed attention: {type(module).__name__} is {kind}, which its call does not describe")
+    return Reach(window=window)
 
 
 def _kind(module: nn.Module) -> str:
@@ -65,11 +84,6 @@ def _kind(module: nn.Module) -> str:
     if (kinds := getattr(config, "layer_types", None)) and layer is not None:
         return kinds[layer]
     return "full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"
-
-
-def _window(module: nn.Module, passed: int | None) -> int | None:
-    """Return the window of an attention call; where the stock code leaves it to the mask, the config's."""
-    return module.config.sliding_window if passed is None and _kind(module) == "sliding_attention" else passed
 
 
 AttentionInterface.register(PACKED, packed)
