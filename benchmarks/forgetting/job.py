@@ -1,4 +1,4 @@
-"""Define one run of a study: an arm with one seed, and the configuration that all arms of a study share."""
+"""Define one run of a study: an arm with one seed, and the configuration that all arms share."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Job:
 
 
 def configuration(job: Job, model: Path, data: Data, replay: Replay, kl: dict) -> Config:
-    """Return the configuration of an arm's run on a base, with what all arms share; `kl` is for arms that have it."""
+    """Return the configuration of an arm's run; `kl` has the options of arms with a KL to the base."""
     arm, size = job.arm, job.size
     method = "full" if arm.full else "lora"
     return Config(

@@ -18,7 +18,7 @@ def add_timing_arguments(parser: argparse.ArgumentParser, **defaults: int) -> No
 
 
 def check_timing(arguments: argparse.Namespace, **fewest: int) -> None:
-    """Raise UserError for fewer rounds, steps or threads than a suite can use; `fewest` overrides `FEWEST`."""
+    """Raise UserError for fewer rounds, steps or threads than a suite needs; `fewest` overrides them."""
     for name, least in (FEWEST | fewest).items():
         found = getattr(arguments, name, least)
         require(found >= least, f"--{name}", f"at least {least}", found)
