@@ -23,6 +23,7 @@ from kernels._launch import ANY, Launch, arch_of, cdiv, constexpr, jit, launch, 
 MAX_RANK = 256
 MAX_TOGETHER = 3  # projections in one launch
 PROGRAMS = 512  # of lora_gradients, approximately: four per multiprocessor of an H200
+SLICE_ROWS = 32  # times a projection's width: the fewest rows of a slice
 
 
 @jit
@@ -279,7 +280,7 @@ def lora_gradients(x: Tensor, G: list[Tensor], S: Tensor, D: Tensor | None, rank
     settings = pick(GRADIENTS, _size(width * (groups[0].stop - groups[0].start), x.dtype), x.device)
     blocks = [cdiv(n, settings.blocks["BLOCK_C"]) for n in (K, *N)]
     # many programs, but slices so long that their sums (8 R bytes per column, written and read) are small beside their rows (2 bytes each)
-    slices = max(1, min(cdiv(PROGRAMS, sum(blocks)), T // (32 * width)))
+    slices = max(1, min(cdiv(PROGRAMS, sum(blocks)), T // (SLICE_ROWS * width)))
     slice_rows = cdiv(T, slices * settings.blocks["BLOCK_T"]) * settings.blocks["BLOCK_T"]
     partial = torch.empty(slices, sum(sizes), dtype=torch.float32, device=x.device)
     # the first slice's gradients; each further slice's are one row of `partial` away

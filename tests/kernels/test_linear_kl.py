@@ -408,7 +408,7 @@ def test_mistakes_are_named(change, message):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("rows, vocabulary, options", [
-    (0, 7, {}), (1, 1, {}), (5, 31, EVERY_OPTION), (13, 512, {}), (13, 1023, dict(softcap=3.0)), (7, 3001, EVERY_OPTION)])
+    (0, 7, {}), (1, 1, {}), (5, 31, EVERY_OPTION), (13, 512, {}), (7, 3001, EVERY_OPTION)])
 def test_kernels_are_as_exact_as_torch(divergence, rows, vocabulary, options, dtype):
     """Frozen head, per-token upstream."""
     x, weight, _, x_ref, weight_ref, _ = inputs(rows=rows, vocabulary=vocabulary)

@@ -382,9 +382,13 @@ CASES = {
 }
 
 
+# Those whose tiles, ranks and products come in every dtype; which tensors are frozen changes nothing that depends on one.
+IN_EVERY_DTYPE = ("linear", "different ranks and masks", "dora", "rank 129", "rank 256", "rank 300")
+
+
 @runs_triton
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name, dtype", [
+    (name, dtype) for name in CASES for dtype in (DTYPES if name in IN_EVERY_DTYPE else [torch.bfloat16])])
 def test_kernels_are_as_exact_as_torch(name, dtype):
     case = CASES[name]
     assert_as_exact_as_torch(ours_of(case), stock_of(case), inputs_of(case), dtype)
@@ -393,9 +397,17 @@ def test_kernels_are_as_exact_as_torch(name, dtype):
 @runs_triton
 @pytest.mark.parametrize("rows", [32, 64])
 def test_kernels_at_every_number_of_rows_a_program_owns(rows, monkeypatch):
-    """The other tests have 16; with so many rows gradients are summed in slices."""
+    """The other tests have 16."""
     monkeypatch.setattr(_lora_passes, "_block_m", lambda T: rows)
-    case = Case(1030, 24, [(16, 3, 0.3, False, False), (9, 2, 0.0, True, False)])
+    case = Case(70, 24, [(16, 3, 0.3, False, False), (9, 2, 0.0, True, False)])
+    assert_as_exact_as_torch(ours_of(case), stock_of(case), inputs_of(case), torch.bfloat16)
+
+
+@runs_triton
+def test_gradients_are_summed_in_slices(monkeypatch):
+    """Slices of one tile's rows, the last of which is empty; the other tests have one slice."""
+    monkeypatch.setattr(_lora_passes, "SLICE_ROWS", 1)
+    case = Case(70, 24, [(16, 3, 0.3, False, False), (9, 2, 0.0, True, False)])
     assert_as_exact_as_torch(ours_of(case), stock_of(case), inputs_of(case), torch.bfloat16)
 
 
@@ -503,11 +515,12 @@ def test_kernels_save_x_s_and_a_seed():
 
 
 @runs_triton
-@pytest.mark.parametrize("T, P, dora, slices", [(37, 3, False, 0), (37, 3, True, 0), (1030, 1, False, 1)])
+@pytest.mark.parametrize("T, P, dora, slices", [(37, 3, False, 0), (37, 3, True, 0), (70, 1, False, 1)])
 def test_products_and_launches_are_as_few_as_the_readme_says(T, P, dora, slices, monkeypatch):
     case = Case(T, 8, [(16, 3, 0.3, False, dora)] * P)
     tensors = to(inputs_of(case), torch.float32)
     monkeypatch.setattr(_lora_passes, "_block_m", lambda T: 64)
+    monkeypatch.setattr(_lora_passes, "SLICE_ROWS", 2)
     with triton_mode(), Counted(monkeypatch) as counted:
         ys = ours_of(case)(*tensors)
         assert (counted.products, counted.launches, counted.sums) == (P, 1 + 2 * P * dora, 0)
