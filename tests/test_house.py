@@ -25,7 +25,7 @@ FILES = [path for top in MAY_IMPORT for path in sorted((ROOT / top).rglob("*.py"
 LAYERS = {
     "trainer": ("", "runtime", "data", "model", "optim", "metrics", "report", "evaluation", "retention", "training"),
     "synth": ("", "engines", "pool", "filters", "judging", "reporting", "stages"),
-    "benchmarks": ("", "harness", "forgetting", "speed", "on_gpu"),
+    "benchmarks": ("", "harness", "families", "forgetting", "speed", "on_gpu"),
 }
 # Commands, and what they share: above all folders.
 TOP = {"trainer": {"run", "evaluate", "interpolate"}, "synth": {"run"}, "benchmarks": {"run", "plot", "gpu", "suites", "summary"}}

@@ -1,4 +1,4 @@
-"""Folders of benchmarks/ import one way: harness < forgetting < speed < on_gpu < the commands."""
+"""Folders of benchmarks/ import one way: harness < families < forgetting < speed < on_gpu < the commands."""
 
 import ast
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 import benchmarks
 
 ROOT = Path(benchmarks.__file__).parent
-ORDER = ("harness", "forgetting", "speed", "on_gpu", "commands")
+ORDER = ("harness", "families", "forgetting", "speed", "on_gpu", "commands")
 FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 
 

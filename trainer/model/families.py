@@ -1,6 +1,6 @@
 """List the model families that have fused layers, and what distinguishes each.
 
-To add a family: add a row to FAMILIES and its name to the tests' list of families; failing tests show what else differs.
+To add a family: add a row to FAMILIES; the tests run every row, and failing tests show what else differs.
 """
 
 from __future__ import annotations
@@ -18,35 +18,91 @@ class Family:
     norm_offset: float = 0.0  # 1.0: norms multiply by 1 + weight
     norm_eps: str = "variance_epsilon"  # the attribute of a norm that is its epsilon
     activation: str = "act_fn"  # the attribute of the MLP that is its activation
+    # The norm applied to the residual stream right after attention is added to it; None: decoder layers keep their own forward.
+    stream_norm: str | None = "post_attention_layernorm"
+    attention_norm: str | None = None  # the norm of attention's output, before it is added
+    mlp_norm: str | None = None  # the norm of the MLP's output, before it is added
+    attention: bool = True  # False: attention keeps its own forward
     window_in_config: bool = False  # every layer has the config's sliding window; otherwise the module's own, if any
     softcap: bool = False  # attention logits are capped
-    # the norm applied to the residual stream right after attention is added to it; None: decoder layers keep their own forward
-    stream_norm: str | None = "post_attention_layernorm"
+    own_rope: bool = False  # RoPE by the function of its module: it turns neighbouring channels, not j with j + half, or has other angles
+    rope_in_windows: bool = False  # where layers have a sliding window, only those have positions
+    output_gate: bool = False  # q_proj also makes a gate, whose sigmoid multiplies attention's output
+    query_scale: bool = False  # queries are scaled by their position
+    probed: bool = False  # packs run only if the packing probe, which finds mixers other than attention, shows that they are exact
 
 
-BEFORE_MLP = "pre_feedforward_layernorm"  # in layers that also normalise the outputs of attention and MLP
 GEMMA = Family(norm_offset=1.0, norm_eps="eps")
+GEMMA_SANDWICH = dict(norm_offset=1.0, norm_eps="eps", stream_norm="pre_feedforward_layernorm",
+                      attention_norm="post_attention_layernorm", mlp_norm="post_feedforward_layernorm")
+OWN_LAYERS = Family(stream_norm=None)  # what attention and MLP return is scaled or normalised before it is added
+GATED = Family(norm_offset=1.0, norm_eps="eps", output_gate=True, probed=True)
+PAIRS = Family(own_rope=True)
+ONLY_NORMS = Family(stream_norm=None, attention=False, probed=True)
 FAMILIES = {
-    "llama": Family(),
-    "mistral": Family(window_in_config=True),
-    "qwen2": Family(),
-    "qwen3": Family(),
+    "arcee": Family(),
+    "cohere": Family(stream_norm=None, own_rope=True),  # attention and MLP side by side
+    "cohere2": Family(stream_norm=None, own_rope=True, rope_in_windows=True),
+    "cwm": Family(),
+    "dots1": Family(),
+    "ernie4_5": PAIRS,
+    "ernie4_5_moe": PAIRS,
+    "exaone4": Family(stream_norm=None, rope_in_windows=True),
+    "exaone_moe": Family(rope_in_windows=True),
+    "flex_olmo": OWN_LAYERS,
     "gemma": GEMMA,
-    "gemma2": Family(norm_offset=1.0, norm_eps="eps", softcap=True, stream_norm=BEFORE_MLP),
-    "gemma3_text": Family(norm_offset=1.0, norm_eps="eps", stream_norm=BEFORE_MLP),
+    "gemma2": Family(**GEMMA_SANDWICH, softcap=True),
+    "gemma3_text": Family(**GEMMA_SANDWICH),
+    "gemma4_text": Family(norm_eps="eps", stream_norm=None, attention=False),  # layers share keys and values, widths differ
+    "glm": Family(own_rope=True, activation="activation_fn"),
+    "glm4": Family(own_rope=True, activation="activation_fn", attention_norm="post_self_attn_layernorm",
+                   mlp_norm="post_mlp_layernorm"),
+    "glm4_moe": Family(),
+    "gpt_oss": Family(stream_norm=None, own_rope=True),  # the MLP also returns the router's scores
+    "granite": OWN_LAYERS,
+    "granitemoe": OWN_LAYERS,
+    "granitemoehybrid": Family(stream_norm=None, probed=True),
+    "granitemoeshared": OWN_LAYERS,
+    "helium": PAIRS,
+    "hunyuan_v1_dense": Family(attention=False),  # norms of queries and keys come after RoPE
+    "hunyuan_v1_moe": Family(attention=False),
+    "hy_v3": Family(),
+    "hyperclovax": OWN_LAYERS,
+    "lfm2": ONLY_NORMS,
+    "lfm2_moe": ONLY_NORMS,
+    "llama": Family(),
+    "mellum": Family(),
+    "minimax_m2": Family(),
+    "ministral": Family(),
+    "ministral3": Family(window_in_config=True, query_scale=True),
+    "mistral": Family(window_in_config=True),
+    "mixtral": Family(window_in_config=True),
+    "nemotron_h": ONLY_NORMS,
+    "olmo2": OWN_LAYERS,  # in bf16 the stock norms round after the weight, ours before: as exact, not bit-identical
+    "olmo3": OWN_LAYERS,
+    "olmoe": Family(),
     "phi3": Family(activation="activation_fn", window_in_config=True),
-    "granite": Family(stream_norm=None),  # scales attention and MLP before adding them
-    "olmo2": Family(stream_norm=None),  # in bf16 the stock norms round after the weight, ours before: as exact, not bit-identical
+    "qwen2": Family(),
+    "qwen2_moe": Family(),
+    "qwen3": Family(),
+    "qwen3_5_moe_text": GATED,
+    "qwen3_5_text": GATED,
+    "qwen3_moe": Family(),
+    "qwen3_next": GATED,
+    "seed_oss": Family(),
     "smollm3": Family(),
+    "solar_open": Family(),
+    "vaultgemma": Family(norm_offset=1.0, norm_eps="eps", stream_norm="pre_feedforward_layernorm", softcap=True),
 }
 ACTIVATIONS = {type(ACT2FN[name]): ours for name, ours in (("silu", "silu"), ("swish", "silu"), ("gelu_pytorch_tanh", "gelu_tanh"))}
 
 
 def family_of(model: PreTrainedModel) -> Family | None:
-    """Return the model's row in FAMILIES.
+    """Return the row in FAMILIES of the model, or of the language model in one that also sees or hears.
 
     None for other families, for code that came with the model, and for bidirectional attention.
     """
-    family = FAMILIES.get(model.config.model_type)
+    config = model.config.get_text_config()
     own_code = type(model).__module__.startswith("transformers.models.")
-    return family if own_code and not getattr(model.config, "use_bidirectional_attention", False) else None
+    bidirectional = getattr(config, "use_bidirectional_attention", None) in (True, "all")  # "vision": only inside pictures
+    return FAMILIES.get(config.model_type) if own_code and not bidirectional else None

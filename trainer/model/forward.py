@@ -7,6 +7,7 @@ Shapes: T tokens of a pack, S selected rows, W model width, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -53,14 +54,21 @@ def unwrap_peft(model: nn.Module) -> PreTrainedModel:
 
 
 def lm_head(model: nn.Module) -> LmHead:
-    """Return the model's head: Granite divides its logits, Cohere multiplies them, Gemma 2 caps them."""
+    """Return the model's head: Granite divides its logits, Cohere multiplies them, Gemma 2 caps them.
+
+    Raises ValueError for a head that is no plain linear layer.
+    """
     base = unwrap_peft(model)
     layer = base.get_output_embeddings()
     if type(layer) is not nn.Linear:
         raise ValueError(f"head: expected a plain linear layer, got {type(layer).__name__}")
     config = base.config.get_text_config()
-    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
-    return LmHead(layer.weight, layer.bias, getattr(config, "final_logit_softcapping", None), scale)
+    factors = [getattr(config, name, None) or 1.0 for name in ("logit_scale", "lm_head_multiplier")]
+    divisors = [getattr(config, name, None) or 1.0 for name in ("logits_scaling", "logits_mup_width_multiplier")]
+    if config.model_type == "hyperclovax":  # multiplies by what Granite divides by
+        factors, divisors = [config.logits_scaling], []
+    caps = [getattr(config, name, None) for name in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")]
+    return LmHead(layer.weight, layer.bias, next(filter(None, caps), None), math.prod(factors) / math.prod(divisors))
 
 
 def forward_hidden(model: nn.Module, batch: PackedBatch, rows: Tensor | None = None) -> Tensor:

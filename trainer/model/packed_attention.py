@@ -61,7 +61,7 @@ def packed(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attenti
 
 
 def _reach(module: nn.Module, window: int | None) -> Reach:
-    """Return the reach of an attention call whose window is the one passed, or left to the mask.
+    """Return what the tokens of an attention call see; `window` is the one passed, which some stock code leaves to the mask.
 
     Raises ValueError for a kind of layer that is neither.
     """

@@ -22,6 +22,7 @@ from trainer.errors import UserError
 from trainer.model import lora
 from trainer.model.families import ACTIVATIONS, Family, family_of
 from trainer.model.fused_layers import (
+    LayerNorms,
     attention_forward,
     attention_traits,
     decoder_layers,
@@ -29,9 +30,10 @@ from trainer.model.fused_layers import (
     layer_forward,
     mlp_forward,
     norm_forward,
+    why_not_fused_attention,
 )
 from trainer.model.mixers import runs_by_sample
-from trainer.model.packed_attention import is_packed
+from trainer.model.packed_attention import decoder, is_packed
 
 
 @dataclass
@@ -59,9 +61,10 @@ def patch(model: nn.Module, enabled: bool = True) -> PatchReport:
         raise UserError(str(error)) from None
     counts: Counter[str] = Counter()
     last = next(reversed(decoder_layers(base)), None)
+    language = set(decoder(base).modules())  # adapters may be elsewhere too
     for name, module in base.named_modules():
         if enabled:
-            counts.update(_patch_module(module, name.rsplit(".", 1)[-1], family, module is last))
+            counts.update(_patch_module(module, name.rsplit(".", 1)[-1], family if module in language else None, module is last))
     return _report(base, family, enabled, kernel_backend, counts)
 
 
@@ -75,37 +78,52 @@ def _patch_module(module: nn.Module, name: str, family: Family | None, last: boo
         return {} if lora.why_not_fused(module) else {"adapter": 1}
     if family is None:
         return {}
-    if type(module).__name__.endswith("RMSNorm"):
+    if _is_rms_norm(module):
         module.forward = partial(norm_forward, module, getattr(module, family.norm_eps), family.norm_offset)
         return {"rms_norm": 1}
-    if name == "self_attn":
+    if name == "self_attn" and family.attention and not why_not_fused_attention(module):
         traits = attention_traits(module, family)
         module.forward = partial(attention_forward, module, traits)
-        if traits.rope and traits.norm == "head":
+        rotates = traits.rope and traits.own_rope is None
+        if rotates and traits.norm == "head" and _is_rms_norm(module.q_norm):
             return {"qk_norm_rope": 1, "rms_norm": -2}
-        return {"rope": int(traits.rope)}
-    if name == "mlp" and (activation := ACTIVATIONS.get(type(getattr(module, family.activation)))):
+        return {"rope": int(rotates)}
+    if activation := _gate_of(module, family):
         module.forward = partial(fused_mlp_forward if hasattr(module, "gate_up_proj") else mlp_forward, module, activation)
         return {"glu": 1}
     if isinstance(module, GradientCheckpointingLayer) and _adds_attention_as_is(module, family):
-        module.forward = partial(layer_forward, module, family.stream_norm, last)
+        norms = LayerNorms(family.stream_norm, family.attention_norm, family.mlp_norm)
+        module.forward = partial(layer_forward, module, norms, last)
         return {"add_rms_norm": 1, "rms_norm": -1}
     return {}
 
 
-def _adds_attention_as_is(layer: nn.Module, family: Family) -> bool:
-    """Return whether attention is added to the residual stream without scale or dropout.
+def _is_rms_norm(module: nn.Module) -> bool:
+    """Return whether this is an RMSNorm with a weight."""
+    return type(module).__name__.endswith("RMSNorm") and hasattr(module, "weight")
 
-    Phi-3 has a dropout there, which is off in every checkpoint we know.
+
+def _gate_of(module: nn.Module, family: Family) -> str | None:
+    """Return our name of the activation of a gated MLP; None for other modules and activations."""
+    projections = {name for name, child in module.named_children() if name != family.activation}
+    gated = projections in ({"gate_proj", "up_proj", "down_proj"}, {"gate_up_proj", "down_proj"})
+    return ACTIVATIONS.get(type(getattr(module, family.activation, None))) if gated else None
+
+
+def _adds_attention_as_is(layer: nn.Module, family: Family) -> bool:
+    """Return whether a layer adds its attention to the residual stream without scale or dropout.
+
+    Phi-3 has a dropout there, which is off in every checkpoint we know. Layers with another mixer than attention add that.
     """
-    return family.stream_norm is not None and not getattr(getattr(layer, "resid_attn_dropout", None), "p", 0.0)
+    dropped = getattr(getattr(layer, "resid_attn_dropout", None), "p", 0.0)
+    return family.stream_norm is not None and hasattr(layer, "self_attn") and not dropped
 
 
 def _report(base: PreTrainedModel, family: Family | None, enabled: bool, kernel_backend: str, counts: Counter[str]) -> PatchReport:
-    why_stock = "unknown family" if enabled else "model.fused_kernels is off"
-    report = PatchReport(base.config.model_type if family else f"{base.config.model_type} ({why_stock}: stock layers)")
-    softcap = base.config.attn_logit_softcapping if family and family.softcap else None
-    attention = backend(base.device, base.dtype, softcap, getattr(base.config, "attention_dropout", 0.0))
+    config, why_stock = base.config.get_text_config(), "unknown family" if enabled else "model.fused_kernels is off"
+    report = PatchReport(config.model_type if family else f"{config.model_type} ({why_stock}: stock layers)")
+    softcap = config.attn_logit_softcapping if family and family.softcap else None
+    attention = backend(base.device, base.dtype, softcap, getattr(config, "attention_dropout", 0.0))
     report.backends["attention"] = f"packed ({attention})" if is_packed(base) else "stock, one sample at a time (slow)"
     if mixers := sum(map(runs_by_sample, base.modules())):
         report.backends["mixers"] = f"stock x {mixers}, each sample by itself"

@@ -12,14 +12,15 @@ from trainer.config import Config, Model
 from trainer.data.batch import NO_PADDING
 from trainer.errors import UserError
 from trainer.model.families import FAMILIES
-from trainer.model.forward import CPU_16BIT_PADDING, apply_activation_checkpointing, forward_hidden, padding_for
+from trainer.model.forward import CPU_16BIT_PADDING, apply_activation_checkpointing, forward_hidden, lm_head, padding_for
 from trainer.model.fused_layers import row_selecting_layer
 from trainer.model.loading import load_model
+from trainer.model.packed_attention import last_hidden_states
 from trainer.model.patch import patch
 
 
 @pytest.mark.parametrize("how", ["plain", "checkpointed", "a hook on the last norm"])
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", [*tiny.FAMILIES, "glm4", "hunyuan_v1_dense", "ministral3", "qwen3_5_text", "qwen3_moe"])
 def test_some_rows_of_the_last_layer_equal_those_of_all(family, how):
     """Hidden states and gradients in fp64; what is left out is not computed where our layers serve the family."""
     model = with_packed_attention(unlike_initial(tiny.model(family, dtype=torch.float64, **SETTINGS.get(family, {}))))
@@ -44,6 +45,16 @@ def test_some_rows_of_the_last_layer_equal_those_of_all(family, how):
         assert relative_error(other, gradient[name]) < 1e-10, name
     left_out = last is not None and how != "a hook on the last norm"
     assert set(passed) == ({5} if left_out else {batch.tokens} if last is not None else set())
+
+
+@pytest.mark.parametrize("family", ["cohere", "falcon_h1", "gemma2", "granite", "hyperclovax", "inkling_text", "recurrent_gemma", "xlstm"])
+def test_head_gives_the_logits_of_the_model(family):
+    """Scales that multiply or divide, and soft caps, under the names that families give them."""
+    model, ids = tiny.model(family), torch.arange(24).view(2, 12)
+    hidden = last_hidden_states(model, ids, torch.arange(12).expand(2, -1))
+    assert relative_error(lm_head(model).logits(hidden), model(input_ids=ids, use_cache=False).logits) < 1e-5
+    head = lm_head(model)
+    assert head.softcap is not None or head.logit_scale != 1.0
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])

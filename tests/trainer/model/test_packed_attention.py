@@ -18,7 +18,7 @@ UNKNOWN = {  # family: (settings, whether it packs)
     "gpt_neox": ({}, True),
     "starcoder2": (dict(sliding_window=8), True),
     "opt": (dict(ffn_dim=112, word_embed_proj_dim=32), True),
-    "cohere": (dict(logit_scale=0.25), True),
+    "phi": ({}, True),
     "phimoe": (dict(num_local_experts=2, sliding_window=8), True),  # leaves its window to the mask
     "deepseek_v3": (dict(n_routed_experts=4, n_group=2, topk_group=1, num_experts_per_tok=2, kv_lora_rank=16, q_lora_rank=16, v_head_dim=24,
                          qk_nope_head_dim=16, qk_rope_head_dim=16, moe_intermediate_size=32, num_key_value_heads=4), True),  # narrow values
@@ -26,7 +26,7 @@ UNKNOWN = {  # family: (settings, whether it packs)
     "stablelm": ({}, True),  # its layers drop keyword arguments
     "bloom": (dict(n_head=4, n_layer=2), False),  # its attention has a bias by distance
     "mamba": (dict(state_size=4), True),  # a recurrence, which runs by sample
-    "gpt_oss": (dict(head_dim=16, num_local_experts=2, num_experts_per_tok=1, sliding_window=8), True),  # sinks
+    "granite_swa": (dict(sliding_window=8), True),  # sinks
     "llama4_text": (dict(head_dim=16, num_local_experts=2, intermediate_size_mlp=64, attention_chunk_size=8), True),  # chunked
 }
 
@@ -54,7 +54,7 @@ def test_unknown_head_is_refused():
     model.config.model_type = "unheard-of"
     original = model.lm_head.forward
     model.lm_head.forward = lambda x: original(x).tanh()
-    with pytest.raises(UserError, match="head of unheard-of"):
+    with pytest.raises(UserError, match="expected a head that .* found another in unheard-of"):
         with_packed_attention(model)
 
 

@@ -1,0 +1,1 @@
+"""Census of model families: tiny models of each, tried against stock transformers."""
