@@ -37,6 +37,7 @@ from synth.engines.interface import (
 )
 from synth.engines.protocol import LoadRequest, Ready
 from synth.engines.tokens import MAX_CONTEXT, Spellings, added_text, eos_ids, why_unfit, why_unscorable
+from trainer.model.attention_shapes import attention_shapes
 
 CPU_CACHE_MIN_BYTES = 300_000_000  # smallest KV cache on a CPU
 CPU_CACHE_SEQUENCES = 64  # sequences of full length that a larger one holds
@@ -171,10 +172,8 @@ def _context(load: LoadRequest) -> int:
 
 def _cache(load: LoadRequest, context: int, dtype: str) -> int:
     """Return the bytes of the KV cache on a CPU: at most half of the free memory, which all workers share."""
-    config = _text_config(load)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    bytes_per_token = 2 * config.num_hidden_layers * heads * width * (4 if dtype == "float32" else 2)
+    cached = sum(shape.cache_width for shape in attention_shapes(_text_config(load)) if shape)
+    bytes_per_token = cached * (4 if dtype == "float32" else 2)
     most = psutil.virtual_memory().available // (2 * load.workers)
     return min(max(CPU_CACHE_SEQUENCES * context * bytes_per_token, CPU_CACHE_MIN_BYTES), most)
 

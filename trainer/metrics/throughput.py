@@ -1,8 +1,12 @@
 """Count the FLOP of a training step, and find the peak rate for model FLOP utilisation (MFU).
 
 FLOP convention (a step of T real tokens, S supervised rows): matrices of frozen weights 4 P T (forward, and the gradient of
-the input), trained ones 6 P T; the head 4 V D S frozen, 6 V D S trained; causal attention 6 * sum(len^2) * heads * head_dim a
-layer. Only useful work counts: not padding, not recomputation, not unsupervised rows through the head, nor, in families whose last layer
+the input), trained ones 6 P T; the head 4 V D S frozen, 6 V D S trained; causal softmax attention 6 * sum(len^2) * heads * (width of keys
++ width of values) / 2 a layer that has it, windows ignored. Of routed experts a token's share counts, experts chosen / experts there
+are, of shared ones all, as torchtitan counts them (`get_moe_model_nparams_and_flops` in torchtitan/models/utils.py). Of state-space,
+linear-attention and convolution mixers the projections count, what lies between them, which is linear in T, does not.
+
+Only useful work counts: not padding, not recomputation, not unsupervised rows through the head, nor, in families whose last layer
 skips them, through what follows its attention. Where the base runs beside the model (retention/kl.py), its forward counts a third of a
 full training step over the samples that it reads, head included; the model's own logits, which the KL recomputes, count once.
 """
@@ -11,13 +15,16 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from trainer.metrics.timers import synchronize
+from trainer.model.attention_shapes import attention_shapes
+from trainer.model.experts import expert_share, expert_weights
 from trainer.model.fused_layers import row_selecting_layer
 from trainer.model.quantization import weight_count
 
@@ -34,21 +41,21 @@ class ModelSize:
 
     parameters: int
     trainable: int
-    frozen_matrices: int  # weights of frozen matrices that every token passes through, without the head
-    trained_matrices: int
+    frozen_matrices: float  # weights of frozen matrices that a token passes through, without the head
+    trained_matrices: float
     head: int  # V * D
     head_trained: bool
-    experts: bool  # the model routes tokens to experts, which the convention does not cover
-    attention_width: int  # sum over layers of heads * head_dim; windows are ignored
-    frozen_late: int = 0  # part of frozen_matrices that only supervised rows pass through
-    trained_late: int = 0  # part of trained_matrices, likewise
+    attention_width: float  # sum over layers with softmax attention of heads * (key width + value width) / 2
+    frozen_late: float = 0.0  # part of frozen_matrices that only supervised rows pass through
+    trained_late: float = 0.0  # part of trained_matrices, likewise
+    routing_known: bool = True  # there are no experts, or the config tells how many of them a token passes through
 
     def flops(self, tokens: int, supervised: int, squared_lengths: int) -> float | None:
-        """Return the FLOP of a training step; None with experts.
+        """Return the FLOP of a training step; None if the experts that a token passes through are not known.
 
         The step has `tokens` real tokens, `supervised` rows and sum(len^2) = `squared_lengths`.
         """
-        if self.experts:
+        if not self.routing_known:
             return None
         matrices = (4 * self.frozen_matrices + 6 * self.trained_matrices) * tokens
         matrices -= (4 * self.frozen_late + 6 * self.trained_late) * (tokens - supervised)
@@ -64,27 +71,33 @@ class ModelSize:
 
 def model_size(model: nn.Module) -> ModelSize:
     """Measure a model, which may have an adapter or 4-bit layers."""
-    config = model.config.get_text_config()
-    head = model.get_output_embeddings()
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    counts, late = matrix_weights(model.modules(), head), matrix_weights(modules_after_attention(model), head)
-    weights = list(model.parameters())
+    config, head, weights = model.config.get_text_config(), model.get_output_embeddings(), list(model.parameters())
+    share = expert_share(config)
+    routed = dict.fromkeys(expert_weights(model), share or 0.0)
+    counts, late = matrix_weights(model.modules(), head, routed), matrix_weights(modules_after_attention(model), head, routed)
     return ModelSize(
         parameters=sum(map(weight_count, weights)), trainable=sum(p.numel() for p in weights if p.requires_grad),
         frozen_matrices=counts[False], trained_matrices=counts[True], head=head.weight.numel(),
         head_trained=head.weight.requires_grad, frozen_late=late[False], trained_late=late[True],
-        experts=any(getattr(config, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts")),
-        attention_width=config.num_hidden_layers * config.num_attention_heads * width,
+        attention_width=sum(s.heads * (s.key_width + s.value_width) / 2 for s in attention_shapes(config) if s),
+        routing_known=not routed or share is not None,
     )
 
 
-def matrix_weights(modules: Iterable[nn.Module], head: nn.Module) -> dict[bool, int]:
-    """Count the weights of the modules' matrices, without embeddings and head, by whether they train."""
-    counts = {True: 0, False: 0}
+def matrix_weights(modules: Iterable[nn.Module], head: nn.Module, routed: Mapping[nn.Parameter, float]) -> dict[bool, float]:
+    """Count the weights of the modules' matrices that a token passes through, by whether they train.
+
+    Embeddings and head do not count; `routed` has the weights of experts, and the share of them that a token is sent to.
+    """
+    counts = {True: 0.0, False: 0.0}
     for module in modules:
-        weight = module._parameters.get("weight")  # its own: a wrapper's attribute may be its inner layer's weight
-        if weight is not None and weight.ndim == 2 and not isinstance(module, nn.Embedding) and module is not head:
-            counts[weight.requires_grad] += weight_count(weight)
+        if isinstance(module, (nn.Embedding, _ConvNd)) or module is head:
+            continue
+        for name, weight in module._parameters.items():  # its own: a wrapper's attribute may be its inner layer's weight
+            if weight in routed:
+                counts[weight.requires_grad] += routed[weight] * weight_count(weight)
+            elif weight is not None and (weight.ndim == 3 or (weight.ndim == 2 and name == "weight")):
+                counts[weight.requires_grad] += weight_count(weight)
     return counts
 
 

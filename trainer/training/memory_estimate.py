@@ -1,26 +1,33 @@
 """Estimate the memory of a run from the model's shape: nothing is loaded and nothing is run.
 
-Activations are those that the fused layers keep for the backward pass, per token and layer: inputs and outputs of both norms, rotated
-queries and keys, values, attention's output, and gate and up of the MLP,
+Activations are those that the fused layers keep for the backward pass, per token and layer: the outputs of both norms, of every matrix
+(rotated queries and keys, values, gate and up of the MLP, what is added to the residual stream) and of attention,
 
-    4 W + (2 H + 2 Hk) D + 2 I
+    2 W + sum of the matrices' rows + H D
 
-elements, with W model width, H query heads, Hk key heads, D head width, I MLP width, and on a CPU at most KEEP H D more for attention's
-probabilities. Stock layers, DoRA and norms of queries and keys keep up to three quarters more.
+elements, with W model width, H query heads, D width of values, and on a CPU at most KEEP H D more for attention's probabilities. Of an
+expert that a token is sent to, inputs and outputs. Stock layers, DoRA and norms of queries and keys keep up to twice as much, and
+mixers without attention (state spaces, linear attention) more than that.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from kernels import serving
 from kernels.attention import KEEP
 from kernels.linear_cross_entropy import rows_per_chunk
 from trainer.config import Config
-from trainer.model.forward import unwrap_peft
+from trainer.model.attention_shapes import attention_shapes
+from trainer.model.experts import expert_share, expert_weights
+from trainer.model.forward import lm_head, unwrap_peft
+from trainer.model.fused_layers import decoder_layers
+from trainer.model.packed_attention import decoder
 from trainer.model.quantization import bytes_per_weight, layers_to_quantize
 from trainer.optim.adamw import has_8bit_moments
 from trainer.optim.adamw_8bit import AdamW8bit
@@ -101,13 +108,41 @@ def loss_bytes(model: nn.Module, tokens: int, dtype: torch.dtype, device: torch.
 
 def activation_bytes(model: nn.Module, tokens: int, width: int, checkpointing: str, device: torch.device) -> float:
     """Return the bytes that a pack of `tokens` keeps for the backward pass, `width` bytes an element."""
-    shape = model.config.get_text_config()
-    heads = shape.num_attention_heads
-    key_heads = getattr(shape, "num_key_value_heads", None) or heads
-    head_dim = getattr(shape, "head_dim", None) or shape.hidden_size // heads
-    inner = getattr(shape, "intermediate_size", None) or 4 * shape.hidden_size
-    probabilities = KEEP * heads * head_dim if device.type == "cpu" else 0
-    layer = 4 * shape.hidden_size + (2 * heads + 2 * key_heads) * head_dim + 2 * inner + probabilities
-    kept = {"none": shape.num_hidden_layers, "selective": (shape.num_hidden_layers + 1) // 2, "full": 1}[checkpointing]
-    inputs = shape.hidden_size * (shape.num_hidden_layers - kept)
-    return tokens * width * (kept * layer + inputs)
+    base = unwrap_peft(model)
+    layers = layer_widths(base, KEEP if device.type == "cpu" else 0)
+    kept = {"none": layers, "selective": layers[::-2], "full": [max(layers)]}[checkpointing]
+    inputs = model_width(base) * (len(layers) - len(kept))
+    return tokens * width * (sum(kept) + inputs)
+
+
+def layer_widths(base: PreTrainedModel, probabilities: int) -> list[float]:
+    """Return the elements that each decoder layer keeps of a token.
+
+    For the weights of attention they are `probabilities` times its output.
+    """
+    config = base.config.get_text_config()
+    routed, share = expert_weights(base), expert_share(config) or 1.0
+    layers, shapes = decoder_layers(base) or [decoder(base)], attention_shapes(config)
+    attended = [shape.heads * shape.value_width if shape else 0 for shape in shapes]
+    if len(layers) != len(shapes):
+        attended = [sum(attended) / len(layers)] * len(layers)
+    return [2 * model_width(base) + matrix_outputs(layer, routed, share) + (1 + probabilities) * heads
+            for layer, heads in zip(layers, attended)]
+
+
+def matrix_outputs(layer: nn.Module, routed: set[nn.Parameter], share: float) -> float:
+    """Return the sum of the rows of a layer's weights, without adapters.
+
+    Of the `share` of experts that a token is sent to, columns count too.
+    """
+    total = 0.0
+    for name, weight in layer.named_parameters():
+        if weight.ndim >= 2 and ".lora_" not in name:
+            *experts, rows, columns = weight.shape
+            total += share * math.prod(experts) * (rows + columns) if weight in routed else weight.shape[0]
+    return total
+
+
+def model_width(base: PreTrainedModel) -> int:
+    """Return the width of the residual stream."""
+    return lm_head(base).weight.shape[1]

@@ -4,13 +4,16 @@ import json
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedConfig
 
 from tests.helpers import tiny
 from trainer.config import Lora
 from trainer.metrics.log import keep_records
 from trainer.metrics.throughput import model_size, peak_flops
 from trainer.metrics.timers import Phases, peak_memory_gb
+from trainer.model.experts import expert_share
 from trainer.model.lora import add_adapter
 
 
@@ -33,6 +36,47 @@ def test_flops_agree_with_what_torch_counts(adapter):
     causal_half = 6 * tokens**2 * size.attention_width
     expected = size.flops(tokens, tokens, tokens**2) + causal_half
     assert counted_flops(model, ids) == pytest.approx(expected, rel=0.01)
+
+
+def counted_matrices(model, ids) -> int:
+    """FLOP of products of two matrices, forward and backward; attention and mixers without it multiply batches of them."""
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, use_cache=False).logits.sum().backward()
+    return sum(counter.get_flop_counts()["Global"].get(op, 0) for op in (torch.ops.aten.mm, torch.ops.aten.addmm))
+
+
+def counted_attention(model, ids) -> float:
+    """FLOP of causal attention: three times those of a forward pass (torch cannot tell whose a backward's are), and half of the square."""
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, use_cache=False)
+    return sum(ops.get(torch.ops.aten.bmm, 0) for name, ops in counter.get_flop_counts().items() if name.endswith("self_attn")) * 3 / 2
+
+
+@pytest.mark.parametrize("family", ["gemma4_text", "qwen3_5_moe_text", "lfm2", "granitemoehybrid", "deepseek_v3", "qwen3_moe", "gpt_oss",
+                                    "mixtral"])
+def test_flops_of_experts_and_of_layers_without_attention(family):
+    model = tiny.model(family, attn_implementation="eager", experts_implementation="eager").train()
+    tokens = 64
+    ids = torch.randint(5, 300, (1, tokens))
+    attention = counted_attention(model, ids)
+    assert attention > 0
+    assert model_size(model).flops(tokens, tokens, tokens**2) == pytest.approx(counted_matrices(model, ids) + attention, rel=1e-3)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_adapters_on_experts_count_where_tokens_pass(family):
+    model = tiny.model(family)
+    size = model_size(get_peft_model(model, LoraConfig(r=4, target_modules=[], target_parameters=[
+        "mlp.experts.gate_up_proj", "mlp.experts.down_proj"])))
+    assert size.trained_matrices == size.trainable * 2 / 4  # two of four experts
+    assert size.frozen_matrices == model_size(tiny.model(family)).trained_matrices
+
+
+def test_experts_of_code_that_does_not_tell_how_many_it_chooses():
+    model = tiny.model("qwen3_moe")
+    assert expert_share(model.config) == 2 / 4
+    model.config = PreTrainedConfig(num_hidden_layers=2, num_experts=4)
+    assert model_size(model).flops(8, 8, 64) is None
 
 
 def test_size_of_an_adapter():

@@ -51,6 +51,17 @@ def test_activations_of_a_pack(checkpointing):
     assert estimated == pytest.approx(real, rel=0.1)
 
 
+@pytest.mark.parametrize("family", ["gemma4_text", "lfm2", "qwen3_moe"])
+def test_activations_of_other_layouts(family):
+    """Stock layers keep up to twice as much."""
+    model = tiny.model(family).train()
+    use_packed_attention(model)
+    ids = np.arange(120, dtype=np.int32)
+    batch = collate([Piece(ids, np.ones(120, dtype=bool))] * 2)
+    real = saved_bytes(model, batch) - 240 * 64 * 4
+    assert real / 2 < activation_bytes(model, 240, 4, "none", CPU) < 1.2 * real
+
+
 def test_checkpointing_keeps_less():
     model = tiny.model("llama", num_hidden_layers=6)
     none, selective, full = (activation_bytes(model, TOKENS, 4, mode, CPU) for mode in ("none", "selective", "full"))
