@@ -6,9 +6,9 @@ from benchmarks.families import census
 from benchmarks.forgetting import floor, real_text
 from benchmarks.forgetting.miniature import demo, study
 from benchmarks.harness.suite import Suite, View
-from benchmarks.speed import compare, gsm8k, kernels, options, scaling, synthesis, training
+from benchmarks.speed import compare, gsm8k, kernels, options, packs, scaling, synthesis, training
 
 SUITES: dict[str, Suite] = {suite.name: suite for suite in (
     training.SUITE, scaling.SUITE, options.SUITE, kernels.SUITE, gsm8k.SUITE, synthesis.SUITE, compare.SUITE,
-    census.SUITE, demo.SUITE, study.SUITE, real_text.SUITE, floor.SUITE)}
+    census.SUITE, packs.SUITE, demo.SUITE, study.SUITE, real_text.SUITE, floor.SUITE)}
 VIEWS: dict[str, View] = {name: view for suite in SUITES.values() for name, view in suite.views.items()}
