@@ -9,6 +9,7 @@ from kernels import _hub_client
 from kernels._dispatch import serving
 from kernels.attention import packed_attention
 from kernels.glu import glu
+from kernels.grouped_lora import grouped_lora_linear
 from kernels.linear_cross_entropy import TokenStatistics, linear_cross_entropy, linear_cross_entropy_statistics, linear_log_prob
 from kernels.linear_kl import linear_kl
 from kernels.lora import Lora, lora_linear, lora_qkv
@@ -19,9 +20,9 @@ from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rope import apply_rope
 
 __all__ = [
-    "Lora", "Nf4", "TokenStatistics", "add_rms_norm", "apply_rope", "dequantize_nf4", "glu", "linear_cross_entropy",
-    "linear_cross_entropy_statistics", "linear_kl", "linear_log_prob", "lora_linear", "lora_mlp", "lora_qkv", "packed_attention",
-    "qk_norm_rope", "rms_norm", "serving",
+    "Lora", "Nf4", "TokenStatistics", "add_rms_norm", "apply_rope", "dequantize_nf4", "glu", "grouped_lora_linear",
+    "linear_cross_entropy", "linear_cross_entropy_statistics", "linear_kl", "linear_log_prob", "lora_linear", "lora_mlp", "lora_qkv",
+    "packed_attention", "qk_norm_rope", "rms_norm", "serving",
 ]
 
 __getattr__ = _hub_client.lend(__name__, __path__)

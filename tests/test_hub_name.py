@@ -156,8 +156,8 @@ def test_public_functions():
     import kernels.lora_mlp
     import kernels.rms_norm
 
-    names = ["Lora", "Nf4", "TokenStatistics", "add_rms_norm", "apply_rope", "dequantize_nf4", "glu", "linear_cross_entropy",
-             "linear_cross_entropy_statistics", "linear_kl", "linear_log_prob", "lora_linear", "lora_mlp", "lora_qkv",
-             "packed_attention", "qk_norm_rope", "rms_norm", "serving"]
+    names = ["Lora", "Nf4", "TokenStatistics", "add_rms_norm", "apply_rope", "dequantize_nf4", "glu", "grouped_lora_linear",
+             "linear_cross_entropy", "linear_cross_entropy_statistics", "linear_kl", "linear_log_prob", "lora_linear", "lora_mlp",
+             "lora_qkv", "packed_attention", "qk_norm_rope", "rms_norm", "serving"]
     assert sorted(kernels.__all__) == names
     assert all(callable(getattr(kernels, name)) for name in names)

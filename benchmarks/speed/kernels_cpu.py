@@ -30,6 +30,7 @@ from benchmarks.speed.kernel_cases import EPS, IGNORED, Source, angles, heads, h
 from benchmarks.speed.kernel_predictions import RANK
 from kernels.attention import packed_attention
 from kernels.glu import glu
+from kernels.grouped_lora import grouped_lora_linear
 from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.linear_kl import linear_kl
 from kernels.lora import Lora, lora_linear, lora_qkv
@@ -42,6 +43,7 @@ from trainer.runtime.device import fast_bf16
 
 OURS, TORCH, TRANSFORMERS, PEFT, BITSANDBYTES = "Steadfast", "torch", "transformers", "PEFT", "bitsandbytes"
 TOKENS, DOCUMENT = 1024, 128  # of a step, and of each document in the pack that attention sees
+EXPERTS = 8  # that share the tokens
 ROUNDS, SAMPLE_SECONDS = 15, 0.02  # rounds of a case, and CPU time of one contender's share of a round
 TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}  # of results and gradients, relative to stock's
 
@@ -144,6 +146,19 @@ def mlp(source: Source, shape: ModelShape) -> Case:
         OURS: lambda x, *tensors: lora_mlp(x, weights, loras(tensors)), PEFT: lambda x, *_: stock(x)})
 
 
+def experts(source: Source, shape: ModelShape) -> Case:
+    """Compute one matrix of experts, as many rows each, with an adapter that PEFT adds to all weights."""
+    weight = source(EXPERTS, shape.mlp, shape.width, scale=shape.width**-0.5)
+    A, B = source(EXPERTS, RANK, shape.width, scale=0.1, grad=True), source(EXPERTS, shape.mlp, RANK, scale=0.1, grad=True)
+    ends = torch.arange(1, EXPERTS + 1, dtype=torch.int32) * (TOKENS // EXPERTS)
+
+    def stock(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return F.grouped_mm(x, torch.baddbmm(weight, B, A, alpha=2.0).transpose(1, 2), offs=ends)
+
+    return Case((source(TOKENS, shape.width, grad=True), A, B), {
+        OURS: lambda x, A, B: grouped_lora_linear(x, weight, A, B, 2.0, ends), f"{PEFT}, torch's grouped product": stock})
+
+
 def stock_norm(weight: Tensor) -> nn.Module:
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -242,6 +257,7 @@ OPERATIONS: dict[str, Callable[[Source, ModelShape], Case]] = {
     "LoRA linear": lambda source, shape: projections(source, shape, (shape.mlp,)),
     "LoRA QKV": lambda source, shape: projections(source, shape, qkv_outputs(shape)),
     "LoRA MLP": mlp,
+    "LoRA of experts": experts,
     "RMSNorm": norm,
     "add + RMSNorm": add_norm,
     "RoPE": rope,

@@ -1,17 +1,41 @@
-"""Find the experts of a mixture-of-experts model, and choose how their product is computed.
+"""Find the experts of a mixture-of-experts model, and compute them with adapters.
 
 transformers keeps the experts of a layer in 3-D parameters [experts, rows, columns], in modules called `experts`; a few families, and code
 that comes with a model, have a module for each. A router sends each token to some of them; shared experts, which see every token, are
-layers like any other.
+layers like any other. transformers computes them by torch's grouped product, which on a CPU is as fast as any loop we tried.
+
+An adapter on expert weights is PEFT's ParamWrapper, one around another for each parameter. PEFT adds s B A to the weights of all experts at
+each call; here the adapter is computed on the rows of each expert (kernels/grouped_lora.py), and PEFT's forward runs where that does not
+apply.
+
+Shapes: T tokens, C experts chosen for each, S = T C rows, E experts, W model width.
 """
 
 from __future__ import annotations
 
-from torch import nn
+import functools
+import logging
+from collections import Counter
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora.layer import ParamWrapper
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import PreTrainedConfig
+
+from kernels.grouped_lora import grouped_lora_linear
+
+logger = logging.getLogger(__name__)
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # names in configs: how many there are
 CHOSEN = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "moe_k")  # and how many of them a token passes through
+WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")  # the parameters of transformers' experts that a row is multiplied by
+
+
+# ---------------------------------------------------------------- finding
 
 
 def expert_share(config: PreTrainedConfig) -> float | None:
@@ -37,3 +61,160 @@ def _holds_experts(module: nn.Module) -> bool:
     """Return whether a module of another name is one of transformers' collections of routed experts."""
     kind = type(module).__name__
     return kind.endswith("Experts") and "Shared" not in kind
+
+
+def _computes_as_configured(module: nn.Module) -> bool:
+    """Return whether transformers' `experts_implementation` decides how these experts are computed."""
+    return hasattr(module, "_is_expert_parallel")
+
+
+# ---------------------------------------------------------------- adapters
+
+
+class ExpertAdapter(NamedTuple):
+    """Adapters of one parameter: A [E, R, in], B [E, out, R], and the scaling."""
+
+    A: Tensor
+    B: Tensor
+    scaling: float
+
+
+def fuse_adapters(model: nn.Module) -> int:
+    """Give experts with adapters our forward; return how many modules have it now."""
+    inner = {module.base_layer for module in model.modules() if isinstance(module, ParamWrapper)}
+    fused = [module for module in model.modules() if isinstance(module, ParamWrapper) and module not in inner and not why_not_fused(module)]
+    for module in fused:
+        module.forward = partial(adapted_forward, module)
+    return len(fused)
+
+
+def why_not_fused(outermost: ParamWrapper) -> str | None:
+    """Return why experts with adapters must run PEFT's forward now, or None."""
+    experts, wrappers = outermost.get_base_layer(), _wrappers(outermost)
+    if not _computes_as_configured(experts):
+        return "the experts' code is their own"
+    if experts._is_expert_parallel:
+        return "the experts are spread over devices"
+    for wrapper in wrappers:
+        active = [name for name in wrapper.active_adapters if name in wrapper.lora_A]
+        if wrapper.parameter_name not in WEIGHTS:
+            return f"an adapter is on {wrapper.parameter_name}"
+        if wrapper.merged or len(active) != 1:
+            return "the adapter is merged" if wrapper.merged else f"expected one active adapter, found {', '.join(active) or 'none'}"
+        if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in (wrapper, experts)):
+            return "hooks on experts"
+    return None
+
+
+def _wrappers(outermost: ParamWrapper) -> list[ParamWrapper]:
+    """Return the wrappers around one module of experts, each of which adapts one parameter."""
+    found = [outermost]
+    while isinstance(found[-1].base_layer, ParamWrapper):
+        found.append(found[-1].base_layer)
+    return found
+
+
+def adapted_forward(outermost: ParamWrapper, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Compute experts with adapters: of hidden_states [T,W], return [T,W].
+
+    `top_k_index` and `top_k_weights` [T,C] are the experts chosen and their weights. PEFT's own forward runs where `why_not_fused` gives
+    a reason.
+    """
+    if reason := why_not_fused(outermost):
+        _warn_not_fused(reason)
+        return type(outermost).forward(outermost, hidden_states, top_k_index, top_k_weights)
+    experts = outermost.get_base_layer()
+    if outermost.disable_adapters:
+        return experts(hidden_states, top_k_index, top_k_weights)
+    adapters = {wrapper.parameter_name: _adapter(wrapper) for wrapper in _wrappers(outermost)}
+    expert_of_row, order = top_k_index.flatten().sort(stable=True)
+    ends = torch.searchsorted(expert_of_row, torch.arange(experts.num_experts, device=order.device), right=True).int()
+    token, place = order // top_k_index.shape[1], order.argsort().view_as(top_k_index)
+
+    def product(name: str, x: Tensor) -> Tensor:
+        weight = getattr(experts, name)
+        weight = weight.transpose(1, 2) if experts.is_transposed else weight
+        if name in adapters:
+            y = grouped_lora_linear(x, weight, *adapters[name], ends)
+        else:
+            y = F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
+        return y + getattr(experts, f"{name}_bias").index_select(0, expert_of_row) if experts.has_bias else y
+
+    x = _ToExperts.apply(hidden_states.to(experts.down_proj.dtype), token, place)
+    inner = experts._apply_gate(product("gate_up_proj", x)) if experts.has_gate else experts.act_fn(product("up_proj", x))
+    weighted = product("down_proj", inner) * top_k_weights.flatten().index_select(0, order)[:, None]
+    return _ToTokens.apply(weighted, token, place).to(hidden_states.dtype)
+
+
+@functools.cache  # once per reason, however many layers and steps
+def _warn_not_fused(reason: str) -> None:
+    logger.warning("experts with adapters run unfused, by PEFT's forward: %s", reason)
+
+
+def _adapter(wrapper: ParamWrapper) -> ExpertAdapter:
+    """Read the active adapter.
+
+    In PEFT's layout A has the ranks of one expert after another, B those of all experts for each rank.
+    """
+    name = next(name for name in wrapper.active_adapters if name in wrapper.lora_A)
+    A, B, experts = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight, wrapper.num_experts
+    return ExpertAdapter(A.unflatten(0, (experts, -1)), B.unflatten(1, (-1, experts)).permute(2, 0, 1), wrapper.scaling[name])
+
+
+class _ToExperts(torch.autograd.Function):
+    """Copies tokens [T,W] to the rows [S,W] of their experts.
+
+    Row s is token[s], and place [T,C] are the rows of each token. Its gradient is _ToTokens, which adds in the same order each time, and
+    the other way round.
+    """
+
+    @staticmethod
+    def forward(ctx, x, token, place):
+        ctx.save_for_backward(token, place)
+        return x.index_select(0, token)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        _, place = ctx.saved_tensors
+        return _sum_of_rows(dy, place), None, None
+
+
+class _ToTokens(torch.autograd.Function):
+    """Sums the rows [S,W] of each token [T,W]."""
+
+    @staticmethod
+    def forward(ctx, y, token, place):
+        ctx.save_for_backward(token, place)
+        return _sum_of_rows(y, place)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dx):
+        token, _ = ctx.saved_tensors
+        return dx.index_select(0, token), None, None
+
+
+def _sum_of_rows(rows: Tensor, place: Tensor) -> Tensor:
+    return rows.index_select(0, place.flatten()).unflatten(0, place.shape).sum(1)
+
+
+# ---------------------------------------------------------------- the start summary
+
+
+def describe(model: nn.Module) -> dict[str, str]:
+    """Return how experts are computed, as {name: text} of the startup report.
+
+    It is empty without experts whose weights are 3-D.
+    """
+    outermost = {module.get_base_layer(): module for module in reversed(list(model.modules())) if isinstance(module, ParamWrapper)}
+    ways = Counter(_way(module, outermost.get(module)) for module in model.modules()
+                   if _holds_experts(module) and any(p.ndim == 3 for p in module.parameters(recurse=False)))
+    return {"experts": ", ".join(f"{way} x {count}" for way, count in ways.items())} if ways else {}
+
+
+def _way(experts: nn.Module, wrapper: ParamWrapper | None) -> str:
+    if wrapper is not None:
+        return "grouped product, adapters by row" if isinstance(wrapper.forward, partial) else "PEFT, adapters added to all weights"
+    implementation = experts.config._experts_implementation if _computes_as_configured(experts) else "own code"
+    return {"eager": "loop by expert", "grouped_mm": "grouped product"}.get(implementation, implementation)

@@ -2,8 +2,8 @@
 
 `patch(model)` sets `forward` on instances, never on classes: RMSNorm, attention, gated MLP, decoder layers, and linear layers with
 adapters. Weights, names and classes stay, so state dicts, saving, hooks, activation checkpointing (which wraps a layer's forward in its
-class's `__call__`) and code that inspects the model work as before. A forward is a functools.partial of a function of fused_layers.py or
-lora.py, which pickles and copies with its module.
+class's `__call__`) and code that inspects the model work as before. A forward is a functools.partial of a function of fused_layers.py,
+lora.py or experts.py, which pickles and copies with its module.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from kernels import serving
 from kernels.attention import backend
 from trainer.errors import UserError
-from trainer.model import lora
+from trainer.model import experts, lora
 from trainer.model.families import ACTIVATIONS, Family, family_of
 from trainer.model.fused_layers import (
     LayerNorms,
@@ -50,8 +50,8 @@ class PatchReport:
 def patch(model: nn.Module, enabled: bool = True) -> PatchReport:
     """Give the modules of `model` their fused forwards; patching again is a no-op.
 
-    The model may have an adapter. In a family that is not in FAMILIES only linear layers with adapters are fused. With `enabled=False`
-    nothing changes and the report says so. Raises UserError if KERNELS_BACKEND names a backend that is not available.
+    The model may have an adapter. In a family that is not in FAMILIES only linear layers and experts with adapters are fused. With
+    `enabled=False` nothing changes and the report says so. Raises UserError if KERNELS_BACKEND names a backend that is not available.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     family = family_of(base) if enabled else None
@@ -65,6 +65,8 @@ def patch(model: nn.Module, enabled: bool = True) -> PatchReport:
     for name, module in base.named_modules():
         if enabled:
             counts.update(_patch_module(module, name.rsplit(".", 1)[-1], family if module in language else None, module is last))
+    if enabled:
+        experts.fuse_adapters(base)
     return _report(base, family, enabled, kernel_backend, counts)
 
 
@@ -132,6 +134,7 @@ def _report(base: PreTrainedModel, family: Family | None, enabled: bool, kernel_
             if counts[op]:
                 report.backends[op] = f"{kernel_backend} x {counts[op]}"
         report.backends.setdefault("glu", "stock")
+    report.backends |= experts.describe(base)
     if adapted := sum(lora.is_adapted(module) for module in base.modules()):
         stock = adapted - counts["adapter"]
         report.backends["adapter"] = f"{kernel_backend} x {counts['adapter']}" + (f", PEFT x {stock}" if stock else "")
