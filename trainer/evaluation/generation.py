@@ -19,7 +19,7 @@ from trainer.data.chat_template import ChatTemplate
 from trainer.data.turn_spans import TurnError, read_layout
 from trainer.errors import UserError
 from trainer.model.forward import unwrap_peft
-from trainer.model.packed_attention import is_packed
+from trainer.model.packed_attention import is_packed, set_attention
 
 
 class Completion(NamedTuple):
@@ -96,9 +96,9 @@ def stock_attention(model: nn.Module) -> Iterator[PreTrainedModel]:
     base = unwrap_peft(model)
     before, packed = base.config._attn_implementation, is_packed(base)
     if packed:  # only eager attention caps its logits, as Gemma 2 wants
-        base.set_attn_implementation("eager" if getattr(base.config.get_text_config(), "attn_logit_softcapping", None) else "sdpa")
+        set_attention(base, "eager" if getattr(base.config.get_text_config(), "attn_logit_softcapping", None) else "sdpa")
     try:
         yield base
     finally:
         if packed:
-            base.set_attn_implementation(before)
+            set_attention(base, before)

@@ -25,8 +25,10 @@ from torch.nn.modules.conv import _ConvNd
 from trainer.metrics.timers import synchronize
 from trainer.model.attention_shapes import attention_shapes
 from trainer.model.experts import expert_share, expert_weights
+from trainer.model.forward import unwrap_peft
 from trainer.model.fused_layers import row_selecting_layer
 from trainer.model.quantization import weight_count
+from trainer.model.text_part import head_layer
 
 # Dense bf16 matmul rates stated by the makers, FLOP/s.
 STATED_PEAK = {
@@ -71,7 +73,7 @@ class ModelSize:
 
 def model_size(model: nn.Module) -> ModelSize:
     """Measure a model, which may have an adapter or 4-bit layers."""
-    config, head, weights = model.config.get_text_config(), model.get_output_embeddings(), list(model.parameters())
+    config, head, weights = model.config.get_text_config(), head_layer(unwrap_peft(model)), list(model.parameters())
     share = expert_share(config)
     routed = dict.fromkeys(expert_weights(model), share or 0.0)
     counts, late = matrix_weights(model.modules(), head, routed), matrix_weights(modules_after_attention(model), head, routed)

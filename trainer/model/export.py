@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kernels.nf4 import dequantize_nf4
 from trainer.errors import UserError
 from trainer.files import atomic_folder
+from trainer.model.checkpoint_rest import add_rest
 from trainer.model.lora import is_adapted, projection, why_not_fused
 from trainer.model.quantization import is_quantized, nf4_of, quantized_layers
 
@@ -34,14 +35,18 @@ def save_adapter(model: PeftModel, folder: Path | str, tokenizer: PreTrainedToke
 def merge_and_save(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path | str) -> None:
     """Write a model folder for transformers, with the adapter, if any, merged into the weights.
 
+    It holds every tensor of the base's files (`add_rest`).
+
     The model in memory does not change. Merged weights are on the CPU while they are written. A 4-bit base is written dense, in the dtype
     it computes in: the adapter was trained on its dequantised weights, and is added to those.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     state = merged_state(base)
     dense = _dense_on_meta(base) if quantized_layers(base) else base
+    names = list(state)  # which saving empties
     with atomic_folder(folder) as tmp:
         dense.save_pretrained(tmp, state_dict=state)
+        add_rest(tmp, base, names)
         tokenizer.save_pretrained(tmp)
 
 

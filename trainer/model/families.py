@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
-
 @dataclass(frozen=True)
 class Family:
     """Differences of a family's modules from Llama's."""
@@ -100,7 +99,7 @@ ACTIVATIONS = {type(ACT2FN[name]): ours for name, ours in (("silu", "silu"), ("s
 def family_of(model: PreTrainedModel) -> Family | None:
     """Return the row in FAMILIES of the model, or of the language model in one that also sees or hears.
 
-    None for other families, for code that came with the model, and for bidirectional attention.
+    None for other families, for code that came with the model, and for bidirectional attention of text.
     """
     config = model.config.get_text_config()
     own_code = type(model).__module__.startswith("transformers.models.")

@@ -23,6 +23,7 @@ from trainer.errors import UserError
 from trainer.model.fused_layers import row_selecting_layer
 from trainer.model.pack_context import checkpoint_contexts, pack_of, run_pack
 from trainer.model.packed_attention import is_packed, last_hidden_states
+from trainer.model.text_part import head_layer
 
 CPU_16BIT_PADDING = PadTo(tokens=64, rows=32)
 
@@ -59,11 +60,11 @@ def lm_head(model: nn.Module) -> LmHead:
     Raises ValueError for a head that is no plain linear layer.
     """
     base = unwrap_peft(model)
-    layer = base.get_output_embeddings()
+    layer = head_layer(base)
     if type(layer) is not nn.Linear:
         raise ValueError(f"head: expected a plain linear layer, got {type(layer).__name__}")
     config = base.config.get_text_config()
-    factors = [getattr(config, name, None) or 1.0 for name in ("logit_scale", "lm_head_multiplier")]
+    factors = [getattr(config, name, None) or 1.0 for name in ("logit_scale", "lm_head_multiplier", "output_multiplier")]
     divisors = [getattr(config, name, None) or 1.0 for name in ("logits_scaling", "logits_mup_width_multiplier")]
     if config.model_type == "hyperclovax":  # multiplies by what Granite divides by
         factors, divisors = [config.logits_scaling], []

@@ -7,7 +7,9 @@ import logging
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import CONFIG_NAME
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from trainer.config import Config, Model
 from trainer.errors import UserError
@@ -15,8 +17,9 @@ from trainer.model import quantization
 from trainer.model.families import family_of
 from trainer.model.forward import lm_head
 from trainer.model.locate import load_tokenizer, model_source, one_line_errors
-from trainer.model.packed_attention import PACKED, decoder, refuse_mask
+from trainer.model.packed_attention import PACKED, decoder, refuse_mask, set_attention
 from trainer.model.packing_probe import probe_packing
+from trainer.model.text_part import auto_class, is_wrapped, keep_text_part
 from trainer.runtime.device import compute_dtype
 
 logger = logging.getLogger(__name__)
@@ -24,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 def load_model(config: Config, device: torch.device | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the model of `config.model` and its tokenizer, in the compute dtype on `device`.
+
+    Of a checkpoint that also reads images or sound only the text model is kept (`keep_text_part`).
 
     A model that is only described gets random weights, drawn with `config.seed`. With bf16, fp32 masters made from the weights start at
     the rounded values, which matters only for full fine-tuning of a checkpoint that is itself fp32; precision fp32 keeps every bit. A
@@ -62,7 +67,7 @@ def weights_fingerprint(model: Model) -> str | None:
         return None
     folder = Path(model.path).expanduser()
     if not folder.is_dir():
-        return getattr(AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code), "_commit_hash", None)
+        return extract_commit_hash(cached_file(model.path, CONFIG_NAME), None)
     files = sorted(folder.glob("*.safetensors"))
     return hashlib.sha256(repr([(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]).encode()).hexdigest()[:16]
 
@@ -72,37 +77,51 @@ def _quantization_config(config: Config, source: str, dtype: torch.dtype) -> Bit
 
     Only a dense checkpoint is quantised, and only for the method qlora. Raises UserError for a checkpoint that the method cannot use.
     """
-    with one_line_errors("model.path", source):
-        found = AutoConfig.from_pretrained(source, trust_remote_code=config.model.trust_remote_code)
+    found = _found_config(config.model, source)
     if quantization.is_nf4_checkpoint(source, found, config.method) or config.method != "qlora":
         return None
     return quantization.nf4_config(config.quantization, _without_weights(config.model, source, dtype, torch.device("meta")), dtype)
 
 
 def _load_weights(config: Config, source: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """Load the checkpoint, and refuse weights that are missing or of other shapes than its config's."""
+    """Load the checkpoint's text model, and refuse weights that are missing or of other shapes than its config's."""
     quantization_config = _quantization_config(config, source, dtype)
+    own_class = auto_class(_found_config(config.model, source))
     with one_line_errors("model.path", source):
-        loaded, info = AutoModelForCausalLM.from_pretrained(
+        loaded, info = own_class.from_pretrained(
             source, dtype=dtype, device_map=device if device.type == "cuda" else None, use_safetensors=True,
             trust_remote_code=config.model.trust_remote_code, output_loading_info=True, ignore_mismatched_sizes=True,
             **({} if quantization_config is None else {"quantization_config": quantization_config}))
-    if mismatched := sorted(info["mismatched_keys"]):
+    keep_text_part(loaded)
+    names = loaded.state_dict().keys()
+    if mismatched := sorted(key for key in info["mismatched_keys"] if key[0] in names):
         name, found, expected = mismatched[0]
         raise UserError(f"model.path: {len(mismatched)} weights in {source} do not fit its config.json: "
                         f"expected {tuple(expected)} for {name}, found {tuple(found)}")
-    if missing := sorted(info["missing_keys"]):
+    if missing := sorted(names & info["missing_keys"]):
         raise UserError(f"model.path: {source} lacks {len(missing)} weights of {type(loaded).__name__}, such as {missing[0]}")
     quantization.prepare_quantized(loaded, dtype)
     return loaded
 
 
 def _without_weights(model: Model, source: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """Return the model that a config describes, with random weights (on the meta device, without memory)."""
-    trust = model.trust_remote_code
+    """Return the text model that a config describes, with random weights (on the meta device, without memory).
+
+    Without a checkpoint, whose other parts an export adds again, a wrapped model's text model is one by itself.
+    """
+    found = _found_config(model, source)
+    if model.path is None:
+        found = found.get_text_config()
     with one_line_errors("model.path" if model.path else "model.config", source), torch.device(device):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source, trust_remote_code=trust), dtype=dtype,
-                                                trust_remote_code=trust)
+        made = auto_class(found).from_config(found, dtype=dtype, trust_remote_code=model.trust_remote_code)
+    keep_text_part(made)
+    return made
+
+
+def _found_config(model: Model, source: str) -> PreTrainedConfig:
+    """Read the config of a model."""
+    with one_line_errors("model.path" if model.path else "model.config", source):
+        return AutoConfig.from_pretrained(source, trust_remote_code=model.trust_remote_code)
 
 
 def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -119,20 +138,30 @@ def use_packed_attention(model: PreTrainedModel) -> None:
     A family whose row in FAMILIES does not vouch for it must first pass a probe that samples do not affect each other.
     """
     family = family_of(model)
-    if family is None or family.probed:
+    if family is None or family.probed or is_wrapped(model):
         _check_head(model)
+    if family is None or family.probed:
         if fault := probe_packing(model):
             logger.warning("%s cannot run packed, its samples go through the model one at a time: %s", model.config.model_type, fault)
             return
-    model.set_attn_implementation(PACKED)
+    set_attention(model, PACKED)
     decoder(model).register_forward_pre_hook(refuse_mask, with_kwargs=True)
 
 
 @torch.no_grad()
 def _check_head(model: PreTrainedModel) -> None:
-    """Check that `lm_head` describes how the model computes logits. Raises UserError if it does not."""
-    ids = torch.arange(8, device=model.device)[None]
-    expected = model(input_ids=ids, use_cache=False).logits.float()
+    """Check that the decoder and `lm_head` give the logits of the model's own forward.
+
+    Raises UserError if they do not.
+    """
+    settings = {**model.config.to_dict(), **model.config.get_text_config().to_dict()}
+    special = {value for name, value in settings.items() if name.endswith(("_token_id", "_token_index")) and isinstance(value, int)}
+    ids = torch.tensor([[i for i in range(len(special) + 8) if i not in special][:8]], device=model.device)
+    try:
+        expected = model(input_ids=ids, use_cache=False).logits.float()
+    except (TypeError, ValueError, AttributeError, RuntimeError, KeyError) as error:
+        raise UserError(f"model: {type(model).__name__} does not run on text alone ({' '.join(str(error).split())[:200]}); "
+                        "train another model") from error
     try:
         hidden = decoder(model)(input_ids=ids, use_cache=False).last_hidden_state
         error = float((lm_head(model).logits(hidden) - expected).norm() / expected.norm())

@@ -30,6 +30,7 @@ from kernels.nf4 import Nf4
 from trainer import config
 from trainer.errors import UserError
 from trainer.model.quantization import is_quantized, nf4_of, why_not_nf4
+from trainer.model.text_part import head_layer
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ def _check_targets(model: PreTrainedModel, lora: config.Lora) -> None:
     """Check that every target names linear layers, none of them the head, and none smaller than the rank."""
     matched = _match_targets(model, lora.target_modules)
     for name, module in matched.items():
-        if module is model.get_output_embeddings():
+        if module is head_layer(model):
             raise UserError(f"lora.target_modules: {name} is the head, which takes no adapter; leave it out of {lora.target_modules!r}")
         if not isinstance(module, (nn.Linear, Conv1D)):
             raise UserError("lora.target_modules: expected linear layers, "
@@ -88,7 +89,7 @@ def _match_targets(model: PreTrainedModel, targets: str | list[str]) -> dict[str
     A list holds ends of names, a string is a regular expression for whole names.
     """
     modules = {name: module for name, module in model.named_modules() if name}
-    linear = {name: m for name, m in modules.items() if isinstance(m, (nn.Linear, Conv1D)) and m is not model.get_output_embeddings()}
+    linear = {name: m for name, m in modules.items() if isinstance(m, (nn.Linear, Conv1D)) and m is not head_layer(model)}
     available = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
     if targets == "all-linear":
         return linear

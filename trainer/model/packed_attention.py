@@ -104,10 +104,19 @@ def is_packed(model: PreTrainedModel) -> bool:
     return model.config._attn_implementation == PACKED
 
 
+def set_attention(model: PreTrainedModel, implementation: str) -> None:
+    """Set the attention implementation of a model and its text decoder; towers, in memory or not, keep theirs."""
+    config, text = model.config, decoder(model).config
+    names = ["", *(name for name in config.sub_configs if getattr(config, name) is text)]
+    model.set_attn_implementation(dict.fromkeys(names, implementation))
+
+
 def decoder(model: PreTrainedModel) -> nn.Module:
     """Return the part of a causal language model that ends in the last hidden state."""
     part = model.get_decoder()
-    return model.model if part is model else part
+    if part is model:
+        return model.model
+    return part if part.get_output_embeddings() is None else decoder(part)  # a wrapper's text model may have the head
 
 
 def last_hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trainer.model.mixers import run_by_sample
 from trainer.model.pack_context import pack_of, run_pack
-from trainer.model.packed_attention import PACKED, decoder, last_hidden_states
+from trainer.model.packed_attention import PACKED, decoder, last_hidden_states, set_attention
 
 LENGTHS = (11, 1, 19, 6)  # of the samples; their sum is a prime, so that it is no model's width
 AMPLIFIED = 8.0
@@ -191,11 +191,11 @@ def _bounds(samples: list[Tensor]) -> Tensor:
 def packed_attention_on(model: PreTrainedModel) -> Iterator[None]:
     """Run the model with packed attention inside this context."""
     stock = decoder(model).config._attn_implementation
-    model.set_attn_implementation(PACKED)
+    set_attention(model, PACKED)
     try:
         yield
     finally:
-        model.set_attn_implementation(stock)
+        set_attention(model, stock)
 
 
 # ---------------------------------------------------------------- modules that mix samples

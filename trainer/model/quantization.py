@@ -20,6 +20,7 @@ from kernels import serving
 from kernels.nf4 import GROUP, Nf4
 from trainer.config import Config, Quantization
 from trainer.errors import UserError
+from trainer.model.text_part import head_layer
 
 BLOCK = 64  # weights that share a scale, as transformers configures bitsandbytes
 
@@ -104,7 +105,7 @@ def prepare_quantized(model: PreTrainedModel, dtype: torch.dtype) -> None:
         if is_quantized(module) and module.weight.quant_state.shape != expected:
             raise UserError(f"model.path: weights do not fit the model's config.json: expected {expected} for {name}.weight, "
                             f"found {tuple(module.weight.quant_state.shape)}")
-    if is_quantized(model.get_output_embeddings()):
+    if is_quantized(head_layer(model)):
         raise UserError("model.path: expected a dense head, found one in 4 bits; quantise the model without its head")
     for module in quantized_layers(model):
         module.compute_dtype, module.compute_type_is_set = dtype, True

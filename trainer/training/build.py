@@ -18,9 +18,9 @@ from trainer.errors import UserError
 from trainer.evaluation.items import ItemFile
 from trainer.metrics.log import Log
 from trainer.metrics.throughput import model_size, peak_flops
-from trainer.model import lora, quantization
+from trainer.model import lora, quantization, text_part
 from trainer.model.bitsandbytes_cpu_check import refuse_misread_layers
-from trainer.model.forward import apply_activation_checkpointing, padding_for
+from trainer.model.forward import apply_activation_checkpointing, padding_for, unwrap_peft
 from trainer.model.loading import load_model, weights_fingerprint
 from trainer.model.patch import PatchReport, patch
 from trainer.optim.adamw import FlatAdamW
@@ -96,7 +96,7 @@ def build_model(config: Config, device: torch.device) -> tuple[nn.Module, PatchR
         model = lora.add_adapter(model, config.lora)
     patched = patch(model, config.model.fused_kernels)
     refuse_misread_layers(lora.unfused_layers(model, config.model.fused_kernels))
-    patched.backends |= quantization.describe(model)
+    patched.backends |= text_part.describe(unwrap_peft(model)) | quantization.describe(model)
     apply_activation_checkpointing(model, config.activation_checkpointing)
     return model, patched
 

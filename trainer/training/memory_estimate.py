@@ -29,6 +29,7 @@ from trainer.model.forward import lm_head, unwrap_peft
 from trainer.model.fused_layers import decoder_layers
 from trainer.model.packed_attention import decoder
 from trainer.model.quantization import bytes_per_weight, layers_to_quantize
+from trainer.model.text_part import head_layer
 from trainer.optim.adamw import has_8bit_moments
 from trainer.optim.adamw_8bit import AdamW8bit
 
@@ -63,7 +64,7 @@ def estimate(model: nn.Module, config: Config, dtype: torch.dtype, device: torch
     trainable = [p for p in model.parameters() if p.requires_grad]
     trained = sum(p.numel() for p in trainable)
     adapter = config.method != "full"
-    cached, head = config.retention.caches_base, model.get_output_embeddings()
+    cached, head = config.retention.caches_base, head_layer(unwrap_peft(model))
     frozen_copy = (head if cached else model).parameters() if config.retention.kl_weight and not adapter else ()
     copied = sum(p.numel() for p in frozen_copy)
     states = 2 * config.batch.tokens_per_step * head.weight.shape[1] * width if cached else 0
@@ -95,7 +96,7 @@ def loss_bytes(model: nn.Module, tokens: int, dtype: torch.dtype, device: torch.
     They are two rows a token, a chunk of logits (torch's backend keeps it in fp32 too), and a trained head's fp32 gradient, whose rounding
     to `dtype` takes the chunk's place.
     """
-    head = model.get_output_embeddings().weight
+    head = head_layer(unwrap_peft(model)).weight
     vocabulary, width = head.shape
     rows = rows_per_chunk(vocabulary, dtype, device.type)
     if head.requires_grad and device.type == "cuda":

@@ -1,0 +1,83 @@
+"""Complete an exported model with what its base's files hold beside the weights that were loaded.
+
+These are the towers of a checkpoint that also reads images or sound, layers that transformers does not load (multi-token prediction), and
+the settings of image and sound processors. Tensors are copied as they stand, into a shard of their own.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+
+
+def add_rest(folder: Path, model: PreTrainedModel, loaded: Iterable[str]) -> None:
+    """Add to the exported `folder` of `model` what its base has beside the weights of the names `loaded`."""
+    if rest := rest_of_checkpoint(model, loaded):
+        _add_shard(folder, rest)
+    for name in PROCESSOR_FILES:
+        if found := base_file(model, name):
+            shutil.copy(found, folder / name)
+
+
+def rest_of_checkpoint(model: PreTrainedModel, loaded: Iterable[str]) -> dict[str, Tensor]:
+    """Return the tensors of the base's files that `model` did not load, by their names in the files.
+
+    `loaded` are the stock names of its weights. What a file holds beside a weight of the same layer (scales of a quantised one) is no
+    tensor of its own.
+    """
+    loaded = set(loaded)
+    layers = loaded | {name.rpartition(".")[0] for name in loaded}
+    conversions = get_model_conversion_mapping(model)
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    known = dict.fromkeys(loaded, True)
+    rest = {}
+    for file in checkpoint_files(model):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():
+                renamed, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
+                if not {name, renamed} & loaded and renamed.rpartition(".")[0] not in layers:
+                    rest[name] = tensors.get_tensor(name)
+    return rest
+
+
+def checkpoint_files(model: PreTrainedModel) -> list[str]:
+    """Return the safetensors files that a model was loaded from, in a folder or the hub's cache; none for random weights."""
+    if whole := base_file(model, SAFE_WEIGHTS_NAME):
+        return [whole]
+    index = base_file(model, SAFE_WEIGHTS_INDEX_NAME)
+    return get_checkpoint_shard_files(model.name_or_path, index, local_files_only=True)[0] if index else []
+
+
+def base_file(model: PreTrainedModel, name: str) -> str | None:
+    """Return the path of one of the base's files, in its folder or the hub's cache, or None."""
+    base = Path(model.name_or_path)
+    if base.exists():
+        return str(base / name) if (base / name).is_file() else None
+    return cached_file(model.name_or_path, name, local_files_only=True, _raise_exceptions_for_missing_entries=False)
+
+
+def _add_shard(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Write tensors as one more shard of a saved model."""
+    save_file(tensors, folder / "rest.safetensors", metadata={"format": "pt"})
+    shards, weight_map, size = [*sorted(folder.glob("model*.safetensors")), folder / "rest.safetensors"], {}, 0
+    for i, shard in enumerate(shards, 1):
+        path = shard.rename(folder / f"model-{i:05}-of-{len(shards):05}.safetensors")
+        with safe_open(path, "pt") as file:
+            weight_map |= dict.fromkeys(file.keys(), path.name)
+        size += path.stat().st_size
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
