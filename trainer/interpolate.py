@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from trainer import cli
@@ -28,8 +28,10 @@ from trainer.config import Config, Lora, Model
 from trainer.errors import UserError
 from trainer.files import atomic_folder
 from trainer.model import lora
+from trainer.model.checkpoint_rest import add_rest
 from trainer.model.loading import meta_model
 from trainer.model.locate import load_tokenizer, model_source, one_line_errors
+from trainer.model.text_part import auto_class
 
 USAGE = """\
 usage: python -m trainer.interpolate --model.path BASE --adapter RUN/adapter --alpha 0.5 --output FOLDER
@@ -156,19 +158,20 @@ def model_writer(config: Interpolate) -> Callable[[float, Path], None]:
         state = {name: by_storage.setdefault(end.data_ptr(), between(alpha, base_state[name], end)) for name, end in tuned_state.items()}
         with atomic_folder(output) as tmp:
             tuned.save_pretrained(tmp, state_dict=state)
+            add_rest(tmp, tuned, tuned_state)
             tokenizer.save_pretrained(tmp)
 
     return write
 
 
 def load(model: Model, option: str) -> PreTrainedModel:
-    """Load a dense model in the dtype that it was saved in, on the CPU."""
+    """Load a whole dense model, towers included, in the dtype that it was saved in, on the CPU."""
     source = model_source(model)
     if is_quantized(model):
         raise UserError(f"{option}: expected dense weights, found quantised ones in {source}; use the model that they were quantised from")
     with one_line_errors(option, source):
-        return AutoModelForCausalLM.from_pretrained(source, dtype="auto", use_safetensors=True,
-                                                    trust_remote_code=model.trust_remote_code)
+        own_class = auto_class(AutoConfig.from_pretrained(source, trust_remote_code=model.trust_remote_code))
+        return own_class.from_pretrained(source, dtype="auto", use_safetensors=True, trust_remote_code=model.trust_remote_code)
 
 
 def between(alpha: float, base: Tensor, tuned: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from synth.engines.interface import (
@@ -39,6 +39,7 @@ from synth.engines.interface import (
 )
 from synth.engines.protocol import LoadRequest, Ready
 from synth.engines.tokens import MAX_CONTEXT, Spellings, added_text, eos_ids, why_unfit, why_unscorable
+from trainer.model.text_part import auto_class, keep_text_part
 
 QUEUE_DEPTH = 4_096  # requests to queue: the more, the more rows of equal length
 MAX_ROWS = 256  # of the batch of completions
@@ -308,16 +309,17 @@ def _inverse(probabilities: Tensor, points: list[float]) -> list[int]:
 
 
 def _load(load: LoadRequest, config, device: torch.device) -> PreTrainedModel:
-    """Load the model. Raises EngineError where weights are missing from its files."""
+    """Load the model's text part. Raises EngineError where weights are missing from its files."""
     dtype = load.model.dtype
     if dtype == "auto" and device.type == "cpu":
         dtype = "float32"
     elif dtype == "auto" and config.get_text_config().dtype in (None, torch.float32):
         dtype = "bfloat16"
     transformers.utils.logging.disable_progress_bar()
-    model, info = AutoModelForCausalLM.from_pretrained(load.folder, dtype=dtype, use_safetensors=True, output_loading_info=True,
-                                                       trust_remote_code=load.model.trust_remote_code)
-    if missing := sorted([*info["missing_keys"], *info["mismatched_keys"]], key=str):
+    model, info = auto_class(config).from_pretrained(load.folder, dtype=dtype, use_safetensors=True, output_loading_info=True,
+                                                     trust_remote_code=load.model.trust_remote_code)
+    keep_text_part(model)
+    if missing := sorted([*model.state_dict().keys() & info["missing_keys"], *info["mismatched_keys"]], key=str):
         raise EngineError(f"{load.model.path}: expected weights for all of {type(model).__name__}, got none that fit for "
                           f"{len(missing)}, such as {missing[0]}; fetch or save the model again")
     return model.to(device).eval().requires_grad_(False)

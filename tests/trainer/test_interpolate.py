@@ -11,11 +11,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.helpers import tiny
 from tests.helpers.models import stir
+from tests.helpers.wrapped import save_wrapped, tensors_of
 from trainer.cli import parse
-from trainer.config import Lora
+from trainer.config import Config, Lora, Model
 from trainer.errors import UserError
 from trainer.interpolate import Interpolate, between, interpolate
-from trainer.model.export import save_adapter
+from trainer.model.export import merge_and_save, save_adapter
+from trainer.model.loading import load_model
 from trainer.model.lora import add_adapter
 
 IDS = torch.arange(5, 25)[None]
@@ -118,6 +120,19 @@ def test_a_model_at_alpha_lies_between(pair, tmp_path):
         assert torch.equal(logits(tmp_path / "out" / f"alpha-{alpha}"), logits(end))
         names = [set(load_file(folder / "model.safetensors")) for folder in (tmp_path / "out" / f"alpha-{alpha}", base)]
         assert names[0] == names[1], "a tied weight is written once"
+
+
+@pytest.mark.slow
+def test_a_wrapped_model_keeps_its_tower(tmp_path):
+    base = save_wrapped(tmp_path / "base", "qwen3_5")
+    tuned, tokenizer = load_model(Config(model=Model(path=str(base)), method="full"), "cpu")
+    stir(tuned)
+    merge_and_save(tuned, tokenizer, tmp_path / "tuned")
+    run("--model.path", base, "--tuned", tmp_path / "tuned", "--alpha", "0.5", "--output", tmp_path / "out")
+    ends, found = [tensors_of(folder) for folder in (base, tmp_path / "tuned")], tensors_of(tmp_path / "out")
+    assert found.keys() == ends[0].keys() and any("visual" in name for name in found)
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, (ends[0][name] + ends[1][name]) / 2)
 
 
 def test_the_sum_is_made_in_fp32_and_has_the_tuned_models_dtype(pair, tmp_path):

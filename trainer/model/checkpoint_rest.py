@@ -35,8 +35,7 @@ def add_rest(folder: Path, model: PreTrainedModel, loaded: Iterable[str]) -> Non
 def rest_of_checkpoint(model: PreTrainedModel, loaded: Iterable[str]) -> dict[str, Tensor]:
     """Return the tensors of the base's files that `model` did not load, by their names in the files.
 
-    `loaded` are the stock names of its weights. What a file holds beside a weight of the same layer (scales of a quantised one) is no
-    tensor of its own.
+    `loaded` are the stock names of its weights. Tensors beside a weight of the same layer are left out: scales of a quantised one.
     """
     loaded = set(loaded)
     layers = loaded | {name.rpartition(".")[0] for name in loaded}
@@ -55,7 +54,10 @@ def rest_of_checkpoint(model: PreTrainedModel, loaded: Iterable[str]) -> dict[st
 
 
 def checkpoint_files(model: PreTrainedModel) -> list[str]:
-    """Return the safetensors files that a model was loaded from, in a folder or the hub's cache; none for random weights."""
+    """Return the safetensors files that a model was loaded from, in a folder or the hub's cache.
+
+    There are none for random weights.
+    """
     if whole := base_file(model, SAFE_WEIGHTS_NAME):
         return [whole]
     index = base_file(model, SAFE_WEIGHTS_INDEX_NAME)

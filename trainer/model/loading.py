@@ -84,7 +84,10 @@ def _quantization_config(config: Config, source: str, dtype: torch.dtype) -> Bit
 
 
 def _load_weights(config: Config, source: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """Load the checkpoint's text model, and refuse weights that are missing or of other shapes than its config's."""
+    """Load the checkpoint's text model.
+
+    Raises UserError for weights that are missing or of other shapes than its config's.
+    """
     quantization_config = _quantization_config(config, source, dtype)
     own_class = auto_class(_found_config(config.model, source))
     with one_line_errors("model.path", source):

@@ -105,7 +105,10 @@ def is_packed(model: PreTrainedModel) -> bool:
 
 
 def set_attention(model: PreTrainedModel, implementation: str) -> None:
-    """Set the attention implementation of a model and its text decoder; towers, in memory or not, keep theirs."""
+    """Set the attention implementation of a model and its text decoder.
+
+    Towers, in memory or not, keep theirs.
+    """
     config, text = model.config, decoder(model).config
     names = ["", *(name for name in config.sub_configs if getattr(config, name) is text)]
     model.set_attn_implementation(dict.fromkeys(names, implementation))

@@ -48,9 +48,9 @@ class DroppedTower(nn.Module):
 
 
 def keep_text_part(model: PreTrainedModel) -> None:
-    """Drop the towers of a wrapped model, and what connects them to its text decoder; other models stay as they are.
+    """Drop the towers of a wrapped model, and what connects them to its text decoder.
 
-    Raises UserError for a text decoder that reads an encoder.
+    Other models stay as they are. Raises UserError for a text decoder that reads an encoder.
     """
     if not is_wrapped(model):
         return

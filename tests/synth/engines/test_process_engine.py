@@ -628,15 +628,17 @@ def test_products_do_not_depend_on_the_rows_beside(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["qwen3", "gemma2", "gemma3_text", "granite", "phi3"])
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "gemma3_text", "granite", "phi3", "gemma3", "mistral3 mistral"])
 def test_families_in_batches_and_alone(family, tmp_path, monkeypatch):
     """Windows of 8 tokens, soft caps, scales: a wave gives what each row gives alone, and what growing it without a cache gives."""
     from synth.engines.hf import TransformersModel
     from synth.engines.protocol import LoadRequest
     from tests.helpers import tiny
+    from tests.helpers.wrapped import WRAPPED, save_wrapped, wrapped_class
 
     put_back(monkeypatch)
-    tiny.save_model(tmp_path, family)
+    wrapped = family in WRAPPED
+    save_wrapped(tmp_path, family) if wrapped else tiny.save_model(tmp_path, family)
     held = TransformersModel(LoadRequest("transformers", Model(path=str(tmp_path)), str(tmp_path), 1))
 
     def run(requests) -> dict:
@@ -652,7 +654,8 @@ def test_families_in_batches_and_alone(family, tmp_path, monkeypatch):
     assert len({result.tokens for result in whole.values()}) > 1 or {result.tokens for result in whole.values()} == {14}
     for request in requests[::5]:
         assert run([request]) == {request.key: whole[request.key]}
-    plain, ids = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval(), list(prompts[6])
+    own_class = wrapped_class(family) if wrapped else AutoModelForCausalLM
+    plain, ids = own_class.from_pretrained(tmp_path, dtype=torch.float32).eval(), list(prompts[6])
     for _ in range(whole[6,].tokens):
         ids.append(int(logprobs(plain, ids)[-1].argmax()))
     end = len(ids) - (whole[6,].finish == "stop")

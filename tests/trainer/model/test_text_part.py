@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
 
 from tests.helpers.models import our_logits, pack, relative_error, stock_logits
 from tests.helpers.wrapped import WRAPPED, save_wrapped, wrapped_class
@@ -27,7 +27,7 @@ def load(folder, **settings):
     return load_model(Config(model=Model(path=str(folder)), precision="fp32", **settings), "cpu")[0]
 
 
-@pytest.mark.parametrize("kind", [kind if kind in ("gemma3", "qwen3_5", "qwen2_5_vl") else pytest.param(kind, marks=pytest.mark.slow)
+@pytest.mark.parametrize("kind", [kind if kind in ("gemma3", "qwen2_5_vl") else pytest.param(kind, marks=pytest.mark.slow)
                                   for kind in WRAPPED])
 def test_text_has_the_logits_of_the_whole_model(tmp_path, kind):
     save_wrapped(tmp_path, kind)
@@ -87,7 +87,7 @@ def test_a_forward_that_needs_its_tower_is_refused(tmp_path, monkeypatch):
         return self.vision_tower(input_ids)
 
     save_wrapped(tmp_path, "gemma3")
-    monkeypatch.setattr(wrapped_class("gemma3").__mro__[0], "forward", forward)
+    monkeypatch.setattr(wrapped_class("gemma3"), "forward", forward)
     with pytest.raises(UserError, match="Gemma3ForConditionalGeneration does not run on text alone"):
         load(tmp_path)
 
@@ -95,4 +95,4 @@ def test_a_forward_that_needs_its_tower_is_refused(tmp_path, monkeypatch):
 def test_attention_is_set_without_warnings(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     load(save_wrapped(tmp_path, "gemma3"))
-    assert not caplog.records and issubclass(wrapped_class("gemma3"), PreTrainedModel)
+    assert not caplog.records
