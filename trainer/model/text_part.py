@@ -1,4 +1,4 @@
-"""Find the text model inside a checkpoint that also reads images or sound, and drop what a text never reaches.
+"""Find the text model in a checkpoint that also reads images or sound, and drop all the rest.
 
 Gemma 3, Mistral Small, Qwen3.5 and others wrap a text decoder and a tower in one class, `...ForConditionalGeneration`. The checkpoint's own
 class is loaded, so that adapters and weights keep its names, by which servers apply them.
