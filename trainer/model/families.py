@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
+
 @dataclass(frozen=True)
 class Family:
     """Differences of a family's modules from Llama's."""

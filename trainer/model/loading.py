@@ -110,7 +110,8 @@ def _load_weights(config: Config, source: str, dtype: torch.dtype, device: torch
 def _without_weights(model: Model, source: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """Return the text model that a config describes, with random weights.
 
-    On the meta device it takes no memory. Without a checkpoint, whose other parts an export adds again, a wrapped model's text model is one by itself.
+    On the meta device it takes no memory. Without a checkpoint, whose other parts an export adds again, a wrapped model's text model is one
+    by itself.
     """
     found = _found_config(model, source)
     if model.path is None:
