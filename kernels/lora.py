@@ -237,7 +237,7 @@ class _Projections(torch.autograd.Function):
         needs = needs_by_projection(ctx.needs_input_grad[3:], len(projections))
         saved_values = [value if need.magnitude else None for value, need in zip(values, needs, strict=True)]
         ctx.save_for_backward(x, seed, S, *saved_values, *norms, *tensors)
-        return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in outputs)
+        return tuple(outputs)
 
     @staticmethod
     @once_differentiable
@@ -247,17 +247,25 @@ class _Projections(torch.autograd.Function):
         x, seed, S, *rest = ctx.saved_tensors
         values, norms, tensors = rest[:count], rest[count:2 * count], rest[2 * count:]
         grad_x, grads = project_backward(
-            [grad.reshape(-1, grad.shape[-1]) for grad in grads_y], x.reshape(-1, x.shape[-1]), S, values, norms,
-            unflatten(seed, ctx.constants, tensors), ctx.needs_input_grad[0], needs_by_projection(ctx.needs_input_grad[3:], count),
-            ctx.fused)
+            list(grads_y), x.reshape(-1, x.shape[-1]), S, values, norms, unflatten(seed, ctx.constants, tensors), ctx.needs_input_grad[0],
+            needs_by_projection(ctx.needs_input_grad[3:], count), ctx.fused)
         return None if grad_x is None else grad_x.view(x.shape), None, None, *flat_gradients(grads, len(tensors))
+
+
+def like_rows_of(y: Tensor, x: Tensor) -> Tensor:
+    """View y [T, N] as [..., N] for x [..., K].
+
+    It is done outside the Functions: autograd lets nobody change in-place a view that a Function returns, and some models do.
+    """
+    return y.view(*x.shape[:-1], y.shape[1])
 
 
 def _projections(x, weights, loras, biases) -> tuple[Tensor, ...]:
     if all(lora is None for lora in loras) and not any(isinstance(weight, Nf4) for weight in weights):
         return tuple(F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
     seed, constants, tensors = flatten(x, weights, loras, biases)
-    return _Projections.apply(autocast_input(x), seed, constants, *tensors)
+    outputs = _Projections.apply(autocast_input(x), seed, constants, *tensors)
+    return tuple(like_rows_of(y, x) for y in outputs)
 
 
 # ---------------------------------------------------------------- public

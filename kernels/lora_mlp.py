@@ -25,6 +25,7 @@ from kernels.lora import (
     flatten,
     fuses,
     input_gradient,
+    like_rows_of,
     needs_by_projection,
     output_backward,
     output_of,
@@ -75,7 +76,7 @@ class _Mlp(torch.autograd.Function):
         *_, need_down = needs_by_projection(ctx.needs_input_grad[4:], 3)
         values.append(value_down if need_down.magnitude else None)
         ctx.save_for_backward(x, seed, S, S_down, *values, *norms, norm_down, *tensors)
-        return y.view(*x.shape[:-1], y.shape[1])
+        return y
 
     @staticmethod
     @once_differentiable
@@ -90,7 +91,7 @@ class _Mlp(torch.autograd.Function):
         gate, up = map(output_of, values[:2], norms[:2], gate_up)
         through_down = down_backward if ctx.fused else down_backward_reference
         grads_gate_up_y, grads_down = through_down(
-            grad_y.reshape(-1, grad_y.shape[-1]), gate, up, ctx.activation, S_down, values[2], norms[2], down, need_down,
+            grad_y, gate, up, ctx.activation, S_down, values[2], norms[2], down, need_down,
             need_x or any(map(any, needs_gate_up)))
         grad_x, grads = None, [Gradients(), Gradients()]
         if grads_gate_up_y:
@@ -118,4 +119,4 @@ def lora_mlp(x: Tensor, weights, loras, biases=(None, None, None), activation: s
     for weight, lora, bias, width in zip(weights, loras, biases, widths, strict=True):
         check_projection("lora_mlp", x, width, weight, lora, bias)
     seed, constants, tensors = flatten(x, weights, loras, biases)
-    return _Mlp.apply(autocast_input(x), seed, activation, constants, *tensors)
+    return like_rows_of(_Mlp.apply(autocast_input(x), seed, activation, constants, *tensors), x)

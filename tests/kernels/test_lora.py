@@ -248,6 +248,16 @@ def test_compiles_in_one_graph(dora, dynamic):
         assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
+@pytest.mark.parametrize(("count", "dora"), [(1, False), (2, False), (2, True)])
+def test_outputs_may_be_changed_in_place(count, dora):
+    """Some models scale a projection in-place, as Gemma 3n does."""
+    x = torch.randn(2, 3, 5, dtype=DOUBLE, requires_grad=True)
+    weights, biases, loras = zip(*(make(4, 5, dora=dora) for _ in range(count)))
+    ours = [y.mul_(2).add_(1) for y in lora_qkv(x, weights, loras, biases)]
+    theirs = [2 * formula(x, weight, lora, bias) + 1 for weight, lora, bias in zip(weights, loras, biases)]
+    assert_same(ours, theirs, trained(x, *loras))
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_an_nf4_weight_gives_what_its_dense_form_gives_and_only_its_codes_are_kept(form):
     made = [make(n, 64, dora=dora, dropout=0.2, dtype=torch.float32) for n, dora in ((32, False), (16, True), (24, False))]

@@ -152,6 +152,12 @@ def test_repeatable_and_inputs_unchanged():
     assert all(torch.equal(a, b) for a, b in zip(before, everything, strict=True))
 
 
+def test_output_may_be_changed_in_place():
+    weights, biases, loras = make_mlp()
+    x = torch.randn(2, 3, 4, dtype=DOUBLE, requires_grad=True)
+    assert_same([lora_mlp(x, weights, loras, biases).mul_(2)], [2 * plain(x, weights, loras, biases)], trained(x, *loras))
+
+
 def test_saves_x_gate_up_and_the_narrow_products():
     weights, biases, loras = make_mlp(16, 40, 16, (2, 3, 4), dtype=torch.float32)
     x = torch.randn(50, 16, requires_grad=True)
