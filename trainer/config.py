@@ -102,7 +102,9 @@ class Lora:
     rank: int = 16  # of A and B
     alpha: float = 32.0  # the update is scaled by alpha / rank (rsLoRA: alpha / sqrt(rank))
     dropout: float = 0.0  # on the adapter's input
-    target_modules: str | list[str] = "all-linear"  # names of linear layers, a regular expression, or all-linear (all but the head)
+    # ends of names of linear layers, a regular expression, or all-linear: all of the text decoder but routers and layers narrower than rank
+    target_modules: str | list[str] = "all-linear"
+    experts: bool = False  # adapt the weights of experts too, in mixtures of experts; they are most of such a model
     rslora: bool = False  # scale by alpha / sqrt(rank)
     dora: bool = False  # also train a magnitude of each output (DoRA)
     path: str | None = None  # continue from this saved adapter instead of a new one

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.helpers import mixtures, tiny
 from tests.helpers.runs import QUESTIONS, arguments, records, weights, write_chats
 from trainer.cli import parse
 from trainer.config import Config
@@ -48,6 +50,29 @@ def test_a_lora_run_leaves_an_adapter_that_stock_peft_loads(model_folder, chats,
     with torch.no_grad():
         torch.testing.assert_close(stock(ids).logits, merged(ids).logits, rtol=1e-4, atol=1e-4)
         assert (stock(ids).logits - base(ids).logits).abs().max() > 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experts", ["true", "false"])
+def test_a_mixture_of_experts_says_what_its_experts_carry(chats, tmp_path, capsys, experts):
+    tokenizer = tiny.tokenizer()
+    mixtures.model("qwen2_moe").save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    options = ("--lora.experts", experts, "--epochs", "1", "--export", "both", "--data.eval_fraction", "0.1")
+    result = run(tmp_path / "model", chats, tmp_path / "run", *options)
+    of_run = capsys.readouterr().out
+    run(tmp_path / "model", chats, tmp_path / "dry", *options, "--dry_run")
+    for shown in (of_run, capsys.readouterr().out):
+        assert "no adapter: routers and gates: 2 x mlp.shared_expert_gate" in shown
+        assert re.search(r"experts: 4 weights adapted, rank 4: \d\d% of the weights\n" if experts == "true" else
+                         r"experts: carry no adapter, \d\d% of the weights stay frozen; lora.experts true adapts them\n", shown)
+    losses = [r["loss"] for r in records(result.folder, "eval")]
+    assert losses[-1] < losses[0] - 0.1
+    ids = tokenizer("What is 3 + 4?", return_tensors="pt").input_ids
+    merged, loading = AutoModelForCausalLM.from_pretrained(result.folder / "model", output_loading_info=True)
+    stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), result.folder / "adapter")
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
+    torch.testing.assert_close(stock.eval()(ids).logits, merged.eval()(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora.layer import LoraLayer
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -17,7 +19,10 @@ from kernels.nf4 import dequantize_nf4
 from trainer.errors import UserError
 from trainer.files import atomic_folder
 from trainer.model.checkpoint_rest import add_rest
-from trainer.model.lora import is_adapted, projection, why_not_fused
+from trainer.model.linear_layers import base_modules, base_name
+from trainer.model.locate import one_line_errors
+from trainer.model.lora import adapted_weights, projection, why_not_fused
+from trainer.model.peft_targets import write_targets
 from trainer.model.quantization import is_quantized, nf4_of, quantized_layers
 
 
@@ -28,6 +33,7 @@ def save_adapter(model: PeftModel, folder: Path | str, tokenizer: PreTrainedToke
     """
     with atomic_folder(folder) as tmp:
         model.save_pretrained(tmp)
+        write_targets(model.get_base_model(), tmp)
         if tokenizer is not None:
             tokenizer.save_pretrained(tmp)
 
@@ -38,7 +44,8 @@ def merge_and_save(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedToke
     It holds every tensor of the base's files (`add_rest`).
 
     The model in memory does not change. Merged weights are on the CPU while they are written. A 4-bit base is written dense, in the dtype
-    it computes in: the adapter was trained on its dequantised weights, and is added to those.
+    it computes in: the adapter was trained on its dequantised weights, and is added to those. Raises UserError, and leaves no folder, if
+    the adapter cannot be merged or transformers would not find every weight in what was written.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     state = merged_state(base)
@@ -46,6 +53,7 @@ def merge_and_save(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedToke
     names = list(state)  # which saving empties
     with atomic_folder(folder) as tmp:
         dense.save_pretrained(tmp, state_dict=state)
+        _check_loads(dense, tmp, base)
         add_rest(tmp, base, names)
         tokenizer.save_pretrained(tmp)
 
@@ -56,39 +64,57 @@ def _dense_on_meta(base: PreTrainedModel) -> PreTrainedModel:
     del config.quantization_config
     with torch.device("meta"):
         dense = type(base)(config).to(nf4_of(quantized_layers(base)[0]).dtype)
-    dense.generation_config = base.generation_config
+    dense.generation_config, dense._weight_conversions = base.generation_config, getattr(base, "_weight_conversions", None)
     return dense
+
+
+def _check_loads(saved: PreTrainedModel, folder: Path, base: PreTrainedModel) -> None:
+    """Check that transformers, loading a folder as the class of `saved`, finds every weight of `base`.
+
+    It reads names and shapes only, and undoes the layout of the checkpoint as loading does. Raises UserError.
+    """
+    expected = {base_name(name) for name in base.state_dict() if ".lora_" not in name}
+    headers = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            headers |= {name: torch.empty(opened.get_slice(name).get_shape(), device="meta") for name in opened.keys()}
+    config = type(saved).config_class.from_pretrained(folder)
+    with one_line_errors("export", folder):
+        _, found = type(saved).from_pretrained(None, config=config, state_dict=headers, device_map="meta", output_loading_info=True,
+                                               ignore_mismatched_sizes=True)
+    unfit = sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])} & expected)
+    if unfit:
+        raise UserError(f"export: transformers would not find {len(unfit)} weights in the model as it was written, such as {unfit[0]}; "
+                        "use --export adapter")
 
 
 @torch.no_grad()
 def merged_state(base: nn.Module) -> dict[str, Tensor]:
     """Return the state dict of `base` with adapters merged into dense weights, under stock names."""
-    state = base.state_dict()
-    for name, module in base.named_modules():
+    state = {base_name(name): tensor for name, tensor in base.state_dict().items() if ".lora_" not in name}
+    for name, module in base_modules(base).items():
         if is_quantized(module):
             for quant_state_key in [key for key in state if key.startswith(f"{name}.weight.")]:
                 del state[quant_state_key]
             state[f"{name}.weight"] = dequantize_nf4(nf4_of(module)).cpu()
-    for name, module in base.named_modules():
-        if is_adapted(module):
-            state[f"{name}.base_layer.weight"] = _merged_nf4(module) if is_quantized(module.base_layer) else _merged_weight(module)
-    return {name.replace(".base_layer.", "."): tensor for name, tensor in state.items() if ".lora_" not in name}
+    for name, layer in adapted_weights(base).items():
+        state[name] = _merged_nf4(layer) if is_quantized(layer.get_base_layer()) else _merged_weight(layer, name.rpartition(".")[2])
+    return state
 
 
-def _merged_weight(module: nn.Module) -> Tensor:
-    """Return a layer's weight with its active adapter merged by PEFT, and restore the layer.
+def _merged_weight(layer: LoraLayer, name: str) -> Tensor:
+    """Return the weight of this name with the layer's active adapter merged by PEFT, and restore it.
 
     PEFT's safe merge makes a new tensor, so putting the old one back undoes it.
     """
-    layer = module.base_layer
-    weight = layer.weight.data
+    weight = getattr(layer.get_base_layer(), name)
+    original = weight.data
     try:
-        module.merge(safe_merge=True)
+        layer.merge(safe_merge=True)
     except ValueError as error:  # the weights are not finite
         raise UserError(f"cannot merge the adapter: {error}") from error
-    merged = layer.weight.data.cpu()
-    layer.weight.data = weight
-    module.merged_adapters.clear()
+    merged, weight.data = weight.data.cpu(), original
+    layer.merged_adapters.clear()
     return merged
 
 

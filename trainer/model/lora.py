@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,14 +22,16 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from kernels.lora import Lora, lora_linear, lora_qkv
 from kernels.nf4 import Nf4
 from trainer import config
 from trainer.errors import UserError
-from trainer.model.quantization import is_quantized, nf4_of, why_not_nf4
-from trainer.model.text_part import head_layer
+from trainer.model.linear_layers import base_name
+from trainer.model.lora_targets import choose_targets, describe_left_out
+from trainer.model.mixtures import find_mixtures
+from trainer.model.peft_targets import as_modules, targets_as_given
+from trainer.model.quantization import is_quantized, nf4_of, weight_count, why_not_nf4
 
 logger = logging.getLogger(__name__)
 
@@ -44,18 +45,21 @@ def add_adapter(model: PreTrainedModel, lora: config.Lora) -> PeftModel:
     """Freeze `model` and put a trainable adapter on its linear layers.
 
     The adapter is new (fp32, B = 0), or the one saved at `lora.path`. A saved adapter brings its own rank and targets. Raises UserError
-    for numbers out of range, targets the model does not have, a rank larger than a matrix, or a folder without a LoRA adapter for this
-    model. Call `patch` afterwards to fuse it.
+    for numbers out of range, targets that the model does not have or that can take no adapter, or a folder without a LoRA adapter for
+    this model. Call `patch` afterwards to fuse it.
     """
     if lora.path is not None:
         return _load_adapter(model, lora.path)
     _check_numbers(lora)
-    _check_targets(model, lora)
+    targets = choose_targets(model, lora)
     alpha = int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha  # readers of the JSON expect an int
-    return get_peft_model(model, LoraConfig(
-        task_type="CAUSAL_LM", r=lora.rank, lora_alpha=alpha, lora_dropout=lora.dropout,
-        target_modules=lora.target_modules, use_rslora=lora.rslora, use_dora=lora.dora,
-    ))
+    with targets_as_given():
+        adapted = get_peft_model(model, LoraConfig(
+            task_type="CAUSAL_LM", r=lora.rank, lora_alpha=alpha, lora_dropout=lora.dropout, target_modules=targets.modules,
+            target_parameters=targets.parameters or None, use_rslora=lora.rslora, use_dora=lora.dora,
+        ))
+    adapted.left_out = targets.left_out
+    return adapted
 
 
 def _check_numbers(lora: config.Lora) -> None:
@@ -66,48 +70,6 @@ def _check_numbers(lora: config.Lora) -> None:
         raise UserError(f"lora.alpha: expected more than 0, got {lora.alpha}")
     if not 0 <= lora.dropout < 1:
         raise UserError(f"lora.dropout: expected 0 <= dropout < 1, got {lora.dropout}")
-
-
-def _check_targets(model: PreTrainedModel, lora: config.Lora) -> None:
-    """Check that every target names linear layers, none of them the head, and none smaller than the rank."""
-    matched = _match_targets(model, lora.target_modules)
-    for name, module in matched.items():
-        if module is head_layer(model):
-            raise UserError(f"lora.target_modules: {name} is the head, which takes no adapter; leave it out of {lora.target_modules!r}")
-        if not isinstance(module, (nn.Linear, Conv1D)):
-            raise UserError("lora.target_modules: expected linear layers, "
-                            f"but {lora.target_modules!r} matches {name}, a {type(module).__name__}")
-        rows, columns = module.weight.shape if isinstance(module, Conv1D) else (module.out_features, module.in_features)
-        if lora.rank > min(rows, columns):
-            raise UserError(f"lora.rank: expected at most {min(rows, columns)}, the smaller side of {name} ({rows} x {columns}), "
-                            f"got {lora.rank}")
-
-
-def _match_targets(model: PreTrainedModel, targets: str | list[str]) -> dict[str, nn.Module]:
-    """Return the modules that PEFT would adapt.
-
-    A list holds ends of names, a string is a regular expression for whole names.
-    """
-    modules = {name: module for name, module in model.named_modules() if name}
-    linear = {name: m for name, m in modules.items() if isinstance(m, (nn.Linear, Conv1D)) and m is not head_layer(model)}
-    available = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
-    if targets == "all-linear":
-        return linear
-    if isinstance(targets, str):
-        try:
-            matched = {name: m for name, m in modules.items() if re.fullmatch(targets, name)}
-        except re.error as error:
-            raise UserError(f"lora.target_modules: {targets!r} is not a regular expression ({error}); "
-                            f"for names write a list: [{available}]") from None
-        if not matched:
-            raise UserError(f"lora.target_modules: no layer's whole name matches the regular expression {targets!r}; "
-                            f"for last parts of names write a list, of: {available}")
-        return matched
-    found = {t: [name for name in modules if name == t or name.endswith(f".{t}")] for t in targets}
-    missing = [t for t, names in found.items() if not names]
-    if missing or not targets:
-        raise UserError(f"lora.target_modules: no layer is called {', '.join(missing) or '(empty list)'}; the model has: {available}")
-    return {name: modules[name] for names in found.values() for name in names}
 
 
 def _load_adapter(model: PreTrainedModel, path: str) -> PeftModel:
@@ -125,7 +87,9 @@ def _load_adapter(model: PreTrainedModel, path: str) -> PeftModel:
         saved = PeftConfig.from_pretrained(folder)
         if not isinstance(saved, LoraConfig) or saved.modules_to_save:
             raise UserError(f"lora.path: expected a LoRA adapter without modules_to_save, found {saved.peft_type} in {folder}")
-        adapted = PeftModel.from_pretrained(model, folder, is_trainable=True, low_cpu_mem_usage=model.device.type == "meta")
+        with targets_as_given():
+            adapted = PeftModel.from_pretrained(model, folder, config=as_modules(model, saved), is_trainable=True,
+                                                low_cpu_mem_usage=model.device.type == "meta")
         with safe_open(weights, "pt") as file:
             unmatched = set(file.keys()) ^ set(get_peft_model_state_dict(adapted))
         if unmatched:  # PEFT would load the tensors that fit and ignore the others
@@ -134,6 +98,29 @@ def _load_adapter(model: PreTrainedModel, path: str) -> PeftModel:
     # Another model's shapes or names, an unknown kind of adapter, a file cut short.
     except (ValueError, RuntimeError, OSError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"lora.path: the adapter in {folder} does not fit this model: {' '.join(str(error).split())[:300]}") from error
+
+
+def describe(model: nn.Module) -> dict[str, str]:
+    """Return the startup report on experts and on layers without an adapter, as {name: text}."""
+    if not isinstance(model, PeftModel):
+        return {}
+    base, left_out = model.get_base_model(), getattr(model, "left_out", {})
+    lines = {"no adapter": describe_left_out(left_out)} if left_out else {}
+    mixtures = find_mixtures(base)
+    experts = mixtures.weights | {f"{name}.weight": layer.weight for name, layer in mixtures.layers.items()}
+    if experts:
+        every = sum(weight_count(p) for name, p in base.named_parameters() if ".lora_" not in name)
+        share = f"{sum(map(weight_count, experts.values())) / every:.0%} of the weights"
+        ranks = [layer.r[layer.active_adapters[0]] for name, layer in adapted_weights(base).items() if name in experts]
+        lines["experts"] = (f"{len(ranks)} weights adapted, rank {', '.join(map(str, sorted(set(ranks))))}: {share}" if ranks else
+                            f"carry no adapter, {share} stay frozen; lora.experts true adapts them")
+    return lines
+
+
+def adapted_weights(base: nn.Module) -> dict[str, LoraLayer]:
+    """Return PEFT's layers by the name that the weight they adapt has in the base."""
+    layers = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
+    return {f"{base_name(name)}.{getattr(layer, 'parameter_name', 'weight')}": layer for name, layer in layers.items()}
 
 
 # ---------------------------------------------------------------- fused forwards

@@ -2,11 +2,13 @@
 
 A QLoRA run freezes its base in NF4 (Dettmers et al., arXiv 2305.14314). transformers quantises each linear layer but the head while
 loading it, so the dense model is never in memory as a whole, and bitsandbytes' `Linear4bit` stores the codes. Our fused operations read
-them as `kernels.nf4.Nf4`, and dequantise a weight just before each matmul. A checkpoint that is in NF4 already loads as it is.
+them as `kernels.nf4.Nf4`, and dequantise a weight just before each matmul. A checkpoint that is in NF4 already loads as it is. Dense stay
+experts that are 3-D weights, which bitsandbytes cannot hold, routers, and layers whose weight other code reads.
 """
 
 from __future__ import annotations
 
+import re
 from types import ModuleType
 
 import torch
@@ -20,6 +22,8 @@ from kernels import serving
 from kernels.nf4 import GROUP, Nf4
 from trainer.config import Config, Quantization
 from trainer.errors import UserError
+from trainer.model.linear_layers import read_by_code
+from trainer.model.mixtures import find_mixtures
 from trainer.model.text_part import head_layer
 
 BLOCK = 64  # weights that share a scale, as transformers configures bitsandbytes
@@ -72,9 +76,18 @@ def is_nf4_checkpoint(source: str, model_config: PreTrainedConfig, method: str) 
     return method == "qlora"
 
 
+def dense_patterns(model: PreTrainedModel, skip: list[str]) -> list[str]:
+    """Return transformers' patterns for the layers that stay dense.
+
+    They are the head, `skip`, routers, and layers whose weight other code reads.
+    """
+    names = {*find_mixtures(model).routers, *read_by_code(model)}
+    return [*get_keys_to_not_convert(model), *skip, *(f"{re.escape(name)}$" for name in sorted(names))]
+
+
 def layers_to_quantize(dense: PreTrainedModel, skip: list[str]) -> list[nn.Module]:
     """Return the layers of a dense model, adapted or not, that loading would quantise."""
-    kept_dense = [*get_keys_to_not_convert(dense), *skip]
+    kept_dense = dense_patterns(dense, skip)
     linear = {name.removesuffix(".base_layer"): module for name, module in dense.named_modules()
               if type(module) in (nn.Linear, Conv1D) and not module.weight.requires_grad}
     return [module for name, module in linear.items() if should_convert_module(name, kept_dense)]
@@ -91,7 +104,7 @@ def nf4_config(quantization: Quantization, meta_model: PreTrainedModel, dtype: t
         raise UserError(f"quantization.skip_modules: no linear layer is called {', '.join(missing)}; the model has: {available}")
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=quantization.double_quant, bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=[*get_keys_to_not_convert(meta_model), *quantization.skip_modules])
+        llm_int8_skip_modules=dense_patterns(meta_model, quantization.skip_modules))
 
 
 def prepare_quantized(model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -168,5 +181,10 @@ def describe(model: nn.Module) -> dict[str, str]:
     if not weights:
         return {}
     dense = sum(w.shape[0] * w.shape[1] * w.dtype.itemsize for w in weights)
-    return {"4-bit base": f"{len(weights)} layers in NF4, {sum(w.nbytes for w in weights) / 1e6:,.2f} MB instead of {dense / 1e6:,.2f}, "
-                          f"dequantised by {serving(weights[0].device, weights[0].dtype)}"}
+    text = (f"{len(weights)} layers in NF4, {sum(w.nbytes for w in weights) / 1e6:,.2f} MB instead of {dense / 1e6:,.2f}, "
+            f"dequantised by {serving(weights[0].device, weights[0].dtype)}")
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if experts := sum(map(weight_count, find_mixtures(base).weights.values())):
+        every = sum(weight_count(p) for name, p in base.named_parameters() if ".lora_" not in name)
+        text += f"; experts stay dense, {experts / every:.0%} of the weights, as bitsandbytes quantises linear layers only"
+    return {"4-bit base": text}

@@ -96,7 +96,7 @@ def build_model(config: Config, device: torch.device) -> tuple[nn.Module, PatchR
         model = lora.add_adapter(model, config.lora)
     patched = patch(model, config.model.fused_kernels)
     refuse_misread_layers(lora.unfused_layers(model, config.model.fused_kernels))
-    patched.backends |= text_part.describe(unwrap_peft(model)) | quantization.describe(model)
+    patched.backends |= text_part.describe(unwrap_peft(model)) | quantization.describe(model) | lora.describe(model)
     apply_activation_checkpointing(model, config.activation_checkpointing)
     return model, patched
 

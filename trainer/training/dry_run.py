@@ -12,7 +12,7 @@ from trainer.config import Config
 from trainer.data.prepare import TrainingData, data_summary, eval_set_line
 from trainer.metrics.throughput import model_size
 from trainer.model.loading import meta_model
-from trainer.model.lora import add_adapter
+from trainer.model.lora import add_adapter, describe
 from trainer.retention import cached_base, kl
 from trainer.runtime.device import compute_dtype, dtype_name
 from trainer.training.memory_estimate import estimate
@@ -40,6 +40,8 @@ def print_dry_run(config: Config, data: TrainingData, device: torch.device) -> N
     if config.replay_search.enabled:
         print("replay search: the mixture above has no replay.ratio; probe runs choose it, and retention.kl_weight, when the run starts")
     print(f"model: {size.parameters:,} parameters, trained {size.trainable:,} ({config.method}), compute {dtype_name(dtype)}")
+    for name, text in describe(model).items():
+        print(f"{name}: {text}")
     print(f"memory: {estimate(model, config, dtype, device)}")
     print("dry run: the options, data and model fit together; nothing was trained")
 

@@ -8,14 +8,16 @@ from peft import PeftModel
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.helpers import tiny
+from tests.helpers import mixtures, tiny
 from tests.helpers.models import our_logits, pack, relative_error, stock_logits
 from trainer.config import Config, Lora, Model
 from trainer.errors import UserError
-from trainer.model.export import merge_and_save, save_adapter
+from trainer.model import export
+from trainer.model.export import merge_and_save, merged_state, save_adapter
 from trainer.model.loading import load_model
 from trainer.model.lora import add_adapter
 from trainer.model.patch import patch
+from trainer.model.peft_targets import write_targets
 
 BATCH = pack(vocab_size=260)  # fewer than any tokenizer here has
 ADAPTERS = {"lora": {}, "rslora": dict(rslora=True), "dora": dict(dora=True), "some": dict(target_modules=["q_proj", "o_proj"])}
@@ -69,6 +71,74 @@ def test_merging_other_families(tmp_path, family):
     if model.config.tie_word_embeddings:
         with safe_open(tmp_path / "merged" / "model.safetensors", "pt") as file:
             assert "lm_head.weight" not in file.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experts", [False, True])
+@pytest.mark.parametrize("family", mixtures.MIXTURES)
+def test_merged_and_reloaded_mixtures_compute_what_was_trained(tmp_path, family, experts):
+    mixtures.model(family).save_pretrained(tmp_path / "base")
+    tiny.tokenizer().save_pretrained(tmp_path / "base")
+    model, tokenizer = trained(tmp_path / "base", adapter=dict(experts=experts))
+    before = our_logits(model, BATCH)
+    merge_and_save(model, tokenizer, tmp_path / "merged")
+    save_adapter(model, tmp_path / "adapter", tokenizer)
+    assert torch.equal(our_logits(model, BATCH), before)  # the model in memory is as it was
+    files = [safe_open(tmp_path / name / "model.safetensors", "pt") for name in ("base", "merged")]
+    assert set(files[0].keys()) == set(files[1].keys())  # the checkpoint's own layout
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert relative_error(stock_logits(stock, BATCH), before) < 1e-5
+    stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    assert relative_error(stock_logits(stock, BATCH), before) < 1e-5
+    assert relative_error(stock_logits(stock.get_base_model(), BATCH), stock_logits(stock, BATCH)) == 0
+
+    ours, _ = load_model(Config(model=Model(path=str(tmp_path / "base")), precision="fp32"), "cpu")
+    ours = add_adapter(ours, Lora(path=str(tmp_path / "adapter")))
+    patch(ours)
+    assert torch.equal(our_logits(ours, BATCH), before)
+
+
+def test_checkpoint_keeps_its_layout_of_experts(tmp_path):
+    """transformers holds all experts of a layer in two weights; Qwen3-MoE checkpoints hold three for each expert."""
+    mixtures.model("qwen3_moe").save_pretrained(tmp_path / "base")
+    tiny.tokenizer().save_pretrained(tmp_path / "base")
+    model, tokenizer = trained(tmp_path / "base", adapter=dict(experts=True))
+    merge_and_save(model, tokenizer, tmp_path / "merged")
+    with safe_open(tmp_path / "merged" / "model.safetensors", "pt") as file:
+        experts = [name for name in file.keys() if ".experts." in name]
+        assert len(experts) == 2 * 4 * 3 and {name.rsplit(".", 2)[1] for name in experts} == {"gate_proj", "up_proj", "down_proj"}
+        up = file.get_tensor("model.layers.1.mlp.experts.2.up_proj.weight")
+    wrapper = model.get_base_model().model.layers[1].mlp.experts.base_layer
+    exact = wrapper.get_param()[2] + wrapper.get_delta_weight("default")[2]
+    assert relative_error(up, exact[32:]) < 1e-6
+
+
+def test_merged_model_that_would_not_load_is_not_left(model_folder, tmp_path, monkeypatch):
+    model, tokenizer = trained(model_folder, adapter={})
+
+    def misnamed(base):
+        return {name.replace("q_proj", "query"): weight for name, weight in merged_state(base).items()}
+
+    monkeypatch.setattr(export, "merged_state", misnamed)
+    with pytest.raises(UserError, match="export: transformers would not find 2 weights .*, such as model.layers.0.self_attn.q_proj"):
+        merge_and_save(model, tokenizer, tmp_path / "merged")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("settings", [{}, dict(dora=True), dict(dropout=0.1)])
+def test_layers_that_peft_would_take_for_experts_are_named_by_their_weights(tmp_path, settings):
+    """PEFT makes `gate_proj` the experts of this family, though dense layers and shared experts have layers of that name."""
+    with torch.device("meta"):
+        model = add_adapter(mixtures.sketch("glm4_moe"), Lora(rank=4, **settings))
+    targets = {f"{end}.weight" for end in ("gate_proj", "up_proj", "down_proj")}
+    saved = model.peft_config["default"]
+    assert {name.rsplit(".", 1)[-1] for name in saved.target_modules} == (
+        {"q_proj", "k_proj", "v_proj", "o_proj"} | (set() if settings else {"gate_proj", "up_proj", "down_proj"}))
+    saved.save_pretrained(tmp_path)
+    write_targets(model.get_base_model(), tmp_path)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert {name.rsplit(".", 1)[-1] for name in written["target_modules"]} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert {".".join(name.rsplit(".", 2)[-2:]) for name in written["target_parameters"] or ()} == (set() if settings else targets)
 
 
 def test_fully_trained_model_is_a_stock_model(model_folder, tmp_path):

@@ -262,7 +262,9 @@ def test_adapters_of_bf16_models_are_fp32():
 @pytest.mark.parametrize("settings, message", [
     (dict(rank=0), "lora.rank: expected at least 1, got 0"),
     (dict(rank=-4), "lora.rank: expected at least 1, got -4"),
-    (dict(rank=33), r"lora.rank: expected at most 32, the smaller side of model.layers.0.self_attn.k_proj \(32 x 64\), got 33"),
+    (dict(rank=33, target_modules=["q_proj", "k_proj"]),
+     r"lora.rank: expected at most 32, the smaller side of model.layers.0.self_attn.k_proj \(32 x 64\), got 33"),
+    (dict(rank=113), "expected layers that can take an adapter, found none in 'all-linear': narrower than lora.rank: 2 x"),
     (dict(alpha=0.0), "lora.alpha: expected more than 0"),
     (dict(dropout=1.0), "lora.dropout: expected 0 <= dropout < 1, got 1.0"),
     (dict(dropout=-0.1), "lora.dropout"),

@@ -18,7 +18,7 @@ import benchmarks
 from benchmarks.forgetting.miniature.domain import DOMAIN
 from benchmarks.forgetting.miniature.world import training_records, write_jsonl
 from kernels.nf4 import Nf4, dequantize_nf4
-from tests.helpers import tiny
+from tests.helpers import mixtures, tiny
 from tests.helpers.models import gradients, our_logits, pack, relative_error, stock_logits
 from tests.helpers.runs import Readbacks, arguments, records, samples, write_chats
 from trainer import run
@@ -33,6 +33,7 @@ from trainer.model.export import merge_and_save, save_adapter
 from trainer.model.forward import forward_hidden
 from trainer.model.loading import load_model, meta_model
 from trainer.model.lora import add_adapter, is_adapted, projection, unfused_layers, why_not_fused
+from trainer.model.mixtures import find_mixtures
 from trainer.model.patch import patch
 from trainer.model.quantization import is_quantized, nf4_of, quantized_layers
 from trainer.optim.adamw import FlatAdamW
@@ -229,6 +230,65 @@ def test_layers_that_bitsandbytes_would_misread_are_refused(folders, monkeypatch
     for doomed in (unfused_layers(model, patched=False), unfused_layers(adapted(folders("llama"), dora=True)[0], patched=True)):
         with pytest.raises(UserError, match="bitsandbytes misreads layers of width 64"):
             refuse_misread_layers(doomed)
+
+
+# ---------------------------------------------------------------- mixtures of experts
+
+
+@pytest.fixture(scope="module")
+def mixture_folder(tmp_path_factory):
+    """Return the folder of a mixture whose layers are whole blocks, with experts, a router and a dense layer."""
+    made = {}
+
+    def folder(family: str, **overrides):
+        if family not in made:
+            made[family] = tmp_path_factory.mktemp(family)
+            mixtures.model(family, **WHOLE, **overrides).save_pretrained(made[family])
+            tiny.tokenizer().save_pretrained(made[family])
+        return made[family]
+
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experts", [False, True])
+@pytest.mark.parametrize("family", ["qwen3_moe", "jamba", "glm4_moe"])
+def test_a_mixture_in_4_bits_says_what_stays_dense_and_exports(mixture_folder, tmp_path, family, experts):
+    folder = mixture_folder(family)
+    model, tokenizer = adapted(folder, experts=experts)
+    patch(model)
+    base, batch = model.get_base_model(), pack(vocab_size=260)
+    found = find_mixtures(base)
+    assert not any(is_quantized(layer) for layer in found.routers.values())
+    assert all(weight.dtype == torch.float32 for weight in found.weights.values())
+    share = sum(w.numel() for w in found.weights.values()) / sum(p.numel() for p in mixtures.sketch(family, **WHOLE).parameters())
+    line = quantization.describe(model)["4-bit base"]
+    assert line.endswith(f"; experts stay dense, {share:.0%} of the weights, as bitsandbytes quantises linear layers only")
+
+    before = our_logits(model, batch)
+    merge_and_save(model, tokenizer, tmp_path / "merged")
+    stock, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
+    assert relative_error(stock_logits(stock, batch), before) < 1e-5
+    save_adapter(model, tmp_path / "adapter", tokenizer)
+    again = add_adapter(load_model(settings(folder), "cpu")[0], Lora(path=str(tmp_path / "adapter")))
+    patch(again)
+    assert torch.equal(our_logits(again, batch), before)
+
+
+def test_layers_whose_weight_other_code_reads_stay_dense(mixture_folder):
+    model, _ = load_model(settings(mixture_folder("mamba2")), "cpu")
+    assert {name.rsplit(".", 1)[-1] for name, layer in model.named_modules() if is_quantized(layer)} == {"in_proj"}
+
+
+def test_memory_knows_that_experts_and_routers_stay_dense(mixture_folder):
+    cfg = settings(mixture_folder("jamba"))
+    model = add_adapter(load_model(cfg, "cpu")[0], cfg.lora)
+    with torch.device("meta"):
+        sketch = add_adapter(meta_model(cfg), cfg.lora)
+    names = {name.removesuffix(".base_layer") for name, layer in model.get_base_model().named_modules() if is_quantized(layer)}
+    planned = quantization.layers_to_quantize(sketch.get_base_model(), [])
+    assert len(names) == len(planned)
 
 
 # ---------------------------------------------------------------- what is left for others

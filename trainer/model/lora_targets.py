@@ -1,0 +1,210 @@
+"""Choose what takes an adapter, and say what takes none and why.
+
+Adapters go on linear layers of the text decoder, where they change what the model computes. `all-linear` leaves out routers, layers
+narrower than the rank, and layers that are not run as linear layers; a target that the user names must be fit. Experts take an adapter if
+and only if `lora.experts` says so, whether their weights are 3-D parameters or linear layers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from trainer import config
+from trainer.errors import UserError
+from trainer.model.linear_layers import LINEAR, is_linear_map, linear_layers, outputs_and_inputs, read_by_code
+from trainer.model.mixtures import Mixtures, find_mixtures
+from trainer.model.packed_attention import decoder
+from trainer.model.peft_targets import is_rewritten
+from trainer.model.text_part import head_layer
+
+OUTSIDE = "outside the text decoder"
+NARROW = "narrower than lora.rank"
+SHOWN = 4  # kinds of layers that a line names for one reason
+
+
+@dataclass
+class Targets:
+    """Names of what takes an adapter, and of linear layers that take none, by the reason."""
+
+    modules: list[str]
+    parameters: list[str]  # 3-D weights of experts
+    left_out: dict[str, list[str]]
+
+
+def choose_targets(model: PreTrainedModel, lora: config.Lora) -> Targets:
+    """Return what takes an adapter.
+
+    Raises UserError for targets that the model does not have, for a named target that can take no adapter, and where nothing can.
+    """
+    mixtures, part = find_mixtures(model), _name_of(decoder(model), model)
+    matched = match_targets(model, lora.target_modules, mixtures)
+    layers = {name: layer for name, layer in matched.items() if name not in mixtures.layers}
+    inside = {name: layer for name, layer in layers.items() if name.startswith(part)}
+    left_out = {OUTSIDE: [name for name in layers if name not in inside]}
+    for reason, unfit in _unfit(inside, model, mixtures, lora).items():
+        left_out[reason] = [name for name in inside if name in unfit]
+        inside = {name: layer for name, layer in inside.items() if name not in unfit}
+    left_out = {reason: names for reason, names in left_out.items() if names}
+    if lora.target_modules != "all-linear":
+        _refuse_misfit(layers, left_out, lora)
+    weights = {name: weight for name, weight in mixtures.weights.items() if lora.experts and name.startswith(part)}
+    experts = {name: layer for name, layer in mixtures.layers.items() if lora.experts and name.startswith(part)}
+    if lora.experts:
+        _check_experts(model, weights, experts, lora)
+    chosen = inside | experts
+    if not chosen and not weights:
+        found = describe_left_out(left_out) or "layers of experts, which need lora.experts true"
+        raise UserError(f"lora.target_modules: expected layers that can take an adapter, found none in {lora.target_modules!r}: {found}")
+    as_given = isinstance(lora.target_modules, list) and chosen.keys() == matched.keys()
+    return Targets(lora.target_modules if as_given else list(chosen), _parameter_targets(model, weights), left_out)
+
+
+def match_targets(model: PreTrainedModel, targets: str | list[str], mixtures: Mixtures) -> dict[str, nn.Module]:
+    """Return the linear layers that `lora.target_modules` names.
+
+    A list holds ends of names, a string is a regular expression for whole names. Raises UserError for targets that match nothing, the
+    head, or anything but linear layers.
+    """
+    head = head_layer(model)
+    linear = {name: layer for name, layer in linear_layers(model).items() if layer is not head}
+    if targets == "all-linear":
+        return linear
+    modules = {name: module for name, module in model.named_modules() if name}
+    matched = _match_pattern(modules, targets, linear) if isinstance(targets, str) else _match_ends(modules, targets, linear, mixtures)
+    for name, module in matched.items():
+        if module is head:
+            raise UserError(f"lora.target_modules: {name} is the head, which takes no adapter; leave it out of {targets!r}")
+        if not isinstance(module, LINEAR):
+            raise UserError("lora.target_modules: expected linear layers, "
+                            f"but {targets!r} matches {name}, a {type(module).__name__}")
+    return matched
+
+
+def _match_pattern(modules: dict[str, nn.Module], pattern: str, linear: Iterable[str]) -> dict[str, nn.Module]:
+    """Return the modules whose whole name matches."""
+    try:
+        matched = {name: module for name, module in modules.items() if re.fullmatch(pattern, name)}
+    except re.error as error:
+        raise UserError(f"lora.target_modules: {pattern!r} is not a regular expression ({error}); "
+                        f"for names write a list: [{_last_parts(linear)}]") from None
+    if not matched:
+        raise UserError(f"lora.target_modules: no layer's whole name matches the regular expression {pattern!r}; "
+                        f"for last parts of names write a list, of: {_last_parts(linear)}")
+    return matched
+
+
+def _match_ends(modules: dict[str, nn.Module], ends: list[str], linear: Iterable[str], mixtures: Mixtures) -> dict[str, nn.Module]:
+    """Return the modules whose names end with one of these."""
+    found = {end: [name for name in modules if name == end or name.endswith(f".{end}")] for end in ends}
+    missing = [end for end, names in found.items() if not names]
+    if missing or not ends:
+        experts = "; experts are adapted by lora.experts true" if mixtures.weights else ""
+        raise UserError(f"lora.target_modules: no layer is called {', '.join(missing) or '(empty list)'}; "
+                        f"the model has: {_last_parts(linear)}{experts}")
+    return {name: modules[name] for names in found.values() for name in names}
+
+
+def _last_parts(names: Iterable[str]) -> str:
+    return ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
+
+
+# ---------------------------------------------------------------- what is unfit
+
+
+def _unfit(layers: dict[str, nn.Module], model: PreTrainedModel, mixtures: Mixtures, lora: config.Lora) -> dict[str, set[str]]:
+    """Return the names of layers that take no adapter, by the reason."""
+    every, needs_module = lora.target_modules == "all-linear", lora.dropout > 0 or lora.dora
+    return {
+        "routers and gates": {name for name in layers if every and (name in mixtures.routers or re.search(r"(^|[._])router", name))},
+        "more than linear layers": {name for name, layer in layers.items() if not is_linear_map(layer)},
+        "read by other code, which would ignore an adapter": read_by_code(model),
+        "never called": _uncalled(model, layers),
+        NARROW: {name for name, layer in layers.items() if min(outputs_and_inputs(layer)) < lora.rank},
+        "loaded by PEFT only without dropout and DoRA": {name for name in layers if needs_module and is_rewritten(model, name)},
+    }
+
+
+@torch.no_grad()
+def _uncalled(model: PreTrainedModel, layers: dict[str, nn.Module]) -> set[str]:
+    """Return the names of layers that a forward does not call.
+
+    A model on the meta device cannot be run.
+    """
+    if model.device.type == "meta":
+        return set()
+    called: set[nn.Module] = set()
+    hooks = [layer.register_forward_pre_hook(lambda module, _: called.add(module)) for layer in layers.values()]
+    try:
+        decoder(model)(input_ids=torch.arange(8, device=model.device)[None], use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name for name, layer in layers.items() if layer not in called}
+
+
+def _refuse_misfit(layers: dict[str, nn.Module], left_out: dict[str, list[str]], lora: config.Lora) -> None:
+    """Raise UserError for the first named target that can take no adapter.
+
+    Those outside the decoder are only left out.
+    """
+    for reason, (name, *_) in left_out.items():
+        if reason == NARROW:
+            rows, columns = outputs_and_inputs(layers[name])
+            raise UserError(f"lora.rank: expected at most {min(rows, columns)}, the smaller side of {name} ({rows} x {columns}), "
+                            f"got {lora.rank}")
+        if reason != OUTSIDE:
+            raise UserError(f"lora.target_modules: expected layers that can take an adapter, but {name} is among those {reason}")
+
+
+def describe_left_out(left_out: dict[str, list[str]]) -> str:
+    """Return which linear layers take no adapter, and why."""
+    return "; ".join(f"{reason}: {_kinds(names)}" for reason, names in left_out.items())
+
+
+def _kinds(names: list[str]) -> str:
+    """Return the names without the numbers of layers, each with its count."""
+    counts = Counter(re.sub(r".*\.\d+\.", "", name) for name in names)
+    shown = [f"{count} x {kind}" for kind, count in counts.most_common(SHOWN)]
+    rest = len(names) - sum(count for _, count in counts.most_common(SHOWN))
+    return ", ".join(shown) + (f" and {rest} others" if rest else "")
+
+
+# ---------------------------------------------------------------- experts
+
+
+def _check_experts(model: PreTrainedModel, weights: dict[str, Tensor], layers: dict[str, nn.Module], lora: config.Lora) -> None:
+    """Check that the experts of a model can take the adapter. Raises UserError."""
+    if not weights and not layers:
+        raise UserError(f"lora.experts: expected a mixture of experts, found none in {model.config.model_type}; set it to false")
+    if weights and (lora.dropout or lora.dora):
+        raise UserError("lora.experts: expected lora.dropout 0 and lora.dora false beside it, as PEFT has neither for 3-D weights, "
+                        f"got {lora.dropout} and {str(lora.dora).lower()}")
+    for name, weight in weights.items():
+        if not weight.is_floating_point():
+            raise UserError(f"lora.experts: expected dense experts, found {name} in {str(weight.dtype).removeprefix('torch.')}")
+    matrices = {name: tuple(weight.shape[1:]) for name, weight in weights.items()}
+    matrices |= {name: outputs_and_inputs(layer) for name, layer in layers.items()}
+    for name, (rows, columns) in matrices.items():
+        if lora.rank > min(rows, columns):
+            raise UserError(f"lora.rank: expected at most {min(rows, columns)} beside lora.experts, the smaller side of {name} "
+                            f"({rows} x {columns}), got {lora.rank}")
+
+
+def _parameter_targets(model: PreTrainedModel, weights: dict[str, Tensor]) -> list[str]:
+    """Return PEFT's target parameters for these weights: ends of names, where no other weight has them."""
+    ends = sorted({re.sub(r".*\.\d+\.", "", name) for name in weights})
+    others = any(name.endswith(tuple(f".{end}" for end in ends)) for name, _ in model.named_parameters() if name not in weights)
+    return sorted(weights) if others else ends
+
+
+def _name_of(part: nn.Module, model: nn.Module) -> str:
+    """Return the start of the names of all that is in a part of the model."""
+    name = next(name for name, module in model.named_modules() if module is part)
+    return f"{name}." if name else ""
