@@ -226,6 +226,7 @@ class Config:
     forgetting: Forgetting = field(default_factory=Forgetting)
     batch: BatchSize = field(default_factory=BatchSize)
     optim: Optim = field(default_factory=Optim)
+    router_aux_loss_coef: float = 0.0  # of mixtures of experts: weight of the routers' load-balancing loss, added to the loss; 0: off
     epochs: float = 1.0  # passes over the domain
     max_steps: int | None = None  # stop here even if epochs remain
     seed: int = 0  # of the adapter's weights, the order of samples, and dropout
@@ -255,6 +256,7 @@ def validate(config: Config) -> None:
     _validate_batch(config.batch, config.data.max_length)
     require(config.replay.ratio is None or 0 <= config.replay.ratio < 1, "replay.ratio", "0 <= ratio < 1", config.replay.ratio)
     _validate_optim(config.optim)
+    require(0 <= config.router_aux_loss_coef <= sys.float_info.max, "router_aux_loss_coef", "0 or more", config.router_aux_loss_coef)
     _validate_retention(config)
     _validate_forgetting(config)
     if config.replay_search.enabled:

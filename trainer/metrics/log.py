@@ -79,8 +79,8 @@ def _whole_records(path: Path) -> Iterator[dict]:
 
 def _step_line(r: dict) -> str:
     mfu = f"  mfu {r['mfu']:.0%}" if r["mfu"] is not None else ""
-    kl = f"  kl {r['kl']:.4f}" if "kl" in r else ""
-    return (f"step {r['step']}  loss {r['loss']:.4f}{kl}  lr {r['lr']:.2e}  norm {r['grad_norm']:.3f}  "
+    terms = "".join(f"  {name.replace('_', ' ')} {r[name]:.4f}" for name in ("kl", "router_aux_loss") if name in r)
+    return (f"step {r['step']}  loss {r['loss']:.4f}{terms}  lr {r['lr']:.2e}  norm {r['grad_norm']:.3f}  "
             f"{r['tokens_per_s']:,.0f} tok/s  {r['supervised_per_s']:,.0f} supervised/s{mfu}  {r['memory_gb']:.2f} GB")
 
 

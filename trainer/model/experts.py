@@ -38,17 +38,26 @@ WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")  # the parameters of transfor
 # ---------------------------------------------------------------- finding
 
 
-def expert_share(config: PreTrainedConfig) -> float | None:
-    """Return the share of a layer's experts that a token passes through.
+class ExpertCounts(NamedTuple):
+    """How many experts a layer has, and how many of them a token passes through."""
 
-    None where the text config does not tell.
-    """
+    there: int
+    chosen: float  # a mean, where layers differ
+
+
+def expert_counts(config: PreTrainedConfig) -> ExpertCounts | None:
+    """Read the counts of experts; None where the text config does not tell."""
     for part in (config, getattr(config, "ffn_config", None)):  # DBRX has its own part for them
         there, chosen = (next((value for name in names if (value := getattr(part, name, None))), None) for names in (EXPERTS, CHOSEN))
         if there and chosen:
-            chosen = sum(chosen) / len(chosen) if isinstance(chosen, list) else chosen  # one for each layer
-            return chosen / there
+            return ExpertCounts(there, sum(chosen) / len(chosen) if isinstance(chosen, list) else chosen)
     return None
+
+
+def expert_share(config: PreTrainedConfig) -> float | None:
+    """Return the share of a layer's experts that a token passes through, or None."""
+    counts = expert_counts(config)
+    return counts.chosen / counts.there if counts else None
 
 
 def expert_weights(model: nn.Module) -> set[nn.Parameter]:

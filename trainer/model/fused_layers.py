@@ -218,6 +218,12 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     return [module for module in decoder(model).modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
+def keep_all_rows(model: nn.Module) -> None:
+    """Let the last decoder layer compute every token, whatever rows are asked for."""
+    if layer := row_selecting_layer(model):
+        layer.forward = partial(layer_forward, *layer.forward.args[:2], False)
+
+
 def row_selecting_layer(model: nn.Module) -> nn.Module | None:
     """Return the last decoder layer if its forward takes `rows`, else None."""
     last = next(reversed(decoder_layers(model)), None)

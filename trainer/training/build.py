@@ -18,7 +18,7 @@ from trainer.errors import UserError
 from trainer.evaluation.items import ItemFile
 from trainer.metrics.log import Log
 from trainer.metrics.throughput import model_size, peak_flops
-from trainer.model import lora, quantization, text_part
+from trainer.model import lora, quantization, router_balance, text_part
 from trainer.model.bitsandbytes_cpu_check import refuse_misread_layers
 from trainer.model.forward import apply_activation_checkpointing, padding_for, unwrap_peft
 from trainer.model.loading import load_model, weights_fingerprint
@@ -54,6 +54,7 @@ def build(config: Config, data: TrainingData, device: torch.device, dist: Distri
     """
     output = Path(config.output)
     model, patched = build_model(config, device)
+    balance = router_balance.prepare(config.router_aux_loss_coef, model)
     identity = run_identity(config, data, items, dist)
     base = measure_base(config, data, items, identity, model, device, dist)
     data = replace(data, samples=base.samples)
@@ -70,11 +71,12 @@ def build(config: Config, data: TrainingData, device: torch.device, dist: Distri
     if dist.is_main:
         print_summary(config, data, summary, patched, pad_to, device)
         print_lines(base.summary_lines)
+        print_lines([str(balance)] if balance else [])
         print_lines([f"resuming from step {state.step}"] if state.step else [])
     log = Log(output, config, data.plan.total, state.step) if dist.is_main else None
     loader = StepLoader(data.plan, base.samples, dist, device, base.kl, pad_to)
     return TrainingRun(config, output, device, dist, model, size, optimizer, data.plan, loader, base.kl, base.monitor, data.eval_set,
-                       log), state
+                       log, balance), state
 
 
 def require_packs_for_all_ranks(plan: StepPlan, dist: Distributed) -> None:

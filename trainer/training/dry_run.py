@@ -11,6 +11,7 @@ import torch
 from trainer.config import Config
 from trainer.data.prepare import TrainingData, data_summary, eval_set_line
 from trainer.metrics.throughput import model_size
+from trainer.model import router_balance
 from trainer.model.loading import meta_model
 from trainer.model.lora import add_adapter, describe
 from trainer.retention import cached_base, kl
@@ -27,12 +28,13 @@ def print_dry_run(config: Config, data: TrainingData, device: torch.device) -> N
     if config.method != "full":
         with torch.device("meta"):
             model = add_adapter(model, config.lora)
+    balance = router_balance.prepare(config.router_aux_loss_coef, model)
     summary = data_summary(data, config)
     _print_samples(data, config.seed)
     _print_sources(summary["sources"])
     _print_plan(data, summary, config.data.max_length)
     size, dtype = model_size(model), compute_dtype(config.precision, device)
-    for line in kl.describe(config.retention, config.method, size.parameters * dtype.itemsize):
+    for line in [*kl.describe(config.retention, config.method, size.parameters * dtype.itemsize), *([str(balance)] if balance else [])]:
         print(line)
     if config.retention.caches_base:
         kl_to_base = kl.prepare(config.retention, model, [source.role for source in data.mixture.parts])

@@ -70,24 +70,27 @@ def fit(run: TrainingRun, state: checkpoint.State) -> Ending:
 def train_step(run: TrainingRun, work: StepWork, phases: Phases) -> StepMetrics:
     """Train on one step: forward and backward of this rank's packs, the sum over ranks, the update.
 
-    Reads of `run`: model, kl, optimizer, plan.total, dist, device, config.seed and config.optim. `work` comes from `run.loader`. Nothing
-    waits for the device.
+    Reads of `run`: model, kl, balance, optimizer, plan.total, dist, device, config.seed and config.optim. `work` comes from `run.loader`.
+    Nothing waits for the device.
     """
     torch.manual_seed(hash_seed(run.config.seed, work.step, run.dist.rank))  # dropout depends on nothing but the step
     loss = torch.zeros((), device=run.device)
     kl = torch.zeros((), device=run.device) if work.has_kl else None
+    router_aux_loss = torch.zeros((), device=run.device) if run.balance else None
     for batch in work.batches:
-        pack = pack_loss(run.model, batch, work, run.kl, phases)
+        pack = pack_loss(run.model, batch, work, run.kl, phases, run.balance)
         with phases("backward"):
             pack.objective.backward()
         loss += pack.loss.detach()
         if pack.kl is not None:
             kl += pack.kl.detach()
+        if router_aux_loss is not None:
+            router_aux_loss += pack.router_aux_loss.detach()
     with phases("optimizer"):
         run.dist.sum(run.optimizer.gradients)
         grad_norm = run.optimizer.step(learning_rate(work.step, run.plan.total, run.config.optim))
         run.optimizer.zero_grad()
-    return StepMetrics(loss, grad_norm, kl)
+    return StepMetrics(loss, grad_norm, kl, router_aux_loss)
 
 
 def out_of_patience(run: TrainingRun, state: checkpoint.State) -> bool:

@@ -25,12 +25,13 @@ from trainer.training.training_run import TrainingRun
 class StepMetrics(NamedTuple):
     """Figures of one step, on the device.
 
-    Loss and KL are this rank's shares, and add up over ranks; the norm is the whole step's.
+    Loss, KL and load-balancing loss are this rank's shares, and add up over ranks; the norm is the whole step's.
     """
 
     loss: Tensor
     grad_norm: Tensor
     kl: Tensor | None  # None where the step has no KL rows
+    router_aux_loss: Tensor | None  # None where the run has no load-balancing loss
 
 
 @dataclass
@@ -73,20 +74,25 @@ def log_interval(run: TrainingRun, state: checkpoint.State, meter: Meter) -> Non
     Raises UserError if it was not.
     """
     figures = torch.stack([torch.stack([step.loss for step in meter.steps]), torch.stack([step.grad_norm for step in meter.steps])])
-    kls = [step.kl for step in meter.steps if step.kl is not None]
-    kl = torch.stack(kls).mean() if kls else None
-    run.dist.sum([figures[0]] if kl is None else [figures[0], kl])
+    terms = {}
+    for name in ("kl", "router_aux_loss"):
+        if values := [value for step in meter.steps if (value := getattr(step, name)) is not None]:
+            terms[name] = torch.stack(values).mean()
+    run.dist.sum([figures[0], *terms.values()])
     synchronize(run.device)
     losses, norms = figures.tolist()
     require_finite(run, meter, losses, norms)
     state.loss = float(np.mean(losses))
     if run.log:
-        run.log.write(interval_record(run, state, meter, float(np.mean(norms)), kl))
+        run.log.write(interval_record(run, state, meter, float(np.mean(norms)), {name: float(term) for name, term in terms.items()}))
     meter.restart()
 
 
-def interval_record(run: TrainingRun, state: checkpoint.State, meter: Meter, grad_norm: float, kl: Tensor | None) -> dict:
-    """Return the record of an interval whose steps the device has finished."""
+def interval_record(run: TrainingRun, state: checkpoint.State, meter: Meter, grad_norm: float, terms: dict[str, float]) -> dict:
+    """Return the record of an interval whose steps the device has finished.
+
+    `terms` are those of the objective beside the loss.
+    """
     seconds, counts, steps = time.perf_counter() - meter.started, meter.counts, len(meter.steps)
     flops = run.size.flops(counts.tokens, counts.supervised, counts.squared_lengths)
     if flops is not None:
@@ -94,7 +100,7 @@ def interval_record(run: TrainingRun, state: checkpoint.State, meter: Meter, gra
     peak, _ = peak_flops(run.device, next(run.model.parameters()).dtype)
     return {
         "kind": "step", "step": state.step, "epoch": round(run.plan.progress(state.step), 4), "loss": state.loss,
-        **({} if kl is None else {"kl": float(kl)}),
+        **terms,
         "lr": learning_rate(state.step - 1, run.plan.total, run.config.optim), "grad_norm": grad_norm,
         "tokens": counts.tokens, "supervised": counts.supervised, "tokens_per_s": counts.tokens / seconds,
         "supervised_per_s": counts.supervised / seconds, "steps_per_s": steps / seconds,

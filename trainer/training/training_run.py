@@ -13,6 +13,7 @@ from trainer.config import Config
 from trainer.data.step_plan import StepPlan
 from trainer.metrics.log import Log
 from trainer.metrics.throughput import ModelSize
+from trainer.model.router_balance import RouterBalance
 from trainer.optim.adamw import FlatAdamW
 from trainer.retention.kl import KlToBase
 from trainer.runtime.distributed import Distributed
@@ -40,3 +41,4 @@ class TrainingRun:
     monitor: ForgettingMonitor | None = None
     eval_set: EvalSet | None = None
     log: Log | None = None  # on rank 0
+    balance: RouterBalance | None = None

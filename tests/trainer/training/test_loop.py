@@ -73,6 +73,6 @@ def test_a_pack_without_supervised_tokens_adds_nothing():
     one, two = ready_run("llama"), ready_run("llama")
     batch = collate(samples())
     silent = collate([sample._replace(supervised=np.zeros(len(sample.input_ids), dtype=bool)) for sample in samples()])
-    loss_one, norm_one, _ = train_step(one, StepWork(0, [batch], batch.weight_sum, TokenCounts(), []), Phases(CPU))
-    loss_two, norm_two, _ = train_step(two, StepWork(0, [silent, batch], batch.weight_sum, TokenCounts(), []), Phases(CPU))
+    loss_one, norm_one, *_ = train_step(one, StepWork(0, [batch], batch.weight_sum, TokenCounts(), []), Phases(CPU))
+    loss_two, norm_two, *_ = train_step(two, StepWork(0, [silent, batch], batch.weight_sum, TokenCounts(), []), Phases(CPU))
     assert torch.equal(loss_one, loss_two) and torch.equal(norm_one, norm_two)
