@@ -1,7 +1,5 @@
 """The floor suite: configurations of its runs, a short one of them, and figures from marks."""
 
-from concurrent.futures import Future
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -14,6 +12,7 @@ from benchmarks.forgetting.miniature.study import Size
 from benchmarks.forgetting.miniature.world import heldout_items, training_records, write_jsonl
 from benchmarks.harness import record
 from benchmarks.run import main
+from tests.helpers.pools import here
 from tests.helpers.records import drawn, shown
 from trainer.config import validate
 from trainer.retention import replay_search
@@ -61,18 +60,6 @@ def test_items_that_are_monitored_are_not_those_of_the_table(tmp_path):
 
 
 # ---------------------------------------------------------------- a short run
-
-
-@contextmanager
-def here(workers: int):
-    """In place of a pool of processes."""
-    class Pool:
-        def submit(self, work, *given) -> Future:
-            future = Future()
-            future.set_result(work(*given))
-            return future
-
-    yield Pool()
 
 
 @pytest.mark.slow

@@ -6,15 +6,19 @@ import pytest
 
 from benchmarks.forgetting.miniature import arms, display, study, summary
 from benchmarks.forgetting.miniature.arms import selections
+from benchmarks.forgetting.miniature.domain import DOMAIN
 from benchmarks.forgetting.miniature.family import STUDIED
 from benchmarks.forgetting.miniature.public import FRAMES, half_the_skills, other_style
 from benchmarks.forgetting.miniature.replays import pool_config, replay_statistics, selection_config
 from benchmarks.forgetting.miniature.skills import GENERAL, recognise
 from benchmarks.forgetting.miniature.study import Job, Outcome, Size, recipe
 from benchmarks.forgetting.miniature.world import heldout_items, training_records, write_jsonl
-from benchmarks.harness import record
+from benchmarks.harness import parallel, record
 from synth.config import name_of, resolve_presets
 from synth.config import validate as validate_synthesis
+from synth.pool import synthesis_run
+from tests.helpers.engine_here import EngineHere, put_back
+from tests.helpers.pools import here
 from tests.helpers.records import drawn, shown
 from trainer.config import validate
 
@@ -153,13 +157,17 @@ def test_bad_options_are_one_line(tmp_path, capsys, options, message):
 # ---------------------------------------------------------------- the order of the arms
 
 
-@pytest.mark.slow
-def test_the_order_of_the_arms_on_a_small_scale(tmp_path):
-    """One base, one seed, a quarter of the instructions, less than half of the steps; the gaps of the whole are in benchmarks/results."""
-    size = Size(instructions=800, steps=400)
-    plan = {"novice": [arm for arm in arms.ARMS if arm.name in ("domain only", "public, other style", "self 1x1", "plus")]}
-    outcomes, replay_stats = study.run_all(plan, 1, size, tmp_path, workers=1)
+@pytest.mark.slow(60)
+def test_the_order_of_the_arms_on_a_small_scale(tmp_path, monkeypatch):
+    """One base and seed, a thirtieth of the instructions, a tenth of the steps; the gaps of the whole are in benchmarks/results."""
+    put_back(monkeypatch)
+    monkeypatch.setattr(synthesis_run, "open_engine", EngineHere)
+    monkeypatch.setattr(parallel, "pool", here)
+    monkeypatch.setattr(study, "ITEMS", {"general": (GENERAL, 40), "domain": (DOMAIN, 20)})
+    names = ("domain only", "public, other style", "self 1x1", "plus")
+    plan = [replace(arm, alphas=()) for arm in arms.ARMS if arm.name in names]
+    outcomes, replay_stats = study.run_all({"novice": plan}, 1, Size(instructions=100, steps=80), tmp_path, workers=1)
     general = {row["arm"]: row["general"] for row in summary.rows(outcomes)}
     right = {row["replay"]: row["right"] for row in replay_stats}
     assert right["self 1x1"] < right["plus"]
-    assert general["domain only"] < general["public, other style"] < general["self 1x1"] < general["plus"]
+    assert general["domain only"] < general["public, other style"] - 0.1 < min(general["self 1x1"], general["plus"]) - 0.2
