@@ -7,8 +7,6 @@ import pkgutil
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,12 +19,12 @@ from benchmarks.forgetting.miniature.judging import RUBRIC
 from synth.config import STAGES, Config, Instruct, Model
 from synth.pool.store import VERSION, Pool
 from synth.run import STAGE_FUNCTIONS, lock_folder, synthesise
+from tests.helpers.processes import Command, complete
 from trainer import cli
 from trainer.config import Source
 from trainer.data.sources import load_sources
 from trainer.errors import UserError
 
-pytestmark = pytest.mark.xdist_group("one whole run for all of these tests")
 ROOT = Path(__file__).parents[2]
 BASE = FAMILY["base"].folder
 KILLS = int(os.environ.get("STEADFAST_KILLS", 2))
@@ -40,17 +38,15 @@ SETTINGS = {
 
 
 def start(folder, output, *options):
-    """The command line in a process of its own, its output to be read."""
+    """Start the command in a process of its own."""
     config = folder / "synth.yaml"
     config.write_text(yaml.safe_dump(SETTINGS))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen([sys.executable, "-m", "synth.run", "--config", str(config), "--output", str(output), *options], cwd=ROOT,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    return Command("synth.run", ["--config", config, "--output", output, *options])
 
 
 def finish(process):
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
+    status, out, err = process.finish()
+    assert status == 0, err
     return out
 
 
@@ -118,12 +114,12 @@ def test_kill_nine_in_any_stage_changes_nothing_and_pays_nothing_twice(whole, tm
     stages = dice.sample(STAGES, min(KILLS, 5)) if KILLS < 5 else [*STAGES][:5] if round == 0 else dice.choices(STAGES, k=5)
     for stage in sorted(stages, key=STAGES.index):
         process = start(tmp_path, output)
-        for line in process.stdout:
+        for line in process.output:
             if line.startswith(f"{stage}:"):
                 break
         time.sleep(dice.uniform(0, 1.5))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        process.send(signal.SIGKILL)
+        process.finish()
     finish(start(tmp_path, output))
     (found, booked), (expected, _) = dump(output), dump(whole[0])
     for table in expected:
@@ -188,10 +184,9 @@ def test_a_stage_out_of_turn_names_the_one_before(tmp_path):
 
 
 def test_a_read_only_disk_is_one_line(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "synth.run", "--base.path", str(BASE), "--output", "/proc/steadfast"], cwd=ROOT,
-                          capture_output=True, text=True)
-    assert done.returncode == 1 and done.stdout == ""
-    assert re.fullmatch(r"synth\.run: error: output: cannot write the folder /proc/steadfast: .*; choose another output\n", done.stderr)
+    status, shown, errors = complete("synth.run", ["--base.path", BASE, "--output", "/proc/steadfast"])
+    assert status == 1 and shown == ""
+    assert re.fullmatch(r"synth\.run: error: output: cannot write the folder /proc/steadfast: .*; choose another output\n", errors)
 
 
 def test_a_missing_key_and_a_server_that_is_down_are_one_line(whole, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import sys
 import pytest
 import yaml
 
+from tests.helpers.processes import complete
 from trainer.cli import known_keys, parse, save_yaml
 from trainer.config import Config, Source, validate
 from trainer.errors import UserError
@@ -99,26 +100,20 @@ def test_every_option_has_a_comment():
     assert sum("  # " in line for line in lines) >= 8
 
 
-def run_module(*arguments) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "trainer.run", *arguments], capture_output=True, text=True)
-
-
 @pytest.mark.slow
 def test_without_arguments_a_screen_of_usage():
-    done = run_module()
+    done = subprocess.run([sys.executable, "-m", "trainer.run"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert len(done.stderr.splitlines()) <= 24 and "--model.path" in done.stderr
 
 
 @pytest.mark.slow
 def test_print_config_is_yaml():
-    done = run_module("--print_config")
-    assert done.returncode == 0
-    assert yaml.safe_load(done.stdout)["optim"]["lr"] == 2e-4
+    status, shown, _ = complete("trainer.run", ["--print_config"])
+    assert status == 0 and yaml.safe_load(shown)["optim"]["lr"] == 2e-4
 
 
 @pytest.mark.slow
 def test_a_mistake_is_one_line_and_status_two():
-    done = run_module("--optim.lrr", "3")
-    assert done.returncode == 2
-    assert done.stderr == "trainer.run: error: unknown option optim.lrr: did you mean optim.lr?\n"
+    assert complete("trainer.run", ["--optim.lrr", "3"]) == (
+        2, "", "trainer.run: error: unknown option optim.lrr: did you mean optim.lr?\n")

@@ -21,6 +21,7 @@ from benchmarks.forgetting.miniature.skills import GENERAL
 from benchmarks.forgetting.miniature.world import heldout_items, write_jsonl
 from kernels.nf4 import dequantize_nf4
 from tests.helpers import tiny
+from tests.helpers.processes import complete
 from trainer.cli import parse
 from trainer.config import Lora
 from trainer.errors import UserError
@@ -242,8 +243,8 @@ def test_the_command_leaves_figures_items_and_a_page(adapter, files, tmp_path):
         "output": str(tmp_path / "out"), "adapter": str(adapter), "generation": {"max_tokens": 24}, "device": "cpu",
         "data": {"general": [{"path": str(files / "exact.jsonl"), "metric": "exact"}, str(files / "choice.jsonl")],
                  "domain": [{"path": str(files / "regex.jsonl"), "regex": "#### (.+)"}, str(files / "text.jsonl")]}}))
-    done = subprocess.run([sys.executable, "-m", "trainer.evaluate", "--config", str(tmp_path / "e.yaml")], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    status, shown, errors = complete("trainer.evaluate", ["--config", tmp_path / "e.yaml"])
+    assert status == 0, errors
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     lines = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
     assert [f["name"] for f in results["files"]] == ["exact", "choice", "regex", "text"] and len(lines) == 4 * 24
@@ -261,8 +262,8 @@ def test_the_command_leaves_figures_items_and_a_page(adapter, files, tmp_path):
     assert choice["model"]["chance_adjusted"] == pytest.approx((choice["model"]["accuracy"] - 1 / 3) / (2 / 3))
     assert results["roles"]["general"]["items"] == 48 and results["roles"]["general"]["base"]["judged"] == 48
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "Accuracy, general" in page and page.count("<img") == 3 and "all 2 files" in done.stdout
-    assert re.search(r"general +exact +exact +24 +\d+\.\d% \[", done.stdout), done.stdout
+    assert "Accuracy, general" in page and page.count("<img") == 3 and "all 2 files" in shown
+    assert re.search(r"general +exact +exact +24 +\d+\.\d% \[", shown), shown
     assert "holds the results of another evaluation" in refused("--config", tmp_path / "out" / "config.yaml")
 
 

@@ -17,6 +17,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.helpers import mixtures, tiny
+from tests.helpers.processes import Command, complete
 from tests.helpers.runs import QUESTIONS, arguments, records, weights, write_chats
 from trainer.cli import parse
 from trainer.config import Config
@@ -29,6 +30,7 @@ def run(*args):
     return train(parse(Config, arguments(*args), "trainer.run"))
 
 
+@pytest.mark.report
 @pytest.mark.slow
 def test_a_lora_run_leaves_an_adapter_that_stock_peft_loads(model_folder, chats, tmp_path):
     result = run(model_folder, chats, tmp_path / "run", "--epochs", "3", "--data.eval_fraction", "0.1", "--eval.every", "5",
@@ -151,22 +153,21 @@ def test_a_loss_that_is_not_finite_stops_the_run(model_folder, chats, tmp_path):
 # ---------------------------------------------------------------- stopping and going on
 
 
-def start(*args) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-m", "trainer.run", *arguments(*args)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+def start(*args) -> Command:
+    return Command("trainer.run", arguments(*args))
 
 
-def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
+def wait_for_step(folder: Path, step: int, process: Command) -> None:
     for _ in range(3600):  # three minutes: a loaded machine is slow to start a process
         if (folder / "metrics.jsonl").exists() and any(r["step"] >= step for r in records(folder, "step")):
             return
-        assert process.poll() is None, process.stdout.read()
+        assert process.running, process.finish()
         time.sleep(0.05)
     raise AssertionError("the run did not get there in time")
 
 
 KILLS = int(os.environ.get("STEADFAST_KILLS", "2"))  # more of them by hand: each costs a start
-LONG = ("--epochs", "40", "--checkpoint.every", "3", "--lora.dropout", "0.1", "--data.eval_fraction", "0.1", "--eval.every", "10")
+LONG = ("--epochs", "12", "--checkpoint.every", "3", "--lora.dropout", "0.1", "--data.eval_fraction", "0.1", "--eval.every", "10")
 
 
 @pytest.fixture(scope="module")
@@ -183,11 +184,10 @@ def test_kill_nine_and_resume_is_bitwise_equal(model_folder, chats, tmp_path, un
     for cut in sorted(random.Random(0).sample(range(5, total - 5), KILLS)):
         process = start(model_folder, chats, folder, *LONG, "--resume", "auto")
         wait_for_step(folder, cut, process)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    process = start(model_folder, chats, folder, *LONG, "--resume", "auto")
-    output = process.communicate()[0]
-    assert process.returncode == 0, output
+        process.send(signal.SIGKILL)
+        process.finish()
+    status, output, errors = start(model_folder, chats, folder, *LONG, "--resume", "auto").finish()
+    assert status == 0, errors
     assert "resuming from step" in output
     for name, tensor in weights(uninterrupted).items():
         assert torch.equal(tensor, weights(folder)[name]), name
@@ -201,10 +201,10 @@ def test_a_signal_saves_and_the_run_goes_on(model_folder, chats, tmp_path, numbe
     folder = tmp_path / "run"
     process = start(model_folder, chats, folder, *LONG, "--checkpoint.every", "0")
     wait_for_step(folder, 6, process)
-    process.send_signal(number)
-    output = process.communicate(timeout=180)[0]
-    assert process.returncode == 128 + number, output
-    assert "continue with the same command and --resume auto" in output
+    process.send(number)
+    status, output, errors = process.finish()
+    assert status == 128 + number, errors
+    assert "continue with the same command and --resume auto" in output + errors
     result = run(model_folder, chats, folder, *LONG, "--checkpoint.every", "0", "--resume", "auto")
     assert result.reason == "finished"
     assert all(torch.equal(t, weights(folder)[n]) for n, t in weights(uninterrupted).items())
@@ -307,6 +307,7 @@ def test_a_bf16_run_pads_its_packs_and_says_so(model_folder, chats, tmp_path, ca
     assert "padded" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_held_out_samples_that_are_trained_on_are_pointed_out(model_folder, chats, tmp_path, capsys):
     run(model_folder, chats, tmp_path / "run", "--dry_run", "--data.eval", str(chats))
     assert "eval set: 120 samples" in (shown := capsys.readouterr().out) and "WARNING: 120 of them are also trained on" in shown
@@ -316,10 +317,9 @@ def test_held_out_samples_that_are_trained_on_are_pointed_out(model_folder, chat
 
 def mistake(model_folder, chats, tmp_path, *more) -> str:
     """What a run in a process of its own says, which must be one line on standard error and status 1."""
-    done = subprocess.run([sys.executable, "-m", "trainer.run", *arguments(model_folder, chats, tmp_path / "run", *more)],
-                          capture_output=True, text=True)
-    lines = done.stderr.strip().splitlines()
-    assert done.returncode == 1 and len(lines) == 1 and lines[0].startswith("trainer.run: error: "), done.stderr
+    status, _, errors = complete("trainer.run", arguments(model_folder, chats, tmp_path / "run", *more))
+    lines = errors.strip().splitlines()
+    assert status == 1 and len(lines) == 1 and lines[0].startswith("trainer.run: error: "), errors
     return lines[0]
 
 
@@ -335,6 +335,7 @@ def refused(*args) -> str:
     return str(raised.value)
 
 
+@pytest.mark.slow
 def test_data_mistakes(model_folder, tmp_path):
     def given(name: str, text: str) -> Path:
         (tmp_path / name).write_text(text)
@@ -351,6 +352,7 @@ def test_data_mistakes(model_folder, tmp_path):
     assert "overlong" in refused(model_folder, given("long.jsonl", long), out)
 
 
+@pytest.mark.slow
 def test_model_mistakes(model_folder, chats, tmp_path):
     out = tmp_path / "run"
     assert "rank" in refused(model_folder, chats, out, "--lora.rank", "0")

@@ -5,8 +5,6 @@ import errno
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -15,10 +13,10 @@ import pytest
 import torch
 from torch import nn
 
-import trainer.training.run_folder
 from tests.helpers import tiny
 from tests.helpers.kills import Killed, killed_at
 from tests.helpers.models import stir
+from tests.helpers.processes import complete_ranks
 from tests.helpers.retention import CPU
 from tests.helpers.runs import Readbacks, arguments, records, write_chats
 from trainer import config
@@ -54,11 +52,6 @@ def chats(tmp_path_factory):
         rows = [(f"{name} {i} " * rng.integers(1, 5), "quick fox " * rng.integers(1, 8)) for i in range(count)]
         write_chats(folder / f"{name}.jsonl", rows)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def no_report(monkeypatch):
-    monkeypatch.setattr(trainer.training.run_folder, "write_report", lambda folder: None)
 
 
 def settings(model: Path, chats: Path, output: Path, *more: str) -> Config:
@@ -99,8 +92,9 @@ def objective(model: nn.Module, held: retention.KlToBase, work: StepWork) -> tup
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kl_on, kl_tokens", [("replay", "supervised"), ("all", "supervised"), ("replay", "all"), ("all", "all")])
-@pytest.mark.parametrize("family, adapter", [("llama", "lora"), ("gemma2", "lora"), ("llama", "full"), ("qwen2", "full")])
+@pytest.mark.parametrize("family, adapter, kl_on, kl_tokens", [
+    ("llama", "lora", "replay", "supervised"), ("llama", "lora", "all", "supervised"), ("llama", "lora", "replay", "all"),
+    ("llama", "lora", "all", "all"), ("gemma2", "lora", "all", "all"), ("llama", "full", "all", "all"), ("qwen2", "full", "all", "all")])
 def test_steps_of_two_epochs_have_the_gradients_of_a_live_base(model_folder, chats, tmp_path, family, adapter, kl_on, kl_tokens):
     """In double precision, where only the order of sums differs: samples meet other company in the pass than in the packs of a step."""
     cfg = settings(model_folder, chats, tmp_path)
@@ -283,11 +277,10 @@ def test_two_ranks_write_one_file(model_folder, chats, tmp_path):
     run(model_folder, chats, tmp_path / "one", *common)
     cfg = ["--replay.data", str(chats / "replay.jsonl"), "--epochs", "2", "--batch.tokens_per_pack", "128",
            "--batch.tokens_per_step", "256", "--logging.every", "1", "--retention.kl_weight", "0.7", *common]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29523", "-m", "trainer.run",
-               *arguments(model_folder, chats / "domain.jsonl", tmp_path / "two", *cfg)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("the base's hidden states at") == 1 and done.stdout.count("the base read 64 samples") == 1
+    ranks = complete_ranks("trainer.run", arguments(model_folder, chats / "domain.jsonl", tmp_path / "two", *cfg))
+    assert [status for status, _, _ in ranks] == [0, 0], ranks
+    shown = "".join(output for _, output, _ in ranks)
+    assert shown.count("the base's hidden states at") == 1 and shown.count("the base read 64 samples") == 1
     one, two = (records(tmp_path / name, "step") for name in ("one", "two"))
     for a, b in zip(one, two, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["kl"] == pytest.approx(b["kl"], rel=1e-3, abs=1e-7)

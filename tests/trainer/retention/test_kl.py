@@ -13,7 +13,6 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import trainer.training.run_folder
 from benchmarks.forgetting.miniature.domain import DOMAIN
 from benchmarks.forgetting.miniature.family import FAMILY
 from benchmarks.forgetting.miniature.skills import GENERAL
@@ -257,11 +256,6 @@ def miniature(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def no_report(monkeypatch):
-    monkeypatch.setattr(trainer.training.run_folder, "write_report", lambda folder: None)
-
-
 def run(data: Path, output: Path, *more):
     options = ("--replay.data", str(data / "general.jsonl"), "--data.max_length", "256", *more)
     return train(parse(Config, arguments(FAMILY["base"].folder, data / "domain.jsonl", output, *options), "trainer.run"))
@@ -285,6 +279,7 @@ def divergence_on_replay(data: Path, adapter: Path) -> float:
     return total / count
 
 
+@pytest.mark.report
 @pytest.mark.slow
 def test_a_run_with_it_stays_nearer_to_its_base(miniature, tmp_path):
     for name, kl in (("without", "0"), ("with", "1.0")):
@@ -311,7 +306,7 @@ def test_a_run_says_what_it_holds_to(miniature, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_run_decays_to_where_it_began(miniature, tmp_path, no_report):
+def test_a_run_decays_to_where_it_began(miniature, tmp_path):
     """At l2 = 1 / lr each step begins where the run did, so no weight gets further than one step goes."""
     options = ("--max_steps", "8", "--optim.lr_scheduler", "constant", "--optim.warmup_ratio", "0")
     for name, l2 in (("free", "0"), ("held", "200")):
@@ -327,7 +322,7 @@ def test_a_run_decays_to_where_it_began(miniature, tmp_path, no_report):
     ("--retention.kl_weight", "0.3", "--retention.kl_sources", "all", "--retention.token_weighting", "stm", "--retention.l2_sp", "0.5",
      "--method", "full", "--retention.kl_positions", "all", "--optim.lr", "1e-3", "--precision", "bf16"),
 ])
-def test_a_killed_run_goes_on_bit_for_bit(miniature, tmp_path, no_report, options):
+def test_a_killed_run_goes_on_bit_for_bit(miniature, tmp_path, options):
     options = (*options, "--max_steps", "8", "--checkpoint.every", "2", "--logging.every", "1")
     run(miniature, tmp_path / "whole", *options)
 

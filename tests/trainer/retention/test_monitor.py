@@ -1,9 +1,6 @@
 """Items scored during a run: figures, unchanged weights, the floor and its export, mistakes."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import trainer.training.run_folder
 from benchmarks.forgetting.miniature.skills import GENERAL
 from benchmarks.forgetting.miniature.world import heldout_items, write_jsonl
 from tests.helpers.kills import killed_at
+from tests.helpers.processes import complete_ranks
 from tests.helpers.retention import BASE, options
 from tests.helpers.runs import arguments, records, weights
 from trainer import evaluate
@@ -24,15 +21,11 @@ from trainer.errors import UserError
 from trainer.evaluation import config as evaluation
 from trainer.evaluation.score_items import Outcome, Outcomes
 from trainer.evaluation.tokens import Key
+from trainer.report.run_page import write_report
 from trainer.retention.monitor import ForgettingMonitor
 from trainer.run import train
 from trainer.runtime import checkpoint
 from trainer.runtime.result import RunResult
-
-
-@pytest.fixture
-def no_report(monkeypatch):
-    monkeypatch.setattr(trainer.training.run_folder, "write_report", lambda folder: None)
 
 
 def run(data: Path, output: Path, *more) -> RunResult:
@@ -74,7 +67,9 @@ def test_the_figures_are_those_of_trainer_evaluate(data, measured_run, tmp_path)
     assert measured_run.forgetting == {name: value for name, value in found[-1].items() if name != "time"}
 
 
+@pytest.mark.slow
 def test_the_page_and_the_logs_have_them(measured_run):
+    write_report(measured_run.folder)
     page = (measured_run.folder / "report.html").read_text()
     assert "General and domain accuracy" in page and "KL(base || model)" in page and (measured_run.folder / "forgetting.png").exists()
     assert page.count('data-column="General KL"') == 4 and "exported" in page
@@ -87,7 +82,7 @@ def test_the_page_and_the_logs_have_them(measured_run):
     ("--lora.dropout", "0.1", "--retention.kl_weight", "0.3"), ("--method", "full", "--optim.lr", "1e-3", "--precision", "bf16"),
     ("--activation_checkpointing", "full", "--data.eval_fraction", "0.1"),
 ])
-def test_measuring_changes_no_weight_and_no_loss(data, tmp_path, no_report, more):
+def test_measuring_changes_no_weight_and_no_loss(data, tmp_path, more):
     run(data, tmp_path / "measured", "--forgetting.every", "2", "--logging.every", "1", *more)
     plain(data, tmp_path / "plain", "--logging.every", "1", *more)
     name = "model/model.safetensors" if "--method" in more else "adapter/adapter_model.safetensors"
@@ -98,7 +93,7 @@ def test_measuring_changes_no_weight_and_no_loss(data, tmp_path, no_report, more
 
 
 @pytest.mark.slow
-def test_a_saved_adapter_is_measured_before_it_is_trained_and_its_base_is_without_it(data, measured_run, tmp_path, no_report):
+def test_a_saved_adapter_is_measured_before_it_is_trained_and_its_base_is_without_it(data, measured_run, tmp_path):
     again = run(data, tmp_path / "run", "--lora.path", str(measured_run.folder / "adapter"), "--max_steps", "1")
     first, before = records(again.folder, "forgetting")[0], records(measured_run.folder, "forgetting")
     assert first["general"] == before[-1]["general"] and first["general_base"] == before[0]["general"]
@@ -107,7 +102,7 @@ def test_a_saved_adapter_is_measured_before_it_is_trained_and_its_base_is_withou
 
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [("--lora.dropout", "0.1"), ("--method", "full", "--optim.lr", "1e-3")])
-def test_a_killed_run_goes_on_bit_for_bit(data, tmp_path, no_report, more):
+def test_a_killed_run_goes_on_bit_for_bit(data, tmp_path, more):
     """Killed after a better state was kept than its checkpoint knows of."""
     more = (*more, "--checkpoint.every", "4", "--forgetting.every", "1", "--forgetting.floor", "0.05", "--logging.every", "1")
     run(data, tmp_path / "whole", *more)
@@ -124,7 +119,7 @@ def test_a_killed_run_goes_on_bit_for_bit(data, tmp_path, no_report, more):
 
 
 @pytest.mark.slow
-def test_resuming_with_other_items_is_refused(data, tmp_path, no_report):
+def test_resuming_with_other_items_is_refused(data, tmp_path):
     items = tmp_path / "items.jsonl"
     items.write_bytes((data / "kept.jsonl").read_bytes())
     run(data, tmp_path / "run", "--forgetting.general", str(items), "--checkpoint.every", "4")
@@ -138,10 +133,8 @@ def test_resuming_with_other_items_is_refused(data, tmp_path, no_report):
 def test_two_ranks_measure_what_one_does(data, tmp_path):
     more = ("--forgetting.every", "4", "--forgetting.floor", "0.05", "--data.eval_fraction", "0.1")
     run(data, tmp_path / "one", *more)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29519", "-m", "trainer.run",
-               *arguments(BASE, data / "domain.jsonl", tmp_path / "two", *options(data, *more))]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stdout + done.stderr
+    ranks = complete_ranks("trainer.run", arguments(BASE, data / "domain.jsonl", tmp_path / "two", *options(data, *more)))
+    assert [status for status, _, _ in ranks] == [0, 0], ranks
     one, two = (records(tmp_path / name, "forgetting") for name in ("one", "two"))
     assert [r["step"] for r in one] == [r["step"] for r in two] == [0, 4, 8]
     assert [r["general_kl"] for r in one] == pytest.approx([r["general_kl"] for r in two], rel=1e-2)
@@ -175,7 +168,6 @@ def scripted(monkeypatch):
         monkeypatch.setattr(ForgettingMonitor, "measure", measured)
         return seen
 
-    monkeypatch.setattr(trainer.training.run_folder, "write_report", lambda folder: None)
     return script
 
 
@@ -241,6 +233,7 @@ def test_without_domain_items_the_held_out_loss_decides_or_the_latest(data, tmp_
     assert not heldout or (set(evaluated) == {0, 4, 8} and all(losses[step] == evaluated[step] for step in (4, 8)))
 
 
+@pytest.mark.slow
 def test_an_early_stop_is_measured_where_it_stops(data, tmp_path, scripted):
     scripted({step: (16, 1) for step in range(9)})
     more = ("--data.eval_fraction", "0.1", "--optim.lr", "1", "--eval.every", "1", "--eval.patience", "1")
@@ -307,7 +300,7 @@ def test_mistakes_are_one_line_before_anything_is_trained(data, tmp_path, more, 
 
 
 @pytest.mark.slow
-def test_options_of_trainer_evaluate_work_unchanged(data, tmp_path, no_report):
+def test_options_of_trainer_evaluate_work_unchanged(data, tmp_path):
     """Measure a list of files with options of their own, among them choices and held-out text."""
     items = [item for item in heldout_items(GENERAL, 1)]
     write_jsonl([{"question": item.instruction, "choices": [item.answer + "s", item.answer], "answer": 1} for item in items],

@@ -1,16 +1,14 @@
 """The search for the least replay that holds the floor: what it probes, what it chooses, what a kill leaves, mistakes."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from itertools import product
 
 import pytest
 
 from tests.helpers.kills import Killed
+from tests.helpers.processes import Command, complete_ranks
 from tests.helpers.retention import BASE, options
 from tests.helpers.runs import arguments, records
 from trainer.cli import parse
@@ -101,6 +99,7 @@ def scripted(monkeypatch):
     return script
 
 
+@pytest.mark.report
 @pytest.mark.slow
 def test_the_run_that_follows_has_what_the_probes_chose(data, tmp_path, scripted, capsys):
     scripted(lambda share, kl: share + 0.15 + 0.2 * (kl == 1.0))
@@ -194,34 +193,30 @@ def test_a_search_of_other_options_is_not_gone_on_with(data, tmp_path, scripted,
 
 @pytest.mark.slow
 def test_a_signal_in_a_probe_stops_the_command_which_then_goes_on(data, tmp_path):
-    command = [sys.executable, "-m", "trainer.run", *arguments(BASE, data / "domain.jsonl", tmp_path / "run", *options(
+    process = Command("trainer.run", arguments(BASE, data / "domain.jsonl", tmp_path / "run", *options(
         data, "--max_steps", "200", "--epochs", "100", "--replay_search.enabled", "--forgetting.floor", "0.8",
-        "--replay_search.kl_weights", "[0]"))]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                               env=os.environ | {"OMP_NUM_THREADS": "1"})
+        "--replay_search.kl_weights", "[0]")))
     log = tmp_path / "run" / "replay_search" / "ratio-0.35-kl-0" / "metrics.jsonl"
     for _ in range(2400):
         if log.exists() and '"step": 0' in log.read_text():
             break
-        assert process.poll() is None, process.stdout.read()
+        assert process.running, process.finish()
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    output = process.communicate(timeout=60)[0]
-    assert process.returncode == 128 + signal.SIGTERM, output
-    assert f"stopped by signal {signal.SIGTERM} in a probe run; continue with the same command and --resume auto" in output
+    process.send(signal.SIGTERM)
+    status, _, errors = process.finish()
+    assert status == 128 + signal.SIGTERM, errors
+    assert f"stopped by signal {signal.SIGTERM} in a probe run; continue with the same command and --resume auto" in errors
 
 
 @pytest.mark.slow
 def test_two_ranks_choose_together(data, tmp_path):
     more = ("--replay_search.enabled", "--forgetting.floor", "0.05", "--replay_search.ratios", "[0.3, 0.8]",
             "--replay_search.kl_weights", "[0]")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29521", "-m", "trainer.run",
-               *arguments(BASE, data / "domain.jsonl", tmp_path / "two", *options(data, *more))]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stdout + done.stderr
+    ranks = complete_ranks("trainer.run", arguments(BASE, data / "domain.jsonl", tmp_path / "two", *options(data, *more)))
+    assert [status for status, _, _ in ranks] == [0, 0], ranks
     found = json.loads((tmp_path / "two" / "replay_search.json").read_text())
     assert [p["ratio"] for p in found["probes"]] == [0.8, 0.3] and found["choice"]["ratio"] == 0.3
-    assert done.stdout.count("replay search: ") == 3 and (tmp_path / "two" / "adapter").exists()
+    assert "".join(output for _, output, _ in ranks).count("replay search: ") == 3 and (tmp_path / "two" / "adapter").exists()
 
 
 def test_a_dry_run_probes_nothing(data, tmp_path, capsys):
