@@ -15,8 +15,9 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p -c '
 RUN := .venv/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check --quiet install
 
-# Two workers of one thread each: right for two cores, since the suite is many small tests, not large matmuls.
-PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadgroup -q
+# Two workers of one thread each: right for two cores, since the suite is many small tests, not large matmuls. A file's tests share a worker,
+# and with it the file's fixtures; tests/conftest.py starts the longest files first.
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q
 
 .PHONY: demo test test-fast env lint docs-check gpu vllm
 

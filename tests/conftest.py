@@ -1,9 +1,11 @@
-"""One thread per test process (two run at once), no network, and deterministic arithmetic.
+"""One thread per test process, no network, deterministic arithmetic, and the longest files first.
 
 Without a GPU Triton's kernels run in its interpreter, which has to be asked for before they are imported.
 """
 
 import os
+import sys
+from collections import Counter
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -21,10 +23,29 @@ if _launch.INTERPRETED:
     mend_bf16()
 
 
+def pytest_collection_modifyitems(config, items):
+    """With several workers, start the files that take longest first, so that none is left to the end."""
+    if not hasattr(config, "workerinput"):
+        return
+    seconds = Counter()
+    for item in items:
+        slow = item.get_closest_marker("slow")
+        seconds[item.path] += 0.05 if slow is None else slow.args[0] if slow.args else 2
+    items.sort(key=lambda item: -seconds[item.path])
+
+
 @pytest.fixture(autouse=True)
 def fixed_arithmetic():
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Let runs leave out their page of pictures, which takes longer than they do, except in tests that are marked `report`."""
+    if run_folder := sys.modules.get("trainer.training.run_folder"):
+        write_report = sys.modules["trainer.report.run_page"].write_report
+        run_folder.write_report = write_report if item.get_closest_marker("report") else lambda folder: None
 
 
 @pytest.fixture(scope="session")

@@ -285,6 +285,7 @@ def test_memory_is_linear_in_a_long_document():
 # ---------------------------------------------------------------- torch.compile
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"window": 3, "softcap": 2.0, "scale": 0.4}, {"sinks": ..., "chunk": 50, "window": 30}])
 def test_compiles_in_one_graph_for_packs_of_any_kind(options):
     torch._dynamo.reset()

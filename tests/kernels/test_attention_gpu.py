@@ -351,6 +351,7 @@ def test_flex_attention_sees_what_the_tiles_see(options, traced_flex):
         assert_same(packed_attention(q, k, v, *rest, **options), eager(q, k, v, *rest, **options), [q, k, v, *sinks], 1e-4)
 
 
+@pytest.mark.slow
 def test_flex_attention_is_not_compiled_again_for_each_pack_or_layer(served_by, monkeypatch):
     """Nor for another softcap."""
     from torch._dynamo.testing import CompileCounter

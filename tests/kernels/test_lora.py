@@ -232,6 +232,7 @@ def test_unused_output_and_first_layer():
     assert not lora_linear(x, weights[0], lora=None).requires_grad
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dora, dynamic", [(False, True), (True, False)])
 def test_compiles_in_one_graph(dora, dynamic):
     torch._dynamo.reset()
@@ -258,6 +259,7 @@ def test_outputs_may_be_changed_in_place(count, dora):
     assert_same(ours, theirs, trained(x, *loras))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_an_nf4_weight_gives_what_its_dense_form_gives_and_only_its_codes_are_kept(form):
     made = [make(n, 64, dora=dora, dropout=0.2, dtype=torch.float32) for n, dora in ((32, False), (16, True), (24, False))]

@@ -183,6 +183,7 @@ def test_unknown_activation():
         lora_mlp(torch.zeros(2, 4), [torch.zeros(4, 4)] * 3, (None,) * 3, activation="relu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dora", [False, True])
 def test_compiles_in_one_graph(dora):
     torch._dynamo.reset()

@@ -38,6 +38,7 @@ def write_questions(path: Path) -> Path:
     return path
 
 
+@pytest.mark.report
 @pytest.mark.slow
 @pytest.mark.parametrize("path", RECIPES, ids=NAMES)
 def test_a_recipe_runs(path, model, chats, tmp_path):

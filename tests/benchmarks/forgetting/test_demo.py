@@ -19,6 +19,7 @@ def test_three_models_answer_and_judge():
     assert config.instruct.num_instructions == 10 and "{response}" in open(config.judge.rubric).read()
 
 
+@pytest.mark.report
 @pytest.mark.slow
 def test_demo_prints_every_row_and_where_the_pages_are(tmp_path, monkeypatch, capsys):
     made = []

@@ -19,6 +19,7 @@ GOOD = {"registers": 64, "spills": 0, "shared": 1024, "dots": 1, "HGMMA": 4, "AT
 BUDGET = {"registers": 64, "spills": 0, "shared": 1024}
 
 
+@pytest.mark.slow(80)
 def test_every_kernel_keeps_its_budget():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "benchmarks.on_gpu.ahead_of_time", "--check"]

@@ -16,7 +16,7 @@ STORY = ("A fox found a bell in the snow and carried it home. Nobody knew whose 
 @pytest.mark.parametrize("share", [0.5, 0.9])
 def test_a_loop_counts_for_its_share_of_the_text(period, share):
     phrase = "".join(chr(0x4E00 + n) for n in range(period))  # characters that differ, so that nothing else repeats
-    loop = phrase * (8000 // period)
+    loop = phrase * (3000 // period)
     other = "".join(chr(0x10000 + n) for n in range(round(len(loop) * (1 - share) / share)))
     assert repetition(other + loop) == pytest.approx(share, abs=0.002 + period / len(other + loop))
     assert (repetition(other + loop, 0.6) > 0.6) == (share > 0.6)

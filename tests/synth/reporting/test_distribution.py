@@ -92,6 +92,7 @@ def test_figures_rank_a_good_pool_above_a_deduplicated_and_a_cold_one(measured):
         assert other["ks"] - good["ks"] > margin * 0.025
 
 
+@pytest.mark.slow
 def test_what_is_lacking_shows(measured):
     """Duplicates are missing from one pool; the other is likelier than fresh samples and repeats itself."""
     assert measured["deduplicated"]["repeated"] == 0 < 0.1 < measured["deduplicated"]["repeated_reference"]

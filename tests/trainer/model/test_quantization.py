@@ -193,6 +193,7 @@ def test_bf16_is_as_exact_as_pefts_bf16(folders, adapter):
     assert relative_error(our_logits(ours, batch), exact) <= 2 * relative_error(stock_logits(stock, batch), exact)
 
 
+@pytest.mark.slow
 def test_a_fused_4_bit_layer_compiles_in_one_graph(folders):
     torch._dynamo.reset()
     model = adapted(folders("llama"))[0]
