@@ -204,8 +204,9 @@ def _flash_attn_3(q, k, v, sinks, cu_seqlens, max_seqlen, scale, window, softcap
 def block_mask(cu_seqlens: Tensor, tokens: int, window: int | None):
     """Return FlexAttention's BlockMask of a pack without testing its T² pairs.
 
-    Documents are intervals, so a block below the diagonal has a visible pair if its nearest pair (first row, last key) is visible, and
-    only visible pairs if its farthest pair (last row, first key) is: two comparisons per block.
+    The keys that a token sees end with itself, and the first of them never falls from a token to the next. So a row of blocks has a visible
+    pair in the blocks from `seen` to the diagonal, and only visible pairs in those from `full` to before it. Both never fall either, so the
+    rows that see a column of blocks are those from the diagonal until `seen` (for all of their pairs: `full`) passes the column.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -216,19 +217,27 @@ def block_mask(cu_seqlens: Tensor, tokens: int, window: int | None):
         near = (i >= j) if window is None else (i >= j) & (i - j < window)
         return near & (document[i] == document[j])
 
+    def first_key(rows: Tensor) -> Tensor:
+        begin = cu_seqlens[document[rows] - 1]
+        return begin if window is None else torch.maximum(begin, rows - (window - 1))
+
     first = positions[::FLEX_BLOCK]
-    last = (first + FLEX_BLOCK - 1).clamp(max=tokens - 1)
-    row, below = first[:, None], first[:, None] > first  # (blocks, blocks)
-    any_visible = (below & visible(0, 0, row, last[None])) | (row == first)
-    all_visible = below & visible(0, 0, last[:, None], first[None]) & (row + FLEX_BLOCK <= tokens)
+    last, block = (first + FLEX_BLOCK - 1).clamp(max=tokens - 1), first // FLEX_BLOCK
+    seen = first_key(first) // FLEX_BLOCK
+    full = torch.minimum((first_key(last) + FLEX_BLOCK - 1) // FLEX_BLOCK, block)
+    full = torch.where(first + FLEX_BLOCK <= tokens, full, block)  # a last block of fewer rows is never full
+    seen_until, full_until = (torch.searchsorted(t, block, right=True, out_int32=True) for t in (seen, full))
 
-    def counts_and_indices(blocks: Tensor) -> tuple[Tensor, Tensor]:
-        """Return each row's number of these blocks, and its block indices with these first."""
-        order = blocks.int().argsort(dim=1, descending=True, stable=True)
-        return blocks.sum(1, dtype=torch.int32)[None, None], order.int()[None, None]
+    def table(count: Tensor, indices: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """Return how many blocks each row has, and which: what is beyond the count is not read."""
+        return count[None, None], indices(block).clamp(max=len(block) - 1)[None, None]
 
-    return BlockMask.from_kv_blocks(*counts_and_indices(any_visible & ~all_visible), *counts_and_indices(all_visible),
-                                    BLOCK_SIZE=FLEX_BLOCK, mask_mod=visible, seq_lengths=(tokens, tokens))
+    seen_from, full_from, diagonal, passed = (t[:, None] for t in (seen, full, block, full_until))
+    kv = table(full - seen + 1, lambda n: torch.where(n < full_from - seen_from, seen_from + n, diagonal))
+    full_kv = table(block - full, lambda n: full_from + n)
+    q = table(seen_until - full_until + 1, lambda n: torch.where(n == 0, diagonal, passed + n - 1))
+    full_q = table(full_until - block - 1, lambda n: diagonal + 1 + n)
+    return BlockMask((tokens, tokens), *kv, *full_kv, *q, *full_q, BLOCK_SIZE=(FLEX_BLOCK, FLEX_BLOCK), mask_mod=visible)
 
 
 def _softcap_mod(softcap: float, device: torch.device):
