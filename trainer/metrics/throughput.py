@@ -50,7 +50,7 @@ class ModelSize:
     attention_width: float  # sum over layers with softmax attention of heads * (key width + value width) / 2
     frozen_late: float = 0.0  # part of frozen_matrices that only supervised rows pass through
     trained_late: float = 0.0  # part of trained_matrices, likewise
-    routing_known: bool = True  # there are no experts, or the config tells how many of them a token passes through
+    routing_known: bool = True  # there are no experts, or we find them and the config tells how many of them a token passes through
 
     def flops(self, tokens: int, supervised: int, squared_lengths: int) -> float | None:
         """Return the FLOP of a training step; None if the experts that a token passes through are not known.
@@ -82,7 +82,7 @@ def model_size(model: nn.Module) -> ModelSize:
         frozen_matrices=counts[False], trained_matrices=counts[True], head=head.weight.numel(),
         head_trained=head.weight.requires_grad, frozen_late=late[False], trained_late=late[True],
         attention_width=sum(s.heads * (s.key_width + s.value_width) / 2 for s in attention_shapes(config) if s),
-        routing_known=not routed or share is not None,
+        routing_known=bool(routed) == (share is not None),
     )
 
 

@@ -1,8 +1,7 @@
-"""Find the experts of a mixture-of-experts model, and compute them with adapters.
+"""Count the experts that tokens pass through, and compute experts with adapters.
 
-transformers keeps the experts of a layer in 3-D parameters [experts, rows, columns], in modules called `experts`; a few families, and code
-that comes with a model, have a module for each. A router sends each token to some of them; shared experts, which see every token, are
-layers like any other. transformers computes them by torch's grouped product, which on a CPU is as fast as any loop we tried.
+transformers keeps the experts of a layer in 3-D parameters [experts, rows, columns]; a router sends each token to some of them, and shared
+experts see every token. It computes them by torch's grouped product, which on a CPU is as fast as any loop we tried.
 
 An adapter on expert weights is PEFT's ParamWrapper, one around another for each parameter. PEFT adds s B A to the weights of all experts at
 each call; here the adapter is computed on the rows of each expert (kernels/grouped_lora.py), and PEFT's forward runs where that does not
@@ -24,9 +23,13 @@ import torch.nn.functional as F
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from kernels.grouped_lora import grouped_lora_linear
+from trainer.model.forward import unwrap_peft
+from trainer.model.linear_layers import base_modules
+from trainer.model.lora import adapted_weights
+from trainer.model.mixtures import find_mixtures
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +38,7 @@ CHOSEN = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "moe_
 WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")  # the parameters of transformers' experts that a row is multiplied by
 
 
-# ---------------------------------------------------------------- finding
+# ---------------------------------------------------------------- counting
 
 
 class ExpertCounts(NamedTuple):
@@ -60,16 +63,22 @@ def expert_share(config: PreTrainedConfig) -> float | None:
     return counts.chosen / counts.there if counts else None
 
 
-def expert_weights(model: nn.Module) -> set[nn.Parameter]:
-    """Return the weights of routed experts, with those of adapters on them, without biases."""
-    return {weight for name, module in model.named_modules() if "experts" in name.split(".") or _holds_experts(module)
-            for kind, weight in module.named_parameters(recurse=False) if weight.ndim >= 2 and not kind.endswith("bias")}
+def routed_weights(base: PreTrainedModel) -> dict[str, Tensor]:
+    """Return the weights of routed experts by their names.
+
+    A stack of fewer experts than the config tells is one of shared experts.
+    """
+    found, counts = find_mixtures(base), expert_counts(base.config.get_text_config())
+    stacks = {name: weight for name, weight in found.weights.items() if counts is None or weight.shape[0] >= counts.there}
+    return stacks | {f"{name}.weight": layer.weight for name, layer in found.layers.items()}
 
 
-def _holds_experts(module: nn.Module) -> bool:
-    """Return whether a module of another name is one of transformers' collections of routed experts."""
-    kind = type(module).__name__
-    return kind.endswith("Experts") and "Shared" not in kind
+def expert_weights(model: nn.Module) -> set[Tensor]:
+    """Return the weights of routed experts, with those of adapters on them."""
+    base = unwrap_peft(model)
+    routed = routed_weights(base)
+    adapters = [layer for name, layer in adapted_weights(base).items() if name in routed]
+    return {*routed.values(), *(p for layer in adapters for matrix in (layer.lora_A, layer.lora_B) for p in matrix.parameters())}
 
 
 def _computes_as_configured(module: nn.Module) -> bool:
@@ -211,19 +220,21 @@ def _sum_of_rows(rows: Tensor, place: Tensor) -> Tensor:
 # ---------------------------------------------------------------- the start summary
 
 
-def describe(model: nn.Module) -> dict[str, str]:
+def describe(base: PreTrainedModel) -> dict[str, str]:
     """Return how experts are computed, as {name: text} of the startup report.
 
     It is empty without experts whose weights are 3-D.
     """
-    outermost = {module.get_base_layer(): module for module in reversed(list(model.modules())) if isinstance(module, ParamWrapper)}
-    ways = Counter(_way(module, outermost.get(module)) for module in model.modules()
-                   if _holds_experts(module) and any(p.ndim == 3 for p in module.parameters(recurse=False)))
-    return {"experts": ", ".join(f"{way} x {count}" for way, count in ways.items())} if ways else {}
+    modules = base_modules(base)
+    outermost = {module.get_base_layer(): module for module in reversed(list(base.modules())) if isinstance(module, ParamWrapper)}
+    stacks = {modules[name.rpartition(".")[0]]: None for name, weight in routed_weights(base).items() if weight.ndim == 3}
+    ways = Counter(_way(stack, outermost.get(stack)) for stack in stacks)
+    return {"expert products": ", ".join(f"{way} x {count}" for way, count in ways.items())} if ways else {}
 
 
 def _way(experts: nn.Module, wrapper: ParamWrapper | None) -> str:
+    """Return how one module of experts is computed."""
     if wrapper is not None:
-        return "grouped product, adapters by row" if isinstance(wrapper.forward, partial) else "PEFT, adapters added to all weights"
+        return "grouped, adapters by row" if isinstance(wrapper.forward, partial) else "PEFT, adapters added to all weights"
     implementation = experts.config._experts_implementation if _computes_as_configured(experts) else "own code"
-    return {"eager": "loop by expert", "grouped_mm": "grouped product"}.get(implementation, implementation)
+    return {"eager": "loop by expert", "grouped_mm": "grouped"}.get(implementation, implementation)

@@ -16,7 +16,7 @@ import math
 from dataclasses import dataclass, fields
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kernels import serving
@@ -131,7 +131,7 @@ def layer_widths(base: PreTrainedModel, probabilities: int) -> list[float]:
             for layer, heads in zip(layers, attended)]
 
 
-def matrix_outputs(layer: nn.Module, routed: set[nn.Parameter], share: float) -> float:
+def matrix_outputs(layer: nn.Module, routed: set[Tensor], share: float) -> float:
     """Return the sum of the rows of a layer's weights, without adapters.
 
     Of the `share` of experts that a token is sent to, columns count too.

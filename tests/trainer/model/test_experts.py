@@ -121,13 +121,13 @@ def test_no_copy_of_the_weights_is_kept():
 
 def test_the_start_summary_says_how_experts_are_computed():
     assert experts.describe(tiny.model("llama")) == {}
-    assert experts.describe(tiny.model("llama4_text")) == {"experts": "own code x 3"}
-    assert experts.describe(tiny.model("qwen3_moe", experts_implementation="eager")) == {"experts": "loop by expert x 2"}
+    assert experts.describe(tiny.model("llama4_text")) == {"expert products": "own code x 3"}
+    assert experts.describe(tiny.model("qwen3_moe", experts_implementation="eager")) == {"expert products": "loop by expert x 2"}
     model = tiny.model("qwen3_moe")
-    assert experts.describe(model) == {"experts": "grouped product x 2"}
+    assert experts.describe(model) == {"expert products": "grouped x 2"}
     model = adapted("qwen3_moe")
-    assert experts.describe(model) == {"experts": "PEFT, adapters added to all weights x 2"}
-    assert patch(model).backends["experts"] == "grouped product, adapters by row x 2"
+    assert patch(model, enabled=False).backends["expert products"] == "PEFT, adapters added to all weights x 2"
+    assert patch(model).backends["expert products"] == "grouped, adapters by row x 2"
 
 
 def test_hooks_are_run():
