@@ -1,4 +1,4 @@
-"""Time a training step in packs beside one sample at a time, for hybrid models and mixtures of experts.
+"""Time a step in packs beside one sample at a time, for hybrid models and mixtures of experts.
 
 One sample at a time is what a model gets that cannot run packs: its samples go through it one by one, with the same adapters, loss and
 optimizer. So the ratio is what packing gains. Models have random weights and some five million parameters; LoRA on all linear layers.

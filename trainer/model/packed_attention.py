@@ -61,9 +61,9 @@ def packed(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attenti
 
 
 def _reach(module: nn.Module, window: int | None) -> Reach:
-    """Return what the tokens of an attention call see; `window` is the one passed, which some stock code leaves to the mask.
+    """Return the reach of an attention call with this window.
 
-    Raises ValueError for a kind of layer that is neither.
+    Some stock code passes none and leaves it to the mask. Raises ValueError for a kind of layer that is neither.
     """
     config, kind = getattr(module, "config", None), _kind(module)
     if kind == "chunked_attention":
