@@ -5,80 +5,29 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.autograd import gradcheck
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from kernels._cross_entropy_rows import new_logits
-from kernels._dispatch import backend_mode
-from kernels._kl_rows import DIVERGENCES, Rule, kl_rows
+from kernels._kl_rows import DIVERGENCES
 from kernels.linear_kl import linear_kl, linear_kl_chunks
-from tests.helpers.kernels import DEVICE, DTYPES, assert_as_exact_as_torch, error, given, poisoned, runs_triton, settings, st, triton_mode
-
-S, D, D_REF, V = 13, 6, 5, 17
-ROW = 2 * V * 8  # bytes of both sides' fp64 logits of one row
-EVERY_OPTION = dict(softcap=3.0, logit_scale=0.7, temperature=1.5, beta=0.3)
-
-
-def inputs(dtype=torch.float64, trained=False, rows=S, width=D, vocabulary=V, scale=1.0, device="cpu"):
-    """x, weight, bias of the student, x_ref, weight_ref, bias_ref of the reference."""
-
-    def normal(*shape, requires_grad=False):
-        return torch.randn(shape, dtype=torch.float64).mul(scale).to(device, dtype).requires_grad_(requires_grad)
-
-    return (normal(rows, width, requires_grad=True), normal(vocabulary, width, requires_grad=trained),
-            normal(vocabulary, requires_grad=trained), normal(rows, D_REF), normal(vocabulary, D_REF), normal(vocabulary))
-
-
-def weights_and_mask(rows=S, dtype=torch.float64):
-    keep = torch.ones(rows, dtype=torch.bool)
-    keep[1::3] = False
-    return torch.rand(rows, dtype=torch.promote_types(dtype, torch.float32)) + 0.1, keep
-
-
-def divergence_of(z, z_ref, divergence, beta):
-    """Per row, from full logits, by torch's own kl_div; the mixture as TRL's GKDTrainer makes it."""
-    log_p, log_q = z.log_softmax(-1), z_ref.log_softmax(-1)
-
-    def kl(of, to):
-        return F.kl_div(to, of, reduction="none", log_target=True).sum(-1)
-
-    if divergence == "forward":
-        return kl(log_q, log_p)
-    if divergence == "reverse":
-        return kl(log_p, log_q)
-    log_m = torch.logaddexp(log_p + math.log1p(-beta), log_q + math.log(beta))
-    return beta * kl(log_q, log_m) + (1 - beta) * kl(log_p, log_m)
-
-
-def stock(x, weight, x_ref, weight_ref=None, *, divergence="forward", beta=0.5, bias=None, bias_ref=None, token_weight=None, keep=None,
-          softcap=None, logit_scale=1.0, temperature=1.0, reduction="sum"):
-    """Return the loss from full logits, statistics in fp32 or better, the reference detached."""
-    if weight_ref is None:
-        weight_ref, bias_ref = weight.detach(), None if bias is None else bias.detach()
-    exact = torch.promote_types(x.dtype, torch.float32)
-    z, z_ref = (F.linear(*side).to(exact) * logit_scale for side in ((x, weight, bias), (x_ref, weight_ref, bias_ref)))
-    if softcap is not None:
-        z, z_ref = (softcap * torch.tanh(t / softcap) for t in (z, z_ref))
-    losses = divergence_of(z / temperature, z_ref / temperature, divergence, beta)
-    scale = torch.ones_like(losses) if token_weight is None else token_weight.to(exact)
-    scale = scale if keep is None else torch.where(keep, scale, 0.0)
-    if reduction == "none":
-        return losses * scale
-    total = (losses * scale).sum()
-    return total / scale.sum() if reduction == "mean" else total
-
-
-def gradients(loss, tensors):
-    """Gradients under an uneven upstream, which a backward that ignores it would not survive."""
-    upstream = torch.linspace(0.5, 2.0, loss.numel(), dtype=loss.dtype, device=loss.device).view_as(loss)
-    return torch.autograd.grad(loss, tensors, upstream, retain_graph=True)
-
-
-def assert_same(ours, theirs, leaves, tolerance=1e-11):
-    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(gradients(ours, leaves), gradients(theirs, leaves), rtol=tolerance, atol=tolerance)
+from tests.helpers.allocations import Allocations
+from tests.helpers.kernels import error, given, settings, st
+from tests.helpers.kl_cases import (
+    D_REF,
+    EVERY_OPTION,
+    ROW,
+    D,
+    S,
+    V,
+    assert_same,
+    check_extremes,
+    check_small_divergences_keep_their_digits,
+    flags,
+    gradients,
+    inputs,
+    stock,
+    weights_and_mask,
+)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -175,30 +124,6 @@ def test_chunk_size_changes_nothing_but_rounding(rows, chunk_rows, trained, shar
     assert_same(*losses, [x, weight] if trained else [x], 1e-12)
 
 
-def flags(want_x, want_weight, want_bias, chunk_bytes=None, **rule):
-    """Return the operator's keyword arguments."""
-    rule = dict(divergence="forward", beta=0.5, softcap=None, logit_scale=1.0, temperature=1.0) | rule
-    return rule | dict(chunk_bytes=chunk_bytes, want_x=want_x, want_weight=want_weight, want_bias=want_bias)
-
-
-class Allocations(TorchDispatchMode):
-    """The size in bytes of the largest tensor an op returns, and the FLOP of the products computed."""
-
-    def __init__(self):
-        super().__init__()
-        self.largest, self.flop = 0, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(tensor, torch.Tensor):
-                self.largest = max(self.largest, tensor.numel() * tensor.element_size())
-        if func in (torch.ops.aten.mm.default, torch.ops.aten.mm.out, torch.ops.aten.addmm.out):
-            *_, a, b = args
-            self.flop += 2 * a.shape[0] * a.shape[1] * b.shape[1]
-        return result
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("shared", [False, True])
@@ -258,49 +183,9 @@ def test_dropped_rows_are_never_read():
     assert torch.equal(torch.autograd.grad(loss, spoilt)[0], torch.autograd.grad(clean, x)[0])
 
 
-def check_extremes(divergence, device):
-    """Check a student that equals its reference, huge logits, a common shift and logits of −∞."""
-    x, weight, _, x_ref, weight_ref, _ = inputs(torch.float32, rows=5, vocabulary=300, scale=2.0, device=device)
-    call = dict(divergence=divergence, reduction="none", beta=0.3)
-
-    same = linear_kl(x, weight, x.detach(), **call)
-    assert (same == 0).all() and torch.autograd.grad(same.sum(), x)[0].abs().max() <= 1e-5
-
-    near = linear_kl(x, weight, x.detach() + 1e-3 * torch.randn_like(x), **call)
-    assert (near > -1e-7).all() and (near < 1e-3).all() and near.sum() > 0
-
-    huge = linear_kl(x * 1e4, weight, x_ref * 1e4, weight_ref, **call)
-    slope, = torch.autograd.grad(huge.sum(), x)
-    exact = stock(*(t.double() for t in (x * 1e4, weight, x_ref * 1e4, weight_ref)), **call)
-    torch.testing.assert_close(huge.double(), exact, rtol=1e-5, atol=1e-5)
-    assert slope.isfinite().all()
-
-    shift = torch.full((300,), 8192.0, device=device)  # of logits that are whole numbers, so that the sum rounds nothing away
-    bias = torch.zeros_like(shift)
-    moved, still = (linear_kl(x.detach().round(), weight.round(), x_ref.round(), weight_ref.round(), bias=b, **call) for b in (shift, bias))
-    torch.testing.assert_close(moved, still, rtol=1e-5, atol=1e-6)
-
-    masked = torch.zeros(300, device=device)
-    masked[::2] = -math.inf
-    loss = linear_kl(x, weight, x_ref, weight_ref, bias=masked, bias_ref=masked, **call)
-    rest = linear_kl(x, weight[1::2], x_ref, weight_ref[1::2], **call)
-    torch.testing.assert_close(loss, rest, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(*(torch.autograd.grad(y.sum(), x)[0] for y in (loss, rest)), rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_extremes(divergence):
     check_extremes(divergence, "cpu")
-
-
-def check_small_divergences_keep_their_digits(divergence, device):
-    """Check logits 0.004 apart in fp32, where adding Σ(p − q) reduces the rounding error of kl_div."""
-    z = torch.randn(32, 1000).mul(3).to(device)
-    z_ref = z + torch.randn(32, 1000).mul(4e-3).to(device)
-    truth = divergence_of(z.double(), z_ref.double(), divergence, 0.5)
-    u, u_ref = (new_logits(32, 1000, z).copy_(t) for t in (z, z_ref))
-    loss = kl_rows(u, u_ref, None, Rule(divergence, 0.5, None, 1.0, 1.0), False)
-    assert (loss - truth).abs().max() <= 1.2e-7 and loss.min() > 0
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -399,101 +284,3 @@ def test_mistakes_are_named(change, message):
     call = dict(x=torch.zeros(2, D), weight=torch.zeros(V, D), x_ref=torch.zeros(2, D)) | change
     with pytest.raises(ValueError, match="linear_kl: .*" + message):
         linear_kl(**call)
-
-
-# ---------------------------------------------------------------- Triton
-
-
-@runs_triton
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("rows, vocabulary, options", [
-    (0, 7, {}), (1, 1, {}), (5, 31, EVERY_OPTION), (13, 512, {}), (7, 3001, EVERY_OPTION)])
-def test_kernels_are_as_exact_as_torch(divergence, rows, vocabulary, options, dtype):
-    """Frozen head, per-token upstream."""
-    x, weight, _, x_ref, weight_ref, _ = inputs(rows=rows, vocabulary=vocabulary)
-
-    def with_(op):
-        return lambda *tensors: op(*tensors, divergence=divergence, reduction="none", **options)
-
-    assert_as_exact_as_torch(with_(linear_kl), with_(stock), [x, weight, x_ref, weight_ref], dtype)
-
-
-@runs_triton
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_kernels_under_a_trained_shared_head(divergence, reduction, dtype):
-    x, weight, bias, *_ = inputs(trained=True, rows=7, vocabulary=33)
-    token_weight, keep = weights_and_mask(7)
-
-    def with_(op, **chunk):
-        return lambda x, weight, bias, x_ref, token_weight, keep: op(
-            x, weight, x_ref, bias=bias, token_weight=token_weight, keep=keep, divergence=divergence, reduction=reduction,
-            **EVERY_OPTION, **chunk)
-
-    tensors = [x, weight, bias, torch.randn_like(x), token_weight.requires_grad_(), keep]
-    assert_as_exact_as_torch(with_(linear_kl, chunk_bytes=3 * 2 * 33 * 4), with_(stock), tensors, dtype)
-
-
-@runs_triton
-def test_kernels_take_an_expanded_upstream():
-    x, weight, _, x_ref, weight_ref, _ = inputs(torch.float32, trained=True, device=DEVICE)
-    with triton_mode():
-        ours = torch.autograd.grad(linear_kl(x, weight, x_ref, weight_ref, reduction="none").sum() * 3, (x, weight))
-    torch.testing.assert_close(ours, torch.autograd.grad(stock(x, weight, x_ref, weight_ref) * 3, (x, weight)), rtol=1e-4, atol=1e-5)
-
-
-@runs_triton
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_kernel_extremes(divergence):
-    with triton_mode(), poisoned():
-        check_extremes(divergence, DEVICE)
-        check_small_divergences_keep_their_digits(divergence, DEVICE)
-
-
-@runs_triton
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_kernel_and_reference_agree_on_rows_that_start_masked(divergence):
-    """A whole block of −∞ before the first logit, a few, a whole block after the last; and rows that are not padded."""
-    u, u_ref = torch.randn(2, 3, 4080, device=DEVICE)
-    for side in u, u_ref:
-        side[0, :2050] = side[1, :4] = side[2, 2048:] = -math.inf
-    rule, scale = Rule(divergence, 0.3, None, 1.0, 1.0), torch.rand(3, device=DEVICE)
-    results = []
-    for mode in ("triton", "reference"):
-        with backend_mode(mode):
-            buffers = u.clone(), u_ref.clone()
-            results.append((kl_rows(*buffers, scale, rule, True), buffers[0]))
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-7)
-
-
-@runs_triton
-def test_kernel_softcap_keeps_the_digits_of_small_logits():
-    u, u_ref = torch.randn(2, 8, 64, dtype=torch.float64).mul(0.01).float()
-    rule, slopes = Rule("forward", 0.5, 50.0, 1.0, 1.0), []
-    for mode, dtype in (("triton", torch.float32), ("reference", torch.float32), ("reference", torch.float64)):
-        with backend_mode(mode):
-            buffer = u.to(DEVICE, dtype, copy=True)
-            kl_rows(buffer, u_ref.to(DEVICE, dtype, copy=True), None, rule, True)
-            slopes.append(buffer)
-    assert error(slopes[0], slopes[2]) <= 2 * error(slopes[1], slopes[2]) + 1e-6
-
-
-@runs_triton
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_kernels_compile_in_one_graph(reduction):
-    torch._dynamo.reset()
-    x, weight, _, x_ref, weight_ref, _ = inputs(torch.float32, trained=True, device=DEVICE)
-
-    def loss(x, weight):
-        return linear_kl(x, weight, x_ref, weight_ref, divergence="reverse", reduction=reduction)
-
-    with triton_mode():
-        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(x, weight)
-        slopes = gradients(compiled, [x, weight])
-        torch.library.opcheck(linear_kl_chunks.node, (*(t.detach() for t in (x, weight, x_ref, weight_ref)), None, None, None, None),
-                              flags(True, True, False, divergence="reverse"))
-    theirs = stock(x, weight, x_ref, weight_ref, divergence="reverse", reduction=reduction)
-    torch.testing.assert_close(compiled, theirs)
-    torch.testing.assert_close(slopes, gradients(theirs, [x, weight]))
