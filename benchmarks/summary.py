@@ -22,11 +22,11 @@ def headline(records: dict[str, dict]) -> str:
     alone, replay = forgetting["domain only"], forgetting["plus"]
     rows = measured(training)
     return (
-        f"- **Fast.** {'; '.join(faster(row) for row in rows)}. A step adds {rows[0]['mib']:,.0f} MiB of memory instead of "
-        f"{plain(training)['mib']:,.0f}.\n"
+        f"- **Fast.** {'; '.join(faster(row) for row in rows)}. A training step adds {rows[0]['mib']:,.0f} MiB to the memory in use, the "
+        f"plain loop's {plain(training)['mib']:,.0f}.\n"
         f"- **Without forgetting.** In a controlled study, fine-tuning on the domain alone loses {alone['forgotten']:.0%} of what the "
-        f"model could do; with a replay set that the models wrote themselves, {replay['forgotten']:.1%}. Domain accuracy: "
-        f"{alone['domain']:.0%} and {replay['domain']:.0%}.\n"
+        f"model could do; together with a replay set that the models wrote themselves, {replay['forgotten']:.1%}. Accuracy on the "
+        f"domain: {alone['domain']:.0%} and {replay['domain']:.0%}.\n"
         f"- **GPU:** {gpu_state(records)}\n")
 
 
@@ -57,7 +57,7 @@ def measured(training: dict) -> list[dict]:
 
 def faster(row: dict) -> str:
     """Say how many times as fast a row is as the loops of its dtype."""
-    loops = {"plain": "a plain Hugging Face loop", "grouped": "one that groups chats by length", "packed": "one that packs"}
+    loops = {"plain": "as fast as a plain Hugging Face loop", "grouped": "one that groups chats by length", "packed": "one that packs"}
     ratios = [f"{row['ratio'][form]['value']:.1f} times {loop}" for form, loop in loops.items() if form in row["ratio"]]
     return f"On a CPU in {row['dtype']}, {', '.join(ratios)}"
 
@@ -66,7 +66,7 @@ def gpu_state(records: dict[str, dict]) -> str:
     """Return one sentence on what has been measured on a GPU."""
     on_gpu = [name for name in records if name.startswith("gpu")]
     if not on_gpu:
-        return "the Triton kernels are tested in the interpreter and compiled for six architectures; no GPU has timed them yet."
+        return "not timed yet. The Triton kernels are tested in Triton's interpreter and compiled for six architectures."
     return f"measured on {records[on_gpu[0]]['device']}."
 
 
@@ -78,7 +78,7 @@ def draw(study: dict, figure: Any) -> None:
     figure.set_size_inches(8.5, 3)
     left, right = figure.subplots(1, 2, width_ratios=(2, 1))
     colours = [show.OURS if "replay" in name else show.OTHERS for name in names]
-    for axes, column, label in ((left, "forgotten", "right answers of the base that are wrong now (less is better)"),
+    for axes, column, label in ((left, "forgotten", "right answers that are wrong now (less is better)"),
                                 (right, "domain", "accuracy on the domain")):
         axes.barh(names, [row[column] for row in rows], xerr=[row[f"{column}_error"] for row in rows], color=colours, ecolor=show.GREY)
         for i, row in enumerate(rows):

@@ -14,11 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from benchmarks.forgetting.job import Job
 from benchmarks.forgetting.miniature import study
 from benchmarks.forgetting.miniature.arms import Arm
 from benchmarks.forgetting.miniature.family import STUDIED
 from benchmarks.forgetting.miniature.replays import make_replay_sets
-from benchmarks.forgetting.miniature.study import Job, Size
+from benchmarks.forgetting.miniature.study import Size
 from benchmarks.forgetting.miniature.summary import share
 from benchmarks.forgetting.miniature.world import heldout_items, write_jsonl
 from benchmarks.harness import parallel, record, show

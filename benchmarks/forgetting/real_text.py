@@ -20,6 +20,7 @@ from random import Random
 from transformers import AutoModelForCausalLM
 
 from benchmarks.forgetting import real_text_data
+from benchmarks.forgetting.job import LEARNING_RATES, Arm, Job, configuration
 from benchmarks.forgetting.miniature.summary import BASE, estimate
 from benchmarks.forgetting.miniature.world import training_records, write_jsonl
 from benchmarks.forgetting.real_text_data import Counts, Schooling, Texts
@@ -31,33 +32,20 @@ from benchmarks.harness.suite import Caption, Suite, View
 from benchmarks.harness.synthetic_models import quiet
 from synth import config as synthesis
 from synth.run import synthesise
-from trainer.config import BatchSize, Config, Data, Items, Logging, Lora, Model, Optim, Replay, Retention
+from trainer.config import Config, Data, Items, Logging, Model, Replay
 from trainer.evaluate import evaluate
 from trainer.evaluation import config as evaluation
 from trainer.run import train
 
 RATIO = 0.5  # share of the tokens that is replay
-LEARNING_RATES = {"lora": 2e-3, "full": 5e-4}
 KL = {"kl_weight": 1.0, "kl_positions": "all", "kl_reference": "cached"}
-MAX_EPOCHS = 1000  # more than any run has: max_steps ends it
-SELF_SETS = {"self 1x1": "base:0", "self, greedy": "base:greedy"}  # replay sets that the base writes -> their candidate responses
+# Replay sets that the base writes -> their candidate responses. One more, "real", has the data that the base was trained on, which in
+# practice nobody has.
+SELF_SETS = {"self 1x1": "base:0", "self, greedy": "base:greedy"}
 METRICS = {  # of the item files, by role
     "general": {"skills": "exact", "decisions": "choice", "long answers": "logprob", "tasks": "logprob"},
     "domain": {"problems": "logprob", "solutions": "choice"}}
 TEXT = ("long answers", "tasks")
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One way to fine-tune: a row of the table."""
-
-    name: str
-    replay: str | None = None  # a set of SELF_SETS, or "real": the data that the base was trained on, which in practice nobody has
-    full: bool = False  # every weight is trained, not an adapter
-    lr_factor: float = 1.0  # multiplies the learning rate that all arms share
-    kl: bool = False  # the KL to the base is part of the objective
-
-
 ARMS = (
     Arm("domain only"), Arm("domain only, LR/10", lr_factor=0.1), Arm("self 1x1", "self 1x1"), Arm("self, greedy", "self, greedy"),
     Arm("self, greedy + KL", "self, greedy", kl=True), Arm("real data (oracle)", "real"),
@@ -81,22 +69,9 @@ class Size:
 SIZE = Size()
 
 
-@dataclass(frozen=True)
-class Job:
-    """One arm with one seed, in a folder of its own."""
-
-    arm: Arm
-    seed: int
-    size: Size
-    work: Path
-
-    @property
-    def output(self) -> Path:
-        return self.work / f"seed {self.seed}" / self.arm.name.replace("/", " of ")
-
-    @property
-    def base(self) -> Path:
-        return self.work / BASE
+def base_folder(work: Path) -> Path:
+    """Return the folder of the model that every arm is trained on."""
+    return work / BASE / "model"
 
 
 # ---------------------------------------------------------------- replay
@@ -110,8 +85,8 @@ def make_self_sets(work: Path, size: Size) -> dict[str, int]:
     """Run synthesis once up to the responses, then select each set; return the rows of each."""
     def synthesis_config(candidate: str, stages: Sequence[str]) -> synthesis.Config:
         return synthesis.Config(
-            output=str(work / "synth"), base=synthesis.Model(path=str(work / BASE), name=BASE, engine="transformers"), stages=[*stages],
-            probe=synthesis.Probe(samples=32),
+            output=str(work / "synth"), base=synthesis.Model(path=str(base_folder(work)), name=BASE, engine="transformers"),
+            stages=[*stages], probe=synthesis.Probe(samples=32),
             instruct=synthesis.Instruct(num_instructions=size.instructions, max_tokens=400, reference_samples=0),
             respond=synthesis.Respond(num_samples=1, max_tokens=200, score_with_base=False),
             select=synthesis.Select(rule="first", candidates=[candidate]))
@@ -153,7 +128,7 @@ def measure(job: Job) -> dict:
         folder = train(recipe(job)).folder
         seconds = time.process_time() - begun
         if job.arm.full:
-            config = evaluation.Config(model=Model(path=str(folder / "model")), base=evaluation.Base(path=str(job.base)))
+            config = evaluation.Config(model=Model(path=str(folder / "model")), base=evaluation.Base(path=str(base_folder(job.work))))
         else:
             config = evaluation.Config(adapter=str(folder / "adapter"))
         return {"arm": job.arm.name, "seed": job.seed, "cpu_seconds": seconds, **score(config, job.work, job.size, folder / "scores")}
@@ -162,15 +137,11 @@ def measure(job: Job) -> dict:
 def recipe(job: Job) -> Config:
     """Return the configuration of an arm's run."""
     arm, size = job.arm, job.size
-    method = "full" if arm.full else "lora"
     replay = Replay(data=str(replay_file(job.work, arm.replay, job.seed)), ratio=RATIO, unit="tokens") if arm.replay else Replay()
-    return Config(
-        output=str(job.output), model=Model(path=str(job.base)), method=method, lora=Lora(rank=16, alpha=32.0), replay=replay,
-        data=Data(train=str(job.work / f"domain {job.seed}.jsonl"), max_length=size.tokens, on_overlong="drop",
-                  cache_dir=str(job.work / "cache"), num_proc=1),
-        retention=Retention(**KL) if arm.kl else Retention(), batch=BatchSize(tokens_per_pack=size.tokens, tokens_per_step=size.tokens),
-        optim=Optim(lr=LEARNING_RATES[method] * arm.lr_factor), epochs=MAX_EPOCHS, max_steps=size.steps, seed=job.seed,
-        precision=real_text_data.precision(), logging=Logging(every=50, tensorboard=False, progress=False))
+    data = Data(train=str(job.work / f"domain {job.seed}.jsonl"), max_length=size.tokens, on_overlong="drop",
+                cache_dir=str(job.work / "cache"), num_proc=1)
+    return replace(configuration(job, base_folder(job.work), data, replay, KL), precision=real_text_data.precision(),
+                   logging=Logging(every=50, tensorboard=False, progress=False))
 
 
 def score(config: evaluation.Config, work: Path, size: Size, output: Path) -> dict:
@@ -241,8 +212,8 @@ def prepare(texts: Texts, size: Size, seeds: int, work: Path) -> dict:
         write_real(texts, size, seed, work)
     with quietly(work / "base.log"):
         start, trained = real_text_data.make_base(texts, size.schooling, work / "schooling")
-        shutil.copytree(trained, work / BASE)
-        config = evaluation.Config(model=Model(path=str(work / BASE)), base=evaluation.Base(path=str(start)))
+        shutil.copytree(trained, base_folder(work))
+        config = evaluation.Config(model=Model(path=str(base_folder(work))), base=evaluation.Base(path=str(start)))
         return score(config, work, size, work / "base scores")
 
 
@@ -251,7 +222,7 @@ def run_all(size: Size, seeds: int, work: Path, workers: int, begun: float) -> t
 
     Arms that need none of these sets are trained while the base is sampled.
     """
-    jobs = [Job(arm, seed, size, work) for seed in range(seeds) for arm in ARMS]
+    jobs = [Job(BASE, arm, seed, size, work) for seed in range(seeds) for arm in ARMS]
     with parallel.pool(workers) as pool:
         self_sets = pool.submit(make_self_sets, work, size)
         running = [pool.submit(measure, job) for job in jobs if job.arm.replay not in SELF_SETS]
@@ -278,7 +249,7 @@ def run(arguments: argparse.Namespace) -> dict:
     with parallel.working_folder(arguments) as work:
         texts = real_text_data.read(arguments.data or real_text_data.download(work / "public sets"))
         base, cpu = prepare(texts, size, arguments.seeds, work), time.process_time()
-        parameters = AutoModelForCausalLM.from_pretrained(work / BASE).num_parameters()
+        parameters = AutoModelForCausalLM.from_pretrained(base_folder(work)).num_parameters()
         print(f"{time.perf_counter() - begun:6.0f} s  base", flush=True)
         outcomes, rows = run_all(size, arguments.seeds, work, arguments.workers, begun)
     conditions = {

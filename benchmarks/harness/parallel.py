@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from trainer.errors import UserError
+from trainer.errors import UserError, require
 
 # Matrices of these small models gain little from a second thread, and wait for it where cores are shared.
 THREADS = 1
@@ -64,8 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser, seeds: int) -> None:
 
 def check(arguments: argparse.Namespace) -> None:
     """Raise UserError for options that no run can use."""
-    if arguments.seeds < 1 or arguments.workers < 1:
-        raise UserError(f"--seeds, --workers: expected 1 or more, got {arguments.seeds}, {arguments.workers}")
+    require(arguments.seeds >= 1, "--seeds", "at least 1", arguments.seeds)
+    require(arguments.workers >= 1, "--workers", "at least 1", arguments.workers)
     if arguments.keep and arguments.keep.exists() and any(arguments.keep.iterdir()):
         raise UserError(f"--keep: expected a new or empty folder, found {arguments.keep} in use")
 

@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.harness import record, show, timing
+from benchmarks.harness.arguments import add_timing_arguments, check_timing
 from benchmarks.harness.record import origin_command
 from benchmarks.harness.suite import Caption, Suite, View
 from benchmarks.harness.timing import Interval, Measurement
@@ -200,14 +201,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("rev", metavar="REV", help="the other commit: a hash, branch or tag")
     parser.add_argument("--suite", dest="cases", choices=("training", "kernels", "all"), default="all",
                         help="which cases (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=12, help="rounds of all sides and cases (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: %(default)s)")
+    add_timing_arguments(parser, rounds=12, threads=1)
 
 
 def run(arguments: argparse.Namespace) -> dict:
     """Measure both commits; returns the record."""
-    if arguments.rounds < FEWEST_ROUNDS or arguments.threads < 1:
-        raise UserError(f"--rounds, --threads: expected at least {FEWEST_ROUNDS} and 1, got {arguments.rounds} and {arguments.threads}")
+    check_timing(arguments, rounds=FEWEST_ROUNDS)
     commit, code = commit_of(arguments.rev), record.code(ROOT)
     cases, left_out = chosen(arguments.cases), {}
     with tempfile.TemporaryDirectory(prefix="steadfast-compare-") as name:

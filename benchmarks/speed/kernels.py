@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import record, show, timing
+from benchmarks.harness.arguments import check_names
 from benchmarks.harness.gpu_timing import FEWEST, Clock, distance, free, measured_rates, peak_mib, reason, rounds_of, tried
 from benchmarks.harness.model_shapes import MODELS, ModelShape
 from benchmarks.harness.record import origin
@@ -206,15 +207,13 @@ def device_of(arguments: argparse.Namespace) -> torch.device:
 
 def chosen_operations(names: list[str] | None, known: Iterable[str]) -> list[str]:
     """Return the operations to measure: all, or those of these names."""
-    if unknown := [name for name in names or () if name not in known]:
-        raise UserError(f"--operations: expected names of {', '.join(known)}, got {', '.join(unknown)}")
+    check_names("--operations", names or (), known)
     return list(names or known)
 
 
 def chosen_models(names: list[str]) -> tuple[ModelShape, ...]:
     known = {model.name: model for model in MODELS}
-    if unknown := [name for name in names if name not in known]:
-        raise UserError(f"--models: expected names of {', '.join(known)}, got {', '.join(unknown)}")
+    check_names("--models", names, known)
     return tuple(known[name] for name in names)
 
 

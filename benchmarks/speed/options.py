@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness import record, show, timing
+from benchmarks.harness.arguments import add_timing_arguments, check_names, check_timing
 from benchmarks.harness.costs import step_costs
 from benchmarks.harness.record import origin
 from benchmarks.harness.suite import Caption, Suite, View
@@ -31,7 +32,6 @@ from benchmarks.harness.timing import AGREEMENT, Contender, Measurement
 from benchmarks.speed.chat_task import CHATS, TOKENS_PER_STEP, ChatTask, check_tokens, make_task, run_options
 from benchmarks.speed.contenders import Steadfast, from_config
 from trainer.config import Config, validate
-from trainer.errors import UserError
 from trainer.model.forward import unwrap_peft
 from trainer.model.fused_layers import layer_forward, row_selecting_layer
 from trainer.runtime.device import fast_bf16
@@ -197,17 +197,14 @@ def rows_of(measured: dict[str, list[Measurement]], seconds: dict[str, float], m
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--contenders", nargs="+", metavar="NAME", default=list(OPTIONS), help="of: " + "; ".join(OPTIONS))
-    parser.add_argument("--rounds", type=int, default=12, help="rounds of all contenders (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=2, help="steps of each contender in a round (default: %(default)s)")
+    add_timing_arguments(parser, rounds=12, steps=2)
     parser.add_argument("--quick", action="store_true", help="24 chats, two rounds of one step: tests the code, gives no figures")
 
 
 def run(arguments: argparse.Namespace) -> dict:
     """Compare, time, count, and return the record."""
-    if arguments.rounds < 2 or arguments.steps < 1:
-        raise UserError(f"--rounds, --steps: expected at least 2 and 1, got {arguments.rounds} and {arguments.steps}")
-    if unknown := [name for name in arguments.contenders if name not in OPTIONS]:
-        raise UserError(f"--contenders: expected names of {', '.join(OPTIONS)}, got {', '.join(unknown)}")
+    check_timing(arguments)
+    check_names("--contenders", arguments.contenders, OPTIONS)
     count, rounds, steps = (24, 2, 1) if arguments.quick else (CHATS, arguments.rounds, arguments.steps)
     torch.set_num_threads(1)
     quiet()

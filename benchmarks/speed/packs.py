@@ -16,12 +16,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.harness import record, show, timing
+from benchmarks.harness.arguments import add_timing_arguments, check_names, check_timing
 from benchmarks.harness.record import origin
 from benchmarks.harness.suite import Caption, Suite, View
 from benchmarks.harness.synthetic_models import adapted, log_normal_lengths, quiet, random_samples
 from benchmarks.harness.timing import Contender, TokenSamples
 from benchmarks.speed.contenders import Steadfast, in_memory, require_agreement
-from trainer.errors import UserError
 from trainer.model.forward import unwrap_peft
 from trainer.model.mixers import runs_by_sample
 from trainer.model.packed_attention import is_packed
@@ -86,15 +86,13 @@ def measure(family: str, samples: TokenSamples, rounds: int) -> tuple[dict, floa
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--families", nargs="+", metavar="FAMILY", default=list(SHAPES), help="of: " + ", ".join(SHAPES))
-    parser.add_argument("--rounds", type=int, default=7, help="rounds for every family (default: %(default)s)")
+    add_timing_arguments(parser, rounds=7)
 
 
 def run(arguments: argparse.Namespace) -> dict:
     """Measure each family, and return the record."""
-    if unknown := [name for name in arguments.families if name not in SHAPES]:
-        raise UserError(f"--families: expected names of {', '.join(SHAPES)}, got {', '.join(unknown)}")
-    if arguments.rounds < 2:
-        raise UserError(f"--rounds: expected at least 2, got {arguments.rounds}")
+    check_timing(arguments)
+    check_names("--families", arguments.families, SHAPES)
     quiet()
     torch.set_num_threads(1)
     lengths = log_normal_lengths(SAMPLES, MEAN_LENGTH, np.random.default_rng(0), TOKENS_PER_STEP)

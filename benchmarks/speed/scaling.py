@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from benchmarks.harness import record, show, timing
+from benchmarks.harness.arguments import add_timing_arguments, check_names, check_timing
 from benchmarks.harness.gpu_timing import free, peak_mib, tried
 from benchmarks.harness.model_shapes import LLAMA_1B, SMALL, ModelShape
 from benchmarks.harness.record import origin
@@ -139,17 +140,14 @@ def growth(rows: list[dict], axis: str, contender: str) -> float | None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU where there is one")
     parser.add_argument("--axes", nargs="+", metavar="NAME", default=list(AXES), help="of: " + "; ".join(AXES))
-    parser.add_argument("--rounds", type=int, default=5, help="rounds at every point (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: %(default)s)")
+    add_timing_arguments(parser, rounds=5, threads=1)
     parser.add_argument("--quick", action="store_true", help="two rounds at the two smallest values: tests the code, gives no figures")
 
 
 def run(arguments: argparse.Namespace) -> dict:
     """Measure every point, and return the record."""
-    if unknown := [name for name in arguments.axes if name not in AXES]:
-        raise UserError(f"--axes: expected names of {', '.join(AXES)}, got {', '.join(unknown)}")
-    if arguments.rounds < 2 or arguments.threads < 1:
-        raise UserError(f"--rounds, --threads: expected at least 2 and 1, got {arguments.rounds} and {arguments.threads}")
+    check_timing(arguments)
+    check_names("--axes", arguments.axes, AXES)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device: expected a GPU, found none; use --device cpu")
     device = torch.device("cpu" if arguments.device == "cpu" or not torch.cuda.is_available() else "cuda")

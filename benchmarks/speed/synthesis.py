@@ -22,6 +22,7 @@ from benchmarks.forgetting.miniature.family import FAMILY
 from benchmarks.forgetting.miniature.recovery import Recovery, world_sample
 from benchmarks.forgetting.miniature.skills import GENERAL
 from benchmarks.harness import record, show, timing
+from benchmarks.harness.arguments import add_timing_arguments, check_timing
 from benchmarks.harness.record import origin
 from benchmarks.harness.suite import Caption, Suite, View
 from benchmarks.harness.timing import Contender, Measurement, StepResult
@@ -43,13 +44,14 @@ SETTINGS = ((0.7, 0.98), (1.0, 0.98), (1.0, 1.0), (1.3, 1.0))  # temperature, to
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", type=int, default=2000, help="instructions of a round")
-    parser.add_argument("--rounds", type=int, default=7)
+    add_timing_arguments(parser, rounds=7)
     parser.add_argument("--rows", type=int, default=100_000, help="scores that are written")
     parser.add_argument("--count", type=int, default=4000, help="instructions sampled at each temperature")
 
 
 def run(arguments: argparse.Namespace) -> dict:
     """Measure, and return the record. UserError where vLLM is missing."""
+    check_timing(arguments)
     model = Model(path=str(FAMILY["base"].folder))
     if kind_of(model) != "vllm":
         raise UserError("synthesis: expected vLLM, found none; install what requirements-synth.txt lists")

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from benchmarks.harness import record, show, timing
+from benchmarks.harness.arguments import add_timing_arguments, check_names, check_timing
 from benchmarks.harness.costs import Costs, step_costs
 from benchmarks.harness.model_shapes import CPU_MODELS
 from benchmarks.harness.public_sets import add_data_argument
@@ -40,7 +41,7 @@ from benchmarks.speed.baselines import (
 )
 from benchmarks.speed.chat_task import BATCHING, CHATS, DATA, LEARNING_RATE, TOKENS_PER_STEP, ChatTask, check_tokens, make_task, steadfast
 from benchmarks.speed.contenders import Trained, agreement
-from trainer.errors import UserError
+from trainer.errors import UserError, require
 from trainer.metrics.throughput import model_size
 from trainer.runtime.device import fast_bf16
 
@@ -113,22 +114,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="default: fp32, and bf16 where this CPU multiplies in it")
     parser.add_argument("--compared", type=int, default=COMPARED, metavar="STEPS",
                         help="steps whose losses are compared first (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=8, help="rounds of all contenders (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=3, help="steps of each contender in a round (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: %(default)s)")
+    add_timing_arguments(parser, rounds=8, steps=3, threads=1)
     parser.add_argument("--quick", action="store_true", help="24 chats, two rounds of one step: tests the code, gives no figures")
 
 
 def check(arguments: argparse.Namespace) -> None:
     """Raise UserError for options that no run can use."""
-    if arguments.rounds < 2 or arguments.steps < 1:
-        raise UserError(f"--rounds, --steps: expected at least 2 and 1, got {arguments.rounds} and {arguments.steps}")
-    if arguments.compared < 1:
-        raise UserError(f"--compared: expected 1 step or more, got {arguments.compared}")
-    if unknown := [name for name in arguments.contenders if name not in OTHERS]:
-        raise UserError(f"--contenders: expected names of {'; '.join(OTHERS)}, got {'; '.join(unknown)}")
-    if arguments.data and arguments.chats != "gsm8k":
-        raise UserError(f"--data: expected --chats gsm8k beside it, got --chats {arguments.chats}")
+    check_timing(arguments)
+    check_names("--contenders", arguments.contenders, OTHERS)
+    require(arguments.compared >= 1, "--compared", "at least 1 step", arguments.compared)
+    require(not arguments.data or arguments.chats == "gsm8k", "--data", "--chats gsm8k beside it", f"--chats {arguments.chats}")
     if arguments.method == "qlora" and find_spec("bitsandbytes") is None:
         raise UserError("--method qlora: expected bitsandbytes, which is not installed; pip install 'bitsandbytes>=0.50'")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from benchmarks.forgetting import job
 from benchmarks.forgetting.miniature import public
 from benchmarks.forgetting.miniature.skills import GENERAL, Skill
 from synth.config import Select
@@ -52,14 +53,9 @@ WORLD_SETS: dict[str, Callable[[], tuple[Skill, ...]]] = {
 
 
 @dataclass(frozen=True)
-class Arm:
-    """One way to fine-tune: a row of the table."""
+class Arm(job.Arm):
+    """One way to fine-tune, with its share of replay; `replay` is a set of `selections` or `WORLD_SETS`."""
 
-    name: str
-    replay: str | None = None  # a set of `selections` or `DRAWN`
-    full: bool = False  # every weight is trained, not an adapter
-    lr_factor: float = 1.0  # multiplies the learning rate that all arms share
-    kl: bool = False  # the KL to the base is part of the objective
     ratio: float = RATIO  # share of the rows that is replay
     unique_rows: int | None = None  # number of different replay rows, which are repeated; default: the whole set
     alphas: tuple[float, ...] = ()  # WiSE-FT: also evaluate at these interpolations (0: the base, 1: the trained model)

@@ -12,11 +12,12 @@ import itertools
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from peft import PeftModel
 
+from benchmarks.forgetting.job import LEARNING_RATES, Job, configuration
 from benchmarks.forgetting.miniature import arms, display, summary
 from benchmarks.forgetting.miniature.arms import Arm
 from benchmarks.forgetting.miniature.domain import DOMAIN
@@ -28,13 +29,11 @@ from benchmarks.forgetting.miniature.world import heldout_items, training_record
 from benchmarks.harness import parallel, record
 from benchmarks.harness.parallel import quietly, results_of
 from benchmarks.harness.suite import Suite, View
-from trainer.config import BatchSize, Config, Data, Logging, Lora, Model, Optim, Replay, Retention
+from trainer.config import Config, Data, Logging, Model, Replay
 from trainer.interpolate import Interpolate, interpolate
 from trainer.run import train
 
 ITEMS = {"general": (GENERAL, 200), "domain": (DOMAIN, 100)}  # skills, and items of each
-LEARNING_RATES = {"lora": 2e-3, "full": 5e-4}
-MAX_EPOCHS = 1000  # more than any run has: max_steps ends it
 
 
 @dataclass(frozen=True)
@@ -45,21 +44,6 @@ class Size:
     domain: int = 600  # rows
     steps: int = 900
     tokens: int = 512  # a step: about 14 chats
-
-
-@dataclass(frozen=True)
-class Job:
-    """One arm on one base with one seed, in a folder of its own."""
-
-    base: str
-    arm: Arm
-    seed: int
-    size: Size
-    work: Path
-
-    @property
-    def output(self) -> Path:
-        return self.work / self.base / f"seed {self.seed}" / self.arm.name.replace("/", " of ")
 
 
 @dataclass(frozen=True)
@@ -99,14 +83,8 @@ def recipe(job: Job) -> Config:
     arm, size, base = job.arm, job.size, STUDIED[job.base].folder
     domain = write_jsonl(training_records(DOMAIN, size.domain, seed=job.seed), job.output.with_suffix(".domain.jsonl"))
     replay = Replay(data=str(replay_rows(job)), ratio=arm.ratio) if arm.replay else Replay()
-    method = "full" if arm.full else "lora"
-    return Config(
-        output=str(job.output), model=Model(path=str(base)), method=method, lora=Lora(rank=16, alpha=32.0),
-        data=Data(train=str(domain), max_length=256), replay=replay,
-        retention=Retention(**arms.KL) if arm.kl else Retention(),
-        batch=BatchSize(tokens_per_pack=size.tokens, tokens_per_step=size.tokens),
-        optim=Optim(lr=LEARNING_RATES[method] * arm.lr_factor), epochs=MAX_EPOCHS, max_steps=size.steps, seed=job.seed,
-        logging=Logging(every=100))
+    data = Data(train=str(domain), max_length=256)
+    return replace(configuration(job, base, data, replay, arms.KL), logging=Logging(every=100))
 
 
 def replay_rows(job: Job) -> Path:

@@ -9,8 +9,9 @@ from random import Random
 import pytest
 
 from benchmarks.forgetting import real_text, real_text_data
+from benchmarks.forgetting.job import Arm, Job
 from benchmarks.forgetting.miniature.world import heldout_items
-from benchmarks.forgetting.real_text import Arm, Size
+from benchmarks.forgetting.real_text import Size
 from benchmarks.forgetting.real_text_data import Counts, Schooling
 from tests.helpers.records import drawn, shown, table_rows
 from trainer.errors import UserError
@@ -168,7 +169,7 @@ def test_table_and_picture(made, tmp_path):
 
 
 def test_arms_are_compared_with_the_same_steps_and_tokens(made):
-    recipes = [real_text.recipe(real_text.Job(arm, 0, TINY, made["kept"])) for arm in real_text.ARMS]
+    recipes = [real_text.recipe(Job("base", arm, 0, TINY, made["kept"])) for arm in real_text.ARMS]
     assert {(config.max_steps, config.batch.tokens_per_step, config.data.train) for config in recipes} == {
         (3, 512, str(made["kept"] / "domain 0.jsonl"))}
     assert {config.optim.lr for config in recipes} == {2e-3, 2e-4, 5e-4}
@@ -220,7 +221,7 @@ def test_bad_data_is_one_line(data, tmp_path, name, text, complaint):
 
 
 @pytest.mark.parametrize("words, complaint", [
-    (["--seeds", "0"], "--seeds, --workers: expected 1 or more, got 0, "),
+    (["--seeds", "0"], "--seeds: expected at least 1, got 0"),
     (["--keep", "."], "--keep: expected a new or empty folder, found .")
 ])
 def test_bad_options_are_one_line(data, words, complaint):

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from benchmarks.forgetting.job import Job
 from benchmarks.forgetting.miniature import arms, display, study, summary
 from benchmarks.forgetting.miniature.arms import selections
 from benchmarks.forgetting.miniature.domain import DOMAIN
@@ -11,7 +12,7 @@ from benchmarks.forgetting.miniature.family import STUDIED
 from benchmarks.forgetting.miniature.public import FRAMES, half_the_skills, other_style
 from benchmarks.forgetting.miniature.replays import pool_config, replay_statistics, selection_config
 from benchmarks.forgetting.miniature.skills import GENERAL, recognise
-from benchmarks.forgetting.miniature.study import Job, Outcome, Size, recipe
+from benchmarks.forgetting.miniature.study import Outcome, Size, recipe
 from benchmarks.forgetting.miniature.world import heldout_items, training_records, write_jsonl
 from benchmarks.harness import parallel, record
 from synth.config import name_of, resolve_presets
@@ -142,7 +143,7 @@ def test_the_picture_is_drawn_with_and_without_curves(tmp_path, curves):
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    (["--seeds", "0"], "expected 1 or more, got 0, 1"), (["--workers", "0"], "got 3, 0"),
+    (["--seeds", "0"], "--seeds: expected at least 1, got 0"), (["--workers", "0"], "--workers: expected at least 1, got 0"),
     (["--keep", "{used}"], "expected a new or empty folder")])
 def test_bad_options_are_one_line(tmp_path, capsys, options, message):
     from benchmarks.run import main

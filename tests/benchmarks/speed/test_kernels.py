@@ -114,7 +114,7 @@ def test_without_a_gpu_one_line_says_so(capsys, tmp_path):
 
 
 def test_unknown_models_are_named():
-    with pytest.raises(UserError, match="--models: expected names of Llama-3.1-8B, .*, got GPT-2"):
+    with pytest.raises(UserError, match="--models: expected names of Llama-3.1-8B; .*, got GPT-2"):
         kernels.chosen_models(["GPT-2"])
     assert kernels.chosen_models([MODELS[1].name]) == (MODELS[1],)
 

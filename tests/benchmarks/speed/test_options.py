@@ -162,8 +162,8 @@ def test_what_this_machine_has_not_is_left_out_by_name(made):
 
 
 @pytest.mark.parametrize("words, complaint", [
-    (["--contenders", "magic"], f"--contenders: expected names of {', '.join(OPTIONS)}, got magic"),
-    (["--rounds", "1"], "--rounds, --steps: expected at least 2 and 1, got 1 and 2")])
+    (["--contenders", "magic"], f"--contenders: expected names of {'; '.join(OPTIONS)}, got magic"),
+    (["--rounds", "1"], "--rounds: expected at least 2, got 1")])
 def test_mistakes_are_one_line(words, complaint):
     with pytest.raises(UserError) as raised:
         options.run(arguments(*words))

@@ -96,8 +96,8 @@ def test_growth_is_the_power_of_the_setting():
 
 
 @pytest.mark.parametrize("words, complaint", [
-    (["--axes", "width"], "--axes: expected names of tokens a step, context, vocabulary, rank, got width"),
-    (["--rounds", "1"], "--rounds, --threads: expected at least 2 and 1, got 1 and 1")])
+    (["--axes", "width"], "--axes: expected names of tokens a step; context; vocabulary; rank, got width"),
+    (["--rounds", "1"], "--rounds: expected at least 2, got 1")])
 def test_mistakes_are_one_line(words, complaint):
     with pytest.raises(UserError) as raised:
         scaling.run(arguments(*words))

@@ -94,7 +94,7 @@ def test_the_models_are_as_large_as_they_say():
 
 @pytest.mark.parametrize(("words", "complaint"), [
     (["--contenders", "other"], "--contenders: expected names of plain HF loop, fp32; .* got other"),
-    (["--compared", "0"], "--compared: expected 1 step or more, got 0"),
+    (["--compared", "0"], "--compared: expected at least 1 step, got 0"),
     (["--data", "x.jsonl"], "--data: expected --chats gsm8k beside it, got --chats tailed")])
 def test_mistakes_are_named(words, complaint):
     with pytest.raises(UserError, match=complaint):
