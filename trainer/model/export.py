@@ -22,7 +22,7 @@ from trainer.model.checkpoint_rest import add_rest
 from trainer.model.linear_layers import base_modules, base_name
 from trainer.model.locate import one_line_errors
 from trainer.model.lora import adapted_weights, projection, why_not_fused
-from trainer.model.peft_targets import write_targets
+from trainer.model.peft_targets import make_loadable
 from trainer.model.quantization import is_quantized, nf4_of, quantized_layers
 
 
@@ -33,7 +33,7 @@ def save_adapter(model: PeftModel, folder: Path | str, tokenizer: PreTrainedToke
     """
     with atomic_folder(folder) as tmp:
         model.save_pretrained(tmp)
-        write_targets(model.get_base_model(), tmp)
+        make_loadable(model.get_base_model(), tmp)
         if tokenizer is not None:
             tokenizer.save_pretrained(tmp)
 

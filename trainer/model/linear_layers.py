@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 LINEAR = (nn.Linear, Conv1D)
-ABOUT_A_WEIGHT = "dtype|device|shape|size|ndim|numel|data|requires_grad"  # attributes that are read for other ends than a product
+ABOUT_A_WEIGHT = "dtype|device|shape|size|ndim|numel|requires_grad"  # attributes that are read for other ends than a product
 
 
 def base_name(name: str) -> str:
@@ -54,7 +54,7 @@ def is_linear_map(layer: nn.Module) -> bool:
 
 
 def read_by_code(model: nn.Module) -> set[str]:
-    """Return the names of linear layers whose weight the module around them reads.
+    """Return the names of linear layers whose weight the module around them reads or changes.
 
     There the layer itself is not called, so an adapter would be ignored and a 4-bit weight be misread; on other devices the same module
     may call it. Fused kernels of state spaces are such code.

@@ -15,11 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora.layer import Linear as AdaptedLinear
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.variants import DoraLinearVariant
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -30,7 +32,7 @@ from trainer.errors import UserError
 from trainer.model.linear_layers import base_name
 from trainer.model.lora_targets import choose_targets, describe_left_out
 from trainer.model.mixtures import find_mixtures
-from trainer.model.peft_targets import as_modules, targets_as_given
+from trainer.model.peft_targets import as_loaded, as_modules, targets_as_given
 from trainer.model.quantization import is_quantized, nf4_of, weight_count, why_not_nf4
 
 logger = logging.getLogger(__name__)
@@ -90,14 +92,25 @@ def _load_adapter(model: PreTrainedModel, path: str) -> PeftModel:
         with targets_as_given():
             adapted = PeftModel.from_pretrained(model, folder, config=as_modules(model, saved), is_trainable=True,
                                                 low_cpu_mem_usage=model.device.type == "meta")
-        with safe_open(weights, "pt") as file:
-            unmatched = set(file.keys()) ^ set(get_peft_model_state_dict(adapted))
-        if unmatched:  # PEFT would load the tensors that fit and ignore the others
-            raise ValueError(f"{len(unmatched)} tensors are in one but not in the other, such as {min(unmatched)}")
+        _check_loaded(adapted, as_loaded(model, saved, load_file(weights)))
         return adapted
     # Another model's shapes or names, an unknown kind of adapter, a file cut short.
     except (ValueError, RuntimeError, OSError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"lora.path: the adapter in {folder} does not fit this model: {' '.join(str(error).split())[:300]}") from error
+
+
+def _check_loaded(adapted: PeftModel, saved: dict[str, Tensor]) -> None:
+    """Check that all tensors of a file are in the model, and no others; PEFT loads those that fit and ignores the rest.
+
+    Raises ValueError. A model on the meta device has names and shapes only.
+    """
+    loaded = get_peft_model_state_dict(adapted)
+    if unmatched := saved.keys() ^ loaded.keys():
+        raise ValueError(f"{len(unmatched)} tensors are in one but not in the other, such as {min(unmatched)}")
+    same = {name for name, tensor in loaded.items()
+            if tensor.device.type == "meta" or torch.equal(tensor.cpu(), saved[name].to(tensor.dtype))}
+    if lost := loaded.keys() - same:
+        raise ValueError(f"PEFT does not load {len(lost)} tensors, such as {min(lost)}")
 
 
 def describe(model: nn.Module) -> dict[str, str]:

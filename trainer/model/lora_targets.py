@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +23,11 @@ from trainer.model.linear_layers import LINEAR, is_linear_map, linear_layers, ou
 from trainer.model.mixtures import Mixtures, find_mixtures
 from trainer.model.packed_attention import decoder
 from trainer.model.peft_targets import is_rewritten
-from trainer.model.text_part import head_layer
+from trainer.model.text_part import head_layer, is_wrapped
 
 OUTSIDE = "outside the text decoder"
 NARROW = "narrower than lora.rank"
+IDLE = "without a gradient"
 SHOWN = 4  # kinds of layers that a line names for one reason
 
 
@@ -43,27 +45,17 @@ def choose_targets(model: PreTrainedModel, lora: config.Lora) -> Targets:
 
     Raises UserError for targets that the model does not have, for a named target that can take no adapter, and where nothing can.
     """
-    mixtures, part = find_mixtures(model), _name_of(decoder(model), model)
+    mixtures, left_out = find_mixtures(model), {}
     matched = match_targets(model, lora.target_modules, mixtures)
     layers = {name: layer for name, layer in matched.items() if name not in mixtures.layers}
-    inside = {name: layer for name, layer in layers.items() if name.startswith(part)}
-    left_out = {OUTSIDE: [name for name in layers if name not in inside]}
-    for reason, unfit in _unfit(inside, model, mixtures, lora).items():
-        left_out[reason] = [name for name in inside if name in unfit]
-        inside = {name: layer for name, layer in inside.items() if name not in unfit}
-    left_out = {reason: names for reason, names in left_out.items() if names}
-    if lora.target_modules != "all-linear":
-        _refuse_misfit(layers, left_out, lora)
-    weights = {name: weight for name, weight in mixtures.weights.items() if lora.experts and name.startswith(part)}
-    experts = {name: layer for name, layer in mixtures.layers.items() if lora.experts and name.startswith(part)}
-    if lora.experts:
-        _check_experts(model, weights, experts, lora)
-    chosen = inside | experts
-    if not chosen and not weights:
+    chosen = _choose_layers(model, layers, mixtures, lora, left_out)
+    experts = _choose_experts(model, mixtures, lora, left_out) if lora.experts else Mixtures()
+    chosen |= experts.layers
+    if not chosen and not experts.weights:
         found = describe_left_out(left_out) or "layers of experts, which need lora.experts true"
         raise UserError(f"lora.target_modules: expected layers that can take an adapter, found none in {lora.target_modules!r}: {found}")
     as_given = isinstance(lora.target_modules, list) and chosen.keys() == matched.keys()
-    return Targets(lora.target_modules if as_given else list(chosen), _parameter_targets(model, weights), left_out)
+    return Targets(lora.target_modules if as_given else list(chosen), _parameter_targets(model, experts.weights), left_out)
 
 
 def match_targets(model: PreTrainedModel, targets: str | list[str], mixtures: Mixtures) -> dict[str, nn.Module]:
@@ -115,7 +107,25 @@ def _last_parts(names: Iterable[str]) -> str:
     return ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
 
 
-# ---------------------------------------------------------------- what is unfit
+# ---------------------------------------------------------------- linear layers
+
+
+def _choose_layers(model: PreTrainedModel, layers: dict[str, nn.Module], mixtures: Mixtures, lora: config.Lora,
+                   left_out: dict[str, list[str]]) -> dict[str, nn.Module]:
+    """Return the layers that take an adapter, and note the others in `left_out`.
+
+    Raises UserError for a named target that can take none; those outside the decoder are only left out.
+    """
+    part = _decoder_prefix(model)
+    inside = {name: layer for name, layer in layers.items() if name.startswith(part)}
+    unfit = {OUTSIDE: layers.keys() - inside.keys()} | _unfit(inside, model, mixtures, lora)
+    for reason, names in unfit.items():
+        if found := [name for name in layers if name in names]:
+            if lora.target_modules != "all-linear" and reason != OUTSIDE:
+                _refuse(reason, found[0], layers[found[0]], lora)
+            left_out[reason] = found
+            layers = {name: layer for name, layer in layers.items() if name not in names}
+    return layers
 
 
 def _unfit(layers: dict[str, nn.Module], model: PreTrainedModel, mixtures: Mixtures, lora: config.Lora) -> dict[str, set[str]]:
@@ -125,42 +135,43 @@ def _unfit(layers: dict[str, nn.Module], model: PreTrainedModel, mixtures: Mixtu
         "routers and gates": {name for name in layers if every and (name in mixtures.routers or re.search(r"(^|[._])router", name))},
         "more than linear layers": {name for name, layer in layers.items() if not is_linear_map(layer)},
         "read by other code, which would ignore an adapter": read_by_code(model),
-        "never called": _uncalled(model, layers),
+        IDLE: _without_gradient(model, layers),
         NARROW: {name for name, layer in layers.items() if min(outputs_and_inputs(layer)) < lora.rank},
         "loaded by PEFT only without dropout and DoRA": {name for name in layers if needs_module and is_rewritten(model, name)},
     }
 
 
-@torch.no_grad()
-def _uncalled(model: PreTrainedModel, layers: dict[str, nn.Module]) -> set[str]:
-    """Return the names of layers that a forward does not call.
+def _without_gradient(model: PreTrainedModel, layers: dict[str, nn.Module]) -> set[str]:
+    """Return the names of modules through which no gradient comes from the last hidden states.
 
-    A model on the meta device cannot be run.
+    They are not called, as experts for images, or what they compute is only compared, as scores by which keys are chosen. A model on the
+    meta device is not run.
     """
-    if model.device.type == "meta":
+    if model.device.type == "meta" or not layers:
         return set()
-    called: set[nn.Module] = set()
-    hooks = [layer.register_forward_pre_hook(lambda module, _: called.add(module)) for layer in layers.values()]
+    probes = {name: torch.zeros((), dtype=torch.float32, device=model.device, requires_grad=True) for name in layers}
+
+    def add(probe: Tensor, module: nn.Module, inputs: tuple, output: object) -> object:
+        return output + probe.to(output.dtype) if isinstance(output, Tensor) else output
+
+    hooks = [layer.register_forward_hook(partial(add, probes[name])) for name, layer in layers.items()]
     try:
-        decoder(model)(input_ids=torch.arange(8, device=model.device)[None], use_cache=False)
+        with torch.enable_grad():
+            hidden = decoder(model)(input_ids=torch.arange(8, device=model.device)[None], use_cache=False).last_hidden_state
+        gradients = torch.autograd.grad(hidden.sum(), list(probes.values()), allow_unused=True)
     finally:
         for hook in hooks:
             hook.remove()
-    return {name for name, layer in layers.items() if layer not in called}
+    return {name for name, gradient in zip(probes, gradients, strict=True) if gradient is None}
 
 
-def _refuse_misfit(layers: dict[str, nn.Module], left_out: dict[str, list[str]], lora: config.Lora) -> None:
-    """Raise UserError for the first named target that can take no adapter.
-
-    Those outside the decoder are only left out.
-    """
-    for reason, (name, *_) in left_out.items():
-        if reason == NARROW:
-            rows, columns = outputs_and_inputs(layers[name])
-            raise UserError(f"lora.rank: expected at most {min(rows, columns)}, the smaller side of {name} ({rows} x {columns}), "
-                            f"got {lora.rank}")
-        if reason != OUTSIDE:
-            raise UserError(f"lora.target_modules: expected layers that can take an adapter, but {name} is among those {reason}")
+def _refuse(reason: str, name: str, layer: nn.Module, lora: config.Lora) -> None:
+    """Raise UserError for a named target that can take no adapter."""
+    if reason == NARROW:
+        rows, columns = outputs_and_inputs(layer)
+        raise UserError(f"lora.rank: expected at most {min(rows, columns)}, the smaller side of {name} ({rows} x {columns}), "
+                        f"got {lora.rank}")
+    raise UserError(f"lora.target_modules: expected layers that can take an adapter, but {name} is among those {reason}")
 
 
 def describe_left_out(left_out: dict[str, list[str]]) -> str:
@@ -179,8 +190,17 @@ def _kinds(names: list[str]) -> str:
 # ---------------------------------------------------------------- experts
 
 
-def _check_experts(model: PreTrainedModel, weights: dict[str, Tensor], layers: dict[str, nn.Module], lora: config.Lora) -> None:
-    """Check that the experts of a model can take the adapter. Raises UserError."""
+def _choose_experts(model: PreTrainedModel, mixtures: Mixtures, lora: config.Lora, left_out: dict[str, list[str]]) -> Mixtures:
+    """Return the experts of the text decoder, and note in `left_out` those that text does not reach.
+
+    Raises UserError if there are none, or they cannot take the adapter that is asked for.
+    """
+    part = _decoder_prefix(model)
+    weights = {name: weight for name, weight in mixtures.weights.items() if name.startswith(part)}
+    layers = {name: layer for name, layer in mixtures.layers.items() if name.startswith(part)}
+    if idle := _without_gradient(model, {name: model.get_submodule(name.rpartition(".")[0]) for name in weights}):
+        left_out[IDLE] = left_out.get(IDLE, []) + [name for name in weights if name in idle]
+        weights = {name: weight for name, weight in weights.items() if name not in idle}
     if not weights and not layers:
         raise UserError(f"lora.experts: expected a mixture of experts, found none in {model.config.model_type}; set it to false")
     if weights and (lora.dropout or lora.dora):
@@ -195,16 +215,22 @@ def _check_experts(model: PreTrainedModel, weights: dict[str, Tensor], layers: d
         if lora.rank > min(rows, columns):
             raise UserError(f"lora.rank: expected at most {min(rows, columns)} beside lora.experts, the smaller side of {name} "
                             f"({rows} x {columns}), got {lora.rank}")
+    return Mixtures(weights, layers)
 
 
 def _parameter_targets(model: PreTrainedModel, weights: dict[str, Tensor]) -> list[str]:
-    """Return PEFT's target parameters for these weights: ends of names, where no other weight has them."""
+    """Return PEFT's target parameters for these weights: ends of names, where no other weight has them.
+
+    Where the model's class has towers, which may not be in memory, they are whole names.
+    """
     ends = sorted({re.sub(r".*\.\d+\.", "", name) for name in weights})
-    others = any(name.endswith(tuple(f".{end}" for end in ends)) for name, _ in model.named_parameters() if name not in weights)
-    return sorted(weights) if others else ends
+    others = [name for name, _ in model.named_parameters() if name not in weights]
+    ambiguous = is_wrapped(model) or any(name.endswith(tuple(f".{end}" for end in ends)) for name in others)
+    return sorted(weights) if ambiguous else ends
 
 
-def _name_of(part: nn.Module, model: nn.Module) -> str:
-    """Return the start of the names of all that is in a part of the model."""
+def _decoder_prefix(model: PreTrainedModel) -> str:
+    """Return the start of the names of all that is in the text decoder."""
+    part = decoder(model)
     name = next(name for name, module in model.named_modules() if module is part)
     return f"{name}." if name else ""

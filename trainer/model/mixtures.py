@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trainer.model.linear_layers import LINEAR, base_modules, linear_layers, outputs_and_inputs
 
@@ -51,7 +52,7 @@ def _counts(module: nn.Module) -> set[int]:
     """Return the numbers of experts that a module may be a stack of; empty if it is none."""
     if isinstance(module, nn.ModuleList):
         alike = len(module) > 1 and len({type(expert) for expert in module}) == 1
-        return {len(module)} if alike and linear_layers(module) else set()
+        return {len(module)} if alike and linear_layers(module) and not isinstance(module[0], GradientCheckpointingLayer) else set()
     return {weight.shape[0] for weight in _stacked_weights(module).values()}
 
 

@@ -1,24 +1,35 @@
-"""Name an adapter's targets so that PEFT adapts just these, here and wherever the adapter is loaded.
+"""Name an adapter's targets and tensors so that PEFT finds just these layers, here and wherever it is loaded.
 
-transformers 5 holds as 3-D parameters the experts that transformers 4 held as linear layers. For the families that changed, PEFT 0.21
-rewrites the targets of every adapter that it makes or loads: names such as `gate_proj` then mean the experts and no longer the linear
-layers of that name, which dense layers and shared experts still have. Here an adapter is made without that, and its folder names these
-layers by their weights, as target parameters, which PEFT leaves as they are and for which it saves tensors of the same names.
+transformers 5 holds as 3-D parameters the experts that transformers 4 held as linear layers, and renames parts of some checkpoints. So
+PEFT 0.21 rewrites the targets of every adapter that it makes or loads for such a family: names like `gate_proj` then mean the experts and
+no longer the linear layers of that name, which dense layers and shared experts still have. Here an adapter is made without that, and its
+folder names these layers by their weights, as target parameters, which PEFT leaves as they are and for which it saves tensors of the same
+names. Names of tensors it rewrites too, as from the checkpoint's layout to the model's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from peft import LoraConfig, PeftConfig
-from peft.utils import transformers_weight_conversion
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, transformers_weight_conversion
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from trainer.model.linear_layers import linear_layers
+from trainer.model.text_part import DroppedTower, is_wrapped
+
+logger = logging.getLogger(__name__)
 
 REWRITE = "convert_peft_config_for_transformers"  # PEFT's function
+PREFIX = "base_model.model."  # of tensors' names in an adapter's file
 
 
 def is_rewritten(model: PreTrainedModel, target: str) -> bool:
@@ -42,13 +53,54 @@ def targets_as_given() -> Iterator[None]:
         setattr(transformers_weight_conversion, REWRITE, rewrite)
 
 
-def write_targets(model: PreTrainedModel, folder: Path) -> None:
-    """Change an adapter folder's configuration so that stock PEFT adapts the layers that were trained."""
+def make_loadable(model: PreTrainedModel, folder: Path) -> None:
+    """Change an adapter folder so that stock PEFT finds in it what was trained.
+
+    Towers that are not in memory are excluded by name, as PEFT keeps only the ends of targets' names. Tensors whose names would not survive
+    PEFT's renaming are named as in the checkpoint. Warns where that does not help.
+    """
     saved = PeftConfig.from_pretrained(folder)
-    if rewritten := {target for target in saved.target_modules if is_rewritten(model, target)}:
-        saved.target_modules = sorted(set(saved.target_modules) - rewritten)
-        saved.target_parameters = sorted({*(saved.target_parameters or ()), *(f"{target}.weight" for target in rewritten)})
-        saved.save_pretrained(folder)
+    targets = set() if isinstance(saved.target_modules, str) else set(saved.target_modules)
+    if rewritten := {target for target in targets if is_rewritten(model, target)}:
+        saved.target_modules = sorted(targets - rewritten)
+        weights = rewritten if not is_wrapped(model) else {name for name in linear_layers(model) if _ends_with(name, rewritten)}
+        saved.target_parameters = sorted({*(saved.target_parameters or ()), *(f"{target}.weight" for target in weights)})
+    saved.exclude_modules = saved.exclude_modules or excluded_towers(model)
+    saved.save_pretrained(folder)
+
+    file = folder / SAFETENSORS_WEIGHTS_NAME
+    tensors = load_file(file)
+    if as_loaded(model, saved, tensors).keys() == tensors.keys():
+        return
+    named = {_name_in_checkpoint(model, name): tensor for name, tensor in tensors.items()}
+    if as_loaded(model, saved, named).keys() == tensors.keys():
+        save_file(named, file, metadata={"format": "pt"})
+    else:
+        logger.warning("PEFT does not find the adapter's tensors in %s, as it renames them; only a merged model can be served (--export "
+                       "merged)", type(model).__name__)
+
+
+def as_loaded(model: PreTrainedModel, saved: LoraConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return an adapter's tensors by the names under which PEFT looks for them."""
+    return transformers_weight_conversion.convert_peft_adapter_state_dict_for_transformers(model, saved, dict(tensors))
+
+
+def _name_in_checkpoint(model: PreTrainedModel, name: str) -> str:
+    """Return an adapter tensor's name with the checkpoint's name of its layer."""
+    renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
+    plain = name.removeprefix(PREFIX)
+    return PREFIX + rename_source_key(plain, [entry.reverse_transform() for entry in renamings[::-1]], [], reverse=True)[0]
+
+
+def excluded_towers(model: PreTrainedModel) -> str | None:
+    """Return the regular expression of names of modules in towers that are not in memory; None if there are none."""
+    towers = [re.escape(name) for name, module in model.named_modules() if isinstance(module, DroppedTower)]
+    return rf"({'|'.join(towers)})\..*" if towers else None
+
+
+def _ends_with(name: str, ends: Iterable[str]) -> bool:
+    """Return whether a name is one of `ends`, or ends with one after a dot."""
+    return f".{name}".endswith(tuple(f".{end}" for end in ends))
 
 
 def as_modules(model: PreTrainedModel, saved: LoraConfig) -> LoraConfig:
@@ -57,8 +109,10 @@ def as_modules(model: PreTrainedModel, saved: LoraConfig) -> LoraConfig:
     PEFT's own rewriting is done first, as stock PEFT would do it.
     """
     getattr(transformers_weight_conversion, REWRITE)(saved, model=model, conversions=None)
-    linear = {f".{name}.weight" for name in linear_layers(model)}
-    layers = {target for target in saved.target_parameters or () if any(name.endswith(f".{target}") for name in linear)}
+    if saved.exclude_modules == excluded_towers(model):  # PEFT warns of what excludes nothing
+        saved.exclude_modules = None
+    weights = [f"{name}.weight" for name in linear_layers(model)]
+    layers = {target for target in saved.target_parameters or () if any(_ends_with(weight, [target]) for weight in weights)}
     if layers:
         saved.target_parameters = sorted(set(saved.target_parameters) - layers)
         saved.target_modules = sorted({*saved.target_modules, *(target.removesuffix(".weight") for target in layers)})

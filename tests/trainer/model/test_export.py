@@ -1,23 +1,26 @@
 """What is saved, stock PEFT and transformers load, and their logits are those of the model that was trained."""
 
 import json
+import warnings
 
 import pytest
 import torch
 from peft import PeftModel
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, AutoTokenizer
 
-from tests.helpers import mixtures, tiny
-from tests.helpers.models import our_logits, pack, relative_error, stock_logits
+from benchmarks.families.tiny_configs import tiny_config
+from tests.helpers import mixtures, tiny, wrapped
+from tests.helpers.models import our_logits, pack, relative_error, stock_logits, unlike_initial
 from trainer.config import Config, Lora, Model
 from trainer.errors import UserError
 from trainer.model import export
 from trainer.model.export import merge_and_save, merged_state, save_adapter
 from trainer.model.loading import load_model
-from trainer.model.lora import add_adapter
+from trainer.model.lora import adapted_weights, add_adapter
 from trainer.model.patch import patch
-from trainer.model.peft_targets import write_targets
+from trainer.model.peft_targets import make_loadable
 
 BATCH = pack(vocab_size=260)  # fewer than any tokenizer here has
 ADAPTERS = {"lora": {}, "rslora": dict(rslora=True), "dora": dict(dora=True), "some": dict(target_modules=["q_proj", "o_proj"])}
@@ -125,6 +128,31 @@ def test_merged_model_that_would_not_load_is_not_left(model_folder, tmp_path, mo
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "layers"), [("gemma3", 7 * 2), ("llama4", 7 * 2), ("deepseek_ocr2", 4 * 2 + 3 * 2)])
+def test_adapters_of_wrapped_checkpoints_load_in_their_own_class(tmp_path, kind, layers):
+    """Towers that are not in memory have layers of the same names; DeepSeek-OCR's checkpoint names the text's layers in another way."""
+    if kind in wrapped.WRAPPED:
+        wrapped.save_wrapped(tmp_path / "base", kind)
+        stock = wrapped.wrapped_class(kind)
+    else:
+        stock = type(saved := AutoModelForMultimodalLM.from_config(tiny_config(kind)))
+        unlike_initial(saved).save_pretrained(tmp_path / "base")
+        tiny.tokenizer().save_pretrained(tmp_path / "base")
+    model, tokenizer = trained(tmp_path / "base", adapter={})
+    save_adapter(model, tmp_path / "adapter", tokenizer)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        served = PeftModel.from_pretrained(stock.from_pretrained(tmp_path / "base"), tmp_path / "adapter").eval()
+    assert not [str(warning.message) for warning in said if "adapter keys" in str(warning.message)]
+    assert len(adapted_weights(served.get_base_model())) == layers
+    assert relative_error(stock_logits(served, BATCH), our_logits(model, BATCH)) < 1e-5
+    ours, _ = load_model(Config(model=Model(path=str(tmp_path / "base")), precision="fp32"), "cpu")
+    ours = add_adapter(ours, Lora(path=str(tmp_path / "adapter")))
+    patch(ours)
+    assert torch.equal(our_logits(ours, BATCH), our_logits(model, BATCH))
+
+
 @pytest.mark.parametrize("settings", [{}, dict(dora=True), dict(dropout=0.1)])
 def test_layers_that_peft_would_take_for_experts_are_named_by_their_weights(tmp_path, settings):
     """PEFT makes `gate_proj` the experts of this family, though dense layers and shared experts have layers of that name."""
@@ -135,7 +163,8 @@ def test_layers_that_peft_would_take_for_experts_are_named_by_their_weights(tmp_
     assert {name.rsplit(".", 1)[-1] for name in saved.target_modules} == (
         {"q_proj", "k_proj", "v_proj", "o_proj"} | (set() if settings else {"gate_proj", "up_proj", "down_proj"}))
     saved.save_pretrained(tmp_path)
-    write_targets(model.get_base_model(), tmp_path)
+    save_file({}, tmp_path / "adapter_model.safetensors")
+    make_loadable(model.get_base_model(), tmp_path)
     written = json.loads((tmp_path / "adapter_config.json").read_text())
     assert {name.rsplit(".", 1)[-1] for name in written["target_modules"]} == {"q_proj", "k_proj", "v_proj", "o_proj"}
     assert {".".join(name.rsplit(".", 2)[-2:]) for name in written["target_parameters"] or ()} == (set() if settings else targets)

@@ -7,12 +7,14 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from benchmarks.families.tiny_configs import tiny_config
 from tests.helpers import mixtures, tiny
 from tests.helpers.models import with_packed_attention
 from trainer.config import Lora
 from trainer.errors import UserError
 from trainer.model.lora import adapted_weights, add_adapter, describe
 from trainer.model.patch import patch
+from trainer.model.text_part import auto_class, keep_text_part
 
 FAMILIES = (*mixtures.MIXTURES, "mamba2", "bamba", "falcon_h1", "gemma3n_text")
 ATTENTION = {f"self_attn.{name}_proj" for name in "qkvo"}
@@ -81,9 +83,25 @@ def test_layers_that_are_never_called_are_left_out_and_said():
     model = tiny.model("llama")
     for layer in model.model.layers:
         layer.spare = nn.Linear(64, 64)
+    with pytest.raises(UserError, match="but model.layers.0.spare is among those without a gradient"):
+        add_adapter(model, Lora(rank=4, target_modules=["q_proj", "spare"]))
     adapted = add_adapter(model, Lora(rank=4))
-    assert describe(adapted) == {"no adapter": "never called: 2 x spare"}
+    assert describe(adapted) == {"no adapter": "without a gradient: 2 x spare"}
     assert not any("spare" in name for name in adapted_weights(model))
+
+
+@pytest.mark.parametrize(("family", "idle"), [
+    ("deepseek_v32", "indexer"), ("blt", "patcher"), ("ernie4_5_vl_moe", "vision_moe"),
+])
+def test_layers_that_only_choose_or_serve_images_are_left_out(family, idle):
+    """Nothing that is learnt from text reaches them."""
+    config = tiny_config(family)
+    torch.manual_seed(0)
+    model = auto_class(config).from_config(config, dtype=torch.float32).eval()
+    keep_text_part(model)
+    names = [name for name, _ in model.named_parameters() if idle in name]
+    adapted = adapted_weights(add_adapter(model, Lora(rank=2, experts=family.endswith("moe"))).get_base_model())
+    assert names and adapted and not [name for name in adapted if idle in name]
 
 
 class Grouped(nn.Linear):
@@ -98,7 +116,7 @@ def test_layers_that_are_more_than_linear_are_left_out_and_said():
     model.model.layers[0].mlp.router_like = Grouped(64, 64)
     model.model.layers[1].mlp.half = nn.utils.skip_init(nn.Linear, 64, 64)
     assert describe(add_adapter(model, Lora(rank=4)))["no adapter"] == (
-        "routers and gates: 1 x mlp.router_like; never called: 1 x mlp.half")
+        "routers and gates: 1 x mlp.router_like; without a gradient: 1 x mlp.half")
     model = tiny.model("llama")
     model.model.layers[0].mlp.grouped = Grouped(64, 64)
     assert describe(add_adapter(model, Lora(rank=4)))["no adapter"] == "more than linear layers: 1 x mlp.grouped"

@@ -47,6 +47,11 @@ def test_dense_models_have_none(family):
     assert not found.weights and not found.layers and not found.routers
 
 
+def test_decoder_layers_beside_what_writes_as_many_are_no_experts():
+    """DeepSeek V4 ends in four streams, and has four layers here."""
+    assert not find_mixtures(mixtures.sketch("deepseek_v4")).layers
+
+
 class OlderMixture(nn.Module):
     """Experts that are modules of their own, as transformers 4 and code beside checkpoints have them."""
 
