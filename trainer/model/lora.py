@@ -53,7 +53,7 @@ def add_adapter(model: PreTrainedModel, lora: config.Lora) -> PeftModel:
     if lora.path is not None:
         return _load_adapter(model, lora.path)
     _check_numbers(lora)
-    targets = choose_targets(model, lora)
+    targets = choose_targets(model.requires_grad_(False), lora)
     alpha = int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha  # readers of the JSON expect an int
     with targets_as_given():
         adapted = get_peft_model(model, LoraConfig(

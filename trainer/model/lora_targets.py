@@ -15,6 +15,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 from trainer import config
@@ -149,15 +150,17 @@ def _without_gradient(model: PreTrainedModel, layers: dict[str, nn.Module]) -> s
     """
     if model.device.type == "meta" or not layers:
         return set()
-    probes = {name: torch.zeros((), dtype=torch.float32, device=model.device, requires_grad=True) for name in layers}
+    probes = {name: torch.zeros((), device=model.device, requires_grad=True) for name in layers}
 
     def add(probe: Tensor, module: nn.Module, inputs: tuple, output: object) -> object:
-        return output + probe.to(output.dtype) if isinstance(output, Tensor) else output
+        return tree_map(lambda value: value + probe.to(value.dtype) if isinstance(value, Tensor) else value, output)
 
     hooks = [layer.register_forward_hook(partial(add, probes[name])) for name, layer in layers.items()]
     try:
         with torch.enable_grad():
             hidden = decoder(model)(input_ids=torch.arange(8, device=model.device)[None], use_cache=False).last_hidden_state
+        if not hidden.requires_grad:
+            return set(layers)
         gradients = torch.autograd.grad(hidden.sum(), list(probes.values()), allow_unused=True)
     finally:
         for hook in hooks:
