@@ -20,7 +20,7 @@ from benchmarks.suites import VIEWS
 from trainer.errors import UserError
 
 ROOT = RESULTS.parents[1]
-PAGES = tuple(ROOT / folder / "README.md" for folder in ("", "kernels", "synth", "benchmarks"))
+PAGES = tuple(ROOT / folder / "README.md" for folder in ("", "kernels", "synth", "trainer", "benchmarks"))
 BLOCK = re.compile(r"(<!-- benchmark: ([\w-]+)( in full)? -->\n)(.*?)(<!-- end of benchmark -->)", re.DOTALL)
 SECTION = re.compile(r"(<!-- (headline|summary) -->\n)(.*?)(<!-- end of \2 -->)", re.DOTALL)
 

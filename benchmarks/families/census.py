@@ -15,18 +15,22 @@ from typing import Any
 
 import torch
 from transformers import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
 from benchmarks.families.examine import METHODS, examine
 from benchmarks.families.tiny_configs import VARIANTS, model_type
 from benchmarks.harness import parallel, record, show
 from benchmarks.harness.record import origin
 from benchmarks.harness.suite import Caption, Suite, View
+from benchmarks.harness.synthetic_models import quiet
 from trainer.errors import UserError
 
 MODES = ("fused", "fused, mixers by sample", "packed", "packed, mixers by sample", "one by one", "refused", "fails")
 ELSEWHERE = {  # families of these classes that are no text models, or that need more than transformers
-    "needs other input than text": "blip blip-2 evolla git idefics instructblip instructblipvideo kosmos-2 kosmos-2.5 moshi pi0 pix2struct",
+    "needs other input than text": "blip blip-2 evolla git idefics instructblip instructblipvideo kosmos-2 kosmos-2.5 moshi pi0 pix2struct "
+                                   "voxtral_realtime",
+    "has an encoder of sound with no small form": "fun_asr_nano granite_speech granite_speech_plus kyutai_speech_to_text qwen2_5_omni "
+                                                  "qwen3_omni_moe vibevoice_asr",
     "drafts tokens for another model": "gemma4_assistant gemma4_unified_assistant",
     "does not predict the next token": "diffusion_gemma",
     "has no gradient outside training mode": "reformer",
@@ -51,7 +55,7 @@ def _is_encoder_decoder(family: str) -> bool:
 
 def families() -> list[str]:
     """Return the families that predict text, alone or in a model that also sees."""
-    return sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, *VARIANTS})
+    return sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES, *VARIANTS})
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> dict:
     """Examine the families in worker processes, and return the record."""
+    quiet()
     known = families()
     if unknown := sorted(set(arguments.families or ()) - set(known)):
         raise UserError(f"--families: expected model types of transformers, got {', '.join(unknown)}; one of {', '.join(known)}")

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, AutoTokenizer, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
 from benchmarks.families.tiny_configs import PLACEHOLDER, model_type, tiny_config
 from benchmarks.harness.synthetic_models import byte_pair_encoding, chat_tokenizer, quiet
@@ -101,7 +101,7 @@ def warnings_of(name: str) -> Iterator[list[str]]:
 
 def stock_class(family: str) -> type:
     """Return the class that a checkpoint of the family is saved from."""
-    return AutoModelForImageTextToText if model_type(family) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES else AutoModelForCausalLM
+    return AutoModelForMultimodalLM if model_type(family) in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES else AutoModelForCausalLM
 
 
 def save_loud_model(family: str, folder: Path) -> None:

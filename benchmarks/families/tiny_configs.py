@@ -50,11 +50,8 @@ STATE_IN_ATTENTION = dict(num_hidden_layers=3, layers_block_type=["linear_attent
 ROPE = dict(rope_type="default", rope_theta=10000.0)
 ROPE_3D = dict(mrope_section=[4, 2, 2], **ROPE)
 MROPE = dict(rope_parameters=ROPE_3D)
-LATENT = dict(num_key_value_heads=4, head_dim=8)  # as many heads of keys as of queries; head_dim is the part that rotates
 IMAGE_WORD = dict(vocabulary_map={"<image>": PLACEHOLDER})
 EXCEPTIONS: dict[str, dict[str, Any]] = {
-    "axk1": LATENT,
-    "axk2": LATENT,
     "bamba": dict(attn_layer_indices=[1]),
     "blt": dict(encoder_hash_byte_group_vocab=50),
     "chameleon": IMAGE_WORD,
@@ -63,20 +60,18 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "dbrx": dict(attn_config=dict(kv_n_heads=2, clip_qkv=8.0, rope_theta=10000.0),
                  ffn_config=dict(ffn_hidden_size=64, moe_num_experts=4, moe_top_k=2)),
     "deepseek_ocr2_text": dict(mlp_layer_types=["dense", "sparse"]),
-    "deepseek_v3": LATENT,
-    "deepseek_v32": LATENT,
     "dots1": dict(n_shared_experts=1),
     "emu3": IMAGE_WORD,
     "ernie4_5_vl_moe_text": dict(moe_intermediate_size=[32, 32], rope_parameters=dict(mrope_section=[3, 3, 2], **ROPE)),
-    "falcon_h1": dict(mamba_d_ssm=128, mamba_d_head=16),
+    "falcon_h1": dict(mamba_d_ssm=128, mamba_d_head=16, mlp_multipliers=[0.5, 2.0], ssm_multipliers=[0.5, 2.0, 0.5, 2.0, 0.5],
+                      key_multiplier=0.5, attention_in_multiplier=0.5, attention_out_multiplier=0.5, ssm_in_multiplier=2.0),
     "gemma3n_text": dict(num_hidden_layers=4, layer_types=WINDOW_FIRST * 2, num_kv_shared_layers=2,
                          activation_sparsity_pattern=[0.9, 0.0, 0.0, 0.0], laurel_rank=8),
     "gemma4_text": dict(num_hidden_layers=4, layer_types=WINDOW_FIRST * 2, num_kv_shared_layers=2),
     "glm46v_text": MROPE,
     "glm4v_moe_text": dict(rope_parameters=dict(mrope_section=[2, 1, 1], partial_rotary_factor=0.5, **ROPE)),
     "glm4v_text": MROPE,
-    "glm5_next_text": dict(num_key_value_heads=4, qk_rope_head_dim=0, head_dim=0, qk_head_dim=8, index_kpool=2),
-    "glm_moe_dsa": LATENT,
+    "glm5_next_text": dict(qk_rope_head_dim=0, head_dim=0, qk_head_dim=8, index_kpool=2),
     "glm_ocr_text": MROPE,
     "gpt_neo": dict(attention_types=[[["global", "local"], 1]]),
     "granite4_vision": dict(text_config=lambda: tiny_config("granite"), deepstack_layer_map=[], spatial_target_layers=[],
@@ -86,7 +81,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "hunyuan_vl_text": dict(rope_parameters=dict(mrope_section=[2, 2, 2, 2], rope_type="dynamic", rope_theta=1e4, factor=1.0, alpha=1e3)),
     "lfm2": dict(layer_types=["conv", "full_attention"]),
     "lfm2_moe": dict(layer_types=["conv", "full_attention"]),
-    "longcat_flash": dict(zero_expert_num=2, **LATENT),
+    "longcat_flash": dict(zero_expert_num=2),
     "mamba2": dict(num_heads=8, head_dim=16),
     "minimax_m3_vl_text": dict(index_block_size=4, index_topk_blocks=2, layer_types=["full_attention", "minimax_m3_sparse"],
                                mlp_layer_types=["dense", "sparse"]),
@@ -101,15 +96,15 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "radio": dict(video_temporal_patch_size=2),
     "roc_bert": dict(shape_vocab_size=50, pronunciation_vocab_size=50, shape_embed_dim=16, pronunciation_embed_dim=16),
     "xmod": dict(default_language="en_XX"),
-    "youtu": dict(pad_token_id=None, **LATENT),  # transformers zeroes the padding's row of a head that is the embedding
+    "youtu": dict(pad_token_id=None),  # transformers zeroes the padding's row of a head that is the embedding
     "zamba": dict(attention_head_dim=32, **STATE_IN_ATTENTION),
     "zamba2": dict(n_mamba_heads=8, **STATE_IN_ATTENTION),
     "zaya": dict(num_experts_per_tok=1),
 }
-VARIANTS: dict[str, dict[str, Any]] = {  # "family, what is different": other forms in which a family is released
-    "gemma4_text, experts": dict(enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=32,
+VARIANTS: dict[str, dict[str, Any]] = {  # "family (what is different)": other forms in which a family is released
+    "gemma4_text (experts)": dict(enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=32,
                                  hidden_size_per_layer_input=0, num_kv_shared_layers=0, attention_k_eq_v=True),
-    "granitemoehybrid, dense": dict(layer_types=["full_attention"] * 2, num_local_experts=0),
+    "granitemoehybrid (dense)": dict(layer_types=["full_attention"] * 2, num_local_experts=0),
 }
 
 
@@ -122,6 +117,9 @@ def tiny_config(family: str | type[PreTrainedConfig], **settings: Any) -> PreTra
     default = made()
     fields = default.to_dict()
     small = {name: BY_NAME.get(name, PLACEHOLDER) for name, value in fields.items() if name in BY_NAME or _is_token(name, value)}
+    if "kv_lora_rank" in fields:  # keys from a latent vector: as many heads as queries have; head_dim may be the part that rotates
+        small["num_key_value_heads"] = BY_NAME["num_attention_heads"]
+        small |= {"head_dim": BY_NAME["qk_rope_head_dim"]} if fields.get("head_dim") == fields["qk_rope_head_dim"] else {}
     small |= _one_layer_of_each_kind(fields)
     parts = {name: getattr(default, name) for name in made.sub_configs}
     small |= {name: tiny_config(type(part)) for name, part in parts.items() if isinstance(part, PreTrainedConfig)}
@@ -131,7 +129,7 @@ def tiny_config(family: str | type[PreTrainedConfig], **settings: Any) -> PreTra
 
 def model_type(family: str) -> str:
     """Return transformers' name of a family or variant."""
-    return family.partition(", ")[0]
+    return family.partition(" (")[0]
 
 
 def _is_token(name: str, value: Any) -> bool:

@@ -46,7 +46,7 @@ def code(root: Path = RESULTS.parents[1]) -> dict:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    pages = ":!benchmarks/results", ":!README.md", ":!benchmarks/README.md", ":!kernels/README.md"
+    pages = ":!benchmarks/results", ":!README.md", ":!benchmarks/README.md", ":!kernels/README.md", ":!trainer/README.md"
     changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", *pages)
     return {"commit": git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}
 

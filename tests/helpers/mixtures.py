@@ -8,7 +8,7 @@ from tests.helpers.models import unlike_initial
 
 MIXTURES = (
     "qwen3_moe", "qwen2_moe", "qwen3_next", "qwen3_5_moe_text", "mixtral", "gpt_oss", "granitemoe", "glm4_moe", "phimoe", "llama4_text",
-    "deepseek_v3", "gemma4_text, experts", "afmoe", "jetmoe", "longcat_flash", "lfm2_moe", "hunyuan_v1_moe", "granitemoehybrid", "jamba",
+    "deepseek_v3", "gemma4_text (experts)", "afmoe", "jetmoe", "longcat_flash", "lfm2_moe", "hunyuan_v1_moe", "granitemoehybrid", "jamba",
     "nemotron_h")
 
 

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from benchmarks.families.tiny_configs import tiny_config
+from trainer.model.text_part import auto_class
 
 CHATML = (
     "{{ bos_token }}{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
@@ -18,6 +19,11 @@ TEXT = [
     "How many clips did Natalia sell altogether in April and May?",
 ] * 20
 
+WRAPPERS = {  # of text models that have no class with a head of their own
+    "glm4v_moe_text": "glm4v_moe", "glm4v_text": "glm4v", "paddleocr_vl_text": "paddleocr_vl",
+    "qwen2_5_omni_text": "qwen2_5_omni_thinker", "qwen2_5_vl_text": "qwen2_5_vl", "qwen2_vl_text": "qwen2_vl",
+    "qwen3_omni_moe_text": "qwen3_omni_moe_thinker", "qwen3_vl_moe_text": "qwen3_vl_moe", "qwen3_vl_text": "qwen3_vl",
+}
 # Families whose tiny models have a shape of their own, on which tests rely; of other families the benchmarks know one.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "granite", "olmo2", "smollm3")
 
@@ -38,6 +44,8 @@ def tokenizer(texts=TEXT, vocab_size: int = 400, chat_template: str | None = CHA
 
 def model_config(family: str, vocab_size: int = 400, **overrides):
     """A small config of `family` with grouped heads and tied-ness, windows and softcaps as the family has them."""
+    if family in WRAPPERS:
+        return tiny_config(WRAPPERS[family], text_config=tiny_config(family, vocab_size=vocab_size, use_cache=False, **overrides))
     if family not in FAMILIES:
         return tiny_config(family, **(dict(vocab_size=vocab_size, use_cache=False) | overrides))
     settings = dict(
@@ -59,7 +67,8 @@ def model_config(family: str, vocab_size: int = 400, **overrides):
 
 def model(family: str, dtype=torch.float32, **overrides):
     torch.manual_seed(0)
-    made = AutoModelForCausalLM.from_config(model_config(family, **overrides), dtype=dtype).eval()
+    config = model_config(family, **overrides)
+    made = auto_class(config).from_config(config, dtype=dtype).eval()
     if dtype == torch.float64:
         made.set_experts_implementation("eager")  # torch's grouped products of experts have no fp64
     return made

@@ -213,6 +213,11 @@ def fused_mlp_forward(mlp: nn.Module, activation: str, x: Tensor) -> Tensor:
     return mlp.down_proj(glu(gate, up, activation))
 
 
+def is_fused(module: nn.Module) -> bool:
+    """Return whether a module's forward is one of those above."""
+    return any(runs(module, ours) for ours in (norm_forward, attention_forward, mlp_forward, fused_mlp_forward, layer_forward))
+
+
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """Return the decoder layers of the language model in order."""
     return [module for module in decoder(model).modules() if isinstance(module, GradientCheckpointingLayer)]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from kernels.attention import packed_attention
 from trainer.model.pack_context import running_pack
 
 PACKED = "steadfast_packed"
+UNSAID = -1  # a window that an attention call does not name: the mask may have one, or there is none
 SEES_ALL_EARLIER = {"full_attention", "attention", "hybrid"}  # kinds of layers whose mask is causal
 
 
@@ -33,7 +35,7 @@ class Reach(NamedTuple):
 
 
 def packed(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *,
-           scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None, softcap: float | None = None,
+           scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = UNSAID, softcap: float | None = None,
            s_aux: Tensor | None = None, **kwargs) -> tuple[Tensor, None]:
     """Compute causal attention in the signature of transformers' attention interface.
 
@@ -61,29 +63,34 @@ def packed(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attenti
 
 
 def _reach(module: nn.Module, window: int | None) -> Reach:
-    """Return the reach of an attention call with this window.
+    """Return the reach of an attention call with this window, or UNSAID.
 
-    Some stock code passes none and leaves it to the mask. Raises ValueError for a kind of layer that is neither.
+    Some stock code says nothing of it and leaves it to the mask. Raises ValueError for a kind of layer that is neither.
     """
     config, kind = getattr(module, "config", None), _kind(module)
     if kind == "chunked_attention":
         return Reach(chunk=config.attention_chunk_size)
-    if kind == "sliding_attention":
-        return Reach(window=config.sliding_window if window is None else window)
-    if kind not in SEES_ALL_EARLIER:
+    if kind == "sliding_attention" and window in (None, UNSAID):
+        return Reach(window=config.sliding_window)
+    if kind not in SEES_ALL_EARLIER | {"sliding_attention", None}:
         raise ValueError(f"packed attention: {type(module).__name__} is {kind}, which its call does not describe")
+    if window == UNSAID:
+        return Reach(window=getattr(config, "sliding_window", None) if kind is None and _masks_windows(module) else None)
     return Reach(window=window)
 
 
-def _kind(module: nn.Module) -> str:
+def _kind(module: nn.Module) -> str | None:
     """Return the kind of an attention module's layer, in transformers' words.
 
-    A config without kinds has a window in every layer or in none; a module that several layers share has no kind of its own.
+    None for a config without kinds, and for a module that several layers share.
     """
-    config, layer = getattr(module, "config", None), getattr(module, "layer_idx", None)
-    if (kinds := getattr(config, "layer_types", None)) and layer is not None:
-        return kinds[layer]
-    return "full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"
+    kinds, layer = getattr(getattr(module, "config", None), "layer_types", None), getattr(module, "layer_idx", None)
+    return kinds[layer] if kinds and layer is not None else None
+
+
+def _masks_windows(module: nn.Module) -> bool:
+    """Return whether the code of a module's model builds masks with a window."""
+    return hasattr(sys.modules[type(module).__module__], "create_sliding_window_causal_mask")
 
 
 AttentionInterface.register(PACKED, packed)

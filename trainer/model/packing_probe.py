@@ -252,7 +252,7 @@ def _leaks(layer: nn.Module, part: nn.Module, args: tuple, kwargs: dict, dtype: 
         out = part(*map(swap, args), **{key: swap(value) for key, value in kwargs.items()})
         return out[0] if isinstance(out, tuple) else out
 
-    with _swapped(layer, dtype, AMPLIFIED):
+    with swapped(layer, dtype, AMPLIFIED):
         outputs = [output(x) for x in (hidden, changed, rounded)]
     if not isinstance(outputs[0], Tensor) or outputs[0].shape[:2] != (1, tokens):
         return False
@@ -278,7 +278,7 @@ def higher_precision(model: PreTrainedModel, dtype: torch.dtype, amplified: nn.M
             if isinstance(part, nn.Embedding):
                 stack.callback(part.register_forward_hook(lambda module, args, output: output.to(dtype)).remove)
             else:
-                stack.enter_context(_swapped(part, dtype, 1.0))
+                stack.enter_context(swapped(part, dtype, 1.0))
         if embeddings not in outside:
             stack.callback(embeddings.register_forward_hook(lambda module, args, output: output.to(dtype)).remove)
         for layer in layers(model):
@@ -291,7 +291,7 @@ def _swap_while_running(stack: ExitStack, layer: nn.Module, dtype: torch.dtype, 
     running = ExitStack()
 
     def enter(module: nn.Module, args: tuple) -> None:
-        running.enter_context(_swapped(module, dtype, factor))
+        running.enter_context(swapped(module, dtype, factor))
 
     def leave(module: nn.Module, args: tuple, output: object) -> None:
         running.close()
@@ -302,7 +302,7 @@ def _swap_while_running(stack: ExitStack, layer: nn.Module, dtype: torch.dtype, 
 
 
 @contextmanager
-def _swapped(module: nn.Module, dtype: torch.dtype, factor: float) -> Iterator[None]:
+def swapped(module: nn.Module, dtype: torch.dtype, factor: float) -> Iterator[None]:
     """Give the weights of `module` another dtype, and its matrices a factor, inside this context."""
     old = [(parameter, parameter.data) for parameter in module.parameters() if parameter.is_floating_point()]
     four_bit = [(part, part.compute_dtype) for part in module.modules() if hasattr(part, "compute_dtype")]

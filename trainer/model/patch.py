@@ -8,6 +8,7 @@ lora.py or experts.py, which pickles and copies with its module.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,13 +28,17 @@ from trainer.model.fused_layers import (
     attention_traits,
     decoder_layers,
     fused_mlp_forward,
+    is_fused,
     layer_forward,
     mlp_forward,
     norm_forward,
     why_not_fused_attention,
 )
+from trainer.model.fusion_check import fusion_fault
 from trainer.model.mixers import runs_by_sample
 from trainer.model.packed_attention import decoder, is_packed
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -50,8 +55,9 @@ class PatchReport:
 def patch(model: nn.Module, enabled: bool = True) -> PatchReport:
     """Give the modules of `model` their fused forwards; patching again is a no-op.
 
-    The model may have an adapter. In a family that is not in FAMILIES only linear layers and experts with adapters are fused. With
-    `enabled=False` nothing changes and the report says so. Raises UserError if KERNELS_BACKEND names a backend that is not available.
+    The model may have an adapter. In a family that is not in FAMILIES, or whose fused layers are shown to differ from its own code, only
+    linear layers and experts with adapters are fused. With `enabled=False` nothing changes. The report says so. Raises UserError if
+    KERNELS_BACKEND names a backend that is not available.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     family = family_of(base) if enabled else None
@@ -59,15 +65,30 @@ def patch(model: nn.Module, enabled: bool = True) -> PatchReport:
         kernel_backend = serving(base.device, base.dtype)
     except ValueError as error:
         raise UserError(str(error)) from None
+    if not enabled:
+        return _report(base, None, "model.fused_kernels is off", kernel_backend, Counter())
+    counts = _patch_modules(base, family)
+    experts.fuse_adapters(base)
+    if family is None:
+        return _report(base, None, "unknown family", kernel_backend, counts)
+    if fault := fusion_fault(base):
+        logger.warning("%s runs with stock layers, since fused ones differ from its own code: %s", base.config.model_type, fault)
+        for module in filter(is_fused, base.modules()):
+            del module.forward
+        return _report(base, None, "fused ones differ from its code", kernel_backend, Counter(adapter=counts["adapter"]))
+    return _report(base, family, None, kernel_backend, counts)
+
+
+def _patch_modules(base: PreTrainedModel, family: Family | None) -> Counter[str]:
+    """Fuse the language model's modules, and adapted layers elsewhere.
+
+    Returns how many fused operations of each kind serve the model.
+    """
     counts: Counter[str] = Counter()
-    last = next(reversed(decoder_layers(base)), None)
-    language = set(decoder(base).modules())  # adapters may be elsewhere too
+    last, language = next(reversed(decoder_layers(base)), None), set(decoder(base).modules())
     for name, module in base.named_modules():
-        if enabled:
-            counts.update(_patch_module(module, name.rsplit(".", 1)[-1], family if module in language else None, module is last))
-    if enabled:
-        experts.fuse_adapters(base)
-    return _report(base, family, enabled, kernel_backend, counts)
+        counts.update(_patch_module(module, name.rsplit(".", 1)[-1], family if module in language else None, module is last))
+    return counts
 
 
 def _patch_module(module: nn.Module, name: str, family: Family | None, last: bool) -> dict[str, int]:
@@ -108,7 +129,7 @@ def _is_rms_norm(module: nn.Module) -> bool:
 def _gate_of(module: nn.Module, family: Family) -> str | None:
     """Return our name of the activation of a gated MLP; None for other modules and activations."""
     projections = {name for name, child in module.named_children() if name != family.activation}
-    gated = projections in ({"gate_proj", "up_proj", "down_proj"}, {"gate_up_proj", "down_proj"})
+    gated = family.mlp and projections in ({"gate_proj", "up_proj", "down_proj"}, {"gate_up_proj", "down_proj"})
     return ACTIVATIONS.get(type(getattr(module, family.activation, None))) if gated else None
 
 
@@ -121,8 +142,8 @@ def _adds_attention_as_is(layer: nn.Module, family: Family) -> bool:
     return family.stream_norm is not None and hasattr(layer, "self_attn") and not dropped
 
 
-def _report(base: PreTrainedModel, family: Family | None, enabled: bool, kernel_backend: str, counts: Counter[str]) -> PatchReport:
-    config, why_stock = base.config.get_text_config(), "unknown family" if enabled else "model.fused_kernels is off"
+def _report(base: PreTrainedModel, family: Family | None, why_stock: str | None, kernel_backend: str, counts: Counter[str]) -> PatchReport:
+    config = base.config.get_text_config()
     report = PatchReport(config.model_type if family else f"{config.model_type} ({why_stock}: stock layers)")
     softcap = config.attn_logit_softcapping if family and family.softcap else None
     attention = backend(base.device, base.dtype, softcap, getattr(config, "attention_dropout", 0.0))

@@ -13,7 +13,7 @@ from trainer.model.lora import adapted_layers, adapters_disabled
 from trainer.model.patch import patch
 
 TARGETS = ["experts.gate_up_proj", "experts.up_proj", "experts.down_proj"]
-FAMILIES = ("qwen3_moe", "mixtral", "gpt_oss", "granitemoe", "deepseek_v3", "nemotron_h", "lfm2_moe", "gemma4_text, experts",
+FAMILIES = ("qwen3_moe", "mixtral", "gpt_oss", "granitemoe", "deepseek_v3", "nemotron_h", "lfm2_moe", "gemma4_text (experts)",
             "qwen3_5_moe_text")
 
 

@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 from peft.tuners.lora.variants import DoraLinearVariant
+from transformers import AutoModelForCausalLM
 
 from tests.helpers import tiny
 from tests.helpers.models import LENGTHS, gradients, our_logits, pack, relative_error, stock_logits, with_packed_attention
@@ -75,7 +76,7 @@ def test_unknown_family_has_fused_adapters():
                                        num_attention_heads=4, num_key_value_heads=2, sliding_window=8)
     def made():
         torch.manual_seed(0)
-        return add_adapter(tiny.AutoModelForCausalLM.from_config(config).eval(), Lora(rank=4))
+        return add_adapter(AutoModelForCausalLM.from_config(config).eval(), Lora(rank=4))
     stock, ours = made(), made()
     with_packed_attention(ours.get_base_model())
     report, batch = patch(ours), pack()
@@ -314,5 +315,5 @@ def test_adapters_of_other_kinds_and_pickles_are_refused(tmp_path):
 def test_outline_takes_adapters():
     """A dry run counts an adapter's parameters without memory for any."""
     with torch.device("meta"):
-        model = add_adapter(tiny.AutoModelForCausalLM.from_config(tiny.model_config("llama")), Lora(rank=4))
+        model = add_adapter(AutoModelForCausalLM.from_config(tiny.model_config("llama")), Lora(rank=4))
     assert {p.device.type for p in model.parameters()} == {"meta"}

@@ -20,7 +20,7 @@ EXPECTED = {  # ends of names of experts' weights, and of the linear layers that
     "granitemoe": ({"block_sparse_moe.experts.gate_up_proj", "block_sparse_moe.experts.down_proj"}, set()),
     "phimoe": (EXPERTS, {"mlp.router"}),
     "llama4_text": ({"feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"}, {"feed_forward.router"}),
-    "gemma4_text, experts": ({"experts.gate_up_proj", "experts.down_proj"}, {"router.proj"}),
+    "gemma4_text (experts)": ({"experts.gate_up_proj", "experts.down_proj"}, {"router.proj"}),
     "afmoe": (EXPERTS, {"mlp.router.gate"}),
     "jetmoe": ({f"{part}.{side}_linear.weight" for part in ("mlp", "self_attention.experts") for side in ("input", "output")},
                {"mlp.router.layer", "self_attention.experts.router.layer"}),

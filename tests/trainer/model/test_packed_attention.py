@@ -20,13 +20,15 @@ UNKNOWN = {  # family: (settings, whether it packs)
     "opt": (dict(ffn_dim=112, word_embed_proj_dim=32), True),
     "phi": ({}, True),
     "phimoe": (dict(num_local_experts=2, sliding_window=8), True),  # leaves its window to the mask
-    "deepseek_v3": (dict(n_routed_experts=4, n_group=2, topk_group=1, num_experts_per_tok=2, kv_lora_rank=16, q_lora_rank=16, v_head_dim=24,
-                         qk_nope_head_dim=16, qk_rope_head_dim=16, moe_intermediate_size=32, num_key_value_heads=4), True),  # narrow values
+    "minicpm3": (dict(kv_lora_rank=16, q_lora_rank=16, v_head_dim=24, qk_nope_head_dim=16, qk_rope_head_dim=16, num_key_value_heads=4),
+                 True),  # values wider than keys
     "gemma3_text": (dict(use_bidirectional_attention=True, sliding_window=8), False),
     "stablelm": ({}, True),  # its layers drop keyword arguments
     "bloom": (dict(n_head=4, n_layer=2), False),  # its attention has a bias by distance
     "mamba": (dict(state_size=4), True),  # a recurrence, which runs by sample
-    "granite_swa": (dict(sliding_window=8), True),  # sinks
+    "mimo_v2_flash": (dict(head_dim=16, v_head_dim=24, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
+                sliding_window=8,
+                           num_hidden_layers=2, n_group=1, topk_group=1), True),  # sinks
     "llama4_text": (dict(head_dim=16, num_local_experts=2, intermediate_size_mlp=64, attention_chunk_size=8), True),  # chunked
 }
 
