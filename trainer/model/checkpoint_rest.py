@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from safetensors import safe_open
@@ -20,6 +20,9 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
+from trainer.model.quantization import import_bitsandbytes
+
+QUANT_STATE = ".quant_state.bitsandbytes__"  # of a weight in 4 bits, in bitsandbytes' files
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 
 
@@ -36,9 +39,10 @@ def rest_of_checkpoint(model: PreTrainedModel, loaded: Iterable[str]) -> dict[st
     """Return the tensors of the base's files that `model` did not load, by their names in the files.
 
     `loaded` are the stock names of its weights. Tensors beside a weight of the same layer are left out: scales of a quantised one.
+    Weights in 4 bits are dequantised, as the exported model is dense.
     """
     loaded = set(loaded)
-    layers = loaded | {name.rpartition(".")[0] for name in loaded}
+    layers = {name.rpartition(".")[0] for name in loaded}
     conversions = get_model_conversion_mapping(model)
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
@@ -48,9 +52,26 @@ def rest_of_checkpoint(model: PreTrainedModel, loaded: Iterable[str]) -> dict[st
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():
                 renamed, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
-                if not {name, renamed} & loaded and renamed.rpartition(".")[0] not in layers:
+                of_weight = name in loaded or any(end in loaded for end in _beginnings(renamed))
+                if not of_weight and renamed.rpartition(".")[0] not in layers:
                     rest[name] = tensors.get_tensor(name)
-    return rest
+    return _dequantized(rest)
+
+
+def _beginnings(name: str) -> Iterator[str]:
+    """Yield a dotted name, and what is left of it as its parts are removed from the end."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
+
+
+def _dequantized(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors with those in bitsandbytes' 4 bits dequantised."""
+    for name in [state.partition(QUANT_STATE)[0] for state in tensors if QUANT_STATE in state]:
+        functional = import_bitsandbytes("model.path").functional
+        parts = {part: tensors.pop(part) for part in list(tensors) if part.startswith(f"{name}.")}
+        tensors[name] = functional.dequantize_4bit(tensors[name], functional.QuantState.from_dict(parts, "cpu"))
+    return tensors
 
 
 def checkpoint_files(model: PreTrainedModel) -> list[str]:

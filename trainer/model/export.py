@@ -14,6 +14,7 @@ from peft.tuners.lora.layer import LoraLayer
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.bitsandbytes import Bnb4bitDeserialize
 
 from kernels.nf4 import dequantize_nf4
 from trainer.errors import UserError
@@ -64,7 +65,10 @@ def _dense_on_meta(base: PreTrainedModel) -> PreTrainedModel:
     del config.quantization_config
     with torch.device("meta"):
         dense = type(base)(config).to(nf4_of(quantized_layers(base)[0]).dtype)
-    dense.generation_config, dense._weight_conversions = base.generation_config, getattr(base, "_weight_conversions", None)
+    conversions = getattr(base, "_weight_conversions", None)
+    if conversions is not None:  # reading a checkpoint in 4 bits is one of them, which has no way back
+        conversions = [entry for entry in conversions if Bnb4bitDeserialize not in map(type, getattr(entry, "operations", ()))]
+    dense.generation_config, dense._weight_conversions = base.generation_config, conversions
     return dense
 
 

@@ -130,7 +130,11 @@ def _found_config(model: Model, source: str) -> PreTrainedConfig:
 
 def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a tokenizer with more tokens than the model's embedding has rows."""
-    rows = model.get_input_embeddings().weight.shape[0]
+    try:
+        rows = model.get_input_embeddings().weight.shape[0]
+    except NotImplementedError:
+        raise UserError(f"model: expected a model that reads text tokens, {type(model).__name__} names no embedding of them; "
+                        "train another model") from None
     if len(tokenizer) > rows:
         raise UserError(f"model.tokenizer: expected at most {rows} tokens, the rows of the model's embedding, found {len(tokenizer)}; "
                         "use the model's own tokenizer, or a config with a larger vocab_size")

@@ -1,4 +1,4 @@
-"""Name an adapter's targets and tensors so that PEFT finds just these layers wherever it is loaded.
+"""Name an adapter's targets and tensors so that PEFT finds just these layers, here and wherever it is loaded.
 
 transformers 5 holds as 3-D parameters the experts that transformers 4 held as linear layers, and renames parts of some checkpoints. So
 PEFT 0.21 rewrites the targets of every adapter that it makes or loads for such a family: names like `gate_proj` then mean the experts and
@@ -24,7 +24,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from trainer.model.linear_layers import linear_layers
-from trainer.model.text_part import DroppedTower, is_wrapped
+from trainer.model.text_part import dropped_towers, is_wrapped
 
 logger = logging.getLogger(__name__)
 
@@ -93,9 +93,9 @@ def _name_in_checkpoint(model: PreTrainedModel, name: str) -> str:
 
 
 def excluded_towers(model: PreTrainedModel) -> str | None:
-    """Return the regular expression of names in towers that are not in memory, or None."""
-    towers = [re.escape(name) for name, module in model.named_modules() if isinstance(module, DroppedTower)]
-    return rf"({'|'.join(towers)})\..*" if towers else None
+    """Return the regular expression of names of modules in towers that are not in memory; None if there are none."""
+    towers = dropped_towers(model)
+    return rf"({'|'.join(map(re.escape, towers))})\..*" if towers else None
 
 
 def _ends_with(name: str, ends: Iterable[str]) -> bool:

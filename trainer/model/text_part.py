@@ -48,10 +48,12 @@ class DroppedTower(nn.Module):
 
 
 def keep_text_part(model: PreTrainedModel) -> None:
-    """Drop the towers of a wrapped model, and what connects them to its text decoder.
+    """Drop the towers of a model that also reads images or sound, and what connects them to its text decoder.
 
     Other models stay as they are. Raises UserError for a text decoder that reads an encoder.
     """
+    for embedding in _embeddings_of_towers(model):
+        _drop(model.get_submodule(embedding.rpartition(".")[0]), embedding.rpartition(".")[2])
     if not is_wrapped(model):
         return
     if model.config.is_encoder_decoder or model.config.get_text_config().is_encoder_decoder:
@@ -60,11 +62,22 @@ def keep_text_part(model: PreTrainedModel) -> None:
     _drop_others(model, text)
 
 
+def dropped_towers(model: PreTrainedModel) -> list[str]:
+    """Return the names of the modules that `keep_text_part` dropped."""
+    return [name for name, module in model.named_modules() if isinstance(module, DroppedTower)]
+
+
 def describe(model: PreTrainedModel) -> dict[str, str]:
-    """Return the startup report of a wrapped model as {name: text}; empty for others."""
-    dropped = [name for name, module in model.named_modules() if isinstance(module, DroppedTower)]
-    parts = ", ".join(dropped) or "nothing else"
-    return {"text part": f"of {type(model).__name__}; not in memory, and left as they are: {parts}"} if is_wrapped(model) else {}
+    """Return the startup report of a model without its towers as {name: text}; empty for others."""
+    dropped = ", ".join(dropped_towers(model))
+    return {"text part": f"of {type(model).__name__}; not in memory, and left as they are: {dropped}"} if dropped else {}
+
+
+def _embeddings_of_towers(model: PreTrainedModel) -> list[str]:
+    """Return the names of the modules that hold a tower in the middle of a decoder, as in Phi-4-multimodal."""
+    configs = [config for name in ("vision_config", "audio_config") if (config := getattr(model.config, name, None)) is not None]
+    towers = [name for name, module in model.named_modules() if isinstance(module, PreTrainedModel) and module.config in configs]
+    return [] if is_wrapped(model) else [name.rpartition(".")[0] for name in towers]
 
 
 def _drop_others(parent: nn.Module, text: set[nn.Module]) -> None:
@@ -72,8 +85,13 @@ def _drop_others(parent: nn.Module, text: set[nn.Module]) -> None:
     for name in parent._parameters:
         setattr(parent, name, None)
     for name, child in list(parent.named_children()):
-        weight = next(child.parameters(), None)
-        if weight is not None and text.isdisjoint(child.modules()):
-            setattr(parent, name, DroppedTower(weight.device, weight.dtype))
+        if text.isdisjoint(child.modules()):
+            _drop(parent, name)
         elif child not in text:
             _drop_others(child, text)
+
+
+def _drop(parent: nn.Module, name: str) -> None:
+    """Drop a child of `parent` if it has weights."""
+    if (weight := next(getattr(parent, name).parameters(), None)) is not None:
+        setattr(parent, name, DroppedTower(weight.device, weight.dtype))

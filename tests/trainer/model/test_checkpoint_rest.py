@@ -5,13 +5,16 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import BitsAndBytesConfig
 
 from tests.helpers import tiny
 from tests.helpers.models import our_logits, pack, relative_error, stir, stock_logits
 from tests.helpers.wrapped import save_wrapped, tensors_of, wrapped_class
 from trainer.config import Config, Lora, Model
+from trainer.model.checkpoint_rest import QUANT_STATE
 from trainer.model.export import merge_and_save
 from trainer.model.loading import load_model, weights_fingerprint
+from trainer.model.locate import load_tokenizer
 from trainer.model.lora import add_adapter
 
 BATCH = pack(vocab_size=270)
@@ -81,6 +84,22 @@ def test_layers_that_are_not_loaded_are_kept(tmp_path):
     assert torch.equal(after["model.layers.2.eh_proj.weight"], mtp) and torch.equal(after["mtp.norm.weight"], mtp[0])
     assert not torch.equal(after["model.embed_tokens.weight"], embedding)
     assert load_model(Config(model=Model(path=str(tmp_path / "model"))), "cpu")
+
+
+@pytest.mark.slow
+def test_a_tower_in_4_bits_becomes_dense(tmp_path):
+    base, quantised = save_wrapped(tmp_path / "base", "gemma3", save_original_format=False), tmp_path / "quantised"
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    wrapped_class("gemma3").from_pretrained(base, quantization_config=nf4).save_pretrained(quantised, save_original_format=False)
+    load_tokenizer(Model(path=str(base))).save_pretrained(quantised)
+    assert any("vision_tower" in name and QUANT_STATE in name for name in tensors_of(quantised))
+    model = export(quantised, tmp_path / "model", "qlora")
+    before, after = tensors_of(base), tensors_of(tmp_path / "model")
+    assert {name: tensor.shape for name, tensor in after.items()} == {name: tensor.shape for name, tensor in before.items()}
+    for name in before:
+        assert relative_error(after[name], before[name]) < (0.15 if "vision_tower" in name else 1.0)
+    stock = wrapped_class("gemma3").from_pretrained(tmp_path / "model")
+    assert relative_error(stock_logits(stock, BATCH), our_logits(model, BATCH)) < 2e-5
 
 
 def test_a_model_of_the_hub_is_completed_from_the_cache(tmp_path, monkeypatch):

@@ -4,14 +4,17 @@ import logging
 
 import pytest
 import torch
+from peft import PeftModel, get_peft_model_state_dict
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
 
+from benchmarks.families.tiny_configs import tiny_config
 from tests.helpers.models import our_logits, pack, relative_error, stock_logits
 from tests.helpers.wrapped import WRAPPED, save_wrapped, wrapped_class
 from trainer.config import Config, Lora, Model
 from trainer.errors import UserError
 from trainer.evaluation.generation import stock_attention
 from trainer.model import text_part
+from trainer.model.export import save_adapter
 from trainer.model.families import FAMILIES
 from trainer.model.loading import load_model, meta_model
 from trainer.model.lora import add_adapter
@@ -58,6 +61,22 @@ def test_adapters_are_in_the_text_decoder(tmp_path):
     model = add_adapter(load(save_wrapped(tmp_path, "gemma3")), Lora(rank=2))
     adapted = [name for name, _ in model.named_parameters() if ".lora_" in name]
     assert len(adapted) == 2 * 2 * 7 and all(name.startswith("base_model.model.model.language_model.layers.") for name in adapted)
+
+
+@pytest.mark.parametrize("kind", ["gemma3", pytest.param("gemma4", marks=pytest.mark.slow)])
+def test_stock_peft_adapts_no_tower(tmp_path, kind):
+    """Towers have layers of the same names, and Gemma 4's of a class that PEFT cannot adapt."""
+    adapted = add_adapter(load(save_wrapped(tmp_path / "base", kind)), Lora(rank=2))
+    save_adapter(adapted, tmp_path / "adapter")
+    stock = PeftModel.from_pretrained(wrapped_class(kind).from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    assert get_peft_model_state_dict(stock).keys() == get_peft_model_state_dict(adapted).keys()
+
+
+def test_towers_inside_a_decoder_are_dropped():
+    model = AutoModelForCausalLM.from_config(tiny_config("phi4_multimodal"))
+    keep_text_part(model)
+    assert text_part.dropped_towers(model) == ["model.embed_tokens_extend.image_embed", "model.embed_tokens_extend.audio_embed"]
+    assert model(input_ids=BATCH.input_ids[None, :13], use_cache=False).logits.isfinite().all()
 
 
 def test_random_weights_of_a_wrapped_config_are_its_text_model(tmp_path):
