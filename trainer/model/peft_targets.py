@@ -1,4 +1,4 @@
-"""Name an adapter's targets and tensors so that PEFT finds just these layers, here and wherever it is loaded.
+"""Name an adapter's targets and tensors so that PEFT finds just these layers wherever it is loaded.
 
 transformers 5 holds as 3-D parameters the experts that transformers 4 held as linear layers, and renames parts of some checkpoints. So
 PEFT 0.21 rewrites the targets of every adapter that it makes or loads for such a family: names like `gate_proj` then mean the experts and
@@ -93,7 +93,7 @@ def _name_in_checkpoint(model: PreTrainedModel, name: str) -> str:
 
 
 def excluded_towers(model: PreTrainedModel) -> str | None:
-    """Return the regular expression of names of modules in towers that are not in memory; None if there are none."""
+    """Return the regular expression of names in towers that are not in memory, or None."""
     towers = dropped_towers(model)
     return rf"({'|'.join(map(re.escape, towers))})\..*" if towers else None
 

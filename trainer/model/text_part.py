@@ -40,7 +40,10 @@ def head_layer(model: PreTrainedModel) -> nn.Module:
 
 
 class DroppedTower(nn.Module):
-    """Stand in for a tower that is not in memory, whose device and dtype a wrapper's forward may ask for."""
+    """Stand in for a tower that is not in memory.
+
+    A wrapper's forward may ask for its device and dtype.
+    """
 
     def __init__(self, device: torch.device, dtype: torch.dtype):
         super().__init__()
@@ -48,7 +51,7 @@ class DroppedTower(nn.Module):
 
 
 def keep_text_part(model: PreTrainedModel) -> None:
-    """Drop the towers of a model that also reads images or sound, and what connects them to its text decoder.
+    """Drop the towers for images and sound, and what connects them to the text decoder.
 
     Other models stay as they are. Raises UserError for a text decoder that reads an encoder.
     """
@@ -74,7 +77,7 @@ def describe(model: PreTrainedModel) -> dict[str, str]:
 
 
 def _embeddings_of_towers(model: PreTrainedModel) -> list[str]:
-    """Return the names of the modules that hold a tower in the middle of a decoder, as in Phi-4-multimodal."""
+    """Return the names of modules that hold a tower inside a decoder, as in Phi-4-multimodal."""
     configs = [config for name in ("vision_config", "audio_config") if (config := getattr(model.config, name, None)) is not None]
     towers = [name for name, module in model.named_modules() if isinstance(module, PreTrainedModel) and module.config in configs]
     return [] if is_wrapped(model) else [name.rpartition(".")[0] for name in towers]
