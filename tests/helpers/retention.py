@@ -71,8 +71,8 @@ def step(run: TrainingRun, packs: list[list[Piece]], chats: list[Piece] | None =
                         for chat in chats if kl_sources[chat.source])
     lay = run.kl.collate if run.kl else collate
     work = StepWork(0, [lay(pack) for pack in packs], weight, TokenCounts(), [], kl_weight_sum)
-    loss, _, kl = train_step(run, work, Phases(CPU))
-    return loss, kl, run.seen[-1]
+    metrics = train_step(run, work, Phases(CPU))
+    return metrics.loss, metrics.kl, run.seen[-1]
 
 
 def plain_rows(model: nn.Module, chat: Piece) -> torch.Tensor:

@@ -27,7 +27,7 @@ EXACT = 1e-5  # an error of a token in fp32 that is rounding in any layer
 
 @torch.no_grad()
 def fusion_fault(model: PreTrainedModel) -> str | None:
-    """Return how fused layers of `model` differ from stock ones, or None; without weights nothing is shown.
+    """Return how fused layers of `model` differ from stock ones, or None, also without weights.
 
     A token may lie where rounding decides which expert it goes to, so what differs must differ with other tokens too.
     """
@@ -68,7 +68,7 @@ def _one_try(model: PreTrainedModel, generator: torch.Generator) -> str | None:
 
 
 def _errors(layer: nn.Module, args: tuple, kwargs: dict, dtype: torch.dtype, factor: float) -> tuple[float, float]:
-    """Return the error of a fused layer beside the stock one, and how far rounding alone moves the stock one."""
+    """Return the error of a fused layer beside the stock one, and the error of rounding alone."""
     others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
     hidden, *rest = args or (kwargs["hidden_states"],)
 

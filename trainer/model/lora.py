@@ -100,7 +100,7 @@ def _load_adapter(model: PreTrainedModel, path: str) -> PeftModel:
 
 
 def _check_loaded(adapted: PeftModel, saved: dict[str, Tensor]) -> None:
-    """Check that all tensors of a file are in the model, and no others; PEFT loads those that fit and ignores the rest.
+    """Check that a file and the model have the same tensors; PEFT would load those that fit.
 
     Raises ValueError. A model on the meta device has names and shapes only.
     """
