@@ -9,20 +9,7 @@ from kernels.lora import Lora
 from kernels.lora_mlp import lora_mlp
 from kernels.nf4 import dequantize_nf4
 from tests.helpers.kernels import DEVICE, DTYPES, assert_as_exact_as_torch, given, runs_triton, settings, st, to, triton_mode
-from tests.helpers.lora_cases import (
-    DOUBLE,
-    FORMS,
-    Counted,
-    assert_same,
-    formula,
-    lora_of,
-    make,
-    masks,
-    nf4,
-    peft_linear,
-    relative,
-    trained,
-)
+from tests.helpers.lora_cases import DOUBLE, FORMS, Counted, assert_same, formula, lora_of, make, masks, nf4, peft_linear, relative, trained
 
 ACT = {"silu": F.silu, "gelu_tanh": lambda g: F.gelu(g, approximate="tanh")}
 
