@@ -93,6 +93,7 @@ def test_every_stage_ends_and_leaves_what_it_should(whole):
     assert "<html" in (output / "report.html").read_text() and json.loads((output / "report.json").read_text())
 
 
+@pytest.mark.slow
 def test_every_request_is_booked_once(whole):
     _, booked = dump(whole[0])
     assert {(stage, model): n for stage, model, n in booked if stage != "probe"} == rows(whole[0])
@@ -162,6 +163,7 @@ def test_a_pool_of_a_newer_version_is_left_alone(tmp_path):
     assert (tmp_path / "out" / "pool.sqlite").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_changed_seed_or_base_is_refused(whole, tmp_path):
     before = dump(whole[0])
     settings = cli.parse(Config, ["--config", str(whole[0] / "config.yaml"), "--stages", "[instruct]"], "synth.run")
@@ -189,6 +191,7 @@ def test_a_read_only_disk_is_one_line(tmp_path):
     assert re.fullmatch(r"synth\.run: error: output: cannot write the folder /proc/steadfast: .*; choose another output\n", errors)
 
 
+@pytest.mark.slow
 def test_a_missing_key_and_a_server_that_is_down_are_one_line(whole, tmp_path, monkeypatch):
     """The pool is whole; a judge that cannot be reached ends the call, and the pool stays as it was."""
     copy = tmp_path / "out"

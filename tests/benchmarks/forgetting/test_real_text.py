@@ -142,6 +142,7 @@ def test_every_arm_is_scored_on_everything(made):
     assert 0 < made["conditions"]["replay_rows"]["self, greedy"] <= 60
 
 
+@pytest.mark.slow
 def test_replay_sets_hold_what_their_names_say(made):
     sets = {path.stem: [json.loads(line)["messages"] for line in path.read_text().splitlines()]
             for path in (made["kept"] / "replay").iterdir()}
@@ -157,6 +158,7 @@ def test_the_record_has_no_place_of_this_machine(made, data):
     assert str(data) not in text and str(made["kept"]) not in text
 
 
+@pytest.mark.slow
 def test_table_and_picture(made, tmp_path):
     lines = table_rows(made)
     assert lines[0].startswith("| arm | general | domain | forgotten | gained |") and len(lines) == 2 + 5
@@ -168,6 +170,7 @@ def test_table_and_picture(made, tmp_path):
     assert drawn(made, tmp_path / "a.png").read_bytes() == drawn(made, tmp_path / "b.png").read_bytes()
 
 
+@pytest.mark.slow
 def test_arms_are_compared_with_the_same_steps_and_tokens(made):
     recipes = [real_text.recipe(Job("base", arm, 0, TINY, made["kept"])) for arm in real_text.ARMS]
     assert {(config.max_steps, config.batch.tokens_per_step, config.data.train) for config in recipes} == {
