@@ -6,6 +6,7 @@ A server process imports the commands once; each process is a fork of it, and ha
 from __future__ import annotations
 
 import atexit
+import contextlib
 import multiprocessing
 import os
 import runpy
@@ -43,7 +44,9 @@ class Command:
         return self._errors.read()
 
     def send(self, number: signal.Signals) -> None:
-        os.kill(self._process.pid, number)
+        """Send it a signal; one that has ended takes none."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._process.pid, number)
 
     def finish(self) -> tuple[int, str, str]:
         """Wait for its end; return its exit status, and what it printed since, to standard output and to standard error."""
