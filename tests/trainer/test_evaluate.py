@@ -144,6 +144,17 @@ def test_without_a_chat_template_choices_follow_the_prompt_and_a_space(tmp_path,
     assert outcomes["model"].of_file(0)[0].choice_logprobs == pytest.approx(expected, abs=1e-4)
 
 
+def test_an_item_with_equal_choices_is_scored_and_counted(tmp_path, model_folder):
+    """Count either of two equal choices as right, wherever the index of the right one points: ARC-easy has such an item."""
+    rows = [{"question": "Which?", "choices": ["fox", "fox", "zzzzzz"], "answer": answer} for answer in (0, 1)]
+    write_jsonl(rows, tmp_path / "a.jsonl")
+    _, outcomes = scored("--model.path", model_folder, "--data.general", tmp_path / "a.jsonl")
+    first, second = outcomes["model"].of_file(0)
+    assert first.choice_logprobs[:2] == pytest.approx([first.choice_logprobs[0]] * 2, abs=1e-4)
+    assert first.right and second.right
+    assert outcomes["model"].notes == ["a: items with equal choices: 2; either of the two counts"]
+
+
 @pytest.mark.slow
 @torch.no_grad()
 def test_kl_to_the_base_is_that_of_plain_torch(adapter, files, stock):

@@ -54,7 +54,7 @@ class Item:
 
     @property
     def right_choice(self) -> int:
-        """Return the index of the right choice."""
+        """Return the index of the right choice, the first of equal ones."""
         return self.choices.index(self.answers[0])
 
 
@@ -243,9 +243,10 @@ def _as_text(value: Any) -> str:
 
 
 def _choices(value: Any) -> tuple[str, ...]:
-    """Return two or more different texts, or raise RecordError.
+    """Return two or more texts, or raise RecordError.
 
-    The value is a list, JSON of a list (as in CSV), or {"text": [...], "label": [...]}, as in ARC.
+    Two of them may be equal, as in one item of ARC: both are right if one is. The value is a list, JSON of a list (as in CSV), or
+    {"text": [...], "label": [...]}, as in ARC.
     """
     value = value.get("text") if isinstance(value, dict) else value
     if isinstance(value, str):
@@ -256,8 +257,8 @@ def _choices(value: Any) -> tuple[str, ...]:
     choices = tuple(_as_text(choice) for choice in value) if isinstance(value, list) else ()
     if len(choices) < 2:
         raise RecordError(f"expected two choices or more, found {len(choices)}")
-    if not all(choices) or len(set(choices)) < len(choices):
-        raise RecordError(f"expected choices that are different texts, found {list(choices)!r}")
+    if not all(choices) or len(set(choices)) < 2:
+        raise RecordError(f"expected two different choices or more, none of them empty, found {list(choices)!r}")
     return choices
 
 

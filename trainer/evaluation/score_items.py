@@ -56,7 +56,7 @@ def score(loaded: LoadedModel, files: Sequence[ItemFile], config: Config, base: 
     """
     tokens = encode(files, loaded.template, config, loaded.context)
     items = {Key(f, i): Outcome() for f, file in enumerate(files) for i in range(len(file.items))}
-    outcomes = Outcomes(loaded.name, loaded.label, items, notes=_length_notes(tokens))
+    outcomes = Outcomes(loaded.name, loaded.label, items, notes=_length_notes(tokens) + _choice_notes(files))
     if completions is None:
         completions = generate_completions(loaded.model, loaded.template, [prompt.ids for prompt in tokens.prompts],
                                            config.generation.max_tokens, config.generation.batch)
@@ -78,6 +78,11 @@ def _length_notes(tokens: Tokens) -> list[str]:
               "held-out texts were dropped: too long": tokens.dropped,
               "answers were too long to measure their log-prob": tokens.unmeasured}
     return [f"{count:,} {note}" for note, count in counts.items() if count]
+
+
+def _choice_notes(files: Sequence[ItemFile]) -> list[str]:
+    counts = {file.name: sum(len(set(item.choices)) < len(item.choices) for item in file.items) for file in files}
+    return [f"{name}: items with equal choices: {count:,}; either of the two counts" for name, count in counts.items() if count]
 
 
 def _judge_completions(files: Sequence[ItemFile], tokens: Tokens, completions: Sequence[Completion], items: dict[Key, Outcome]) -> None:
@@ -102,6 +107,6 @@ def _record_likelihoods(files: Sequence[ItemFile], samples: Sequence[Sample], li
         item = file.items[key.item]
         outcome.choice_logprobs = [likelihood.logprob for _, likelihood in ranked]
         picked = pick_choices(outcome.choice_logprobs, item.choices, [sample.tokens for sample, _ in ranked])
-        outcome.picks = {norm: choice == item.right_choice for norm, choice in picked.items()}
+        outcome.picks = {norm: item.choices[choice] == item.answers[0] for norm, choice in picked.items()}
         outcome.prediction = item.choices[picked[file.options.choice_by]]
         outcome.right = outcome.picks[file.options.choice_by]

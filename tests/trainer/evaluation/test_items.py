@@ -107,7 +107,7 @@ def test_roles_limits_and_names(tmp_path):
      "line 1: expected a match of the pattern .* in the answer 'none', found none; correct the pattern"),
     ({"question": "?", "choices": ["a"], "answer": 0}, {}, "line 1: expected two choices or more, found 1"),
     ({"question": "?", "choices": [], "answer": 0}, {}, "line 1: expected two choices or more, found 0"),
-    ({"question": "?", "choices": ["a", "a"], "answer": 0}, {}, "line 1: expected choices that are different texts"),
+    ({"question": "?", "choices": ["a", "a"], "answer": 0}, {}, "line 1: expected two different choices"),
     ({"question": "?", "choices": "a or b", "answer": 0}, {}, "line 1: expected choices as a list"),
     ({"question": "?", "choices": ["a", "b"], "answer": "c d"}, {}, r"expected the answer among the choices \['a', 'b'\], found 'c d'"),
     ({"question": "?", "choices": ["a", "b"], "answer": 2}, {}, "expected the answer among the choices"),
