@@ -20,11 +20,13 @@ Metric = Literal["auto", "exact", "choice", "regex", "logprob"]
 class Source:
     """One file, folder or hub data set, read into chat records."""
 
-    path: str  # JSON, JSONL, Parquet or CSV file; a folder written by `save_to_disk`; or a hub name
+    # JSON, JSONL, Parquet or CSV files, also compressed: one, a pattern, a folder of parts, or s3://, gs://, hf://, https://; a folder
+    # written by `save_to_disk`; or a hub name
+    path: str
     name: str | None = None  # in reports and logs; default: the file's stem
     format: Literal["auto", "chat", "sharegpt", "alpaca", "prompt_completion", "text"] = "auto"  # auto: inferred from the columns
     columns: dict[str, str] | None = None  # ours -> the file's, e.g. {prompt: question, completion: answer}
-    split: str = "train"  # split of a hub data set or saved folder
+    split: str = "train"  # split of a hub data set, saved folder or folder of parts
     subset: str | None = None  # configuration name of a hub data set
     weight: float = 1.0  # times each sample is seen per epoch; 0.5 takes another half every epoch
     max_records: int | None = None  # keep the first n records
@@ -34,7 +36,7 @@ class Source:
 class Items:
     """One file of items with known answers, or of held-out text, and its metric."""
 
-    path: str  # JSON, JSONL, Parquet or CSV file; a folder written by `save_to_disk`; or a hub name
+    path: str  # files, a folder or a hub name, as in data.train
     name: str | None = None  # in reports and logs; default: the file's stem
     # exact: the answer equals what is generated; choice: the likeliest of several; regex: what a pattern finds in both; logprob: of text
     metric: Metric = "auto"  # auto: that of the section, and if that is auto too, inferred from the columns
@@ -45,7 +47,7 @@ class Items:
     ignore_case: bool = False  # compare without regard to case
     ignore_punctuation: bool = False  # compare without punctuation
     choice_by: Literal["sum", "characters", "tokens"] = "sum"  # compare the log-probs of choices, or those per character or token
-    split: str = "train"  # split of a hub data set or saved folder
+    split: str = "train"  # split of a hub data set, saved folder or folder of parts
     subset: str | None = None  # configuration name of a hub data set
     max_records: int | None = None  # keep the first n items
 

@@ -17,10 +17,11 @@ import json
 import re
 from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
 from typing import Any, Literal
 
 from trainer.config import Source
+from trainer.data.chat_columns import messages_of
+from trainer.data.files import DataFile, stem
 from trainer.data.formats import Format, RecordError, look_up
 from trainer.data.sources import open_source, rows_of
 from trainer.errors import UserError
@@ -108,7 +109,7 @@ def _read_file(options: Items, role: Role, data: Data) -> ItemFile:
             items.append(_parse_item(row, columns, options, place, len(items) + 1))
         except RecordError as error:
             raise UserError(f"{place}: {error}") from None
-    return ItemFile(options.name or Path(options.path).stem, role, options, tuple(items))
+    return ItemFile(options.name or stem(options.path), role, options, tuple(items))
 
 
 def _find_columns(row: dict, options: Items) -> dict[str, str]:
@@ -182,7 +183,7 @@ def _parse_item(row: dict, columns: dict[str, str], options: Items, place: str, 
     prompt, last_turn = _split_prompt(values)
     if options.metric == "choice":
         choices, answer = _choices(values["choices"]), values.get("answer")
-        if options.path.endswith(".csv"):
+        if DataFile(options.path).kind == ".csv":
             _check_csv_index(answer, choices)
         return replace(item, prompt=prompt, choices=choices, answers=(choices[_answer_index(answer, choices, values["choices"])],))
     answers = _answers(values.get("answer"), columns) if "answer" in columns else (last_turn,)
@@ -208,7 +209,7 @@ def _read_turns(values: dict[str, Any], answer: str | None) -> list[Message]:
 
     The reader of training data checks it, and raises RecordError.
     """
-    turns = values.get("messages")
+    turns = messages_of(values.get("messages"), "messages")
     if turns is None:
         prompt, more = values.get("prompt"), values.get("input")
         turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": f"{prompt}\n\n{more}" if prompt and more else prompt}]
