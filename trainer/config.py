@@ -197,7 +197,7 @@ class Eval:
 class Checkpoint:
     """Saved states, from which a run resumes bit for bit."""
 
-    every: int = 0  # steps between checkpoints; 0: only when the run is stopped by a signal
+    every: int = 0  # steps between checkpoints; 0: when a signal or an error stops the run, and before the export until it is whole
     keep: int = 2  # newest checkpoints kept
 
 

@@ -29,6 +29,7 @@ from trainer.errors import UserError
 from trainer.files import atomic_folder
 from trainer.model import lora
 from trainer.model.checkpoint_rest import add_rest
+from trainer.model.export import save_generation_config, save_weights
 from trainer.model.loading import meta_model
 from trainer.model.locate import load_tokenizer, model_source, one_line_errors
 from trainer.model.text_part import auto_class
@@ -157,8 +158,9 @@ def model_writer(config: Interpolate) -> Callable[[float, Path], None]:
         by_storage: dict[int, Tensor] = {}  # a tied weight stays one
         state = {name: by_storage.setdefault(end.data_ptr(), between(alpha, base_state[name], end)) for name, end in tuned_state.items()}
         with atomic_folder(output) as tmp:
-            tuned.save_pretrained(tmp, state_dict=state)
+            save_weights(tuned, tmp, state)
             add_rest(tmp, tuned, tuned_state)
+            save_generation_config(tuned, tmp)
             tokenizer.save_pretrained(tmp)
 
     return write

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from trainer.config import Config
 from trainer.data.prepare import TrainingData, data_summary, eval_set_line
@@ -16,13 +17,14 @@ from trainer.model.loading import meta_model
 from trainer.model.lora import add_adapter, describe
 from trainer.retention import cached_base, kl
 from trainer.runtime.device import compute_dtype, dtype_name
+from trainer.training.export_trial import try_export
 from trainer.training.memory_estimate import estimate
 
 SHOWN_CHARACTERS = 1200  # of each sample
 GREEN, BOLD, PLAIN = "\033[32m", "\033[1m", "\033[0m"
 
 
-def print_dry_run(config: Config, data: TrainingData, device: torch.device) -> None:
+def print_dry_run(config: Config, data: TrainingData, device: torch.device, tokenizer: PreTrainedTokenizerBase) -> None:
     """Print the page. Raises UserError for whatever would have stopped the run."""
     model = meta_model(config)
     if config.method != "full":
@@ -45,6 +47,7 @@ def print_dry_run(config: Config, data: TrainingData, device: torch.device) -> N
     for name, text in describe(model).items():
         print(f"{name}: {text}")
     print(f"memory: {estimate(model, config, dtype, device)}")
+    print(f"export: {try_export(config, model, tokenizer)}")
     print("dry run: the options, data and model fit together; nothing was trained")
 
 
