@@ -28,7 +28,7 @@ EXTRAS = {
     "remote": ["s3fs>=2025.3", "gcsfs>=2025.3", "aiohttp>=3.12", "requests>=2.32"],
     "quant": ["bitsandbytes>=0.50"],
     "flash": ["flash-attn>=2.8"],
-    "eval": ["lm-eval>=0.4.9"],
+    "eval": ["lm-eval>=0.4.9", "py3langid>=0.4"],
     "logging": ["wandb>=0.22"],
     "dev": ["trl>=1.16,<1.17", "pytest>=9.0", "pytest-xdist>=3.8", "hypothesis>=6.140", "ruff>=0.14"],
 }

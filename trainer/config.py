@@ -13,7 +13,7 @@ from typing import Literal
 from trainer.errors import require
 
 MOST_PASSES = 100_000  # over the data: more are a typing mistake, and would take minutes to plan
-Metric = Literal["auto", "exact", "choice", "regex", "logprob"]
+Metric = Literal["auto", "exact", "choice", "regex", "rules", "continuation", "logprob"]
 
 
 @dataclass
@@ -38,15 +38,20 @@ class Items:
 
     path: str  # files, a folder or a hub name, as in data.train
     name: str | None = None  # in reports and logs; default: the file's stem
-    # exact: the answer equals what is generated; choice: the likeliest of several; regex: what a pattern finds in both; logprob: of text
+    # exact: the answer equals what is generated; choice: the likeliest of several; regex: what a pattern finds in both; rules: what is
+    # generated keeps rules, as in IFEval; continuation: every token of the answer is the likeliest, as in LAMBADA; logprob: of text
     metric: Metric = "auto"  # auto: that of the section, and if that is auto too, inferred from the columns
-    columns: dict[str, str] | None = None  # ours -> the file's: prompt, answer, choices, messages, text, input, system, id
+    columns: dict[str, str] | None = None  # ours -> the file's: prompt, answer, choices, messages, text, rules, arguments, input...
     regex: str = ""  # a pattern with a group, searched in what is generated; default: that of the section
     answer_regex: str | None = None  # a pattern for the file's answers; default: `regex`; "" takes an answer as it is
     take: Literal["first", "last"] = "first"  # the match of the pattern that is compared
     ignore_case: bool = False  # compare without regard to case
     ignore_punctuation: bool = False  # compare without punctuation
     choice_by: Literal["sum", "characters", "tokens"] = "sum"  # compare the log-probs of choices, or those per character or token
+    chat: bool = True  # render prompts with the chat template, if data.chat asks for it
+    max_tokens: int | None = None  # longest answer, if generation.max_tokens names none; default: 256
+    stop: list[str] = field(default_factory=list)  # texts that end an answer, beside those of generation.stop
+    must_end: bool = False  # an answer that is cut off is wrong
     split: str = "train"  # split of a hub data set, saved folder or folder of parts
     subset: str | None = None  # configuration name of a hub data set
     max_records: int | None = None  # keep the first n items
