@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
+from transformers.utils import CHAT_TEMPLATE_DIR
 from transformers.utils.logging import disable_progress_bar
 
 from trainer import cli
@@ -130,7 +131,9 @@ def scaled_by(alpha: float, tensor: Tensor) -> Tensor:
 
 
 def copy_others(folder: Path, tmp: Path) -> None:
-    """Copy the files beside the weights: adapter configuration, tokenizer, chat template."""
+    """Copy the files beside the weights: adapter configuration, tokenizer, chat templates."""
+    if (folder / CHAT_TEMPLATE_DIR).is_dir():
+        shutil.copytree(folder / CHAT_TEMPLATE_DIR, tmp / CHAT_TEMPLATE_DIR)
     for path in folder.iterdir():
         if path.is_file() and ".safetensors" not in path.name and path.suffix not in (".bin", ".pt"):
             shutil.copy(path, tmp / path.name)
@@ -144,7 +147,7 @@ def model_writer(config: Interpolate) -> Callable[[float, Path], None]:
 
     Raises UserError unless both models have weights of equal names and shapes.
     """
-    tuned_model = Model(path=config.tuned, tokenizer=config.model.tokenizer, trust_remote_code=config.model.trust_remote_code)
+    tuned_model = Model(path=config.tuned, trust_remote_code=config.model.trust_remote_code)
     tokenizer = load_tokenizer(tuned_model)
     base, tuned = load(config.model, "model.path"), load(tuned_model, "tuned")
     base_state, tuned_state = base.state_dict(), tuned.state_dict()

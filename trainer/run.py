@@ -15,6 +15,7 @@ import transformers
 
 from trainer import cli
 from trainer.config import Config, profiled_steps, validate
+from trainer.data.chat_template import read_template
 from trainer.data.prepare import prepare_data
 from trainer.evaluation.items import ItemFile
 from trainer.metrics.profiler import check_steps_within
@@ -89,6 +90,7 @@ def run_one(config: Config, items: Sequence[ItemFile], device: torch.device, dis
             save_outputs: bool = True) -> RunResult | None:
     """Prepare the data, build, train and save; a probe run saves no outputs. Returns None after a dry run."""
     tokenizer = load_tokenizer(config.model)
+    tokenizer.chat_template = read_template(config.data.chat_template) or tokenizer.chat_template  # exports carry it
     if dist.size > 1:
         dist.on_main(lambda: prepare_data(config, tokenizer))  # the other ranks then find its caches
     data = prepare_data(config, tokenizer)

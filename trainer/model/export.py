@@ -6,6 +6,7 @@ A folder is written atomically, with safetensors weights.
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.bitsandbytes import Bnb4bitDeserialize
-from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils import CHAT_TEMPLATE_FILE, GENERATION_CONFIG_NAME, PROCESSOR_NAME
 
 from kernels.nf4 import dequantize_nf4
 from trainer.errors import UserError
@@ -60,6 +61,16 @@ def merge_and_save(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedToke
         add_rest(tmp, base, names)
         save_generation_config(base, tmp)
         tokenizer.save_pretrained(tmp)
+        _drop_processor_template(tmp)
+
+
+def _drop_processor_template(folder: Path) -> None:
+    """Remove the chat template from the settings of a processor, where it would win over the tokenizer's."""
+    file = folder / PROCESSOR_NAME
+    if file.is_file() and (folder / CHAT_TEMPLATE_FILE).is_file():
+        settings = json.loads(file.read_text())
+        settings.pop("chat_template", None)
+        file.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def save_weights(model: PreTrainedModel, folder: Path, state: dict[str, Tensor]) -> None:

@@ -8,13 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.helpers.runs import arguments, records, weights
 from trainer.cli import parse
-from trainer.config import Config
+from trainer.config import Config, Model
+from trainer.data.prepare import prepare_data
 from trainer.errors import UserError
+from trainer.evaluation import config as evaluation
+from trainer.evaluation.models import find_models
 from trainer.files import atomic_folder
+from trainer.interpolate import Interpolate, interpolate
+from trainer.model.export import merge_and_save
+from trainer.model.loading import load_model
+from trainer.model.locate import load_tokenizer
 from trainer.run import train
 from trainer.runtime import checkpoint
 from trainer.training import export_trial, loop, run_folder
@@ -212,3 +219,38 @@ def test_what_the_export_could_not_do_is_refused_before_training(model_folder, c
         message = refused(model_folder, chats, tmp_path / "b", *options, "--export", "both")
         assert message.startswith("export: the settings or tokenizer of ") and "ValueError: GenerationConfig is invalid" in message
     assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------- the chat template
+
+MINE = ("{% for m in messages %}<|im_start|>[{{ m.role }}] {{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>[assistant] {% endif %}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base_has_one", [True, False])
+def test_exports_render_a_chat_token_for_token_as_it_was_trained(model_folder, chats, tmp_path, base_has_one):
+    base = shutil.copytree(model_folder, tmp_path / "base")
+    if not base_has_one:
+        (base / "chat_template.jinja").unlink()
+    (tmp_path / "mine.jinja").write_text(MINE)
+    options = arguments(base, chats, tmp_path / "run", *SHORT, "--data.chat_template", str(tmp_path / "mine.jinja"), "--export", "both")
+    config = parse(Config, options, "trainer.run")
+    train(config)
+    interpolate(Interpolate(str(tmp_path / "half"), Model(path=str(base)), adapter=str(tmp_path / "run" / "adapter")))
+    interpolate(Interpolate(str(tmp_path / "middle"), Model(path=str(base)), tuned=str(tmp_path / "run" / "model")))
+    samples = prepare_data(config, AutoTokenizer.from_pretrained(base)).samples
+    chat = json.loads(chats.read_text().splitlines()[0])["messages"]
+    for folder in ("run/adapter", "run/model", "half", "middle"):
+        reloaded = AutoTokenizer.from_pretrained(tmp_path / folder)
+        assert reloaded.apply_chat_template(chat)["input_ids"] == samples[0][0].tolist(), folder
+    evaluated = find_models(evaluation.Config(adapter=str(tmp_path / "run" / "adapter"))).model
+    assert load_tokenizer(evaluated).chat_template == MINE
+
+
+def test_a_processors_template_does_not_win_over_the_one_trained_with(model_folder, tmp_path):
+    base = shutil.copytree(model_folder, tmp_path / "base")
+    (base / "processor_config.json").write_text('{"processor_class": "X", "chat_template": "another"}')
+    model, tokenizer = load_model(Config(model=Model(path=str(base)), precision="fp32"), "cpu")
+    merge_and_save(model, tokenizer, tmp_path / "model")
+    assert json.loads((tmp_path / "model" / "processor_config.json").read_text()) == {"processor_class": "X"}
