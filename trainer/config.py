@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import sys
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from trainer.errors import require
 
@@ -67,7 +67,11 @@ class Data:
     train_on: Literal["assistant", "last", "all"] = "assistant"  # supervised: every assistant turn, the last one, or every token
     max_length: int = 2048  # longest sample, in tokens
     on_overlong: Literal["error", "drop", "truncate", "split"] = "error"  # what to do with longer samples
+    on_bad_row: Literal["error", "skip"] = "error"  # rows that are no chats, or that the template refuses: stop, or skip and count them
+    same_role: Literal["keep", "join", "refuse"] = "keep"  # turns that follow one of their own role; keep: the template decides
     chat_template: str | None = None  # a Jinja file to use instead of the tokenizer's own template
+    template_kwargs: dict[str, Any] = field(default_factory=dict)  # keywords for the template, e.g. {enable_thinking: false}
+    empty_reasoning: Literal["train", "mask"] = "train"  # reasoning without words that a template prints before an answer that has none
     num_proc: int = 0  # processes that tokenize; 0: one per core, at most 8
     cache_dir: str | None = None  # folder of tokenized data; default: the cache of `datasets`
 

@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
+from trainer.data.arrow_rows import without_padding
 from trainer.data.files import DataFile, Unreadable
 from trainer.errors import UserError
 
@@ -118,7 +119,7 @@ def _parquet(file: BufferedReader, path: str) -> Iterator[Row]:
         with pyarrow.parquet.ParquetFile(file if file.seekable() else pyarrow.py_buffer(file.read())) as table:
             batches = (batch.to_pylist() for batch in table.iter_batches(1000))
             for n, row in enumerate(chain.from_iterable(batches), 1):
-                yield f"record {n}", row
+                yield f"record {n}", without_padding(row, table.schema_arrow)
     except pyarrow.ArrowException as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: expected a Parquet file, found one that cannot be read: {reason}") from None

@@ -21,23 +21,28 @@ import datasets
 from datasets import Dataset, Features, List, Value
 
 from trainer.config import Source
-from trainer.data import chat_columns, files, formats, readers
+from trainer.data import arrow_rows, chat_columns, files, formats, messages, readers, tool_calls, turn_weights, values
+from trainer.data.arrow_rows import without_padding
 from trainer.data.chat_columns import record_of
 from trainer.data.files import DataFile
-from trainer.data.formats import RecordError, choose_format
+from trainer.data.formats import choose_format
+from trainer.data.values import RecordError
 from trainer.errors import UserError
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
-COMMON = {"id": Value("string"), "source": Value("string"), "weight": Value("float32")}
-MESSAGE = {"role": Value("string"), "content": Value("string"), "extra": Value("string")}
+CODE = (chat_columns, formats, messages, tool_calls, turn_weights, values, arrow_rows, readers, files)  # that decides what records a source has
+# `refused`: why the row is no record, if it is none; `unread`: the columns that nothing reads
+COMMON = {**dict.fromkeys(("id", "source", "unread", "place", "refused"), Value("string")), "weight": Value("float32")}
+MESSAGE = {"role": Value("string"), "content": Value("string"), "extra": Value("string"), "weight": Value("float32")}
 
 Sources = list[tuple[Source, Dataset]]
 
 
-def load_sources(sources: str | list[str | Source], default_name: str, cache_dir: str | None = None) -> Sources:
-    """Load each source's records, with the columns `messages` (or `text`), `id`, `source` and `weight`.
+def load_sources(sources: str | list[str | Source], default_name: str, cache_dir: str | None = None, on_bad_row: str = "error") -> Sources:
+    """Load each source's records, with the columns `messages` and `inputs` (or `text`), and those of COMMON.
 
-    A source without a name gets its file's stem, or `default_name`. `cache_dir` defaults to the cache of `datasets`.
+    A source without a name gets its file's stem, or `default_name`. `cache_dir` defaults to the cache of `datasets`. With
+    `on_bad_row="skip"` a row that is no record is left empty, with the reason as `refused`.
     Raises UserError with the file, line or record that cannot be read, the reason, and the remedy.
     """
     if not sys.stderr.isatty():
@@ -46,11 +51,11 @@ def load_sources(sources: str | list[str | Source], default_name: str, cache_dir
     for entry in [sources] if isinstance(sources, (str, Source)) else sources:
         source = entry if isinstance(entry, Source) else Source(entry)
         source = replace(source, name=source.name or files.stem(source.path) or default_name)
-        loaded.append((source, _load(source, cache_dir)))
+        loaded.append((source, _load(source, cache_dir, on_bad_row)))
     return loaded
 
 
-def _load(source: Source, cache_dir: str | None) -> Dataset:
+def _load(source: Source, cache_dir: str | None, on_bad_row: str) -> Dataset:
     """Load the records of one source from the cache, or read them."""
     opened = open_source(source)
     rows = rows_of(opened)
@@ -65,15 +70,20 @@ def _load(source: Source, cache_dir: str | None) -> Dataset:
 
     def records() -> Iterator[dict]:
         for place, row in islice(chain([first], rows), source.max_records):
+            refused = None
             try:
-                yield record_of(row, record_format)
+                record = record_of(row, record_format)
             except RecordError as error:
-                raise UserError(f"{source.path}, {place}: {error}") from None
+                if on_bad_row == "error":
+                    raise UserError(f"{source.path}, {place}: {error}") from None
+                record, refused = empty, str(error)
+            yield record | {"place": place, "refused": refused}
 
-    code = [Path(module.__file__).read_bytes() for module in (formats, readers, files, chat_columns)]
-    key = (_stamp(opened), record_format.name, sorted(record_format.paths.items()), source.max_records, code)
+    code = [Path(module.__file__).read_bytes() for module in CODE]
+    key = (_stamp(opened), record_format.name, sorted(record_format.paths.items()), source.max_records, on_bad_row, code)
     fingerprint = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
-    content = {"text": Value("string")} if record_format.name == "text" else {"messages": List(MESSAGE)}
+    content = {"text": Value("string")} if record_format.name == "text" else {"messages": List(MESSAGE), "inputs": Value("string")}
+    empty = dict.fromkeys(content | COMMON) | {"weight": 1.0}
     try:
         return Dataset.from_generator(records, features=Features(content | COMMON), cache_dir=cache_dir, fingerprint=fingerprint)
     except datasets.exceptions.DatasetGenerationError as error:
@@ -83,9 +93,10 @@ def _load(source: Source, cache_dir: str | None) -> Dataset:
 
 
 def rows_of(opened: list[DataFile] | Dataset) -> Iterator[readers.Row]:
-    """Yield the rows of an opened source unchanged, each with its place in it."""
+    """Yield the rows of an opened source, each with its place in it."""
     if isinstance(opened, Dataset):
-        yield from ((f"record {n}", row) for n, row in enumerate(opened, 1))
+        schema = opened.features.arrow_schema
+        yield from ((f"record {n}", without_padding(row, schema)) for n, row in enumerate(opened, 1))
         return
     for file in opened:
         if not file.part:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trainer.config import Config
 from trainer.data.batch import NO_PADDING, PadTo
-from trainer.data.prepare import TrainingData, data_summary, eval_set_line
+from trainer.data.prepare import TrainingData, data_summary, eval_set_line, note_lines
 from trainer.data.samples import Samples
 from trainer.data.step_plan import StepPlan
 from trainer.errors import UserError
@@ -183,7 +183,7 @@ def print_summary(config: Config, data: TrainingData, summary: dict, patched: Pa
     if config.precision == "auto" and device.type == "cpu" and fast_bf16():
         lines.append("hint: this CPU has bf16 matmuls; a step is about twice as fast with --precision bf16")
     lines += [str(patched), f"parameters: {model['parameters']:,}, trained {model['trainable']:,} ({config.method})"]
-    lines += [source_line(source) for source in summary["sources"]]
+    lines += [source_line(source) for source in summary["sources"]] + note_lines(summary["sources"])
     lines += kl.describe(config.retention, config.method, model["parameters"] * dtype.itemsize)
     if data.eval_set:
         lines.append(eval_set_line(data))
@@ -206,4 +206,5 @@ def device_name(device: torch.device) -> str:
 def source_line(source: dict) -> str:
     s = source
     return (f"{s['role']} {s['name']}: {s['samples']:,} samples, {s['share_samples']:.1%} of samples, {s['share_tokens']:.1%} of tokens; "
-            f"dropped {s['dropped']}, truncated {s['truncated']}, split {s['split']}")
+            f"dropped {s['dropped']}, truncated {s['truncated']}, split {s['split']}, "
+            f"unsupervised {s['unsupervised']}, refused {s['refused']}")

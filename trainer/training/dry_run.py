@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from trainer.config import Config
-from trainer.data.prepare import TrainingData, data_summary, eval_set_line
+from trainer.data.prepare import TrainingData, data_summary, eval_set_line, note_lines
 from trainer.metrics.throughput import model_size
 from trainer.model import router_balance
 from trainer.model.loading import meta_model
@@ -68,13 +68,15 @@ def _print_samples(data: TrainingData, seed: int) -> None:
 
 
 def _print_sources(sources: list[dict]) -> None:
-    """Print a table of the sources: sizes, shares of an epoch, and what happened to overlong samples."""
+    """Print a table of the sources: sizes, shares of an epoch, and what happened to overlong and other samples; then their notes."""
     print(f"{'source':<20}{'role':<8}{'samples':>9}{'tokens':>12}{'supervised':>12}{'% samples':>11}{'% tokens':>10}"
-          f"{'dropped':>9}{'truncated':>11}{'split':>7}{'lost tokens':>13}")
+          f"{'dropped':>9}{'truncated':>11}{'split':>7}{'unsupervised':>14}{'refused':>9}{'lost tokens':>13}")
     for s in sources:
         print(f"{s['name'][:19]:<20}{s['role']:<8}{s['samples']:>9,}{s['tokens']:>12,}{s['supervised'] / max(1, s['tokens']):>12.0%}"
               f"{s['share_samples']:>11.1%}{s['share_tokens']:>10.1%}{s['dropped']:>9,}{s['truncated']:>11,}{s['split']:>7,}"
-              f"{s['tokens_lost']:>13,}")
+              f"{s['unsupervised']:>14,}{s['refused']:>9,}{s['tokens_lost']:>13,}")
+    for line in note_lines(sources):
+        print(line)
 
 
 def _print_plan(data: TrainingData, summary: dict, max_length: int) -> None:
