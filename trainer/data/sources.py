@@ -30,7 +30,8 @@ from trainer.data.values import RecordError
 from trainer.errors import UserError
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
-CODE = (chat_columns, formats, messages, tool_calls, turn_weights, values, arrow_rows, readers, files)  # that decides what records a source has
+# Modules that decide what records a source has.
+CODE = (chat_columns, formats, messages, tool_calls, turn_weights, values, arrow_rows, readers, files)
 # `refused`: why the row is no record, if it is none; `unread`: the columns that nothing reads
 COMMON = {**dict.fromkeys(("id", "source", "unread", "place", "refused"), Value("string")), "weight": Value("float32")}
 MESSAGE = {"role": Value("string"), "content": Value("string"), "extra": Value("string"), "weight": Value("float32")}
