@@ -67,7 +67,8 @@ def test_every_option_that_is_named_exists(package):
 
 
 # Named in tables of other trainers' options, in the benchmarks' commands, or of a section named before.
-OF_OTHERS = {"compare", "predict", "model", "chats", "data", "method", "parts", "contenders", "rounds", "steps", "compared", "no_deps"}
+OF_OTHERS = {"compare", "families", "predict", "model", "chats", "data", "method", "parts", "contenders", "rounds", "steps", "compared",
+             "no_deps"}
 
 
 @pytest.mark.parametrize("page", ["README.md", "trainer/README.md", "synth/README.md", "CONTRIBUTING.md"])

@@ -26,9 +26,8 @@ UNKNOWN = {  # family: (settings, whether it packs)
     "stablelm": ({}, True),  # its layers drop keyword arguments
     "bloom": (dict(n_head=4, n_layer=2), False),  # its attention has a bias by distance
     "mamba": (dict(state_size=4), True),  # a recurrence, which runs by sample
-    "mimo_v2_flash": (dict(head_dim=16, v_head_dim=24, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
-                sliding_window=8,
-                           num_hidden_layers=2, n_group=1, topk_group=1), True),  # sinks
+    "mimo_v2_flash": (dict(head_dim=16, v_head_dim=24, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, n_group=1,
+                           topk_group=1, sliding_window=8), True),  # sinks
     "llama4_text": (dict(head_dim=16, num_local_experts=2, intermediate_size_mlp=64, attention_chunk_size=8), True),  # chunked
 }
 
