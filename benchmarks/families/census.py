@@ -28,7 +28,7 @@ from trainer.errors import UserError
 MODES = ("fused", "fused, mixers by sample", "packed", "packed, mixers by sample", "one by one", "refused", "fails")
 ELSEWHERE = {  # families of these classes that are no text models, or that need more than transformers
     "needs other input than text": "blip blip-2 evolla git idefics instructblip instructblipvideo kosmos-2 kosmos-2.5 moshi pi0 pix2struct "
-                                   "voxtral_realtime",
+                                   "shieldgemma2 voxtral_realtime",
     "has an encoder of sound with no small form": "fun_asr_nano granite_speech granite_speech_plus kyutai_speech_to_text qwen2_5_omni "
                                                   "qwen3_omni_moe vibevoice_asr",
     "drafts tokens for another model": "gemma4_assistant gemma4_unified_assistant",

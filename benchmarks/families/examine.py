@@ -7,6 +7,7 @@ their initial values. Stock transformers run every sample by itself.
 from __future__ import annotations
 
 import logging
+import re
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from trainer.config import Config, Lora, Model
 from trainer.data.batch import PackedBatch, collate
 from trainer.data.samples import Piece
 from trainer.errors import UserError
+from trainer.evaluation.generation import stock_attention
 from trainer.metrics.throughput import model_size
 from trainer.model.export import merge_and_save, save_adapter
 from trainer.model.forward import lm_head, supervised_hidden
@@ -40,6 +42,7 @@ from trainer.training.memory_estimate import estimate
 LENGTHS = (13, 1, 20, 13)
 METHODS = ("lora", "qlora", "full")
 CPU = torch.device("cpu")
+FOLDER = "steadfast-family-"
 TOLERANCE = 1e-4  # of logits and gradients: stock norms and rotations compute in fp32 even in an fp64 model
 
 
@@ -51,11 +54,12 @@ def examine(family: str) -> dict:
     """Return how a family's packs run, its errors against stock code, and the outcome of every stage."""
     quiet()
     row: dict = {"line": family, "mode": None, "why": None, "operations": {}, "stages": {}}
-    with tempfile.TemporaryDirectory(prefix="steadfast-family-") as name, warnings_of("trainer") as warnings:
+    with tempfile.TemporaryDirectory(prefix=FOLDER) as name, warnings_of("trainer") as warnings:
         folder = Path(name)
         if not _stage(row, "make", lambda: save_loud_model(family, folder / "base")):
             return row
         if _stage(row, "pack", lambda: compare_pack(folder / "base", row, warnings)):
+            _stage(row, "generate", lambda: compare_generation(folder / "base"))
             for method in METHODS:
                 _stage(row, method, partial(train_step, folder, method))
     return row
@@ -67,12 +71,17 @@ def _stage(row: dict, name: str, run: Callable[[], object]) -> bool:
         run()
         row["stages"][name] = "ok"
     except UserError as error:
-        row["stages"][name] = f"refused: {error}"
+        row["stages"][name] = f"refused: {without_folder(str(error))}"
     except Wrong as error:
         row["stages"][name] = f"wrong: {error}"
     except Exception as error:
         row["stages"][name] = f"crash: {type(error).__name__}: {' '.join(str(error).split())[:200]} ({_place(error)})"
     return row["stages"][name] == "ok"
+
+
+def without_folder(text: str) -> str:
+    """Return a message without the place of the temporary folder."""
+    return re.sub(rf"/\S*{FOLDER}[^/ ]*/", "", text)
 
 
 def _place(error: Exception) -> str:
@@ -104,10 +113,10 @@ def stock_class(family: str) -> type:
     return AutoModelForMultimodalLM if model_type(family) in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES else AutoModelForCausalLM
 
 
-def save_loud_model(family: str, folder: Path) -> None:
-    """Save a model of the family and a tokenizer."""
+def save_loud_model(family: str, folder: Path, **settings) -> None:
+    """Save a model of the family, whose configuration has these settings, and a tokenizer."""
     torch.manual_seed(0)
-    model = stock_class(family).from_config(tiny_config(family), dtype=torch.float32)
+    model = stock_class(family).from_config(tiny_config(family, **settings), dtype=torch.float32)
     model.eval()
     make_loud(model)
     model(input_ids=torch.arange(5, 15)[None], use_cache=False)
@@ -184,6 +193,20 @@ def compare_pack(folder: Path, row: dict, warnings: list[str]) -> None:
         raise Wrong(f"logits of a pack differ from stock ones by {row['logits']:.0e}")
     if row["gradients"] > 10 * TOLERANCE:
         raise Wrong(f"gradients of a pack differ from stock ones by {row['gradients']:.0e} ({where})")
+
+
+def compare_generation(folder: Path) -> None:
+    """Compare the tokens that the patched model generates from padded prompts with the stock model's."""
+    ours, _ = build_model(config_of(folder, "full"), CPU)
+    prompts = torch.tensor([[2, 2, 2, 7, 8, 9], [5, 6, 7, 8, 9, 10]])
+    settings = dict(attention_mask=(prompts != 2).long(), max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=2)
+    try:
+        expected = stock_model(folder).generate(prompts, **settings)
+    except Exception:  # stock transformers cannot
+        return
+    with stock_attention(ours.eval()) as base:
+        if not torch.equal(base.generate(prompts, **settings), expected):
+            raise Wrong("generates other tokens than stock transformers")
 
 
 def mode(model: PreTrainedModel, report: PatchReport) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from itertools import groupby, islice
 from typing import NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ from trainer.data.chat_template import ChatTemplate
 from trainer.data.turn_spans import TurnError, read_layout
 from trainer.errors import UserError
 from trainer.model.forward import unwrap_peft
-from trainer.model.packed_attention import is_packed, set_attention
+from trainer.model.packed_attention import PACKED, decoder, is_packed, set_attention
 
 
 class Completion(NamedTuple):
@@ -32,20 +31,20 @@ class Completion(NamedTuple):
 
 
 @torch.no_grad()
-def generate_completions(model: nn.Module, template: ChatTemplate, prompts: Sequence[Sequence[int]], max_tokens: Sequence[int],
+def generate_completions(model: nn.Module, template: ChatTemplate, prompts: Sequence[Sequence[int]], max_tokens: int,
                          batch_size: int) -> list[Completion]:
     """Return the greedy answer to each prompt of token ids, in their order.
 
-    `max_tokens` has the longest answer to each. The model's own generation settings (repetition penalty and so on) are not used.
+    The model's own generation settings (repetition penalty and so on) are not used.
     """
     completions: list[Completion | None] = [None] * len(prompts)
-    longest_first = sorted(range(len(prompts)), key=lambda i: (-max_tokens[i], -len(prompts[i])))  # a lack of memory shows at once
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # the longest first, so that a lack of memory shows at once
     with stock_attention(model) as base:
         ends = end_token_ids(base.generation_config, template)
-        for limit, same_limit in groupby(longest_first, key=lambda i: max_tokens[i]):
-            while numbers := list(islice(same_limit, batch_size)):
-                for i, ids in zip(numbers, _generate(base, template, [prompts[i] for i in numbers], limit, ends)):
-                    completions[i] = decode_completion(template, ids, ends)
+        for start in range(0, len(order), batch_size):
+            numbers = order[start:start + batch_size]
+            for i, ids in zip(numbers, _generate(base, template, [prompts[i] for i in numbers], max_tokens, ends)):
+                completions[i] = decode_completion(template, ids, ends)
     return completions
 
 
@@ -95,11 +94,12 @@ def end_token_ids(settings: GenerationConfig | None, template: ChatTemplate) -> 
 def stock_attention(model: nn.Module) -> Iterator[PreTrainedModel]:
     """Yield the transformers model with stock attention, which takes masks and a cache."""
     base = unwrap_peft(model)
-    before, packed = base.config._attn_implementation, is_packed(base)
-    if packed:  # only eager attention caps its logits, as Gemma 2 wants
-        set_attention(base, "eager" if getattr(base.config.get_text_config(), "attn_logit_softcapping", None) else "sdpa")
+    packed = is_packed(base)
+    if packed:  # only eager attention caps its logits, as Gemma 2 wants, and has sinks, as gpt-oss
+        capped = getattr(base.config.get_text_config(), "attn_logit_softcapping", None)
+        set_attention(base, "sdpa" if decoder(base)._supports_sdpa and not capped else "eager")
     try:
         yield base
     finally:
         if packed:
-            set_attention(base, before)
+            set_attention(base, PACKED)

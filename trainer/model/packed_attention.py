@@ -108,7 +108,7 @@ def refuse_mask(module: nn.Module, args: tuple, kwargs: dict) -> None:
 
 def is_packed(model: PreTrainedModel) -> bool:
     """Return whether `model` runs a pack in one call; otherwise its samples run one at a time."""
-    return model.config._attn_implementation == PACKED
+    return decoder(model).config._attn_implementation == PACKED
 
 
 def set_attention(model: PreTrainedModel, implementation: str) -> None:

@@ -146,7 +146,8 @@ def _report(base: PreTrainedModel, family: Family | None, why_stock: str | None,
     config = base.config.get_text_config()
     report = PatchReport(config.model_type if family else f"{config.model_type} ({why_stock}: stock layers)")
     softcap = config.attn_logit_softcapping if family and family.softcap else None
-    attention = backend(base.device, base.dtype, softcap, getattr(config, "attention_dropout", 0.0))
+    sinks = any(name.endswith(".sinks") for name, _ in base.named_parameters())
+    attention = backend(base.device, base.dtype, softcap, getattr(config, "attention_dropout", 0.0), sinks)
     report.backends["attention"] = f"packed ({attention})" if is_packed(base) else "stock, one sample at a time (slow)"
     if mixers := sum(map(runs_by_sample, base.modules())):
         report.backends["mixers"] = f"stock x {mixers}, each sample by itself"

@@ -1,5 +1,7 @@
 """The census: tiny models of every family, their stages, and the table of a record."""
 
+from contextlib import contextmanager
+
 import pytest
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
@@ -7,6 +9,7 @@ from benchmarks.families import census, examine
 from benchmarks.families.tiny_configs import VOCABULARY, tiny_config
 from tests.helpers.records import shown, table_rows
 from trainer.errors import UserError
+from trainer.evaluation.generation import stock_attention
 from trainer.model import packed_attention
 
 TRIED = {  # family: how its packs run
@@ -35,8 +38,33 @@ def test_a_family_goes_through_every_stage(family):
     if TRIED[family] == "refused":
         assert row["stages"]["pack"].startswith("refused: model: expected a head that is a linear layer")
     else:
-        assert row["stages"] == dict.fromkeys(("make", "pack", *examine.METHODS), "ok")
+        assert row["stages"] == dict.fromkeys(("make", "pack", "generate", *examine.METHODS), "ok")
         assert row["logits"] < examine.TOLERANCE and row["gradients"] < examine.TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "operation"), [("gpt_oss", "packed (tiles)"), ("got_ocr2", "packed (tiles)")])
+def test_a_patched_model_generates_with_the_attention_that_its_class_has(tmp_path, family, operation):
+    """gpt-oss has none by torch's scaled_dot_product_attention; the wrapper GOT-OCR2 names another than its text model."""
+    examine.save_loud_model(family, tmp_path)
+    _, report = examine.build_model(examine.config_of(tmp_path, "full"), examine.CPU)
+    assert report.backends["attention"] == operation
+    examine.compare_generation(tmp_path)
+
+
+@pytest.mark.slow
+def test_other_tokens_than_stock_ones_fail_the_census(tmp_path, monkeypatch):
+    examine.save_loud_model("llama", tmp_path)
+
+    @contextmanager
+    def spoilt(model):
+        with stock_attention(model) as base:
+            base.lm_head.weight.data.neg_()
+            yield base
+
+    monkeypatch.setattr(examine, "stock_attention", spoilt)
+    with pytest.raises(examine.Wrong, match="other tokens"):
+        examine.compare_generation(tmp_path)
 
 
 @pytest.mark.slow
