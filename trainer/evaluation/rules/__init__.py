@@ -1,1 +1,0 @@
-"""Check generated answers against rules, as IFEval does. Start reading at `verdicts.py`."""
