@@ -9,6 +9,8 @@ REQUIRES = [
     "accelerate>=1.10",
     "peft>=0.21,<0.22",
     "datasets>=5.0,<6",
+    "pyarrow>=21.0",
+    "fsspec>=2025.3",
     "safetensors>=0.6",
     "tokenizers>=0.22",
     "jsonargparse>=4.40",
@@ -23,9 +25,10 @@ REQUIRES = [
 
 EXTRAS = {
     "synth": ["vllm>=0.32,<0.33", "openai>=3.50", "datasketch>=2.0", "py3langid>=0.4", "scikit-learn>=1.8"],
+    "remote": ["s3fs>=2025.3", "gcsfs>=2025.3", "aiohttp>=3.12", "requests>=2.32"],
     "quant": ["bitsandbytes>=0.50"],
     "flash": ["flash-attn>=2.8"],
-    "eval": ["lm-eval>=0.4.9"],
+    "eval": ["lm-eval>=0.4.9", "py3langid>=0.4"],
     "logging": ["wandb>=0.22"],
     "dev": ["trl>=1.16,<1.17", "pytest>=9.0", "pytest-xdist>=3.8", "hypothesis>=6.140", "ruff>=0.14"],
 }

@@ -8,23 +8,25 @@ from __future__ import annotations
 import re
 import sys
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from trainer.errors import require
 
 MOST_PASSES = 100_000  # over the data: more are a typing mistake, and would take minutes to plan
-Metric = Literal["auto", "exact", "choice", "regex", "logprob"]
+Metric = Literal["auto", "exact", "choice", "regex", "rules", "continuation", "logprob"]
 
 
 @dataclass
 class Source:
     """One file, folder or hub data set, read into chat records."""
 
-    path: str  # JSON, JSONL, Parquet or CSV file; a folder written by `save_to_disk`; or a hub name
+    # JSON, JSONL, Parquet or CSV files, also compressed: one, a pattern, a folder of parts, or s3://, gs://, hf://, https://; a folder
+    # written by `save_to_disk`; or a hub name
+    path: str
     name: str | None = None  # in reports and logs; default: the file's stem
     format: Literal["auto", "chat", "sharegpt", "alpaca", "prompt_completion", "text"] = "auto"  # auto: inferred from the columns
     columns: dict[str, str] | None = None  # ours -> the file's, e.g. {prompt: question, completion: answer}
-    split: str = "train"  # split of a hub data set or saved folder
+    split: str = "train"  # split of a hub data set, saved folder or folder of parts
     subset: str | None = None  # configuration name of a hub data set
     weight: float = 1.0  # times each sample is seen per epoch; 0.5 takes another half every epoch
     max_records: int | None = None  # keep the first n records
@@ -34,18 +36,23 @@ class Source:
 class Items:
     """One file of items with known answers, or of held-out text, and its metric."""
 
-    path: str  # JSON, JSONL, Parquet or CSV file; a folder written by `save_to_disk`; or a hub name
+    path: str  # files, a folder or a hub name, as in data.train
     name: str | None = None  # in reports and logs; default: the file's stem
-    # exact: the answer equals what is generated; choice: the likeliest of several; regex: what a pattern finds in both; logprob: of text
+    # exact: the answer equals what is generated; choice: the likeliest of several; regex: what a pattern finds in both; rules: what is
+    # generated keeps rules, as in IFEval; continuation: every token of the answer is the likeliest, as in LAMBADA; logprob: of text
     metric: Metric = "auto"  # auto: that of the section, and if that is auto too, inferred from the columns
-    columns: dict[str, str] | None = None  # ours -> the file's: prompt, answer, choices, messages, text, input, system, id
+    columns: dict[str, str] | None = None  # ours -> the file's: prompt, answer, choices, messages, text, rules, arguments, input...
     regex: str = ""  # a pattern with a group, searched in what is generated; default: that of the section
     answer_regex: str | None = None  # a pattern for the file's answers; default: `regex`; "" takes an answer as it is
     take: Literal["first", "last"] = "first"  # the match of the pattern that is compared
     ignore_case: bool = False  # compare without regard to case
     ignore_punctuation: bool = False  # compare without punctuation
     choice_by: Literal["sum", "characters", "tokens"] = "sum"  # compare the log-probs of choices, or those per character or token
-    split: str = "train"  # split of a hub data set or saved folder
+    chat: bool = True  # render prompts with the chat template, if data.chat asks for it
+    max_tokens: int | None = None  # longest answer, if generation.max_tokens names none; default: 256
+    stop: list[str] = field(default_factory=list)  # texts that end an answer, beside those of generation.stop
+    must_end: bool = False  # an answer that is cut off is wrong
+    split: str = "train"  # split of a hub data set, saved folder or folder of parts
     subset: str | None = None  # configuration name of a hub data set
     max_records: int | None = None  # keep the first n items
 
@@ -60,7 +67,11 @@ class Data:
     train_on: Literal["assistant", "last", "all"] = "assistant"  # supervised: every assistant turn, the last one, or every token
     max_length: int = 2048  # longest sample, in tokens
     on_overlong: Literal["error", "drop", "truncate", "split"] = "error"  # what to do with longer samples
+    on_bad_row: Literal["error", "skip"] = "error"  # rows that are no chats, or that the template refuses: stop, or skip and count them
+    same_role: Literal["keep", "join", "refuse"] = "keep"  # turns that follow one of their own role; keep: the template decides
     chat_template: str | None = None  # a Jinja file to use instead of the tokenizer's own template
+    template_kwargs: dict[str, Any] = field(default_factory=dict)  # keywords for the template, e.g. {enable_thinking: false}
+    empty_reasoning: Literal["train", "mask"] = "train"  # reasoning without words that a template prints before an answer that has none
     num_proc: int = 0  # processes that tokenize; 0: one per core, at most 8
     cache_dir: str | None = None  # folder of tokenized data; default: the cache of `datasets`
 
@@ -195,7 +206,7 @@ class Eval:
 class Checkpoint:
     """Saved states, from which a run resumes bit for bit."""
 
-    every: int = 0  # steps between checkpoints; 0: only when the run is stopped by a signal
+    every: int = 0  # steps between checkpoints; 0: when a signal or an error stops the run, and before the export until it is whole
     keep: int = 2  # newest checkpoints kept
 
 

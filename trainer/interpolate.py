@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
+from transformers.utils import CHAT_TEMPLATE_DIR
 from transformers.utils.logging import disable_progress_bar
 
 from trainer import cli
@@ -29,6 +30,7 @@ from trainer.errors import UserError
 from trainer.files import atomic_folder
 from trainer.model import lora
 from trainer.model.checkpoint_rest import add_rest
+from trainer.model.export import save_generation_config, save_weights
 from trainer.model.loading import meta_model
 from trainer.model.locate import load_tokenizer, model_source, one_line_errors
 from trainer.model.text_part import auto_class
@@ -129,7 +131,9 @@ def scaled_by(alpha: float, tensor: Tensor) -> Tensor:
 
 
 def copy_others(folder: Path, tmp: Path) -> None:
-    """Copy the files beside the weights: adapter configuration, tokenizer, chat template."""
+    """Copy the files beside the weights: adapter configuration, tokenizer, chat templates."""
+    if (folder / CHAT_TEMPLATE_DIR).is_dir():
+        shutil.copytree(folder / CHAT_TEMPLATE_DIR, tmp / CHAT_TEMPLATE_DIR)
     for path in folder.iterdir():
         if path.is_file() and ".safetensors" not in path.name and path.suffix not in (".bin", ".pt"):
             shutil.copy(path, tmp / path.name)
@@ -143,7 +147,7 @@ def model_writer(config: Interpolate) -> Callable[[float, Path], None]:
 
     Raises UserError unless both models have weights of equal names and shapes.
     """
-    tuned_model = Model(path=config.tuned, tokenizer=config.model.tokenizer, trust_remote_code=config.model.trust_remote_code)
+    tuned_model = Model(path=config.tuned, trust_remote_code=config.model.trust_remote_code)
     tokenizer = load_tokenizer(tuned_model)
     base, tuned = load(config.model, "model.path"), load(tuned_model, "tuned")
     base_state, tuned_state = base.state_dict(), tuned.state_dict()
@@ -157,8 +161,9 @@ def model_writer(config: Interpolate) -> Callable[[float, Path], None]:
         by_storage: dict[int, Tensor] = {}  # a tied weight stays one
         state = {name: by_storage.setdefault(end.data_ptr(), between(alpha, base_state[name], end)) for name, end in tuned_state.items()}
         with atomic_folder(output) as tmp:
-            tuned.save_pretrained(tmp, state_dict=state)
+            save_weights(tuned, tmp, state)
             add_rest(tmp, tuned, tuned_state)
+            save_generation_config(tuned, tmp)
             tokenizer.save_pretrained(tmp)
 
     return write

@@ -12,25 +12,25 @@ from pathlib import Path
 import datasets
 import torch
 import transformers
-from transformers import PreTrainedTokenizerBase
 
 from trainer import cli
 from trainer.config import Config, profiled_steps, validate
+from trainer.data.chat_template import read_template
 from trainer.data.prepare import prepare_data
 from trainer.evaluation.items import ItemFile
 from trainer.metrics.profiler import check_steps_within
 from trainer.model import quantization
 from trainer.model.locate import load_tokenizer
 from trainer.retention import monitor, replay_search
-from trainer.runtime import checkpoint
 from trainer.runtime.device import choose_device
 from trainer.runtime.distributed import Distributed, process_group
-from trainer.runtime.result import Ending, RunResult
+from trainer.runtime.interrupts import Interrupts
+from trainer.runtime.result import RunResult
 from trainer.training import run_folder
 from trainer.training.build import build, require_packs_for_all_ranks
 from trainer.training.dry_run import print_dry_run
+from trainer.training.finish import finish
 from trainer.training.loop import fit
-from trainer.training.training_run import TrainingRun
 
 USAGE = """\
 usage: python -m trainer.run --model.path MODEL --data.train FILE [--section.option value ...]
@@ -90,31 +90,22 @@ def run_one(config: Config, items: Sequence[ItemFile], device: torch.device, dis
             save_outputs: bool = True) -> RunResult | None:
     """Prepare the data, build, train and save; a probe run saves no outputs. Returns None after a dry run."""
     tokenizer = load_tokenizer(config.model)
+    tokenizer.chat_template = read_template(config.data.chat_template) or tokenizer.chat_template  # exports carry it
     if dist.size > 1:
         dist.on_main(lambda: prepare_data(config, tokenizer))  # the other ranks then find its caches
     data = prepare_data(config, tokenizer)
     require_packs_for_all_ranks(data.plan, dist)
     check_steps_within(profiled_steps(config.logging.profile_steps), data.plan.total)
     if config.dry_run:
-        dist.on_main(lambda: print_dry_run(config, data, device))
+        dist.on_main(lambda: print_dry_run(config, data, device, tokenizer))
         return None
-    run, state = build(config, data, device, dist, items)
-    ending = fit(run, state)
-    if save_outputs:
-        save(run, state, ending, tokenizer)
+    run, state = build(config, data, device, dist, items, tokenizer)
+    with Interrupts() as interrupts:
+        ending = fit(run, state, interrupts)
+        if save_outputs:
+            ending = finish(run, state, ending, tokenizer, interrupts)
     measured = run.monitor.exported(state) if run.monitor and not ending.signal else state.last_measurement
     return RunResult(run.folder, state.step, state.loss, state.eval_loss, ending.reason, ending.signal, measured)
-
-
-def save(run: TrainingRun, state: checkpoint.State, ending: Ending, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write the adapter or model, with the best measured weights where there is a floor, and the report."""
-    restores = run.monitor is not None and not ending.signal
-    if restores:
-        run.dist.on_main(lambda: run.monitor.restore(state, run.optimizer))
-    run.optimizer.release()
-    run.dist.on_main(lambda: run_folder.save_outputs(run.folder, run.config, run.model, tokenizer, ending))
-    if restores:
-        run.dist.on_main(run.monitor.clean)
 
 
 if __name__ == "__main__":

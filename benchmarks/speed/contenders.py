@@ -181,10 +181,11 @@ def samples_in_memory(samples: TokenSamples) -> Samples:
     lengths = np.array([len(ids) for ids, _ in samples], dtype=np.int64)
     ids = np.concatenate([ids for ids, _ in samples]).astype(np.int32)
     flags = np.concatenate([supervised for _, supervised in samples]).astype(np.uint8)
-    count = len(samples)
+    count, targets = len(samples), np.array([int(supervised[1:].sum()) for _, supervised in samples])
     return Samples(
-        ["benchmark"], {}, lengths, np.array([int(supervised[1:].sum()) for _, supervised in samples]), np.ones(count, np.float32),
-        np.zeros(count, np.int16), np.arange(count), [(ids, flags)], np.zeros(count, np.int32), np.cumsum(lengths) - lengths)
+        ["benchmark"], {}, lengths, targets, np.ones(count, np.float32), targets.astype(np.float64), np.zeros(count, np.int16),
+        np.arange(count), [(ids, flags, np.zeros(0, np.float32))], np.zeros(count, np.int32), np.cumsum(lengths) - lengths,
+        np.full(count, -1))
 
 
 # ---------------------------------------------------------------- agreement

@@ -10,17 +10,19 @@ threshold.
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from synth.engines.interface import Embedding, EmbeddingRequest
 from synth.filters.ngrams import is_unspaced, ngram_hashes, word_hashes, words
-from trainer.data import formats, readers, sources
+from trainer.config import Source
+from trainer.data import formats
+from trainer.data.chat_columns import record_of
+from trainer.data.files import content_hash
+from trainer.data.sources import files_of, open_source, rows_of
 from trainer.errors import UserError
 
 TEXT_COLUMNS = ("question", "prompt", "instruction", "text")  # of evaluation files that hold no chats, in upper or lower case
@@ -51,13 +53,7 @@ def read_items(path: str) -> Iterator[EvaluationItem]:
 
     Raises UserError where there is no such file or no such column.
     """
-    file = Path(path).expanduser()
-    if file.is_file() and file.suffix in readers.SUFFIXES:
-        rows = readers.read_rows(file)
-    else:
-        (_, records), = sources.load_sources(path, "evaluation")  # refuses a missing file or one of another kind
-        rows = ((f"record {n}", record) for n, record in enumerate(records, 1))
-    for place, row in rows:
+    for place, row in rows_of(open_source(Source(path))):
         place = f"{path}, {place}"
         for text in _row_texts({column.lower(): value for column, value in row.items()}, place):
             yield EvaluationItem(place, text)
@@ -65,9 +61,9 @@ def read_items(path: str) -> Iterator[EvaluationItem]:
 
 def _row_texts(row: dict, place: str) -> list[str]:
     for column in ("messages", "conversations", "prompt"):
-        if isinstance(row.get(column), list):
+        if isinstance(row.get(column), list | dict) or column != "prompt" and row.get(column) is not None:
             try:
-                turns = formats.Format("chat", {"messages": column}).record(row)["messages"]
+                turns = record_of(row, formats.Format("chat", {"messages": column}))["messages"]
             except formats.RecordError as error:
                 raise UserError(f"{place}: {error}") from None
             return [turn["content"] for turn in turns if turn["role"] == "user"]
@@ -80,9 +76,9 @@ def _row_texts(row: dict, place: str) -> list[str]:
 
 
 def fingerprint(path: str) -> str:
-    """Return a hash of an evaluation file's content; for a folder or hub data set just its name."""
-    file = Path(path).expanduser()
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else path
+    """Return a hash of the content of evaluation files; for a saved folder or hub data set just its name."""
+    files = files_of(Source(path))
+    return content_hash(files) if files else path
 
 
 # ---------------------------------------------------------------- by words

@@ -144,6 +144,73 @@ def test_without_a_chat_template_choices_follow_the_prompt_and_a_space(tmp_path,
     assert outcomes["model"].of_file(0)[0].choice_logprobs == pytest.approx(expected, abs=1e-4)
 
 
+def test_an_item_with_equal_choices_is_scored_and_counted(tmp_path, model_folder):
+    """Count either of two equal choices as right, wherever the index of the right one points: ARC-easy has such an item."""
+    rows = [{"question": "Which?", "choices": ["fox", "fox", "zzzzzz"], "answer": answer} for answer in (0, 1)]
+    write_jsonl(rows, tmp_path / "a.jsonl")
+    _, outcomes = scored("--model.path", model_folder, "--data.general", tmp_path / "a.jsonl")
+    first, second = outcomes["model"].of_file(0)
+    assert first.choice_logprobs[:2] == pytest.approx([first.choice_logprobs[0]] * 2, abs=1e-4)
+    assert first.right and second.right
+    assert outcomes["model"].notes == ["a: items with equal choices: 2; either of the two counts"]
+
+
+def test_a_continuation_is_scored_after_each_choice_of_a_beginning(tmp_path, model_folder):
+    row = {"choices": ["The quick", "The lazy old"], "continuation": "brown fox", "answer": 0}
+    write_jsonl([row], tmp_path / "a.jsonl")
+    _, outcomes = scored("--model.path", model_folder, "--data.general", tmp_path / "a.jsonl", "--data.chat", "false")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(model_folder).eval(), AutoTokenizer.from_pretrained(model_folder)
+    beginnings = [tokenizer(choice).input_ids for choice in row["choices"]]
+    expected = [plain_logprob(model, ids, tokenizer(f"{choice} brown fox").input_ids[len(ids):])
+                for ids, choice in zip(beginnings, row["choices"])]
+    assert outcomes["model"].of_file(0)[0].choice_logprobs == pytest.approx(expected, abs=1e-4)
+    assert outcomes["model"].of_file(0)[0].right == (expected[0] > expected[1])
+
+
+@torch.no_grad()
+def test_a_continuation_is_right_if_each_of_its_tokens_is_the_likeliest(tmp_path, model_folder):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(model_folder).eval(), AutoTokenizer.from_pretrained(model_folder)
+    prompts = [f"The {word} fox jumps over" for word in ("quick", "lazy", "brown", "old")]
+    likeliest = [tokenizer.decode(model(torch.tensor([tokenizer(p).input_ids])).logits[0, -1].argmax()) for p in prompts]
+    kept = [(p, word[1:]) for p, word in zip(prompts, likeliest) if word[:1] == " " and word[1:].isalpha()]
+    rows = [{"prompt": p, "answer": word} for p, word in kept] + [{"prompt": prompts[0], "answer": "zebra"}]
+    write_jsonl(rows, tmp_path / "a.jsonl")
+    arguments = ["--data.general", tmp_path / "a.jsonl", "--data.metric", "continuation", "--data.chat", "false"]
+    _, outcomes = scored("--model.path", model_folder, *arguments)
+    assert [outcome.right for outcome in outcomes["model"].of_file(0)] == [True] * len(kept) + [False]
+    assert outcomes["model"].of_file(0)[-1].logprob < 0
+
+
+def test_answers_under_rules_are_judged_strictly_and_loosely_beside_what_is_said(adapter, tmp_path):
+    rows = [{"prompt": "Say something.", "instruction_id_list": ["punctuation:no_comma", "length_constraints:number_words"],
+             "kwargs": [{}, {"relation": relation, "num_words": 1}]} for relation in ("at least", "less than")]
+    write_jsonl(rows, tmp_path / "a.jsonl")
+    results = evaluate(config("--adapter", adapter, "--data.general", tmp_path / "a.jsonl", "--output", tmp_path / "out"))
+    file, = results["files"]
+    records = [json.loads(line) for line in (tmp_path / "out/results.jsonl").read_text().splitlines()]
+    for name in ("base", "model"):
+        outcomes = [record[name] for record in records]
+        assert [outcome["right"] for outcome in outcomes] == [all(outcome["rules"]["strict"]) for outcome in outcomes]
+        assert [outcome["rules"]["strict"][0] for outcome in outcomes] == ["," not in outcome["prediction"] for outcome in outcomes]
+        assert file["rules"]["strict, by instruction"][name]["accuracy"] == sum(sum(o["rules"]["strict"]) for o in outcomes) / 4
+        assert file[name]["said"]["ended"] == sum(outcome["finished"] for outcome in outcomes) / 2
+        assert file[name]["said"]["words"] == sum(len(re.findall(r"\w+", outcome["prediction"])) for outcome in outcomes) / 2
+    assert {"lost", "gained", "p"} <= set(file["change"]["ended"]) and {"lost", "gained", "p"} <= set(file["rules"]["loose"]["change"])
+    assert "rules, loose, by instruction" in (tmp_path / "out/report.html").read_text() and records[0]["asked"]
+
+
+def test_a_file_has_its_own_longest_answer_and_may_ask_for_an_end(tmp_path, model_folder):
+    write_jsonl([{"prompt": "Say something.", "rules": ["length_constraints:number_words"],
+                  "kwargs": [{"relation": "less than", "num_words": 1000}]}], tmp_path / "a.jsonl")
+    entries = json.dumps([{"path": str(tmp_path / "a.jsonl"), "max_tokens": n, "must_end": must} for n in (3, 5) for must in (False, True)])
+    evaluation_config = parse(Config, ["--device", "cpu", "--model.path", str(model_folder), "--data.general", entries], "trainer.evaluate")
+    items = read_files(evaluation_config.data)
+    loaded, = load_each(find_models(evaluation_config), evaluation_config, CPU)
+    outcomes = [score(loaded, items, evaluation_config).of_file(f)[0] for f in range(4)]
+    assert [len(loaded.template.tokenizer(o.prediction).input_ids) <= n for o, n in zip(outcomes, (3, 3, 5, 5))] == [True] * 4
+    assert [o.finished for o in outcomes] == [False] * 4 and [bool(o.right) for o in outcomes[1::2]] == [False, False]
+
+
 @pytest.mark.slow
 @torch.no_grad()
 def test_kl_to_the_base_is_that_of_plain_torch(adapter, files, stock):
@@ -185,7 +252,7 @@ def test_generated_answers_are_those_of_transformers_one_by_one(adapter, files, 
     items = read_files(evaluation_config.data)
     for loaded in load_each(find_models(evaluation_config), evaluation_config, CPU):
         prompts = [prompt.ids for prompt in encode(items, loaded.template, evaluation_config, loaded.context).prompts]
-        found = generate_completions(loaded.model, loaded.template, prompts, 24, batch_size=7)
+        found = generate_completions(loaded.model, loaded.template, prompts, [24] * len(prompts), batch_size=7)
         before = loaded.model.config._attn_implementation
         with model.disable_adapter() if loaded.name == "base" else torch.no_grad():
             for ids, answer in zip(prompts, found):

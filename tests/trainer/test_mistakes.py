@@ -71,7 +71,7 @@ def test_a_template_that_is_wrong_says_where(tokenizer, template, expected):
 @pytest.mark.parametrize("contents, expected", [
     (b"", "data.chat_template: expected a Jinja template, found nothing in .*; remove the option to use the tokenizer's own"),
     (b"\xff\xfe", "data.chat_template: expected a text file in UTF-8, cannot read .*invalid start byte"),
-    (b"{% if %}", "record 1: chat template of .*t.jinja, line 1: expected Jinja, found an error"),
+    (b"{% if %}", "line 1: chat template of .*t.jinja, line 1: expected Jinja, found an error"),
 ])
 def test_a_template_file_that_cannot_serve(tokenizer, tmp_path, contents, expected):
     (tmp_path / "t.jinja").write_bytes(contents)

@@ -26,7 +26,7 @@ class PackedBatch:
     max_seqlen: int  # tokens of the longest sample
     supervised_rows: Tensor  # int64[S], the t whose next token is supervised
     targets: Tensor  # int64[S], those next tokens
-    weights: Tensor  # float32[S], the weight of each target's sample
+    weights: Tensor  # float32[S], the weight of each target's sample times that of its turn
     source: Tensor  # int16[n]
     tokens: int  # T, without padding
     weight_sum: float  # sum of weights, on the host, so that normalising a step needs no synchronisation
@@ -99,6 +99,9 @@ def collate(samples: Sequence[Piece]) -> PackedBatch:
     supervised[starts[:-1]] = False
     target_rows = np.flatnonzero(supervised)  # (S,)
     target_weights = weights[sample_of[target_rows]]
+    if any(sample.turn_weights is not None for sample in samples):
+        of_turns = [np.ones(n, np.float32) if sample.turn_weights is None else sample.turn_weights for sample, n in zip(samples, lengths)]
+        target_weights = target_weights * np.concatenate(of_turns)[target_rows]
     return PackedBatch(
         input_ids=torch.from_numpy(input_ids),
         position_ids=torch.from_numpy(np.arange(len(input_ids)) - starts[sample_of]),

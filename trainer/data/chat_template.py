@@ -3,28 +3,52 @@
 A chat is rendered to text, the spans of the assistant's turns are found (by the template's `{% generation %}` markers, or as
 `trainer/data/turn_spans.py` derives them), and the text is tokenized once: a token is supervised if it holds a character of a
 span, the end-of-turn token included. The template prints all special tokens and the tokenizer adds none, so there is one BOS.
+
+Beside its messages a chat may have inputs: tools, documents and the template's own keywords, such as enable_thinking.
 """
 
 from __future__ import annotations
 
 import datetime
 import hashlib
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
-from itertools import groupby
+from itertools import accumulate, groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jinja2
+import jinja2.meta
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from trainer.data.turn_spans import USER_WORDS, Message, Span, TurnError, TurnLayout, read_layout, split_at_marks, turn_spans
+from trainer.data.messages import REASONING_KEYS
+from trainer.data.turn_spans import (
+    ASSISTANT_WORDS,
+    REASONING,
+    TOOL_WORDS,
+    TWO_IN_A_ROW,
+    USER_WORDS,
+    Message,
+    Span,
+    TurnError,
+    TurnLayout,
+    read_layout,
+    split_at_marks,
+    turn_spans,
+)
 from trainer.errors import UserError
 
+GENERATION_TAGS = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Raised by templates that refuse a chat, and by those that find a field of another type than they expect.
 REFUSALS = (jinja2.TemplateError, TypeError, ValueError)
+OPTIONAL_NAME = re.compile(r"\b(\w+)\s*(?=is\s+(?:not\s+)?defined|\|\s*default)")
+# Variables of a template that are no keywords: the chat, what renders it, and functions.
+GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now", "range", "namespace", "dict"}
+# Reasoning without words, as templates print it before an answer that has none.
+EMPTY_REASONING = re.compile(r"\s*(<think>\s*</think>|<\|channel>thought\s*<channel\|>|\[THINK\]\s*\[/THINK\])\s*")
 
 
 class Encoded(NamedTuple):
@@ -34,15 +58,29 @@ class Encoded(NamedTuple):
     supervised: list[bool]
 
 
+class Rendered(NamedTuple):
+    """The text of a chat, its supervised spans, and the weight of each."""
+
+    text: str
+    spans: list[Span]
+    weights: list[float]
+
+
 class ChatTemplate:
     """A tokenizer with its chat template, or with the Jinja text `template` in its place.
 
-    `name` stands for the template in error messages. With `date`, a template that prints today's date prints that one instead.
+    `name` stands for the template in error messages. With `date`, a template that prints today's date prints that one instead. `keywords`
+    are given to the template with every chat, such as {"enable_thinking": False}. With `mask_empty_reasoning`, reasoning without words,
+    which templates print before an answer that has none, is not supervised.
     """
 
-    def __init__(self, tokenizer, template: str | None = None, name: str | None = None, date: datetime.date | None = None):
+    def __init__(self, tokenizer, template: str | None = None, name: str | None = None, date: datetime.date | None = None,
+                 keywords: Mapping[str, Any] | None = None, mask_empty_reasoning: bool = False):
         self.tokenizer = tokenizer
         self.date = date
+        self.keywords = dict(keywords or {})
+        self.mask_empty_reasoning = mask_empty_reasoning
+        self._layouts: dict[str, TurnLayout] = {}
         self.name = name or tokenizer.name_or_path or type(tokenizer).__name__
         if not tokenizer.is_fast:
             raise UserError(f"tokenizer of {self.name}: expected a fast tokenizer (tokenizer.json), found a slow one, "
@@ -59,14 +97,40 @@ class ChatTemplate:
         rendered = []
         for i, chat in enumerate(chats):
             try:
-                rendered.append(self._render_with_spans(chat, train_on))
+                rendered.append(self.render_chat(chat, train_on))
             except UserError as error:
                 raise UserError(f"{names[i]}: {error}" if names else str(error)) from None
-        texts = [text for text, _ in rendered]
-        tokens = self.tokenizer(texts, add_special_tokens=False, verbose=False,
+        return [encoded for encoded, _ in self.encode(rendered)]
+
+    def render_chat(self, messages: list[Message], train_on: str = "assistant", inputs: Mapping[str, Any] | None = None,
+                    weights: Sequence[float | None] | None = None) -> Rendered:
+        """Render a chat with its inputs, and find its supervised spans.
+
+        `weights` are those of the messages in the loss; None is 1. Raises UserError with the template, the turn and the reason if the chat
+        is refused or cannot be masked.
+        """
+        inputs = {**self.keywords, **(inputs or {})}
+        messages = self._spelled(messages, inputs)
+        weights = [1.0 if weight is None else weight for weight in weights or [None] * len(messages)]
+        try:
+            text, spans, of_spans = self._render_with_spans(messages, train_on, inputs, weights)
+        except TurnError as error:
+            raise self._unmaskable(error, messages) from None
+        if self.mask_empty_reasoning and train_on != "all":
+            spans = [(match.end() if (match := EMPTY_REASONING.match(text, start, end)) else start, end) for start, end in spans]
+        kept = [(span, weight) for span, weight in zip(spans, of_spans) if weight > 0]
+        return Rendered(text, [span for span, _ in kept], [weight for _, weight in kept])
+
+    def encode(self, rendered: Sequence[Rendered]) -> list[tuple[Encoded, list[float] | None]]:
+        """Encode rendered chats with one call of the tokenizer.
+
+        Return for each its tokens, and the weight of each token in the loss; None where each supervised token weighs 1.
+        """
+        if not rendered:
+            return []
+        tokens = self.tokenizer([chat.text for chat in rendered], add_special_tokens=False, verbose=False,
                                 return_attention_mask=False, return_token_type_ids=False)
-        return [Encoded(ids, _supervise(len(ids), len(text), spans, partial(tokens.char_to_token, i)))
-                for i, (ids, (text, spans)) in enumerate(zip(tokens["input_ids"], rendered))]
+        return [_encoded(ids, chat, partial(tokens.char_to_token, i)) for i, (ids, chat) in enumerate(zip(tokens["input_ids"], rendered))]
 
     def encode_texts(self, texts: Sequence[str]) -> list[Encoded]:
         """Encode plain texts with one call of the tokenizer.
@@ -89,22 +153,99 @@ class ChatTemplate:
         decode = partial(self.tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return [(decode([int(i) for i, _ in run]), flag) for flag, run in runs]
 
-    def render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
+    def render(self, messages: list[Message], add_generation_prompt: bool = False, inputs: Mapping[str, Any] | None = None) -> str:
         """Render a chat to text. Raises UserError with the template's own reason and the turn that it refuses."""
-        return self._render(messages, add_generation_prompt=add_generation_prompt)[0]
+        inputs = self.keywords if inputs is None else inputs
+        return self._render(messages, inputs, add_generation_prompt=add_generation_prompt)[0]
+
+    def check_keywords(self) -> None:
+        """Raise UserError for a keyword that the template does not read."""
+        for name in self.keywords:
+            if name not in self.variables or name in GIVEN:
+                read = sorted({*OPTIONAL_NAME.findall(self.template)} & self.variables - GIVEN)
+                raise UserError(f"data.template_kwargs: expected keywords that the chat template of {self.name} reads "
+                                f"({', '.join(read) or 'it reads none'}), got {name}; correct or remove it")
+
+    def mentions(self, name: str) -> bool:
+        """Return whether the template's text has a name, such as a key of messages or a keyword."""
+        return name in self._words
+
+    @cached_property
+    def _words(self) -> set[str]:
+        return {*re.findall(r"\w+", self.template)}
+
+    @cached_property
+    def reasoning_key(self) -> str | None:
+        """Return the key of a message from which the template prints the reasoning of a last turn; None if from none."""
+        return self._printed_key([{"role": "user", "content": USER_WORDS}], REASONING_KEYS,
+                                 {"role": "assistant", "content": ASSISTANT_WORDS})
+
+    @cached_property
+    def reasons(self) -> bool:
+        """Return whether the model is meant to reason: its template prints reasoning, and no keyword has to ask for it."""
+        user = [{"role": "user", "content": USER_WORDS}]
+        default, on, off = (self._render(user, self.keywords | asked, add_generation_prompt=True)[0]
+                            for asked in ({}, {"enable_thinking": True}, {"enable_thinking": False}))
+        return (self.reasoning_key is not None or REASONING in default) and (default == on or default != off)
+
+    @cached_property
+    def _has_developer(self) -> bool:
+        """Return whether the template prints a developer's message, or refuses both it and a system message."""
+        user, printed = {"role": "user", "content": USER_WORDS}, {}
+        for role in ("developer", "system"):
+            try:
+                printed[role] = ASSISTANT_WORDS in self._jinja([{"role": role, "content": ASSISTANT_WORDS}, user], self.keywords)[0][0]
+            except REFUSALS:
+                printed[role] = False
+        return printed["developer"] or not printed["system"]
+
+    def _printed_key(self, before: list[Message], keys: Sequence[str], message: Message) -> str | None:
+        """Return the first of `keys` whose text the template prints in a message."""
+        for key in keys:
+            try:
+                if TOOL_WORDS in self._jinja([*before, message | {key: TOOL_WORDS}], self.keywords)[0][0]:
+                    return key
+            except REFUSALS:
+                continue
+        return None
+
+    def _spelled(self, messages: list[Message], inputs: Mapping[str, Any]) -> list[Message]:
+        """Return the messages with reasoning under the template's key, and a developer as system where it knows no other."""
+        key, spelled = self.reasoning_key if any("reasoning_content" in message for message in messages) else None, []
+        for message in messages:
+            if key and "reasoning_content" in message:
+                message = {key if name == "reasoning_content" else name: value for name, value in message.items()}
+            if message["role"] == "developer" and not self._has_developer:
+                message = message | {"role": "system"}
+            spelled.append(message)
+        return spelled
 
     @cached_property
     def template(self) -> str:
-        """Return the Jinja text. Raises UserError if there is none."""
+        """Return the Jinja text of chats without tools. Raises UserError if there is none."""
+        return self.template_text({})
+
+    def template_text(self, inputs: Mapping[str, Any]) -> str:
+        """Return the Jinja text of a chat with these inputs: some tokenizers have another for tools. Raises UserError if there is none."""
         if self._override is None and not self.tokenizer.chat_template:
             raise UserError(f"tokenizer of {self.name}: expected a chat template, found none; set data.chat_template to a Jinja file")
-        return self._override or self.tokenizer.get_chat_template()
+        return self._override or self.tokenizer.get_chat_template(tools=inputs.get("tools"))
+
+    @cached_property
+    def variables(self) -> set[str]:
+        """Return the names that the template reads: its keywords, beside messages and tools."""
+        try:
+            return jinja2.meta.find_undeclared_variables(jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(
+                GENERATION_TAGS.sub("", self.template)))
+        except jinja2.TemplateError:
+            return set(self.keywords)  # a render says what is wrong with it
 
     @cached_property
     def fingerprint(self) -> str:
         """Return a hash of everything that decides the tokens of a chat."""
         special = sorted(self.tokenizer.special_tokens_map.items())
-        key = (self.tokenizer.backend_tokenizer.to_str(), self._override or self.tokenizer.chat_template, special)
+        options = json.dumps(self.keywords, sort_keys=True, default=str), self.mask_empty_reasoning
+        key = (self.tokenizer.backend_tokenizer.to_str(), self._override or self.tokenizer.chat_template, special, options)
         return hashlib.sha256(repr(key).encode()).hexdigest()[:16]
 
     @cached_property
@@ -119,42 +260,47 @@ class ChatTemplate:
 
         def is_printed(message: Message) -> bool:
             try:
-                return USER_WORDS in self._jinja([message])[0][0]
+                return USER_WORDS in self._jinja([message], self.keywords)[0][0]
             except REFUSALS:
                 return False
 
         return not is_printed(message) and is_printed(_as_parts(message))
 
-    @cached_property
-    def _layout(self) -> TurnLayout:
-        return read_layout(self.render, self.tokenizer.get_added_vocab())
+    def _layout(self, inputs: Mapping[str, Any]) -> TurnLayout:
+        """Return the layout of turns under the keywords of `inputs`."""
+        left_out = ("documents", "tools") if self.template_text(inputs) == self.template else ("documents",)
+        keywords = {name: value for name, value in inputs.items() if name not in left_out}
+        key = json.dumps(keywords, sort_keys=True, default=str)
+        if key not in self._layouts:
+            self._layouts[key] = read_layout(partial(self.render, inputs=keywords), self.tokenizer.get_added_vocab())
+        return self._layouts[key]
 
-    def _jinja(self, chat: list[Message], **options) -> tuple[list[str], list[list[Span]]]:
-        special = self.tokenizer.special_tokens_map
+    def _jinja(self, chat: list[Message], inputs: Mapping[str, Any], **options) -> tuple[list[str], list[list[Span]]]:
+        given = {**inputs, **self.tokenizer.special_tokens_map, **options}
         if self.date is not None:
-            options["strftime_now"] = self.date.strftime
-        return render_jinja_template([chat], chat_template=self.template, **options, **special)
+            given["strftime_now"] = self.date.strftime
+        return render_jinja_template([chat], chat_template=self.template_text(inputs), **given)
 
-    def _render(self, messages: list[Message], **options) -> tuple[str, list[Span]]:
+    def _render(self, messages: list[Message], inputs: Mapping[str, Any], **options) -> tuple[str, list[Span]]:
         """Render a chat; with `return_assistant_tokens_mask`, return the spans that the template marks too."""
         chat = [_as_parts(message) for message in messages] if self._in_parts else messages
         try:
-            texts, spans = self._jinja(chat, **options)
+            texts, spans = self._jinja(chat, inputs, **options)
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"chat template of {self.name}, line {error.lineno}: expected Jinja, found an error: {error.message}; "
                             "correct it, or set data.chat_template to another") from None
         except REFUSALS as error:
-            n = self._refused_length(chat, error)
+            n = self._refused_length(chat, inputs, error)
             where, reason = f"turn {n} ({messages[n - 1]['role']})", " ".join(str(error).split())
             raise UserError(f"chat template of {self.name} refuses {where}: {reason}; "
                             "correct the chat, or set data.chat_template to another template") from None
         return texts[0], spans[0] if spans else []
 
-    def _refused_length(self, chat: list[Message], error: Exception) -> int:
+    def _refused_length(self, chat: list[Message], inputs: Mapping[str, Any], error: Exception) -> int:
         """Return the number of messages in the shortest prefix of `chat` that is refused with the same error."""
         for n in range(1, len(chat)):
             try:
-                self._jinja(chat[:n])
+                self._jinja(chat[:n], inputs)
             except REFUSALS as earlier:
                 if str(earlier) == str(error):
                     return n
@@ -165,51 +311,72 @@ class ChatTemplate:
         return UserError(f"chat template of {self.name} cannot be masked:{turn} {error.reason}; set data.chat_template "
                          "to a template with {% generation %} markers, or set data.train_on=all")
 
-    def _render_with_spans(self, messages: list[Message], train_on: str) -> tuple[str, list[Span]]:
-        """Render a chat, and return its text with the supervised spans in it."""
+    def _render_with_spans(self, messages: list[Message], train_on: str, inputs: Mapping[str, Any],
+                           weights: list[float]) -> tuple[str, list[Span], list[float]]:
+        """Render a chat, and return its text with the supervised spans in it and their weights."""
+        turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
+        plain = all(weights[turn] == 1 for turn in turns)
         if train_on == "all":
-            text = self.render(messages)
-            return text, [(0, len(text))]
-        if not any(message["role"] == "assistant" for message in messages):
-            return self.render(messages), []
-        try:
-            return self._marked_spans(messages, train_on) if self._has_markers else self._derived_spans(messages, train_on)
-        except TurnError as error:
-            raise self._unmaskable(error, messages) from None
+            text = self._render(messages, inputs)[0]
+            if others := [turn for turn, weight in enumerate(weights) if weight != 1 and turn not in turns]:
+                raise TurnError("only the weight of an assistant's turn can be read beside data.train_on=all", others[0])
+            if plain:
+                return text, [(0, len(text))], [1.0]
+            _, spans, of_spans = self._render_with_spans(messages, "assistant", inputs, weights)
+            return text, *_around(spans, of_spans, len(text))
+        if not turns:
+            return self._render(messages, inputs)[0], [], []
+        render = partial(self.render, inputs=inputs)
+        if self._has_markers:
+            text, spans = self._render(messages, inputs, return_assistant_tokens_mask=True)
+            if not any(text[start:end].strip() for start, end in spans):
+                raise TurnError("its {% generation %} markers hold no text")
+            if plain and (train_on != "last" or len(turns) == 1):
+                return text, spans, [1.0] * len(spans)
+            of_spans = _turns_of(spans, turns, messages, text, render, weights)
+        else:
+            text, layout = render(messages), self._layout(inputs)
+            spans, of_spans = turn_spans(messages, text, render, layout), turns
+            if messages[-1]["role"] == "assistant" and (closing := layout.closing_of(messages[-1])):
+                text = text.rstrip() + closing
+        chosen = [(span, weights[turn]) for span, turn in zip(spans, of_spans) if train_on != "last" or turn == turns[-1]]
+        return text, [span for span, _ in chosen], [weight for _, weight in chosen]
 
-    def _marked_spans(self, messages: list[Message], train_on: str) -> tuple[str, list[Span]]:
-        """Return the text and the spans between `{% generation %}` markers; one turn may have several."""
-        text, spans = self._render(messages, return_assistant_tokens_mask=True)
-        if not any(text[start:end].strip() for start, end in spans):
-            raise TurnError("its {% generation %} markers hold no text")
-        if train_on == "last" and sum(message["role"] == "assistant" for message in messages) > 1:
-            pieces, anchors = split_at_marks(messages, text, self.render)
-            last = max(turn for turn, message in enumerate(messages) if message["role"] == "assistant")
-            before = sum(anchor < last for anchor in anchors)
-            spans = [span for span in spans if span[0] >= len("".join(pieces[:before]))]
-        return text, spans
 
-    def _derived_spans(self, messages: list[Message], train_on: str) -> tuple[str, list[Span]]:
-        """Return the text and the span of each assistant turn, for a template without markers."""
-        layout, text = self._layout, self.render(messages)
-        spans = turn_spans(messages, text, self.render, layout)
-        if layout.closing and messages[-1]["role"] == "assistant":
-            text = text.rstrip() + layout.closing
-        return text, spans[-1:] if train_on == "last" else spans
+def _turns_of(spans: list[Span], turns: list[int], messages: list[Message], text: str, render: Callable[..., str],
+              weights: list[float]) -> list[int]:
+    """Return the assistant turn that each marked span is in."""
+    pieces, anchors = split_at_marks(messages, text, render)
+    ends = list(accumulate(len(piece) for piece in pieces))
+    found = []
+    for start, _ in spans:
+        k = min(sum(end <= start for end in ends), len(ends) - 1)
+        within = [turn for turn in turns if sum(anchor < turn for anchor in anchors) == k]
+        if len({weights[turn] for turn in within}) != 1:
+            raise TurnError(TWO_IN_A_ROW, within[-1] if within else None)
+        found.append(within[-1])
+    return found
+
+
+def _around(spans: list[Span], weights: list[float], length: int) -> tuple[list[Span], list[float]]:
+    """Return spans that cover a whole text, those between the given ones with a weight of 1."""
+    bounds = [0, *(bound for span in spans for bound in span), length]
+    between = [(start, end) for start, end in zip(bounds[::2], bounds[1::2])]
+    return [*between, *spans], [1.0] * len(between) + weights
 
 
 def _as_parts(message: Message) -> Message:
     return message | {"content": [{"type": "text", "text": message["content"]}]}
 
 
-def _supervise(tokens: int, characters: int, spans: list[Span], token_at) -> list[bool]:
-    """Return for each token of a text whether it holds a character of `spans`.
+def _encoded(ids: list[int], chat: Rendered, token_at: Callable[[int], int | None]) -> tuple[Encoded, list[float] | None]:
+    """Return the tokens of a text, for each whether it holds a character of the supervised spans, and its weight.
 
     The first token is never supervised: nothing predicts it. `token_at(c)` is the first token that holds character c, or None
     for a character that the tokenizer skips.
     """
-    supervised = [False] * tokens
-    for start, end in spans:
+    weights, characters, tokens = [0.0] * len(ids), len(chat.text), len(ids)
+    for (start, end), weight in zip(chat.spans, chat.weights):
         inside = (token_at(c) for c in range(start, end))
         first = next((t for t in inside if t is not None), None)
         if first is None:
@@ -218,9 +385,9 @@ def _supervise(tokens: int, characters: int, spans: list[Span], token_at) -> lis
         # A character may be spread over several tokens: the ones before the next character's token are all its own.
         following = next((t for t in (token_at(c) for c in range(end, characters)) if t is not None), tokens)
         stop = max(last + 1, following)
-        supervised[first:stop] = [True] * (stop - first)
-    supervised[:1] = [False] * min(tokens, 1)
-    return supervised
+        weights[first:stop] = [weight] * (stop - first)
+    weights[:1] = [0.0] * min(tokens, 1)
+    return Encoded(ids, [weight > 0 for weight in weights]), None if {*weights} <= {0.0, 1.0} else weights
 
 
 def read_template(path: str | None) -> str | None:

@@ -1,6 +1,7 @@
 """Convert the rows of data files to records.
 
-A record is {"messages": [{"role", "content", "extra"}, ...]} or {"text": ...}, with id, source and weight.
+A record is {"messages": [...]} (trainer/data/messages.py) or {"text": ...}, with id, source and weight; `inputs`, as JSON, holds what its
+chat template gets beside the messages; `unread` names the columns that nothing reads.
 
     format              columns                                         becomes
     chat                messages: [{role, content}]                     itself
@@ -9,16 +10,20 @@ A record is {"messages": [{"role", "content", "extra"}, ...]} or {"text": ...}, 
     prompt_completion   prompt, completion, system?                     user, assistant; or messages themselves
     text                text                                            plain text, every token trained on
 
+All but text may have tools, documents and chat_template_kwargs, as objects or as their JSON text, and lists of turns' weights.
 A column may be any of the file's, by mapping, and reach into nested values: {output: instances.0.output}.
-Keys of a message other than role and content (tool_calls, name, reasoning_content) are kept as JSON in its `extra`.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from typing import Any
+
+from trainer.data.messages import make_message, read_messages
+from trainer.data.tool_calls import read_tools
+from trainer.data.turn_weights import row_lists
+from trainer.data.values import RecordError, as_text, as_weight, is_given, read_json, show
 
 REQUIRED = {
     "chat": ("messages",),
@@ -27,17 +32,13 @@ REQUIRED = {
     "prompt_completion": ("prompt", "completion"),
     "text": ("text",),
 }
-OPTIONAL = ("input", "system", "id", "source", "weight")
+COMMON = ("id", "source", "weight")
+TEMPLATE_INPUTS = ("tools", "functions", "documents", "chat_template_kwargs")
+OPTIONAL = ("input", "system", *TEMPLATE_INPUTS, *COMMON)
 FIELDS = [field for fields in REQUIRED.values() for field in fields] + list(OPTIONAL)
-
-ROLES = {
-    "system": "system", "developer": "developer", "user": "user", "human": "user", "assistant": "assistant",
-    "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "tool": "tool", "observation": "tool",
-}
-
-
-class RecordError(ValueError):
-    """The reason, without its place, why a row is no record of its format."""
+# Of `apply_chat_template`, or of the template's own messages: no keywords of a row.
+RESERVED = {"messages", "conversation", "conversations", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize",
+            "return_assistant_tokens_mask", "tools", "documents"}
 
 
 @dataclass(frozen=True)
@@ -47,37 +48,69 @@ class Format:
     name: str
     paths: dict[str, str]  # of each field in a row: a column, or a dotted path into one
 
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Return the fields that this format reads."""
+        of_chats = () if self.name == "text" else ("system", *TEMPLATE_INPUTS, *(["input"] if self.name == "alpaca" else []))
+        return (*REQUIRED[self.name], *of_chats, *COMMON)
+
     def record(self, row: dict) -> dict:
         """Convert a row to a record.
 
-        Raises RecordError if content is missing, empty or no Unicode, a role is unknown, or the weight is no positive number.
+        Raises RecordError if content is missing, empty or no Unicode, a role is unknown, flags contradict, tool calls or tools are no
+        objects, or the weight is no positive number.
         """
-        fields = {field: look_up(row, path) for field, path in self.paths.items()}
+        paths = {field: self.paths[field] for field in self.fields if field in self.paths}
+        fields = {field: look_up(row, path) for field, path in paths.items()}
+        if not _documents(fields.get("documents")):
+            paths.pop("documents", None)
+        flags = {} if self.name == "text" else row_lists(row, [path for field, path in paths.items() if field != "weight"])
+        weight = None if paths.get("weight") in flags else fields.get("weight")
+        read = {*paths.values(), *(path.partition(".")[0] for path in paths.values()), *flags}
         common = {field: None if fields.get(field) is None else str(fields[field]) for field in ("id", "source")}
-        common["weight"] = _weight(fields.get("weight"))
+        common["weight"] = as_weight(weight, "weight") if is_given(weight) else 1.0
+        common["unread"] = ", ".join(column for column, value in row.items() if column not in read and is_given(value)) or None
         if self.name == "text":
-            return _unicode({"text": _text(fields["text"], self.paths["text"]), **common})
-        return _unicode({"messages": self._messages(fields), **common})
+            return _unicode({"text": as_text(fields["text"], self.paths["text"]), **common})
+        inputs = self._inputs(fields)
+        common["inputs"] = json.dumps(inputs, ensure_ascii=False, default=str) if inputs else None
+        return _unicode({"messages": self._messages(fields, flags), **common})
 
-    def _messages(self, fields: dict[str, Any]) -> list[dict]:
+    def _inputs(self, fields: dict[str, Any]) -> dict:
+        """Return what the template gets beside the messages: tools, documents and the row's keywords."""
+        given = {field: fields.get(field) for field in TEMPLATE_INPUTS}
+        keywords = read_json(given["chat_template_kwargs"])
+        if not isinstance(keywords if is_given(keywords) else {}, dict):
+            raise RecordError(f"{self.paths['chat_template_kwargs']}: expected an object of keywords, found {show(keywords)}; correct it")
+        inputs = dict(keywords) if is_given(keywords) else {}
+        if reserved := sorted(RESERVED & inputs.keys()):
+            raise RecordError(f"{self.paths['chat_template_kwargs']}: expected keywords of the template, found {reserved[0]}; remove it")
+        name = "tools" if is_given(given["tools"]) else "functions"
+        if documents := _documents(given["documents"]):
+            inputs["documents"] = documents
+        tools = read_tools(given[name], self.paths.get(name, name))
+        return inputs | ({"tools": tools} if tools else {})
+
+    def _messages(self, fields: dict[str, Any], flags: dict[str, list]) -> list[dict]:
         def text(field: str) -> str:
-            return _text(fields[field], self.paths[field])
+            return as_text(fields[field], self.paths[field])
 
-        def turns(field: str, role: str) -> list[dict]:
+        def turns(field: str, role: str) -> list:
             """Return the messages in a prompt or completion: a list of them, or one with its text."""
             value = fields[field]
             first = value[0] if isinstance(value, list) and value else None
             is_chat = isinstance(first, dict) and first.get("type") != "text"
-            return _turns(value, self.paths[field]) if is_chat else [_message(role, text(field))]
+            return value if is_chat else [make_message(role, text(field))]
 
-        system = [_message("system", text("system"))] if fields.get("system") else []
+        system = [make_message("system", text("system"))] if is_given(fields.get("system")) else []
         if self.name in ("chat", "sharegpt"):
             column, = REQUIRED[self.name]
-            return system + _turns(fields[column], self.paths[column])
+            return system + read_messages(fields[column], self.paths[column], flags)
         if self.name == "alpaca":
-            question = text("instruction") + ("\n\n" + text("input") if fields.get("input") else "")
-            return system + [_message("user", question), _message("assistant", text("output"))]
-        return system + turns("prompt", "user") + turns("completion", "assistant")
+            question = text("instruction") + ("\n\n" + text("input") if is_given(fields.get("input")) else "")
+            return system + read_messages([make_message("user", question), make_message("assistant", text("output"))], "output", flags)
+        both = [*turns("prompt", "user"), *turns("completion", "assistant")]
+        return system + read_messages(both, self.paths["completion"], flags)
 
 
 def choose_format(row: dict, wanted: str, columns: dict[str, str] | None) -> Format:
@@ -120,47 +153,12 @@ def look_up(row: Any, path: str) -> Any:
     return row
 
 
-def _turns(value: Any, column: str) -> list[dict]:
-    """Convert a list of messages, spelled role and content, or from and value."""
-    if not isinstance(value, list) or not value:
-        raise RecordError(f"expected a list of messages in '{column}', found {_show(value)}")
-    turns = []
-    for n, message in enumerate(value, 1):
-        if not isinstance(message, dict):
-            raise RecordError(f"turn {n}: expected a message with role and content, found {_show(message)}")
-        role = message.get("role", message.get("from"))
-        if not isinstance(role, str) or role.lower() not in ROLES:
-            raise RecordError(f"turn {n}: expected a role ({', '.join(ROLES)}), found {_show(role)}")
-        extra = {k: v for k, v in message.items() if k not in ("role", "content", "from", "value") and v is not None}
-        content = message.get("content", message.get("value"))
-        only_calls = extra.get("tool_calls") and not content
-        turns.append(_message(ROLES[role.lower()], "" if only_calls else _text(content, f"turn {n}"), extra))
-    return turns
-
-
-def _message(role: str, content: str, extra: dict | None = None) -> dict:
-    extra_json = json.dumps(extra, ensure_ascii=False, default=str) if extra else None
-    return {"role": role, "content": content, "extra": extra_json}
-
-
-def _text(value: Any, where: str) -> str:
-    """Convert a string, a number, a list of strings (paragraphs) or of text parts to text.
-
-    Raises RecordError for other values, and for text without words.
-    """
-    if isinstance(value, list) and value and all(isinstance(part, str) for part in value):
-        value = "\n\n".join(value)
-    elif isinstance(value, list) and value and all(
-            isinstance(part, dict) and part.get("type") == "text" for part in value):
-        value = "".join(str(part.get("text") or "") for part in value)
-    elif isinstance(value, (int, float)) and not isinstance(value, bool):
-        value = str(value)
-    if value is None or isinstance(value, str) and not value.strip():
-        found = "none" if value is None else "an empty string"
-        raise RecordError(f"{where}: expected text, found {found}; complete or remove the record")
-    if not isinstance(value, str):
-        raise RecordError(f"{where}: expected text, found {_show(value)}")
-    return value
+def _documents(value: Any) -> list[dict] | None:
+    """Return the documents in a list of objects or texts, or its JSON text; None for any other value."""
+    documents = read_json(value)
+    if not (is_given(documents) and isinstance(documents, list) and all(isinstance(part, (dict, str)) for part in documents)):
+        return None
+    return [{"text": part} if isinstance(part, str) else part for part in documents]
 
 
 def _unicode(record: dict) -> dict:
@@ -171,22 +169,3 @@ def _unicode(record: dict) -> dict:
         half = ascii(error.object[error.start])
         raise RecordError(f"expected Unicode text, found {half}, half of a surrogate pair; complete or remove the record") from None
     return record
-
-
-def _weight(value: Any) -> float:
-    """Return a sample's weight in the loss; 1 if the row has none."""
-    if value is None or value == "":
-        return 1.0
-    try:
-        weight = float(value)
-    except (TypeError, ValueError):
-        weight = math.nan
-    if not (math.isfinite(weight) and weight > 0):
-        raise RecordError(f"weight: expected a number above 0, found {_show(value)}; correct or remove it")
-    return weight
-
-
-def _show(value: Any) -> str:
-    """Return a value as JSON of at most 60 characters, for error messages."""
-    text = "none" if value is None else json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -40,9 +40,11 @@ def prepare_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> Training
     """Read, tokenize, mix and plan the data of a run. Raises UserError for data that cannot be trained on."""
     data, replay = config.data, config.replay
     _make_cache_dir(data.cache_dir)
-    template = ChatTemplate(tokenizer, read_template(data.chat_template), data.chat_template)
-    domain_sources = load_sources(data.train, "domain", data.cache_dir)
-    replay_sources = load_sources(replay.data, "replay", data.cache_dir)
+    template = ChatTemplate(tokenizer, read_template(data.chat_template), data.chat_template, keywords=data.template_kwargs,
+                            mask_empty_reasoning=data.empty_reasoning == "mask")
+    template.check_keywords()
+    domain_sources = load_sources(data.train, "domain", data.cache_dir, data.on_bad_row)
+    replay_sources = load_sources(replay.data, "replay", data.cache_dir, data.on_bad_row)
     sources = domain_sources + replay_sources
     roles = ["domain"] * len(domain_sources) + ["replay"] * len(replay_sources)
 
@@ -68,7 +70,7 @@ def _split_eval_set(config: Config, samples: Samples, roles: list[str], template
     """
     data = config.data
     if data.eval:
-        return samples, _packed(config, tokenize(load_sources(data.eval, "eval", data.cache_dir), template, data))
+        return samples, _packed(config, tokenize(load_sources(data.eval, "eval", data.cache_dir, data.on_bad_row), template, data))
     if not data.eval_fraction:
         return samples, None
     is_domain = np.array([role == "domain" for role in roles])[samples.sources]
@@ -93,7 +95,14 @@ def eval_set_line(training_data: TrainingData) -> str:
     known = {hash(trained[i][0].tobytes()) for i in range(len(trained))}
     shared = sum(hash(evaluated[i][0].tobytes()) in known for i in range(len(evaluated)))
     warning = f"; WARNING: {shared:,} of them are also trained on, so their loss says nothing about new text" if shared else ""
-    return f"eval set: {len(evaluated):,} samples, {int(evaluated.supervised.sum()):,} supervised tokens{warning}"
+    notes = "".join(f"; {name}: {note}" for name, report in evaluated.length_report.items() if name not in trained.length_report
+                    for note in report["notes"])
+    return f"eval set: {len(evaluated):,} samples, {int(evaluated.supervised.sum()):,} supervised tokens{warning}{notes}"
+
+
+def note_lines(sources: list[dict]) -> list[str]:
+    """Return the console lines of what the sources of a summary have to tell beside their numbers."""
+    return [f"{source['name']}: {note}" for source in sources for note in source["notes"]]
 
 
 def data_summary(training_data: TrainingData, config: Config) -> dict:

@@ -5,44 +5,53 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator
+from io import BufferedReader, BytesIO, TextIOWrapper
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 
+from trainer.data.arrow_rows import without_padding
+from trainer.data.files import DataFile, Unreadable
 from trainer.errors import UserError
 
 Row = tuple[str, dict]  # its place in the file ("line 7"), and its columns
 
 
-def read_rows(path: Path) -> Iterator[Row]:
-    """Yield the rows of a file with one of SUFFIXES. Raises UserError with the line that cannot be read."""
-    return SUFFIXES[path.suffix](path)
+def read_rows(data_file: DataFile) -> Iterator[Row]:
+    """Yield the rows of a file. Raises UserError with the line that cannot be read."""
+    try:
+        with data_file.open() as file:
+            yield from READERS[data_file.kind](file, data_file.path)
+    except Unreadable as error:
+        raise UserError(f"{data_file.path}: {error}") from None
 
 
-def _json_lines(path: Path) -> Iterator[Row]:
-    with path.open("rb") as file:
+def _json_lines(file: BufferedReader, path: str) -> Iterator[Row]:
+    n = 0
+    try:
         for n, line in enumerate(file, 1):
             line = line.removeprefix(b"\xef\xbb\xbf") if n == 1 else line
             if line.strip():
                 yield f"line {n}", _columns(_parse(line.rstrip(), path, n), path, f"line {n}")
+    except Unreadable as error:
+        raise UserError(f"{path}, after line {n}: {error}") from None
 
 
-def _json(path: Path) -> Iterator[Row]:
+def _json(file: BufferedReader, path: str) -> Iterator[Row]:
     """Read a .json file.
 
     It holds an array of records, {"data": [...]}, an object of records by id, one record, or JSON lines.
     """
-    text = path.read_bytes()
+    text = file.read()
     if not text.strip():
         return
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":
-            yield from _json_lines(path)
+            yield from _json_lines(BytesIO(text), path)
             return
         content = _parse(text, path)
     except (ValueError, RecursionError):
@@ -59,7 +68,7 @@ def _records(content: Any) -> list:
     return content if isinstance(content, list) else [content]
 
 
-def _parse(text: bytes, path: Path, line: int = 1) -> Any:
+def _parse(text: bytes, path: str, line: int = 1) -> Any:
     """Parse JSON that begins at `line` of the file. Raises UserError with the line of the mistake."""
     try:
         return json.loads(text)
@@ -73,7 +82,7 @@ def _parse(text: bytes, path: Path, line: int = 1) -> Any:
         raise UserError(f"{path}, line {line}: expected one JSON object, found JSON that cannot be read: {error}; correct it") from None
 
 
-def _columns(row: Any, path: Path, place: str) -> dict:
+def _columns(row: Any, path: str, place: str) -> dict:
     if not isinstance(row, dict):
         found = json.dumps(row, ensure_ascii=False)[:60]
         raise UserError(f"{path}, {place}: expected an object with columns, found {found}; "
@@ -81,11 +90,11 @@ def _columns(row: Any, path: Path, place: str) -> dict:
     return row
 
 
-def _csv(path: Path) -> Iterator[Row]:
+def _csv(file: BufferedReader, path: str) -> Iterator[Row]:
     """Read comma-separated values, all as strings."""
     csv.field_size_limit(2**31 - 1)
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, strict=True)
+    with TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
+        reader = csv.reader(text, strict=True)
         try:
             names = next(reader, [])
             if duplicates := [name for name in names if names.count(name) > 1]:
@@ -101,17 +110,19 @@ def _csv(path: Path) -> Iterator[Row]:
                             "check the quotes") from None
         except UnicodeDecodeError:
             raise UserError(f"{path}, after line {reader.line_num}: expected UTF-8 text; convert the file") from None
+        except Unreadable as error:
+            raise UserError(f"{path}, after line {reader.line_num}: {error}") from None
 
 
-def _parquet(path: Path) -> Iterator[Row]:
+def _parquet(file: BufferedReader, path: str) -> Iterator[Row]:
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            batches = (batch.to_pylist() for batch in file.iter_batches(1000))
+        with pyarrow.parquet.ParquetFile(file if file.seekable() else pyarrow.py_buffer(file.read())) as table:
+            batches = (batch.to_pylist() for batch in table.iter_batches(1000))
             for n, row in enumerate(chain.from_iterable(batches), 1):
-                yield f"record {n}", row
+                yield f"record {n}", without_padding(row, table.schema_arrow)
     except pyarrow.ArrowException as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: expected a Parquet file, found one that cannot be read: {reason}") from None
 
 
-SUFFIXES = {".json": _json, ".jsonl": _json_lines, ".csv": _csv, ".parquet": _parquet}
+READERS = {".json": _json, ".jsonl": _json_lines, ".csv": _csv, ".parquet": _parquet}  # by kind

@@ -2,13 +2,14 @@
 
 Files are read by `trainer/data/readers.py`, not by `datasets`' own readers: those guess types (a column of "2020-01-01" becomes
 a column of dates, "NA" a missing value) and do not say which line they cannot read. `Dataset.from_generator` gets the
-records with their types known and writes them as Arrow. The cache key is the file's path, size and time, our options, and the
-code that reads.
+records with their types known and writes them as Arrow. The cache key is what tells of the files' content, our options, and the code
+that reads.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -20,21 +21,29 @@ import datasets
 from datasets import Dataset, Features, List, Value
 
 from trainer.config import Source
-from trainer.data import formats, readers
-from trainer.data.formats import RecordError, choose_format
+from trainer.data import arrow_rows, chat_columns, files, formats, messages, readers, tool_calls, turn_weights, values
+from trainer.data.arrow_rows import without_padding
+from trainer.data.chat_columns import record_of
+from trainer.data.files import DataFile
+from trainer.data.formats import choose_format
+from trainer.data.values import RecordError
 from trainer.errors import UserError
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
-COMMON = {"id": Value("string"), "source": Value("string"), "weight": Value("float32")}
-MESSAGE = {"role": Value("string"), "content": Value("string"), "extra": Value("string")}
+# Modules that decide what records a source has.
+CODE = (chat_columns, formats, messages, tool_calls, turn_weights, values, arrow_rows, readers, files)
+# `refused`: why the row is no record, if it is none; `unread`: the columns that nothing reads
+COMMON = {**dict.fromkeys(("id", "source", "unread", "place", "refused"), Value("string")), "weight": Value("float32")}
+MESSAGE = {"role": Value("string"), "content": Value("string"), "extra": Value("string"), "weight": Value("float32")}
 
 Sources = list[tuple[Source, Dataset]]
 
 
-def load_sources(sources: str | list[str | Source], default_name: str, cache_dir: str | None = None) -> Sources:
-    """Load each source's records, with the columns `messages` (or `text`), `id`, `source` and `weight`.
+def load_sources(sources: str | list[str | Source], default_name: str, cache_dir: str | None = None, on_bad_row: str = "error") -> Sources:
+    """Load each source's records, with the columns `messages` and `inputs` (or `text`), and those of COMMON.
 
-    A source without a name gets its file's stem, or `default_name`. `cache_dir` defaults to the cache of `datasets`.
+    A source without a name gets its file's stem, or `default_name`. `cache_dir` defaults to the cache of `datasets`. With
+    `on_bad_row="skip"` a row that is no record is left empty, with the reason as `refused`.
     Raises UserError with the file, line or record that cannot be read, the reason, and the remedy.
     """
     if not sys.stderr.isatty():
@@ -42,12 +51,12 @@ def load_sources(sources: str | list[str | Source], default_name: str, cache_dir
     loaded = []
     for entry in [sources] if isinstance(sources, (str, Source)) else sources:
         source = entry if isinstance(entry, Source) else Source(entry)
-        source = replace(source, name=source.name or Path(source.path).stem or default_name)
-        loaded.append((source, _load(source, cache_dir)))
+        source = replace(source, name=source.name or files.stem(source.path) or default_name)
+        loaded.append((source, _load(source, cache_dir, on_bad_row)))
     return loaded
 
 
-def _load(source: Source, cache_dir: str | None) -> Dataset:
+def _load(source: Source, cache_dir: str | None, on_bad_row: str) -> Dataset:
     """Load the records of one source from the cache, or read them."""
     opened = open_source(source)
     rows = rows_of(opened)
@@ -62,15 +71,20 @@ def _load(source: Source, cache_dir: str | None) -> Dataset:
 
     def records() -> Iterator[dict]:
         for place, row in islice(chain([first], rows), source.max_records):
+            refused = None
             try:
-                yield record_format.record(row)
+                record = record_of(row, record_format)
             except RecordError as error:
-                raise UserError(f"{source.path}, {place}: {error}") from None
+                if on_bad_row == "error":
+                    raise UserError(f"{source.path}, {place}: {error}") from None
+                record, refused = empty, str(error)
+            yield record | {"place": place, "refused": refused}
 
-    code = [Path(module.__file__).read_bytes() for module in (formats, readers)]
-    key = (_stamp(opened), record_format.name, sorted(record_format.paths.items()), source.max_records, code)
+    code = [Path(module.__file__).read_bytes() for module in CODE]
+    key = (_stamp(opened), record_format.name, sorted(record_format.paths.items()), source.max_records, on_bad_row, code)
     fingerprint = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
-    content = {"text": Value("string")} if record_format.name == "text" else {"messages": List(MESSAGE)}
+    content = {"text": Value("string")} if record_format.name == "text" else {"messages": List(MESSAGE), "inputs": Value("string")}
+    empty = dict.fromkeys(content | COMMON) | {"weight": 1.0}
     try:
         return Dataset.from_generator(records, features=Features(content | COMMON), cache_dir=cache_dir, fingerprint=fingerprint)
     except datasets.exceptions.DatasetGenerationError as error:
@@ -79,24 +93,28 @@ def _load(source: Source, cache_dir: str | None) -> Dataset:
         raise
 
 
-def rows_of(opened: Path | Dataset) -> Iterator[readers.Row]:
-    """Yield the rows of an opened source unchanged, each with its place in it."""
-    return readers.read_rows(opened) if isinstance(opened, Path) else ((f"record {n}", row) for n, row in enumerate(opened, 1))
+def rows_of(opened: list[DataFile] | Dataset) -> Iterator[readers.Row]:
+    """Yield the rows of an opened source, each with its place in it."""
+    if isinstance(opened, Dataset):
+        schema = opened.features.arrow_schema
+        yield from ((f"record {n}", without_padding(row, schema)) for n, row in enumerate(opened, 1))
+        return
+    for file in opened:
+        if not file.part:
+            yield from readers.read_rows(file)
+            continue
+        for place, row in readers.read_rows(file):
+            yield f"{file.part}, {place}", row
 
 
-def open_source(source: Source) -> Path | Dataset:
-    """Open a source: return its file, or its saved or hub data set. Raises UserError if there is none."""
-    path = Path(source.path).expanduser()
-    if path.is_dir():
-        return _load_folder(source, path)
-    endings = ", ".join(readers.SUFFIXES)
-    if path.exists():
-        if path.suffix not in readers.SUFFIXES:
-            raise UserError(f"{source.path}: expected a file that ends in {endings}, found {path.suffix or 'none'}; "
-                            "convert or rename it")
-        return path
-    if path.suffix in readers.SUFFIXES or not HUB_NAME.fullmatch(source.path):
-        raise UserError(f"{source.path}: expected a file ({endings}), a folder or a hub data set, found no such file; "
+def open_source(source: Source) -> list[DataFile] | Dataset:
+    """Open a source: return its files, or its saved or hub data set. Raises UserError if there is none."""
+    if _is_saved(source.path):
+        return _load_saved(source)
+    if found := files_of(source):
+        return found
+    if files.is_remote(source.path) or DataFile(source.path).kind or not HUB_NAME.fullmatch(source.path):
+        raise UserError(f"{source.path}: expected a file ({files.ENDINGS}), a folder or a hub data set, found no such file; "
                         "check the path")
     try:
         return datasets.load_dataset(source.path, source.subset, split=source.split)
@@ -106,12 +124,22 @@ def open_source(source: Source) -> Path | Dataset:
                         f"data set of that name could be loaded: {reason}") from None
 
 
-def _load_folder(source: Source, path: Path) -> Dataset:
-    """Load a folder that `save_to_disk` wrote, of one data set or of several splits."""
-    if not ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
-        raise UserError(f"{source.path}: expected a folder written by save_to_disk, found neither state.json nor "
-                        "dataset_dict.json in it; give the path of the data file itself")
-    saved = datasets.load_from_disk(str(path))
+def files_of(source: Source) -> list[DataFile]:
+    """Return the files of a source; none for a saved folder and for a hub data set.
+
+    Raises UserError for files that cannot be read.
+    """
+    return [] if _is_saved(source.path) else files.find_files(source.path, source.split)
+
+
+def _is_saved(path: str) -> bool:
+    """Return whether `save_to_disk` wrote the folder `path`, of one data set or of several splits."""
+    folder = os.path.expanduser(path)
+    return any(os.path.exists(os.path.join(folder, name)) for name in ("state.json", "dataset_dict.json"))
+
+
+def _load_saved(source: Source) -> Dataset:
+    saved = datasets.load_from_disk(os.path.expanduser(source.path))
     if isinstance(saved, Dataset):
         return saved
     if source.split not in saved:
@@ -119,9 +147,6 @@ def _load_folder(source: Source, path: Path) -> Dataset:
     return saved[source.split]
 
 
-def _stamp(opened: Path | Dataset) -> tuple:
+def _stamp(opened: list[DataFile] | Dataset) -> tuple:
     """Return what identifies the present content of a source, for the cache key."""
-    if isinstance(opened, Dataset):
-        return (opened._fingerprint,)
-    status = opened.stat()
-    return (str(opened.resolve()), status.st_mtime_ns, status.st_size)
+    return (opened._fingerprint,) if isinstance(opened, Dataset) else tuple(file.stamp() for file in opened)

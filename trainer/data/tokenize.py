@@ -16,13 +16,19 @@ import transformers
 from datasets import Dataset, Features, List, Value
 
 import trainer.data.chat_template
+import trainer.data.notes
 import trainer.data.turn_spans
 from trainer.config import Data, Source
-from trainer.data.chat_template import ChatTemplate
+from trainer.data.chat_template import ChatTemplate, Encoded, Rendered
+from trainer.data.notes import Note, note_of, summarize
 from trainer.data.samples import Samples
+from trainer.data.turn_spans import Message
 from trainer.errors import UserError
 
-TOKENS = Features({"input_ids": List(Value("int32")), "supervised": List(Value("uint8")), "weight": Value("float32")})
+# `turn_weights` is empty where every turn weighs 1; `note` is JSON (trainer/data/notes.py)
+TOKENS = Features({"input_ids": List(Value("int32")), "supervised": List(Value("uint8")), "turn_weights": List(Value("float32")),
+                   "weight": Value("float32"), "note": Value("string")})
+CODE = (trainer.data.chat_template, trainer.data.turn_spans, trainer.data.notes)  # that decides tokens, beside this module
 
 RECORDS_PER_CALL = 500  # of the tokenizer
 RECORDS_PER_PROCESS = 2000  # at least: fewer are tokenized in about the time that a process takes to start
@@ -54,15 +60,15 @@ def distinct_names(names: Sequence[str]) -> list[str]:
 
 def _tokens(source: Source, records: Dataset, template: ChatTemplate, data: Data) -> Dataset:
     """Return the records' tokens, from the cache if this code has made them before with these options."""
-    code = [Path(file).read_bytes() for file in (trainer.data.chat_template.__file__, trainer.data.turn_spans.__file__, __file__)]
+    code = [Path(file).read_bytes() for file in (*(module.__file__ for module in CODE), __file__)]
     versions = (tokenizers.__version__, transformers.__version__)
-    key = (records._fingerprint, template.fingerprint, data.train_on, versions, code)
+    key = (records._fingerprint, template.fingerprint, data.train_on, data.same_role, data.on_bad_row, versions, code)
     fingerprint = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
     folder = Path(data.cache_dir or datasets.config.HF_DATASETS_CACHE) / "tokens"
     folder.mkdir(parents=True, exist_ok=True)
     processes = data.num_proc or min(8, os.cpu_count() or 1)
     processes = min(processes, math.ceil(len(records) / RECORDS_PER_PROCESS))
-    options = {"template": template, "train_on": data.train_on, "path": source.path}
+    options = {"template": template, "data": data, "path": source.path}
     if processes > 1:
         # Threads within the processes would be too many, and would not survive the fork.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -72,36 +78,97 @@ def _tokens(source: Source, records: Dataset, template: ChatTemplate, data: Data
         new_fingerprint=fingerprint, cache_file_name=str(folder / f"{fingerprint}.arrow"), load_from_cache_file=True)
 
 
-def _encode(batch: dict, indices: list[int], template: ChatTemplate, train_on: str, path: str) -> dict:
+def _encode(batch: dict, indices: list[int], template: ChatTemplate, data: Data, path: str) -> dict:
     """Tokenize the records `indices` of the source at `path`, as `Dataset.map` wants it."""
+    records = [dict(zip(batch, values)) for values in zip(*batch.values())]
+    rendered: list[Rendered | None] = []
+    notes: list[Note] = []
+    for i, record in zip(indices, records):
+        place = record.get("place") or f"record {i + 1}"
+        chat, note = None, Note(unread=record.get("unread"))
+        try:
+            if record.get("refused"):
+                note = Note(refused=f"{place}: {record['refused']}")
+            elif "text" not in record:
+                chat, note = _render(record, template, data)
+        except UserError as error:
+            if data.on_bad_row == "error":
+                raise UserError(f"{path}, {place}: {error}") from None
+            note = Note(refused=f"{place}: {error}")
+        rendered.append(chat)
+        notes.append(note)
     if "text" in batch:
-        encoded = template.encode_texts(batch["text"])
+        texts = iter(template.encode_texts([text for text in batch["text"] if text is not None]))
+        encoded = [(next(texts), None) if text is not None else None for text in batch["text"]]
     else:
-        chats = [[_message(message) for message in chat] for chat in batch["messages"]]
-        encoded = template.encode_chats(chats, train_on, [f"{path}, record {i + 1}" for i in indices])
+        chats = iter(template.encode([chat for chat in rendered if chat is not None]))
+        encoded = [None if chat is None else next(chats) for chat in rendered]
+    encoded = [one or (Encoded([], []), None) for one in encoded]
     return {
-        "input_ids": [np.array(e.input_ids, dtype=np.int32) for e in encoded],
-        "supervised": [np.array(e.supervised, dtype=np.uint8) for e in encoded],
+        "input_ids": [np.array(tokens.input_ids, dtype=np.int32) for tokens, _ in encoded],
+        "supervised": [np.array(tokens.supervised, dtype=np.uint8) for tokens, _ in encoded],
+        "turn_weights": [np.array(weights or [], dtype=np.float32) for _, weights in encoded],
         "weight": batch["weight"],
+        "note": [note.as_json() for note in notes],
     }
 
 
-def _message(stored: dict) -> dict:
-    """Return a message as templates expect it: keys that it does not have are absent, not None."""
-    message = {"role": stored["role"], "content": stored["content"]}
-    return message | json.loads(stored["extra"]) if stored["extra"] else message
+def _render(record: dict, template: ChatTemplate, data: Data) -> tuple[Rendered, Note]:
+    """Render a record's chat as templates expect it, and note what is worth telling of it."""
+    inputs = json.loads(record["inputs"]) if record.get("inputs") else {}
+    messages, joined = join_same_role([_message(stored) for stored in record["messages"]], data.same_role)
+    weights = [message.pop("weight", None) for message in messages]
+    rendered = template.render_chat(messages, data.train_on, inputs, weights)
+    return rendered, note_of(messages, inputs, weights, rendered, template, data.train_on, joined, record.get("unread"))
 
 
-def _cut(tokens: Dataset, name: str, data: Data) -> tuple[Samples, dict[str, int]]:
+def _message(stored: dict) -> Message:
+    """Return a message as templates expect it, with its weight: keys that it does not have are absent, not None."""
+    message = {"role": stored["role"], "content": stored["content"]} | (json.loads(stored["extra"]) if stored["extra"] else {})
+    return message if stored.get("weight") is None else message | {"weight": stored["weight"]}
+
+
+def join_same_role(messages: list[Message], choice: str) -> tuple[list[Message], int]:
+    """Join messages that follow one of their own role, or refuse or keep them, by `choice`; return how many there are, too.
+
+    A tool's results stay apart. Raises UserError for those that are refused, or cannot be joined.
+    """
+    joined: list[Message] = []
+    count = 0
+    for n, message in enumerate(messages, 1):
+        before = joined[-1] if joined else None
+        if before is None or before["role"] != message["role"] or message["role"] == "tool":
+            joined.append(message)
+            continue
+        count += 1
+        if choice == "refuse":
+            raise UserError(f"turn {n}: expected another role than that of the turn before, found {message['role']} again; correct the "
+                            "chat, or set data.same_role=join")
+        if choice == "keep":
+            joined.append(message)
+            continue
+        if before.get("weight") != message.get("weight") or before.get("tool_calls") and message["content"]:
+            raise UserError(f"turn {n}: expected a turn that can be joined to the one before, of the same role, found other words after a "
+                            "tool call, or another weight; correct the chat")
+        texts = {key: "\n\n".join(text for text in (before.get(key), message.get(key)) if text)
+                 for key in ("content", "reasoning_content") if key in before or key in message}
+        calls = [*before.get("tool_calls", []), *message.get("tool_calls", [])]
+        joined[-1] = message | before | texts | ({"tool_calls": calls} if calls else {})
+    return joined, count
+
+
+def _cut(tokens: Dataset, name: str, data: Data) -> tuple[Samples, dict]:
     """Cut one source's records to samples that have a supervised token, and count the outcomes.
 
     The counts are kept: samples; dropped, truncated, split: records longer than `max_length`; unsupervised: samples removed
-    because nothing in them is supervised; tokens_lost: by all of these together.
+    because nothing in them is supervised; tokens_lost: by all of these together; refused: rows that are no chats. Beside them are notes,
+    lines for the console.
     """
-    columns = [tokens.data.column(column).chunks for column in ("input_ids", "supervised")]
-    chunks = [(ids.values.to_numpy(), flags.values.to_numpy()) for ids, flags in zip(*columns)]
+    columns = [tokens.data.column(column).chunks for column in ("input_ids", "supervised", "turn_weights")]
+    chunks = [tuple(column.values.to_numpy() for column in chunk) for chunk in zip(*columns)]
     offsets = [ids.offsets.to_numpy().astype(np.int64) for ids in columns[0]]
     lengths = np.concatenate([np.diff(o) for o in offsets])  # of records
+    refused, notes = summarize(tokens.data.column("note"), data)
     overlong = _count_overlong(lengths, name, data)
 
     record, start, length = _windows(lengths, data)
@@ -110,12 +177,27 @@ def _cut(tokens: Dataset, name: str, data: Data) -> tuple[Samples, dict[str, int
     supervised = _count_targets(chunks, chunk, begin, length)
     keep = np.flatnonzero(supervised)
     if not len(keep):
-        raise UserError(_nothing_left(lengths, name, data))
+        raise UserError(_nothing_left(lengths[lengths > 0], name, data) if refused < len(lengths) else f"{name}: {notes[0]}")
     weights = tokens.data.column("weight").to_numpy().astype(np.float32)[record]
     source = np.zeros(len(record), dtype=np.int16)
-    samples = Samples([name], {}, length, supervised, weights, source, record, chunks, chunk, begin).select(keep)
+    weights_begin, target_weights = _turn_weights(columns[2], chunks, record, chunk, start, length, supervised)
+    samples = Samples([name], {}, length, supervised, weights, target_weights, source, record, chunks, chunk, begin,
+                      weights_begin).select(keep)
     lost = int(lengths.sum() - samples.lengths.sum())
-    return samples, {"kept": len(keep), **overlong, "unsupervised": len(record) - len(keep), "tokens_lost": lost}
+    unsupervised = int(((length > 0) & (supervised == 0)).sum())
+    return samples, {"kept": len(keep), **overlong, "unsupervised": unsupervised, "tokens_lost": lost, "refused": refused, "notes": notes}
+
+
+def _turn_weights(lists: list, chunks: list, record: np.ndarray, chunk: np.ndarray, start: np.ndarray, length: np.ndarray,
+                  supervised: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return where the turns' weights of each window begin in its chunk, or -1, and their sum over its supervised tokens."""
+    offsets = [weights.offsets.to_numpy().astype(np.int64) for weights in lists]
+    has = np.concatenate([np.diff(o) for o in offsets])[record] > 0
+    begin = np.where(has, np.concatenate([o[:-1] for o in offsets])[record] + start, -1)
+    sums = supervised.astype(np.float64)
+    for i in np.flatnonzero(has):
+        sums[i] = chunks[chunk[i]][2][begin[i] + 1 : begin[i] + length[i]].sum(dtype=np.float64)
+    return begin, sums
 
 
 def _count_overlong(lengths: np.ndarray, name: str, data: Data) -> dict[str, int]:
@@ -150,7 +232,7 @@ def _count_targets(chunks: list, chunk: np.ndarray, begin: np.ndarray, length: n
     """Count each sample's supervised tokens, without its first, which nothing predicts. `chunk` ascends."""
     counts = np.zeros(len(chunk), dtype=np.int64)
     bounds = np.searchsorted(chunk, np.arange(len(chunks) + 1))
-    for (_, flags), low, high in zip(chunks, bounds[:-1], bounds[1:]):
+    for (_, flags, _), low, high in zip(chunks, bounds[:-1], bounds[1:]):
         before = np.concatenate([[0], np.cumsum(flags, dtype=np.int64)])
         ends = begin[low:high] + length[low:high]
         counts[low:high] = before[ends] - before[np.minimum(begin[low:high] + 1, ends)]
@@ -163,15 +245,15 @@ def _nothing_left(lengths: np.ndarray, name: str, data: Data) -> str:
     if data.on_overlong == "drop" and too_long == n:
         return f"{name}: all {n:,} samples are longer than {limit} and were dropped; raise data.max_length"
     reason = f"{too_long:,} of them are cut off at {limit} before the answer; raise it" if too_long else \
-        "none has an assistant turn with words; check the roles, or set data.train_on=all"
+        "none has an assistant turn with words and a weight above 0; check the roles, or set data.train_on=all"
     return (f"{name}: every label is masked: expected supervised tokens (data.train_on={data.train_on}), "
             f"found none in {n:,} samples; {reason}")
 
 
-def _join(parts: list[Samples], names: list[str], length_report: dict[str, dict[str, int]]) -> Samples:
+def _join(parts: list[Samples], names: list[str], length_report: dict[str, dict]) -> Samples:
     """Concatenate the samples of all sources."""
     first_chunk = np.cumsum([0] + [len(part._chunks) for part in parts])
-    same = ("lengths", "supervised", "weights", "records", "_begin")
+    same = ("lengths", "supervised", "weights", "target_weights", "records", "_begin", "_weights_begin")
     columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in same}
     return Samples(
         names, length_report, **columns,

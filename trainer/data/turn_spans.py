@@ -13,15 +13,18 @@ end-of-turn token in it, whatever the assistant's words are: they are never sear
 rendered as they are, so templates that strip them, add an empty <think> block or drop earlier ones are read exactly as
 the model will see them. The derivation is checked: without its marks the marked text must equal the rendered one, and
 the assistant's words must lie in the span. The opening and the end-of-turn token belong to the template; they are read once,
-from a chat of four one-character messages.
+from a chat of four one-character messages, and those around tool calls and results from a chat with one call.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os.path import commonprefix
+
+from trainer.errors import UserError
 
 Message = dict
 Span = tuple[int, int]  # characters start ... end - 1 of the rendered text
@@ -30,10 +33,13 @@ Render = Callable[..., str]  # render(messages, add_generation_prompt=False) -> 
 # Unicode noncharacters: valid in a string, never in text.
 MARK = "\ufdd0{}\ufdd1"
 MARKED = re.compile("\ufdd0(\\d+)\ufdd1")
-USER_WORDS, ASSISTANT_WORDS = "\ufdd2", "\ufdd3"  # of a message whose place in the template is looked for
+USER_WORDS, ASSISTANT_WORDS, TOOL_WORDS, ARGUMENT = "\ufdd2", "\ufdd3", "\ufdd4", "\ufdd5"  # whose places in the template are looked for
 
 # Opens a reasoning block. A prompt may print it already, but it belongs to the assistant's words.
 REASONING = "<think>"
+
+
+TWO_IN_A_ROW = "two assistant turns in a row cannot be separated; join them, as data.same_role=join does"
 
 
 class TurnError(Exception):
@@ -52,6 +58,13 @@ class TurnLayout:
     header: str  # the part of `opening` that does not end the user's turn: what opens the turn after any other role
     end: str  # the end-of-turn token
     closing: str  # printed by us after a last turn that the template leaves open (GLM); "" otherwise
+    after_tool: str = ""  # between a tool's result and the assistant's words; "": as after any other role, `header`
+    call_end: str = ""  # ends a turn that calls a tool, where `end` does not (gpt-oss, Gemma 4)
+    call_closing: str = ""  # `closing` of a last turn that calls a tool
+
+    def closing_of(self, message: Message) -> str:
+        """Return what is printed by us after a last turn."""
+        return self.call_closing if message.get("tool_calls") else self.closing
 
 
 def read_layout(render: Render, added_tokens: Iterable[str]) -> TurnLayout:
@@ -75,7 +88,39 @@ def read_layout(render: Render, added_tokens: Iterable[str]) -> TurnLayout:
         raise TurnError("it prints nothing between a user's words and the assistant's" if end else
                         "it prints no end-of-turn token after the assistant's words, so the model would never stop")
     closing = "" if tail.strip() else between[:between.index(end)] + end
-    return TurnLayout(opening, header if header.strip() else opening, end, closing)
+    return _with_calls(TurnLayout(opening, header if header.strip() else opening, end, closing), render, added_tokens)
+
+
+def _with_calls(layout: TurnLayout, render: Render, added_tokens: Iterable[str]) -> TurnLayout:
+    """Add what the template prints around a call and its result; nothing if it refuses them, or prints them elsewhere."""
+    user, assistant = {"role": "user", "content": USER_WORDS}, {"role": "assistant", "content": ASSISTANT_WORDS}
+    result = {"role": "tool", "content": TOOL_WORDS, "name": "f", "tool_call_id": "call00001"}
+
+    def call(arguments: dict) -> Message:
+        function = {"name": "f", "arguments": arguments}
+        return {"role": "assistant", "content": "", "tool_calls": [{"id": "call00001", "type": "function", "function": function}]}
+
+    try:
+        unanswered = [render([user, call(arguments)]).rpartition(USER_WORDS)[2] for arguments in ({}, {"q": ARGUMENT})]
+        answered = render([user, call({}), result, assistant]).rpartition(USER_WORDS)[2]
+        prompt = render([user, call({}), result], add_generation_prompt=True).rpartition(TOOL_WORDS)[2]
+    except UserError:
+        return layout
+    parts = re.split(f"[{TOOL_WORDS}{ASSISTANT_WORDS}]", answered)
+    if len(parts) != 3 or ARGUMENT not in unanswered[1]:
+        return layout
+    calling, between, _ = parts
+    after_tool = commonprefix([between, prompt]).partition(REASONING)[0]
+    layout = replace(layout, after_tool=after_tool if after_tool.strip() else "")
+    ending = commonprefix([text[::-1] for text in unanswered])[::-1].strip()
+    _, found, following = calling.rpartition(ending)
+    if not ending or not found:
+        return layout
+    if layout.closing:  # a turn is left open, so the token that ends a call is the first one after it
+        token = min(((following.index(t), -len(t), t) for t in added_tokens if t in following), default=(0, 0, ""))[2]
+        closing = following[:following.index(token)] + token
+        return replace(layout, call_end=ending + closing, call_closing=closing)
+    return replace(layout, call_end=ending)
 
 
 def _end_of_turn(between: str, tail: str, added_tokens: Iterable[str]) -> str:
@@ -124,20 +169,24 @@ def turn_spans(messages: list[Message], text: str, render: Render, layout: TurnL
     """Return the span of each assistant turn in `text`, the rendered `messages`.
 
     A span holds the turn's words and its end-of-turn token.
-    The last turn may end in `layout.closing`, which the caller appends. Raises TurnError with a turn whose span is not certain.
+    The last turn may end in `layout.closing_of` it, which the caller appends. Raises TurnError with a turn whose span is not certain.
     """
     pieces, anchors = split_at_marks(messages, text, render)
     starts = [0]
     for piece in pieces:
         starts.append(starts[-1] + len(piece))
+    turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
     spans = []
-    for turn, message in enumerate(messages):
-        if message["role"] == "assistant":
-            k = sum(anchor < turn for anchor in anchors)
-            begin, end = _span_in(pieces[k], messages, turn, layout)
-            if not all(words in pieces[k][begin:end] for words in _words(message)):
-                raise TurnError("the template does not print all that the assistant says in this turn", turn)
-            spans.append((starts[k] + begin, starts[k] + end))
+    for turn in turns:
+        k = sum(anchor < turn for anchor in anchors)
+        begin, end = _span_in(pieces[k], messages, turn, layout)
+        spans.append((starts[k] + begin, starts[k] + end))
+    for i, turn in enumerate(turns):
+        said = text[slice(*spans[i])]
+        if i + 1 < len(turns) and all(message["role"] == "tool" for message in messages[turn + 1:turns[i + 1]]):
+            said += text[slice(*spans[i + 1])]  # Gemma 4 prints the words beside a call after the tool's result
+        if not all(words in said for words in _words(messages[turn])):
+            raise TurnError("the template does not print all that the assistant says in this turn", turn)
     return spans
 
 
@@ -149,26 +198,35 @@ def _words(message: Message) -> list[str]:
 
 def _span_in(piece: str, messages: list[Message], turn: int, layout: TurnLayout) -> Span:
     """Return the span of assistant turn `turn` in `piece`, the text between the marks around it."""
-    before = messages[turn - 1] if turn else None
+    before, message = messages[turn - 1] if turn else None, messages[turn]
     if before and before["role"] == "assistant":
-        raise TurnError("two assistant turns in a row cannot be separated; join them into one", turn)
-    rest = _halves(before["content"])[1].rstrip() if before else ""
-    if not piece.startswith(rest):
+        raise TurnError(TWO_IN_A_ROW, turn)
+    rest = next((form for form in _printed(_halves(before["content"])[1], str.rstrip) if piece.startswith(form)), None) if before else ""
+    if rest is None:
         raise TurnError("the template does not print the words before this turn as they are", turn)
     opening = layout.opening if before and before["role"] == "user" else layout.header
+    if before and before["role"] == "tool" and layout.after_tool:
+        opening = layout.after_tool
     begin = piece.find(opening, len(rest))
     if begin < 0:
         raise TurnError(f"the template does not open this turn with {opening!r}", turn)
     begin += len(opening)
     if turn == len(messages) - 1:
-        return begin, len(piece.rstrip()) + len(layout.closing)
+        return begin, len(piece.rstrip()) + len(layout.closing_of(message))
     following = messages[turn + 1]
     if following["role"] == "assistant":
-        raise TurnError("two assistant turns in a row cannot be separated; join them into one", turn + 1)
-    start = _halves(following["content"])[0].lstrip()
-    if not piece.endswith(start):
+        raise TurnError(TWO_IN_A_ROW, turn + 1)
+    start = next((form for form in _printed(_halves(following["content"])[0], str.lstrip) if piece.endswith(form)), None)
+    if start is None:
         raise TurnError("the template does not print the words after this turn as they are", turn)
-    end = piece.rfind(layout.end, begin, len(piece) - len(start))
+    limit = len(piece) - len(start)
+    endings = [layout.end, *([layout.call_end] if message.get("tool_calls") and layout.call_end else [])]
+    end = max(at + len(ending) if at >= 0 else -1 for ending in endings for at in [piece.rfind(ending, begin, limit)])
     if end < 0:
         raise TurnError(f"the template does not end this turn with {layout.end!r}", turn)
-    return begin, end + len(layout.end)
+    return begin, end
+
+
+def _printed(words: str, strip: Callable[[str], str]) -> list[str]:
+    """Return the forms in which templates print a part of a message: as it is but for outer white space, or as JSON."""
+    return [strip(words), json.dumps(words, ensure_ascii=False)[1:-1], json.dumps(strip(words), ensure_ascii=False)[1:-1]]

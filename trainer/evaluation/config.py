@@ -11,6 +11,7 @@ from typing import Literal
 from trainer.config import Items, Metric, Model
 from trainer.errors import require
 
+MAX_TOKENS = 256  # of an answer, where no option says otherwise
 QUOTED = "a pattern in quotes, as YAML takes what follows a # for a comment"
 
 
@@ -40,7 +41,7 @@ class Generation:
     """Greedy generation of answers."""
 
     engine: Literal["transformers", "vllm"] = "transformers"  # vllm: faster, in a process of its own (needs the `synth` extra)
-    max_tokens: int = 256  # longest answer; reports count those that are cut off
+    max_tokens: int | None = None  # longest answer; reports count those that are cut off; default: that of the file or suite, else 256
     stop: list[str] = field(default_factory=list)  # texts that end an answer, and are not part of it
     batch: int = 64  # prompts in one batch of transformers
 
@@ -110,13 +111,16 @@ def validate(config: Config) -> None:
             require(parsed, f"data.{role}", f"a path, or a list of items in YAML with the keys {keys}", items)
             pattern = "" if isinstance(items, str) else items.regex
             require(pattern is not None, f"data.{role}: regex", QUOTED, pattern)
+            longest = None if isinstance(items, str) else items.max_tokens
+            require(longest is None or longest >= 1, f"data.{role}: max_tokens", "1 or more", longest)
             max_records = None if isinstance(items, str) else items.max_records
             require(max_records is None or max_records >= 1, f"data.{role}: max_records", "1 or more items", max_records)
     require(config.model.config is None, "model.config", "trained weights, as model.path", "a configuration without weights")
     require(config.model.path is not None or config.adapter is not None, "model.path", "a model, or an adapter that names its base",
             "neither")
     require(not config.force_base or config.adapter is not None, "force_base", "an adapter beside it", "none")
-    require(config.generation.max_tokens >= 1, "generation.max_tokens", "1 or more", config.generation.max_tokens)
+    max_tokens = config.generation.max_tokens
+    require(max_tokens is None or max_tokens >= 1, "generation.max_tokens", "1 or more", max_tokens)
     require(config.generation.batch >= 1, "generation.batch", "1 or more", config.generation.batch)
     require(scoring.tokens_per_pack >= 2, "scoring.tokens_per_pack", "2 tokens or more", scoring.tokens_per_pack)
     require(scoring.kl_tokens >= 0, "scoring.kl_tokens", "0 or more", scoring.kl_tokens)

@@ -1,14 +1,18 @@
 """Read item files: questions with their right answers, checked before a model is loaded.
 
-    metric     columns                                          right if
-    exact      prompt, answer                                   the generated text equals an answer
-    regex      prompt, answer                                   the pattern finds equal texts in both
-    choice     prompt, choices, answer (index, text, letter)    the likeliest choice is the answer
-    logprob    messages, or prompt and answer, or text          none: its log-prob is measured
+    metric         columns                                      right if
+    exact          prompt, answer                               the generated text equals an answer
+    regex          prompt, answer                               the pattern finds equal texts in both
+    choice         prompt, choices, answer (index, text or      the likeliest choice is the answer
+                   letter)
+    rules          prompt, instruction_id_list, kwargs          the generated text keeps every rule, as in IFEval
+    continuation   prompt, answer                               each token of the answer is the likeliest, as in LAMBADA
+    logprob        messages, or prompt and answer, or text      none: its log-prob is measured
 
 The prompt may also be in the column question or instruction (with input and system), the answer in answers (a list, each of which is
 right), completion, output, target or response. `messages` replace the prompt, and the answer too if they end with an assistant turn. Other
-columns are mapped: {prompt: stem, answer: key}.
+columns are mapped: {prompt: stem, answer: key}. Choices may be beginnings, as in Winogrande: then the column continuation has what follows
+each of them, whose log-prob is compared.
 """
 
 from __future__ import annotations
@@ -17,14 +21,16 @@ import json
 import re
 from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
 from typing import Any, Literal
 
 from trainer.config import Source
+from trainer.data.chat_columns import messages_of
+from trainer.data.files import DataFile, stem
 from trainer.data.formats import Format, RecordError, look_up
 from trainer.data.sources import open_source, rows_of
 from trainer.errors import UserError
 from trainer.evaluation.config import Data, Items
+from trainer.evaluation.rules.verdicts import Rule, make_rule, require_language
 from trainer.evaluation.scoring import expected_answer
 
 COLUMNS = {
@@ -33,6 +39,7 @@ COLUMNS = {
     "choices": ("choices", "options"),
     "messages": ("messages", "conversations"),
     "text": ("text",),
+    "rules": ("instruction_id_list", "rules"), "arguments": ("kwargs",), "continuation": ("continuation",),
     "input": ("input",), "system": ("system",), "id": ("id",),
 }
 
@@ -49,12 +56,14 @@ class Item:
     prompt: tuple[Message, ...] = ()  # the chat up to the question; none for held-out text
     answers: tuple[str, ...] = ()  # the right ones; the log-prob of the first is measured
     choices: tuple[str, ...] = ()
+    continuation: str | None = None  # the text that is scored after each choice
+    rules: tuple[Rule, ...] = ()
     chat: tuple[Message, ...] = ()  # a held-out chat
     text: str | None = None  # a held-out text
 
     @property
     def right_choice(self) -> int:
-        """Return the index of the right choice."""
+        """Return the index of the right choice, the first of equal ones."""
         return self.choices.index(self.answers[0])
 
 
@@ -108,7 +117,7 @@ def _read_file(options: Items, role: Role, data: Data) -> ItemFile:
             items.append(_parse_item(row, columns, options, place, len(items) + 1))
         except RecordError as error:
             raise UserError(f"{place}: {error}") from None
-    return ItemFile(options.name or Path(options.path).stem, role, options, tuple(items))
+    return ItemFile(options.name or stem(options.path), role, options, tuple(items))
 
 
 def _find_columns(row: dict, options: Items) -> dict[str, str]:
@@ -128,6 +137,8 @@ def _find_columns(row: dict, options: Items) -> dict[str, str]:
 def _infer_metric(columns: dict[str, str], options: Items) -> str:
     if "choices" in columns:
         return "choice"
+    if "rules" in columns:
+        return "rules"
     if "answer" in columns:
         return "regex" if options.regex else "exact"
     return "logprob"
@@ -143,10 +154,15 @@ def _check_columns(options: Items, columns: dict[str, str], row: dict) -> None:
         if not {"messages", "text"} & set(columns) and not {"prompt", "answer"} <= set(columns):
             refuse("messages, text, or prompt and answer", "map them, as in columns: {text: body}")
         return
-    if not {"prompt", "messages"} & set(columns):
+    needs_prompt = options.metric != "choice" or "continuation" not in columns
+    if needs_prompt and not {"prompt", "messages"} & set(columns):
         refuse("a prompt or messages", "map it, as in columns: {prompt: stem}" + ("; or use metric logprob" if "text" in columns else ""))
     if options.metric == "choice" and "choices" not in columns:
         refuse("choices", "map them, as in columns: {choices: options}, or use metric exact")
+    if options.metric == "rules":
+        if "rules" not in columns:
+            refuse("rules", "map them, as in columns: {rules: instruction_id_list, arguments: kwargs}")
+        return
     if "answer" not in columns and (options.metric == "choice" or "messages" not in columns):
         refuse("answers", "map them, as in columns: {answer: solution}, or use metric logprob")
     if options.metric == "regex":
@@ -179,12 +195,16 @@ def _parse_item(row: dict, columns: dict[str, str], options: Items, place: str, 
         if "text" in columns and "messages" not in columns:
             return replace(item, text=Format("text", {"text": columns["text"]}).record(row)["text"])
         return replace(item, chat=tuple(_heldout_chat(values)))
-    prompt, last_turn = _split_prompt(values)
+    continuation = values.get("continuation") if options.metric == "choice" else None
+    prompt, last_turn = _split_prompt(values) if continuation is None else ((), None)
+    if options.metric == "rules":
+        return replace(item, prompt=prompt, rules=_rules(values["rules"], values.get("arguments"), place))
     if options.metric == "choice":
         choices, answer = _choices(values["choices"]), values.get("answer")
-        if options.path.endswith(".csv"):
+        if DataFile(options.path).kind == ".csv":
             _check_csv_index(answer, choices)
-        return replace(item, prompt=prompt, choices=choices, answers=(choices[_answer_index(answer, choices, values["choices"])],))
+        answers = (choices[_answer_index(answer, choices, values["choices"])],)
+        return replace(item, prompt=prompt, choices=choices, continuation=continuation, answers=answers)
     answers = _answers(values.get("answer"), columns) if "answer" in columns else (last_turn,)
     if answers == (None,):
         raise RecordError("expected an answer: an assistant's turn at the end, or a column answer; found neither")
@@ -208,7 +228,7 @@ def _read_turns(values: dict[str, Any], answer: str | None) -> list[Message]:
 
     The reader of training data checks it, and raises RecordError.
     """
-    turns = values.get("messages")
+    turns = messages_of(values.get("messages"), "messages")
     if turns is None:
         prompt, more = values.get("prompt"), values.get("input")
         turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": f"{prompt}\n\n{more}" if prompt and more else prompt}]
@@ -243,9 +263,10 @@ def _as_text(value: Any) -> str:
 
 
 def _choices(value: Any) -> tuple[str, ...]:
-    """Return two or more different texts, or raise RecordError.
+    """Return two or more texts, or raise RecordError.
 
-    The value is a list, JSON of a list (as in CSV), or {"text": [...], "label": [...]}, as in ARC.
+    Two of them may be equal, as in one item of ARC: both are right if one is. The value is a list, JSON of a list (as in CSV), or
+    {"text": [...], "label": [...]}, as in ARC.
     """
     value = value.get("text") if isinstance(value, dict) else value
     if isinstance(value, str):
@@ -256,8 +277,8 @@ def _choices(value: Any) -> tuple[str, ...]:
     choices = tuple(_as_text(choice) for choice in value) if isinstance(value, list) else ()
     if len(choices) < 2:
         raise RecordError(f"expected two choices or more, found {len(choices)}")
-    if not all(choices) or len(set(choices)) < len(choices):
-        raise RecordError(f"expected choices that are different texts, found {list(choices)!r}")
+    if not all(choices) or len(set(choices)) < 2:
+        raise RecordError(f"expected two different choices or more, none of them empty, found {list(choices)!r}")
     return choices
 
 
@@ -292,6 +313,21 @@ def _check_csv_index(answer: Any, choices: tuple[str, ...]) -> None:
         letter = chr(ord("A") + choices.index(answer))
         raise RecordError(f"expected one meaning, but the answer {answer} is the text of one choice and the index of another; write the "
                           f"letter of the right one ({letter} for the text)")
+
+
+def _rules(names: Any, arguments: Any, place: str) -> tuple[Rule, ...]:
+    """Return the rules of a row, or raise RecordError. Without arguments no rule has any."""
+    names = names if isinstance(names, list) else [names]
+    arguments = [{}] * len(names) if arguments is None else arguments if isinstance(arguments, list) else [arguments]
+    if not names or len(arguments) != len(names) or not all(isinstance(given, dict) for given in arguments):
+        raise RecordError(f"expected one or more rules, and an object of arguments for each, found {len(names)} rules and "
+                          f"{len(arguments)} of arguments")
+    try:
+        rules = tuple(make_rule(str(name), given) for name, given in zip(names, arguments))
+    except ValueError as error:
+        raise RecordError(str(error)) from None
+    require_language(rules, place)
+    return rules
 
 
 def _check_pattern_finds(answers: tuple[str, ...], options: Items) -> None:

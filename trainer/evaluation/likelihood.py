@@ -33,6 +33,7 @@ class Likelihood:
     """One sample under one model."""
 
     logprob: float  # nats, of all scored tokens together
+    greedy: bool | None = None  # every scored token is the likeliest; None where it was not asked for
     kl: float | None = None  # nats, summed over the scored tokens; None where it was not measured
 
 
@@ -89,6 +90,9 @@ def measure_likelihoods(model: nn.Module, samples: Sequence[Sample], capacity: i
         for i, total in zip(numbers, sum_per_sample(logprobs, batch)):
             likelihoods[i].logprob = total
         counts = [samples[i].tokens for i in numbers]
+        for i, sample_rows, targets in zip(numbers, rows.split(counts), batch.targets.split(counts)):
+            if samples[i].asks_greedy:
+                likelihoods[i].greedy = bool((head.logits(sample_rows).argmax(-1) == targets).all())
         if remember is not None:
             for i, sample_rows in zip(numbers, rows.split(counts)):
                 if i in keep:

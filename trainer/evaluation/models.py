@@ -75,7 +75,10 @@ def find_models(config: Config) -> EvaluatedModels:
 
 
 def _adapter_base(config: Config, folder: Path) -> training.Model:
-    """Return the model under the adapter. Raises UserError if the adapter was trained on another one."""
+    """Return the model under the adapter, with the tokenizer and chat template that it was trained with.
+
+    Raises UserError if the adapter was trained on another one.
+    """
     file = folder / "adapter_config.json"
     if not file.is_file():
         raise UserError(f"adapter: expected a folder with adapter_config.json, found none in {folder}")
@@ -84,14 +87,15 @@ def _adapter_base(config: Config, folder: Path) -> training.Model:
         saved_base = saved.get("base_model_name_or_path")
     except (ValueError, AttributeError) as error:
         raise UserError(f"adapter: cannot read {file}: {error}") from None
+    tokenizer = config.model.tokenizer or (str(folder) if (folder / "tokenizer.json").is_file() else None)
     if config.model.path is None:
         if not saved_base:
             raise UserError(f"adapter: {file} names no base; set model.path")
-        return replace(config.model, path=saved_base)
+        return replace(config.model, path=saved_base, tokenizer=tokenizer)
     if saved_base and not config.force_base and _absolute(saved_base) != _absolute(config.model.path):
         raise UserError(f"adapter: {folder} was trained on {saved_base}, not on model.path = {config.model.path}; leave out model.path, "
                         "or, if that is a copy of it, add --force_base true")
-    return config.model
+    return replace(config.model, tokenizer=tokenizer)
 
 
 def _absolute(name: str) -> str:

@@ -27,7 +27,7 @@ from trainer.versions import versions
 
 TEMPLATE = Path(__file__).with_name("evaluation.html.jinja")
 HEADER = ("role", "file or task", "metric", "items", "base", "model", "change", "forgotten", "gained", "p", "chance-adjusted",
-          "log-prob/token", "KL/token")
+          "log-prob/token", "KL/token", "ended", "repetition", "words")
 MAX_BARS = 12  # bars of a plot; further files are in the table
 
 
@@ -72,10 +72,10 @@ def item_records(files: Sequence[ItemFile], scored: dict[str, Outcomes]) -> list
 
 
 def _question_fields(item: Item) -> dict:
-    if not item.prompt:
-        return {}
-    choices = {"choices": list(item.choices)} if item.choices else {}
-    return {"question": item.prompt[-1]["content"], "answers": list(item.answers), **choices}
+    question = {"question": item.prompt[-1]["content"], "answers": list(item.answers)} if item.prompt else {}
+    choices = {"choices": list(item.choices), "continuation": item.continuation} if item.choices else {}
+    rules = {"asked": [asdict(rule) for rule in item.rules]} if item.rules else {}
+    return question | {name: value for name, value in choices.items() if value} | rules
 
 
 def _outcome_fields(outcome: Outcome) -> dict:
@@ -101,7 +101,10 @@ def table_rows(results: dict) -> list[list[str]]:
     rows = []
     for role, total in results["roles"].items():
         files = [file for file in results["files"] if file["role"] == role]
-        rows += [_table_row(role, file["name"], file["metric"], file) for file in files]
+        for file in files:
+            rows.append(_table_row(role, file["name"], file["metric"], file))
+            rows += [_table_row(role, file["name"], f"rules, {form}", figures | {"items": file["items"]})
+                     for form, figures in file.get("rules", {}).items()]
         if len(files) > 1:
             rows.append(_table_row(role, f"all {len(files)} files", "", total))
     for task in results["tasks"]:
@@ -118,7 +121,9 @@ def _table_row(role: str, name: str, metric: str, figures: dict) -> list[str]:
     kl = f"{change['kl_per_token']:.4f} {_interval(change['kl_interval'], '.4f')}" if "kl_per_token" in change else ""
     forgotten, gained = (str(change.get(name, "")) for name in ("lost", "gained"))
     return [role, name, metric, f"{figures['items']:,}", _accuracy_cell(base), _accuracy_cell(model), difference, forgotten, gained,
-            f"{change['p']:.2g}" if "p" in change else "", " → ".join(adjusted), " → ".join(logprobs), kl]
+            f"{change['p']:.2g}" if "p" in change else "", " → ".join(adjusted), " → ".join(logprobs), kl,
+            *(" → ".join(f"{each['said'][name]:{form}}" for each in (base, model) if "said" in each)
+              for name, form in (("ended", ".0%"), ("repetition", ".0%"), ("words", ".0f")))]
 
 
 def _accuracy_cell(figures: dict) -> str:
@@ -150,9 +155,14 @@ def caption(results: dict) -> list[str]:
     lines = [f"{results['confidence']:.0%} intervals: Wilson for accuracies, bootstrap over items otherwise; log-prob in nats per token"]
     if results["base"]:
         lines[0] += "; KL(base || model) in nats per token; p: exact McNemar test"
+    if any("said" in file["model"] for file in results["files"]):
+        lines.append("ended: answers that the model ended itself; repetition: share of runs of four words that occurred before in the "
+                     "answer; words: of an answer, on average")
+    if any("rules" in file for file in results["files"]):
+        lines.append("rules: strict by prompt, unless the row says otherwise; loose forgives a first or last line, and asterisks")
     unfinished = sum(file["model"].get("unfinished", 0) for file in results["files"])
     if unfinished:
-        lines.append(f"{unfinished:,} answers of the model were cut off at generation.max_tokens")
+        lines.append(f"{unfinished:,} answers of the model were cut off at their longest length (generation.max_tokens)")
     return lines + results["notes"]
 
 

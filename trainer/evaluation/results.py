@@ -21,6 +21,8 @@ def figures_by_file(files: Sequence[ItemFile], model: Outcomes, base: Outcomes |
         outcomes, base_outcomes = model.of_file(f), base.of_file(f) if base else None
         rows.append({"name": file.name, "path": file.options.path, "role": file.role, "metric": file.metric, "items": len(file.items),
                      **_paired_results(outcomes, base_outcomes, statistics, choice_counts)})
+        if file.metric == "rules":
+            rows[-1]["rules"] = rule_figures(outcomes, base_outcomes, statistics)
     return rows
 
 
@@ -64,6 +66,9 @@ def model_figures(outcomes: list[Outcome], statistics: Statistics, choice_counts
     finished = [outcome.finished for outcome in outcomes if outcome.finished is not None]
     if finished:
         figures["unfinished"] = finished.count(False)
+        figures["said"] = {"ended": finished.count(True) / len(finished),
+                           "repetition": sum(outcome.repetition or 0 for outcome in outcomes) / len(finished),
+                           "words": sum(outcome.words or 0 for outcome in outcomes) / len(finished)}
     measured = [outcome for outcome in outcomes if outcome.logprob is not None]
     if measured:
         total, tokens, size = (sum(getattr(o, name) for o in measured) for name in ("logprob", "tokens", "bytes"))
@@ -75,8 +80,8 @@ def model_figures(outcomes: list[Outcome], statistics: Statistics, choice_counts
 def change_figures(base: list[Outcome], model: list[Outcome], statistics: Statistics) -> Figures:
     """Return the change from base to model, paired item by item.
 
-    The figures are those of `paired_figures`, the difference of log-probs per token and KL(base || model), both in nats per token with
-    bootstrap intervals.
+    The figures are those of `paired_figures`, the same of ended answers, the difference of log-probs per token and KL(base || model), both
+    in nats per token with bootstrap intervals.
     """
     figures: Figures = {}
     bootstrap_options = {"confidence": statistics.confidence, "draws": statistics.bootstrap, "seed": statistics.seed}
@@ -91,11 +96,42 @@ def change_figures(base: list[Outcome], model: list[Outcome], statistics: Statis
         tokens = [after.tokens for _, after in comparable]
         figures |= {"logprob_per_token": sum(differences) / sum(tokens),
                     "logprob_interval": list(bootstrap(differences, tokens, **bootstrap_options))}
+    ends = [(before.finished, after.finished) for before, after in zip(base, model, strict=True)
+            if before.finished is not None and after.finished is not None]
+    if ends:
+        figures["ended"] = paired_figures(ends, bootstrap_options)
     with_kl = [outcome for outcome in model if outcome.kl is not None]
     if with_kl:
         kl, tokens = [outcome.kl for outcome in with_kl], [outcome.tokens for outcome in with_kl]
         figures |= {"kl_per_token": sum(kl) / sum(tokens), "kl_interval": list(bootstrap(kl, tokens, **bootstrap_options)),
                     "kl_tokens": sum(tokens)}
+    return figures
+
+
+def rule_figures(model: list[Outcome], base: list[Outcome] | None, statistics: Statistics) -> dict[str, Figures]:
+    """Return the figures of answers under rules beside the file's own, which are strict and by prompt.
+
+    They are loose by prompt, and strict and loose by instruction: the share of all rules of all items that are kept.
+    """
+    bootstrap_options = {"confidence": statistics.confidence, "draws": statistics.bootstrap, "seed": statistics.seed}
+
+    def by_instruction(outcomes: list[Outcome], form: str) -> Figures:
+        kept, rules = [sum(outcome.rules[form]) for outcome in outcomes], [len(outcome.rules[form]) for outcome in outcomes]
+        return {"accuracy": sum(kept) / sum(rules), "accuracy_interval": list(bootstrap(kept, rules, **bootstrap_options))}
+
+    def loose(outcomes: list[Outcome]) -> list[bool]:
+        return [all(outcome.rules["loose"]) for outcome in outcomes]
+
+    def loose_by_prompt(outcomes: list[Outcome]) -> Figures:
+        right = sum(loose(outcomes))
+        return {"accuracy": right / len(outcomes), "accuracy_interval": list(wilson(right, len(outcomes), statistics.confidence))}
+
+    models = {"base": base, "model": model} if base else {"model": model}
+    figures = {"loose": {name: loose_by_prompt(outcomes) for name, outcomes in models.items()}}
+    if base:
+        figures["loose"]["change"] = paired_figures(list(zip(loose(base), loose(model))), bootstrap_options)
+    for form in ("strict", "loose"):
+        figures[f"{form}, by instruction"] = {name: by_instruction(outcomes, form) for name, outcomes in models.items()}
     return figures
 
 

@@ -11,6 +11,8 @@ from trainer.evaluation.generation import Completion, cut_at_stop, generate_comp
 from trainer.evaluation.items import ItemFile
 from trainer.evaluation.likelihood import BaseStates, Likelihood, choose_kl_samples, measure_likelihoods
 from trainer.evaluation.models import LoadedModel
+from trainer.evaluation.rules.text_units import count_words, repetition
+from trainer.evaluation.rules.verdicts import judge_rules
 from trainer.evaluation.scoring import judge, pick_choices
 from trainer.evaluation.tokens import Key, Sample, Tokens, encode
 from trainer.model.forward import lm_head
@@ -24,6 +26,9 @@ class Outcome:
     prediction: str | None = None  # the generated text, or the choice that is picked
     found: str | None = None  # the part of a generated text that was compared
     finished: bool | None = None  # the model ended the generated answer before the limit
+    words: int | None = None  # of the generated text
+    repetition: float | None = None  # share of its runs of four words that occurred before in it
+    rules: dict[str, list[bool]] | None = None  # strict and loose -> whether the generated text keeps each rule
     picks: dict[str, bool] | None = None  # norm -> whether it picks the right choice
     choice_logprobs: list[float] | None = None  # nats
     logprob: float | None = None  # nats, sum over the tokens of the right answer or held-out text; None: dropped
@@ -56,11 +61,11 @@ def score(loaded: LoadedModel, files: Sequence[ItemFile], config: Config, base: 
     """
     tokens = encode(files, loaded.template, config, loaded.context)
     items = {Key(f, i): Outcome() for f, file in enumerate(files) for i in range(len(file.items))}
-    outcomes = Outcomes(loaded.name, loaded.label, items, notes=_length_notes(tokens))
+    outcomes = Outcomes(loaded.name, loaded.label, items, notes=_length_notes(tokens) + _choice_notes(files))
     if completions is None:
         completions = generate_completions(loaded.model, loaded.template, [prompt.ids for prompt in tokens.prompts],
-                                           config.generation.max_tokens, config.generation.batch)
-    _judge_completions(files, tokens, [cut_at_stop(completion, config.generation.stop) for completion in completions], items)
+                                           [prompt.max_tokens for prompt in tokens.prompts], config.generation.batch)
+    _judge_completions(files, tokens, completions, items, config.generation.stop)
     why_no_kl = base.why_no_kl(tokens.samples, lm_head(loaded.model)) if base else None
     if why_no_kl:
         outcomes.notes.append(f"KL to the base was not measured: {why_no_kl}")
@@ -80,11 +85,24 @@ def _length_notes(tokens: Tokens) -> list[str]:
     return [f"{count:,} {note}" for note, count in counts.items() if count]
 
 
-def _judge_completions(files: Sequence[ItemFile], tokens: Tokens, completions: Sequence[Completion], items: dict[Key, Outcome]) -> None:
-    for (key, _), completion in zip(tokens.prompts, completions, strict=True):
+def _choice_notes(files: Sequence[ItemFile]) -> list[str]:
+    counts = {file.name: sum(len(set(item.choices)) < len(item.choices) for item in file.items) for file in files}
+    return [f"{name}: items with equal choices: {count:,}; either of the two counts" for name, count in counts.items() if count]
+
+
+def _judge_completions(files: Sequence[ItemFile], tokens: Tokens, completions: Sequence[Completion], items: dict[Key, Outcome],
+                       stop: list[str]) -> None:
+    for (key, *_), completion in zip(tokens.prompts, completions, strict=True):
         file, outcome = files[key.file], items[key]
-        outcome.right, outcome.found = judge(completion.text, file.items[key.item].answers, file.options)
+        item, completion = file.items[key.item], cut_at_stop(completion, [*stop, *file.options.stop])
+        if item.rules:
+            verdicts = judge_rules(item.rules, completion.text)
+            outcome.right, outcome.rules = all(verdicts.strict), {"strict": list(verdicts.strict), "loose": list(verdicts.loose)}
+        else:
+            outcome.right, outcome.found = judge(completion.text, item.answers, file.options)
+        outcome.right = outcome.right and (completion.finished or not file.options.must_end)
         outcome.prediction, outcome.finished = completion.text, completion.finished
+        outcome.words, outcome.repetition = count_words(completion.text), repetition(completion.text)
 
 
 def _record_likelihoods(files: Sequence[ItemFile], samples: Sequence[Sample], likelihoods: Sequence[Likelihood],
@@ -95,13 +113,16 @@ def _record_likelihoods(files: Sequence[ItemFile], samples: Sequence[Sample], li
         if sample.gives_logprob:
             outcome.logprob, outcome.kl = likelihood.logprob, likelihood.kl
             outcome.tokens, outcome.bytes = sample.tokens, sample.bytes
+            if sample.asks_greedy:
+                outcome.right = likelihood.greedy
         if sample.choice is not None:
             choices[sample.key].append((sample, likelihood))
     for key, ranked in choices.items():
         file, outcome = files[key.file], items[key]
         item = file.items[key.item]
         outcome.choice_logprobs = [likelihood.logprob for _, likelihood in ranked]
-        picked = pick_choices(outcome.choice_logprobs, item.choices, [sample.tokens for sample, _ in ranked])
-        outcome.picks = {norm: choice == item.right_choice for norm, choice in picked.items()}
+        scored = [item.continuation or choice for choice in item.choices]
+        picked = pick_choices(outcome.choice_logprobs, scored, [sample.tokens for sample, _ in ranked])
+        outcome.picks = {norm: item.choices[choice] == item.answers[0] for norm, choice in picked.items()}
         outcome.prediction = item.choices[picked[file.options.choice_by]]
         outcome.right = outcome.picks[file.options.choice_by]

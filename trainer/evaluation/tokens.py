@@ -14,7 +14,7 @@ import numpy as np
 
 from trainer.data.chat_template import ChatTemplate
 from trainer.errors import UserError
-from trainer.evaluation.config import Config
+from trainer.evaluation.config import MAX_TOKENS, Config
 from trainer.evaluation.items import Item, ItemFile
 
 TEXTS_PER_CALL = 500  # texts in one call of the tokenizer
@@ -32,6 +32,7 @@ class Prompt(NamedTuple):
 
     key: Key
     ids: list[int]
+    max_tokens: int  # of the answer
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Sample:
     ids: np.ndarray  # int32[n]
     scored: np.ndarray  # bool[n]; never the first, which has no context
     bytes: int  # of the scored tokens' text, special tokens left out
+    asks_greedy: bool = False  # whether every scored token is the likeliest is measured too
 
     @property
     def tokens(self) -> int:
@@ -68,18 +70,22 @@ def encode(files: Sequence[ItemFile], template: ChatTemplate, config: Config, co
     """
     tokens = Tokens([], [])
     for f, file in enumerate(files):
+        chat, max_tokens = config.data.chat and file.options.chat, config.generation.max_tokens or file.options.max_tokens or MAX_TOKENS
         for start in range(0, len(file.items), TEXTS_PER_CALL):
             keys = [Key(f, i) for i in range(start, min(start + TEXTS_PER_CALL, len(file.items)))]
             items = [file.items[key.item] for key in keys]
             if file.metric == "logprob":
                 tokens.samples += _heldout_samples(keys, items, template)
             elif file.metric == "choice":
-                tokens.samples += _choice_samples(keys, items, template, config.data.chat)
+                tokens.samples += _choice_samples(keys, items, template, chat)
+            elif file.metric == "continuation":
+                tokens.samples += [replace(sample, asks_greedy=True) for sample in _answer_samples(keys, items, template, chat)]
             else:
-                encoded = template.tokenizer([_prompt_text(item, template, config.data.chat) for item in items], verbose=False,
-                                             add_special_tokens=not config.data.chat)["input_ids"]
-                tokens.prompts += map(Prompt, keys, encoded)
-                tokens.samples += _answer_samples(keys, items, template, config.data.chat)
+                encoded = template.tokenizer([_prompt_text(item, template, chat) for item in items], verbose=False,
+                                             add_special_tokens=not chat)["input_ids"]
+                tokens.prompts += [Prompt(key, ids, max_tokens) for key, ids in zip(keys, encoded)]
+                if file.metric != "rules":
+                    tokens.samples += _answer_samples(keys, items, template, chat)
     _fit(files, tokens, template, config, context)
     return tokens
 
@@ -118,8 +124,10 @@ def _heldout_samples(keys: list[Key], items: list[Item], template: ChatTemplate)
 
 
 def _choice_samples(keys: list[Key], items: list[Item], template: ChatTemplate, chat: bool) -> list[Sample]:
-    prompts = [_prompt_text(item, template, chat) for item in items]
-    encoded = iter(_encode_pairs(template, [(prompt, choice) for prompt, item in zip(prompts, items) for choice in item.choices], chat))
+    """Return a sample for each choice of each item; a continuation is scored after each choice."""
+    pairs = [(choice, item.continuation) if item.continuation else (_prompt_text(item, template, chat), choice)
+             for item in items for choice in item.choices]
+    encoded = iter(_encode_pairs(template, pairs, chat))
     return [_make_sample(template, key, c, c == item.right_choice, *next(encoded))
             for key, item in zip(keys, items) for c in range(len(item.choices))]
 
@@ -164,12 +172,13 @@ def _fit(files: Sequence[ItemFile], tokens: Tokens, template: ChatTemplate, conf
     Right answers that are too long are not measured; the generated ones are still judged. Raises UserError for anything else that is too
     long, and for samples without scored tokens.
     """
-    limit, max_tokens = min(config.scoring.tokens_per_pack, context or 2**31), config.generation.max_tokens
+    limit = min(config.scoring.tokens_per_pack, context or 2**31)
     limit_name = f"the model's context of {limit:,}" if limit == context else f"scoring.tokens_per_pack = {limit:,}"
     for prompt in tokens.prompts:
-        if context is not None and len(prompt.ids) + max_tokens > context:
+        if context is not None and len(prompt.ids) + prompt.max_tokens > context:
             raise UserError(f"{_place(files, prompt.key)}: a prompt of {len(prompt.ids):,} tokens and generation.max_tokens = "
-                            f"{max_tokens:,} exceed the model's context of {context:,}; lower generation.max_tokens, or shorten the prompt")
+                            f"{prompt.max_tokens:,} exceed the model's context of {context:,}; lower generation.max_tokens, or shorten "
+                            "the prompt")
     kept = []
     for sample in tokens.samples:
         if len(sample.ids) > limit and files[sample.key.file].metric in ("exact", "regex"):

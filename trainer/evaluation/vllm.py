@@ -58,7 +58,7 @@ def generate_all(models: EvaluatedModels, files: Sequence[ItemFile], config: Con
         with one_line_errors("model.path", source):
             context = getattr(AutoConfig.from_pretrained(source, trust_remote_code=model_options.trust_remote_code).get_text_config(),
                               "max_position_embeddings", None)
-        prompts = [prompt.ids for prompt in encode(files, template, config, context).prompts]
+        prompts = encode(files, template, config, context).prompts
         if not prompts:
             continue
         ends = end_token_ids(_generation_config(source), template)
@@ -66,7 +66,8 @@ def generate_all(models: EvaluatedModels, files: Sequence[ItemFile], config: Con
         if adapter is not None:
             job["adapter"] = str(adapter.resolve())
             job["options"] |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _max_lora_rank(adapter)}
-        job["parts"].append({"prompts": prompts, "stop": ends, "adapter": adapter is not None})
+        job["parts"].append({"prompts": [prompt.ids for prompt in prompts], "max_tokens": [prompt.max_tokens for prompt in prompts],
+                             "stop": ends, "adapter": adapter is not None})
         requests.append((name, template, ends))
     for job, requests in jobs.values():
         for (name, template, ends), answers in zip(requests, _run_process(job, log), strict=True):
@@ -89,7 +90,7 @@ def _job(source: str, model_options: training.Model, config: Config, device: tor
         options["tokenizer"] = model_options.tokenizer
     if device.type == "cpu":
         options |= {"enforce_eager": True, "kv_cache_memory_bytes": CPU_CACHE}
-    return {"options": options, "adapter": None, "max_tokens": config.generation.max_tokens, "parts": []}
+    return {"options": options, "adapter": None, "parts": []}
 
 
 def _max_lora_rank(adapter: Path) -> int:
@@ -130,7 +131,8 @@ def run_job(job_file: Path, answers_file: Path) -> None:
     job = json.loads(job_file.read_text())
     llm, answers = LLM(**job["options"]), []
     for part in job["parts"]:
-        sampling = SamplingParams(temperature=0.0, max_tokens=job["max_tokens"], stop_token_ids=part["stop"], detokenize=False)
+        sampling = [SamplingParams(temperature=0.0, max_tokens=limit, stop_token_ids=part["stop"], detokenize=False)
+                    for limit in part["max_tokens"]]
         adapter = LoRARequest("adapter", 1, job["adapter"]) if part["adapter"] else None
         outputs = llm.generate([TokensPrompt(prompt_token_ids=ids) for ids in part["prompts"]], sampling, use_tqdm=False,
                                lora_request=adapter)

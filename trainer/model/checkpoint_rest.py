@@ -86,7 +86,12 @@ def checkpoint_files(model: PreTrainedModel) -> list[str]:
 
 
 def base_file(model: PreTrainedModel, name: str) -> str | None:
-    """Return the path of one of the base's files, in its folder or the hub's cache, or None."""
+    """Return the path of one of the base's files, in its folder or the hub's cache, or None.
+
+    Random weights have none.
+    """
+    if not model.name_or_path:
+        return None
     base = Path(model.name_or_path)
     if base.exists():
         return str(base / name) if (base / name).is_file() else None

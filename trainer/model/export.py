@@ -6,6 +6,8 @@ A folder is written atomically, with safetensors weights.
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -13,13 +15,14 @@ from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.bitsandbytes import Bnb4bitDeserialize
+from transformers.utils import CHAT_TEMPLATE_FILE, GENERATION_CONFIG_NAME, PROCESSOR_NAME
 
 from kernels.nf4 import dequantize_nf4
 from trainer.errors import UserError
 from trainer.files import atomic_folder
-from trainer.model.checkpoint_rest import add_rest
+from trainer.model.checkpoint_rest import add_rest, base_file
 from trainer.model.linear_layers import base_modules, base_name
 from trainer.model.locate import one_line_errors
 from trainer.model.lora import adapted_weights, projection, why_not_fused
@@ -53,10 +56,61 @@ def merge_and_save(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedToke
     dense = _dense_on_meta(base) if quantized_layers(base) else base
     names = list(state)  # which saving empties
     with atomic_folder(folder) as tmp:
-        dense.save_pretrained(tmp, state_dict=state)
+        save_weights(dense, tmp, state)
         _check_loads(dense, tmp, base)
         add_rest(tmp, base, names)
+        save_generation_config(base, tmp)
         tokenizer.save_pretrained(tmp)
+        _drop_processor_template(tmp)
+
+
+def _drop_processor_template(folder: Path) -> None:
+    """Remove the chat template from the settings of a processor, where it would win over the tokenizer's."""
+    file = folder / PROCESSOR_NAME
+    if file.is_file() and (folder / CHAT_TEMPLATE_FILE).is_file():
+        settings = json.loads(file.read_text())
+        settings.pop("chat_template", None)
+        file.write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def save_weights(model: PreTrainedModel, folder: Path, state: dict[str, Tensor]) -> None:
+    """Write weights and config of a model as transformers does.
+
+    Settings of generation, which it would check, are left out.
+    """
+    settings, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        model.save_pretrained(folder, state_dict=state)
+    finally:
+        model.generation_config = settings
+    (folder / GENERATION_CONFIG_NAME).unlink(missing_ok=True)
+
+
+def save_generation_config(model: PreTrainedModel, folder: Path) -> None:
+    """Copy the base's settings of generation as they stand, valid or not.
+
+    Of a base without such a file, write the model's.
+    """
+    if found := base_file(model, GENERATION_CONFIG_NAME):
+        shutil.copyfile(found, folder / GENERATION_CONFIG_NAME)
+    elif model.can_generate():
+        model.generation_config.to_json_file(folder / GENERATION_CONFIG_NAME)
+
+
+def save_settings(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path, whole: bool) -> None:
+    """Write all of an export but its weights, to see that it can be written.
+
+    Of a `whole` model, write its config too.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if isinstance(model, PeftModel):
+        for adapter in model.peft_config.values():
+            adapter.save_pretrained(folder)
+        model.create_or_update_model_card(str(folder))
+    if whole:
+        (_dense_on_meta(base) if quantized_layers(base) else base).config.save_pretrained(folder)
+        save_generation_config(base, folder)
+    tokenizer.save_pretrained(folder)
 
 
 def _dense_on_meta(base: PreTrainedModel) -> PreTrainedModel:

@@ -112,6 +112,7 @@ class FlatAdamW:
             group.master, optim.weight_decay if group.parameters[0].ndim >= 2 else 0.0, optim) for group in self.groups]
         self.max_norm = optim.max_grad_norm
         self.l2_sp = 0.0
+        self.whole = True  # no update is under way
         self.start_masters: list[Tensor] = []
 
     @property
@@ -138,6 +139,7 @@ class FlatAdamW:
     @torch.no_grad()
     def step(self, lr: float) -> Tensor:
         """Clip, update and publish; return the gradient norm before clipping, a scalar on the device."""
+        self.whole = False
         norm = torch.stack([torch.linalg.vector_norm(g) for g in self.gradients]).square().sum().sqrt()
         finite = norm.isfinite()
         divisor = (norm / self.max_norm).clamp(min=1.0) if self.max_norm > 0 else None
@@ -146,6 +148,7 @@ class FlatAdamW:
         for update in self.updates:
             update.step(lr, finite, divisor)
         self.publish()
+        self.whole = True
         return norm
 
     @torch.no_grad()
@@ -178,3 +181,18 @@ class FlatAdamW:
             group.master.data.copy_(saved)
             update.load_state({name: tensors[f"{i}.{name}"] for name in update.STATE})
         self.publish()
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the trained weights, in the precision of the model."""
+        return {f"{i}.{j}": p.data for i, group in enumerate(self.groups) for j, p in enumerate(group.parameters)}
+
+    @torch.no_grad()
+    def load_weights(self, tensors: dict[str, Tensor]) -> None:
+        """Restore the tensors of `weights`. Raises KeyError or ValueError if their layout differs."""
+        for name, weight in self.weights().items():
+            if tensors[name].shape != weight.shape:
+                raise ValueError(f"weights: expected the shape {tuple(weight.shape)} of weight {name}, got {tuple(tensors[name].shape)}")
+            weight.copy_(tensors[name])
+        for group in self.groups:
+            for master, p in zip(group.low_precision_masters, group.low_precision):
+                master.copy_(p)

@@ -100,12 +100,19 @@ def fingerprint(files: Sequence[ItemFile]) -> str | None:
 def prepare(config: training.Config, files: Sequence[ItemFile], model: nn.Module, template: ChatTemplate,
             dist: Distributed) -> ForgettingMonitor | None:
     """Return the monitor of these items, None without items; score the base now, on rank 0."""
-    if not files:
-        return None
-    monitor = ForgettingMonitor(config, Path(config.output), files, as_evaluation(config),
-                              LoadedModel("model", "the trained model", model, template))
-    dist.on_main(monitor.score_base)
+    monitor = unscored(config, files, model, template)
+    if monitor:
+        dist.on_main(monitor.score_base)
     return monitor
+
+
+def unscored(config: training.Config, files: Sequence[ItemFile], model: nn.Module, template: ChatTemplate) -> ForgettingMonitor | None:
+    """Return a monitor of these items that can choose and restore states but not score any.
+
+    Returns None without items.
+    """
+    return ForgettingMonitor(config, Path(config.output), files, as_evaluation(config),
+                             LoadedModel("model", "the trained model", model, template)) if files else None
 
 
 # ---------------------------------------------------------------- during the run

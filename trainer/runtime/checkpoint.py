@@ -1,6 +1,8 @@
 """Write checkpoints atomically and resume from them bit for bit.
 
 A checkpoint is a folder `checkpoints/step-00000120`: `state.safetensors` (masters and optimizer moments) and `state.json` (a `State`).
+Of a run that has ended, and has only to be exported, it holds the trained weights alone, in the precision they are exported in.
+
 It is written to a temporary folder, synced to disk and renamed, so a kill, a crash or a full disk at any moment leaves the earlier
 checkpoints as they were. The position in the data and the random states are not in it: both are functions of the step
 (data/step_plan.py, training/loop.py).
@@ -36,6 +38,10 @@ class Optimizer(Protocol):
 
     def load_state(self, tensors: dict[str, Tensor]) -> None: ...
 
+    def weights(self) -> dict[str, Tensor]: ...
+
+    def load_weights(self, tensors: dict[str, Tensor]) -> None: ...
+
 
 @dataclass
 class State:
@@ -50,6 +56,7 @@ class State:
     last_measurement: dict | None = None  # of general and domain items (retention/monitor.py)
     kept_measurement: dict | None = None  # of the state whose weights are kept for export
     floor_misses: int = 0  # measurements in a row, in the second half, that missed the floor and came no nearer to it
+    ended: str | None = None  # why training ended, of a run that has only to be exported
 
 
 def identity(config: Config, world_size: int, **fingerprints: str | None) -> dict:
@@ -62,15 +69,16 @@ def identity(config: Config, world_size: int, **fingerprints: str | None) -> dic
 
 
 def save(folder: Path, state: State, optimizer: Optimizer, keep: int) -> Path:
-    """Write a checkpoint and remove all but the newest `keep`.
+    """Write a checkpoint and remove all but the newest `keep`; that of an ended run is one more.
 
     Raises UserError if it cannot be written.
     """
-    final = folder / f"step-{state.step:08d}"
+    final = place(folder, state.step)
+    tensors = optimizer.weights() if state.ended else optimizer.state()
     with atomic_folder(final, lambda error: _write_error(error, final, newest(folder))) as tmp:
-        save_file({k: v.contiguous() for k, v in optimizer.state().items()}, tmp / "state.safetensors")
+        save_file({k: v.contiguous() for k, v in tensors.items()}, tmp / "state.safetensors")
         (tmp / "state.json").write_text(json.dumps(dataclasses.asdict(state)))
-    for old in checkpoints(folder)[:-keep]:
+    for old in [] if state.ended else checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
     return final
 
@@ -89,8 +97,23 @@ def load(path: Path, expected: dict, optimizer: Optimizer) -> State:
     if changed:
         raise UserError(f"resume: {path} was made with another configuration: {'; '.join(changed)}; "
                         "restore these options, or start a new run in another output folder")
-    optimizer.load_state(tensors)
+    (optimizer.load_weights if state.ended else optimizer.load_state)(tensors)
     return state
+
+
+def place(folder: Path, step: int) -> Path:
+    """Return the folder of the checkpoint of a step."""
+    return folder / f"step-{step:08d}"
+
+
+def has_ended(path: Path | None) -> bool:
+    """Return whether a checkpoint is that of a run that has only to be exported."""
+    return path is not None and _saved(path, "ended") is not None
+
+
+def remove_ended(folder: Path) -> None:
+    """Remove the checkpoints of ended runs, and `folder` itself if that leaves it empty."""
+    remove_all_but(folder, {int(path.name.removeprefix("step-")) for path in checkpoints(folder) if not has_ended(path)})
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -106,12 +129,14 @@ def newest(folder: Path) -> Path | None:
 
 def kept_steps(folder: Path) -> set[int]:
     """Return the steps whose kept weights some checkpoint refers to."""
-    found = set()
-    for path in checkpoints(folder):
-        with contextlib.suppress(OSError, ValueError):  # a damaged checkpoint cannot be resumed from, so its kept weights are not needed
-            kept = json.loads((path / "state.json").read_text()).get("kept_measurement")
-            found |= {kept["step"]} if kept else set()
-    return found
+    return {kept["step"] for path in checkpoints(folder) if (kept := _saved(path, "kept_measurement"))}
+
+
+def _saved(path: Path, name: str):
+    """Return a value of a checkpoint's state; None of a damaged one, which cannot be resumed from."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return json.loads((path / "state.json").read_text()).get(name)
+    return None
 
 
 def remove_all_but(folder: Path, steps: set[int]) -> None:

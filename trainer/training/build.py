@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from trainer.config import Config
 from trainer.data.batch import NO_PADDING, PadTo
-from trainer.data.prepare import TrainingData, data_summary, eval_set_line
+from trainer.data.prepare import TrainingData, data_summary, eval_set_line, note_lines
 from trainer.data.samples import Samples
 from trainer.data.step_plan import StepPlan
 from trainer.errors import UserError
@@ -31,6 +32,7 @@ from trainer.runtime import checkpoint
 from trainer.runtime.device import compute_dtype, dtype_name, fast_bf16
 from trainer.runtime.distributed import Distributed
 from trainer.training import run_folder
+from trainer.training.export_trial import try_export
 from trainer.training.loader import StepLoader
 from trainer.training.training_run import TrainingRun
 
@@ -45,18 +47,21 @@ class BaseMeasurements:
     summary_lines: list[str]
 
 
-def build(config: Config, data: TrainingData, device: torch.device, dist: Distributed,
-          items: Sequence[ItemFile] = ()) -> tuple[TrainingRun, checkpoint.State]:
+def build(config: Config, data: TrainingData, device: torch.device, dist: Distributed, items: Sequence[ItemFile],
+          tokenizer: PreTrainedTokenizerBase) -> tuple[TrainingRun, checkpoint.State]:
     """Return a run that is ready to train, and the state it starts from.
 
     The state is a fresh one, or that of the newest checkpoint if the run resumes. Opens the run folder and prints the start summary. Raises
-    UserError for anything that the user can mend.
+    UserError for anything that the user can mend, so also for what would fail only at the export.
     """
     output = Path(config.output)
     model, patched = build_model(config, device)
+    ended = config.resume != "never" and checkpoint.has_ended(checkpoint.newest(output / "checkpoints"))
+    dist.on_main(lambda: try_export(config, model, tokenizer, ended))
     balance = router_balance.prepare(config.router_aux_loss_coef, model)
     identity = run_identity(config, data, items, dist)
-    base = measure_base(config, data, items, identity, model, device, dist)
+    base = (BaseMeasurements(data.samples, None, monitor.unscored(config, items, model, data.template), []) if ended else
+            measure_base(config, data, items, identity, model, device, dist))
     data = replace(data, samples=base.samples)
     optimizer = build_optimizer(config, model, dist)
     if config.compile:
@@ -72,8 +77,9 @@ def build(config: Config, data: TrainingData, device: torch.device, dist: Distri
         print_summary(config, data, summary, patched, pad_to, device)
         print_lines(base.summary_lines)
         print_lines([str(balance)] if balance else [])
-        print_lines([f"resuming from step {state.step}"] if state.step else [])
-    log = Log(output, config, data.plan.total, state.step) if dist.is_main else None
+        print_lines([f"resuming from step {state.step}" + (", the last one: only the export is left" if state.ended else "")]
+                    if state.step else [])
+    log = Log(output, config, data.plan.total, state.step) if dist.is_main and not state.ended else None
     loader = StepLoader(data.plan, base.samples, dist, device, base.kl, pad_to)
     return TrainingRun(config, output, device, dist, model, size, optimizer, data.plan, loader, base.kl, base.monitor, data.eval_set,
                        log, balance), state
@@ -177,7 +183,7 @@ def print_summary(config: Config, data: TrainingData, summary: dict, patched: Pa
     if config.precision == "auto" and device.type == "cpu" and fast_bf16():
         lines.append("hint: this CPU has bf16 matmuls; a step is about twice as fast with --precision bf16")
     lines += [str(patched), f"parameters: {model['parameters']:,}, trained {model['trainable']:,} ({config.method})"]
-    lines += [source_line(source) for source in summary["sources"]]
+    lines += [source_line(source) for source in summary["sources"]] + note_lines(summary["sources"])
     lines += kl.describe(config.retention, config.method, model["parameters"] * dtype.itemsize)
     if data.eval_set:
         lines.append(eval_set_line(data))
@@ -200,4 +206,5 @@ def device_name(device: torch.device) -> str:
 def source_line(source: dict) -> str:
     s = source
     return (f"{s['role']} {s['name']}: {s['samples']:,} samples, {s['share_samples']:.1%} of samples, {s['share_tokens']:.1%} of tokens; "
-            f"dropped {s['dropped']}, truncated {s['truncated']}, split {s['split']}")
+            f"dropped {s['dropped']}, truncated {s['truncated']}, split {s['split']}, "
+            f"unsupervised {s['unsupervised']}, refused {s['refused']}")

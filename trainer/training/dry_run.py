@@ -7,22 +7,24 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from trainer.config import Config
-from trainer.data.prepare import TrainingData, data_summary, eval_set_line
+from trainer.data.prepare import TrainingData, data_summary, eval_set_line, note_lines
 from trainer.metrics.throughput import model_size
 from trainer.model import router_balance
 from trainer.model.loading import meta_model
 from trainer.model.lora import add_adapter, describe
 from trainer.retention import cached_base, kl
 from trainer.runtime.device import compute_dtype, dtype_name
+from trainer.training.export_trial import try_export
 from trainer.training.memory_estimate import estimate
 
 SHOWN_CHARACTERS = 1200  # of each sample
 GREEN, BOLD, PLAIN = "\033[32m", "\033[1m", "\033[0m"
 
 
-def print_dry_run(config: Config, data: TrainingData, device: torch.device) -> None:
+def print_dry_run(config: Config, data: TrainingData, device: torch.device, tokenizer: PreTrainedTokenizerBase) -> None:
     """Print the page. Raises UserError for whatever would have stopped the run."""
     model = meta_model(config)
     if config.method != "full":
@@ -45,6 +47,7 @@ def print_dry_run(config: Config, data: TrainingData, device: torch.device) -> N
     for name, text in describe(model).items():
         print(f"{name}: {text}")
     print(f"memory: {estimate(model, config, dtype, device)}")
+    print(f"export: {try_export(config, model, tokenizer)}")
     print("dry run: the options, data and model fit together; nothing was trained")
 
 
@@ -65,13 +68,15 @@ def _print_samples(data: TrainingData, seed: int) -> None:
 
 
 def _print_sources(sources: list[dict]) -> None:
-    """Print a table of the sources: sizes, shares of an epoch, and what happened to overlong samples."""
+    """Print a table of the sources: sizes, shares of an epoch, and what happened to overlong and other samples; then their notes."""
     print(f"{'source':<20}{'role':<8}{'samples':>9}{'tokens':>12}{'supervised':>12}{'% samples':>11}{'% tokens':>10}"
-          f"{'dropped':>9}{'truncated':>11}{'split':>7}{'lost tokens':>13}")
+          f"{'dropped':>9}{'truncated':>11}{'split':>7}{'unsupervised':>14}{'refused':>9}{'lost tokens':>13}")
     for s in sources:
         print(f"{s['name'][:19]:<20}{s['role']:<8}{s['samples']:>9,}{s['tokens']:>12,}{s['supervised'] / max(1, s['tokens']):>12.0%}"
               f"{s['share_samples']:>11.1%}{s['share_tokens']:>10.1%}{s['dropped']:>9,}{s['truncated']:>11,}{s['split']:>7,}"
-              f"{s['tokens_lost']:>13,}")
+              f"{s['unsupervised']:>14,}{s['refused']:>9,}{s['tokens_lost']:>13,}")
+    for line in note_lines(sources):
+        print(line)
 
 
 def _print_plan(data: TrainingData, summary: dict, max_length: int) -> None:

@@ -111,7 +111,7 @@ def totals(samples: Samples, indices: np.ndarray, targets: np.ndarray) -> tuple[
 
 def supervised_weight(samples: Samples, indices: np.ndarray) -> float:
     """Return the sum of the weights of these samples' supervised tokens."""
-    return weight_of(samples, indices, samples.supervised[indices])
+    return weight_of(samples, indices, samples.target_weights[indices])
 
 
 def weight_of(samples: Samples, indices: np.ndarray, targets: np.ndarray) -> float:

@@ -6,7 +6,9 @@ CPU before anything runs. The host waits for the device only at log, evaluation 
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import sys
 import time
 from contextlib import contextmanager
 
@@ -22,30 +24,46 @@ from trainer.runtime.interrupts import Interrupts
 from trainer.runtime.result import Ending
 from trainer.training.loader import StepWork, TokenCounts
 from trainer.training.loss import pack_loss
-from trainer.training.meter import Meter, StepMetrics, log_end, log_interval
+from trainer.training.meter import Meter, NotFinite, StepMetrics, log_end, log_interval
 from trainer.training.training_run import TrainingRun
 from trainer.training.validation import evaluate, measure_forgetting
 
 
-def fit(run: TrainingRun, state: checkpoint.State) -> Ending:
-    """Train from `state`, which is kept up to date, to the end of the plan, an early stop or a signal."""
+def fit(run: TrainingRun, state: checkpoint.State, interrupts: Interrupts) -> Ending:
+    """Train from `state`, which is kept up to date, to the end of the plan, an early stop or a signal.
+
+    An error leaves a checkpoint of the last whole step, unless the weights are no good.
+    """
+    if state.ended:
+        return Ending(state.ended)
+    meter = Meter(run.device, Phases(run.device))
+    try:
+        return _fit(run, state, interrupts, meter)
+    except NotFinite:
+        raise
+    except Exception:
+        rescue(run, state, meter)
+        raise
+
+
+def _fit(run: TrainingRun, state: checkpoint.State, interrupts: Interrupts, meter: Meter) -> Ending:
     config, last = run.config, run.plan.total
     totals, begun, received = TokenCounts(), time.perf_counter(), None
-    meter = Meter(run.device, Phases(run.device))
     if run.eval_set and state.step == 0:
         evaluate(run, state, meter)  # the loss that training has to improve on
-    if run.monitor and state.step == 0:
-        measure_forgetting(run, state, meter)
+    if run.monitor and state.step in (0, last) and (state.last_measurement or {}).get("step") != state.step:
+        measure_forgetting(run, state, meter)  # the base, or the last step of a run that an error ended there
     run.model.train()
     steps = profiled_steps(config.logging.profile_steps) if run.dist.is_main else None
-    with (Interrupts() as interrupts, garbage_at_log_steps(),
+    with (garbage_at_log_steps(),
           profiling(steps, run.folder, run.device, meter.phases, state.step) as profile):
         for work in run.loader.prefetch(state.step, meter.phases):
             if received or out_of_patience(run, state):
                 break
-            meter.add(work, train_step(run, work, meter.phases))
-            totals = totals + work.counts
+            metrics = train_step(run, work, meter.phases)
             state.step = work.step + 1
+            meter.add(work, metrics)
+            totals = totals + work.counts
             if run.log:
                 run.log.advance()
             if due(state.step, config.logging.every) or state.step == last:
@@ -63,6 +81,7 @@ def fit(run: TrainingRun, state: checkpoint.State) -> Ending:
     if meter.steps:
         log_interval(run, state, meter)  # an early stop comes between log steps
     ending = ended(run, state, received)
+    state.ended = None if ending.signal else ending.reason
     log_end(run, state, ending, totals, time.perf_counter() - begun, meter)
     return ending
 
@@ -119,6 +138,19 @@ def save(run: TrainingRun, state: checkpoint.State, meter: Meter) -> None:
     with meter.paused():
         folder = run.folder / "checkpoints"
         run.dist.on_main(lambda: checkpoint.save(folder, state, run.optimizer, run.config.checkpoint.keep))
+
+
+def rescue(run: TrainingRun, state: checkpoint.State, meter: Meter) -> None:
+    """Write a checkpoint of the last whole step after an error, and say where.
+
+    Rank 0 does it alone, as others may be gone.
+    """
+    folder = run.folder / "checkpoints"
+    wanted = run.dist.is_main and state.step and not checkpoint.place(folder, state.step).exists()
+    with contextlib.suppress(Exception):  # the error before is the one to report
+        if wanted and run.optimizer.whole and meter.is_finite():
+            path = checkpoint.save(folder, state, run.optimizer, run.config.checkpoint.keep)
+            print(f"step {state.step} is saved in {path}; continue with the same command and --resume auto", file=sys.stderr)
 
 
 @contextmanager

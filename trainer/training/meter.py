@@ -22,6 +22,10 @@ from trainer.training.loader import StepWork, TokenCounts
 from trainer.training.training_run import TrainingRun
 
 
+class NotFinite(UserError):
+    """A loss or a gradient that is no number: the weights behind it are no good."""
+
+
 class StepMetrics(NamedTuple):
     """Figures of one step, on the device.
 
@@ -61,6 +65,10 @@ class Meter:
         self.started += spent
         self.paused_seconds += spent
 
+    def is_finite(self) -> bool:
+        """Return whether all losses and norms since the last log line are finite on this rank."""
+        return all(bool(torch.isfinite(step.loss + step.grad_norm)) for step in self.steps)
+
     def restart(self) -> None:
         """Begin the next interval."""
         self.steps, self.sources, self.counts = [], [], TokenCounts()
@@ -71,7 +79,7 @@ class Meter:
 def log_interval(run: TrainingRun, state: checkpoint.State, meter: Meter) -> None:
     """Wait for the device, check that the interval was finite, write its record, begin the next one.
 
-    Raises UserError if it was not.
+    Raises NotFinite if it was not.
     """
     figures = torch.stack([torch.stack([step.loss for step in meter.steps]), torch.stack([step.grad_norm for step in meter.steps])])
     terms = {}
@@ -111,11 +119,11 @@ def interval_record(run: TrainingRun, state: checkpoint.State, meter: Meter, gra
 
 
 def require_finite(run: TrainingRun, meter: Meter, losses: list[float], norms: list[float]) -> None:
-    """Raise UserError at the first step whose loss or gradient norm is not finite."""
+    """Raise NotFinite at the first step whose loss or gradient norm is not finite."""
     for (step, sources), loss, norm in zip(meter.sources, losses, norms):
         if not np.isfinite(loss + norm):
             last = checkpoint.newest(run.folder / "checkpoints")
-            raise UserError(f"step {step + 1}: expected a finite loss and gradient, got loss {loss} and gradient norm {norm}; "
+            raise NotFinite(f"step {step + 1}: expected a finite loss and gradient, got loss {loss} and gradient norm {norm}; "
                             f"its batch holds samples of {', '.join(sources)}; last good checkpoint: {last or 'none'}; "
                             "lower optim.lr, or look at these sources' longest samples")
 

@@ -16,9 +16,7 @@ from trainer.errors import UserError
 from trainer.model.export import merge_and_save, save_adapter
 from trainer.model.serving import how_to_serve
 from trainer.report.run_page import write_report
-from trainer.retention import cached_base
 from trainer.runtime import checkpoint
-from trainer.runtime.result import Ending
 from trainer.versions import versions
 
 
@@ -44,23 +42,27 @@ def open_run(output: Path, config: Config, summary: dict) -> None:
         raise UserError(f"output: cannot write the run folder {output}: {error.strerror}; choose another --output") from None
 
 
-def save_outputs(output: Path, config: Config, model: nn.Module, tokenizer: PreTrainedTokenizerBase, ending: Ending) -> None:
-    """Write the adapter, the model or both, and the report.
+def export(output: Path, config: Config, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write the adapter, the model or both."""
+    if exports_adapter(config):
+        save_adapter(model, output / "adapter", tokenizer)
+        for line in how_to_serve(model):
+            print(line)
+    if exports_model(config):
+        merge_and_save(model, tokenizer, output / "model")
+        if config.method == "qlora":
+            print("model: the adapter is merged into the dequantised 4-bit weights that it was trained on")
 
-    A run stopped by a signal leaves only its checkpoint and the report.
-    """
-    full = config.method == "full"
-    if ending.signal:
-        print(f"stopped by signal {ending.signal}; continue with the same command and --resume auto", file=sys.stderr)
-    else:
-        cached_base.remove_cache(output)
-        if not full and config.export in ("adapter", "both"):
-            save_adapter(model, output / "adapter", tokenizer)
-            for line in how_to_serve(model):
-                print(line)
-        if full or config.export in ("merged", "both"):
-            merge_and_save(model, tokenizer, output / "model")
-            if config.method == "qlora":
-                print("model: the adapter is merged into the dequantised 4-bit weights that it was trained on")
+
+def exports_adapter(config: Config) -> bool:
+    return config.method != "full" and config.export in ("adapter", "both")
+
+
+def exports_model(config: Config) -> bool:
+    return config.method == "full" or config.export in ("merged", "both")
+
+
+def report(output: Path) -> None:
+    """Write the report, and print where it is."""
     write_report(output)
     print(f"report: {output / 'report.html'}")

@@ -9,12 +9,11 @@ import torch
 from torch import nn
 
 from trainer.data.batch import batches
-from trainer.errors import UserError
 from trainer.runtime import checkpoint
 from trainer.runtime.distributed import Distributed
 from trainer.training.loader import supervised_weight
 from trainer.training.loss import sft_loss
-from trainer.training.meter import Meter
+from trainer.training.meter import Meter, NotFinite
 from trainer.training.training_run import TrainingRun
 
 if TYPE_CHECKING:  # it reads files with `datasets`, which a training step does without
@@ -41,12 +40,12 @@ def eval_loss(model: nn.Module, eval_set: EvalSet, device: torch.device, dist: D
 def evaluate(run: TrainingRun, state: checkpoint.State, meter: Meter) -> None:
     """Write the eval loss into the log and `state`, with the number of evaluations since the best.
 
-    Raises UserError if it is not finite.
+    Raises NotFinite if it is not finite.
     """
     with meter.paused():
         loss, tokens = eval_loss(run.model, run.eval_set, run.device, run.dist)
         if not np.isfinite(loss):
-            raise UserError(f"step {state.step}: expected a finite eval loss, got {loss}; lower optim.lr, or look at "
+            raise NotFinite(f"step {state.step}: expected a finite eval loss, got {loss}; lower optim.lr, or look at "
                             "the samples of data.eval")
         state.eval_loss = loss
         if state.best_eval_loss is None or loss < state.best_eval_loss:

@@ -57,7 +57,8 @@ def test_samples_are_the_encoded_chats(tmp_path):
     np.testing.assert_array_equal(samples.lengths, [len(e.input_ids) for e in expected])
     np.testing.assert_array_equal(samples.supervised, [sum(e.supervised) for e in expected])
     np.testing.assert_array_equal(samples.weights, np.float32(data["weight"]))
-    assert samples.length_report == {"facts": {"kept": 1203, "dropped": 0, "truncated": 0, "split": 0, "unsupervised": 0, "tokens_lost": 0}}
+    assert samples.length_report == {"facts": {"kept": 1203, "dropped": 0, "truncated": 0, "split": 0, "unsupervised": 0, "tokens_lost": 0,
+                                               "refused": 0, "notes": []}}
 
 
 def test_several_sources_lie_one_after_the_other(tmp_path):
@@ -251,7 +252,9 @@ def test_lengths_of_100_000_samples_come_without_a_loop(tmp_path, monkeypatch):
     flat[offsets[1:] - 1] = 1
     columns = [np.arange(len(flat), dtype=np.int32), flat]
     lists = [pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(column)) for column in columns]
-    table = pa.table({"input_ids": lists[0], "supervised": lists[1], "weight": np.ones(n, np.float32)})
+    columns = {"input_ids": lists[0], "supervised": lists[1], "weight": np.ones(n, np.float32),
+               "turn_weights": pa.array([[]] * n, pa.list_(pa.float32())), "note": pa.nulls(n, pa.string())}
+    table = pa.table(columns)
     tokens = Dataset(pa.Table.from_batches(table.to_batches(max_chunksize=1000)))
     monkeypatch.setattr(trainer.data.tokenize, "_tokens", lambda *args: tokens)
     started = time.process_time()

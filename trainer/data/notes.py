@@ -1,0 +1,117 @@
+"""Note, for each record, what a user should know of how it became tokens, and summarize the notes of a source in a few lines."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pyarrow
+import pyarrow.compute
+
+from trainer.config import Data
+from trainer.data.chat_template import EMPTY_REASONING, ChatTemplate, Rendered
+from trainer.data.turn_spans import Message
+
+# Keys of a message that are looked after elsewhere, or that only tie a tool's result to its call.
+KNOWN_KEYS = {"role", "content", "tool_calls", "reasoning_content", "id", "tool_call_id", "index", "name"}
+NAMED = 5  # refused rows that are named
+
+
+@dataclass(frozen=True)
+class Note:
+    """What is worth telling of one record; counts are of turns."""
+
+    refused: str | None = None  # its place, and why it is no chat
+    unread: str | None = None  # columns that nothing reads
+    unread_keys: str | None = None  # keys of its messages, and keywords, that the template does not read
+    same_role: int = 0  # that follow one of their own role
+    tools: int = 0  # tools that the row offers
+    tools_unprinted: bool = False
+    reasoning: int = 0
+    reasoning_dropped: int = 0  # of earlier turns, that the template leaves out
+    reasoning_unprinted: bool = False  # of the last turn
+    bare: bool = False  # a template that prints reasoning gets an answer without any
+    empty_block: bool = False  # and prints reasoning without words before it
+    muted: int = 0  # with a weight of 0
+    weighted: int = 0  # with another weight than 0 and 1
+    flagged_others: int = 0  # turns of other roles that are marked to be trained on, and are not
+
+    def as_json(self) -> str | None:
+        """Return what is not as usual; None if all is."""
+        told = {key: value for key, value in asdict(self).items() if value}
+        return json.dumps(told, ensure_ascii=False) if told else None
+
+
+def note_of(messages: Sequence[Message], inputs: Mapping[str, Any], weights: Sequence[float | None], rendered: Rendered,
+            template: ChatTemplate, train_on: str, same_role: int, unread: str | None) -> Note:
+    """Note what became of a chat's messages and inputs in its rendered text."""
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    thoughts = {i: messages[i]["reasoning_content"].strip() for i in answers if messages[i].get("reasoning_content")}
+    unprinted = [i for i, thought in thoughts.items() if thought not in rendered.text]
+    last = answers[-1] if answers else None
+    keys = {f"messages.{key}" for message in messages for key in message.keys() - KNOWN_KEYS if not template.mentions(key)}
+    keys |= {name for name in inputs.keys() - {"tools"} if not template.mentions(name)}
+    names = [tool["function"]["name"] for tool in inputs.get("tools", [])]
+    given = {**template.keywords, **inputs}
+    is_bare = last is not None and last not in thoughts and "</think>" not in messages[last]["content"] \
+        and given.get("enable_thinking") is not False and template.reasons
+    return Note(
+        unread=unread, unread_keys=", ".join(sorted(keys)) or None, same_role=same_role, tools=len(names),
+        tools_unprinted=any(name not in rendered.text for name in names), reasoning=len(thoughts),
+        reasoning_dropped=sum(i != last for i in unprinted), reasoning_unprinted=last in unprinted,
+        bare=is_bare, empty_block=is_bare and EMPTY_REASONING.search(rendered.text) is not None,
+        muted=sum(weights[i] == 0 for i in answers), weighted=sum(weights[i] not in (None, 0, 1) for i in answers),
+        flagged_others=sum(bool(weights[i]) for i in range(len(messages)) if i not in answers) if train_on != "all" else 0)
+
+
+def summarize(column: pyarrow.ChunkedArray, data: Data) -> tuple[int, list[str]]:
+    """Return the number of refused rows of a source, and lines that tell what its notes say."""
+    counted = pyarrow.compute.value_counts(column.drop_null()).to_pylist()
+    notes = [(Note(**json.loads(entry["values"])), entry["counts"]) for entry in counted]
+    refused = [note.refused for note, _ in notes if note.refused]
+    lines = []
+    if refused:
+        more = f"; and {len(refused) - NAMED:,} more" if len(refused) > NAMED else ""
+        lines.append(f"{len(refused):,} of {len(column):,} rows are refused and skipped: {'; '.join(refused[:NAMED])}{more}")
+    unread = Counter()
+    for note, count in notes:
+        for name in {*(note.unread or "").split(", "), *(note.unread_keys or "").split(", ")} - {""}:
+            unread[name] += count
+    if unread:
+        lines.append(f"nothing reads {', '.join(f'{name} ({count:,} rows)' for name, count in sorted(unread.items()))}")
+
+    def rows(field: str) -> int:
+        return sum(count for note, count in notes if getattr(note, field))
+
+    def turns(field: str) -> int:
+        return sum(getattr(note, field) * count for note, count in notes)
+
+    if rows("tools"):
+        unprinted = f"; WARNING: the template does not print those of {rows('tools_unprinted'):,}" if rows("tools_unprinted") else ""
+        lines.append(f"{rows('tools'):,} chats offer tools, {turns('tools') / rows('tools'):.3g} each on average{unprinted}")
+    if rows("muted") or rows("weighted"):
+        lines.append(f"weights of turns: {turns('muted'):,} assistant turns are not trained on, {turns('weighted'):,} have another weight "
+                     "than 1")
+    if turns("flagged_others"):
+        lines.append(f"weights of turns: {turns('flagged_others'):,} turns of users, tools or the system are marked to be trained on, "
+                     f"and are not, as data.train_on={data.train_on}")
+    if turns("same_role"):
+        done = {"join": "joined to it", "keep": "kept apart"}[data.same_role]
+        lines.append(f"{turns('same_role'):,} turns follow one of their own role, and are {done} (data.same_role={data.same_role})")
+    if turns("reasoning"):
+        dropped = f"; the template leaves out that of {turns('reasoning_dropped'):,} earlier turns, as it does when the model is used" \
+            if turns("reasoning_dropped") else ""
+        lines.append(f"reasoning: in {turns('reasoning'):,} turns of {rows('reasoning'):,} chats{dropped}")
+    if rows("reasoning_unprinted"):
+        lines.append(f"WARNING: the template does not print the reasoning of the last turn of {rows('reasoning_unprinted'):,} chats, "
+                     "which train on their answers alone")
+    if rows("bare"):
+        trained = "trained on" if data.empty_reasoning == "train" else "not trained on"
+        block = f"; the empty block before it is {trained} (data.empty_reasoning={data.empty_reasoning})" if rows("empty_block") else ""
+        lines.append(f"WARNING: the model's template prints reasoning, and the last answer of {rows('bare'):,} chats has none{block}: the "
+                     "model may unlearn to reason; give reasoning_content, or set data.template_kwargs '{enable_thinking: false}' and "
+                     "use the model so")
+    return len(refused), lines

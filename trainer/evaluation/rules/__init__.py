@@ -1,0 +1,1 @@
+"""Check generated answers against rules, as IFEval does. Start reading at `verdicts.py`."""

@@ -1,0 +1,69 @@
+"""Try what the end of a run needs, before anything is trained.
+
+These are settings that can be written, a path, and space on the disk.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from trainer.config import Config
+from trainer.errors import UserError
+from trainer.model.export import save_settings
+from trainer.model.forward import unwrap_peft
+from trainer.model.quantization import weight_count
+from trainer.runtime.device import choose_device, compute_dtype
+from trainer.training.run_folder import exports_adapter, exports_model
+
+
+def try_export(config: Config, model: nn.Module, tokenizer: PreTrainedTokenizerBase, secured: bool = False) -> str:
+    """Write all but the weights to a temporary folder, and return a line on the space that they take.
+
+    `secured` says that the checkpoint before the export is there. Raises UserError for what would fail after the last step.
+    """
+    output = Path(config.output)
+    try:
+        str(output).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"output: expected a name in UTF-8, which tokenizers need to write their files, got {ascii(str(output))}; "
+                        "choose another --output") from None
+    place = _existing(output)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".export-trial-", dir=place) as folder:
+            save_settings(model, tokenizer, Path(folder), exports_model(config))
+    except OSError as error:
+        raise UserError(f"output: cannot write in {place}: {error.strerror or error}; free space, or choose another --output") from None
+    except Exception as error:  # libraries check what they write in many ways
+        raise UserError(f"export: the settings or tokenizer of {config.model.path or config.model.config} cannot be saved: "
+                        f"{type(error).__name__}: {' '.join(str(error).split())[:300]}; mend its files") from error
+    return _space(config, model, place, secured)
+
+
+def _space(config: Config, model: nn.Module, place: Path, secured: bool) -> str:
+    """Return a line on the space that export and checkpoints take.
+
+    Raises UserError if the disk lacks what the export takes.
+    """
+    width = compute_dtype(config.precision, choose_device(config.device)).itemsize
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    adapter = 0 if config.method == "full" else 4 * trained  # fp32
+    whole = width * sum(map(weight_count, unwrap_peft(model).parameters())) if exports_model(config) else 0
+    end = adapter or width * trained
+    exported = exports_adapter(config) * adapter + whole
+    need, free = exported + (0 if secured else end), shutil.disk_usage(place).free
+    if need > free:
+        raise UserError(f"output: expected {need / 1e9:.2f} GB of space for the export ({exported / 1e9:.2f}) and the checkpoint before "
+                        f"it, found {free / 1e9:.2f} GB in {place}; free space, or choose another --output")
+    periodic = f", each checkpoint {12 * trained / 1e9:.2f} GB at most" if config.checkpoint.every else ""
+    return (f"about {exported / 1e9:.2f} GB, and {end / 1e9:.2f} GB for the checkpoint that is kept until it is whole{periodic}; "
+            f"{free / 1e9:,.0f} GB are free")
+
+
+def _existing(folder: Path) -> Path:
+    """Return the nearest folder above or at a path that exists."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.is_dir())

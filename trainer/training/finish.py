@@ -1,0 +1,86 @@
+"""End a run: secure what was trained in a checkpoint, export it, and remove the checkpoint.
+
+Nothing that fails in between loses weights: an error, a full disk, SIGTERM or Ctrl-C leaves the checkpoint, and the same command with
+`--resume auto` goes straight to the export. The checkpoint holds the trained weights without the optimizer's moments, so it is as large as
+the adapter, or as the model of a full fine-tuning.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from trainer.errors import UserError
+from trainer.retention import cached_base
+from trainer.runtime import checkpoint
+from trainer.runtime.interrupts import Interrupts, Stopped
+from trainer.runtime.result import Ending
+from trainer.training import run_folder
+from trainer.training.training_run import TrainingRun
+
+GO_ON = "the same command with --resume auto goes straight to the export"
+
+
+def finish(run: TrainingRun, state: checkpoint.State, ending: Ending, tokenizer: PreTrainedTokenizerBase,
+           interrupts: Interrupts) -> Ending:
+    """Export the adapter or model, and write the report.
+
+    Where there is a floor, the best measured weights are exported. A run that was stopped by a signal leaves its checkpoint and the
+    report. Returns how the run ended, which a signal during the export changes. Raises UserError, which names the checkpoint, if the
+    export fails.
+    """
+    stopped: list[int] = []
+
+    def on_main() -> None:
+        if ending.signal:
+            print(f"stopped by signal {ending.signal}; continue with the same command and --resume auto", file=sys.stderr)
+        else:
+            secured = secure(run, state)
+            try:
+                with interrupts.stopping():
+                    export(run, state, tokenizer, secured)
+            except Stopped as signal:
+                stopped.append(signal.number)
+                where = f"what was trained is in {secured}, and {GO_ON}" if secured else "what was trained is lost"
+                print(f"stopped by signal {signal.number} before the export was whole; {where}", file=sys.stderr)
+        run_folder.report(run.folder)
+
+    run.dist.on_main(on_main)
+    number = max(run.dist.gather(max(stopped, default=0)))
+    return Ending("signal", number) if number else ending
+
+
+def secure(run: TrainingRun, state: checkpoint.State) -> Path | None:
+    """Return the checkpoint of the last step, written now unless there is one.
+
+    Without space for it the export is tried all the same; returns None then, and says so.
+    """
+    folder = run.folder / "checkpoints"
+    path = checkpoint.place(folder, state.step)
+    try:
+        return path if path.exists() else checkpoint.save(folder, state, run.optimizer, run.config.checkpoint.keep)
+    except UserError as error:
+        print(f"WARNING: {error}; exporting without it", file=sys.stderr)
+        return None
+
+
+def export(run: TrainingRun, state: checkpoint.State, tokenizer: PreTrainedTokenizerBase, secured: Path | None) -> None:
+    """Write what the run exports, and remove what only an unfinished run needs.
+
+    Raises UserError, which names the checkpoint `secured`.
+    """
+    try:
+        if run.monitor:
+            run.monitor.restore(state, run.optimizer)
+        run.optimizer.release()
+        run_folder.export(run.folder, run.config, run.model, tokenizer)
+    except Exception as error:  # whatever it is, the user has to learn that nothing is lost
+        cause = str(error) if isinstance(error, UserError) else f"export: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        where = f"what was trained is in {secured}: mend this, and {GO_ON}" if secured else "no checkpoint could be written either"
+        raise UserError(f"{cause}; {where}") from error
+    checkpoint.remove_ended(run.folder / "checkpoints")
+    cached_base.remove_cache(run.folder)
+    if run.monitor:
+        run.monitor.clean()
