@@ -19,11 +19,10 @@ ANSWERS = {"base": [["zero", "a letter"], ["Because."], ["Rhine"], ["unread"]],
            "other": [["{0}"], ["So."], ["Oslo"], [ValueError("empty")]]}
 SCORES = {(0, "base", 0): 2, (0, "base", 1): 1, (0, "other", 0): 5, (1, "base", 0): 4, (1, "other", 0): 4, (2, "base", 0): 5,
           (2, "other", 0): 1, (3, "base", 0): None}
-OPTIONS = {"judge": Judge(calibrate_judges=False), "select": Select(rule="best")}
 
 
 def exported(folder, **options):
-    run = make_run(folder, ["base", "other"], **OPTIONS | options)
+    run = make_run(folder, ["base", "other"], **{"judge": Judge(calibrate_judges=False), "select": Select(rule="best")} | options)
     run.config.judges = [run.base]
     run.config.judge.exclude_self = False
     fill(run, CHATS, ANSWERS, systems={1: "Be brief.", 2: " "}, weights={0: 0.25, 2: 1 / 3})
