@@ -246,6 +246,7 @@ class Config:
     compile: bool = False  # torch.compile the decoder layers
     device: Literal["auto", "cuda", "cpu"] = "auto"
     export: Literal["adapter", "merged", "both"] = "adapter"  # what a LoRA or QLoRA run writes; merged: a whole, dense model
+    export_check: bool = True  # reload what was exported with stock classes, and compare its log-probs with the trained model's
     eval: Eval = field(default_factory=Eval)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     resume: Literal["auto", "never"] = "never"  # auto: from the newest checkpoint in the run folder, if there is one

@@ -1,4 +1,4 @@
-"""End a run: secure what was trained in a checkpoint, export it, and remove the checkpoint.
+"""End a run: secure what was trained in a checkpoint, export and check it, and remove the checkpoint.
 
 Nothing that fails in between loses weights: an error, a full disk, SIGTERM or Ctrl-C leaves the checkpoint, and the same command with
 `--resume auto` goes straight to the export. The checkpoint holds the trained weights without the optimizer's moments, so it is as large as
@@ -18,6 +18,7 @@ from trainer.runtime import checkpoint
 from trainer.runtime.interrupts import Interrupts, Stopped
 from trainer.runtime.result import Ending
 from trainer.training import run_folder
+from trainer.training.export_check import check_exports
 from trainer.training.training_run import TrainingRun
 
 GO_ON = "the same command with --resume auto goes straight to the export"
@@ -75,7 +76,9 @@ def export(run: TrainingRun, state: checkpoint.State, tokenizer: PreTrainedToken
         if run.monitor:
             run.monitor.restore(state, run.optimizer)
         run.optimizer.release()
-        run_folder.export(run.folder, run.config, run.model, tokenizer)
+        folders = run_folder.export(run.folder, run.config, run.model, tokenizer)
+        if run.config.export_check:
+            check_exports(run, folders)
     except Exception as error:  # whatever it is, the user has to learn that nothing is lost
         cause = str(error) if isinstance(error, UserError) else f"export: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
         where = f"what was trained is in {secured}: mend this, and {GO_ON}" if secured else "no checkpoint could be written either"

@@ -42,16 +42,20 @@ def open_run(output: Path, config: Config, summary: dict) -> None:
         raise UserError(f"output: cannot write the run folder {output}: {error.strerror}; choose another --output") from None
 
 
-def export(output: Path, config: Config, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write the adapter, the model or both."""
+def export(output: Path, config: Config, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[Path]:
+    """Write the adapter, the model or both, and return their folders."""
+    folders = []
     if exports_adapter(config):
         save_adapter(model, output / "adapter", tokenizer)
         for line in how_to_serve(model):
             print(line)
+        folders.append(output / "adapter")
     if exports_model(config):
         merge_and_save(model, tokenizer, output / "model")
+        folders.append(output / "model")
         if config.method == "qlora":
             print("model: the adapter is merged into the dequantised 4-bit weights that it was trained on")
+    return folders
 
 
 def exports_adapter(config: Config) -> bool:
