@@ -16,14 +16,20 @@ from trainer.data.arrow_rows import without_padding
 from trainer.data.files import DataFile, Unreadable
 from trainer.errors import UserError
 
-Row = tuple[str, dict]  # its place in the file ("line 7"), and its columns
+Row = tuple[str, dict]  # its place in the file ("line 7"), and its columns; where asked for, the error of a line that is no row
 
 
-def read_rows(data_file: DataFile) -> Iterator[Row]:
-    """Yield the rows of a file. Raises UserError with the line that cannot be read."""
+def read_rows(data_file: DataFile, skip_bad: bool = False) -> Iterator[Row]:
+    """Yield the rows of a file. Raises UserError with the line that cannot be read.
+
+    With `skip_bad`, the error of a line of JSON lines or CSV stands in its row's place, and reading goes on.
+    """
     try:
         with data_file.open() as file:
-            yield from READERS[data_file.kind](file, data_file.path)
+            for place, row in READERS[data_file.kind](file, data_file.path):
+                if isinstance(row, UserError) and not skip_bad:
+                    raise row
+                yield place, row
     except Unreadable as error:
         raise UserError(f"{data_file.path}: {error}") from None
 
@@ -34,7 +40,7 @@ def _json_lines(file: BufferedReader, path: str) -> Iterator[Row]:
         for n, line in enumerate(file, 1):
             line = line.removeprefix(b"\xef\xbb\xbf") if n == 1 else line
             if line.strip():
-                yield f"line {n}", _columns(_parse(line.rstrip(), path, n), path, f"line {n}")
+                yield f"line {n}", _row_or_error(line.rstrip(), path, n)
     except Unreadable as error:
         raise UserError(f"{path}, after line {n}: {error}") from None
 
@@ -82,6 +88,13 @@ def _parse(text: bytes, path: str, line: int = 1) -> Any:
         raise UserError(f"{path}, line {line}: expected one JSON object, found JSON that cannot be read: {error}; correct it") from None
 
 
+def _row_or_error(line: bytes, path: str, n: int) -> dict | UserError:
+    try:
+        return _columns(_parse(line, path, n), path, f"line {n}")
+    except UserError as error:
+        return error
+
+
 def _columns(row: Any, path: str, place: str) -> dict:
     if not isinstance(row, dict):
         found = json.dumps(row, ensure_ascii=False)[:60]
@@ -101,10 +114,9 @@ def _csv(file: BufferedReader, path: str) -> Iterator[Row]:
                 raise UserError(f"{path}, line 1: expected columns of different names, found '{duplicates[0]}' more than once; rename one")
             for values in filter(None, reader):
                 place = f"line {reader.line_num}"
-                if len(values) != len(names):
-                    raise UserError(f"{path}, {place}: expected {len(names)} values, found {len(values)}; "
-                                    "put quotes around values that hold commas")
-                yield place, dict(zip(names, values))
+                fits = len(values) == len(names)
+                yield place, dict(zip(names, values)) if fits else UserError(
+                    f"{path}, {place}: expected {len(names)} values, found {len(values)}; put quotes around values that hold commas")
         except csv.Error as error:
             raise UserError(f"{path}, line {reader.line_num}: expected comma-separated values, found {error}; "
                             "check the quotes") from None

@@ -59,20 +59,24 @@ def load_sources(sources: str | list[str | Source], default_name: str, cache_dir
 def _load(source: Source, cache_dir: str | None, on_bad_row: str) -> Dataset:
     """Load the records of one source from the cache, or read them."""
     opened = open_source(source)
-    rows = rows_of(opened)
-    first = next(rows, None)
-    if first is None or source.max_records == 0:
-        raise UserError(f"{source.path}: expected records, found an empty data set; check the file, and max_records")
+    rows = rows_of(opened, on_bad_row == "skip")
+    read: list[readers.Row] = []  # up to the first that is one
+    while not (read and isinstance(read[-1][1], dict)):
+        if (row := next(rows, None)) is None or source.max_records == 0:
+            found = f"none that can be read: {read[0][1]}" if read else "an empty data set; check the file, and max_records"
+            raise UserError(f"{source.path}: expected records, found {found}")
+        read.append(row)
     try:
-        _, columns = first
-        record_format = choose_format(columns, source.format, source.columns)
+        record_format = choose_format(read[-1][1], source.format, source.columns)
     except ValueError as error:
         raise UserError(f"{source.path}: {error}") from None
 
     def records() -> Iterator[dict]:
-        for place, row in islice(chain([first], rows), source.max_records):
+        for place, row in islice(chain(read, rows), source.max_records):
             refused = None
             try:
+                if isinstance(row, UserError):
+                    raise RecordError(str(row).removeprefix(f"{source.path}, {place}: "))
                 record = record_of(row, record_format)
             except RecordError as error:
                 if on_bad_row == "error":
@@ -93,17 +97,17 @@ def _load(source: Source, cache_dir: str | None, on_bad_row: str) -> Dataset:
         raise
 
 
-def rows_of(opened: list[DataFile] | Dataset) -> Iterator[readers.Row]:
-    """Yield the rows of an opened source, each with its place in it."""
+def rows_of(opened: list[DataFile] | Dataset, skip_bad: bool = False) -> Iterator[readers.Row]:
+    """Yield the rows of an opened source, each with its place in it; with `skip_bad`, errors in the place of lines that are no rows."""
     if isinstance(opened, Dataset):
         schema = opened.features.arrow_schema
         yield from ((f"record {n}", without_padding(row, schema)) for n, row in enumerate(opened, 1))
         return
     for file in opened:
         if not file.part:
-            yield from readers.read_rows(file)
+            yield from readers.read_rows(file, skip_bad)
             continue
-        for place, row in readers.read_rows(file):
+        for place, row in readers.read_rows(file, skip_bad):
             yield f"{file.part}, {place}", row
 
 

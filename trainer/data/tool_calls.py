@@ -57,9 +57,8 @@ def _read_arguments(value: Any, n: int) -> dict:
 
 def calls_in_text(text: Any) -> list[dict]:
     """Return the calls that a message of a role such as `function_call` holds: JSON objects, one after the other or in a list."""
-    if not isinstance(text, str):
-        return read_calls(text)
-    rest, calls, decoder = CALL_TAGS.sub(" ", text).strip(), [], json.JSONDecoder()
+    calls: list = read_calls(text) if isinstance(text, (dict, list)) else []
+    rest, decoder = CALL_TAGS.sub(" ", text).strip() if isinstance(text, str) else "", json.JSONDecoder()
     while rest:
         try:
             value, end = decoder.raw_decode(rest)
