@@ -53,7 +53,8 @@ def test_chats_that_the_template_refuses_are_bad_rows(tmp_path):
     tokenizer.chat_template = read("gemma")
     two = {"messages": [turn("user", "a"), turn("user", "b"), turn("assistant", "c")]}
     _, summary, notes = prepared([GOOD, two, GOOD], tmp_path, tokenizer, on_bad_row="skip")
-    assert summary["kept"] == 2 and summary["refused"] == 1 and "line 2: chat template of" in notes[0] and "refuses turn 2 (user)" in notes[0]
+    assert summary["kept"] == 2 and summary["refused"] == 1
+    assert "line 2: chat template of" in notes[0] and "refuses turn 2 (user)" in notes[0]
     with pytest.raises(UserError, match=r"rows.jsonl, line 2: chat template of .* refuses turn 2 \(user\)"):
         prepared([GOOD, two, GOOD], tmp_path, tokenizer)
 
