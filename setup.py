@@ -43,7 +43,7 @@ setup(
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=[f"{top}{rest}" for top in ("kernels", "trainer", "synth", "benchmarks") for rest in ("", ".*")]),
     package_data={
-        "trainer": ["**/*.jinja", "recipes/*"],
+        "trainer": ["**/*.jinja", "recipes/*", "evaluation/suites/mini/*.jsonl"],
         "synth": ["**/*.jinja", "**/*.txt", "recipes/*.yaml"],
         "benchmarks": ["results/*.json", "**/*.jinja"],
         "benchmarks.forgetting.miniature": ["*.txt", "**/*.json", "**/*.jinja", "**/*.safetensors"],

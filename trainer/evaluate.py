@@ -10,7 +10,7 @@ import transformers
 
 from trainer import cli
 from trainer.evaluation import harness, report, vllm
-from trainer.evaluation.config import Config, validate
+from trainer.evaluation.config import Config, validate, with_default_suite
 from trainer.evaluation.items import read_files
 from trainer.evaluation.models import find_models, load_each
 from trainer.evaluation.results import figures_by_file, figures_by_role
@@ -27,6 +27,8 @@ counts the items that were forgotten and gained, and measures the KL between the
 The most common commands:
   python -m trainer.evaluate --adapter runs/first/adapter --data.general general.jsonl --data.domain domain.jsonl
   python -m trainer.evaluate --model.path tuned --base.path original --data.general general.jsonl
+  python -m trainer.evaluate --adapter runs/first/adapter --data.general suite:core          benchmarks that papers report
+  python -m trainer.evaluate --adapter runs/first/adapter                                    the bundled suite:mini, offline
   python -m trainer.evaluate --model.path my-model --data.domain gsm8k_test.jsonl --data.regex '#### (-?[\\d,.]+)'
 
 Tasks of lm-evaluation-harness, by name:                       add --tasks arc_easy,hellaswag
@@ -50,6 +52,7 @@ def evaluate(config: Config) -> dict:
 
     Raises UserError for any mistake that the user can correct.
     """
+    config = with_default_suite(config)
     validate(config)
     harness.require(config)
     vllm.require(config)

@@ -404,7 +404,6 @@ def refused(*arguments) -> str:
 
 
 @pytest.mark.parametrize("arguments, expected", [
-    ([], "data.general, data.domain, tasks: expected an item file or a task, got none"),
     (["--data.general", "a.jsonl"], "model.path: expected a model, or an adapter that names its base, got neither"),
     (["--data.general", "[a", "--model.path", "m"], 
      r"data.general: expected a path, or a list of items in YAML with the keys path, name, .*, got \[a"),

@@ -5,12 +5,13 @@ YAML sections and dotted overrides have the names of these classes' fields.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 from trainer.config import Items, Metric, Model
 from trainer.errors import require
 
+DEFAULT_SUITE = "suite:mini"
 MAX_TOKENS = 256  # of an answer, where no option says otherwise
 QUOTED = "a pattern in quotes, as YAML takes what follows a # for a comment"
 
@@ -19,8 +20,9 @@ QUOTED = "a pattern in quotes, as YAML takes what follows a # for a comment"
 class Data:
     """Item files, and how their prompts become tokens."""
 
-    general: str | list[str | Items] = field(default_factory=list)  # files of abilities to keep: a path, or a list of paths and items
+    general: str | list[str | Items] = field(default_factory=list)  # abilities to keep: a path, suite:NAME, or a list with items
     domain: str | list[str | Items] = field(default_factory=list)  # files of what it was tuned for; same forms
+    suite_folder: str | None = None  # files of suites, such as arc_easy.jsonl, to read instead of the hub's
     metric: Metric = "auto"  # of files without a metric of their own
     regex: str = ""  # of files without a pattern of their own, e.g. '#### (-?[\d,.]+)' for GSM8K
     chat: bool = True  # render prompts with the chat template; false: the prompt's text, a space, and the answer
@@ -95,6 +97,12 @@ class Config:
     device: Literal["auto", "cuda", "cpu"] = "auto"
 
 
+def with_default_suite(config: Config) -> Config:
+    """Return the options with the bundled mini suite as general items, where nothing to score is named."""
+    named = config.data.general or config.data.domain or config.tasks
+    return config if named else replace(config, data=replace(config.data, general=DEFAULT_SUITE))
+
+
 def validate(config: Config) -> None:
     """Check the values; raise UserError, which names the option, if one is unusable.
 
@@ -102,7 +110,6 @@ def validate(config: Config) -> None:
     """
     data, scoring, statistics = config.data, config.scoring, config.statistics
     require(bool(config.output.strip()), "output", "a folder", "none")
-    require(bool(data.general or data.domain or config.tasks), "data.general, data.domain, tasks", "an item file or a task", "none")
     require(data.regex is not None, "data.regex", QUOTED, data.regex)
     keys = ", ".join(key.name for key in fields(Items))
     for role, entries in (("general", data.general), ("domain", data.domain)):

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Literal
@@ -32,6 +33,7 @@ from trainer.errors import UserError
 from trainer.evaluation.config import Data, Items
 from trainer.evaluation.rules.verdicts import Rule, make_rule, require_language
 from trainer.evaluation.scoring import expected_answer
+from trainer.evaluation.suites.table import Suite, expand
 
 COLUMNS = {
     "prompt": ("prompt", "question", "instruction"),
@@ -90,7 +92,7 @@ def read_files(data: Data) -> list[ItemFile]:
     for role, entries in (("general", data.general), ("domain", data.domain)):
         for entry in [entries] if isinstance(entries, (str, Items)) else entries:
             options = Items(entry) if isinstance(entry, str) else entry
-            files.append(_read_file(options, role, data))
+            files += [_read_file(suite, role, data) for suite in expand(options, data.suite_folder)]
     return [replace(file, name=name) for file, name in zip(files, _number_repeated([file.name for file in files]))]
 
 
@@ -99,10 +101,9 @@ def _number_repeated(names: list[str]) -> list[str]:
     return [name if name not in names[:i] else f"{name} ({names[:i].count(name) + 1})" for i, name in enumerate(names)]
 
 
-def _read_file(options: Items, role: Role, data: Data) -> ItemFile:
-    options = replace(options, regex=options.regex or data.regex)
-    source = Source(options.path, split=options.split, subset=options.subset)
-    rows = islice(rows_of(open_source(source)), options.max_records)
+def _read_file(suite: Suite, role: Role, data: Data) -> ItemFile:
+    options = replace(suite.items, regex=suite.items.regex or data.regex)
+    rows = islice(_rows(suite), options.max_records)
     first = next(rows, None)
     if first is None:
         raise UserError(f"{options.path}: expected items, found an empty file")
@@ -118,6 +119,17 @@ def _read_file(options: Items, role: Role, data: Data) -> ItemFile:
         except RecordError as error:
             raise UserError(f"{place}: {error}") from None
     return ItemFile(options.name or stem(options.path), role, options, tuple(items))
+
+
+def _rows(suite: Suite) -> Iterator[tuple[str, dict]]:
+    """Yield place and row of each item. Raises UserError if a row is not of the suite."""
+    options = suite.items
+    for place, row in rows_of(open_source(Source(options.path, split=options.split, subset=options.subset))):
+        try:
+            yield place, suite.item(row)
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{options.path}, {place}: expected a row of the suite {options.name}, found the columns {', '.join(row)}: "
+                            f"{type(error).__name__} {error}") from None
 
 
 def _find_columns(row: dict, options: Items) -> dict[str, str]:
