@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import groupby, islice
 from typing import NamedTuple
 
 import torch
@@ -31,20 +32,20 @@ class Completion(NamedTuple):
 
 
 @torch.no_grad()
-def generate_completions(model: nn.Module, template: ChatTemplate, prompts: Sequence[Sequence[int]], max_tokens: int,
+def generate_completions(model: nn.Module, template: ChatTemplate, prompts: Sequence[Sequence[int]], max_tokens: Sequence[int],
                          batch_size: int) -> list[Completion]:
     """Return the greedy answer to each prompt of token ids, in their order.
 
-    The model's own generation settings (repetition penalty and so on) are not used.
+    `max_tokens` has the longest answer to each. The model's own generation settings (repetition penalty and so on) are not used.
     """
     completions: list[Completion | None] = [None] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # the longest first, so that a lack of memory shows at once
+    longest_first = sorted(range(len(prompts)), key=lambda i: (-max_tokens[i], -len(prompts[i])))  # a lack of memory shows at once
     with stock_attention(model) as base:
         ends = end_token_ids(base.generation_config, template)
-        for start in range(0, len(order), batch_size):
-            numbers = order[start:start + batch_size]
-            for i, ids in zip(numbers, _generate(base, template, [prompts[i] for i in numbers], max_tokens, ends)):
-                completions[i] = decode_completion(template, ids, ends)
+        for limit, same_limit in groupby(longest_first, key=lambda i: max_tokens[i]):
+            while numbers := list(islice(same_limit, batch_size)):
+                for i, ids in zip(numbers, _generate(base, template, [prompts[i] for i in numbers], limit, ends)):
+                    completions[i] = decode_completion(template, ids, ends)
     return completions
 
 
