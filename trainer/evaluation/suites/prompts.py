@@ -42,7 +42,8 @@ def commonsense_qa(row: Row) -> Row:
         return _of_foundry(row, row["query"].replace("\nChoices:\n", "\n"))
     labels, texts = row["choices"]["label"], row["choices"]["text"]
     listed = "\n".join(f"{label}. {text}" for label, text in zip(labels, texts))
-    return {"prompt": f"Question: {row['question'].strip()}\n{listed}\nAnswer:", "choices": labels, "answer": labels.index(row["answerKey"])}
+    prompt = f"Question: {row['question'].strip()}\n{listed}\nAnswer:"
+    return {"prompt": prompt, "choices": labels, "answer": labels.index(row["answerKey"])}
 
 
 def winogrande(row: Row) -> Row:

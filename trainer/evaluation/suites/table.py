@@ -68,7 +68,8 @@ GROUPS = {"core": tuple(suite.items.name for suite in CORE), "mini": tuple(suite
 def expand(options: Items, folder: str | None) -> list[Suite]:
     """Return the suites that `suite:NAME` names; any other path as a suite of its own.
 
-    Options that differ from their defaults go before the suite's. Files in `folder` go before the hub. Raises UserError for an unknown name or a folder that is not there.
+    Options that differ from their defaults go before the suite's, files in `folder` before the hub. Raises UserError for an unknown name or
+    a folder that is not there.
     """
     if not options.path.startswith(PREFIX):
         return [Suite(options)]

@@ -21,7 +21,7 @@ from trainer.evaluation.suites.table import GROUPS, SUITES
 
 FOLDER = os.environ.get("STEADFAST_SUITES")
 HUB = {
-    "arc_easy": {"id": "1", "question": "What melts?", "choices": {"text": ["1", "Ice", "Ice"], "label": ["1", "2", "3"]}, "answerKey": "2"},
+    "arc_easy": {"question": "What melts?", "choices": {"text": ["1", "Ice", "Ice"], "label": ["1", "2", "3"]}, "answerKey": "2"},
     "piqa": {"goal": "Open a jar", "sol1": "Turn the lid.", "sol2": "Eat the lid.", "label": 0},
     "openbookqa": {"question_stem": "Ice is", "choices": {"text": ["hot", "cold"], "label": ["A", "B"]}, "answerKey": " B"},
     "commonsense_qa": {"question": " Where? ", "choices": {"label": list("ABCDE"), "text": ["a", "b", "c", "d", "e"]}, "answerKey": "E"},
@@ -144,7 +144,7 @@ def test_the_mini_suite_is_the_default_and_has_some_two_hundred_items():
     config = with_default_suite(Config())
     assert config.data.general == "suite:mini" and with_default_suite(Config(tasks="a")).data.general == []
     files = read_files(config.data)
-    assert [file.name for file in files] == [f"mini_{part}" for part in ("instructions", "arithmetic", "json", "copying", "recall", "ending")]
+    assert tuple(file.name for file in files) == GROUPS["mini"]
     prompts = [str(item.prompt) for file in files for item in file.items]
     assert 200 <= len(prompts) == len(set(prompts)) <= 220
     config.model.path = "a"
