@@ -9,6 +9,7 @@ import dataclasses
 import re
 from dataclasses import dataclass, field
 from typing import Literal
+from urllib.parse import urlsplit
 
 from trainer.errors import UserError, require
 
@@ -26,8 +27,11 @@ class Model:
     engine: Literal["auto", "vllm", "transformers", "openai"] = "auto"  # auto: vllm where it is installed, else transformers
     base_url: str | list[str] | None = None  # openai: URLs of one or more servers of the model, e.g. http://localhost:8000/v1
     api_key_env: str = "OPENAI_API_KEY"  # openai: NAME of the environment variable that holds the API key, never the key itself
+    key_over_http: bool = False  # openai: send the key to a server outside the local network that has no https
     concurrency: int = 64  # openai: requests in flight at each server
     requests_per_minute: int = 0  # openai: limit for each server; 0: no limit
+    # openai: what the server fails in all tries (5xx, timeouts, unreadable answers): asked again by the next call, or recorded as failed
+    on_server_error: Literal["ask_again", "record"] = "ask_again"
     price: list[float] = field(default_factory=lambda: [0.0, 0.0])  # openai: cost of a million prompt and completion tokens
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     max_model_len: int | None = None  # context: tokens of prompt and completion together; default: the model's own
@@ -204,11 +208,28 @@ def _validate_model(option: str, model: Model) -> None:
     if _looks_like_a_key(model.api_key_env):  # the value is not printed
         raise UserError(f"{option}: api_key_env: expected the NAME of an environment variable that holds the API key, got what is no such "
                         "name or looks like a key; export the key and give the variable's name, e.g. OPENAI_API_KEY")
+    for url in [model.base_url] if isinstance(model.base_url, str) else model.base_url or []:
+        _validate_url(f"{option}: base_url", url)
     require(model.concurrency >= 1, f"{option}: concurrency", "1 or more", model.concurrency)
+    require(model.requests_per_minute >= 0, f"{option}: requests_per_minute", "0 or more", model.requests_per_minute)
+    require(model.max_model_len is None or model.max_model_len >= 1, f"{option}: max_model_len", "1 or more", model.max_model_len)
     require(model.data_parallel_size >= 0, f"{option}: data_parallel_size", "0 or more", model.data_parallel_size)
     require(model.tensor_parallel_size >= 1, f"{option}: tensor_parallel_size", "1 or more", model.tensor_parallel_size)
     require(0 < model.gpu_memory_utilization <= 1, f"{option}: gpu_memory_utilization", "above 0, at most 1", model.gpu_memory_utilization)
     require(len(model.price) == 2 and min(model.price) >= 0, f"{option}: price", "two numbers, 0 or more", model.price)
+
+
+def _validate_url(option: str, url: str) -> None:
+    """Check that a URL is one, and holds no secret: it is written into the manifest."""
+    try:
+        parts = urlsplit(url)
+        is_url = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_url = False
+    require(is_url, option, "a URL such as http://localhost:8000/v1", url if "@" not in url and "?" not in url else "another text")
+    if parts.username is not None or parts.password is not None or parts.query or parts.fragment:  # the value is not printed
+        raise UserError(f"{option}: expected a URL without user, password and query, got one with them; export the key and give the "
+                        "variable's name in api_key_env")
 
 
 def _looks_like_a_key(name: str) -> bool:

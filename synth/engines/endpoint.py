@@ -7,26 +7,34 @@ import email.utils
 import random
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 from openai import APIConnectionError, APIStatusError, APITimeoutError, AsyncOpenAI, OpenAIError
 
 from synth.config import Model
-from synth.engines.interface import EngineError, Failure, Prompt
-from trainer.errors import one_line
+from synth.engines.answers import Garbled, printable
+from synth.engines.dialect import Dialect, is_about_length
+from synth.engines.interface import EngineError, Failure, Key
 
 TRIES = 6  # of one request
 PAUSE = 0.5  # seconds before the second try, doubled before each later one
 MAX_PAUSE = 60.0
 MAX_FAILURES = 20  # in a row, after which the fault is the server's rather than the requests'
 RETRIED = (408, 409, 425, 429)  # status codes, and all from 500 up
-
-
-class Garbled(Exception):
-    """An answer that does not follow the protocol, which is retried."""
+MOST_CHANGES = 12  # of one request that a server refuses
+TIMEOUT = 600.0  # seconds of one try, from its first byte to its last
 
 
 class Unscored(Exception):
-    """The server returns no log-probabilities."""
+    """A server that returns no scores at an answer's first token; its text says why, and the remedy."""
+
+
+class Unanswered(NamedTuple):
+    """A request that the server failed: not the request's fault, so it is asked again by the next call."""
+
+    key: Key
+    reason: str
 
 
 class Endpoint:
@@ -37,28 +45,43 @@ class Endpoint:
         self.room, self.next = asyncio.Semaphore(model.concurrency), 0.0
         self.in_flight, self.since, self.busy_seconds = 0, 0.0, 0.0
         self.failed, self.has_answered = 0, False
-        self.limit = "max_tokens"  # this server's name of the option
+        self.dialect = Dialect(model.max_model_len)
 
     def busy(self) -> float:
         """Return the seconds in which a request was in flight."""
         return self.busy_seconds + (time.monotonic() - self.since if self.in_flight else 0.0)
 
-    async def chat(self, prompt: Prompt, most: int, **options):
-        """Request a chat completion.
+    async def ask(self, create: Callable[..., Awaitable], **body: Any) -> bytes:
+        """Send a request in the form that this server takes, and return its answer.
 
-        Servers of reasoning models have another name for max_tokens, which their first error names.
+        Raises APIStatusError where the server refuses it in every form.
         """
-        ask = self.client.chat.completions.create
+        body, changes = self.dialect.spell(body), []
+        while True:
+            try:
+                answer = await self.send(partial(create, model=self.model.path, **body))
+            except APIStatusError as error:
+                change = self.dialect.change(error, body) if len(changes) < MOST_CHANGES else None
+                if change is None:
+                    raise
+                body = change.apply(body)
+                changes.append(change)
+                continue
+            self.dialect.learn(changes)
+            return answer.content
+
+    async def send(self, call: Callable[[], Awaitable]):
+        """Send one request, when the rate limit allows it, and return what comes within TIMEOUT."""
+        await self._wait_for_rate_limit()
+        self._begin()
         try:
-            return await ask(model=self.model.path, messages=list(prompt.messages), **{self.limit: most}, **options)
-        except APIStatusError as error:
-            if error.status_code != 400 or "max_completion_tokens" not in str(error) or self.limit == "max_completion_tokens":
-                raise
-            self.limit = "max_completion_tokens"
-            return await ask(model=self.model.path, messages=list(prompt.messages), **{self.limit: most}, **options)
+            async with asyncio.timeout(TIMEOUT):
+                return await call()
+        finally:
+            self._end()
 
     async def serve(self, request, answer: Callable):
-        """Return the result of a request, or a Failure with the reason.
+        """Return the result of a request, a Failure by its own fault, or Unanswered by the server's.
 
         Raises EngineError where the server has failed for good.
         """
@@ -67,18 +90,22 @@ class Endpoint:
                 result = await self.attempt(lambda: answer(request, self))
                 self.failed, self.has_answered = 0, True
                 return result
-            except APIStatusError as error:  # this request is refused
-                reason, again = f"refused by the server: {_server_message(error)}", self.has_answered
+            except APIStatusError as error:
+                result, again = Failure(request.key, f"refused by the server: {_server_message(error)}"), self.has_answered
+                remedy = ("lower respond.max_tokens or judge.max_tokens, or set the model's max_model_len, then go on"
+                          if is_about_length(error) else "look at the server, then go on")
             except (Garbled, OpenAIError) as error:
-                reason, again = f"no usable answer in {TRIES} tries: {one_line(str(error))}", False
-            except Unscored:
-                raise EngineError(f"{self.model.path}: {self.url} returns no log-probabilities of the choices; "
-                                  "use judge.scoring generated") from None
+                reason = f"no usable answer in {TRIES} tries: {printable(str(error))}"
+                result, again, remedy = self._unanswered(request.key, reason), False, "look at the server, then go on"
+            except Unscored as error:
+                raise EngineError(f"{self.model.path}: {self.url} {error}") from None
         self.failed += 1
         if self.failed >= MAX_FAILURES and not again:
-            raise EngineError(f"{self.model.path}: {self.url} failed {self.failed} requests in a row: {reason}; "
-                              "look at the server, then go on")
-        return Failure(request.key, reason)
+            raise EngineError(f"{self.model.path}: {self.url} failed {self.failed} requests in a row: {result.reason}; {remedy}")
+        return result
+
+    def _unanswered(self, key: Key, reason: str) -> Unanswered | Failure:
+        return Failure(key, reason) if self.model.on_server_error == "record" else Unanswered(key, reason)
 
     async def attempt(self, call: Callable[[], Awaitable]):
         """Call, and retry after 429, 5xx, timeouts, lost connections and garbled answers.
@@ -88,33 +115,41 @@ class Endpoint:
         Raises EngineError where no server answers or it refuses us, and the last error after TRIES tries.
         """
         for left in reversed(range(TRIES)):
-            await self._wait_for_rate_limit()
-            self._begin()
             try:
                 return await call()
-            except APIStatusError as error:
-                self._refused(error)
-                if error.status_code not in RETRIED and error.status_code < 500:
-                    raise
-                if not left and error.status_code in (429, 503):
-                    raise EngineError(f"{self.model.path}: {self.url} still answered {error.status_code} after {TRIES} tries: "
-                                      f"{_server_message(error)}; lower concurrency or requests_per_minute, then go on") from error
-                found: Exception = Garbled(f"status {error.status_code}: {_server_message(error)}")
-                pause = _requested_pause(error)
-            except APIConnectionError as error:
-                if not left and not isinstance(error, APITimeoutError) and "Connect" in type(error.__cause__).__name__:
-                    raise EngineError(f"{self.model.path}: no server answers at {self.url} ({one_line(str(error.__cause__))}); "
-                                      "start it, or correct base_url") from error
-                found, pause = Garbled("timed out" if isinstance(error, APITimeoutError) else "the connection broke off"), None
-            except Garbled as error:
-                found, pause = error, None
-            except (ValueError, TypeError, AttributeError, LookupError) as error:  # JSON cut off, or of another shape
-                found, pause = Garbled(f"an unreadable answer ({type(error).__name__})"), None
-            finally:
-                self._end()
+            except Exception as error:
+                found, pause = self._fault(error, left), _requested_pause(error)
             if not left:
                 raise found
             await asyncio.sleep(_backoff_pause(TRIES - 1 - left) if pause is None else min(pause, MAX_PAUSE))
+
+    def _fault(self, error: Exception, left: int) -> Garbled:
+        """Return the fault of one try, after which `left` others may follow.
+
+        Raises what no try can mend.
+        """
+        if isinstance(error, APIStatusError):
+            self._refused(error)
+            if 400 <= error.status_code < 500 and error.status_code not in RETRIED:
+                raise error
+            if not left and error.status_code in (429, 503):
+                raise EngineError(f"{self.model.path}: {self.url} still answered {error.status_code} after {TRIES} tries: "
+                                  f"{_server_message(error)}; lower concurrency or requests_per_minute, then go on") from error
+            return Garbled(f"status {error.status_code}: {_server_message(error)}")
+        if isinstance(error, (APITimeoutError, TimeoutError)):
+            return Garbled("timed out")
+        if isinstance(error, APIConnectionError):
+            if isinstance(error.__cause__, (Garbled, EngineError)):  # of what came
+                return self._fault(error.__cause__, left)
+            if not left and "Connect" in type(error.__cause__).__name__:
+                raise EngineError(f"{self.model.path}: no server answers at {self.url} ({printable(str(error.__cause__))}); "
+                                  "start it, or correct base_url") from error
+            return Garbled("the connection broke off")
+        if isinstance(error, Garbled):
+            return error
+        if isinstance(error, OpenAIError):  # a response that the client cannot read
+            return Garbled(f"an unreadable answer ({type(error).__name__})")
+        raise error
 
     def _refused(self, error: APIStatusError) -> None:
         """Raise EngineError where a status means that the server will answer no request of ours."""
@@ -124,7 +159,7 @@ class Endpoint:
         if error.status_code == 404:
             raise EngineError(f"{self.model.path}: {self.url} does not know this model or path (404): {_server_message(error)}; "
                               "correct path or base_url") from error
-        if error.code == "insufficient_quota":
+        if error.code == "insufficient_quota" or error.status_code == 402:
             raise EngineError(f"{self.model.path}: {self.url}: the account's quota is used up: {_server_message(error)}") from error
 
     async def _wait_for_rate_limit(self) -> None:
@@ -156,17 +191,21 @@ def _backoff_pause(tries: int) -> float:
     return min(PAUSE * 2**tries, MAX_PAUSE) * random.uniform(0.5, 1.0)
 
 
-def _requested_pause(error: APIStatusError) -> float | None:
+def _requested_pause(error: Exception) -> float | None:
     """Return the seconds of a Retry-After header, given in seconds or as a date; None without one."""
-    text = error.response.headers.get("retry-after", "")
+    text = error.response.headers.get("retry-after", "") if isinstance(error, APIStatusError) else ""
     try:
         return max(0.0, float(text))
     except ValueError:
-        date = email.utils.parsedate_tz(text)
-        return None if date is None else max(0.0, email.utils.mktime_tz(date) - time.time())
+        try:
+            date = email.utils.parsedate_tz(text)
+            return None if date is None else max(0.0, email.utils.mktime_tz(date) - time.time())
+        except (ValueError, OverflowError, TypeError):  # a date that no clock shows
+            return None
 
 
 def _server_message(error: APIStatusError) -> str:
     """Return the server's own message."""
     body = error.body if isinstance(error.body, dict) else {}
-    return one_line(str(body.get("message") or error.message))
+    message = body.get("message")
+    return printable(message if isinstance(message, str) and message else error.message)

@@ -10,20 +10,29 @@ import asyncio
 import concurrent.futures
 import ipaddress
 import itertools
+import json
 import math
 import os
 import queue
+import re
 import threading
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from urllib.parse import urlsplit
 
-from openai import APIStatusError, AsyncOpenAI, OpenAIError
+from openai import APIStatusError, AsyncOpenAI, DefaultAsyncHttpxClient, OpenAIError
 
 from synth.config import Model
-from synth.engines.endpoint import Endpoint, Garbled, Unscored
+from synth.engines import endpoint as endpoints
+from synth.engines.answers import Garbled, Reply, has_lone_surrogate, printable, read_chat, read_completion, read_models
+from synth.engines.endpoint import Endpoint, Unanswered, Unscored
+from synth.engines.guard import guard
 from synth.engines.interface import Choice, ChoiceRequest, Completion, CompletionRequest, EngineError, EngineInfo, Failure
 
-TIMEOUT = 600.0  # seconds of one try
+LOGPROBS = 20  # the most that the protocol allows
+THOUGHT = re.compile(r"\s*(?:<\W?(?:[\w:]+[:_])?(?:think|thinking|thought|reasoning|start_thinking)\W?>|\[think\]|◁think▷|<\|channel\|>|"
+                     r"<\|start_thinking\|>)\s*", re.IGNORECASE)  # the first token of a model that thinks
+NO_LOGPROBS = "returns no log-probabilities of the choices; use judge.scoring generated"
 FINISH_REASONS = {"stop": "stop", "eos": "stop", "end_turn": "stop", "length": "length"}
 VLLM_OPTIONS = {"skip_special_tokens": False, "spaces_between_special_tokens": False}  # of vLLM's server
 
@@ -50,6 +59,7 @@ class OpenAIEngine:
             self.close()
             raise
         self.info = EngineInfo("openai-compatible server", model.path, "; ".join(served), False)
+        self.has_scored = False
 
     def complete(self, requests: Iterable[CompletionRequest]) -> Iterator[Completion | Failure]:
         return self._ask(requests, self._complete)
@@ -70,6 +80,9 @@ class OpenAIEngine:
     def cost(self) -> float:
         return self.spent
 
+    def notes(self) -> list[str]:
+        return list(dict.fromkeys(note for endpoint in self.endpoints for note in endpoint.dialect.notes))
+
     def close(self) -> None:
         if self.thread.is_alive():
             self._wait(self._disconnect())
@@ -81,26 +94,39 @@ class OpenAIEngine:
     # ---------------------------------------------------------------- many requests
 
     def _ask(self, requests: Iterable, answer: Callable) -> Iterator:
-        """Yield results as they arrive.
+        """Yield results as they arrive, but those of requests that a server failed.
 
-        Raises an error after the results so far; a caller that stops early leaves no request behind.
+        Refusals of a server that has answered nothing yet are held back: it may refuse all. Raises an error after the results so far; a
+        caller that stops early leaves no request behind. Raises EngineError at the end where requests are unanswered.
         """
-        source, done = iter(requests), queue.SimpleQueue()
+        source, done, unanswered = iter(requests), queue.SimpleQueue(), []
         running: dict[concurrent.futures.Future, Endpoint] = {}
+        refused: dict[Endpoint, list[Failure]] = defaultdict(list)
         try:
             self._start(source, answer, running, done)
             while running:
                 future = done.get()
-                running.pop(future).queued -= 1
+                endpoint = running.pop(future)
+                endpoint.queued -= 1
                 if future.exception():
                     yield from self._finished(running)
                     raise future.exception()
                 self._start(source, answer, running, done)
-                yield future.result()
+                result = future.result()
+                if isinstance(result, Unanswered):
+                    unanswered.append(result)
+                    continue
+                refused[endpoint].append(result)
+                if endpoint.has_answered:
+                    yield from refused.pop(endpoint)
+            yield from itertools.chain.from_iterable(refused.values())
         finally:
             for future, endpoint in running.items():
                 endpoint.queued -= 1
                 future.cancel()
+        if unanswered:
+            raise EngineError(f"{self.model.path}: {len(unanswered):,} of the requests are unanswered: {unanswered[-1].reason}; "
+                              "all others are in the pool: run the same command again to ask these")
 
     def _start(self, source: Iterator, answer: Callable, running: dict, done: queue.SimpleQueue) -> None:
         """Fill all servers' queues to twice the concurrency, the shortest first, so that no server waits."""
@@ -116,7 +142,7 @@ class OpenAIEngine:
     def _finished(self, running: dict) -> Iterator:
         for future in [future for future in running if future.done()]:
             running.pop(future).queued -= 1
-            if not future.cancelled() and not future.exception():
+            if not future.cancelled() and not future.exception() and not isinstance(future.result(), (Unanswered, Failure)):
                 yield future.result()
 
     def _wait(self, awaitable: Awaitable):
@@ -126,7 +152,9 @@ class OpenAIEngine:
         return asyncio.run_coroutine_threadsafe(run(), self.loop).result()
 
     async def _connect(self, urls: list[str], keys: list[str]) -> list[Endpoint]:
-        return [Endpoint(self.model, url, AsyncOpenAI(base_url=url, api_key=key, max_retries=0, timeout=TIMEOUT))
+        return [Endpoint(self.model, url, AsyncOpenAI(
+                    base_url=url, api_key=key, max_retries=0, timeout=endpoints.TIMEOUT, default_headers={"Accept-Encoding": "identity"},
+                    http_client=DefaultAsyncHttpxClient(event_hooks={"response": [guard]})))
                 for url, key in zip(urls, keys, strict=True)]
 
     async def _disconnect(self) -> None:
@@ -137,84 +165,85 @@ class OpenAIEngine:
 
     async def _describe_model(self, endpoint: Endpoint) -> str:
         try:
-            return await endpoint.attempt(lambda: self._description(endpoint.client))
+            return await endpoint.attempt(lambda: self._description(endpoint))
         except (Garbled, OpenAIError) as error:
-            raise EngineError(f"{self.model.path}: {endpoint.url} does not list its models: {error}; "
+            raise EngineError(f"{self.model.path}: {endpoint.url} does not list its models: {printable(str(error))}; "
                               "correct base_url, or look at the server") from None
 
-    async def _description(self, client: AsyncOpenAI) -> str:
+    async def _description(self, endpoint: Endpoint) -> str:
         """Return a server's description of the model, only its name where the server lists no models."""
         try:
-            models = await client.models.list()
-            found = next((one for one in models.data if one.id == self.model.path), None)
+            answer = await endpoint.send(endpoint.client.models.with_raw_response.list)
         except APIStatusError as error:
             if error.status_code in (404, 405):
                 return self.model.path
             raise
-        except (AttributeError, TypeError) as error:
-            raise Garbled("an unreadable list of models") from error
-        details = {name: getattr(found, name, None) for name in ("root", "max_model_len")} if found else {}
-        return " ".join([self.model.path, *(f"{name}={value}" for name, value in details.items() if value is not None)])
+        details = read_models(answer.content, self.model.path)
+        lengths = [length for length in (self.model.max_model_len, details.get("max_model_len")) if length]
+        endpoint.dialect.context = min(lengths, default=None)
+        return " ".join([self.model.path, *(f"{name}={value}" for name, value in details.items())])
 
     # ---------------------------------------------------------------- one request
 
     async def _complete(self, request: CompletionRequest, endpoint: Endpoint) -> Completion | Failure:
         sampling = request.sampling
-        common = dict(temperature=sampling.temperature, top_p=sampling.top_p, seed=request.seed % 2**63)
+        body = dict(max_tokens=sampling.max_tokens, temperature=sampling.temperature, top_p=sampling.top_p, seed=request.seed % 2**63)
         if sampling.stop_texts:
-            common["stop"] = list(sampling.stop_texts[:4])  # the protocol allows four
-        if request.prompt.messages is None:
-            return await self._continue(request, endpoint, common)
-        choice, usage = self._first(await endpoint.chat(request.prompt, sampling.max_tokens, **common))
-        text = choice.message.content
-        if text is None and choice.finish_reason != "length":  # at the limit, a model may have been reasoning still
-            raise Garbled("an answer without content")
-        return _make_completion(request, choice.finish_reason, text or "", usage, None)
-
-    async def _continue(self, request: CompletionRequest, endpoint: Endpoint, common: dict) -> Completion | Failure:
-        """Complete a prompt of token ids, with vLLM's options."""
-        choice, usage = self._first(await endpoint.client.completions.create(
-            model=self.model.path, prompt=list(request.prompt.token_ids or ()), max_tokens=request.sampling.max_tokens, logprobs=0,
-            extra_body=VLLM_OPTIONS | {"stop_token_ids": list(request.sampling.stop_ids)}, **common))
-        if not isinstance(choice.text, str):
-            raise Garbled("an answer without text")
-        logprobs = choice.logprobs and choice.logprobs.token_logprobs
-        total = sum(logprobs) if logprobs and None not in logprobs else None
-        return _make_completion(request, choice.finish_reason, choice.text, usage, total)
+            body["stop"] = list(sampling.stop_texts[:4])  # the protocol allows four
+        if request.prompt.messages is None:  # token ids, with vLLM's options
+            reply = read_completion(await endpoint.ask(
+                endpoint.client.completions.with_raw_response.create, prompt=list(request.prompt.token_ids or ()), logprobs=0,
+                extra_body=VLLM_OPTIONS | {"stop_token_ids": list(sampling.stop_ids)}, **body), sampling.max_tokens)
+        else:
+            reply = read_chat(await endpoint.ask(endpoint.client.chat.completions.with_raw_response.create,
+                                                 messages=list(request.prompt.messages), **body), sampling.max_tokens)
+        self._account(reply, endpoint)
+        return _make_completion(request, reply)
 
     async def _choose(self, request: ChoiceRequest, endpoint: Endpoint) -> Choice:
         try:
             if request.prompt.messages is not None:
-                choice, usage = self._first(await endpoint.chat(request.prompt, 1, temperature=0.0, logprobs=True, top_logprobs=20))
-                if not choice.logprobs:
-                    raise Unscored
-                logprobs = [(one.token, one.logprob) for one in choice.logprobs.content[0].top_logprobs]
+                count = "top_logprobs"
+                reply = read_chat(await endpoint.ask(
+                    endpoint.client.chat.completions.with_raw_response.create, messages=list(request.prompt.messages), max_tokens=1,
+                    temperature=0.0, logprobs=True, top_logprobs=LOGPROBS), 1)
             else:
-                choice, usage = self._first(await endpoint.client.completions.create(
-                    model=self.model.path, prompt=list(request.prompt.token_ids or ()), max_tokens=1, temperature=0.0, logprobs=20,
-                    extra_body=VLLM_OPTIONS))
-                if not choice.logprobs:
-                    raise Unscored
-                logprobs = list(choice.logprobs.top_logprobs[0].items())
-            if not logprobs:
-                raise Unscored
+                count = "logprobs"
+                reply = read_completion(await endpoint.ask(
+                    endpoint.client.completions.with_raw_response.create, prompt=list(request.prompt.token_ids or ()), max_tokens=1,
+                    temperature=0.0, logprobs=LOGPROBS, extra_body=VLLM_OPTIONS), 1)
         except APIStatusError as error:
             if error.status_code < 500 and "logprob" in str(error):
-                raise Unscored from error
+                raise Unscored(NO_LOGPROBS) from error
             raise
-        probabilities = tuple(sum(math.exp(logprob) for token, logprob in logprobs if token.strip() == text.strip())
+        self._account(reply, endpoint)
+        self._check_scored(reply, endpoint.dialect.most.get(count, LOGPROBS), len(request.choices))
+        probabilities = tuple(sum(math.exp(logprob) for token, logprob in reply.first if token.strip() == text.strip())
                               for text in request.choices)
-        return Choice(request.key, probabilities, usage[0])
+        self.has_scored |= sum(probabilities) > 0
+        return Choice(request.key, probabilities, reply.prompt_tokens)
 
-    def _first(self, response) -> tuple:
-        """Return a response's first choice and its prompt and completion tokens; add up their price."""
-        choices = getattr(response, "choices", None)
-        if not choices:
-            raise Garbled("an answer without choices")
-        usage = getattr(response, "usage", None)
-        tokens = getattr(usage, "prompt_tokens", None) or 0, getattr(usage, "completion_tokens", None) or 0
+    def _check_scored(self, reply: Reply, given: int, wanted: int) -> None:
+        """Raise Unscored where a judge's first token cannot be a score."""
+        likeliest = max(reply.first, key=lambda pair: pair[1], default=("", 0.0))[0]
+        if not self.has_scored and (THOUGHT.fullmatch(likeliest) or not reply.first and reply.elsewhere):
+            begin = json.dumps(likeliest, ensure_ascii=False) if likeliest else f"its {reply.elsewhere}"
+            raise Unscored(f"thinks before it answers: it begins with {begin}, where the score is expected; turn its thinking off at the "
+                           "server, or use judge.scoring generated with room for the thoughts in judge.max_tokens")
+        if not reply.first:
+            raise Unscored(NO_LOGPROBS)
+        if given < wanted:
+            raise Unscored(f"returns at most {given} log-probabilities, fewer than the {wanted} choices; use judge.scoring generated")
+
+    def _account(self, reply: Reply, endpoint: Endpoint) -> None:
+        """Add up the price of an answer, and note what is odd in it."""
+        tokens = reply.prompt_tokens, reply.tokens
         self.spent += sum(price * count for price, count in zip(self.model.price, tokens, strict=True)) / 1e6
-        return choices[0], tokens
+        if reply.elsewhere:
+            endpoint.dialect.notes[f"answers without content, whose text is in {reply.elsewhere}, are recorded as empty: turn off the "
+                                   "model's thinking or the server's parser of it, or raise max_tokens"] = None
+        if not reply.counted:
+            endpoint.dialect.notes["token counts that are none are taken as 0"] = None
 
 
 # ---------------------------------------------------------------- helpers
@@ -223,13 +252,18 @@ class OpenAIEngine:
 def _key(model: Model, url: str) -> str:
     """Return the API key; a server in the local network needs none.
 
-    Raises EngineError where another one has none.
+    Raises EngineError where another one has none, or would get it in plain text.
     """
-    found = os.environ.get(model.api_key_env, "").strip()
-    if not found and not _is_local(urlsplit(url).hostname or ""):
+    found, address = os.environ.get(model.api_key_env, "").strip(), urlsplit(url)
+    if _is_local(address.hostname or ""):
+        return found or "none"
+    if not found:
         raise EngineError(f"{model.path}: expected an API key for {url} in the environment variable {model.api_key_env}, got none; "
                           "export it")
-    return found or "none"
+    if address.scheme != "https" and not model.key_over_http:
+        raise EngineError(f"{model.path}: expected https, to send the key in {model.api_key_env} outside the local network, got {url}; "
+                          "correct base_url, or set key_over_http: true")
+    return found
 
 
 def _is_local(host: str) -> bool:
@@ -241,10 +275,11 @@ def _is_local(host: str) -> bool:
     return address.is_private or address.is_loopback
 
 
-def _make_completion(request: CompletionRequest, finish: str | None, text: str, usage: tuple[int, int],
-                     logprob: float | None) -> Completion | Failure:
-    if finish == "content_filter":
+def _make_completion(request: CompletionRequest, reply: Reply) -> Completion | Failure:
+    if reply.finish == "content_filter":
         return Failure(request.key, "withheld by the server's content filter")
-    if finish not in FINISH_REASONS:
-        return Failure(request.key, f"ended by {finish}")
-    return Completion(request.key, text, usage[1], FINISH_REASONS[finish], logprob, usage[0])
+    if reply.finish not in FINISH_REASONS:
+        return Failure(request.key, f"ended by {printable(str(reply.finish))}")
+    if has_lone_surrogate(reply.text):
+        return Failure(request.key, "no Unicode text: half of a surrogate pair")
+    return Completion(request.key, reply.text, reply.tokens, FINISH_REASONS[reply.finish], reply.logprob, reply.prompt_tokens)

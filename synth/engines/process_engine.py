@@ -104,6 +104,9 @@ class ProcessEngine:
     def cost(self) -> float:
         return 0.0
 
+    def notes(self) -> list[str]:
+        return []
+
     def close(self) -> None:
         for worker in self.workers:
             worker.close()

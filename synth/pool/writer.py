@@ -33,6 +33,7 @@ class ResultWriter:
 
     def __init__(self, pool: Pool, say: Callable[[str], None], stage: str, model: str, engine: Engine):
         self.pool, self.say, self.stage, self.model, self.engine = pool, say, stage, model, engine
+        self.told: list[str] = []  # of the engine's notes
 
     def complete(self, requests: Iterable, total: int, write: Callable[[list], None]) -> Totals:
         """Run completion requests; `write` gets lists of Completion and Failure, in an open transaction."""
@@ -56,6 +57,7 @@ class ResultWriter:
                     self._save(meter, batch, write)
         finally:
             self._save(meter, batch, write)
+            self._tell_notes()
         meter.end()
         return meter.done
 
@@ -66,6 +68,17 @@ class ResultWriter:
         with self.pool.transaction():
             write(results)
             meter.record(results, self.pool)
+        self._tell_notes()
+
+    def _tell_notes(self) -> None:
+        """Print the engine's notes, once each, and keep them in the pool for the manifest."""
+        if new := [note for note in self.engine.notes() if note not in self.told]:
+            self.told += new
+            key = f"notes.{self.model}"
+            with self.pool.transaction():
+                self.pool.set(key, sorted({*(self.pool.get(key) or ()), *new}))
+            for note in new:
+                self.say(f"{self.stage}: {self.model}: {note}")
 
 
 class UsageMeter:

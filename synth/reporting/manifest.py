@@ -36,6 +36,8 @@ def manifest(run: SynthesisRun, scales: Mapping[str, JudgeScale], replay: str) -
     models = [dict(zip(MODEL_COLUMNS, row)) for row in run.pool.select(MODELS)]
     for model in models:
         model["deterministic"] = bool(model["deterministic"])
+        if notes := run.pool.get(f"notes.{model['name']}"):  # what its server made us change in requests
+            model["notes"] = notes
     settings = {name: value for name, value in dataclasses.asdict(run.config).items() if name not in NOT_IN_SETTINGS}
     return {
         "replay": {"file": replay, **_size(run)},

@@ -43,6 +43,9 @@ class EngineHere:
     def cost(self) -> float:
         return 0.0
 
+    def notes(self) -> list[str]:
+        return []
+
     def close(self) -> None:
         pass
 

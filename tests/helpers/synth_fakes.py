@@ -59,6 +59,9 @@ class FakeEngine:
     def cost(self) -> float:
         return 0.0
 
+    def notes(self) -> list[str]:
+        return []
+
     def close(self) -> None:
         self.closed += 1
 

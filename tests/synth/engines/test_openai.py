@@ -81,6 +81,10 @@ def test_a_chat_is_sent_whole_and_its_answer_read(opened):
     (chat_completion("x", "length"), Completion(("c", 0), "x", 3, "length", None, 7)),
     (chat_completion(None, "length"), Completion(("c", 0), "", 3, "length", None, 7)),
     (chat_completion("4", message={"reasoning_content": "two and two"}), Completion(("c", 0), "4", 3, "stop", None, 7)),
+    (chat_completion(None, message={"reasoning_content": "It is blue."}), Completion(("c", 0), "", 3, "stop", None, 7)),
+    (chat_completion([{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}, {"type": "text", "text": "Bl"},
+                      {"type": "output_text", "text": "ue."}]), Completion(("c", 0), "Blue.", 3, "stop", None, 7)),
+    (chat_completion("a cut emoji \ud83d"), Failure(("c", 0), "no Unicode text: half of a surrogate pair")),
     (chat_completion("x", "content_filter"), Failure(("c", 0), "withheld by the server's content filter")),
     (chat_completion("x", "tool_calls"), Failure(("c", 0), "ended by tool_calls")),
 ])
@@ -135,7 +139,7 @@ UNWELL = {
     "cut off": Answer(200, GOOD[:90], (("content-length", str(len(GOOD))), ("connection", "close"))),
     "no choices": Answer(200, chat_completion("x") | {"choices": []}),
     "choices null": Answer(200, chat_completion("x") | {"choices": None}),
-    "no content": Answer(200, chat_completion(None)),
+    "content that is no text": Answer(200, chat_completion(5)),
     "garbage": Answer(200, b"\x00\xff<html>"),
     "a page": Answer(200, b"<html>hello</html>", (("content-type", "text/html"),)),
     "a list": Answer(200, b"[1, 2]"),
@@ -169,13 +173,18 @@ def test_everything_at_once(opened, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("name, reason", [
     ("500", "status 500: oops"), ("truncated JSON", "an unreadable answer"), ("no choices", "an answer without choices"),
-    ("no content", "an answer without content"), ("garbage", "an unreadable answer"), ("cut off", "the connection broke off"),
+    ("content that is no text", "an answer whose content is int"),
+    ("garbage", "an unreadable answer"), ("cut off", "the connection broke off"),
 ])
-def test_a_request_that_never_works_fails_alone(opened, name, reason):
+def test_a_request_that_a_server_fails_is_left_for_the_next_call(opened, name, reason):
     with ScriptedServer(otherwise=lambda body: UNWELL[name] if "q1" in str(body) else Answer(200, chat_completion("fine"))) as server:
-        found = ask(opened(server), *(chat(i) for i in range(3)))
-    assert found["c", 1].reason.startswith(f"no usable answer in 6 tries: {reason}")
-    assert found["c", 0].text == found["c", 2].text == "fine" and len(server.requests) == 8
+        found = []
+        with pytest.raises(EngineError, match=f"1 of the requests are unanswered: no usable answer in 6 tries: {reason}.*run the same"):
+            for result in opened(server).complete(chat(i) for i in range(3)):
+                found.append(result.key[1])
+        assert sorted(found) == [0, 2] and len(server.requests) == 8
+        recorded = ask(opened(server, on_server_error="record"), chat(1), chat(2))
+    assert recorded["c", 1].reason.startswith(f"no usable answer in 6 tries: {reason}") and recorded["c", 2].text == "fine"
 
 
 @pytest.mark.slow
