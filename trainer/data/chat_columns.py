@@ -9,7 +9,8 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from trainer.data.formats import Format, RecordError, look_up
+from trainer.data.formats import Format, look_up
+from trainer.data.values import RecordError
 
 CHAT_FIELDS = ("messages", "conversations")  # of formats whose rows hold a whole chat
 DICT_FIELDS = (*CHAT_FIELDS, "prompt", "completion")  # JSON here may be what is to be learnt

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow
@@ -41,7 +41,7 @@ class Note:
 
     def as_json(self) -> str | None:
         """Return what is not as usual; None if all is."""
-        told = {key: value for key, value in asdict(self).items() if value}
+        told = {key: value for key, value in vars(self).items() if value}
         return json.dumps(told, ensure_ascii=False) if told else None
 
 

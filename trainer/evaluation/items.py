@@ -27,7 +27,8 @@ from typing import Any, Literal
 from trainer.config import Source
 from trainer.data.chat_columns import messages_of
 from trainer.data.files import DataFile, stem
-from trainer.data.formats import Format, RecordError, look_up
+from trainer.data.formats import Format, look_up
+from trainer.data.values import RecordError, as_text, is_given
 from trainer.data.sources import open_source, rows_of
 from trainer.errors import UserError
 from trainer.evaluation.config import Data, Items
@@ -243,7 +244,9 @@ def _read_turns(values: dict[str, Any], answer: str | None) -> list[Message]:
     turns = messages_of(values.get("messages"), "messages")
     if turns is None:
         prompt, more = values.get("prompt"), values.get("input")
-        turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": f"{prompt}\n\n{more}" if prompt and more else prompt}]
+        if is_given(more) and is_given(prompt) and not isinstance(prompt, list):
+            prompt = f"{as_text(prompt)}\n\n{as_text(more)}"
+        turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
     if isinstance(turns, list) and answer is not None:
         turns = [*turns, {"role": "assistant", "content": answer}]
     row = {"messages": turns, "system": values.get("system")}

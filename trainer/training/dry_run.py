@@ -20,7 +20,7 @@ from trainer.runtime.device import compute_dtype, dtype_name
 from trainer.training.export_trial import try_export
 from trainer.training.memory_estimate import estimate
 
-SHOWN_CHARACTERS = 1200  # of each sample
+SHOWN_CHARACTERS = 1200  # of each sample, and half as many of each part of it that is not supervised
 GREEN, BOLD, PLAIN = "\033[32m", "\033[1m", "\033[0m"
 
 
@@ -60,11 +60,18 @@ def _print_samples(data: TrainingData, seed: int) -> None:
     for i in np.sort(np.random.default_rng(seed).choice(len(samples.lengths), count, replace=False)):
         ids, supervised = samples[i]
         pieces = data.template.segments(ids, supervised)
-        text = "".join(f"{opening}{piece}{closing}" if on else piece for piece, on in pieces)
+        text = "".join(f"{opening}{piece}{closing}" if on else _shortened(piece) for piece, on in pieces)
         print(f"{BOLD * colour}sample {i} of {samples.names[samples.sources[i]]}: {len(ids)} tokens, "
               f"{samples.supervised[i]} supervised{PLAIN * colour}")
         print(text[:SHOWN_CHARACTERS] + (f"{PLAIN * colour} ..." if len(text) > SHOWN_CHARACTERS else ""))
         print()
+
+
+def _shortened(text: str) -> str:
+    """Return a text without its middle, if it is so long that it would keep what is supervised from being shown."""
+    rest = len(text) - SHOWN_CHARACTERS // 2
+    half = SHOWN_CHARACTERS // 4
+    return f"{text[:half]} ... ({rest:,} characters) ... {text[-half:]}" if rest > half else text
 
 
 def _print_sources(sources: list[dict]) -> None:

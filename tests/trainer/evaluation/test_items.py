@@ -61,6 +61,12 @@ def test_columns_map_and_several_answers_are_right(tmp_path):
     assert item.prompt == ({"role": "system", "content": "Be short."}, {"role": "user", "content": "Capital?\n\nFrance"})
 
 
+@pytest.mark.parametrize("given, text", [(0, "0"), (False, "false"), ("0", "0"), ("", None), (None, None)])
+def test_an_input_of_0_is_text(given, text, tmp_path):
+    item, = read(write(tmp_path / "a.jsonl", {"prompt": "Square of", "input": given, "answer": "0"})).items
+    assert item.prompt[0]["content"] == ("Square of" if text is None else f"Square of\n\n{text}")
+
+
 def test_csv_parquet_and_json_hold_the_same_items(tmp_path):
     rows = [{"question": f"{n} + 1?", "choices": [str(n), str(n + 10)], "answer": "B"} for n in range(3)]
     (tmp_path / "a.json").write_text(json.dumps(rows))
