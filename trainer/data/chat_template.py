@@ -266,6 +266,24 @@ class ChatTemplate:
 
         return not is_printed(message) and is_printed(_as_parts(message))
 
+    @cached_property
+    def _call_form(self) -> tuple[str | None, bool]:
+        """Return the content of a turn that only calls a tool, "" or None, and whether arguments are to be JSON text.
+
+        They are what the template prints rightly: OpenAI's API writes both null and text, and DeepSeek's templates print nothing else.
+        """
+        arguments = {"q": TOOL_WORDS}
+        for content, as_text in (("", False), ("", True), (None, False), (None, True)):
+            call = {"id": "call00001", "type": "function", "function": {"name": "f", "arguments": arguments}}
+            chat = [{"role": "user", "content": USER_WORDS}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+            try:
+                text = self._jinja([_with_call_form(message, content, as_text) for message in chat], self.keywords)[0][0]
+            except REFUSALS:
+                continue
+            if TOOL_WORDS in text and str(arguments) not in text and json.dumps(json.dumps(arguments, ensure_ascii=False))[:-1] not in text:
+                return content, as_text
+        return "", False
+
     def _layout(self, inputs: Mapping[str, Any]) -> TurnLayout:
         """Return the layout of turns under the keywords of `inputs`."""
         left_out = ("documents", "tools") if self.template_text(inputs) == self.template else ("documents",)
@@ -284,6 +302,8 @@ class ChatTemplate:
     def _render(self, messages: list[Message], inputs: Mapping[str, Any], **options) -> tuple[str, list[Span]]:
         """Render a chat; with `return_assistant_tokens_mask`, return the spans that the template marks too."""
         chat = [_as_parts(message) for message in messages] if self._in_parts else messages
+        if any(message.get("tool_calls") for message in messages) and self._call_form != ("", False):
+            chat = [_with_call_form(message, *self._call_form) for message in chat]
         try:
             texts, spans = self._jinja(chat, inputs, **options)
         except jinja2.TemplateSyntaxError as error:
@@ -363,6 +383,15 @@ def _around(spans: list[Span], weights: list[float], length: int) -> tuple[list[
     bounds = [0, *(bound for span in spans for bound in span), length]
     between = [(start, end) for start, end in zip(bounds[::2], bounds[1::2])]
     return [*between, *spans], [1.0] * len(between) + weights
+
+
+def _with_call_form(message: Message, content: str | None, as_text: bool) -> Message:
+    """Return a message in which calls without words have this content, and arguments are JSON text or an object."""
+    if not message.get("tool_calls"):
+        return message
+    calls = [call | {"function": call["function"] | {"arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False)}}
+             for call in message["tool_calls"]] if as_text else message["tool_calls"]
+    return message | {"content": message["content"] or content, "tool_calls": calls}
 
 
 def _as_parts(message: Message) -> Message:

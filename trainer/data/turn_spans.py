@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from os.path import commonprefix
@@ -185,15 +186,17 @@ def turn_spans(messages: list[Message], text: str, render: Render, layout: TurnL
         said = text[slice(*spans[i])]
         if i + 1 < len(turns) and all(message["role"] == "tool" for message in messages[turn + 1:turns[i + 1]]):
             said += text[slice(*spans[i + 1])]  # Gemma 4 prints the words beside a call after the tool's result
-        if not all(words in said for words in _words(messages[turn])):
+        if not all(said.count(words) >= count for words, count in _words(messages[turn]).items()):
             raise TurnError("the template does not print all that the assistant says in this turn", turn)
     return spans
 
 
-def _words(message: Message) -> list[str]:
-    """Return the answer after any reasoning, and the tools called: a template must print these."""
+def _words(message: Message) -> Counter[str]:
+    """Return the answer after any reasoning, and the tools called, with how often a template must print them."""
     calls = [call.get("function") or call for call in message.get("tool_calls") or []]
-    return [message["content"].rpartition("</think>")[2].strip()] + [str(call.get("name")) for call in calls]
+    words = Counter(str(call.get("name")) for call in calls)
+    words[message["content"].rpartition("</think>")[2].strip()] += 1
+    return words
 
 
 def _span_in(piece: str, messages: list[Message], turn: int, layout: TurnLayout) -> Span:

@@ -265,3 +265,19 @@ def test_a_template_of_its_own_for_tools_is_used(tmp_path):
     training, _ = prepared([{"messages": [USER, ANSWERS]}, {"messages": [USER, ANSWERS], "tools": TOOLS}], tmp_path,
                            ChatTemplate(tokenizer))
     assert [text.count("<|im_end|>") for text in shown(training)] == [0, 3]
+
+
+def test_templates_that_print_arguments_only_as_text_get_text(tmp_path):
+    for arguments in ({"room": "attic"}, '{"room": "attic"}'):
+        chat = [USER, ASKS | {"content": None, "tool_calls": [call("room_temp", arguments)]}, result("31"), ANSWERS]
+        for name in ("deepseekv3", "deepseek_r1_distill"):
+            text, = shown(prepared([{"messages": chat}], tmp_path, template_of(name))[0])
+            assert '[[<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>room_temp\n```json\n{"room": "attic"}\n```' in text
+            assert "[[31 degrees.<｜end▁of▁sentence｜>]]" in text
+
+
+def test_a_second_call_that_the_template_does_not_print_is_refused(tmp_path):
+    chat = [USER, ASKS | {"tool_calls": [call("room_temp", {"room": "attic"}), call("room_temp", {"room": "hall"}, 2)]}]
+    with pytest.raises(UserError, match=r"line 1: .* turn 2 \(assistant\): the template does not print all that the assistant says"):
+        prepared([{"messages": chat}], tmp_path, template_of("gptoss"))
+    assert shown(prepared([{"messages": chat}], tmp_path, template_of("gemma4_v5"))[0])[0].count("call:room_temp") == 2
