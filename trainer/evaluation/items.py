@@ -28,8 +28,8 @@ from trainer.config import Source
 from trainer.data.chat_columns import messages_of
 from trainer.data.files import DataFile, stem
 from trainer.data.formats import Format, look_up
-from trainer.data.values import RecordError, as_text, is_given
 from trainer.data.sources import open_source, rows_of
+from trainer.data.values import RecordError, as_text, is_given
 from trainer.errors import UserError
 from trainer.evaluation.config import Data, Items
 from trainer.evaluation.rules.verdicts import Rule, make_rule, require_language
