@@ -82,7 +82,7 @@ class Config:
 
     output: str = "runs/evaluation"  # the folder for results.jsonl, results.json and report.html
     model: Model = field(default_factory=Model)  # model.path is optional if an adapter names its base
-    adapter: str | None = None  # folder of a LoRA adapter on the model
+    adapter: str | None = None  # folder or hub name of a LoRA adapter on the model
     force_base: bool = False  # put the adapter on model.path although adapter_config.json names another base
     load_in_4bit: bool = False  # load the model in 4 bits, as a QLoRA run does (needs the `quant` extra)
     base: Base = field(default_factory=Base)
@@ -95,6 +95,22 @@ class Config:
     harness: Harness = field(default_factory=Harness)
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU that has it, else fp32
     device: Literal["auto", "cuda", "cpu"] = "auto"
+
+
+@dataclass
+class Gate:
+    """The rules of `python -m trainer.gate` that can be set."""
+
+    domain: Literal["gain", "hold"] = "gain"  # each domain file must gain, or it must hold as general ones must
+    logprob_margin: float = 0.05  # nats per token that files without right and wrong answers may lose
+
+
+@dataclass
+class GateConfig(Config):
+    """Pass or fail a model against its base."""
+
+    output: str = "runs/gate"  # the folder for gate.json, gate.md, gate.html and the evaluation's files
+    gate: Gate = field(default_factory=Gate)
 
 
 def with_default_suite(config: Config) -> Config:

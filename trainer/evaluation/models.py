@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import AutoConfig
 
@@ -27,6 +29,9 @@ from trainer.model.forward import unwrap_peft
 from trainer.model.loading import load_model
 from trainer.model.locate import load_tokenizer, model_source, one_line_errors
 from trainer.model.patch import patch
+
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors", "tokenizer*", "special_tokens_map.json", "chat_template*"]
 
 
 @dataclass
@@ -63,7 +68,7 @@ def find_models(config: Config) -> EvaluatedModels:
 
     Raises UserError if a model is missing, or the adapter was trained on another one.
     """
-    folder = None if config.adapter is None else Path(config.adapter).expanduser()
+    folder = None if config.adapter is None else _adapter_folder(config.adapter)
     model_options = config.model if folder is None else _adapter_base(config, folder)
     base = None
     if config.base.path is not None:
@@ -72,6 +77,15 @@ def find_models(config: Config) -> EvaluatedModels:
             model_source(base)
     model_source(model_options)
     return EvaluatedModels(model_options, folder, base, base_is_adapter_off=folder is not None and base is None)
+
+
+def _adapter_folder(name: str) -> Path:
+    """Return the folder of an adapter; one that is named as on the hub is fetched."""
+    path = Path(name).expanduser()
+    if path.exists() or not HUB_NAME.fullmatch(name):
+        return path
+    with one_line_errors("adapter", name):
+        return Path(snapshot_download(name, allow_patterns=ADAPTER_FILES))
 
 
 def _adapter_base(config: Config, folder: Path) -> training.Model:
