@@ -62,6 +62,7 @@ def synthesise(config: Config) -> None:
         with Pool(folder / "pool.sqlite") as pool:
             run = SynthesisRun(config, pool, say=lambda line: print(line, flush=True))
             check_languages(config)
+            check_keys(config)
             check_chat_formats(run)
             run.pin_settings("pool", {"base": model_identity(run.base), "seed": config.seed, "date": config.date})
             cli.save_yaml(config, folder / "config.yaml", versions=versions(*RECORDED_PACKAGES), command=" ".join(sys.argv))
@@ -77,6 +78,17 @@ def check_languages(config: Config) -> None:
 
         language.check_codes("clean.languages", config.clean.languages)
         language.check_shares("instruct.languages", config.instruct.languages)
+
+
+def check_keys(config: Config) -> None:
+    """Check that the servers of the stages to run have their API keys. Raises UserError."""
+    from synth.engines.keys import api_key
+
+    models = {"respond": config.responders, "judge": config.judges}
+    for model in [model for stage, of_stage in models.items() if stage in config.stages for model in of_stage]:
+        if model.engine == "openai":
+            for url in [model.base_url] if isinstance(model.base_url, str) else model.base_url:
+                api_key(model, url)
 
 
 def check_chat_formats(run) -> None:

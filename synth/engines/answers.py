@@ -101,7 +101,9 @@ def has_lone_surrogate(text: str) -> bool:
 def _first_choice(answer: Any) -> dict:
     choices = answer.get("choices") if isinstance(answer, dict) else None
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-        raise Garbled("an answer without choices")
+        told = answer.get("error") if isinstance(answer, dict) else None
+        told = told.get("message") if isinstance(told, dict) else told
+        raise Garbled("an answer without choices" + (f": {printable(told)}" if isinstance(told, str) else ""))
     return choices[0]
 
 

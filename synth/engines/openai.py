@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import ipaddress
 import itertools
 import json
 import math
-import os
 import queue
 import re
 import threading
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Iterator
-from urllib.parse import urlsplit
 
 from openai import APIStatusError, AsyncOpenAI, DefaultAsyncHttpxClient, OpenAIError
 
@@ -28,6 +25,7 @@ from synth.engines.answers import Garbled, Reply, has_lone_surrogate, printable,
 from synth.engines.endpoint import Endpoint, Unanswered, Unscored
 from synth.engines.guard import guard
 from synth.engines.interface import Choice, ChoiceRequest, Completion, CompletionRequest, EngineError, EngineInfo, Failure
+from synth.engines.keys import api_key
 
 LOGPROBS = 20  # the most that the protocol allows
 THOUGHT = re.compile(r"\s*(?:<\W?(?:[\w:]+[:_])?(?:think|thinking|thought|reasoning|start_thinking)\W?>|\[think\]|◁think▷|<\|channel\|>|"
@@ -47,7 +45,7 @@ class OpenAIEngine:
         urls = [model.base_url] if isinstance(model.base_url, str) else list(model.base_url or ())
         if not urls:
             raise EngineError(f"{model.path}: base_url: expected the server's URL, with engine openai, got none")
-        keys = [_key(model, url) for url in urls]
+        keys = [api_key(model, url) for url in urls]
         self.model, self.spent, self.endpoints = model, 0.0, []
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
@@ -247,32 +245,6 @@ class OpenAIEngine:
 
 
 # ---------------------------------------------------------------- helpers
-
-
-def _key(model: Model, url: str) -> str:
-    """Return the API key; a server in the local network needs none.
-
-    Raises EngineError where another one has none, or would get it in plain text.
-    """
-    found, address = os.environ.get(model.api_key_env, "").strip(), urlsplit(url)
-    if _is_local(address.hostname or ""):
-        return found or "none"
-    if not found:
-        raise EngineError(f"{model.path}: expected an API key for {url} in the environment variable {model.api_key_env}, got none; "
-                          "export it")
-    if address.scheme != "https" and not model.key_over_http:
-        raise EngineError(f"{model.path}: expected https, to send the key in {model.api_key_env} outside the local network, got {url}; "
-                          "correct base_url, or set key_over_http: true")
-    return found
-
-
-def _is_local(host: str) -> bool:
-    """Return whether a host is in the local network."""
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return host == "localhost" or host.endswith((".local", ".internal")) or "." not in host
-    return address.is_private or address.is_loopback
 
 
 def _make_completion(request: CompletionRequest, reply: Reply) -> Completion | Failure:

@@ -37,6 +37,13 @@ def test_the_default_preset_keeps_what_was_chosen():
 @pytest.mark.parametrize(("config", "message"), [
     (Config(), "base.path: expected the model"),
     (Config(base=Model(path="m", engine="openai", base_url="u")), "base.engine: expected vllm or transformers"),
+    *[(Config(base=BASE, judges=[Model(path="m", engine="openai", base_url=url)]), message) for url, message in {
+        "localhost:8000/v1": "judges: base_url: expected a URL such as", "ftp://x/v1": "judges: base_url: expected a URL",
+        "http://": "judges: base_url: expected a URL", "http://x:99999/v1": "judges: base_url: expected a URL",
+        "https://me:secret@x/v1": "judges: base_url: expected a URL without user, password and query, got one with them",
+        "https://x/v1?key=secret": "judges: base_url: expected a URL without user, password and query"}.items()],
+    (Config(base=BASE, judges=[Model(path="m", max_model_len=0)]), "judges: max_model_len: expected 1 or more"),
+    (Config(base=BASE, judges=[Model(path="m", requests_per_minute=-1)]), "judges: requests_per_minute: expected 0 or more"),
     (Config(base=BASE, responders=[Model(path="m", engine="openai")]), "responders: base_url: expected the server's URL"),
     (Config(base=BASE, responders=[Model(path="x/base")]), "responders: name: expected names that differ"),
     (Config(base=BASE, instruct=Instruct(num_instructions=0)), "instruct.num_instructions: expected 1"),

@@ -114,7 +114,7 @@ class DataFile:
             return Path(self.path).open("rb")
         options = {"block_size": 0} if urlsplit(self.key).scheme in STREAMED else {}
         try:
-            return io.BufferedReader(_Stream(self.remote.open(self.key, "rb", **options), self._unreachable), BLOCK)
+            return io.BufferedReader(_Stream(self.remote.open(self.key, "rb", **options), self._unreachable, seeks=not options), BLOCK)
         except Exception as error:  # of any library below fsspec
             raise Unreadable(self._unreachable(error)) from None
 
@@ -150,12 +150,22 @@ class DataFile:
 class _Stream(io.RawIOBase):
     """A file's bytes as a library reads them, whose errors become Unreadable; at most `most` come."""
 
-    def __init__(self, file: Any, describe: Callable[[Exception], str], most: int = 0, below: BinaryIO | None = None):
-        self.file, self.describe, self.most, self.below, self.count = file, describe, most, below, 0
+    def __init__(self, file: Any, describe: Callable[[Exception], str], most: int = 0, below: BinaryIO | None = None,
+                 seeks: bool = False):
+        self.file, self.describe, self.most, self.below, self.count, self.seeks = file, describe, most, below, 0, seeks
         self.some = getattr(file, "read1", file.read)  # all that can be decoded before an error
 
     def readable(self) -> bool:
         return True
+
+    def seekable(self) -> bool:
+        return self.seeks
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self.file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self.file.tell()
 
     def readinto(self, buffer) -> int:
         try:

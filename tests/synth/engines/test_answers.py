@@ -79,6 +79,7 @@ BAD = {
     "logprob of NaN": choice(logprobs=scored(math.nan)),
     "logprob is text": choice(logprobs=scored("x")),
     "token is a number": choice(logprobs={"content": [{"top_logprobs": [{"token": 4, "logprob": -1.0}]}]}),
+    "an error": b'{"error": {"message": "overloaded"}}',
     "gzip that is none": b"",
 }
 
@@ -199,12 +200,12 @@ def test_prompts_go_to_no_other_server(opened):
 
 
 def test_a_key_goes_over_no_plain_line_outside_the_local_network(opened, monkeypatch):
-    from synth.engines import openai
+    from synth.engines import keys
 
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     with ScriptedServer() as server:
         assert ask(opened(server))[0].text == "echo q0"
-        monkeypatch.setattr(openai, "_is_local", lambda host: False)
+        monkeypatch.setattr(keys, "is_local", lambda host: False)
         with pytest.raises(EngineError, match="expected https, to send the key in OPENAI_API_KEY outside the local network, got http://127"):
             opened(server)
         ask(opened(server, key_over_http=True))

@@ -115,6 +115,16 @@ def test_the_manifest_by_hand(tmp_path):
     assert found["judges"]["base"]["factor"] == 1.0 and found["judges"]["base"]["varies"] is True
 
 
+def test_the_manifest_has_what_a_server_made_us_change(tmp_path):
+    run = exported(tmp_path)
+    assert not any("notes" in model for model in json.loads((tmp_path / "manifest.json").read_text())["models"])
+    with run.pool.transaction():
+        run.pool.set("notes.other", ["seed is left out, which the server refuses"])
+    select(run)
+    models = json.loads((tmp_path / "manifest.json").read_text())["models"]
+    assert [model.get("notes") for model in models] == [None, ["seed is left out, which the server refuses"]]
+
+
 def test_tokens_are_the_bases_where_it_read_all(tmp_path):
     run = exported(tmp_path)
     with run.pool.transaction():
