@@ -338,6 +338,8 @@ class ChatTemplate:
         plain = all(weights[turn] == 1 for turn in turns)
         if train_on == "all":
             text = self._render(messages, inputs)[0]
+            if not any(weights):
+                return text, [], []
             if others := [turn for turn, weight in enumerate(weights) if weight != 1 and turn not in turns]:
                 raise TurnError("only the weight of an assistant's turn can be read beside data.train_on=all", others[0])
             if plain:

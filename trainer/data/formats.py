@@ -22,7 +22,7 @@ from typing import Any
 
 from trainer.data.messages import make_message, read_messages
 from trainer.data.tool_calls import read_tools
-from trainer.data.turn_weights import row_lists
+from trainer.data.turn_weights import row_flags
 from trainer.data.values import RecordError, as_text, as_weight, is_given, read_json, show
 
 REQUIRED = {
@@ -64,7 +64,7 @@ class Format:
         fields = {field: look_up(row, path) for field, path in paths.items()}
         if not _documents(fields.get("documents")):
             paths.pop("documents", None)
-        flags = {} if self.name == "text" else row_lists(row, [path for field, path in paths.items() if field != "weight"])
+        flags = {} if self.name == "text" else row_flags(row, [path for field, path in paths.items() if field != "weight"])
         weight = None if paths.get("weight") in flags else fields.get("weight")
         read = {*paths.values(), *(path.partition(".")[0] for path in paths.values()), *flags}
         common = {field: None if fields.get(field) is None else str(fields[field]) for field in ("id", "source")}
@@ -91,7 +91,7 @@ class Format:
         tools = read_tools(given[name], self.paths.get(name, name))
         return inputs | ({"tools": tools} if tools else {})
 
-    def _messages(self, fields: dict[str, Any], flags: dict[str, list]) -> list[dict]:
+    def _messages(self, fields: dict[str, Any], flags: dict[str, Any]) -> list[dict]:
         def text(field: str) -> str:
             return as_text(fields[field], self.paths[field])
 

@@ -15,7 +15,7 @@ import json
 from typing import Any
 
 from trainer.data.tool_calls import calls_in_text, read_calls, read_tools
-from trainer.data.turn_weights import apply_lists, take_weight
+from trainer.data.turn_weights import apply_flags, take_weight
 from trainer.data.values import RecordError, as_text, is_given, is_parts, join_parts, show
 
 CALL = "call"
@@ -40,8 +40,8 @@ def make_message(role: str, content: str, extra: dict | None = None, weight: flo
     return {"role": role, "content": content, "extra": extra_json, "weight": weight}
 
 
-def read_messages(value: Any, column: str, flags: dict[str, list] | None = None) -> list[dict]:
-    """Convert a list of messages; `flags` are lists of weights that their row holds.
+def read_messages(value: Any, column: str, flags: dict[str, Any] | None = None) -> list[dict]:
+    """Convert a list of messages; `flags` are weights of turns that their row holds (trainer/data/turn_weights.py).
 
     Raises RecordError with the number of the turn that is no message.
     """
@@ -53,7 +53,7 @@ def read_messages(value: Any, column: str, flags: dict[str, list] | None = None)
             read.append(_read(message))
         except RecordError as error:
             raise RecordError(f"turn {n}: {error}") from None
-    apply_lists(read, flags or {})
+    apply_flags(read, flags or {})
     joined: list[dict] = []
     for n, message in enumerate(read, 1):
         is_call = message.pop("is_call")
@@ -82,7 +82,10 @@ def _read(message: Any) -> dict:
     for key in {"id", "tool_call_id"} & extra.keys():
         extra[key] = str(extra[key])
     if role == CALL:
-        extra = {"tool_calls": calls_in_text(content)} | extra
+        thought, _, rest = content.rpartition("</think>") if isinstance(content, str) else ("", "", content)
+        if is_given(thought := thought.replace("<think>", "").strip()):
+            extra["reasoning_content"] = thought
+        extra = {"tool_calls": calls_in_text(rest)} | extra
         return {"role": "assistant", "content": "", "extra": extra, "weight": weight, "is_call": True}
     if role == "assistant":
         content = _read_answer(message, content, extra)

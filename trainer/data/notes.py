@@ -14,6 +14,7 @@ import pyarrow.compute
 from trainer.config import Data
 from trainer.data.chat_template import EMPTY_REASONING, ChatTemplate, Rendered
 from trainer.data.turn_spans import Message
+from trainer.data.values import is_given
 
 # Keys of a message that are looked after elsewhere, or that only tie a tool's result to its call.
 KNOWN_KEYS = {"role", "content", "tool_calls", "reasoning_content", "id", "tool_call_id", "index", "name"}
@@ -52,7 +53,8 @@ def note_of(messages: Sequence[Message], inputs: Mapping[str, Any], weights: Seq
     thoughts = {i: messages[i]["reasoning_content"].strip() for i in answers if messages[i].get("reasoning_content")}
     unprinted = [i for i, thought in thoughts.items() if thought not in rendered.text]
     last = answers[-1] if answers else None
-    keys = {f"messages.{key}" for message in messages for key in message.keys() - KNOWN_KEYS if not template.mentions(key)}
+    keys = {f"messages.{key}" for message in messages for key, value in message.items()
+            if key not in KNOWN_KEYS and is_given(value) and not template.mentions(key)}
     keys |= {name for name in inputs.keys() - {"tools"} if not template.mentions(name)}
     names = [tool["function"]["name"] for tool in inputs.get("tools", [])]
     given = {**template.keywords, **inputs}

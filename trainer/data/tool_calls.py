@@ -26,13 +26,25 @@ def read_calls(value: Any) -> list[dict]:
     calls = read_json(value)
     if not is_given(calls):
         return []
-    calls = [calls] if isinstance(calls, dict) else calls
+    if isinstance(calls, dict):
+        calls = _from_lists(calls) or [calls]
     if not isinstance(calls, list):
         raise RecordError(f"tool_calls: expected a list of objects with a name and arguments, found {show(value)}; correct it")
     return [_read_call(read_json(call), n) for n, call in enumerate(calls, 1)]
 
 
+def _from_lists(calls: dict) -> list[dict] | None:
+    """Return calls that are stored as an object of lists, as `datasets` may do it; None if they are not."""
+    lists = list(calls.values())
+    if "name" not in calls and "function" not in calls or not all(isinstance(values,
+                                                                             list) for values in lists) or len({*map(len, lists)}) > 1:
+        return None
+    return [dict(zip(calls, values)) for values in zip(*lists)]
+
+
 def _read_call(call: Any, n: int) -> dict:
+    if isinstance(call, dict) and isinstance(call.get("function"), str) and not isinstance(read_json(call["function"]), dict):
+        call = {"name" if key == "function" else key: value for key, value in call.items()}
     function = read_json(call.get("function", call)) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"].strip():
         raise RecordError(f"tool call {n}: expected an object with a name and arguments, found {show(call)}; correct it")
@@ -99,9 +111,8 @@ def _read_tool(tool: Any, column: str, n: int) -> dict:
     function = read_json(tool.get("function", tool)) if isinstance(tool, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise RecordError(f"{column}: tool {n}: expected an object with a name and parameters, found {show(tool)}; correct it")
-    if "parameters" in function:
-        parameters = read_json(function["parameters"])
-        function = function | {"parameters": parameters if isinstance(parameters, dict) else {}}
+    if isinstance(function.get("parameters"), str):
+        function = function | {"parameters": read_json(function["parameters"])}
     if "function" in tool:
         return tool | {"function": function}
     return {"type": "function", "function": {key: value for key, value in function.items() if key != "type"}}

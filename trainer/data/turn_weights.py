@@ -1,7 +1,8 @@
 """Read flags that say whether, and how much, a turn is trained on: one weight for each turn, in every spelling that files use.
 
 A message's weight multiplies the loss of its tokens: 0 or false leaves it out, a fraction counts it less. It stands in the message
-(`weight: 0`, `train: false`, `loss_mask: 0`), or in a list of the row with an entry for each message or each assistant turn.
+(`weight: 0`, `train: false`, `loss_mask: 0`), or in the row: a list with an entry for each message or each assistant turn, or one flag for
+all. A row's own `weight` is that of its sample, and a number that it calls `loss` is none of these.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from trainer.data.values import RecordError, as_weight, show
+from trainer.data.values import RecordError, as_weight, read_json, show
 
 MASKS = ("train", "trainable", "loss_mask", "supervised")  # 1 says that the turn is trained on, not how much
 FLAGS = ("weight", "loss", "loss_weight", "loss_scale", *MASKS)
@@ -41,15 +42,24 @@ def _value(name: str, flag: Any) -> float | bool:
     return True if name.rpartition(".")[2] in MASKS and weight == 1 else weight
 
 
-def row_lists(row: dict, taken: Sequence[str]) -> dict[str, list]:
-    """Return the columns of a row that are lists of flags, but for those that another field is read from."""
-    return {name: row[name] for name in LISTS if name not in taken and isinstance(row.get(name), list)}
+def row_flags(row: dict, taken: Sequence[str]) -> dict[str, Any]:
+    """Return the columns of a row that are flags of its turns, but for those that another field is read from."""
+    found = {name: read_json(row[name]) for name in LISTS if name in row and name not in taken}
+    return {name: value for name, value in found.items() if isinstance(value, list) or name != "weight" and _is_flag(name, value)}
 
 
-def apply_lists(messages: list[dict], lists: dict[str, list]) -> None:
-    """Set the weights of messages from the lists of their row. Raises RecordError for one that fits neither them nor the answers."""
+def _is_flag(name: str, value: Any) -> bool:
+    """Return whether a row's value is one flag for all its turns."""
+    value = WORDS.get(value.strip().lower(), value) if isinstance(value, str) else value
+    return isinstance(value, bool) or name in (*MASKS, "loss_weight", "loss_scale") and isinstance(value, (int, float))
+
+
+def apply_flags(messages: list[dict], of_row: dict[str, Any]) -> None:
+    """Set the weights of messages from the flags of their row. Raises RecordError for a list that fits neither them nor the answers."""
     answers = [message for message in messages if message["role"] == "assistant"]
-    for name, flags in lists.items():
+    for name, flags in of_row.items():
+        if not isinstance(flags, list):
+            flags = [flags] * len(answers if _agreed({name: flags}) else messages)
         targets = messages if len(flags) == len(messages) else answers
         if len(flags) != len(targets):
             raise RecordError(f"{name}: expected a list of {len(messages)} flags, one for each message, or {len(answers)}, one for each "

@@ -84,3 +84,9 @@ def test_reasoning_in_parts_and_twice():
 
 def test_ids_are_text():
     assert roles({"role": "tool", "content": "1", "tool_call_id": 7}) == [("tool", "1", {"tool_call_id": "7"})]
+
+
+def test_reasoning_before_a_call():
+    text = "<think>\nI should look.\n</think>\n" + json.dumps(CALL)
+    assert roles({"from": "function_call", "value": text}) == [("assistant", "",
+                                                                {"tool_calls": [FUNCTION], "reasoning_content": "I should look."})]

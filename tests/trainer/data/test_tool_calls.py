@@ -126,7 +126,9 @@ def test_arguments_become_an_object(given, printed, tmp_path):
 
 @pytest.mark.parametrize("calls", [[call("f", {"a": 1})], call("f", {"a": 1}), json.dumps([call("f", '{"a": 1}')]),
                                    [json.dumps(call("f", {"a": 1}))],
-                                   [{"name": "f", "arguments": {"a": 1}}], [{"id": 7, "function": {"name": "f", "arguments": {"a": 1}}}]])
+                                   [{"name": "f", "arguments": {"a": 1}}], [{"function": "f", "arguments": '{"a": 1}'}],
+                                   {"name": ["f"], "arguments": ['{"a": 1}']},
+                                   [{"id": 7, "function": {"name": "f", "arguments": {"a": 1}}}]])
 def test_every_form_of_tool_calls(calls, tmp_path):
     training, _ = prepared([{"messages": [USER, {"role": "assistant", "tool_calls": calls}]}], tmp_path)
     assert '[[<think>\n\n</think>\n\n<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call><|im_end|>]]' in shown(training)[0]

@@ -155,3 +155,18 @@ def test_a_users_turn_that_is_to_be_learnt_is_told(tmp_path):
 def test_a_chat_whose_turns_all_weigh_nothing_is_counted(tmp_path):
     training = prepared([chat(), chat({"weight": 0}, {"weight": 0})], tmp_path)
     assert len(training.samples) == 1 and data_summary(training, Config())["sources"][0]["unsupervised"] == 1
+
+
+@pytest.mark.parametrize("train_on", ["assistant", "all"])
+@pytest.mark.parametrize("row", [{"train": False}, {"loss_mask": 0}, {"trainable": "false"}, {"loss": False}, {"loss_weight": 0.0}],
+                         ids=json.dumps)
+def test_one_flag_of_a_row_is_that_of_all_its_turns(row, train_on, tmp_path):
+    training = prepared([chat(), chat(**row)], tmp_path, train_on=train_on)
+    assert len(training.samples) == 1 and data_summary(training, Config())["sources"][0]["unsupervised"] == 1
+
+
+def test_flags_of_a_row_may_be_text_and_weigh(tmp_path):
+    assert answers(prepared([chat(loss_mask="[0, 0, 0, 1]")], tmp_path)) == ["Blue.<|im_end|>"]
+    assert {*prepared([chat(loss_weight=0.5)], tmp_path).samples.piece(0).turn_weights} == {0.0, 0.5}
+    training = prepared([chat(train=True, loss=1)], tmp_path)
+    assert len(answers(training)) == 2 and notes(training) == ["rows: nothing reads loss (1 rows)"]
