@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from kernels.linear_cross_entropy import linear_log_prob
 from kernels.linear_kl import linear_kl
-from trainer.data.batch import PackedBatch, collate
+from trainer.data.batch import collate
 from trainer.data.packing import pack
 from trainer.data.samples import Piece
 from trainer.evaluation.tokens import Sample
@@ -78,21 +78,26 @@ def measure_likelihoods(model: nn.Module, samples: Sequence[Sample], capacity: i
     """Return the log-prob of each sample, and its KL to the base for the samples in `base`.
 
     The hidden states of the samples in `keep` are put into `remember`. Packs have at most `capacity` tokens, and their samples do not see
-    each other.
+    each other. Samples that differ in their last token alone, such as choices of one token, run through the model once.
     """
     likelihoods, keep, head = [Likelihood(0.0) for _ in samples], set(keep), lm_head(model)
-    device = head.weight.device
-    for numbers in pack([len(sample.ids) for sample in samples], capacity, MAX_SAMPLES_PER_PACK, seed=0) if samples else ():
-        batch = collate([Piece(samples[i].ids, samples[i].scored) for i in numbers]).to(device)
-        rows = forward_hidden(model, batch, batch.supervised_rows)  # (S, D)
-        logprobs = linear_log_prob(rows, head.weight, batch.targets, bias=head.bias, ignore_index=None, softcap=head.softcap,
+    device, contexts = head.weight.device, group_by_context(samples)
+    lengths = [len(samples[numbers[0]].ids) for numbers in contexts]
+    for packed in pack(lengths, capacity, MAX_SAMPLES_PER_PACK, seed=0) if samples else ():
+        first = [samples[contexts[c][0]] for c in packed]
+        batch = collate([Piece(sample.ids, sample.scored) for sample in first]).to(device)
+        context_rows = forward_hidden(model, batch, batch.supervised_rows).split([sample.tokens for sample in first])
+        numbers = [i for c in packed for i in contexts[c]]
+        rows = torch.cat([part for c, part in zip(packed, context_rows) for _ in contexts[c]])  # (S, D)
+        targets = torch.from_numpy(np.concatenate([samples[i].ids[samples[i].scored] for i in numbers]).astype(np.int64)).to(device)
+        logprobs = linear_log_prob(rows, head.weight, targets, bias=head.bias, ignore_index=None, softcap=head.softcap,
                                    logit_scale=head.logit_scale)
-        for i, total in zip(numbers, sum_per_sample(logprobs, batch)):
-            likelihoods[i].logprob = total
         counts = [samples[i].tokens for i in numbers]
-        for i, sample_rows, targets in zip(numbers, rows.split(counts), batch.targets.split(counts)):
+        for i, total in zip(numbers, sum_per_sample(logprobs, counts)):
+            likelihoods[i].logprob = total
+        for i, sample_rows, sample_targets in zip(numbers, rows.split(counts), targets.split(counts)):
             if samples[i].asks_greedy:
-                likelihoods[i].greedy = bool((head.logits(sample_rows).argmax(-1) == targets).all())
+                likelihoods[i].greedy = bool((head.logits(sample_rows).argmax(-1) == sample_targets).all())
         if remember is not None:
             for i, sample_rows in zip(numbers, rows.split(counts)):
                 if i in keep:
@@ -103,14 +108,26 @@ def measure_likelihoods(model: nn.Module, samples: Sequence[Sample], capacity: i
     return likelihoods
 
 
-def sum_per_sample(values: Tensor, batch: PackedBatch) -> list[float]:
+def group_by_context(samples: Sequence[Sample]) -> list[list[int]]:
+    """Return the numbers of the samples in groups whose one run through the model serves all of a group.
+
+    A group has samples whose last token alone is scored, and all before it is equal. Any other sample is a group of its own.
+    """
+    groups: dict[bytes | int, list[int]] = {}
+    for i, sample in enumerate(samples):
+        last_alone = sample.tokens == 1 and sample.scored[-1]
+        groups.setdefault(sample.ids[:-1].tobytes() if last_alone else i, []).append(i)
+    return list(groups.values())
+
+
+def sum_per_sample(values: Tensor, counts: Sequence[int]) -> list[float]:
     """Return the sum of `values` [S] over the scored tokens of each sample, in double precision."""
-    sample = torch.searchsorted(batch.cu_seqlens[1:].long(), batch.supervised_rows, right=True)
-    sums = torch.zeros(len(batch.cu_seqlens) - 1, dtype=torch.float64, device=values.device)
+    sample = torch.arange(len(counts), device=values.device).repeat_interleave(torch.tensor(counts, device=values.device))
+    sums = torch.zeros(len(counts), dtype=torch.float64, device=values.device)
     return sums.index_add_(0, sample, values.double()).tolist()
 
 
-def kl_per_sample(numbers: np.ndarray, rows: Sequence[Tensor], head: LmHead, base: BaseStates) -> list[tuple[int, float]]:
+def kl_per_sample(numbers: Sequence[int], rows: Sequence[Tensor], head: LmHead, base: BaseStates) -> list[tuple[int, float]]:
     """Return number and KL(base || model) of the samples of a pack that are in `base`.
 
     The KL is the sum over a sample's scored tokens. `rows` has the hidden states [S, D] of each sample.
