@@ -23,14 +23,14 @@ from kernels.nf4 import dequantize_nf4
 from tests.helpers import tiny
 from tests.helpers.processes import complete
 from trainer.cli import parse
-from trainer.config import Lora
+from trainer.config import Lora, Model
 from trainer.errors import UserError
 from trainer.evaluate import evaluate
-from trainer.evaluation.config import Config
+from trainer.evaluation.config import Config, Data
 from trainer.evaluation.generation import generate_completions
 from trainer.evaluation.items import read_files
 from trainer.evaluation.likelihood import kl_per_row
-from trainer.evaluation.models import find_models, load_each
+from trainer.evaluation.models import find_models, load_each, template_of
 from trainer.evaluation.score_items import score
 from trainer.evaluation.tokens import Key, encode
 from trainer.model.export import save_adapter
@@ -484,3 +484,9 @@ def test_what_vllm_cannot_do(adapter, files, monkeypatch, tmp_path):
                                "or use transformers")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert refused(*arguments).startswith("generation.engine: vllm is not installed; pip install")
+
+
+def test_a_keyword_that_the_template_does_not_read_is_refused():
+    options = Config(data=Data(template_kwargs={"enable_thinking": False}))
+    with pytest.raises(UserError, match="data.template_kwargs: expected keywords that .* reads .*, got enable_thinking"):
+        template_of(Model(path=str(BASE)), options)

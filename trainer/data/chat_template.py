@@ -110,7 +110,7 @@ class ChatTemplate:
         is refused or cannot be masked.
         """
         inputs = {**self.keywords, **(inputs or {})}
-        messages = self._spelled(messages, inputs)
+        messages = self._spelled(messages)
         weights = [1.0 if weight is None else weight for weight in weights or [None] * len(messages)]
         try:
             text, spans, of_spans = self._render_with_spans(messages, train_on, inputs, weights)
@@ -156,7 +156,7 @@ class ChatTemplate:
     def render(self, messages: list[Message], add_generation_prompt: bool = False, inputs: Mapping[str, Any] | None = None) -> str:
         """Render a chat to text. Raises UserError with the template's own reason and the turn that it refuses."""
         inputs = self.keywords if inputs is None else inputs
-        return self._render(messages, inputs, add_generation_prompt=add_generation_prompt)[0]
+        return self._render(self._spelled(messages), inputs, add_generation_prompt=add_generation_prompt)[0]
 
     def check_keywords(self) -> None:
         """Raise UserError for a keyword that the template does not read."""
@@ -209,7 +209,7 @@ class ChatTemplate:
                 continue
         return None
 
-    def _spelled(self, messages: list[Message], inputs: Mapping[str, Any]) -> list[Message]:
+    def _spelled(self, messages: list[Message]) -> list[Message]:
         """Return the messages with reasoning under the template's key, and a developer as system where it knows no other."""
         key, spelled = self.reasoning_key if any("reasoning_content" in message for message in messages) else None, []
         for message in messages:

@@ -6,7 +6,7 @@ YAML sections and dotted overrides have the names of these classes' fields.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal
+from typing import Any, Literal
 
 from trainer.config import Items, Metric, Model
 from trainer.errors import require
@@ -27,6 +27,7 @@ class Data:
     regex: str = ""  # of files without a pattern of their own, e.g. '#### (-?[\d,.]+)' for GSM8K
     chat: bool = True  # render prompts with the chat template; false: the prompt's text, a space, and the answer
     chat_template: str | None = None  # a Jinja file to use instead of the tokenizer's own template
+    template_kwargs: dict[str, Any] = field(default_factory=dict)  # keywords for the template, as in training: {enable_thinking: false}
     on_overlong: Literal["error", "drop", "truncate"] = "error"  # what to do with held-out texts longer than a pack or the model's context
 
 

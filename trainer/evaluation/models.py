@@ -150,7 +150,10 @@ def load_each(models: EvaluatedModels, config: Config, device: torch.device) -> 
 
 
 def template_of(model_options: training.Model, config: Config) -> ChatTemplate:
-    return ChatTemplate(load_tokenizer(model_options), read_template(config.data.chat_template), config.data.chat_template)
+    template = ChatTemplate(load_tokenizer(model_options), read_template(config.data.chat_template), config.data.chat_template,
+                            keywords=config.data.template_kwargs)
+    template.check_keywords()
+    return template
 
 
 def load(model_options: training.Model, adapter: Path | None, config: Config, device: torch.device) -> nn.Module:
