@@ -27,6 +27,7 @@ EXTRAS = {
     "synth": ["vllm>=0.32,<0.33", "openai>=3.50", "datasketch>=2.0", "py3langid>=0.4", "scikit-learn>=1.8"],
     "remote": ["s3fs>=2025.3", "gcsfs>=2025.3", "aiohttp>=3.12", "requests>=2.32"],
     "quant": ["bitsandbytes>=0.50"],
+    "gguf": ["gguf>=0.19"],
     "flash": ["flash-attn>=2.8"],
     "eval": ["lm-eval>=0.4.9", "py3langid>=0.4"],
     "logging": ["wandb>=0.22"],

@@ -34,3 +34,4 @@ MODELS = (LLAMA_8B, QWEN_4B, LLAMA_1B)  # of the benchmarks on a GPU, the larges
 SMALL = ModelShape("7m", 256, 704, 4, 2, 64, 8192, 4)
 LARGER = ModelShape("100m", 768, 2048, 12, 4, 64, 8192, 14)
 CPU_MODELS = {shape.name: shape for shape in (SMALL, LARGER)}
+REAL = "smollm2"  # the name of the model that has trained weights

@@ -70,10 +70,15 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
 
 def save_model(folder: Path, shape: ModelShape = SMALL, seed: int = 0) -> None:
     """Save a random model to folder/model, and a new LoRA adapter for it to folder/adapter."""
-    from peft import LoraConfig, get_peft_model
-
     model = stock_model(shape, torch.device("cpu"), torch.float32, seed=seed)
     model.save_pretrained(folder / "model")
+    save_adapter(folder, model)
+
+
+def save_adapter(folder: Path, model: nn.Module) -> None:
+    """Save a new LoRA adapter for a model to folder/adapter."""
+    from peft import LoraConfig, get_peft_model
+
     adapter = LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
     get_peft_model(model, adapter).save_pretrained(folder / "adapter")
 

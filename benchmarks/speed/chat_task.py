@@ -1,4 +1,4 @@
-"""Define the training benchmarks' task: fine-tune a small random model on 500 chats on a CPU.
+"""Define the training benchmarks' task: fine-tune a small model on 500 chats on a CPU.
 
 Lengths are log-normal (a long tail, as in real sets), equal, or those of GSM8K. Every contender starts from the saved weights and adapter
 and sees equal tokens, about a thousand a step.
@@ -12,11 +12,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from benchmarks.harness.model_shapes import SMALL, ModelShape
 from benchmarks.harness.public_sets import gsm8k
-from benchmarks.harness.synthetic_models import byte_pair_encoding, chat_tokenizer, log_normal_lengths, save_model, word_level, words
+from benchmarks.harness.smollm2 import smollm2
+from benchmarks.harness.synthetic_models import (
+    byte_pair_encoding,
+    chat_tokenizer,
+    log_normal_lengths,
+    save_adapter,
+    save_model,
+    word_level,
+    words,
+)
 from benchmarks.harness.timing import TokenSamples
 from benchmarks.speed.baselines import Batching
 from benchmarks.speed.contenders import Steadfast, from_config
@@ -37,14 +47,15 @@ class ChatTask:
     tokenizer: PreTrainedTokenizerBase
     samples: TokenSamples
     description: str  # of the data
+    model: str = "Llama with random weights"
     method: str = "lora"  # lora, qlora or full
 
 
-def make_task(folder: Path, data: str = "tailed", shape: ModelShape = SMALL, method: str = "lora", path: Path | None = None,
+def make_task(folder: Path, data: str = "tailed", shape: ModelShape | None = SMALL, method: str = "lora", path: Path | None = None,
               count: int = CHATS, seed: int = 0) -> ChatTask:
     """Write the model, the initial adapter and the chats, and tokenize them without the trainer.
 
-    `data`: one of `DATA`; `path`: the file of a public set.
+    `data`: one of `DATA`; `shape`: of a random model, None for the real one; `path`: the file of a public set.
     """
     if data == "gsm8k":
         chats, texts = gsm8k_chats(path, count, seed)
@@ -52,12 +63,19 @@ def make_task(folder: Path, data: str = "tailed", shape: ModelShape = SMALL, met
     else:
         chats, core = synthetic_chats(data, count, seed), word_level()
         description = {"tailed": "random words, log-normal lengths", "equal": "random words, equal lengths"}[data]
-    tokenizer = chat_tokenizer(core)
-    tokenizer.save_pretrained(folder / "model")
-    save_model(folder, shape, seed)
+    model = ChatTask.model
+    if shape is None:
+        source, model = smollm2()
+        (folder / "model").symlink_to(source)
+        save_adapter(folder, AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32))
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    else:
+        tokenizer = chat_tokenizer(core)
+        tokenizer.save_pretrained(folder / "model")
+        save_model(folder, shape, seed)
     rows = (json.dumps({"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}) for q, a in chats)
     (folder / "chats.jsonl").write_text("\n".join(rows) + "\n")
-    return ChatTask(folder, tokenizer, [tokenized(tokenizer, *chat) for chat in chats], description, method)
+    return ChatTask(folder, tokenizer, [tokenized(tokenizer, *chat) for chat in chats], description, model, method)
 
 
 def synthetic_chats(lengths: str, count: int, seed: int) -> list[tuple[str, str]]:
@@ -81,11 +99,12 @@ def gsm8k_chats(path: Path | None, count: int, seed: int) -> tuple[list[tuple[st
 
 
 def tokenized(tokenizer: PreTrainedTokenizerBase, question: str, answer: str) -> tuple[np.ndarray, np.ndarray]:
-    """Tokenize a chat in three pieces, of which the middle one is supervised.
+    """Tokenize a chat of the tokenizer's template in three pieces, of which the middle one is supervised.
 
     Returns input_ids int32[L] and supervised bool[L].
     """
-    pieces = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n", f"{answer}<|im_end|>", "\n"
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False)
+    pieces = prompt, f"{answer}<|im_end|>", "\n"
     ids = [tokenizer(piece, add_special_tokens=False).input_ids for piece in pieces]
     return np.array(sum(ids, []), np.int32), np.repeat([False, True, False], [len(piece) for piece in ids])
 

@@ -136,7 +136,7 @@ def from_config(config: Config, tokenizer: PreTrainedTokenizerBase, device: torc
     from trainer.training.build import build
 
     with redirect_stdout(StringIO()):
-        run, _ = build(config, prepare_data(config, tokenizer), device, Distributed())
+        run, _ = build(config, prepare_data(config, tokenizer), device, Distributed(), (), tokenizer)
     return Steadfast(run)
 
 

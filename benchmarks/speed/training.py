@@ -21,7 +21,7 @@ from torch import nn
 from benchmarks.harness import record, show, timing
 from benchmarks.harness.arguments import add_timing_arguments, check_names, check_timing
 from benchmarks.harness.costs import Costs, step_costs
-from benchmarks.harness.model_shapes import CPU_MODELS
+from benchmarks.harness.model_shapes import CPU_MODELS, REAL
 from benchmarks.harness.public_sets import add_data_argument
 from benchmarks.harness.record import origin
 from benchmarks.harness.suite import Caption, Suite, View
@@ -108,7 +108,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_data_argument(parser, "GSM8K's train split, JSON lines with question and answer")
     parser.add_argument("--contenders", nargs="+", metavar="NAME", default=list(OTHERS),
                         help="those to measure beside ours, of: " + "; ".join(OTHERS))
-    parser.add_argument("--model", choices=tuple(CPU_MODELS), default="7m", help="default: %(default)s; 100m takes far longer a step")
+    parser.add_argument("--model", choices=(*CPU_MODELS, REAL), default="7m", help="default: %(default)s; 100m and smollm2, "
+                        "a real model, take far longer a step")
     parser.add_argument("--method", choices=tuple(METHODS), default="lora", help="default: %(default)s")
     parser.add_argument("--dtypes", nargs="+", choices=tuple(timing.AGREEMENT), default=["fp32"] + ["bf16"] * fast_bf16(),
                         help="default: fp32, and bf16 where this CPU multiplies in it")
@@ -135,7 +136,7 @@ def run(arguments: argparse.Namespace) -> dict:
     torch.set_num_threads(arguments.threads)
     quiet()
     with tempfile.TemporaryDirectory(prefix="steadfast-benchmark-") as folder:
-        task = make_task(Path(folder), arguments.chats, CPU_MODELS[arguments.model], arguments.method, arguments.data, count)
+        task = make_task(Path(folder), arguments.chats, CPU_MODELS.get(arguments.model), arguments.method, arguments.data, count)
         check_tokens(task)
         dtypes = [dtype for dtype in timing.AGREEMENT if dtype in arguments.dtypes]
         names = [name for name in arguments.contenders if OTHERS[name].dtype in dtypes]
@@ -156,7 +157,7 @@ def run(arguments: argparse.Namespace) -> dict:
     lengths = [len(ids) for ids, _ in task.samples]
     rates = {name: timing.spread(measured[name]).value for name in made}
     conditions = {
-        "model": f"Llama, {size.parameters - size.trainable * (arguments.method != 'full'):,} parameters, random weights",
+        "model": f"{task.model}, {size.parameters - size.trainable * (arguments.method != 'full'):,} parameters",
         "method": METHODS[arguments.method], "data": task.description, "chats": count,
         "mean_tokens": float(np.mean(lengths)), "longest": max(lengths),
         "supervised": sum(int(mask.sum()) for _, mask in task.samples) / sum(lengths), "tokens_per_step": TOKENS_PER_STEP,

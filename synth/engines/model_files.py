@@ -10,6 +10,7 @@ from pathlib import Path
 
 from synth.config import Model
 from synth.engines.interface import EngineError
+from trainer.model.gguf import converted, is_gguf
 
 # Files that decide a model's output: weights, configuration, tokenizer and chat template. Not pickled weights, which can run code.
 FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "vocab*", "merges.txt",
@@ -21,12 +22,14 @@ PIECE = 1_000_000  # bytes of a larger file that do: after its header, and at it
 
 
 def locate(model: Model) -> Path:
-    """Return the folder of a model; a hub name is downloaded unless it is cached.
+    """Return the folder of a model; a hub name is downloaded unless it is cached, a GGUF file converted.
 
     Raises EngineError where there is no such model, or no safetensors file in it.
     """
     folder = Path(model.path).expanduser()
-    if not folder.is_dir():
+    if is_gguf(folder):
+        folder = converted(folder.resolve(), model.path)
+    elif not folder.is_dir():
         folder = _snapshot(model)
     if not (folder / "config.json").is_file():
         raise EngineError(f"{model.path}: expected a model folder with config.json, got none")

@@ -65,7 +65,7 @@ def weights_fingerprint(model: Model) -> str | None:
     """
     if model.path is None:
         return None
-    folder = Path(model.path).expanduser()
+    folder = Path(model_source(model))
     if not folder.is_dir():
         return extract_commit_hash(cached_file(model.path, CONFIG_NAME), None)
     files = sorted(folder.glob("*.safetensors"))

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from trainer.config import Model
 from trainer.errors import UserError
+from trainer.model.gguf import converted, is_gguf
 
 TOKENIZER_FILES = ("tokenizer.*", "vocab*", "*.model", "*.tiktoken", "tekken.json")  # not tokenizer_config.json, which has no tokens
 
@@ -31,10 +32,15 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
 
 
 def model_source(model: Model) -> str:
-    """Return where the model is described: a folder with weights, a config.json, or a hub name."""
+    """Return where the model is described: a folder with weights, a config.json, or a hub name.
+
+    Raises UserError where there is none.
+    """
     if (model.path is None) == (model.config is None):
         raise UserError("model.path, model.config: expected exactly one of them, got " + ("neither" if model.path is None else "both"))
     if model.path is not None:
+        if is_gguf(file := Path(model.path).expanduser()):
+            return str(converted(file.resolve(), "model.path"))
         source = _locate("model.path", model.path)
         if Path(source).exists():
             _check_folder(Path(source))

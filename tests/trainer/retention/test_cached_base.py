@@ -289,8 +289,8 @@ def test_two_ranks_write_one_file(model_folder, chats, tmp_path):
 
 def test_a_step_reads_nothing_back(model_folder, chats, tmp_path):
     cfg = settings(model_folder, chats, tmp_path / "run", "--retention.kl_reference", "cached")
-    inputs = prepare_data(cfg, load_tokenizer(cfg.model))
-    run, _ = build.build(cfg, inputs, CPU, Distributed())
+    tokenizer = load_tokenizer(cfg.model)
+    run, _ = build.build(cfg, prepare_data(cfg, tokenizer), CPU, Distributed(), (), tokenizer)
     work = run.loader.load(0)
     with Readbacks() as readbacks:
         kl = train_step(run, work, Phases(CPU)).kl
