@@ -16,9 +16,8 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
-from urllib.parse import urlsplit
 
 import fsspec
 import pyarrow
@@ -68,9 +67,10 @@ class DataFile:
     key: str = ""  # its name to `remote`
 
     @property
-    def ending(self) -> str:
-        """Return its last ending, "" for none."""
-        return PurePosixPath(_name(self.key or self.path)).suffix
+    def endings(self) -> str:
+        """Return its last ending, with the one before that where it is compressed; "" for none."""
+        name = PurePosixPath(_name(self.key or self.path))
+        return "".join(name.suffixes[-2:] if self.codec else name.suffixes[-1:])
 
     @property
     def kind(self) -> str:
@@ -80,7 +80,7 @@ class DataFile:
     @property
     def codec(self) -> Codec | None:
         """Return how it is compressed."""
-        return CODECS.get(self.ending.lower())
+        return CODECS.get(PurePosixPath(_name(self.key or self.path)).suffix.lower())
 
     def open(self) -> io.BufferedReader:
         """Open the file's decompressed bytes.
@@ -110,13 +110,21 @@ class DataFile:
 
     def open_packed(self) -> io.BufferedReader:
         """Open the file's bytes as they lie there."""
-        if self.remote is None:
-            return Path(self.path).open("rb")
-        options = {"block_size": 0} if urlsplit(self.key).scheme in STREAMED else {}
+        options = {"block_size": 0} if self.key.partition("://")[0] in STREAMED else {}
         try:
+            if self.remote is None:
+                return open(self.path, "rb")
             return io.BufferedReader(_Stream(self.remote.open(self.key, "rb", **options), self._unreachable, seeks=not options), BLOCK)
         except Exception as error:  # of any library below fsspec
             raise Unreadable(self._unreachable(error)) from None
+
+    def require(self) -> None:
+        """Raise UserError where the file has no known kind, or is a link to nothing."""
+        if not self.kind:
+            raise UserError(f"{self.path}: expected a file that ends in {ENDINGS}, found {self.endings or 'none'}; convert or rename it"
+                            + (", or narrow the pattern" if self.part else ""))
+        if self.remote is None and not os.path.exists(self.path):
+            raise UserError(f"{self.path}: expected a file, found a link to nothing; remove or mend it")
 
     @property
     def size(self) -> int:
@@ -143,6 +151,8 @@ class DataFile:
                 "copy or download the file again")
 
     def _unreachable(self, error: Exception) -> str:
+        if self.remote is None and isinstance(error, OSError):
+            return f"expected a file that can be read, found: {error.strerror}; check it and your access"
         return (f"expected a file that can be read, found {type(error).__name__}: {one_line(str(error))}; "
                 "check the address, the network and your access")
 
@@ -209,16 +219,15 @@ def find_files(path: str, split: str = "train") -> list[DataFile]:
     elif place.is_folder(place.key):
         found = _parts(path, [place.file(key, place.key) for key in sorted(place.below(place.key))], split)
     elif glob.has_magic(place.key):
-        keys = {key for match in place.matches() for key in (place.below(match) if place.is_folder(match) else [match])}
+        keys = {key for match in place.matches()
+                for key in (filter(_is_part, place.below(match)) if place.is_folder(match) else [match])}
         found = [place.file(key, _shared_folder(keys)) for key in sorted(keys)]
         if not found:
             raise UserError(f"{path}: expected files that match this pattern, found none; check it, and quote it on the command line")
     else:
         return []
     for file in found:
-        if not file.kind:
-            raise UserError(f"{file.path}: expected a file that ends in {ENDINGS}, found {file.ending or 'none'}; convert or rename it"
-                            + (", or narrow the pattern" if file.part else ""))
+        file.require()
     return found
 
 
@@ -239,7 +248,7 @@ def stem(path: str) -> str:
     """Return a name for a path: its last part without endings, or its folder where that is a pattern."""
     last = PurePosixPath(_without_codec(path.partition("::")[0]))
     plain = re.sub(r"[*?\[\]{}]+", "", last.stem).strip("-_. ") if glob.has_magic(last.name) else last.stem
-    return plain or last.parent.name
+    return plain or next((folder.name for folder in last.parents if not glob.has_magic(folder.name)), "")
 
 
 class _Local:
@@ -298,7 +307,7 @@ class _Remote:
             return self.filesystem.info(key)["type"]
         except FileNotFoundError as error:
             reason = error.__cause__  # a web server that refuses us, or none
-            if urlsplit(key).scheme in STREAMED and getattr(reason, "status", None) != 404:
+            if key.partition("://")[0] in STREAMED and getattr(reason, "status", None) != 404:
                 raise self._refused(reason or error) from None
             return "none"
         except Exception as error:
@@ -328,8 +337,7 @@ class _Remote:
 
 def _parts(path: str, files: list[DataFile], split: str) -> list[DataFile]:
     """Return the parts among a folder's files: data files of `split`, hidden ones and metadata left out."""
-    parts = [file for file in files
-             if file.kind and not re.search(r"(^|/)[._]", file.part) and PurePosixPath(file.part).name not in METADATA]
+    parts = [file for file in files if _is_part(file.part)]
     if not parts:
         raise UserError(f"{path}: expected a folder written by save_to_disk, or one with parts that end in {ENDINGS}, found neither; "
                         "give the path of the data file itself")
@@ -341,6 +349,11 @@ def _parts(path: str, files: list[DataFile], split: str) -> list[DataFile]:
         found = ", ".join(sorted({_split(part.part) for part in parts}))
         raise UserError(f"{path}: expected parts of the split '{split}', found {found}; set split")
     return chosen
+
+
+def _is_part(name: str) -> bool:
+    """Return whether a file in a folder is a part of the data: of a known kind, not hidden, no metadata."""
+    return bool(DataFile(name).kind) and not re.search(r"(^|/)[._][^/.]", name) and PurePosixPath(name).name not in METADATA
 
 
 def _below(key: str, folder: str | None) -> str:
@@ -365,7 +378,7 @@ def _split(part: str) -> str:
 
 def _name(path: str) -> str:
     """Return a path without the query of a web address."""
-    return urlsplit(path)._replace(query="", fragment="").geturl() if path.startswith(("http://", "https://")) else path
+    return re.split("[?#]", path)[0] if path.startswith(("http://", "https://")) else path
 
 
 def _without_codec(path: str) -> str:

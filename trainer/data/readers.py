@@ -14,7 +14,7 @@ import pyarrow.parquet
 
 from trainer.data.arrow_rows import without_padding
 from trainer.data.files import DataFile, Unreadable
-from trainer.errors import UserError
+from trainer.errors import UserError, one_line
 
 Row = tuple[str, dict]  # its place in the file ("line 7"), and its columns; where asked for, the error of a line that is no row
 
@@ -132,9 +132,9 @@ def _parquet(file: BufferedReader, path: str) -> Iterator[Row]:
             batches = (batch.to_pylist() for batch in table.iter_batches(1000))
             for n, row in enumerate(chain.from_iterable(batches), 1):
                 yield f"record {n}", without_padding(row, table.schema_arrow)
-    except pyarrow.ArrowException as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: expected a Parquet file, found one that cannot be read: {reason}") from None
+    except (pyarrow.ArrowException, OSError) as error:  # Arrow raises either for a damaged file
+        raise UserError(f"{path}: expected a Parquet file, found one that cannot be read: {one_line(str(error))}; "
+                        "copy or download it again") from None
 
 
 READERS = {".json": _json, ".jsonl": _json_lines, ".csv": _csv, ".parquet": _parquet}  # by kind

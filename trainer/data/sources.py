@@ -40,7 +40,7 @@ Sources = list[tuple[Source, Dataset]]
 
 
 def load_sources(sources: str | list[str | Source], default_name: str, cache_dir: str | None = None, on_bad_row: str = "error") -> Sources:
-    """Load each source's records, with the columns `messages` and `inputs` (or `text`), and those of COMMON.
+    """Load each source's records: `messages` and `inputs`, or `text`, and the columns of COMMON.
 
     A source without a name gets its file's stem, or `default_name`. `cache_dir` defaults to the cache of `datasets`. With
     `on_bad_row="skip"` a row that is no record is left empty, with the reason as `refused`.
@@ -98,7 +98,10 @@ def _load(source: Source, cache_dir: str | None, on_bad_row: str) -> Dataset:
 
 
 def rows_of(opened: list[DataFile] | Dataset, skip_bad: bool = False) -> Iterator[readers.Row]:
-    """Yield the rows of an opened source, each with its place in it; with `skip_bad`, errors in the place of lines that are no rows."""
+    """Yield the rows of an opened source, each with its place in it.
+
+    With `skip_bad` there are errors in the place of lines that are no rows.
+    """
     if isinstance(opened, Dataset):
         schema = opened.features.arrow_schema
         yield from ((f"record {n}", without_padding(row, schema)) for n, row in enumerate(opened, 1))

@@ -127,7 +127,8 @@ def test_patterns_and_folders_of_parts_come_sorted(tmp_path):
 
 def test_names_of_sources(tmp_path):
     assert [files.stem(path) for path in ("a/chats.jsonl.gz", "a/parts/*.jsonl", "a/shard-*.jsonl.zst", "owner/name", "s3://b/C.PARQUET",
-                                          "https://h/f.jsonl?download=true")] == ["chats", "parts", "shard", "name", "C", "f"]
+                                          "https://h/f.jsonl?download=true", "set/*/*")] == \
+        ["chats", "parts", "shard", "name", "C", "f", "set"]
 
 
 def test_a_file_whose_name_looks_like_a_pattern(tmp_path):
@@ -207,6 +208,28 @@ def test_files_inside_an_archive(tmp_path):
     assert prompts(f"zip://inside/rows.jsonl::{tmp_path}/a.zip", tmp_path) == ALL
     assert "inside/wrong.jsonl::" in refusal(f"zip://inside/w*.jsonl::{tmp_path}/a.zip", tmp_path)
     assert "a.zip, line 7: expected one JSON object" in refusal(f"zip://inside/w*.jsonl::{tmp_path}/a.zip", tmp_path)
+
+
+def test_files_that_cannot_be_opened(tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "a.jsonl").write_bytes(TEXT)
+    (tmp_path / "set" / "b.jsonl").symlink_to(tmp_path / "nothing")
+    assert refusal(tmp_path / "set", tmp_path).endswith("b.jsonl: expected a file, found a link to nothing; remove or mend it")
+    (tmp_path / "rows.tar.gz").write_bytes(gzip.compress(TEXT))
+    assert "found .tar.gz; convert or rename it" in refusal(tmp_path / "rows.tar.gz", tmp_path)
+    Dataset.from_list(ROWS).to_parquet(tmp_path / "rows.parquet")
+    whole = (tmp_path / "rows.parquet").read_bytes()
+    for damaged in (whole[:-30], whole[:100] + bytes(200) + whole[300:], b"PAR1" + bytes(50) + b"PAR1"):
+        (tmp_path / "rows.parquet").write_bytes(damaged)
+        assert "rows.parquet: expected a Parquet file, found one that cannot be read" in refusal(tmp_path / "rows.parquet", tmp_path)
+    assert "Invalid IPv6" in refusal("https://[::1/f.jsonl", tmp_path)
+
+
+def test_folders_that_a_pattern_matches_give_their_parts_alone(tmp_path):
+    write_parts(tmp_path / "set" / "0")
+    (tmp_path / "set" / "0" / "_SUCCESS").write_bytes(b"")
+    (tmp_path / "set" / "0" / "README.md").write_bytes(b"")
+    assert prompts(tmp_path / "set" / "*", tmp_path) == ALL
 
 
 def test_text_in_another_encoding(tmp_path):
