@@ -102,6 +102,7 @@ class Model:
     path: str | None = None  # folder or hub name with config, tokenizer and safetensors weights
     config: str | None = None  # instead of `path`: a config.json (or its folder) of a model that starts from random weights
     tokenizer: str | None = None  # folder or hub name; default: the model's own
+    new_tokens: str | list[str] = field(default_factory=list)  # to add, or a file with one a line; beside an adapter their rows train
     fused_kernels: bool = True  # use our fused layers if the model family is supported
     trust_remote_code: bool = False  # run Python code that comes with the model
 
@@ -115,6 +116,7 @@ class Lora:
     dropout: float = 0.0  # on the adapter's input
     # ends of names of linear layers, a regular expression, or all-linear: all of the text decoder but routers and layers narrower than rank
     target_modules: str | list[str] = "all-linear"
+    modules_to_save: list[str] = field(default_factory=list)  # embedding or head (embed_tokens, lm_head) to train whole beside the adapter
     experts: bool = False  # adapt the weights of experts too, in mixtures of experts; they are most of such a model
     rslora: bool = False  # scale by alpha / sqrt(rank)
     dora: bool = False  # also train a magnitude of each output (DoRA)
@@ -294,6 +296,11 @@ def _validate_model(config: Config) -> None:
             "neither" if model.path is None else "both")
     require(model.config is None or config.method == "full", "method",
             "full beside model.config: an adapter on random weights has no base that others could load", config.method)
+    beside_adapter = config.method != "full" and config.lora.path is None
+    require(beside_adapter or not config.lora.modules_to_save, "lora.modules_to_save", "method lora or qlora, and no lora.path, beside it",
+            config.method if config.method == "full" else "lora.path")
+    require(not model.new_tokens or config.lora.path is None, "model.new_tokens", "no lora.path beside it, as a saved adapter has rows for "
+            "its own tokens alone", "lora.path")
 
 
 def _validate_data(data: Data) -> None:

@@ -34,6 +34,7 @@ from trainer.model.export import save_generation_config, save_weights
 from trainer.model.loading import meta_model
 from trainer.model.locate import load_tokenizer, model_source, one_line_errors
 from trainer.model.text_part import auto_class
+from trainer.model.vocabulary import trains_vocabulary
 
 USAGE = """\
 usage: python -m trainer.interpolate --model.path BASE --adapter RUN/adapter --alpha 0.5 --output FOLDER
@@ -100,6 +101,9 @@ def adapter_writer(config: Interpolate) -> Callable[[float, Path], None]:
     Raises UserError unless it is an adapter of this base, without DoRA.
     """
     folder = Path(config.adapter).expanduser()
+    if trains_vocabulary(config.adapter):
+        raise UserError(f"adapter: {folder} trains rows of the embedding or head, which cannot be scaled; merge it (--export merged) "
+                        "and give the merged model as --tuned")
     kind = "qlora" if is_quantized(config.model) else "lora"
     with torch.device("meta"):
         lora.add_adapter(meta_model(Config(model=config.model, method=kind)), Lora(path=str(folder)))

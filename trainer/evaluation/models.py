@@ -162,12 +162,13 @@ def load(model_options: training.Model, adapter: Path | None, config: Config, de
     Raises UserError if model or adapter are missing or do not fit.
     """
     method = "qlora" if config.load_in_4bit or _quantized(model_options) else "full"
-    run = training.Config(model=model_options, method=method, precision=config.precision)
+    run = training.Config(model=model_options, method=method, precision=config.precision,
+                          lora=training.Lora(path=None if adapter is None else str(adapter)))
     quantization.require_bitsandbytes(run)
     model, _ = load_model(run, device)
     if adapter is not None:
         with _rename_option("adapter", "lora.path"):
-            model = lora.add_adapter(model, training.Lora(path=str(adapter)))
+            model = lora.add_adapter(model, run.lora)
     report = patch(model, model_options.fused_kernels)
     with _rename_option("load_in_4bit", "method qlora"):
         refuse_misread_layers(lora.unfused_layers(model, model_options.fused_kernels))

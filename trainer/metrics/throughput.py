@@ -29,6 +29,7 @@ from trainer.model.forward import unwrap_peft
 from trainer.model.fused_layers import row_selecting_layer
 from trainer.model.quantization import weight_count
 from trainer.model.text_part import head_layer
+from trainer.model.vocabulary import without_wrapper
 
 # Dense bf16 matmul rates stated by the makers, FLOP/s.
 STATED_PEAK = {
@@ -76,7 +77,8 @@ def model_size(model: nn.Module) -> ModelSize:
     config, head, weights = model.config.get_text_config(), head_layer(unwrap_peft(model)), list(model.parameters())
     share = expert_share(config)
     routed = dict.fromkeys(expert_weights(model), share or 0.0)
-    counts, late = matrix_weights(model.modules(), head, routed), matrix_weights(modules_after_attention(model), head, routed)
+    plain = without_wrapper(head)
+    counts, late = matrix_weights(model.modules(), plain, routed), matrix_weights(modules_after_attention(model), plain, routed)
     return ModelSize(
         parameters=sum(map(weight_count, weights)), trainable=sum(p.numel() for p in weights if p.requires_grad),
         frozen_matrices=counts[False], trained_matrices=counts[True], head=head.weight.numel(),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ from trainer.model.locate import one_line_errors
 from trainer.model.lora import adapted_weights, projection, why_not_fused
 from trainer.model.peft_targets import make_loadable
 from trainer.model.quantization import is_quantized, nf4_of, quantized_layers
+from trainer.model.vocabulary import with_trained_rows
 
 
 def save_adapter(model: PeftModel, folder: Path | str, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
@@ -36,7 +38,7 @@ def save_adapter(model: PeftModel, folder: Path | str, tokenizer: PreTrainedToke
     The adapter names its base model as it was loaded: an absolute path, or a hub name.
     """
     with atomic_folder(folder) as tmp:
-        model.save_pretrained(tmp)
+        model.save_pretrained(tmp, save_embedding_layers=False)  # rows and modules that train are saved in any case
         make_loadable(model.get_base_model(), tmp)
         if tokenizer is not None:
             tokenizer.save_pretrained(tmp)
@@ -57,7 +59,7 @@ def merge_and_save(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedToke
     names = list(state)  # which saving empties
     with atomic_folder(folder) as tmp:
         save_weights(dense, tmp, state)
-        _check_loads(dense, tmp, base)
+        _check_loads(dense, tmp, _stock_state(base))
         add_rest(tmp, base, names)
         save_generation_config(base, tmp)
         tokenizer.save_pretrained(tmp)
@@ -126,12 +128,16 @@ def _dense_on_meta(base: PreTrainedModel) -> PreTrainedModel:
     return dense
 
 
-def _check_loads(saved: PreTrainedModel, folder: Path, base: PreTrainedModel) -> None:
-    """Check that transformers, loading a folder as the class of `saved`, finds every weight of `base`.
+def _stock_state(base: nn.Module) -> dict[str, Tensor]:
+    """Return the state dict of `base` without adapters, under stock names."""
+    return with_trained_rows(base, {base_name(name): tensor for name, tensor in base.state_dict().items() if ".lora_" not in name})
+
+
+def _check_loads(saved: PreTrainedModel, folder: Path, expected: Iterable[str]) -> None:
+    """Check that transformers, loading a folder as the class of `saved`, finds the weights of these names.
 
     It reads names and shapes only, and undoes the layout of the checkpoint as loading does. Raises UserError.
     """
-    expected = {base_name(name) for name in base.state_dict() if ".lora_" not in name}
     headers = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as opened:
@@ -140,7 +146,7 @@ def _check_loads(saved: PreTrainedModel, folder: Path, base: PreTrainedModel) ->
     with one_line_errors("export", folder):
         _, found = type(saved).from_pretrained(None, config=config, state_dict=headers, device_map="meta", output_loading_info=True,
                                                ignore_mismatched_sizes=True)
-    unfit = sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])} & expected)
+    unfit = sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])} & set(expected))
     if unfit:
         raise UserError(f"export: transformers would not find {len(unfit)} weights in the model as it was written, such as {unfit[0]}; "
                         "use --export adapter")
@@ -149,7 +155,7 @@ def _check_loads(saved: PreTrainedModel, folder: Path, base: PreTrainedModel) ->
 @torch.no_grad()
 def merged_state(base: nn.Module) -> dict[str, Tensor]:
     """Return the state dict of `base` with adapters merged into dense weights, under stock names."""
-    state = {base_name(name): tensor for name, tensor in base.state_dict().items() if ".lora_" not in name}
+    state = _stock_state(base)
     for name, module in base_modules(base).items():
         if is_quantized(module):
             for quant_state_key in [key for key in state if key.startswith(f"{name}.weight.")]:

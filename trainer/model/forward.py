@@ -24,6 +24,7 @@ from trainer.model.fused_layers import row_selecting_layer
 from trainer.model.pack_context import checkpoint_contexts, pack_of, run_pack
 from trainer.model.packed_attention import is_packed, last_hidden_states
 from trainer.model.text_part import head_layer
+from trainer.model.vocabulary import without_wrapper
 
 CPU_16BIT_PADDING = PadTo(tokens=64, rows=32)
 
@@ -60,16 +61,18 @@ def lm_head(model: nn.Module) -> LmHead:
     Raises ValueError for a head that is no plain linear layer.
     """
     base = unwrap_peft(model)
-    layer = head_layer(base)
-    if type(layer) is not nn.Linear:
-        raise ValueError(f"head: expected a plain linear layer, got {type(layer).__name__}")
+    layer = head_layer(base)  # PEFT's wrapper, if it trains, whose weight has the trained rows
+    plain = without_wrapper(layer)
+    if type(plain) is not nn.Linear:
+        raise ValueError(f"head: expected a plain linear layer, got {type(plain).__name__}")
     config = base.config.get_text_config()
     factors = [getattr(config, name, None) or 1.0 for name in ("logit_scale", "lm_head_multiplier", "output_multiplier")]
     divisors = [getattr(config, name, None) or 1.0 for name in ("logits_scaling", "logits_mup_width_multiplier")]
     if config.model_type == "hyperclovax":  # multiplies by what Granite divides by
         factors, divisors = [config.logits_scaling], []
     caps = [getattr(config, name, None) for name in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")]
-    return LmHead(layer.weight, layer.bias, next(filter(None, caps), None), math.prod(factors) / math.prod(divisors))
+    bias = getattr(layer, "bias", plain.bias)
+    return LmHead(layer.weight, bias, next(filter(None, caps), None), math.prod(factors) / math.prod(divisors))
 
 
 def forward_hidden(model: nn.Module, batch: PackedBatch, rows: Tensor | None = None) -> Tensor:

@@ -20,6 +20,7 @@ from trainer.model.locate import load_tokenizer, model_source, one_line_errors
 from trainer.model.packed_attention import PACKED, decoder, refuse_mask, set_attention
 from trainer.model.packing_probe import probe_packing
 from trainer.model.text_part import auto_class, is_wrapped, keep_text_part
+from trainer.model.vocabulary import fit_vocabulary
 from trainer.runtime.device import compute_dtype
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ def load_model(config: Config, device: torch.device | str) -> tuple[PreTrainedMo
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(config.seed)
             model = _without_weights(config.model, source, dtype, device)
-    _check_vocabulary(model, tokenizer)
+    fit_vocabulary(model, tokenizer, config.model, config.lora.path)
     use_packed_attention(model)
     return model, tokenizer
 
@@ -54,7 +55,7 @@ def meta_model(config: Config) -> PreTrainedModel:
     if config.model.path is not None:
         _quantization_config(config, source, torch.float32)
     model = _without_weights(config.model, source, torch.float32, torch.device("meta"))
-    _check_vocabulary(model, load_tokenizer(config.model))
+    fit_vocabulary(model, load_tokenizer(config.model), config.model, config.lora.path)
     return model
 
 
@@ -126,18 +127,6 @@ def _found_config(model: Model, source: str) -> PreTrainedConfig:
     """Read the config of a model."""
     with one_line_errors("model.path" if model.path else "model.config", source):
         return AutoConfig.from_pretrained(source, trust_remote_code=model.trust_remote_code)
-
-
-def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a tokenizer with more tokens than the model's embedding has rows."""
-    try:
-        rows = model.get_input_embeddings().weight.shape[0]
-    except NotImplementedError:
-        raise UserError(f"model: expected a model that reads text tokens, {type(model).__name__} names no embedding of them; "
-                        "train another model") from None
-    if len(tokenizer) > rows:
-        raise UserError(f"model.tokenizer: expected at most {rows} tokens, the rows of the model's embedding, found {len(tokenizer)}; "
-                        "use the model's own tokenizer, or a config with a larger vocab_size")
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:

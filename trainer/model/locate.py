@@ -16,19 +16,25 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trainer.config import Model
 from trainer.errors import UserError
 from trainer.model.gguf import converted, is_gguf
+from trainer.model.vocabulary import add_tokens
 
 TOKENIZER_FILES = ("tokenizer.*", "vocab*", "*.model", "*.tiktoken", "tekken.json")  # not tokenizer_config.json, which has no tokens
 
 
 def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of `model.tokenizer`, or the model's own. Raises UserError if there is none."""
+    """Load the tokenizer of `model.tokenizer`, or the model's own, with `model.new_tokens`.
+
+    Raises UserError if there is none.
+    """
     option = "model.tokenizer"
     source = _locate(option, model.tokenizer) if model.tokenizer else model_source(model)
     folder = Path(source).parent if Path(source).is_file() else Path(source)
     if folder.is_dir() and not any(next(folder.glob(pattern), None) for pattern in TOKENIZER_FILES):
         raise UserError(f"{option}: no tokenizer in {folder}; set {option} to a folder or hub name that has one")
     with one_line_errors(option, source):
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+    add_tokens(tokenizer, model)
+    return tokenizer
 
 
 def model_source(model: Model) -> str:

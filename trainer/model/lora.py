@@ -20,6 +20,8 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_mod
 from peft.tuners.lora.layer import Linear as AdaptedLinear
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.variants import DoraLinearVariant
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -34,6 +36,8 @@ from trainer.model.lora_targets import choose_targets, describe_left_out
 from trainer.model.mixtures import find_mixtures
 from trainer.model.peft_targets import as_loaded, as_modules, targets_as_given
 from trainer.model.quantization import is_quantized, nf4_of, weight_count, why_not_nf4
+from trainer.model.vocabulary import check_wrappers, trained_vocabulary
+from trainer.model.vocabulary import describe as describe_vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +47,10 @@ DISABLED_BY_US = "_steadfast_disabled"  # attribute of PEFT's layers inside `ada
 # ---------------------------------------------------------------- making and loading
 
 
-def add_adapter(model: PreTrainedModel, lora: config.Lora) -> PeftModel:
+def add_adapter(model: PreTrainedModel, lora: config.Lora, new_ids: Sequence[int] = ()) -> PeftModel:
     """Freeze `model` and put a trainable adapter on its linear layers.
 
+    Rows of the embedding and head for the tokens `new_ids` train beside it, and so do the modules of `lora.modules_to_save`.
     The adapter is new (fp32, B = 0), or the one saved at `lora.path`. A saved adapter brings its own rank and targets. Raises UserError
     for numbers out of range, targets that the model does not have or that can take no adapter, or a folder without a LoRA adapter for
     this model. Call `patch` afterwards to fuse it.
@@ -54,11 +59,12 @@ def add_adapter(model: PreTrainedModel, lora: config.Lora) -> PeftModel:
         return _load_adapter(model, lora.path)
     _check_numbers(lora)
     targets = choose_targets(model.requires_grad_(False), lora)
+    vocabulary = trained_vocabulary(model, lora, list(new_ids))
     alpha = int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha  # readers of the JSON expect an int
     with targets_as_given():
         adapted = get_peft_model(model, LoraConfig(
             task_type="CAUSAL_LM", r=lora.rank, lora_alpha=alpha, lora_dropout=lora.dropout, target_modules=targets.modules,
-            target_parameters=targets.parameters or None, use_rslora=lora.rslora, use_dora=lora.dora,
+            target_parameters=targets.parameters or None, use_rslora=lora.rslora, use_dora=lora.dora, **vocabulary,
         ))
     adapted.left_out = targets.left_out
     return adapted
@@ -87,12 +93,13 @@ def _load_adapter(model: PreTrainedModel, path: str) -> PeftModel:
         raise UserError(f"lora.path: expected adapter_model.safetensors in {folder}; only safetensors weights are loaded")
     try:
         saved = PeftConfig.from_pretrained(folder)
-        if not isinstance(saved, LoraConfig) or saved.modules_to_save:
-            raise UserError(f"lora.path: expected a LoRA adapter without modules_to_save, found {saved.peft_type} in {folder}")
+        if not isinstance(saved, LoraConfig):
+            raise UserError(f"lora.path: expected a LoRA adapter, found {saved.peft_type} in {folder}")
         with targets_as_given():
             adapted = PeftModel.from_pretrained(model, folder, config=as_modules(model, saved), is_trainable=True,
                                                 low_cpu_mem_usage=model.device.type == "meta")
         _check_loaded(adapted, as_loaded(model, saved, load_file(weights)))
+        check_wrappers(model)
         return adapted
     # Another model's shapes or names, an unknown kind of adapter, a file cut short.
     except (ValueError, RuntimeError, OSError, KeyError, TypeError, SafetensorError) as error:
@@ -104,7 +111,7 @@ def _check_loaded(adapted: PeftModel, saved: dict[str, Tensor]) -> None:
 
     Raises ValueError. A model on the meta device has names and shapes only.
     """
-    loaded = get_peft_model_state_dict(adapted)
+    loaded = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     if unmatched := saved.keys() ^ loaded.keys():
         raise ValueError(f"{len(unmatched)} tensors are in one but not in the other, such as {min(unmatched)}")
     same = {name for name, tensor in loaded.items()
@@ -118,7 +125,7 @@ def describe(model: nn.Module) -> dict[str, str]:
     if not isinstance(model, PeftModel):
         return {}
     base, left_out = model.get_base_model(), getattr(model, "left_out", {})
-    lines = {"no adapter": describe_left_out(left_out)} if left_out else {}
+    lines = ({"no adapter": describe_left_out(left_out)} if left_out else {}) | describe_vocabulary(model)
     mixtures = find_mixtures(base)
     experts = mixtures.weights | {f"{name}.weight": layer.weight for name, layer in mixtures.layers.items()}
     if experts:
@@ -194,8 +201,8 @@ def why_not_fused(module: nn.Module) -> str | None:
 
 
 def adapted_layers(model: nn.Module) -> list[nn.Module]:
-    """Return the layers that have an adapter of any kind."""
-    return [module for module in model.modules() if isinstance(module, LoraLayer)]
+    """Return the modules of PEFT that hold something trained: adapters, and what trains beside them."""
+    return [module for module in model.modules() if isinstance(module, (LoraLayer, TrainableTokensLayer, AuxiliaryTrainingWrapper))]
 
 
 @contextmanager

@@ -11,12 +11,16 @@ from peft import PeftModel
 
 from trainer.model.lora import adapted_layers, adapted_weights
 from trainer.model.mixtures import find_mixtures
+from trainer.model.vocabulary import wrappers
 
 
 def how_to_serve(model: PeftModel) -> list[str]:
     """Return a line for whatever vLLM needs to be told to serve the adapter, or cannot serve."""
     lines = []
-    if any(layer.lora_variant for layer in adapted_layers(model)):
+    if wrappers(model):
+        lines.append("adapter: PEFT loads it on the base with model.resize_token_embeddings(len(tokenizer)); vLLM refuses trained rows and "
+                     "modules, so it needs a merged model (--export merged)")
+    elif any(getattr(layer, "lora_variant", None) for layer in adapted_layers(model)):
         lines.append("adapter: vLLM refuses DoRA; only a merged model can be served there (--export merged)")
     elif find_mixtures(base := model.get_base_model()).weights.keys() & adapted_weights(base).keys():
         lines.append("adapter: experts carry it, so vLLM needs enable_mixed_moe_lora_format, and is_3d_lora_weight in its LoRA module")

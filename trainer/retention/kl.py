@@ -57,6 +57,11 @@ class FrozenBase:
         self._set_training(training)
         return hidden
 
+    def head(self) -> LmHead:
+        """Return the base's head, which the model's own is too unless it trains."""
+        with adapters_disabled(self.adapted_layers):
+            return lm_head(self.model)
+
     def _set_training(self, mode: bool) -> None:
         """Do what `model.train(mode)` does, ten times as fast: it runs twice for each pack."""
         for module in self.modules:
@@ -151,7 +156,7 @@ class KlToBase:
         else:
             hidden = forward_hidden(model, batch)
             supervised = hidden.index_select(0, batch.supervised_rows)
-        head, base_head = lm_head(model), self.base_head or lm_head(self.base.model)
+        head, base_head = lm_head(model), self.base_head or self.base.head()
         base_weight, base_bias = (None, None) if base_head.weight is head.weight else (base_head.weight, base_head.bias)
         kl = linear_kl(
             hidden.index_select(0, batch.kl.rows), head.weight, reference, base_weight, divergence=DIVERGENCES[self.options.kl_direction],

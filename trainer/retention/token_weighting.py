@@ -27,7 +27,6 @@ from trainer.data.batch import batches
 from trainer.data.packing import pack
 from trainer.data.samples import Samples
 from trainer.errors import UserError
-from trainer.model.forward import lm_head
 from trainer.retention.kl import FrozenBase, sources_of
 from trainer.runtime.distributed import Distributed
 
@@ -84,7 +83,8 @@ def base_log_probs(model: nn.Module, samples: Samples, indices: np.ndarray, batc
 
     Each rank runs its own packs.
     """
-    base, head = FrozenBase(model), lm_head(model)
+    base = FrozenBase(model)
+    head = base.head()
     counts = samples.supervised[indices]
     starts = np.cumsum(counts) - counts
     log_probs = torch.zeros(int(counts.sum()), device=device)

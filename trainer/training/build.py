@@ -24,6 +24,7 @@ from trainer.model.bitsandbytes_cpu_check import refuse_misread_layers
 from trainer.model.forward import apply_activation_checkpointing, padding_for, unwrap_peft
 from trainer.model.loading import load_model, weights_fingerprint
 from trainer.model.patch import PatchReport, patch
+from trainer.model.vocabulary import new_tokens
 from trainer.optim.adamw import FlatAdamW
 from trainer.retention import cached_base, kl, monitor, token_weighting
 from trainer.retention.kl import KlToBase
@@ -98,10 +99,10 @@ def require_packs_for_all_ranks(plan: StepPlan, dist: Distributed) -> None:
 
 def build_model(config: Config, device: torch.device) -> tuple[nn.Module, PatchReport]:
     """Load the model, add the adapter, replace layers by fused ones, and set up activation checkpointing."""
-    model, _ = load_model(config, device)
+    model, tokenizer = load_model(config, device)
     torch.manual_seed(config.seed)
     if config.method != "full":
-        model = lora.add_adapter(model, config.lora)
+        model = lora.add_adapter(model, config.lora, tokenizer.convert_tokens_to_ids(new_tokens(config.model)))
     patched = patch(model, config.model.fused_kernels)
     refuse_misread_layers(lora.unfused_layers(model, config.model.fused_kernels))
     patched.backends |= text_part.describe(unwrap_peft(model)) | quantization.describe(model) | lora.describe(model)

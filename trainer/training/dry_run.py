@@ -15,6 +15,7 @@ from trainer.metrics.throughput import model_size
 from trainer.model import router_balance
 from trainer.model.loading import meta_model
 from trainer.model.lora import add_adapter, describe
+from trainer.model.vocabulary import new_tokens
 from trainer.retention import cached_base, kl
 from trainer.runtime.device import compute_dtype, dtype_name
 from trainer.training.export_trial import try_export
@@ -29,7 +30,7 @@ def print_dry_run(config: Config, data: TrainingData, device: torch.device, toke
     model = meta_model(config)
     if config.method != "full":
         with torch.device("meta"):
-            model = add_adapter(model, config.lora)
+            model = add_adapter(model, config.lora, tokenizer.convert_tokens_to_ids(new_tokens(config.model)))
     balance = router_balance.prepare(config.router_aux_loss_coef, model)
     summary = data_summary(data, config)
     _print_samples(data, config.seed)

@@ -20,7 +20,7 @@ import torch
 from peft import PeftModel
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from trainer.data.batch import collate
@@ -29,6 +29,7 @@ from trainer.errors import UserError
 from trainer.model.checkpoint_rest import checkpoint_files
 from trainer.model.forward import forward_hidden, lm_head, unwrap_peft
 from trainer.model.text_part import auto_class
+from trainer.model.vocabulary import trains_vocabulary
 from trainer.training.training_run import TrainingRun
 
 SAMPLES, TOKENS = 8, 128  # at most: samples, and tokens of each
@@ -151,7 +152,10 @@ def load_adapter(folder: Path, trained: Trained, device: torch.device) -> PeftMo
     """Load an adapter folder with PEFT, on the base that it names."""
     name = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
     options = {} if trained.quantization is None else {"quantization_config": trained.quantization}
-    return PeftModel.from_pretrained(load_whole(name, trained, device, **options), folder).eval()
+    base = load_whole(name, trained, device, **options)
+    if trains_vocabulary(str(folder)) and (rows := len(AutoTokenizer.from_pretrained(folder))) > len(base.get_input_embeddings().weight):
+        base.resize_token_embeddings(rows, mean_resizing=False)
+    return PeftModel.from_pretrained(base, folder).eval()
 
 
 def _lost_names(folder: Path, model: PreTrainedModel, trained: Trained) -> set[str]:
