@@ -18,6 +18,7 @@ MOST_BYTES = 2**25  # of an answer, also decompressed
 MOST_TOKENS = 2**31  # that an answer may claim to have
 MOST_CHARACTERS = 1000, 128  # of a text, and beside them of each token that was allowed: no vocabulary has longer ones
 ROUNDING = 1e-3  # by which a log-probability may exceed 0
+UNFINISHED = (None, "error", "abort", "cancelled", "canceled")  # finish reasons of a server that broke off
 ELSEWHERE = ("reasoning_content", "reasoning", "thinking", "refusal")  # fields that may hold the text where the content is empty
 
 
@@ -154,6 +155,8 @@ def _reply(answer: dict, choice: dict, text: str, max_tokens: int, first: list, 
     finish = choice.get("finish_reason")
     if finish is not None and not isinstance(finish, str):
         raise Garbled(f"an answer whose finish_reason is {type(finish).__name__}")
+    if finish in UNFINISHED:
+        raise Garbled(f"an answer that the server did not finish ({finish})")
     usage = answer.get("usage")
     told = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")] if isinstance(usage, dict) else [None, None]
     counts = [_count(value) for value in told]

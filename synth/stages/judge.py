@@ -50,6 +50,7 @@ RATED_RESPONSES = """
     SELECT q.item, q.model, q.sample, q.value, r.text
     FROM ratings AS q JOIN responses AS r ON r.item = q.item AND r.model = q.model AND r.sample = q.sample
     WHERE q.value IS NOT NULL ORDER BY q.item, q.model, q.sample"""
+COUNT_SCORES = "SELECT count(*), count(score) FROM scores WHERE judge = ?"
 COMPARISON_KEYS = "SELECT item, model, sample, other_model, other_sample FROM comparisons WHERE judge = ?"
 RESPONSE_TEXTS = "SELECT item, model, sample, text FROM responses WHERE item BETWEEN ? AND ?"
 
@@ -67,6 +68,7 @@ def judge(run: SynthesisRun) -> None:
             with run.start_engine("judge", model) as writer:
                 ask = writer.choose if task.options.scoring == "expected_score" else writer.complete
                 ask(task.requests(), missing, task.write)
+            task.warn_without_scores()
     if run.config.judge.pairwise:
         compare_best_pairs(run)
     run.finish("judge")
@@ -159,6 +161,14 @@ class ScoringTask(JudgeTask):
     def count_missing(self) -> int:
         (count,), = self._select(COUNT_UNSCORED)
         return count
+
+    def warn_without_scores(self) -> None:
+        """Say so where none of the judge's answers could be read."""
+        (answers, scores), = self.run.pool.select(COUNT_SCORES, self.name)
+        if answers and not scores:
+            remedy = ("use judge.scoring generated" if self.options.scoring == "expected_score"
+                      else "look at the texts in the pool's table scores, and raise judge.max_tokens where they are cut off")
+            self.run.say(f"judge: WARNING: none of the {answers:,} answers of {self.name} has a score; {remedy}, in another output")
 
     def requests(self) -> Iterator[ChoiceRequest | CompletionRequest]:
         last = (-1, "", 0)

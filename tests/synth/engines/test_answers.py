@@ -71,6 +71,8 @@ BAD = {
     "choices is an object": body(choices={"0": 1}),
     "choice is null": body(choices=[None]),
     "finish is a list": choice(finish_reason=["stop"]),
+    "unfinished": choice(finish_reason=None),
+    "broken off": choice(finish_reason="error"),
     "deep JSON": b'{"choices": ' + b"[" * 100_000,
     "long number": b'{"choices": ' + b"9" * 10_000 + b"}",
     "text of two megabytes": choice(message={"role": "assistant", "content": "x" * 2_000_000}),

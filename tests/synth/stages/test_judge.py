@@ -76,6 +76,17 @@ def test_the_only_judge_judges_its_own_answers_and_says_so(tmp_path, monkeypatch
     assert len(scores(run)) == 6 and lines[0] == "judge: base scores its own responses, because there is no other judge"
 
 
+@pytest.mark.parametrize("mass", [0.0, 0.1])
+def test_a_judge_without_any_score_is_named(mass, tmp_path, monkeypatch):
+    lines = []
+    run = make_run(tmp_path, ["base"], say=lines.append)
+    fill_pool(run, CHATS, {"base": ANSWERS["base"]})
+    install(monkeypatch, base=FakeEngine("base", choose=lambda request: (mass, 0, 0, 0, 0)))
+    judge(run)
+    warning = "judge: WARNING: none of the 6 answers of base has a score; use judge.scoring generated, in another output"
+    assert (warning in lines) == (mass == 0)
+
+
 def test_answers_that_a_later_selection_dropped_are_still_judged(tmp_path, monkeypatch):
     run = make_run(tmp_path, ["base"])
     fill_pool(run, CHATS, {"base": ANSWERS["base"]})
