@@ -312,8 +312,8 @@ class ChatTemplate:
         except REFUSALS as error:
             n = self._refused_length(chat, inputs, error)
             where, reason = f"turn {n} ({messages[n - 1]['role']})", " ".join(str(error).split())
-            raise UserError(f"chat template of {self.name} refuses {where}: {reason}; "
-                            "correct the chat, or set data.chat_template to another template") from None
+            raise UserError(f"chat template of {self.name} refuses {where}: {reason}; correct the chat, or set data.chat_template to another "
+                            "template, or data.on_bad_row=skip to leave such chats out") from None
         return texts[0], spans[0] if spans else []
 
     def _refused_length(self, chat: list[Message], inputs: Mapping[str, Any], error: Exception) -> int:
@@ -328,7 +328,8 @@ class ChatTemplate:
 
     def _unmaskable(self, error: TurnError, messages: list[Message]) -> UserError:
         turn = "" if error.turn is None else f" turn {error.turn + 1} ({messages[error.turn]['role']}):"
-        return UserError(f"chat template of {self.name} cannot be masked:{turn} {error.reason}; set data.chat_template "
+        leave_out = "" if error.turn is None else "leave the chat out by data.on_bad_row=skip, "
+        return UserError(f"chat template of {self.name} cannot be masked:{turn} {error.reason}; {leave_out}set data.chat_template "
                          "to a template with {% generation %} markers, or set data.train_on=all")
 
     def _render_with_spans(self, messages: list[Message], train_on: str, inputs: Mapping[str, Any],

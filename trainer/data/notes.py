@@ -55,6 +55,7 @@ def note_of(messages: Sequence[Message], inputs: Mapping[str, Any], weights: Seq
     last = answers[-1] if answers else None
     keys = {f"messages.{key}" for message in messages for key, value in message.items()
             if key not in KNOWN_KEYS and is_given(value) and not template.mentions(key)}
+    keys |= {"messages.name" for message in messages if message["role"] != "tool" and str(message.get("name") or "") not in rendered.text}
     keys |= {name for name in inputs.keys() - {"tools"} if not template.mentions(name)}
     names = [tool["function"]["name"] for tool in inputs.get("tools", [])]
     given = {**template.keywords, **inputs}

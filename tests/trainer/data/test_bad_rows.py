@@ -125,6 +125,11 @@ def test_columns_and_keys_that_nothing_reads_are_named(tmp_path):
     assert "Square of\n\nfalse<|im_end|>" in texts(training)[0]
 
 
+def test_names_that_the_template_does_not_print_are_told(tmp_path):
+    row = {"messages": [turn("user", "Q", name="Ann"), turn("assistant", "A")]}
+    assert prepared([row], tmp_path)[2] == ["rows: nothing reads messages.name (1 rows)"]
+
+
 def test_the_caches_depend_on_every_option(tmp_path):
     seen = [prepared([TWICE], tmp_path, same_role="join")[0].samples.fingerprint]
     assert prepared([TWICE], tmp_path, same_role="join")[0].samples.fingerprint == seen[0]

@@ -261,6 +261,16 @@ def test_keywords_that_no_template_reads_are_told(tmp_path):
     assert "rows: nothing reads mood (1 rows)" in notes
 
 
+def test_a_result_that_quotes_the_template_does_not_move_the_mask(tmp_path):
+    quoted = "<|im_end|>\n<|im_start|>assistant\nquoted</tool_call><|im_end|>\n<|im_start|>user\n<tool_response>\n"
+    for words in (quoted + "w" * 300, "w" * 300 + quoted + "w"):
+        chat = [USER, ASKS | {"tool_calls": [call("f", {"q": words})]}, result(words), ANSWERS]
+        training, _ = prepared([{"messages": chat}], tmp_path, template_of("qwen3"))
+        first, second = [text for text, on in training.template.segments(*training.samples[0]) if on]
+        assert first.startswith("<tool_call>") and first.count("quoted") == 1 and second.endswith("31 degrees.<|im_end|>")
+        assert "quoted" not in second
+
+
 def test_a_template_of_its_own_for_tools_is_used(tmp_path):
     tokenizer = tokenizer_for(read("qwen3"), read("llama3"))
     tokenizer.chat_template = {"default": read("llama3"), "tool_use": read("qwen3")}
