@@ -312,8 +312,8 @@ class ChatTemplate:
         except REFUSALS as error:
             n = self._refused_length(chat, inputs, error)
             where, reason = f"turn {n} ({messages[n - 1]['role']})", " ".join(str(error).split())
-            raise UserError(f"chat template of {self.name} refuses {where}: {reason}; correct the chat, or set data.chat_template to another "
-                            "template, or data.on_bad_row=skip to leave such chats out") from None
+            raise UserError(f"chat template of {self.name} refuses {where}: {reason}; correct the chat, or set data.chat_template to "
+                            "another template, or data.on_bad_row=skip to leave such chats out") from None
         return texts[0], spans[0] if spans else []
 
     def _refused_length(self, chat: list[Message], inputs: Mapping[str, Any], error: Exception) -> int:
