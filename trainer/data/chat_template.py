@@ -88,8 +88,8 @@ class ChatTemplate:
         self._override = template
 
     def encode_chats(self, chats: Sequence[list[Message]], train_on: str = "assistant",
-                     names: Sequence[str] | None = None) -> list[Encoded]:
-        """Encode chats with one call of the tokenizer.
+                     names: Sequence[str] | None = None, inputs: Sequence[Mapping[str, Any]] | None = None) -> list[Encoded]:
+        """Encode chats, each with its inputs, with one call of the tokenizer.
 
         Supervised are each "assistant" turn, the "last" of them, or "all" tokens but the first. Raises UserError with the chat's
         name (of `names`), the template, the turn and the reason if a chat is refused or cannot be masked.
@@ -97,7 +97,7 @@ class ChatTemplate:
         rendered = []
         for i, chat in enumerate(chats):
             try:
-                rendered.append(self.render_chat(chat, train_on))
+                rendered.append(self.render_chat(chat, train_on, inputs[i] if inputs else None))
             except UserError as error:
                 raise UserError(f"{names[i]}: {error}" if names else str(error)) from None
         return [encoded for encoded, _ in self.encode(rendered)]

@@ -72,24 +72,9 @@ class Format:
         common["unread"] = ", ".join(column for column, value in row.items() if column not in read and is_given(value)) or None
         if self.name == "text":
             return _unicode({"text": as_text(fields["text"], self.paths["text"]), **common})
-        inputs = self._inputs(fields)
+        inputs = read_inputs(fields, paths)
         common["inputs"] = json.dumps(inputs, ensure_ascii=False, default=str) if inputs else None
         return _unicode({"messages": self._messages(fields, flags), **common})
-
-    def _inputs(self, fields: dict[str, Any]) -> dict:
-        """Return what the template gets beside the messages: tools, documents and the row's keywords."""
-        given = {field: fields.get(field) for field in TEMPLATE_INPUTS}
-        keywords = read_json(given["chat_template_kwargs"])
-        if not isinstance(keywords if is_given(keywords) else {}, dict):
-            raise RecordError(f"{self.paths['chat_template_kwargs']}: expected an object of keywords, found {show(keywords)}; correct it")
-        inputs = dict(keywords) if is_given(keywords) else {}
-        if reserved := sorted(RESERVED & inputs.keys()):
-            raise RecordError(f"{self.paths['chat_template_kwargs']}: expected keywords of the template, found {reserved[0]}; remove it")
-        name = "tools" if is_given(given["tools"]) else "functions"
-        if documents := _documents(given["documents"]):
-            inputs["documents"] = documents
-        tools = read_tools(given[name], self.paths.get(name, name))
-        return inputs | ({"tools": tools} if tools else {})
 
     def _messages(self, fields: dict[str, Any], flags: dict[str, Any]) -> list[dict]:
         def text(field: str) -> str:
@@ -111,6 +96,26 @@ class Format:
             return system + read_messages([make_message("user", question), make_message("assistant", text("output"))], "output", flags)
         both = [*turns("prompt", "user"), *turns("completion", "assistant")]
         return system + read_messages(both, self.paths["completion"], flags)
+
+
+def read_inputs(fields: dict[str, Any], paths: dict[str, str]) -> dict:
+    """Return what the template gets beside the messages: tools, documents and the row's keywords.
+
+    `paths` are the columns of the fields, for errors. Raises RecordError for values that are none.
+    """
+    given = {field: fields.get(field) for field in TEMPLATE_INPUTS}
+    keywords = read_json(given["chat_template_kwargs"])
+    keywords = keywords if is_given(keywords) else {}
+    if not isinstance(keywords, dict):
+        raise RecordError(f"{paths['chat_template_kwargs']}: expected an object of keywords, found {show(keywords)}; correct it")
+    inputs = dict(keywords)
+    if reserved := sorted(RESERVED & inputs.keys()):
+        raise RecordError(f"{paths['chat_template_kwargs']}: expected keywords of the template, found {reserved[0]}; remove it")
+    if documents := _documents(given["documents"]):
+        inputs["documents"] = documents
+    name = "tools" if is_given(given["tools"]) else "functions"
+    tools = read_tools(given[name], paths.get(name, name))
+    return inputs | ({"tools": tools} if tools else {})
 
 
 def choose_format(row: dict, wanted: str, columns: dict[str, str] | None) -> Format:

@@ -20,14 +20,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, Literal
 
 from trainer.config import Source
 from trainer.data.chat_columns import messages_of
 from trainer.data.files import DataFile, stem
-from trainer.data.formats import Format, look_up
+from trainer.data.formats import TEMPLATE_INPUTS, Format, look_up, read_inputs
 from trainer.data.sources import open_source, rows_of
 from trainer.data.values import RecordError, as_text, is_given
 from trainer.errors import UserError
@@ -44,6 +44,7 @@ COLUMNS = {
     "text": ("text",),
     "rules": ("instruction_id_list", "rules"), "arguments": ("kwargs",), "continuation": ("continuation",),
     "input": ("input",), "system": ("system",), "id": ("id",),
+    **{name: (name,) for name in TEMPLATE_INPUTS},
 }
 
 Role = Literal["general", "domain"]
@@ -63,6 +64,7 @@ class Item:
     rules: tuple[Rule, ...] = ()
     chat: tuple[Message, ...] = ()  # a held-out chat
     text: str | None = None  # a held-out text
+    inputs: dict = field(default_factory=dict, hash=False)  # what the template gets beside the chat: tools, documents, keywords
 
     @property
     def right_choice(self) -> int:
@@ -203,7 +205,7 @@ def _check_pattern(path: str, name: str, pattern: str | None) -> None:
 def _parse_item(row: dict, columns: dict[str, str], options: Items, place: str, number: int) -> Item:
     """Return the item of one row. Raises RecordError if a value is missing or does not fit."""
     values = {ours: look_up(row, column) for ours, column in columns.items()}
-    item = Item(str(values["id"]) if values.get("id") is not None else str(number), place)
+    item = Item(str(values["id"]) if values.get("id") is not None else str(number), place, inputs=read_inputs(values, columns))
     if options.metric == "logprob":
         if "text" in columns and "messages" not in columns:
             return replace(item, text=Format("text", {"text": columns["text"]}).record(row)["text"])

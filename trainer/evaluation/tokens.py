@@ -97,7 +97,8 @@ def _prompt_text(item: Item, template: ChatTemplate, chat: bool) -> str:
     """Return the text up to the beginning of the answer."""
     if chat:
         try:
-            return template.render([dict(turn) for turn in item.prompt], add_generation_prompt=True)
+            return template.render([dict(turn) for turn in item.prompt], add_generation_prompt=True,
+                                   inputs={**template.keywords, **item.inputs})
         except UserError as error:
             raise UserError(f"{item.place}: {error}") from None
     if len(item.prompt) > 1:
@@ -108,7 +109,7 @@ def _prompt_text(item: Item, template: ChatTemplate, chat: bool) -> str:
 def _answer_samples(keys: list[Key], items: list[Item], template: ChatTemplate, chat: bool) -> list[Sample]:
     if chat:
         chats = [[*map(dict, item.prompt), {"role": "assistant", "content": item.answers[0]}] for item in items]
-        encoded = template.encode_chats(chats, "last", [item.place for item in items])
+        encoded = template.encode_chats(chats, "last", [item.place for item in items], [item.inputs for item in items])
     else:
         encoded = _encode_pairs(template, [(_prompt_text(item, template, False), item.answers[0]) for item in items], False)
     return [_make_sample(template, key, None, True, *tokens) for key, tokens in zip(keys, encoded)]
@@ -119,7 +120,8 @@ def _heldout_samples(keys: list[Key], items: list[Item], template: ChatTemplate)
     if items[0].text is not None:
         encoded = template.encode_texts([item.text for item in items])
     else:
-        encoded = template.encode_chats([[*map(dict, item.chat)] for item in items], "assistant", [item.place for item in items])
+        encoded = template.encode_chats([[*map(dict, item.chat)] for item in items], "assistant", [item.place for item in items],
+                                        [item.inputs for item in items])
     return [_make_sample(template, key, None, True, *tokens) for key, tokens in zip(keys, encoded)]
 
 

@@ -8,10 +8,13 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from tests.helpers import tiny
+from trainer.data.chat_template import ChatTemplate
 from trainer.errors import UserError
 from trainer.evaluation.config import Data, Items
 from trainer.evaluation.items import read_files
 from trainer.evaluation.scoring import canonical, extract, judge, normalise, pick_choices
+from trainer.evaluation.tokens import _prompt_text
 
 GSM8K = r"#### (-?[\d,.]+)"
 
@@ -192,3 +195,12 @@ def test_choices_by_sum_by_character_and_by_token():
     found = pick_choices([-2.0, -3.0, -4.0], ["a", "bb", "c" * 10], [1, 3, 2])
     assert found == {"sum": 0, "characters": 2, "tokens": 1}
     assert pick_choices([float("nan"), -5.0], ["a", "b"], [1, 1])["sum"] == 1
+
+
+def test_tools_and_keywords_of_a_row_reach_the_template(tmp_path):
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    item, = read(write(tmp_path / "a.jsonl", {"prompt": "Q", "answer": "A", "tools": json.dumps(tools),
+                                              "chat_template_kwargs": {"x": 1}})).items
+    assert item.inputs == {"x": 1, "tools": tools}
+    template = ChatTemplate(tiny.tokenizer(), "{{ tools }}{{ x }}" + tiny.CHATML)
+    assert _prompt_text(item, template, True).startswith(str(tools) + "1")
