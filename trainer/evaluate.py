@@ -21,8 +21,8 @@ USAGE = """\
 usage: python -m trainer.evaluate --model.path MODEL --data.general FILE [--data.domain FILE] [--section.option value ...]
        python -m trainer.evaluate --config evaluation.yaml [--section.option value ...]
 
-Scores a model on item files: exact answers, choices, answers found by a pattern, log-probs of held-out text. Compared with its base it
-counts the items that were forgotten and gained, and measures the KL between the two.
+Scores a model on item files and suites: exact answers, choices, answers found by a pattern or judged by rules, log-probs of text.
+Compared with its base it counts the items that were forgotten and gained, and measures the KL between the two.
 
 The most common commands:
   python -m trainer.evaluate --adapter runs/first/adapter --data.general general.jsonl --data.domain domain.jsonl

@@ -20,8 +20,10 @@ from trainer.config import Config
 from trainer.errors import UserError
 from trainer.evaluation import config as evaluation
 from trainer.evaluation.score_items import Outcome, Outcomes
+from trainer.evaluation.suites.table import GROUPS
 from trainer.evaluation.tokens import Key
 from trainer.report.run_page import write_report
+from trainer.retention import monitor
 from trainer.retention.monitor import ForgettingMonitor
 from trainer.run import train
 from trainer.runtime import checkpoint
@@ -314,3 +316,8 @@ def test_options_of_trainer_evaluate_work_unchanged(data, tmp_path):
     assert found[0]["files"] == {"choice": 1, "regex": 1}
     assert found[0]["general"] == pytest.approx(sum(found[0]["files"].values()) / 2)
     assert "domain" not in found[0] and found[-1]["domain_logprob"] != found[0]["domain_logprob"]
+
+
+def test_a_suite_may_be_monitored_by_its_name():
+    files = monitor.read(parse(Config, ["--model.path", "a", "--data.train", "b", "--forgetting.general", "suite:mini"], "trainer.run"))
+    assert tuple(file.name for file in files) == GROUPS["mini"]
