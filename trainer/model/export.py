@@ -17,7 +17,9 @@ from peft.tuners.lora.layer import LoraLayer
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.integrations.bitsandbytes import Bnb4bitDeserialize
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import CHAT_TEMPLATE_FILE, GENERATION_CONFIG_NAME, PROCESSOR_NAME
 
 from kernels.nf4 import dequantize_nf4
@@ -59,7 +61,7 @@ def merge_and_save(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedToke
     names = list(state)  # which saving empties
     with atomic_folder(folder) as tmp:
         save_weights(dense, tmp, state)
-        _check_loads(dense, tmp, _stock_state(base))
+        _check_loads(dense, tmp, _stock_state(base), _headers(tmp))
         add_rest(tmp, base, names)
         save_generation_config(base, tmp)
         tokenizer.save_pretrained(tmp)
@@ -102,7 +104,8 @@ def save_generation_config(model: PreTrainedModel, folder: Path) -> None:
 def save_settings(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path, whole: bool) -> None:
     """Write all of an export but its weights, to see that it can be written.
 
-    Of a `whole` model, write its config too.
+    Of a `whole` model, write its config too, and check that transformers would find its weights by the names they will have. Raises
+    UserError, or what libraries raise.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if isinstance(model, PeftModel):
@@ -110,8 +113,10 @@ def save_settings(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedToken
             adapter.save_pretrained(folder)
         model.create_or_update_model_card(str(folder))
     if whole:
-        (_dense_on_meta(base) if quantized_layers(base) else base).config.save_pretrained(folder)
+        dense = _dense_on_meta(base) if quantized_layers(base) else base
+        dense.config.save_pretrained(folder)
         save_generation_config(base, folder)
+        _check_loads(dense, folder, _stock_state(base), revert_weight_conversion(dense, _merged_shapes(base)))
     tokenizer.save_pretrained(folder)
 
 
@@ -133,15 +138,30 @@ def _stock_state(base: nn.Module) -> dict[str, Tensor]:
     return with_trained_rows(base, {base_name(name): tensor for name, tensor in base.state_dict().items() if ".lora_" not in name})
 
 
-def _check_loads(saved: PreTrainedModel, folder: Path, expected: Iterable[str]) -> None:
-    """Check that transformers, loading a folder as the class of `saved`, finds the weights of these names.
+def _merged_shapes(base: PreTrainedModel) -> dict[str, Tensor]:
+    """Return what `merged_state` does, on the meta device."""
+    state = {name: torch.empty_like(tensor, device="meta") for name, tensor in _stock_state(base).items()}
+    for name, module in base_modules(base).items():
+        if is_quantized(module):
+            state = {key: tensor for key, tensor in state.items() if not key.startswith(f"{name}.weight.")}
+            state[f"{name}.weight"] = torch.empty(nf4_of(module).shape, dtype=nf4_of(module).dtype, device="meta")
+    return _as_in_the_base(base, state)
 
-    It reads names and shapes only, and undoes the layout of the checkpoint as loading does. Raises UserError.
-    """
+
+def _headers(folder: Path) -> dict[str, Tensor]:
+    """Return the tensors of a folder's files on the meta device."""
     headers = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as opened:
             headers |= {name: torch.empty(opened.get_slice(name).get_shape(), device="meta") for name in opened.keys()}
+    return headers
+
+
+def _check_loads(saved: PreTrainedModel, folder: Path, expected: Iterable[str], headers: dict[str, Tensor]) -> None:
+    """Check that transformers, loading tensors as the class of `saved`, finds the weights `expected`.
+
+    It reads the config in `folder`, names and shapes, and undoes the layout of the checkpoint as loading does. Raises UserError.
+    """
     config = type(saved).config_class.from_pretrained(folder)
     with one_line_errors("export", folder):
         _, found = type(saved).from_pretrained(None, config=config, state_dict=headers, device_map="meta", output_loading_info=True,
@@ -163,6 +183,14 @@ def merged_state(base: nn.Module) -> dict[str, Tensor]:
             state[f"{name}.weight"] = dequantize_nf4(nf4_of(module)).cpu()
     for name, layer in adapted_weights(base).items():
         state[name] = _merged_nf4(layer) if is_quantized(layer.get_base_layer()) else _merged_weight(layer, name.rpartition(".")[2])
+    return _as_in_the_base(base, state)
+
+
+def _as_in_the_base(base: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Transpose weights that were quantised from layers which hold them so (GPT-2's Conv1D)."""
+    for name, module in base_modules(base).items():
+        if is_quantized(module) and getattr(module, "source_cls", None) is Conv1D:
+            state[f"{name}.weight"] = state[f"{name}.weight"].t().contiguous()
     return state
 
 

@@ -36,6 +36,8 @@ def try_export(config: Config, model: nn.Module, tokenizer: PreTrainedTokenizerB
     try:
         with tempfile.TemporaryDirectory(prefix=".export-trial-", dir=place) as folder:
             save_settings(model, tokenizer, Path(folder), exports_model(config))
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"output: cannot write in {place}: {error.strerror or error}; free space, or choose another --output") from None
     except Exception as error:  # libraries check what they write in many ways

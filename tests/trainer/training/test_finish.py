@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.core_model_loading import revert_weight_conversion
 
+from tests.helpers import tiny
 from tests.helpers.runs import arguments, records, weights
 from trainer.cli import parse
 from trainer.config import Config, Model
@@ -254,3 +256,23 @@ def test_a_processors_template_does_not_win_over_the_one_trained_with(model_fold
     model, tokenizer = load_model(Config(model=Model(path=str(base)), precision="fp32"), "cpu")
     merge_and_save(model, tokenizer, tmp_path / "model")
     assert json.loads((tmp_path / "model" / "processor_config.json").read_text()) == {"processor_class": "X"}
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_names_that_transformers_would_not_find_are_refused_before_training(model_folder, chats, tmp_path, monkeypatch, method):
+    original = revert_weight_conversion
+
+    def misnamed(model, state):
+        return {name.replace("q_proj", "query"): tensor for name, tensor in original(model, state).items()}
+
+    monkeypatch.setattr("trainer.model.export.revert_weight_conversion", misnamed)
+    message = refused(model_folder, chats, tmp_path / "run", "--dry_run", "--export", "merged", "--method", method)
+    assert "export: transformers would not find 2 weights" in message
+
+
+@pytest.mark.slow
+def test_a_quantised_gpt2_is_merged_in_its_own_layout(chats, tmp_path, capsys):
+    """Its dense layers hold their weights transposed, and bitsandbytes holds them as linear layers."""
+    tiny.save_model(tmp_path / "base", "gpt2")
+    run(tmp_path / "base", chats, tmp_path / "run", *SHORT, "--method", "qlora", "--export", "both", "--export_check", "true")
+    assert capsys.readouterr().out.count("checked: ") == 2
