@@ -36,6 +36,9 @@ MARK = "\ufdd0{}\ufdd1"
 MARKED = re.compile("\ufdd0(\\d+)\ufdd1")
 USER_WORDS, ASSISTANT_WORDS, TOOL_WORDS, ARGUMENT = "\ufdd2", "\ufdd3", "\ufdd4", "\ufdd5"  # whose places in the template are looked for
 
+# Of the call in a chat that shows a template's layout; Mistral's templates refuse ids of another form.
+CALL_ID, CALL_NAME = "probe0001", "probed_tool"
+
 # Opens a reasoning block. A prompt may print it already, but it belongs to the assistant's words.
 REASONING = "<think>"
 
@@ -95,11 +98,11 @@ def read_layout(render: Render, added_tokens: Iterable[str]) -> TurnLayout:
 def _with_calls(layout: TurnLayout, render: Render, added_tokens: Iterable[str]) -> TurnLayout:
     """Add what the template prints around a call and its result; nothing if it refuses them, or prints them elsewhere."""
     user, assistant = {"role": "user", "content": USER_WORDS}, {"role": "assistant", "content": ASSISTANT_WORDS}
-    result = {"role": "tool", "content": TOOL_WORDS, "name": "f", "tool_call_id": "call00001"}
+    result = {"role": "tool", "content": TOOL_WORDS, "name": CALL_NAME, "tool_call_id": CALL_ID}
 
     def call(arguments: dict) -> Message:
-        function = {"name": "f", "arguments": arguments}
-        return {"role": "assistant", "content": "", "tool_calls": [{"id": "call00001", "type": "function", "function": function}]}
+        function = {"name": CALL_NAME, "arguments": arguments}
+        return {"role": "assistant", "content": "", "tool_calls": [{"id": CALL_ID, "type": "function", "function": function}]}
 
     try:
         unanswered = [render([user, call(arguments)]).rpartition(USER_WORDS)[2] for arguments in ({}, {"q": ARGUMENT})]
@@ -111,9 +114,9 @@ def _with_calls(layout: TurnLayout, render: Render, added_tokens: Iterable[str])
     if len(parts) != 3 or ARGUMENT not in unanswered[1]:
         return layout
     calling, between, _ = parts
-    after_tool = commonprefix([between, prompt]).partition(REASONING)[0]
+    after_tool = _after_names(commonprefix([between, prompt]).partition(REASONING)[0])
     layout = replace(layout, after_tool=after_tool if after_tool.strip() else "")
-    ending = commonprefix([text[::-1] for text in unanswered])[::-1].strip()
+    ending = _after_names(commonprefix([text[::-1] for text in unanswered])[::-1]).strip()
     _, found, following = calling.rpartition(ending)
     if not ending or not found:
         return layout
@@ -122,6 +125,11 @@ def _with_calls(layout: TurnLayout, render: Render, added_tokens: Iterable[str])
         closing = following[:following.index(token)] + token
         return replace(layout, call_end=ending + closing, call_closing=closing)
     return replace(layout, call_end=ending)
+
+
+def _after_names(text: str) -> str:
+    """Return the part of a text around a call that is the same for every call: after any id or name of it (Mistral)."""
+    return re.split(f"{CALL_ID}|{CALL_NAME}", text)[-1]
 
 
 def _end_of_turn(between: str, tail: str, added_tokens: Iterable[str]) -> str:

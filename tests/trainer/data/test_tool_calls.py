@@ -293,3 +293,21 @@ def test_a_second_call_that_the_template_does_not_print_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"line 1: .* turn 2 \(assistant\): the template does not print all that the assistant says"):
         prepared([{"messages": chat}], tmp_path, template_of("gptoss"))
     assert shown(prepared([{"messages": chat}], tmp_path, template_of("gemma4_v5"))[0])[0].count("call:room_temp") == 2
+
+
+MISTRAL = """{%- for message in messages %}
+{%- if message.role == 'user' %}{{- '[INST]' + message.content + '[/INST]' }}
+{%- elif message.tool_calls %}{{- '[TOOL_CALLS][' }}{%- for call in message.tool_calls %}
+{{- '{"name": "' + call.function.name + '", "arguments": ' + (call.function.arguments|tojson) + ', "id": "' + call.id + '"}' }}
+{%- if not loop.last %}{{- ', ' }}{%- endif %}{%- endfor %}{{- ']' + eos_token }}
+{%- elif message.role == 'assistant' %}{{- ' ' + message.content|trim + eos_token }}
+{%- elif message.role == 'tool' %}
+{{- '[TOOL_RESULTS]{"content": ' + message.content + ', "call_id": "' + message.tool_call_id + '"}[/TOOL_RESULTS]' }}
+{%- endif %}{%- endfor %}"""
+
+
+def test_a_template_that_prints_ids_of_calls(tmp_path):
+    template = ChatTemplate(tiny.tokenizer(chat_template=MISTRAL))
+    text, = shown(prepared([{"messages": [USER, ASKS, result("31"), ANSWERS]}], tmp_path, template)[0])
+    end = template.tokenizer.eos_token
+    assert f'"id": "call00001"}}]{end}]][TOOL_RESULTS]{{"content": 31, "call_id": "call00001"}}[/TOOL_RESULTS][[ 31 degrees.{end}]]' in text
