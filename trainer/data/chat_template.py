@@ -184,8 +184,11 @@ class ChatTemplate:
     def reasons(self) -> bool:
         """Return whether the model is meant to reason: its template prints reasoning, and no keyword has to ask for it."""
         user = [{"role": "user", "content": USER_WORDS}]
-        default, on, off = (self._render(user, self.keywords | asked, add_generation_prompt=True)[0]
-                            for asked in ({}, {"enable_thinking": True}, {"enable_thinking": False}))
+        try:
+            default, on, off = (self._jinja(user, self.keywords | asked, add_generation_prompt=True)[0][0]
+                                for asked in ({}, {"enable_thinking": True}, {"enable_thinking": False}))
+        except REFUSALS:
+            return False
         return (self.reasoning_key is not None or REASONING in default) and (default == on or default != off)
 
     @cached_property

@@ -73,6 +73,14 @@ def test_the_empty_block_is_supervised_or_not(name, tmp_path):
     assert "two and two" in prepared(name, tmp_path, [USER, answer(reasoning=THOUGHT)], empty_reasoning="mask")[0][0][0]
 
 
+def test_a_template_that_refuses_a_question_alone_still_serves(tmp_path):
+    tokenizer = tokenizer_for(read("qwen3"))
+    tokenizer.chat_template = "{% if messages|length < 2 %}{{ raise_exception('too short') }}{% endif %}" + read("qwen3_training")
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"messages": [USER, answer()]}) + "\n")
+    assert len(prepare_data(Config(data=Data(train=str(path), cache_dir=str(tmp_path / "cache"))), tokenizer).samples) == 1
+
+
 def test_a_developers_message_is_the_systems_where_a_template_knows_no_other(tmp_path):
     for name, printed in (("qwen3", "<|im_start|>system\nBe brief."), ("gemma4_v5", "<|turn>system\nBe brief."),
                           ("llama3_1", "developer<|end_header_id|>\n\nBe brief.")):
