@@ -208,7 +208,8 @@ def test_a_file_has_its_own_longest_answer_and_may_ask_for_an_end(tmp_path, mode
     loaded, = load_each(find_models(evaluation_config), evaluation_config, CPU)
     outcomes = [score(loaded, items, evaluation_config).of_file(f)[0] for f in range(4)]
     assert [len(loaded.template.tokenizer(o.prediction).input_ids) <= n for o, n in zip(outcomes, (3, 3, 5, 5))] == [True] * 4
-    assert [o.finished for o in outcomes] == [False] * 4 and [bool(o.right) for o in outcomes[1::2]] == [False, False]
+    assert [o.finished for o in outcomes] == [False] * 4 and [o.right for o in outcomes[1::2]] == [False, False]
+    assert outcomes[1].rules == {"strict": [False], "loose": [False]}
 
 
 @pytest.mark.slow

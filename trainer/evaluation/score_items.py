@@ -95,12 +95,14 @@ def _judge_completions(files: Sequence[ItemFile], tokens: Tokens, completions: S
     for (key, *_), completion in zip(tokens.prompts, completions, strict=True):
         file, outcome = files[key.file], items[key]
         item, completion = file.items[key.item], cut_at_stop(completion, [*stop, *file.options.stop])
+        counts = completion.finished or not file.options.must_end
         if item.rules:
             verdicts = judge_rules(item.rules, completion.text)
-            outcome.right, outcome.rules = all(verdicts.strict), {"strict": list(verdicts.strict), "loose": list(verdicts.loose)}
+            outcome.rules = {form: [kept and counts for kept in getattr(verdicts, form)] for form in ("strict", "loose")}
+            outcome.right = all(outcome.rules["strict"])
         else:
-            outcome.right, outcome.found = judge(completion.text, item.answers, file.options)
-        outcome.right = outcome.right and (completion.finished or not file.options.must_end)
+            right, outcome.found = judge(completion.text, item.answers, file.options)
+            outcome.right = right and counts
         outcome.prediction, outcome.finished = completion.text, completion.finished
         outcome.words, outcome.repetition = count_words(completion.text), repetition(completion.text)
 
