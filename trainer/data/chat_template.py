@@ -176,13 +176,19 @@ class ChatTemplate:
 
     @cached_property
     def reasoning_key(self) -> str | None:
-        """Return the key of a message from which the template prints the reasoning of a last turn; None if from none."""
+        """Return the key of a message whose value the template prints as the reasoning of a last turn.
+
+        None if it prints none.
+        """
         return self._printed_key([{"role": "user", "content": USER_WORDS}], REASONING_KEYS,
                                  {"role": "assistant", "content": ASSISTANT_WORDS})
 
     @cached_property
     def reasons(self) -> bool:
-        """Return whether the model is meant to reason: its template prints reasoning, and no keyword has to ask for it."""
+        """Return whether the model is meant to reason.
+
+        Its template then prints reasoning, and no keyword has to ask for it.
+        """
         user = [{"role": "user", "content": USER_WORDS}]
         try:
             default, on, off = (self._jinja(user, self.keywords | asked, add_generation_prompt=True)[0][0]
@@ -213,7 +219,10 @@ class ChatTemplate:
         return None
 
     def _spelled(self, messages: list[Message]) -> list[Message]:
-        """Return the messages with reasoning under the template's key, and a developer as system where it knows no other."""
+        """Return the messages with the template's own key for reasoning and its own role for a developer.
+
+        That role is system where the template knows no other.
+        """
         key, spelled = self.reasoning_key if any("reasoning_content" in message for message in messages) else None, []
         for message in messages:
             if key and "reasoning_content" in message:
@@ -229,7 +238,10 @@ class ChatTemplate:
         return self.template_text({})
 
     def template_text(self, inputs: Mapping[str, Any]) -> str:
-        """Return the Jinja text of a chat with these inputs: some tokenizers have another for tools. Raises UserError if there is none."""
+        """Return the Jinja text of a chat with these inputs: some tokenizers have another for tools.
+
+        Raises UserError if there is none.
+        """
         if self._override is None and not self.tokenizer.chat_template:
             raise UserError(f"tokenizer of {self.name}: expected a chat template, found none; set data.chat_template to a Jinja file")
         return self._override or self.tokenizer.get_chat_template(tools=inputs.get("tools"))
@@ -271,9 +283,10 @@ class ChatTemplate:
 
     @cached_property
     def _call_form(self) -> tuple[str | None, bool]:
-        """Return the content of a turn that only calls a tool, "" or None, and whether arguments are to be JSON text.
+        """Return the content of a turn that only calls a tool, and whether arguments are to be JSON text.
 
-        They are what the template prints rightly: OpenAI's API writes both null and text, and DeepSeek's templates print nothing else.
+        The content is "" or None. Both are what the template prints rightly: OpenAI's API writes both null and text, and DeepSeek's
+        templates print nothing else.
         """
         arguments = {"q": TOOL_WORDS}
         for content, as_text in (("", False), ("", True), (None, False), (None, True)):
@@ -392,7 +405,10 @@ def _around(spans: list[Span], weights: list[float], length: int) -> tuple[list[
 
 
 def _with_call_form(message: Message, content: str | None, as_text: bool) -> Message:
-    """Return a message in which calls without words have this content, and arguments are JSON text or an object."""
+    """Return a message whose calls have this content where there are no words.
+
+    Arguments are JSON text, or an object.
+    """
     if not message.get("tool_calls"):
         return message
     calls = [call | {"function": call["function"] | {"arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False)}}
@@ -405,10 +421,10 @@ def _as_parts(message: Message) -> Message:
 
 
 def _encoded(ids: list[int], chat: Rendered, token_at: Callable[[int], int | None]) -> tuple[Encoded, list[float] | None]:
-    """Return the tokens of a text, for each whether it holds a character of the supervised spans, and its weight.
+    """Return the tokens of a text, whether each is supervised, and their weights.
 
-    The first token is never supervised: nothing predicts it. `token_at(c)` is the first token that holds character c, or None
-    for a character that the tokenizer skips.
+    A token is supervised if it holds a character of the supervised spans. The first token is never supervised: nothing predicts it.
+    `token_at(c)` is the first token that holds character c, or None for a character that the tokenizer skips.
     """
     weights, characters, tokens = [0.0] * len(ids), len(chat.text), len(ids)
     for (start, end), weight in zip(chat.spans, chat.weights):

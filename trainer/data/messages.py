@@ -41,9 +41,10 @@ def make_message(role: str, content: str, extra: dict | None = None, weight: flo
 
 
 def read_messages(value: Any, column: str, flags: dict[str, Any] | None = None) -> list[dict]:
-    """Convert a list of messages; `flags` are weights of turns that their row holds (trainer/data/turn_weights.py).
+    """Convert a list of messages.
 
-    Raises RecordError with the number of the turn that is no message.
+    `flags` are weights of turns that their row holds (trainer/data/turn_weights.py). Raises RecordError with the number of the turn that is
+    no message.
     """
     if not isinstance(value, list) or not value:
         raise RecordError(f"expected a list of messages in '{column}', found {show(value)}")

@@ -1,4 +1,7 @@
-"""Note, for each record, what a user should know of how it became tokens, and summarize the notes of a source in a few lines."""
+"""Note, for each record, what a user should know of how it became tokens.
+
+The notes of a source are summarized in a few lines.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ NAMED = 5  # refused rows that are named
 
 @dataclass(frozen=True)
 class Note:
-    """What is worth telling of one record; counts are of turns."""
+    """Hold what is worth telling of one record; counts are of turns."""
 
     refused: str | None = None  # its place, and why it is no chat
     unread: str | None = None  # columns that nothing reads

@@ -123,15 +123,19 @@ def _render(record: dict, template: ChatTemplate, data: Data) -> tuple[Rendered,
 
 
 def _message(stored: dict) -> Message:
-    """Return a message as templates expect it, with its weight: keys that it does not have are absent, not None."""
+    """Return a message as templates expect it, with its weight.
+
+    Keys that it does not have are absent, not None.
+    """
     message = {"role": stored["role"], "content": stored["content"]} | (json.loads(stored["extra"]) if stored["extra"] else {})
     return message if stored.get("weight") is None else message | {"weight": stored["weight"]}
 
 
 def join_same_role(messages: list[Message], choice: str) -> tuple[list[Message], int]:
-    """Join messages that follow one of their own role, or refuse or keep them, by `choice`; return how many there are, too.
+    """Join messages that follow one of their own role, or refuse or keep them, by `choice`.
 
-    A tool's results stay apart. Raises UserError for those that are refused, or cannot be joined.
+    Returns the messages, and how many follow one of their own role. A tool's results stay apart. Raises UserError for those that are
+    refused, or cannot be joined.
     """
     joined: list[Message] = []
     count = 0
@@ -190,7 +194,10 @@ def _cut(tokens: Dataset, name: str, data: Data) -> tuple[Samples, dict]:
 
 def _turn_weights(lists: list, chunks: list, record: np.ndarray, chunk: np.ndarray, start: np.ndarray, length: np.ndarray,
                   supervised: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return where the turns' weights of each window begin in its chunk, or -1, and their sum over its supervised tokens."""
+    """Return where the turns' weights of each window begin in its chunk, and their sum.
+
+    -1 where a window has none; the sum is over its supervised tokens.
+    """
     offsets = [weights.offsets.to_numpy().astype(np.int64) for weights in lists]
     has = np.concatenate([np.diff(o) for o in offsets])[record] > 0
     begin = np.where(has, np.concatenate([o[:-1] for o in offsets])[record] + start, -1)

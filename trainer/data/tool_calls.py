@@ -1,9 +1,9 @@
-"""Read tool calls and tool definitions in every form that files hold into OpenAI's, with objects for arguments.
+"""Read tool calls and tool definitions in every form that files hold into OpenAI's form.
 
     a call        {"type": "function", "function": {"name": "room_temp", "arguments": {"room": "attic"}}, "id": ...}
     a definition  {"type": "function", "function": {"name": "room_temp", "description": ..., "parameters": {...}}}
 
-OpenAI's API writes arguments as a string of JSON; templates print objects, and would encode the string a second time.
+Arguments are objects. OpenAI's API writes them as a string of JSON; templates print objects, and would encode the string a second time.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ CALL_TAGS = re.compile(r"</?(?:tool_call|tool_calls|functioncall|function_call)>
 
 
 def read_calls(value: Any) -> list[dict]:
-    """Return the calls of a message's `tool_calls`: a list of objects, one object, or the JSON text of either.
+    """Return the calls of a message's `tool_calls`.
 
-    Raises RecordError where one is no object with a name, or its arguments are no JSON object.
+    These are a list of objects, one object, or the JSON text of either. Raises RecordError where one is no object with a name, or its
+    arguments are no JSON object.
     """
     calls = read_json(value)
     if not is_given(calls):
@@ -68,7 +69,10 @@ def _read_arguments(value: Any, n: int) -> dict:
 
 
 def calls_in_text(text: Any) -> list[dict]:
-    """Return the calls that a message of a role such as `function_call` holds: JSON objects, one after the other or in a list."""
+    """Return the calls that a message of a role such as `function_call` holds.
+
+    They are JSON objects, one after the other or in a list.
+    """
     calls: list = read_calls(text) if isinstance(text, (dict, list)) else []
     rest, decoder = CALL_TAGS.sub(" ", text).strip() if isinstance(text, str) else "", json.JSONDecoder()
     while rest:
@@ -84,9 +88,10 @@ def calls_in_text(text: Any) -> list[dict]:
 
 
 def read_tools(value: Any, column: str) -> list[dict] | None:
-    """Return tool definitions from a list of objects, its JSON text, one object, or an object of definitions by name.
+    """Return the tool definitions of a record.
 
-    None where there are none. Raises RecordError for anything else.
+    `value` is a list of objects, its JSON text, one object, or an object of definitions by name. None where there are none. Raises
+    RecordError for anything else.
     """
     tools = read_json(value)
     if not is_given(tools):

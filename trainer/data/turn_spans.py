@@ -96,7 +96,10 @@ def read_layout(render: Render, added_tokens: Iterable[str]) -> TurnLayout:
 
 
 def _with_calls(layout: TurnLayout, render: Render, added_tokens: Iterable[str]) -> TurnLayout:
-    """Add what the template prints around a call and its result; nothing if it refuses them, or prints them elsewhere."""
+    """Add what the template prints around a call and its result.
+
+    Nothing is added if it refuses them, or prints them elsewhere.
+    """
     user, assistant = {"role": "user", "content": USER_WORDS}, {"role": "assistant", "content": ASSISTANT_WORDS}
     result = {"role": "tool", "content": TOOL_WORDS, "name": CALL_NAME, "tool_call_id": CALL_ID}
 
@@ -128,7 +131,10 @@ def _with_calls(layout: TurnLayout, render: Render, added_tokens: Iterable[str])
 
 
 def _after_names(text: str) -> str:
-    """Return the part of a text around a call that is the same for every call: after any id or name of it (Mistral)."""
+    """Return the part of a text around a call that is the same for every call.
+
+    It comes after any id or name of the call (Mistral).
+    """
     return re.split(f"{CALL_ID}|{CALL_NAME}", text)[-1]
 
 
@@ -200,7 +206,7 @@ def turn_spans(messages: list[Message], text: str, render: Render, layout: TurnL
 
 
 def _words(message: Message) -> Counter[str]:
-    """Return the answer after any reasoning, and the tools called, with how often a template must print them."""
+    """Return the answer without reasoning, and the tools called, with how often each must be printed."""
     calls = [call.get("function") or call for call in message.get("tool_calls") or []]
     words = Counter(str(call.get("name")) for call in calls)
     words[message["content"].rpartition("</think>")[2].strip()] += 1
@@ -239,5 +245,8 @@ def _span_in(piece: str, messages: list[Message], turn: int, layout: TurnLayout)
 
 
 def _printed(words: str, strip: Callable[[str], str]) -> list[str]:
-    """Return the forms in which templates print a part of a message: as it is but for outer white space, or as JSON."""
+    """Return the forms in which templates print a part of a message.
+
+    They are the text but for outer white space, and its JSON.
+    """
     return [strip(words), json.dumps(words, ensure_ascii=False)[1:-1], json.dumps(strip(words), ensure_ascii=False)[1:-1]]

@@ -1,8 +1,8 @@
-"""Read flags that say whether, and how much, a turn is trained on: one weight for each turn, in every spelling that files use.
+"""Read flags that say whether, and how much, a turn is trained on, in every spelling that files use.
 
-A message's weight multiplies the loss of its tokens: 0 or false leaves it out, a fraction counts it less. It stands in the message
-(`weight: 0`, `train: false`, `loss_mask: 0`), or in the row: a list with an entry for each message or each assistant turn, or one flag for
-all. A row's own `weight` is that of its sample, and a number that it calls `loss` is none of these.
+They become one weight for each turn. A message's weight multiplies the loss of its tokens: 0 or false leaves it out, a fraction counts it
+less. It stands in the message (`weight: 0`, `train: false`, `loss_mask: 0`), or in the row: a list with an entry for each message or each
+assistant turn, or one flag for all. A row's own `weight` is that of its sample, and a number that it calls `loss` is none of these.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ WORDS = {"true": True, "yes": True, "false": False, "no": False}
 
 
 def take_weight(message: dict) -> float | None:
-    """Remove the flags from a message and return its weight; None if it has none. Raises RecordError where they contradict."""
+    """Remove the flags from a message and return its weight; None if it has none.
+
+    Raises RecordError where they contradict.
+    """
     return _agreed({name: message.pop(name) for name in FLAGS if message.get(name) is not None})
 
 
@@ -43,7 +46,7 @@ def _value(name: str, flag: Any) -> float | bool:
 
 
 def row_flags(row: dict, taken: Sequence[str]) -> dict[str, Any]:
-    """Return the columns of a row that are flags of its turns, but for those that another field is read from."""
+    """Return the columns of a row that are flags of its turns, and that no other field is read from."""
     found = {name: read_json(row[name]) for name in LISTS if name in row and name not in taken}
     return {name: value for name, value in found.items() if isinstance(value, list) or name != "weight" and _is_flag(name, value)}
 
@@ -55,7 +58,10 @@ def _is_flag(name: str, value: Any) -> bool:
 
 
 def apply_flags(messages: list[dict], of_row: dict[str, Any]) -> None:
-    """Set the weights of messages from the flags of their row. Raises RecordError for a list that fits neither them nor the answers."""
+    """Set the weights of messages from the flags of their row.
+
+    Raises RecordError for a list that fits neither them nor the answers.
+    """
     answers = [message for message in messages if message["role"] == "assistant"]
     for name, flags in of_row.items():
         if not isinstance(flags, list):

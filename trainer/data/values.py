@@ -1,4 +1,4 @@
-"""Read values of data files as text, as numbers, or as the JSON inside a string, and show them in errors."""
+"""Read values of data files as text, numbers, or the JSON inside a string, and show them in errors."""
 
 from __future__ import annotations
 
@@ -47,7 +47,10 @@ def join_parts(parts: list[dict]) -> str:
 
 
 def read_json(value: Any) -> Any:
-    """Return what a string of JSON holds, also where it was encoded twice; any other value, or other text, as it is."""
+    """Return what a string of JSON holds, also where it was encoded twice.
+
+    Any other value, or other text, is returned as it is.
+    """
     while isinstance(value, str) and value.strip():
         try:
             inner = json.loads(value)
@@ -60,7 +63,10 @@ def read_json(value: Any) -> Any:
 
 
 def as_weight(value: Any, what: str, lowest: str = "a number above 0") -> float:
-    """Return a finite weight. Raises RecordError for anything else, and for 0 where `lowest` does not name it."""
+    """Return a finite weight.
+
+    Raises RecordError for anything else, and for 0 where `lowest` does not name it.
+    """
     try:
         weight = float(value)
     except (TypeError, ValueError):

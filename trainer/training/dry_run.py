@@ -69,14 +69,20 @@ def _print_samples(data: TrainingData, seed: int) -> None:
 
 
 def _shortened(text: str) -> str:
-    """Return a text without its middle, if it is so long that it would keep what is supervised from being shown."""
+    """Return a text without its middle, if it is long.
+
+    It would keep what is supervised from being shown.
+    """
     rest = len(text) - SHOWN_CHARACTERS // 2
     half = SHOWN_CHARACTERS // 4
     return f"{text[:half]} ... ({rest:,} characters) ... {text[-half:]}" if rest > half else text
 
 
 def _print_sources(sources: list[dict]) -> None:
-    """Print a table of the sources: sizes, shares of an epoch, and what happened to overlong and other samples; then their notes."""
+    """Print a table of the sources, then their notes.
+
+    It shows sizes, shares of an epoch, and what happened to overlong and other samples.
+    """
     print(f"{'source':<20}{'role':<8}{'samples':>9}{'tokens':>12}{'supervised':>12}{'% samples':>11}{'% tokens':>10}"
           f"{'dropped':>9}{'truncated':>11}{'split':>7}{'unsupervised':>14}{'refused':>9}{'lost tokens':>13}")
     for s in sources:
