@@ -21,8 +21,9 @@ from typing import Any, NamedTuple
 
 import jinja2
 import jinja2.meta
-from transformers.utils.chat_template_utils import render_jinja_template
 
+from trainer.data import bounded_render
+from trainer.data.bounded_render import LimitError, RefusedError
 from trainer.data.messages import REASONING_KEYS
 from trainer.data.turn_spans import (
     ASSISTANT_WORDS,
@@ -42,8 +43,6 @@ from trainer.errors import UserError
 
 GENERATION_TAGS = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-# Raised by templates that refuse a chat, and by those that find a field of another type than they expect.
-REFUSALS = (jinja2.TemplateError, TypeError, ValueError)
 OPTIONAL_NAME = re.compile(r"\b(\w+)\s*(?=is\s+(?:not\s+)?defined|\|\s*default)")
 # Variables of a template that are no keywords: the chat, what renders it, and functions.
 GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now", "range", "namespace", "dict"}
@@ -191,9 +190,9 @@ class ChatTemplate:
         """
         user = [{"role": "user", "content": USER_WORDS}]
         try:
-            default, on, off = (self._jinja(user, self.keywords | asked, add_generation_prompt=True)[0][0]
+            default, on, off = (self._jinja(user, self.keywords | asked, add_generation_prompt=True)[0]
                                 for asked in ({}, {"enable_thinking": True}, {"enable_thinking": False}))
-        except REFUSALS:
+        except RefusedError:
             return False
         return (self.reasoning_key is not None or REASONING in default) and (default == on or default != off)
 
@@ -203,8 +202,8 @@ class ChatTemplate:
         user, printed = {"role": "user", "content": USER_WORDS}, {}
         for role in ("developer", "system"):
             try:
-                printed[role] = ASSISTANT_WORDS in self._jinja([{"role": role, "content": ASSISTANT_WORDS}, user], self.keywords)[0][0]
-            except REFUSALS:
+                printed[role] = ASSISTANT_WORDS in self._jinja([{"role": role, "content": ASSISTANT_WORDS}, user], self.keywords)[0]
+            except RefusedError:
                 printed[role] = False
         return printed["developer"] or not printed["system"]
 
@@ -212,9 +211,9 @@ class ChatTemplate:
         """Return the first of `keys` whose text the template prints in a message."""
         for key in keys:
             try:
-                if TOOL_WORDS in self._jinja([*before, message | {key: TOOL_WORDS}], self.keywords)[0][0]:
+                if TOOL_WORDS in self._jinja([*before, message | {key: TOOL_WORDS}], self.keywords)[0]:
                     return key
-            except REFUSALS:
+            except RefusedError:
                 continue
         return None
 
@@ -252,7 +251,7 @@ class ChatTemplate:
         try:
             return jinja2.meta.find_undeclared_variables(jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(
                 GENERATION_TAGS.sub("", self.template)))
-        except jinja2.TemplateError:
+        except (jinja2.TemplateError, RecursionError):
             return set(self.keywords)  # a render says what is wrong with it
 
     @cached_property
@@ -275,8 +274,8 @@ class ChatTemplate:
 
         def is_printed(message: Message) -> bool:
             try:
-                return USER_WORDS in self._jinja([message], self.keywords)[0][0]
-            except REFUSALS:
+                return USER_WORDS in self._jinja([message], self.keywords)[0]
+            except RefusedError:
                 return False
 
         return not is_printed(message) and is_printed(_as_parts(message))
@@ -293,8 +292,8 @@ class ChatTemplate:
             call = {"id": "call00001", "type": "function", "function": {"name": "f", "arguments": arguments}}
             chat = [{"role": "user", "content": USER_WORDS}, {"role": "assistant", "content": "", "tool_calls": [call]}]
             try:
-                text = self._jinja([_with_call_form(message, content, as_text) for message in chat], self.keywords)[0][0]
-            except REFUSALS:
+                text = self._jinja([_with_call_form(message, content, as_text) for message in chat], self.keywords)[0]
+            except RefusedError:
                 continue
             if TOOL_WORDS in text and str(arguments) not in text and json.dumps(json.dumps(arguments, ensure_ascii=False))[:-1] not in text:
                 return content, as_text
@@ -309,11 +308,22 @@ class ChatTemplate:
             self._layouts[key] = read_layout(partial(self.render, inputs=keywords), self.tokenizer.get_added_vocab())
         return self._layouts[key]
 
-    def _jinja(self, chat: list[Message], inputs: Mapping[str, Any], **options) -> tuple[list[str], list[list[Span]]]:
+    def _jinja(self, chat: list[Message], inputs: Mapping[str, Any], **options) -> tuple[str, list[Span]]:
+        """Render messages as they are.
+
+        Raises RefusedError for a chat that the template refuses, and UserError for a template that is none or breaks its limits.
+        """
         given = {**inputs, **self.tokenizer.special_tokens_map, **options}
         if self.date is not None:
             given["strftime_now"] = self.date.strftime
-        return render_jinja_template([chat], chat_template=self.template_text(inputs), **given)
+        try:
+            return bounded_render.render(self.template_text(inputs), chat, given)
+        except jinja2.TemplateSyntaxError as error:
+            raise UserError(f"chat template of {self.name}, line {error.lineno}: expected Jinja, found an error: {error.message}; "
+                            "correct it, or set data.chat_template to another") from None
+        except LimitError as error:
+            raise UserError(f"chat template of {self.name}: expected a text about as long as the chat, in some milliseconds, got {error}; "
+                            "set data.chat_template to another") from None
 
     def _render(self, messages: list[Message], inputs: Mapping[str, Any], **options) -> tuple[str, list[Span]]:
         """Render a chat; with `return_assistant_tokens_mask`, return the spans that the template marks too."""
@@ -321,23 +331,19 @@ class ChatTemplate:
         if any(message.get("tool_calls") for message in messages) and self._call_form != ("", False):
             chat = [_with_call_form(message, *self._call_form) for message in chat]
         try:
-            texts, spans = self._jinja(chat, inputs, **options)
-        except jinja2.TemplateSyntaxError as error:
-            raise UserError(f"chat template of {self.name}, line {error.lineno}: expected Jinja, found an error: {error.message}; "
-                            "correct it, or set data.chat_template to another") from None
-        except REFUSALS as error:
+            return self._jinja(chat, inputs, **options)
+        except RefusedError as error:
             n = self._refused_length(chat, inputs, error)
             where, reason = f"turn {n} ({messages[n - 1]['role']})", " ".join(str(error).split())
             raise UserError(f"chat template of {self.name} refuses {where}: {reason}; correct the chat, or set data.chat_template to "
                             "another template, or data.on_bad_row=skip to leave such chats out") from None
-        return texts[0], spans[0] if spans else []
 
     def _refused_length(self, chat: list[Message], inputs: Mapping[str, Any], error: Exception) -> int:
         """Return the number of messages in the shortest prefix of `chat` that is refused with the same error."""
         for n in range(1, len(chat)):
             try:
                 self._jinja(chat[:n], inputs)
-            except REFUSALS as earlier:
+            except RefusedError as earlier:
                 if str(earlier) == str(error):
                     return n
         return len(chat)

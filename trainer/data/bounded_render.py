@@ -1,0 +1,119 @@
+"""Render chat templates within limits of time, memory and text: whoever wrote one may have meant harm.
+
+Jinja's sandbox keeps a template from the machine, but not from its time and memory. Here a rendering runs under a timer of this process's
+CPU time and under a limit of its address space, its integers stay small (Python cannot interrupt arithmetic on huge ones), and its text
+may be some times as long as the chat and the template that it is made from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import resource
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from transformers.utils import chat_template_utils
+
+from trainer.data.turn_spans import Message, Span
+
+SECONDS = 5.0  # of CPU time; a template takes 50 microseconds for a chat, and some milliseconds for a book
+GIBIBYTES = 1  # beside what the process has
+MOST_BITS = 10_000  # of an integer
+SHORT_TEXT = 100_000  # characters, which any template may print
+MOST_TIMES = 20  # the length of a text as a multiple of what it is made from: JSON escapes take 12 characters each
+PAGE = resource.getpagesize()
+
+
+class LimitError(Exception):
+    """A rendering that takes more time, memory or text than a chat template can need."""
+
+
+class RefusedError(Exception):
+    """A chat that a template refuses, or for which it fails; the text is the reason."""
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox with bounded integers."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context, operator: str, left, right):
+        """Compute an operation that the template asks for. Raises LimitError for integers that are too large."""
+        if isinstance(left, int) and isinstance(right, int):
+            bits = left.bit_length() * abs(right) if operator == "**" else left.bit_length() + right.bit_length()
+            if bits > MOST_BITS:
+                raise LimitError(f"an integer of {bits} bits")
+        return super().call_binop(context, operator, left, right)
+
+
+chat_template_utils.ImmutableSandboxedEnvironment = _Sandbox  # transformers compiles templates in the class of this name
+
+
+def render(template: str, chat: list[Message], given: Mapping[str, Any]) -> tuple[str, list[Span]]:
+    """Render a chat, and return its text with the spans that the template marks.
+
+    Raises jinja2.TemplateSyntaxError, RefusedError for a chat for which the template fails, and LimitError.
+    """
+    try:
+        with _limits():
+            texts, spans = chat_template_utils.render_jinja_template([chat], chat_template=template, **given)
+        text = texts[0]
+        if len(text) > SHORT_TEXT:
+            most = SHORT_TEXT + MOST_TIMES * (len(template) + len(repr(chat)) + len(repr(given)))
+            if len(text) > most:
+                raise LimitError(f"a text of {len(text):,} characters")
+        text.encode()  # lone surrogates are no text
+    except (jinja2.TemplateSyntaxError, LimitError):
+        raise
+    except MemoryError:
+        raise LimitError(f"more than {GIBIBYTES} GiB of memory") from None
+    except Exception as error:  # a template can raise whatever Python can
+        raise RefusedError(str(error) if isinstance(error, (jinja2.TemplateError, TypeError, ValueError)) and str(error)
+                           else f"{type(error).__name__}: {error}") from error
+    return text, spans[0] if spans else []
+
+
+@contextlib.contextmanager
+def _limits() -> Iterator[None]:
+    """Limit the CPU time and the address space of what runs inside.
+
+    The time is limited in the main thread alone, as signals are its own.
+    """
+    timed = threading.current_thread() is threading.main_thread()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    most = int(os.pread(_statm(os.getpid()), 64, 0).split()[0]) * PAGE + int(GIBIBYTES * 2**30)
+    lowered = soft == resource.RLIM_INFINITY or most < soft
+    if timed:
+        _install_timer()
+        signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS, 1)  # and once a second after that, should the template catch the first
+    if lowered:
+        resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+    try:
+        yield
+    finally:
+        if lowered:
+            resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        if timed:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+
+
+@functools.lru_cache(1)
+def _statm(process: int) -> int:
+    """Return a descriptor of the sizes of this process, opened once in each."""
+    return os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
+
+
+@functools.cache
+def _install_timer() -> None:
+    """Install what ends a rendering whose time is over; a forked process has it from its parent."""
+
+    def end(_signal, _frame):
+        raise LimitError(f"more than {SECONDS:g} s")
+
+    signal.signal(signal.SIGVTALRM, end)
