@@ -21,6 +21,7 @@ REQUIRES = [
     "tensorboard>=2.20",
     "tqdm>=4.67",
     "psutil>=7.0",
+    "xxhash>=3.5",
 ]
 
 EXTRAS = {

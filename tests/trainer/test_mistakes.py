@@ -226,7 +226,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path, file, harm):
     (saved / file).write_bytes(harm((saved / file).read_bytes()))
     message = refused(checkpoint.load, saved, {}, optimizer)
     assert message.startswith(f"resume: cannot read the checkpoint {saved}: ")
-    assert message.endswith("remove it to resume from the one before")
+    assert message.endswith("there is none before it: remove it to start again")
 
 
 @pytest.mark.parametrize("error, status, expected", [

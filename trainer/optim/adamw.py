@@ -11,7 +11,7 @@ norm is not finite changes nothing, and the host never waits for the device.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -90,10 +90,27 @@ class FusedAdamW:
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         self.adamw.state[self.master].update({name: tensors[name].to(self.master.device, copy=True) for name in self.STATE})
 
+    def layout(self) -> dict[str, Tensor]:
+        """Return tensors of the shapes and dtypes of `state`, also before the first step, on the meta device."""
+        moment = torch.empty_like(self.master, device="meta")
+        return dict(zip(self.STATE, (torch.empty((), dtype=torch.float32, device="meta"), moment, moment)))
+
 
 def has_8bit_moments(p: Tensor, optim: Optim) -> bool:
     """Return whether each moment of a parameter is kept in a byte."""
     return optim.name == "adamw_8bit" and p.ndim >= 2 and p.numel() >= AdamW8bit.MIN_ELEMENTS
+
+
+def check_layout(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Check that tensors have the names, dtypes and shapes of others.
+
+    Raises ValueError for the first that has not.
+    """
+    for name in sorted(tensors.keys() | expected.keys()):
+        found, wanted = (f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" if (t := own.get(name)) is not None else "none"
+                         for own in (tensors, expected))
+        if found != wanted:
+            raise ValueError(f"expected {wanted} for the tensor {name}, got {found}")
 
 
 class FlatAdamW:
@@ -173,12 +190,11 @@ class FlatAdamW:
 
     @torch.no_grad()
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Restore the tensors of `state`. Raises KeyError or ValueError if their layout differs."""
+        """Restore the tensors of `state`. Raises ValueError, and changes nothing, if their layout differs."""
+        check_layout(tensors, {f"{i}.{name}": like for i, (group, update) in enumerate(zip(self.groups, self.updates))
+                               for name, like in {"master": group.master, **update.layout()}.items()})
         for i, (group, update) in enumerate(zip(self.groups, self.updates)):
-            saved = tensors[f"{i}.master"]
-            if saved.shape != group.master.shape:
-                raise ValueError(f"optimizer state: expected {tuple(group.master.shape)} weights in group {i}, got {tuple(saved.shape)}")
-            group.master.data.copy_(saved)
+            group.master.data.copy_(tensors[f"{i}.master"])
             update.load_state({name: tensors[f"{i}.{name}"] for name in update.STATE})
         self.publish()
 
@@ -188,10 +204,9 @@ class FlatAdamW:
 
     @torch.no_grad()
     def load_weights(self, tensors: dict[str, Tensor]) -> None:
-        """Restore the tensors of `weights`. Raises KeyError or ValueError if their layout differs."""
+        """Restore the tensors of `weights`. Raises ValueError, and changes nothing, if their layout differs."""
+        check_layout(tensors, self.weights())
         for name, weight in self.weights().items():
-            if tensors[name].shape != weight.shape:
-                raise ValueError(f"weights: expected the shape {tuple(weight.shape)} of weight {name}, got {tuple(tensors[name].shape)}")
             weight.copy_(tensors[name])
         for group in self.groups:
             for master, p in zip(group.low_precision_masters, group.low_precision):

@@ -57,6 +57,10 @@ class AdamW8bit:
     def state(self) -> dict[str, Tensor]:
         return dict(zip(self.STATE, (torch.tensor(self.steps), *self.moments, *self.scales)))
 
+    def layout(self) -> dict[str, Tensor]:
+        """Return tensors of the shapes and dtypes of `state`."""
+        return self.state()
+
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         self.steps = int(tensors["step"])
         for name, own in zip(self.STATE[1:], (*self.moments, *self.scales)):

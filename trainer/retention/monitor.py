@@ -31,6 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from trainer import config as training
+from trainer.checksums import verify_checksum, write_checksum
 from trainer.data.chat_template import ChatTemplate
 from trainer.errors import UserError
 from trainer.evaluation import config as evaluation
@@ -41,7 +42,7 @@ from trainer.evaluation.score_items import Outcomes, score
 from trainer.files import atomic_folder
 from trainer.metrics.log import Log
 from trainer.model.lora import adapted_layers, adapters_disabled
-from trainer.optim.adamw import FlatAdamW
+from trainer.optim.adamw import FlatAdamW, check_layout
 from trainer.runtime import checkpoint
 from trainer.runtime.distributed import Distributed
 
@@ -257,6 +258,7 @@ class ForgettingMonitor:
         if optimizer is not None:
             with atomic_folder(self._place(step)) as tmp:
                 save_file({f"{i}": group.master.data for i, group in enumerate(optimizer.groups)}, tmp / "weights.safetensors")
+                write_checksum(tmp / "weights.safetensors")
         self._forget_all_but(step)
 
     def _forget_all_but(self, *steps: int) -> None:
@@ -272,9 +274,12 @@ class ForgettingMonitor:
             return
         file = self._place(step) / "weights.safetensors"
         try:
+            verify_checksum(file)
             tensors = load_file(file)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"forgetting: cannot read {file}, the state of step {step} that was kept: {error}") from None
+            check_layout(tensors, {f"{i}": group.master for i, group in enumerate(optimizer.groups)})
+        except (OSError, ValueError, SafetensorError) as error:
+            raise UserError(f"forgetting: cannot read {file}, the state of step {step} that was kept: {error}; restore it from a copy, "
+                            "or train again in another output folder") from None
         with torch.no_grad():
             for i, group in enumerate(optimizer.groups):
                 group.master.data.copy_(tensors[f"{i}"])

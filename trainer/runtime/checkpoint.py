@@ -1,6 +1,7 @@
 """Write checkpoints atomically and resume from them bit for bit.
 
-A checkpoint is a folder `checkpoints/step-00000120`: `state.safetensors` (masters and optimizer moments) and `state.json` (a `State`).
+A checkpoint is a folder `checkpoints/step-00000120`: `state.safetensors` (masters and optimizer moments) and `state.json` (a `State`),
+each with its checksum, which is verified before anything is read.
 Of a run that has ended, and has only to be exported, it holds the trained weights alone, in the precision they are exported in.
 
 It is written to a temporary folder, synced to disk and renamed, so a kill, a crash or a full disk at any moment leaves the earlier
@@ -10,7 +11,6 @@ checkpoints as they were. The position in the data and the random states are not
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import errno
 import json
@@ -23,9 +23,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from trainer.checksums import verify_checksum, write_checksum
 from trainer.config import Config
-from trainer.errors import UserError
+from trainer.errors import UserError, one_line
 from trainer.files import atomic_folder
+
+FILES = ("state.safetensors", "state.json")
 
 # Options that may differ when a run resumes: they say where results go, never what is computed.
 FREE_TO_CHANGE = {"output", "resume", "logging", "checkpoint", "export", "export_check", "dry_run", "data.num_proc", "data.cache_dir"}
@@ -78,6 +81,8 @@ def save(folder: Path, state: State, optimizer: Optimizer, keep: int) -> Path:
     with atomic_folder(final, lambda error: _write_error(error, final, newest(folder))) as tmp:
         save_file({k: v.contiguous() for k, v in tensors.items()}, tmp / "state.safetensors")
         (tmp / "state.json").write_text(json.dumps(dataclasses.asdict(state)))
+        for name in FILES:
+            write_checksum(tmp / name)
     for old in [] if state.ended else checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
     return final
@@ -89,15 +94,43 @@ def load(path: Path, expected: dict, optimizer: Optimizer) -> State:
     `expected` is the run's identity. Raises UserError if the checkpoint is damaged, or was made with another configuration or data.
     """
     try:
-        state = State(**json.loads((path / "state.json").read_text()))
+        for name in FILES:
+            verify_checksum(path / name)
+        state = _read_state(path)
         tensors = load_file(path / "state.safetensors")
-    except (OSError, ValueError, TypeError, SafetensorError) as error:  # damaged after it was written, or of another version
-        raise UserError(f"resume: cannot read the checkpoint {path}: {error}; remove it to resume from the one before") from None
+    except (OSError, ValueError, SafetensorError) as error:
+        raise _unusable(path, error) from None
     changed = differences(state.identity, json.loads(json.dumps(expected)))
     if changed:
         raise UserError(f"resume: {path} was made with another configuration: {'; '.join(changed)}; "
                         "restore these options, or start a new run in another output folder")
-    (optimizer.load_weights if state.ended else optimizer.load_state)(tensors)
+    try:
+        (optimizer.load_weights if state.ended else optimizer.load_state)(tensors)
+    except ValueError as error:
+        raise _unusable(path, error) from None
+    return state
+
+
+def _unusable(path: Path, reason: Exception) -> UserError:
+    earlier = [other.name for other in checkpoints(path.parent) if other.name < path.name]
+    remedy = f"remove it to resume from {earlier[-1]}" if earlier else "there is none before it: remove it to start again"
+    return UserError(f"resume: cannot read the checkpoint {path}: {one_line(str(reason))}; {remedy}")
+
+
+def _read_state(path: Path) -> State:
+    """Read the state of a checkpoint.
+
+    Raises ValueError where it is none, or one of another step, and OSError.
+    """
+    try:
+        state = State(**json.loads((path / "state.json").read_text()))
+    except (TypeError, RecursionError) as error:  # of another version, or no state at all
+        raise ValueError(f"state.json holds no state of a run ({error})") from None
+    mappings = [state.identity, *(found for found in (state.last_measurement, state.kept_measurement) if found is not None)]
+    if not all(isinstance(found, dict) for found in mappings):
+        raise ValueError("state.json holds no state of a run: expected mappings for its identity and measurements")
+    if not isinstance(state.step, int) or path != place(path.parent, state.step):
+        raise ValueError(f"state.json is that of step {state.step}")
     return state
 
 
@@ -108,7 +141,7 @@ def place(folder: Path, step: int) -> Path:
 
 def has_ended(path: Path | None) -> bool:
     """Return whether a checkpoint is that of a run that has only to be exported."""
-    return path is not None and _saved(path, "ended") is not None
+    return path is not None and (state := _saved_state(path)) is not None and state.ended is not None
 
 
 def remove_ended(folder: Path) -> None:
@@ -129,14 +162,17 @@ def newest(folder: Path) -> Path | None:
 
 def kept_steps(folder: Path) -> set[int]:
     """Return the steps whose kept weights some checkpoint refers to."""
-    return {kept["step"] for path in checkpoints(folder) if (kept := _saved(path, "kept_measurement"))}
+    states = map(_saved_state, checkpoints(folder))
+    return {state.kept_measurement["step"] for state in states if state and state.kept_measurement}
 
 
-def _saved(path: Path, name: str):
-    """Return a value of a checkpoint's state; None of a damaged one, which cannot be resumed from."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        return json.loads((path / "state.json").read_text()).get(name)
-    return None
+def _saved_state(path: Path) -> State | None:
+    """Return a checkpoint's state; None of a damaged one, which cannot be resumed from."""
+    try:
+        verify_checksum(path / "state.json")
+        return _read_state(path)
+    except (OSError, ValueError):
+        return None
 
 
 def remove_all_but(folder: Path, steps: set[int]) -> None:

@@ -15,6 +15,7 @@ from tests.helpers.processes import complete_ranks
 from tests.helpers.retention import BASE, options
 from tests.helpers.runs import arguments, records, weights
 from trainer import evaluate
+from trainer.checksums import write_checksum
 from trainer.cli import parse
 from trainer.config import Config
 from trainer.errors import UserError
@@ -252,15 +253,17 @@ def test_a_kept_state_that_is_gone_is_one_line(data, tmp_path, scripted, monkeyp
 
 
 def test_kept_states_are_those_that_whole_checkpoints_refer_to(tmp_path):
-    texts = {2: '{"kept_measurement": {"step": 1}}', 4: '{"kept_measurement": null}', 6: '{"kept_measurement"',
-             8: '{"kept_measurement": {"step": 7}}'}
-    for step, text in texts.items():
-        (tmp_path / f"step-{step:08d}").mkdir()
-        (tmp_path / f"step-{step:08d}" / "state.json").write_text(text)
+    for step, kept in {2: {"step": 1}, 4: None, 6: {"step": 5}, 8: {"step": 7}}.items():
+        file = tmp_path / f"step-{step:08d}" / "state.json"
+        file.parent.mkdir()
+        file.write_text(json.dumps({"identity": {}, "step": step, "kept_measurement": kept}))
+        write_checksum(file)
+        if step == 6:
+            file.write_text(file.read_text()[:-1])
     assert checkpoint.kept_steps(tmp_path) == {1, 7}
     checkpoint.remove_all_but(tmp_path, {4, 8})
     assert len(list(tmp_path.iterdir())) == 2
-    for path in tmp_path.rglob("*.json"):
+    for path in tmp_path.rglob("state.json*"):
         path.unlink()
     checkpoint.remove_all_but(tmp_path, set())
     assert not tmp_path.exists()
