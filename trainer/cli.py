@@ -21,8 +21,10 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from trainer.errors import UserError
+from trainer.option_values import check_number, checked
 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}  # a disk that is full, or that may not be written to
+MOST_VALUES = 100_000  # in a YAML file
 NOT_OPTIONS = ("versions", "command")  # blocks of a run's config.yaml that are no options: ignored when it is given as --config
 
 
@@ -41,10 +43,11 @@ def parse(kind: type, argv: list[str], prog: str):
     try:
         for path in _config_files(argv):
             _check_yaml(path)
+        _check_values(kind, argv)
         parsed = parser.parse_args(argv)
         _check_sections(kind, parsed)
         config = parser.instantiate(parsed)
-        return kind(**{f.name: getattr(config, f.name) for f in dataclasses.fields(kind)})
+        return checked(kind(**{f.name: getattr(config, f.name) for f in dataclasses.fields(kind)}))
     except ArgumentError as error:
         raise UserError(_explain(str(error), kind)) from None
     except RecursionError:
@@ -121,6 +124,25 @@ def _config_files(argv: list[str]) -> Iterator[Path]:
             yield Path(value or following)
 
 
+def _check_values(kind: type, argv: list[str]) -> None:
+    """Raise UserError for values on the command line that YAML would read as other numbers.
+
+    Options that take text keep it as it is.
+    """
+    kinds = {f"--{key}": annotation for key, annotation in known_keys(kind).items()}
+    for argument, following in zip(argv, [*argv[1:], ""]):
+        option, equals, value = argument.partition("=")
+        value = value if equals else following
+        annotation = kinds.get(option)
+        if value.startswith(("[", "{")) and annotation is not None:
+            try:
+                _check_node(yaml.compose(value), option[2:], {})
+            except yaml.YAMLError:
+                continue  # the parser says what is wrong with it
+        elif annotation in (int, float) or {int, float} & {*typing.get_args(annotation)}:
+            check_number(value, option[2:])
+
+
 def _check_yaml(path: Path) -> None:
     """Raise UserError for a file that is not keys and values, or has a key twice (YAML keeps the last)."""
     try:
@@ -131,26 +153,44 @@ def _check_yaml(path: Path) -> None:
         raise UserError(f"--config: expected UTF-8 text in {path}, found byte {error.object[error.start]:#x}; convert the file") from None
     except yaml.MarkedYAMLError as error:
         raise UserError(f"--config: {path}, line {error.problem_mark.line + 1}: expected YAML: {error.problem}") from None
+    except RecursionError:
+        raise UserError(f"--config: expected plain keys and values in {path}, found brackets in brackets; correct it") from None
     except yaml.YAMLError as error:  # characters that YAML does not allow
         raise UserError(f"--config: expected YAML in {path}: {error}") from None
     if not isinstance(top, yaml.MappingNode):
         found = "nothing" if top is None else {"!!seq": "a list"}.get(top.tag.replace("tag:yaml.org,2002:", "!!"), "a lone value")
         raise UserError(f"--config: expected keys and values in {path}, found {found}; --print_config shows how they look")
-    _check_keys(top, path)
+    _check_node(top, f"--config: {path}", {})
 
 
-def _check_keys(node: yaml.Node, path: Path) -> None:
-    if isinstance(node, yaml.MappingNode):
-        seen = {}
-        for key, value in node.value:
-            line = key.start_mark.line + 1
+def _check_node(node: yaml.Node | None, place: str, sizes: dict[int, int]) -> int:
+    """Return the number of values in a node of YAML, each alias counted as what it stands for.
+
+    Raises UserError for a key that is given twice or is no text, for numbers that are not in base 10, and for aliases without measure.
+    `sizes` are those of the nodes seen so far, by id, 0 of those that are still being counted.
+    """
+    if id(node) in sizes:
+        if not sizes[id(node)]:
+            raise UserError(f"{place}: expected plain keys and values, found an alias of what it stands in; write it out")
+        return sizes[id(node)]
+    sizes[id(node)] = 0
+    size, seen = 1, {}
+    if isinstance(node, yaml.ScalarNode) and node.style is None:
+        check_number(node.value, f"{place}, line {node.start_mark.line + 1}")
+    for entry in node.value if isinstance(node, yaml.CollectionNode) else ():
+        key, value = entry if isinstance(entry, tuple) else (None, entry)
+        if key is not None:
+            where = f"{place}, line {key.start_mark.line + 1}"
+            if not isinstance(key, yaml.ScalarNode):
+                raise UserError(f"{where}: expected the name of an option as key, found a list or a mapping; correct it")
             if key.value in seen:
-                raise UserError(f"--config: {path}, line {line}: {key.value} was given before, on line {seen[key.value]}; keep one of them")
-            seen[key.value] = line
-            _check_keys(value, path)
-    elif isinstance(node, yaml.SequenceNode):
-        for value in node.value:
-            _check_keys(value, path)
+                raise UserError(f"{where}: {key.value} was given before, on line {seen[key.value]}; keep one of them")
+            seen[key.value] = key.start_mark.line + 1
+        size += _check_node(value, place, sizes)
+        if size > MOST_VALUES:
+            raise UserError(f"{place}: expected at most {MOST_VALUES:,} values, found more by its aliases; write out what is meant")
+    sizes[id(node)] = size
+    return size
 
 
 def _check_sections(kind: type, parsed: Namespace) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from trainer.errors import require
 
+MOST_TOKENS = 2**31 - 1  # in a pack, whose positions are int32
 MOST_PASSES = 100_000  # over the data: more are a typing mistake, and would take minutes to plan
 Metric = Literal["auto", "exact", "choice", "regex", "rules", "continuation", "logprob"]
 
@@ -314,6 +315,7 @@ def _validate_data(data: Data) -> None:
 def _validate_batch(batch: BatchSize, max_length: int) -> None:
     require(batch.tokens_per_pack >= max_length, "batch.tokens_per_pack",
             f"at least data.max_length = {max_length}, so that every sample fits a pack", batch.tokens_per_pack)
+    require(batch.tokens_per_pack <= MOST_TOKENS, "batch.tokens_per_pack", f"at most {MOST_TOKENS:,}", batch.tokens_per_pack)
     require(batch.tokens_per_step % batch.tokens_per_pack == 0 and batch.tokens_per_step > 0, "batch.tokens_per_step",
             f"a multiple of batch.tokens_per_pack = {batch.tokens_per_pack}", batch.tokens_per_step)
     require(batch.max_samples_per_pack >= 1, "batch.max_samples_per_pack", "1 or more", batch.max_samples_per_pack)
@@ -327,6 +329,8 @@ def _validate_optim(optim: Optim) -> None:
     require(0 <= optim.beta1 < 1 and 0 <= optim.beta2 < 1, "optim.beta1, optim.beta2", "0 <= beta < 1", (optim.beta1, optim.beta2))
     require(optim.eps > 0, "optim.eps", "above 0", optim.eps)
     require(optim.weight_decay >= 0, "optim.weight_decay", "0 or more", optim.weight_decay)
+    require(optim.weight_decay * optim.lr <= 1, "optim.weight_decay", f"at most 1 / optim.lr = {1 / optim.lr:g}, at which a step ends at 0",
+            optim.weight_decay)
     require(0 <= optim.min_lr_ratio <= 1, "optim.min_lr_ratio", "0 <= ratio <= 1", optim.min_lr_ratio)
     require(optim.max_grad_norm >= 0, "optim.max_grad_norm", "above 0, or 0 for no clipping", optim.max_grad_norm)
 

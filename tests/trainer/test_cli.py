@@ -1,7 +1,10 @@
 """Configuration from YAML and overrides; every mistake is one line that names the key."""
 
+import functools
+import math
 import subprocess
 import sys
+import typing
 
 import pytest
 import yaml
@@ -10,6 +13,7 @@ from tests.helpers.processes import complete
 from trainer.cli import known_keys, parse, save_yaml
 from trainer.config import Config, Source, validate
 from trainer.errors import UserError
+from trainer.option_values import checked
 
 
 def configured(*arguments) -> Config:
@@ -65,6 +69,61 @@ def test_a_wrong_file_is_explained_on_one_line(tmp_path, text, expected):
     assert expected in str(raised.value)
 
 
+LAUGHS = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}' if i else 'x'] * 10)}]\n" for i in range(12))
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    (LAUGHS, "aliases"),
+    ("a: &a [*a]\n", "alias of what it stands in"),
+    ("[" * 1000, "brackets"),
+    ("? [a, b]\n: 1\n", "line 1: expected the name of an option as key"),
+    ("optim:\n  warmup_steps: 20:25\n", "line 2: 20:25 would be read as a number in base 60"),
+    ("seed: 010\n", "line 1: 010 would be read as a number in base 8"),
+    ("data: {train: [{path: x, max_records: 010}]}\n", "base 8"),
+    ("data:\n  train:\n", "data.train: expected"),
+    ("data: {train: [null]}\n", "data.train: "),
+    ("forgetting: {general: }\n", "forgetting.general: expected"),
+    ("lora: {target_modules: }\n", "lora.target_modules: expected"),
+    ("seed: 1\noutput:\n", "output: expected"),
+    ("model: {path: \"a\\0b\"}\n", "model.path: expected text"),
+])
+def test_a_hostile_file_is_one_line_at_once(tmp_path, text, expected):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(UserError) as raised:
+        configured("--config", str(tmp_path / "run.yaml"))
+    assert expected in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 1e308])
+def test_every_number_is_finite(value):
+    floats = [key for key, kind in known_keys(Config).items() if kind is float or float in typing.get_args(kind)]
+    assert "lora.alpha" in floats and "epochs" in floats
+    for option in floats:
+        config, (*sections, name) = Config(), option.split(".")
+        setattr(functools.reduce(getattr, sections, config), name, value)
+        with pytest.raises(UserError, match=f"^{option}: expected"):
+            checked(config)
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--lora.alpha", ".inf"],
+    ["--data.train", "[{path: x, weight: .inf}]"], ["--replay_search.ratios", "[0.1, .inf]"], ["--data.train", "[{path: x, weight: 010}]"],
+    ["--data.train", "[{path: x, max_records: 100000000000000000000}]"], ["--optim.warmup_steps", "20:25"], ["--optim.lr=010"],
+    ["--data.train", "~nosuchuser/x"], ["--output", "~nosuchuser/x"], ["--output", "x" * 300], ["--model.path", "x/" * 3000],
+    ["--data.train", "[{path: '~nosuchuser/x'}]"], ["--data.train", "[x, '~nosuchuser/x']"],
+])
+def test_a_value_that_no_system_takes_is_refused(arguments):
+    with pytest.raises(UserError, match=f"^{arguments[0].partition('=')[0][2:]}"):
+        configured(*arguments)
+
+
+def test_the_home_folder_is_written_as_a_tilde(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = configured("--output=~/x", "--data.chat_template", "~/t.jinja", "--data.cache_dir", "~/c", "--logging.profile_steps", "20:25")
+    assert (config.output, config.data.chat_template, config.data.cache_dir) == ("/home/me/x", "/home/me/t.jinja", "/home/me/c")
+    assert config.logging.profile_steps == "20:25"  # text stays text
+
+
 GOOD = ["--model.path", "m", "--data.train", "t.jsonl"]
 
 
@@ -80,6 +139,8 @@ GOOD = ["--model.path", "m", "--data.train", "t.jsonl"]
     ([*GOOD, "--optim.lr", "0"], "optim.lr: expected above 0, got 0"),
     ([*GOOD, "--optim.warmup_ratio", "1"],
      "optim.warmup_ratio: expected 0 <= ratio < 1; for a number of steps set optim.warmup_steps, got 1.0"),
+    ([*GOOD, "--optim.weight_decay", "1e30"], "optim.weight_decay: expected at most 1 / optim.lr"),
+    ([*GOOD, "--batch.tokens_per_pack", "1000000000000000000"], "batch.tokens_per_pack: expected at most"),
     ([*GOOD, "--optim.decay_steps", "-1"], "optim.decay_steps: expected 1 or more, or 0 to use optim.decay_ratio, got -1"),
     ([*GOOD, "--eval.patience", "2"], "eval.patience: expected eval.every above 0"),
     (["--model.path", "m", "--data.train", "[{bad"], "data"),

@@ -23,7 +23,7 @@ from transformers.utils import chat_template_utils
 from trainer.data.turn_spans import Message, Span
 
 SECONDS = 5.0  # of CPU time; a template takes 50 microseconds for a chat, and some milliseconds for a book
-GIBIBYTES = 1  # beside what the process has
+GIBIBYTES = 0.5  # beside what the process has
 MOST_BITS = 10_000  # of an integer
 SHORT_TEXT = 100_000  # characters, which any template may print
 MOST_TIMES = 20  # the length of a text as a multiple of what it is made from: JSON escapes take 12 characters each
