@@ -7,7 +7,6 @@ import importlib
 import json
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
@@ -15,6 +14,7 @@ from tqdm import tqdm
 from trainer.config import Config
 from trainer.errors import UserError
 from trainer.files import atomic_file
+from trainer.metrics.records import read_records
 
 
 class Log:
@@ -63,18 +63,14 @@ def keep_records(path: Path, first_step: int) -> None:
     if first_step == 0:
         path.unlink()
         return
-    kept = [r for r in _whole_records(path) if r["step"] <= first_step and r["kind"] != "end"]
-    with atomic_file(path) as tmp:
-        tmp.write_text("".join(json.dumps(record) + "\n" for record in kept))
-
-
-def _whole_records(path: Path) -> Iterator[dict]:
-    """Yield the file's records, without lines that a kill cut short."""
-    for line in path.read_text().splitlines():
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            continue
+    lost = 0
+    with atomic_file(path) as tmp, tmp.open("w") as file:
+        for record in read_records(path):
+            lost += record is None
+            if record and record["step"] <= first_step and record["kind"] != "end":
+                file.write(json.dumps(record) + "\n")
+    if lost:
+        print(f"resume: left out {lost:,} lines of {path} that hold no record: cut short by a kill, or damaged", flush=True)
 
 
 def _step_line(r: dict) -> str:

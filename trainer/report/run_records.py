@@ -11,6 +11,7 @@ import numpy as np
 import yaml
 
 from trainer.errors import UserError
+from trainer.metrics.records import read_records
 
 
 @dataclass
@@ -22,7 +23,7 @@ class Run:
     evaluations: list[dict] = field(default_factory=list)
     forgetting: list[dict] = field(default_factory=list)  # scores of general and domain items
     end: dict | None = None  # None: the run was killed, or is still running
-    unreadable: int = 0  # lines of metrics.jsonl, torn by a kill
+    unreadable: int = 0  # lines of metrics.jsonl that hold no record, torn by a kill or damaged
     data: dict = field(default_factory=dict)
     replay_search: dict = field(default_factory=dict)  # its probes and choice, if any (trainer/retention/replay_search.py)
     config_text: str = ""
@@ -73,12 +74,9 @@ def _read_metrics(path: Path, run: Run) -> None:
 
     A resumed run logs some steps again, so a line drops earlier lines of its own and later steps.
     """
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     logged = {"step": run.steps, "eval": run.evaluations, "forgetting": run.forgetting}
-    for line in filter(str.strip, lines):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
+    for record in read_records(path):
+        if record is None:
             run.unreadable += 1
             continue
         run.end = record if record["kind"] == "end" else None

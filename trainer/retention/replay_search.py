@@ -32,6 +32,7 @@ import torch
 from trainer.config import Config
 from trainer.errors import UserError
 from trainer.files import atomic_file
+from trainer.metrics.records import read_records
 from trainer.runtime import checkpoint
 from trainer.runtime.distributed import Distributed
 from trainer.runtime.result import RunResult
@@ -218,7 +219,10 @@ def _remove_weights(folder: Path) -> None:
 
 
 def _token_counts(folder: Path) -> dict:
-    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    *_, last = (None, *read_records(folder / "metrics.jsonl"))
+    if last is None or not {"tokens", "supervised"} <= last.keys():
+        raise UserError(f"retention: {folder / 'metrics.jsonl'} does not end with the record of a run: it is damaged; "
+                        f"remove {folder} to run this probe again")
     return {"tokens": last["tokens"], "supervised": last["supervised"]}
 
 

@@ -30,7 +30,7 @@ def evaluation(number: int, loss: float) -> dict:
 
 def end(steps: int, reason: str = "finished", **more) -> dict:
     totals = {"steps": steps, "seconds": 150.0, "tokens": 20_000, "supervised": 8_000}
-    return {"kind": "end", "reason": reason} | totals | more
+    return {"kind": "end", "step": 20, "reason": reason} | totals | more
 
 
 def source(name: str, role: str, epoch_samples: int, share_samples: float, share_tokens: float) -> dict:
@@ -165,7 +165,7 @@ def test_time_by_phase(tmp_path):
     ([], DATA, None),
     ([step(1)], None, None),
     ([step(1, float("nan")), end(1)], {"sources": [{"name": "a", "role": "domain"}]}, {"versions": None}),
-    ([{"kind": "step", "step": 1, "loss": None}, {"kind": "end", "steps": 1, "reason": "finished"}], None, CONFIG),
+    ([{"kind": "step", "step": 1, "loss": None}, {"kind": "end", "step": 1, "steps": 1, "reason": "finished"}], None, CONFIG),
 ], ids=["nothing", "empty files", "no metrics", "one step", "nan", "few keys"])
 def test_a_run_cut_short_gets_its_page(tmp_path, records, data, config):
     html = page_of(run_folder(tmp_path, records, data, config))
