@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import operator
 import struct
 from fnmatch import fnmatch
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 from synth.config import Model
 from synth.engines.interface import EngineError
 from trainer.model.gguf import converted, is_gguf
+from trainer.model.locate import require_own_weights
 
 # Files that decide a model's output: weights, configuration, tokenizer and chat template. Not pickled weights, which can run code.
 FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "vocab*", "merges.txt",
@@ -35,6 +38,7 @@ def locate(model: Model) -> Path:
         raise EngineError(f"{model.path}: expected a model folder with config.json, got none")
     if not any(folder.glob("*.safetensors")):
         raise EngineError(f"{model.path}: expected weights in *.safetensors, got none; save the model again with save_pretrained")
+    require_own_weights("base, responders or judges", folder)
     return folder.resolve()
 
 
@@ -88,13 +92,6 @@ def _count_in_file(path: Path) -> int:
     with path.open("rb") as file:
         try:
             header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
-        except (struct.error, ValueError, MemoryError, OverflowError):
+            return sum(math.prod(map(operator.index, tensor["shape"])) for name, tensor in header.items() if name != "__metadata__")
+        except (struct.error, ValueError, MemoryError, OverflowError, RecursionError, TypeError, AttributeError, KeyError):
             raise EngineError(f"{path}: expected a safetensors file, got one that cannot be read; fetch or save the model again") from None
-    count = 0
-    for name, tensor in header.items():
-        if name != "__metadata__":
-            size = 1
-            for dimension in tensor["shape"]:
-                size *= dimension
-            count += size
-    return count

@@ -6,7 +6,6 @@ The base of an adapter is the same model with the adapter off. Another base is l
 from __future__ import annotations
 
 import gc
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +26,7 @@ from trainer.model import lora, quantization
 from trainer.model.bitsandbytes_cpu_check import refuse_misread_layers
 from trainer.model.forward import unwrap_peft
 from trainer.model.loading import load_model
-from trainer.model.locate import load_tokenizer, model_source, one_line_errors
+from trainer.model.locate import load_tokenizer, model_source, one_line_errors, read_object
 from trainer.model.patch import patch
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -96,11 +95,7 @@ def _adapter_base(config: Config, folder: Path) -> training.Model:
     file = folder / "adapter_config.json"
     if not file.is_file():
         raise UserError(f"adapter: expected a folder with adapter_config.json, found none in {folder}")
-    try:
-        saved = json.loads(file.read_text(encoding="utf-8"))
-        saved_base = saved.get("base_model_name_or_path")
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"adapter: cannot read {file}: {error}") from None
+    saved_base = read_object("adapter", file).get("base_model_name_or_path")
     tokenizer = config.model.tokenizer or (str(folder) if (folder / "tokenizer.json").is_file() else None)
     if config.model.path is None:
         if not saved_base:

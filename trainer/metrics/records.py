@@ -11,9 +11,9 @@ MAPPINGS = {("step", "seconds"), ("forgetting", "files")}  # kind and key of the
 
 
 def read_records(path: Path) -> Iterator[dict | None]:
-    """Yield the records of a file, flat dicts with `kind` and `step`, and None in the place of lines that hold none.
+    """Yield the records of a file, and None in the place of lines that hold none.
 
-    A file that does not exist has none.
+    Records are dicts with `kind` and `step`. A file that does not exist has none.
     """
     if not path.exists():
         return
@@ -35,7 +35,10 @@ def _is_record(value: Any) -> bool:
 
 
 def _fits(kind: str, key: str, entry: Any) -> bool:
-    """Return whether an entry of a record is of its type: text, figures by name, an interval, or one figure."""
+    """Return whether an entry of a record is of its type.
+
+    It is text, figures by name, an interval, or one figure.
+    """
     if key in ("kind", "reason"):
         return isinstance(entry, str)
     if (kind, key) in MAPPINGS:

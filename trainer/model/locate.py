@@ -9,12 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import transformers
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from trainer.config import Model
-from trainer.errors import UserError
+from trainer.errors import UserError, one_line
 from trainer.model.gguf import converted, is_gguf
 from trainer.model.vocabulary import add_tokens
 
@@ -71,10 +69,11 @@ def _locate(option: str, name: str) -> str:
 def _check_folder(folder: Path) -> None:
     """Check that a local folder holds a config and safetensors weights. Raises UserError."""
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+        base = read_object("model.path", folder / "adapter_config.json").get("base_model_name_or_path")
         raise UserError(f"model.path: {folder} holds an adapter; set lora.path to it and model.path to its base model ({base})")
     if not (folder / "config.json").is_file():
         raise UserError(f"model.path: expected a model folder with config.json, found none in {folder}")
+    require_own_weights("model.path", folder)
     if any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
         return
     if pickled := next(folder.glob("pytorch_model*.bin"), None):
@@ -82,6 +81,33 @@ def _check_folder(folder: Path) -> None:
             f"model.path: {folder} has pickled weights only ({pickled.name}), which can run code; only safetensors are loaded. "
             "If you trust it, convert it: AutoModelForCausalLM.from_pretrained(folder, use_safetensors=False).save_pretrained(new_folder)")
     raise UserError(f"model.path: expected model.safetensors (or its index), found none in {folder}")
+
+
+def require_own_weights(option: str, folder: Path) -> None:
+    """Check that a folder's index of weights names only safetensors files in that folder.
+
+    transformers would open a pickle that an index names, and files of any other folder. Raises UserError where one does.
+    """
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        content = read_object(option, index)
+        names = content.get("weight_map")
+        if not isinstance(names, dict):
+            raise UserError(f"{option}: expected the files of weights in {index}, under weight_map, found none; save the model again")
+        for name in names.values():
+            if not isinstance(name, str) or not name.endswith(".safetensors") or Path(name).name != name:
+                raise UserError(f"{option}: {index} names {str(name)[:100]!r}: only *.safetensors files of its own folder are loaded; "
+                                "save the model again with save_pretrained")
+
+
+def read_object(option: str, file: Path) -> dict:
+    """Return the object that a JSON file holds. Raises UserError that names the file."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{option}: cannot read {file}: {one_line(str(error))}; save the model again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{option}: expected an object in {file}, found {type(content).__name__}; save the model again")
+    return content
 
 
 @contextmanager
@@ -94,12 +120,16 @@ def one_line_errors(option: str, source: str | Path) -> Iterator[None]:
     transformers.utils.logging.set_verbosity_error()
     try:
         yield
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, SafetensorError, StrictDataclassError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # of any kind: the files may hold anything
         why = " ".join(str(error).split()).partition(" Model type should be one of ")[0]
         if "trust_remote_code" in why:
             why = "it needs Python code of its own; add --model.trust_remote_code true if you trust it"
         elif not Path(source).exists():
             why = f"no such folder here, and the hub did not serve this name ({type(error).__name__})"
+        if not isinstance(error, (OSError, ValueError, RuntimeError, ImportError)):  # their text alone says little: 'NoneType' object ...
+            why = f"a file of it holds what is not expected there ({type(error).__name__}: {why})"
         raise UserError(f"{option}: cannot load {source}: {why[:300]}") from error
     finally:
         transformers.utils.logging.set_verbosity(verbosity)

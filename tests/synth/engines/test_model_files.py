@@ -1,15 +1,20 @@
 """Fingerprints and sizes of a model's files, and texts that tokens add."""
 
+import json
 import os
 import re
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from synth.engines.model_files import count_parameters, fingerprint
+from synth.config import Model
+from synth.engines.interface import EngineError
+from synth.engines.model_files import count_parameters, fingerprint, locate
 from synth.engines.tokens import added_text
 from tests.helpers.engine_requests import BASE
+from trainer.errors import UserError
 
 
 def test_fingerprints(copy):
@@ -64,3 +69,19 @@ def test_a_space_that_a_sentencepiece_tokenizer_would_drop():
     core.pre_tokenizer, core.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core)
     assert tokenizer.decode([1]) == "b" and added_text(tokenizer, [0], [1]) == " b" and added_text(tokenizer, [0], [2, 1]) == "c b"
+
+
+@pytest.mark.parametrize("header", [
+    "[]", "null", "5", '{"w": null}', '{"w": {}}', '{"w": {"shape": "text"}}', '{"w": {"shape": [1.5]}}', '{"w": {"shape": 3}}',
+    "[" * 100_000])
+def test_headers_of_another_type_are_one_line(tmp_path, header):
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header.encode())
+    with pytest.raises(EngineError, match="a.safetensors: expected a safetensors file, got one that cannot be read"):
+        count_parameters(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["evil.bin", "../model.safetensors"])
+def test_an_index_names_safetensors_of_its_folder_alone(copy, name):
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": name}}))
+    with pytest.raises(UserError, match="only .*safetensors files of its own folder are loaded"):
+        locate(Model(path=str(copy)))

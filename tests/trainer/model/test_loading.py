@@ -1,6 +1,7 @@
 """Loading: the saved weights, packed; a model that cannot be loaded is one line."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -138,3 +139,49 @@ def test_tokenizer_larger_than_the_embedding(model_folder, tmp_path):
 
 def test_implementation_name_is_ours(model_folder):
     assert load(path=model_folder)[0].config._attn_implementation == PACKED
+
+
+def config_with(**values):
+    def edit(folder):
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+    return edit
+
+
+def index_of(text):
+    def edit(folder):
+        (folder / "model.safetensors.index.json").write_text(text)
+
+    return edit
+
+
+def file_of(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
+@pytest.mark.parametrize("edit", [
+    *(config_with(num_attention_heads=value) for value in (0, None, "two", [])),
+    *(config_with(num_hidden_layers=value) for value in (0, None, "two")),
+    config_with(hidden_size={}), config_with(text_config={"a": 1}), config_with(dtype="float7"), config_with(model_type=[]),
+    *(file_of("config.json", text) for text in ("null", "[]", "5", "[" * 100_000)),
+    *(file_of("tokenizer.json", text) for text in ("null", "[]", "5", '{"model": null}')),
+    *(file_of("tokenizer_config.json", text) for text in ("null", "[]", "5")),
+    *(index_of(text) for text in ("null", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"w": null}}', "[" * 100_000)),
+])
+def test_files_of_another_type_than_expected_are_one_line(model_folder, tmp_path, edit):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    edit(folder)
+    try:
+        load(path=folder)
+    except UserError as error:
+        assert str(folder) in str(error) and "\n" not in str(error)
+
+
+@pytest.mark.parametrize("name", ["evil.bin", "../model.safetensors", "/etc/passwd", "a/b.safetensors"])
+def test_an_index_names_safetensors_of_its_folder_alone(model_folder, tmp_path, name):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    index_of(json.dumps({"weight_map": {"model.norm.weight": name}}))(folder)
+    (folder / "model.safetensors").rename(tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="names .*only \\*.safetensors files of its own folder are loaded"):
+        load(path=folder)
