@@ -24,6 +24,7 @@ from trainer.config import Source
 from trainer.data import arrow_rows, chat_columns, files, formats, messages, readers, tool_calls, turn_weights, values
 from trainer.data.arrow_rows import without_padding
 from trainer.data.chat_columns import record_of
+from trainer.data.disk_cache import cached_dataset
 from trainer.data.files import DataFile
 from trainer.data.formats import choose_format
 from trainer.data.values import RecordError
@@ -89,8 +90,12 @@ def _load(source: Source, cache_dir: str | None, on_bad_row: str) -> Dataset:
     fingerprint = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
     content = {"text": Value("string")} if record_format.name == "text" else {"messages": List(MESSAGE), "inputs": Value("string")}
     empty = dict.fromkeys(content | COMMON) | {"weight": 1.0}
+
+    def make(folder: Path) -> None:
+        Dataset.from_generator(records, features=Features(content | COMMON), cache_dir=str(folder), fingerprint=fingerprint)
+
     try:
-        return Dataset.from_generator(records, features=Features(content | COMMON), cache_dir=cache_dir, fingerprint=fingerprint)
+        return cached_dataset(cache_dir, "records", fingerprint, make)
     except datasets.exceptions.DatasetGenerationError as error:
         if isinstance(error.__cause__, (UserError, OSError)):
             raise error.__cause__ from None

@@ -9,7 +9,6 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import datasets
 import numpy as np
 import tokenizers
 import transformers
@@ -20,6 +19,7 @@ import trainer.data.notes
 import trainer.data.turn_spans
 from trainer.config import Data, Source
 from trainer.data.chat_template import ChatTemplate, Encoded, Rendered
+from trainer.data.disk_cache import cached_dataset
 from trainer.data.notes import Note, note_of, summarize
 from trainer.data.samples import Samples
 from trainer.data.turn_spans import Message
@@ -64,18 +64,20 @@ def _tokens(source: Source, records: Dataset, template: ChatTemplate, data: Data
     versions = (tokenizers.__version__, transformers.__version__)
     key = (records._fingerprint, template.fingerprint, data.train_on, data.same_role, data.on_bad_row, versions, code)
     fingerprint = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
-    folder = Path(data.cache_dir or datasets.config.HF_DATASETS_CACHE) / "tokens"
-    folder.mkdir(parents=True, exist_ok=True)
     processes = data.num_proc or min(8, os.cpu_count() or 1)
     processes = min(processes, math.ceil(len(records) / RECORDS_PER_PROCESS))
     options = {"template": template, "data": data, "path": source.path}
     if processes > 1:
         # Threads within the processes would be too many, and would not survive the fork.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    return records.map(
-        _encode, fn_kwargs=options, batched=True, batch_size=RECORDS_PER_CALL, with_indices=True, features=TOKENS,
-        remove_columns=records.column_names, num_proc=processes if processes > 1 else None, desc=f"tokenize {source.name}",
-        new_fingerprint=fingerprint, cache_file_name=str(folder / f"{fingerprint}.arrow"), load_from_cache_file=True)
+
+    def make(folder: Path) -> None:
+        records.map(
+            _encode, fn_kwargs=options, batched=True, batch_size=RECORDS_PER_CALL, with_indices=True, features=TOKENS,
+            remove_columns=records.column_names, num_proc=processes if processes > 1 else None, desc=f"tokenize {source.name}",
+            new_fingerprint=fingerprint, cache_file_name=str(folder / "tokens.arrow"))
+
+    return cached_dataset(data.cache_dir, "tokens", fingerprint, make)
 
 
 def _encode(batch: dict, indices: list[int], template: ChatTemplate, data: Data, path: str) -> dict:

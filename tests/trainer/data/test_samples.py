@@ -186,7 +186,7 @@ def test_processes_change_nothing(tmp_path, monkeypatch):
     data = records(50)
     one = tokenize([(source(), data)], TEMPLATE, Data(cache_dir=str(tmp_path / "one"), num_proc=1))
     two = tokenize([(source(), data)], TEMPLATE, Data(cache_dir=str(tmp_path / "two"), num_proc=2))
-    assert len(list((tmp_path / "two" / "tokens").glob("*.arrow"))) == 2
+    assert len(list((tmp_path / "two" / "tokens").rglob("*.arrow"))) == 2
     assert one.fingerprint == two.fingerprint
     assert all(one[i][0].tolist() == two[i][0].tolist() for i in range(50))
 

@@ -1,0 +1,70 @@
+"""Keep data sets that are costly to make on disk: whole or absent, verified whenever they are read.
+
+An entry is a folder named after a fingerprint of all that decides its content. It holds Arrow files, each with its checksum, and is
+written to a temporary folder, synced and renamed: two runs may share a cache, and the first to finish an entry makes it for both.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+from datasets import Dataset
+
+from trainer.checksums import verify_checksum, write_checksum
+from trainer.files import fsync_path
+
+
+def cached_dataset(cache_dir: str | None, kind: str, fingerprint: str, make: Callable[[Path], None]) -> Dataset:
+    """Return the data set of a fingerprint, made now unless the cache has it.
+
+    `make` writes Arrow files anywhere in the folder that it gets, in the order of their names. `cache_dir` defaults to the cache of
+    `datasets`. An entry that is damaged is made anew, which is said in a line.
+    """
+    folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / kind
+    entry = folder / fingerprint
+    if entry.exists():
+        try:
+            return _read(entry)
+        except (OSError, ValueError) as error:
+            print(f"data: the cache {entry} is damaged and made anew: {error}", flush=True)
+            shutil.rmtree(entry)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{fingerprint}.", dir=folder) as tmp:
+        make(Path(tmp))
+        _publish(sorted(Path(tmp).rglob("*.arrow")), Path(tmp) / "entry", entry)
+    return _read(entry)
+
+
+def _publish(files: list[Path], tmp: Path, entry: Path) -> None:
+    """Move files into an entry, with their checksums; leave that of another process, if it was faster."""
+    tmp.mkdir()
+    for file, name in zip(files, _names(len(files))):
+        file.rename(tmp / name)
+        write_checksum(tmp / name)
+        fsync_path(tmp / name)
+    try:
+        tmp.rename(entry)
+    except OSError:
+        if not entry.exists():
+            raise
+    fsync_path(entry.parent)
+
+
+def _read(entry: Path) -> Dataset:
+    """Read an entry, memory-mapped. Raises ValueError or OSError where it is damaged."""
+    files = sorted(entry.glob("*.arrow"))
+    if not files or [file.name for file in files] != _names(len(files)):
+        raise ValueError("files are missing")
+    for file in files:
+        verify_checksum(file)
+    found = datasets.concatenate_datasets([Dataset.from_file(str(file)) for file in files])
+    found._fingerprint = entry.name  # not one of the files' times, so that what is made from it is found again
+    return found
+
+
+def _names(count: int) -> list[str]:
+    return [f"{i:05}-of-{count:05}.arrow" for i in range(count)]
