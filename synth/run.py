@@ -11,7 +11,7 @@ from pathlib import Path
 
 from synth.config import Config, name_of, resolve_presets, validate
 from trainer import cli
-from trainer.errors import UserError
+from trainer.errors import UserError, printable
 
 # In the order in which they run. Loaded late, so that --help and mistakes in options are answered at once.
 STAGE_FUNCTIONS = {
@@ -60,7 +60,7 @@ def synthesise(config: Config) -> None:
         from trainer.versions import versions
 
         with Pool(folder / "pool.sqlite") as pool:
-            run = SynthesisRun(config, pool, say=lambda line: print(line, flush=True))
+            run = SynthesisRun(config, pool, say=lambda line: print(printable(line), flush=True))
             check_languages(config)
             check_keys(config)
             check_chat_formats(run)

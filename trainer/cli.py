@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from trainer.errors import UserError
+from trainer.errors import UserError, printable
 from trainer.option_values import check_number, checked
 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}  # a disk that is full, or that may not be written to
@@ -94,7 +94,7 @@ def main(run, kind: type, prog: str, usage: str) -> int:
 
 
 def _print_error(prog: str, error: UserError, status: int) -> int:
-    print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"{prog}: error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
     return status
 
 

@@ -9,6 +9,9 @@ import contextlib
 import re
 from pathlib import Path
 
+# Control characters but line feeds and tabs, marks of direction, separators of lines, and halves of surrogate pairs.
+STEERING = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u061c\\u200e\\u200f\\u2028-\\u202e\\u2066-\\u2069\\ud800-\\udfff]")
+
 
 class UserError(Exception):
     """Bad input, configuration or environment.
@@ -34,7 +37,12 @@ def last_error_line(log: Path) -> str:
     return ""
 
 
+def printable(text: str) -> str:
+    """Return text with escapes such as \\x1b for whatever would steer a terminal or reorder a line."""
+    return STEERING.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
 def one_line(text: str) -> str:
-    """Join text to one line of at most 240 characters."""
-    text = " ".join(text.split())
+    """Join text to one line of at most 240 printable characters."""
+    text = printable(" ".join(text.split()))
     return text if len(text) <= 240 else text[:237] + "..."

@@ -9,6 +9,7 @@ import datasets
 import transformers
 
 from trainer import cli
+from trainer.errors import one_line, printable
 from trainer.evaluation import harness, report, vllm
 from trainer.evaluation.config import Config, validate, with_default_suite
 from trainer.evaluation.items import read_files
@@ -41,7 +42,7 @@ def main() -> int:
         if not sys.stderr.isatty():
             transformers.utils.logging.disable_progress_bar()
             datasets.disable_progress_bars()
-        print(report.table(evaluate(config)))
+        print(printable(report.table(evaluate(config))))
         print(f"report: {Path(config.output) / 'report.html'}")
 
     return cli.main(run, Config, "trainer.evaluate", USAGE)
@@ -68,7 +69,7 @@ def evaluate(config: Config) -> dict:
         scored[loaded.name] = score(loaded, files, config, base.base_states if base else None, remember=models.compared and base is None,
                                     completions=completions.get(loaded.name))
         tasks[loaded.name] = harness.run_tasks(loaded, config)
-        print(f"scored {loaded.name}: {loaded.label}", flush=True)
+        print(f"scored {loaded.name}: {one_line(loaded.label)}", flush=True)
     model, base = scored["model"], scored.get("base")
     results = {
         "model": model.label, "base": base.label if base else None, "confidence": config.statistics.confidence,

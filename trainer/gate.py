@@ -10,7 +10,7 @@ import datasets
 import transformers
 
 from trainer import cli
-from trainer.errors import UserError, require
+from trainer.errors import UserError, printable, require
 from trainer.evaluate import evaluate
 from trainer.evaluation import gate_report
 from trainer.evaluation.config import DEFAULT_SUITE, GateConfig
@@ -39,7 +39,7 @@ def main() -> int:
             transformers.utils.logging.disable_progress_bar()
             datasets.disable_progress_bars()
         results, found = judge(config)
-        print(gate_report.text(results, found))
+        print(printable(gate_report.text(results, found)))
         print(f"report: {Path(config.output) / 'gate.html'}")
         return 0 if gate_report.passed(found) else FAILED
 

@@ -9,13 +9,14 @@ import re
 import typing
 from typing import Any
 
-from trainer.errors import UserError
+from trainer.errors import UserError, printable
 
 LARGEST = 2.0**127  # of a number: fp32 holds no larger ones
 WHOLE = 2**63  # above any whole number
 PATHS = {"output", "path", "config", "tokenizer", "chat_template", "cache_dir", "suite_folder", "task_folder", "adapter", "tuned"}
 PATHS_OR_LISTS = {"train", "eval", "data", "general", "domain"}
 EXPANDED = {"output", "chat_template", "cache_dir"}  # `~` in other paths is read where they are opened, as they may be hub names
+PRINTED = {"name", "output"}  # stand in lines of logs
 MISREAD = re.compile(r"[-+]?(0[0-7_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")
 
 
@@ -53,6 +54,8 @@ def _check_one(option: str, name: str, value) -> None:
         raise UserError(f"{option}: expected a number below 2^63, got {value if abs(value) < 10**40 else 'one of many digits'}")
     elif isinstance(value, str) and "\0" in value:
         raise UserError(f"{option}: expected text, got one with a NUL character; remove it")
+    elif isinstance(value, str) and name in PRINTED and ("\n" in value or printable(value) != value):
+        raise UserError(f"{option}: expected one line of printable text, got {printable(value)!r}; remove its control characters")
     elif isinstance(value, str) and name in PATHS | PATHS_OR_LISTS:
         _check_path(option, value)
 

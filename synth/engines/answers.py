@@ -79,12 +79,7 @@ def read_models(body: bytes, model: str) -> dict[str, str | int]:
     listed = _field(parse(body), "data", list)
     found = next((one for one in listed if isinstance(one, dict) and one.get("id") == model), {})
     root, length = found.get("root"), found.get("max_model_len")
-    return ({"root": printable(root)} if isinstance(root, str) else {}) | ({"max_model_len": length} if _count(length) else {})
-
-
-def printable(text: str) -> str:
-    """Return a server's words as one line of printable text."""
-    return "".join(character if character.isprintable() else "\ufffd" for character in one_line(text))
+    return ({"root": one_line(root)} if isinstance(root, str) else {}) | ({"max_model_len": length} if _count(length) else {})
 
 
 def has_lone_surrogate(text: str) -> bool:
@@ -104,7 +99,7 @@ def _first_choice(answer: Any) -> dict:
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
         told = answer.get("error") if isinstance(answer, dict) else None
         told = told.get("message") if isinstance(told, dict) else told
-        raise Garbled("an answer without choices" + (f": {printable(told)}" if isinstance(told, str) else ""))
+        raise Garbled("an answer without choices" + (f": {one_line(told)}" if isinstance(told, str) else ""))
     return choices[0]
 
 
@@ -170,7 +165,7 @@ def _reply(answer: dict, choice: dict, text: str, max_tokens: int, first: list, 
 async def limit_bytes(stream: AsyncIterator[bytes], encoding: str) -> AsyncIterator[bytes]:
     """Yield a body's bytes, decompressed, up to MOST_BYTES of them."""
     if encoding not in ("", "identity", "gzip", "x-gzip", "deflate"):
-        raise Garbled(f"an answer compressed with {printable(encoding)}, which was not asked for")
+        raise Garbled(f"an answer compressed with {one_line(encoding)}, which was not asked for")
     decompressor, count = None if encoding in ("", "identity") else zlib.decompressobj(zlib.MAX_WBITS | 32), 0
     async for chunk in stream:
         try:

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 from openai import APIConnectionError, APIStatusError, APITimeoutError, AsyncOpenAI, OpenAIError
 
 from synth.config import Model
-from synth.engines.answers import Garbled, printable
+from synth.engines.answers import Garbled
 from synth.engines.dialect import Dialect, is_about_length
 from synth.engines.interface import EngineError, Failure, Key
+from trainer.errors import one_line
 
 TRIES = 6  # of one request
 PAUSE = 0.5  # seconds before the second try, doubled before each later one
@@ -95,7 +96,7 @@ class Endpoint:
                 remedy = ("lower respond.max_tokens or judge.max_tokens, or set the model's max_model_len, then go on"
                           if is_about_length(error) else "look at the server, then go on")
             except (Garbled, OpenAIError) as error:
-                reason = f"no usable answer in {TRIES} tries: {printable(str(error))}"
+                reason = f"no usable answer in {TRIES} tries: {one_line(str(error))}"
                 result, again, remedy = self._unanswered(request.key, reason), False, "look at the server, then go on"
             except Unscored as error:
                 raise EngineError(f"{self.model.path}: {self.url} {error}") from None
@@ -142,7 +143,7 @@ class Endpoint:
             if isinstance(error.__cause__, (Garbled, EngineError)):  # of what came
                 return self._fault(error.__cause__, left)
             if not left and "Connect" in type(error.__cause__).__name__:
-                raise EngineError(f"{self.model.path}: no server answers at {self.url} ({printable(str(error.__cause__))}); "
+                raise EngineError(f"{self.model.path}: no server answers at {self.url} ({one_line(str(error.__cause__))}); "
                                   "start it, or correct base_url") from error
             return Garbled("the connection broke off")
         if isinstance(error, Garbled):
@@ -208,4 +209,4 @@ def _server_message(error: APIStatusError) -> str:
     """Return the server's own message."""
     body = error.body if isinstance(error.body, dict) else {}
     message = body.get("message")
-    return printable(message if isinstance(message, str) and message else error.message)
+    return one_line(message if isinstance(message, str) and message else error.message)

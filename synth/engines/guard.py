@@ -6,8 +6,9 @@ from collections.abc import AsyncIterator
 
 import httpx2
 
-from synth.engines.answers import limit_bytes, printable
+from synth.engines.answers import limit_bytes
 from synth.engines.interface import EngineError
+from trainer.errors import one_line
 
 
 async def guard(response: httpx2.Response) -> None:
@@ -19,7 +20,7 @@ async def guard(response: httpx2.Response) -> None:
         asked, to = response.request.url, response.request.url.join(response.headers["location"])
         upgraded = asked.scheme == "http" and to.scheme == "https" and (asked.port, to.port) == (None, None)
         if to.host != asked.host or (to.scheme, to.port) != (asked.scheme, asked.port) and not upgraded:
-            raise EngineError(f"{asked.scheme}://{asked.netloc.decode()} sends requests on to another server, {printable(to.host)}; "
+            raise EngineError(f"{asked.scheme}://{asked.netloc.decode()} sends requests on to another server, {one_line(to.host)}; "
                               "set base_url to that one if you trust it")
     response.stream = _LimitedStream(response.stream, response.headers.pop("content-encoding", "").strip().lower())
 

@@ -21,11 +21,12 @@ from openai import APIStatusError, AsyncOpenAI, DefaultAsyncHttpxClient, OpenAIE
 
 from synth.config import Model
 from synth.engines import endpoint as endpoints
-from synth.engines.answers import Garbled, Reply, has_lone_surrogate, printable, read_chat, read_completion, read_models
+from synth.engines.answers import Garbled, Reply, has_lone_surrogate, read_chat, read_completion, read_models
 from synth.engines.endpoint import Endpoint, Unanswered, Unscored
 from synth.engines.guard import guard
 from synth.engines.interface import Choice, ChoiceRequest, Completion, CompletionRequest, EngineError, EngineInfo, Failure
 from synth.engines.keys import api_key
+from trainer.errors import one_line
 
 LOGPROBS = 20  # the most that the protocol allows
 THOUGHT = re.compile(r"\s*(?:<\W?(?:[\w:]+[:_])?(?:think|thinking|thought|reasoning|start_thinking)\W?>|\[think\]|◁think▷|<\|channel\|>|"
@@ -165,7 +166,7 @@ class OpenAIEngine:
         try:
             return await endpoint.attempt(lambda: self._description(endpoint))
         except (Garbled, OpenAIError) as error:
-            raise EngineError(f"{self.model.path}: {endpoint.url} does not list its models: {printable(str(error))}; "
+            raise EngineError(f"{self.model.path}: {endpoint.url} does not list its models: {one_line(str(error))}; "
                               "correct base_url, or look at the server") from None
 
     async def _description(self, endpoint: Endpoint) -> str:
@@ -251,7 +252,7 @@ def _make_completion(request: CompletionRequest, reply: Reply) -> Completion | F
     if reply.finish == "content_filter":
         return Failure(request.key, "withheld by the server's content filter")
     if reply.finish not in FINISH_REASONS:
-        return Failure(request.key, f"ended by {printable(str(reply.finish))}")
+        return Failure(request.key, f"ended by {one_line(str(reply.finish))}")
     if has_lone_surrogate(reply.text):
         return Failure(request.key, "no Unicode text: half of a surrogate pair")
     return Completion(request.key, reply.text, reply.tokens, FINISH_REASONS[reply.finish], reply.logprob, reply.prompt_tokens)

@@ -28,7 +28,7 @@ from trainer.data.disk_cache import cached_dataset
 from trainer.data.files import DataFile
 from trainer.data.formats import choose_format
 from trainer.data.values import RecordError
-from trainer.errors import UserError
+from trainer.errors import UserError, one_line
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 # Modules that decide what records a source has.
@@ -52,7 +52,7 @@ def load_sources(sources: str | list[str | Source], default_name: str, cache_dir
     loaded = []
     for entry in [sources] if isinstance(sources, (str, Source)) else sources:
         source = entry if isinstance(entry, Source) else Source(entry)
-        source = replace(source, name=source.name or files.stem(source.path) or default_name)
+        source = replace(source, name=source.name or one_line(files.stem(source.path)) or default_name)
         loaded.append((source, _load(source, cache_dir, on_bad_row)))
     return loaded
 

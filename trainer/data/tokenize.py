@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ import trainer.data.turn_spans
 from trainer.config import Data, Source
 from trainer.data.chat_template import ChatTemplate, Encoded, Rendered
 from trainer.data.disk_cache import cached_dataset
+from trainer.data.names import distinct
 from trainer.data.notes import Note, note_of, summarize
 from trainer.data.samples import Samples
 from trainer.data.turn_spans import Message
@@ -40,22 +40,11 @@ def tokenize(sources: list[tuple[Source, Dataset]], template: ChatTemplate, data
     Raises UserError if a chat cannot be rendered or masked, a sample is too long under `on_overlong: error`, or a source has no
     sample with a supervised token.
     """
-    names = distinct_names([source.name for source, _ in sources])
+    names = distinct([source.name for source, _ in sources])
     tokens = [_tokens(source, records, template, data) for source, records in sources]
     cut = [_cut(own, name, data) for own, name in zip(tokens, names)]
     length_report = {name: counts for name, (_, counts) in zip(names, cut)}
     return _join([samples for samples, _ in cut], names, length_report)
-
-
-def distinct_names(names: Sequence[str]) -> list[str]:
-    """Make names distinct: add a number to those that came before."""
-    distinct: list[str] = []
-    for name in names:
-        n = 1
-        while (candidate := name if n == 1 else f"{name} ({n})") in distinct:
-            n += 1
-        distinct.append(candidate)
-    return distinct
 
 
 def _tokens(source: Source, records: Dataset, template: ChatTemplate, data: Data) -> Dataset:

@@ -28,9 +28,10 @@ from trainer.config import Source
 from trainer.data.chat_columns import messages_of
 from trainer.data.files import DataFile, stem
 from trainer.data.formats import TEMPLATE_INPUTS, Format, look_up, read_inputs
+from trainer.data.names import distinct
 from trainer.data.sources import open_source, rows_of
 from trainer.data.values import RecordError, as_text, is_given
-from trainer.errors import UserError
+from trainer.errors import UserError, one_line
 from trainer.evaluation.config import Data, Items
 from trainer.evaluation.rules.verdicts import Rule, make_rule, require_language
 from trainer.evaluation.scoring import expected_answer
@@ -96,12 +97,7 @@ def read_files(data: Data) -> list[ItemFile]:
         for entry in [entries] if isinstance(entries, (str, Items)) else entries:
             options = Items(entry) if isinstance(entry, str) else entry
             files += [_read_file(suite, role, data) for suite in expand(options, data.suite_folder)]
-    return [replace(file, name=name) for file, name in zip(files, _number_repeated([file.name for file in files]))]
-
-
-def _number_repeated(names: list[str]) -> list[str]:
-    """Return the names, each repeated one with a number: a, a (2), a (3)."""
-    return [name if name not in names[:i] else f"{name} ({names[:i].count(name) + 1})" for i, name in enumerate(names)]
+    return [replace(file, name=name) for file, name in zip(files, distinct([file.name for file in files]))]
 
 
 def _read_file(suite: Suite, role: Role, data: Data) -> ItemFile:
@@ -121,7 +117,7 @@ def _read_file(suite: Suite, role: Role, data: Data) -> ItemFile:
             items.append(_parse_item(row, columns, options, place, len(items) + 1))
         except RecordError as error:
             raise UserError(f"{place}: {error}") from None
-    return ItemFile(options.name or stem(options.path), role, options, tuple(items))
+    return ItemFile(options.name or one_line(stem(options.path)), role, options, tuple(items))
 
 
 def _rows(suite: Suite) -> Iterator[tuple[str, dict]]:

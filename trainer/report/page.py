@@ -62,7 +62,8 @@ def _png(draw: Callable[[Axes, Theme], None], theme: Theme, height: float) -> by
         "xtick.labelcolor": theme.muted, "ytick.labelcolor": theme.muted, "axes.edgecolor": theme.line,
         "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False, "ytick.major.size": 0,
         "axes.grid": True, "axes.grid.axis": "y", "grid.color": theme.line, "grid.linewidth": 0.8,
-        "axes.axisbelow": True, "axes.formatter.useoffset": False,
+        "axes.axisbelow": True, "text.parse_math": False,  # names may have dollar signs
+         "axes.formatter.useoffset": False,
         "lines.linewidth": 1.6, "lines.markersize": 4.5, "lines.solid_capstyle": "round",
     }
     with matplotlib.rc_context(style):

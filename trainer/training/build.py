@@ -15,7 +15,7 @@ from trainer.data.batch import NO_PADDING, PadTo
 from trainer.data.prepare import TrainingData, data_summary, eval_set_line, note_lines
 from trainer.data.samples import Samples
 from trainer.data.step_plan import StepPlan
-from trainer.errors import UserError
+from trainer.errors import UserError, printable
 from trainer.evaluation.items import ItemFile
 from trainer.metrics.log import Log
 from trainer.metrics.throughput import model_size, peak_flops
@@ -195,7 +195,7 @@ def print_summary(config: Config, data: TrainingData, summary: dict, patched: Pa
 
 def print_lines(lines: Sequence[str]) -> None:
     for line in lines:
-        print(line, flush=True)
+        print(printable(line), flush=True)
 
 
 def device_name(device: torch.device) -> str:

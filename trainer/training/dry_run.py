@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trainer.config import Config
 from trainer.data.prepare import TrainingData, data_summary, eval_set_line, note_lines
+from trainer.errors import printable
 from trainer.metrics.throughput import model_size
 from trainer.model import router_balance
 from trainer.model.loading import meta_model
@@ -60,7 +61,7 @@ def _print_samples(data: TrainingData, seed: int) -> None:
     count = min(3, len(samples.lengths))
     for i in np.sort(np.random.default_rng(seed).choice(len(samples.lengths), count, replace=False)):
         ids, supervised = samples[i]
-        pieces = data.template.segments(ids, supervised)
+        pieces = [(printable(piece), on) for piece, on in data.template.segments(ids, supervised)]
         text = "".join(f"{opening}{piece}{closing}" if on else _shortened(piece) for piece, on in pieces)
         print(f"{BOLD * colour}sample {i} of {samples.names[samples.sources[i]]}: {len(ids)} tokens, "
               f"{samples.supervised[i]} supervised{PLAIN * colour}")
@@ -90,7 +91,7 @@ def _print_sources(sources: list[dict]) -> None:
               f"{s['share_samples']:>11.1%}{s['share_tokens']:>10.1%}{s['dropped']:>9,}{s['truncated']:>11,}{s['split']:>7,}"
               f"{s['unsupervised']:>14,}{s['refused']:>9,}{s['tokens_lost']:>13,}")
     for line in note_lines(sources):
-        print(line)
+        print(printable(line))
 
 
 def _print_plan(data: TrainingData, summary: dict, max_length: int) -> None:
@@ -100,5 +101,5 @@ def _print_plan(data: TrainingData, summary: dict, max_length: int) -> None:
     print(f"packing: {len(summary['pack_fill'])} packs of {summary['tokens_per_pack']} tokens in the first epoch, "
           f"{summary['packing_efficiency']:.1%} full, no padding")
     if data.eval_set:
-        print(eval_set_line(data))
+        print(printable(eval_set_line(data)))
     print(f"plan: {plan.total} steps of {plan.packs_per_step} packs, {plan.progress(plan.total):.3g} epochs")

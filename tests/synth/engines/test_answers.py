@@ -130,7 +130,7 @@ def test_whatever_a_server_says_is_read_or_garbled(value):
 def test_text_that_no_file_can_hold_stays_out_of_reasons(opened):
     with ScriptedServer([Answer(200, chat_completion("x", "odd\ud83d\x1b[2J\n")), error_answer(400, "no\ud83d\x1b]0;x\n")]) as server:
         first, second = ask(opened(server, concurrency=1), 2)
-    assert first.reason == "ended by odd\ufffd\ufffd[2J" and second.reason.startswith("refused by the server: no\ufffd\ufffd]0;x")
+    assert first.reason == r"ended by odd\ud83d\x1b[2J" and second.reason.startswith(r"refused by the server: no\ud83d\x1b]0;x")
 
 
 # ---------------------------------------------------------------- how long, how much
