@@ -13,11 +13,11 @@ import itertools
 import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trainer.errors import UserError
+from trainer.errors import UserError, one_line
 
 VERSION = 1
 SCHEMA = """
@@ -67,6 +67,11 @@ INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET requ
     busy = busy + excluded.busy, cost = cost + excluded.cost"""
 
 
+TYPES = {"TEXT": "'text', 'null'", "INTEGER": "'integer', 'null'", "REAL": "'real', 'null'"}  # of values, by that of the column
+INCOMPLETE = """
+SELECT 1 WHERE EXISTS (SELECT 1 FROM items WHERE turns IS NULL) OR EXISTS (SELECT 1 FROM turns WHERE text IS NULL)"""
+
+
 class Chat(NamedTuple):
     """An item as messages, the last one the user's; system None: the chat template's own prompt."""
 
@@ -78,6 +83,35 @@ class Chat(NamedTuple):
     def instruction(self) -> str:
         """Return the last user turn."""
         return self.messages[-1]["content"]
+
+
+def create_tables(connection: sqlite3.Connection) -> None:
+    for statement in SCHEMA.split(";"):
+        connection.execute(statement)
+
+
+def check_tables(connection: sqlite3.Connection) -> None:
+    """Check that a pool holds our tables alone, whole, with values of their types.
+
+    Raises ValueError for the first that is not so: triggers and views run code of whoever made the file.
+    """
+    with closing(sqlite3.connect(":memory:")) as fresh:
+        create_tables(fresh)
+        expected, found = (dict(own.execute("SELECT name, sql FROM sqlite_master WHERE name NOT LIKE 'sqlite_stat%'").fetchall())
+                           for own in (fresh, connection))
+    if changed := sorted(name for name in expected | found if expected.get(name) != found.get(name)):
+        raise ValueError(f"{changed[0]} is no table as synth.run makes it")
+    if (verdict := connection.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+        raise ValueError(verdict)
+    for table in expected:
+        columns = [(name, kind) for _, name, kind, *_ in connection.execute(f"PRAGMA table_info({table})")]
+        wrong = " OR ".join(f"typeof({name}) NOT IN ({TYPES[kind]})" for name, kind in columns)
+        if connection.execute(f"SELECT 1 FROM {table} WHERE {wrong} LIMIT 1").fetchone():
+            raise ValueError(f"the table {table} holds a value of another type than its column")
+    if connection.execute(INCOMPLETE).fetchone():
+        raise ValueError("an item lacks its number of turns, or a turn its text")
+    for value, in connection.execute("SELECT value FROM meta"):
+        json.loads(value)
 
 
 class Pool:
@@ -96,12 +130,18 @@ class Pool:
             self.connection.execute("PRAGMA synchronous=NORMAL")
             if not self.connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
                 with self.transaction():
-                    for statement in SCHEMA.split(";"):
-                        self.connection.execute(statement)
+                    create_tables(self.connection)
                     self.set("version", VERSION)
             self._check_version()
+            check_tables(self.connection)
+        except (ValueError, RecursionError) as error:
+            raise self._damaged(error) from None
         except (sqlite3.Error, OSError) as error:
             raise UserError(f"pool {self.path}: {error}; expected a pool of synth.run on a disk that can be written") from None
+
+    def _damaged(self, reason: Exception) -> UserError:
+        return UserError(f"pool {self.path}: it is damaged or no pool of synth.run: {one_line(str(reason))}; "
+                         "restore it from a copy, or choose another output")
 
     def _check_version(self) -> None:
         if not self.connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchone():
@@ -114,8 +154,11 @@ class Pool:
     def __enter__(self) -> Pool:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, _, error: BaseException | None, __) -> None:
+        """Close the pool. Raises UserError in the place of an error of SQLite: what it reads is damaged."""
         self.connection.close()
+        if isinstance(error, sqlite3.Error):
+            raise self._damaged(error) from error
 
     @contextmanager
     def transaction(self) -> Iterator[None]:

@@ -102,8 +102,10 @@ def _response(text: str) -> dict:
 def _selected_chats(run: SynthesisRun) -> Iterator[tuple[list[dict], SelectedRow]]:
     """Yield the prompt's messages with each selected row."""
     rows = map(SelectedRow._make, run.pool.connection.execute(SELECTED))
-    for chat, row in zip(run.pool.chats(IS_SELECTED), rows, strict=True):
-        assert chat.item == row.item
+    for chat, row in itertools.zip_longest(run.pool.chats(IS_SELECTED), rows):
+        if chat is None or row is None or chat.item != row.item:
+            raise UserError(f"pool {run.pool.path}: it is damaged: a selected item lacks its turns or its response; "
+                            "restore it from a copy, or choose another output")
         # the trainer ignores a blank system prompt
         system = [{"role": "system", "content": chat.system}] if chat.system and chat.system.strip() else []
         yield [*system, *chat.messages], row

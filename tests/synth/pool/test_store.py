@@ -111,3 +111,52 @@ def test_a_full_disk_is_one_line_and_the_pool_stays(tmp_path):
         with pytest.raises(UserError, match="cannot be written .*it is intact: free space"), pool.transaction():
             pool.insert("turns", [(i, 0, "x" * 500, 1, "stop", -1.0, 1) for i in range(2000)])
         assert pool.select("SELECT count(*) FROM turns") == [(0,)] and pool.select("SELECT * FROM items") == [ITEM]
+
+
+DAMAGE = {
+    "a trigger": "CREATE TRIGGER t AFTER INSERT ON items BEGIN DELETE FROM items; END",
+    "a view": "CREATE VIEW v AS SELECT * FROM items",
+    "a view in the place of a table": "DROP TABLE fresh; CREATE VIEW fresh AS SELECT * FROM items",
+    "a missing table": "DROP TABLE scores",
+    "another column": "ALTER TABLE turns ADD COLUMN x TEXT",
+    "text for a number": "UPDATE items SET turns = 'two'",
+    "bytes for a text": "UPDATE turns SET text = x'ff00'",
+    "no number of turns": "UPDATE items SET turns = NULL",
+    "a turn without a text": "UPDATE turns SET text = NULL",
+    "settings that are no JSON": "INSERT INTO meta VALUES ('settings.judge', '{')",
+    "deep JSON": f"INSERT INTO meta VALUES ('settings.judge', '{'[' * 100_000}')",
+    "a version that is no JSON": "UPDATE meta SET value = 'x' WHERE key = 'version'",
+}
+
+
+def made(path):
+    with Pool(path) as pool, pool.transaction():
+        pool.insert("items", [(i, *ITEM[1:]) for i in range(300)])
+        pool.insert("turns", [(i, 0, "words " * 20, 1, "stop", -1.0, 1) for i in range(300)])
+    return path
+
+
+@pytest.mark.parametrize("script", DAMAGE.values(), ids=DAMAGE.keys())
+def test_what_is_no_pool_below_its_header_is_one_line(tmp_path, script):
+    with sqlite3.connect(made(tmp_path / "pool")) as other:
+        other.executescript(script)
+    other.close()
+    with pytest.raises(UserError, match=r"^pool .*pool: it is damaged or no pool of synth.run: .*; restore it from a copy") as raised:
+        Pool(tmp_path / "pool")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("part", [0.15, 0.3, 0.5, 0.7, 0.9])
+@pytest.mark.parametrize("data", [bytes(4096), b"\xff" * 4096], ids=["zeros", "ones"])
+def test_damaged_pages_are_one_line(tmp_path, part, data):
+    content = bytearray(made(tmp_path / "pool").read_bytes())
+    start = int(part * len(content)) // 4096 * 4096
+    content[start : start + 4096] = data
+    (tmp_path / "pool").write_bytes(content)
+    with pytest.raises(UserError, match="^pool "):
+        Pool(tmp_path / "pool")
+
+
+def test_damage_that_is_met_later_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="it is damaged"), Pool(made(tmp_path / "pool")) as pool:
+        pool.select("SELECT CAST(x'ff' AS TEXT)")
