@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import pkgutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from synth.config import Config, name_of, resolve_presets, validate
 from trainer import cli
-from trainer.errors import UserError, printable
+from trainer.errors import printable
+from trainer.files import sole_owner
 
 # In the order in which they run. Loaded late, so that --help and mistakes in options are answered at once.
 STAGE_FUNCTIONS = {
@@ -54,7 +52,7 @@ def synthesise(config: Config) -> None:
     validate(config)
     config = resolve_presets(config)
     folder = Path(config.output)
-    with lock_folder(folder):
+    with sole_owner(folder, "synth.run"):
         from synth.pool.store import Pool
         from synth.pool.synthesis_run import SynthesisRun, model_identity
         from trainer.versions import versions
@@ -98,22 +96,6 @@ def check_chat_formats(run) -> None:
     for model in {name_of(model): model for model in (run.base, *run.config.responders, *run.config.judges)}.values():
         if kind_of(model) != "openai":
             run.format(model)
-
-
-@contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """Lock the output folder against a second run; the lock ends with this process. Raises UserError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")
-    except OSError as error:
-        raise UserError(f"output: cannot write the folder {folder}: {error.strerror}; choose another output") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"output: another synth.run is using {folder}; wait for it, or choose another folder") from None
-        yield
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import datasets
+import torch
 import transformers
 
 from trainer import cli
@@ -16,6 +17,7 @@ from trainer.evaluation.items import read_files
 from trainer.evaluation.models import find_models, load_each
 from trainer.evaluation.results import figures_by_file, figures_by_role
 from trainer.evaluation.score_items import Outcomes, score
+from trainer.files import sole_owner
 from trainer.runtime.device import choose_device
 
 USAGE = """\
@@ -58,7 +60,13 @@ def evaluate(config: Config) -> dict:
     harness.require(config)
     vllm.require(config)
     output, device = Path(config.output), choose_device(config.device)
-    report.refuse_used(output)
+    with sole_owner(output, "evaluation"):
+        report.refuse_used(output)
+        return _evaluate(config, output, device)
+
+
+def _evaluate(config: Config, output: Path, device: torch.device) -> dict:
+    """Score the models on the items and write the figures."""
     files, models = read_files(config.data), find_models(config)
     use_vllm = config.generation.engine == "vllm"
     completions = vllm.generate_all(models, files, config, device, output / "vllm.log") if use_vllm else {}

@@ -6,11 +6,13 @@ Readers find the old one or the new one, complete, even if the process or the ma
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from safetensors import SafetensorError
 
@@ -69,3 +71,46 @@ def atomic_folder(folder: Path | str, refusal: Callable[[Exception], str] | None
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def sole_owner(folder: Path, command: str) -> Iterator[None]:
+    """Make an output folder and lock it against a second command; the lock ends with this process.
+
+    A folder that was made here and is left empty is removed. Raises UserError if it cannot be written, or another command has it.
+    """
+    made = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = _locked(folder / ".lock")
+    except BlockingIOError:
+        raise UserError(f"output: another {command} is using {folder}; wait for it, or choose another folder") from None
+    except OSError as error:
+        raise UserError(f"output: cannot write the folder {folder}: {error.strerror}; choose another output") from None
+    with lock:
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                (folder / ".lock").unlink()
+                if made:
+                    folder.rmdir()
+
+
+def _locked(path: Path) -> IO:
+    """Open and lock a file, and make it anew if its last owner removed it meanwhile.
+
+    Raises BlockingIOError if another has it.
+    """
+    while True:
+        lock = open(path, "a")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                return lock
+        except FileNotFoundError:
+            pass
+        except OSError:
+            lock.close()
+            raise
+        lock.close()

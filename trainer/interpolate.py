@@ -27,7 +27,7 @@ from transformers.utils.logging import disable_progress_bar
 from trainer import cli
 from trainer.config import Config, Lora, Model
 from trainer.errors import UserError
-from trainer.files import atomic_folder
+from trainer.files import atomic_folder, sole_owner
 from trainer.model import lora
 from trainer.model.checkpoint_rest import add_rest
 from trainer.model.export import save_generation_config, save_weights
@@ -67,6 +67,12 @@ def interpolate(config: Interpolate) -> None:
     alphas = check(config)
     if not sys.stderr.isatty():
         disable_progress_bar()
+    with sole_owner(Path(config.output), "trainer.interpolate"):
+        _write(config, alphas)
+
+
+def _write(config: Interpolate, alphas: list[float]) -> None:
+    """Write the model or adapter at each alpha, and print where."""
     write_at = adapter_writer(config) if config.adapter else model_writer(config)
     for alpha in alphas:
         folder = Path(config.output) / f"alpha-{alpha:g}" if isinstance(config.alpha, list) else Path(config.output)

@@ -5,6 +5,8 @@ Prepares the data, builds, trains, saves and reports.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +20,7 @@ from trainer.config import Config, profiled_steps, validate
 from trainer.data.chat_template import read_template
 from trainer.data.prepare import prepare_data
 from trainer.evaluation.items import ItemFile
+from trainer.files import sole_owner
 from trainer.metrics.profiler import check_steps_within
 from trainer.model import quantization
 from trainer.model.locate import load_tokenizer
@@ -71,8 +74,15 @@ def train(config: Config) -> RunResult | None:
     """
     validate(config)
     quantization.require_bitsandbytes(config)
-    device = choose_device(config.device)
-    run_folder.refuse_used(Path(config.output), config.resume)
+    device, output = choose_device(config.device), Path(config.output)
+    owns = not config.dry_run and int(os.environ.get("RANK", "0")) == 0
+    with sole_owner(output, "trainer.run") if owns else contextlib.nullcontext():
+        run_folder.refuse_used(output, config.resume)
+        return _train(config, device)
+
+
+def _train(config: Config, device: torch.device) -> RunResult | None:
+    """Search for a replay ratio if asked to, and do the run."""
     items = monitor.read(config)
     with process_group(device.type) as dist:
         if config.replay_search.enabled and not config.dry_run:

@@ -18,12 +18,13 @@ from benchmarks.forgetting.miniature.family import FAMILY
 from benchmarks.forgetting.miniature.judging import RUBRIC
 from synth.config import STAGES, Config, Instruct, Model
 from synth.pool.store import VERSION, Pool
-from synth.run import STAGE_FUNCTIONS, lock_folder, synthesise
+from synth.run import STAGE_FUNCTIONS, synthesise
 from tests.helpers.processes import Command, complete
 from trainer import cli
 from trainer.config import Source
 from trainer.data.sources import load_sources
 from trainer.errors import UserError
+from trainer.files import sole_owner
 
 ROOT = Path(__file__).parents[2]
 BASE = FAMILY["base"].folder
@@ -175,7 +176,7 @@ def test_a_changed_seed_or_base_is_refused(whole, tmp_path):
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path):
-    with lock_folder(tmp_path / "out"):
+    with sole_owner(tmp_path / "out", "synth.run"):
         assert "another synth.run is using" in refused(config(tmp_path))
 
 
