@@ -79,8 +79,8 @@ def test_the_page_says_what_the_run_logged(whole):
     assert "Eval loss 1.125 best, at step 20" in text
     assert "Real tokens/s 1.01k median; 400 supervised" in text
     assert "Tokens seen 20k 40.0% supervised" in text
-    assert "gsm8k domain 100 5k 7 3 2 1,234 100 1 75.0% 60.0%" in text
-    assert "replay 100 5k 7 3 2 1,234 250 2.5 25.0% 40.0%" in text
+    assert "gsm8k domain 100 5k 7 3 2 0 0 1,234 100 1 75.0% 60.0%" in text
+    assert "replay 100 5k 7 3 2 0 0 1,234 250 2.5 25.0% 40.0%" in text
     assert "Replay is 25.0% of the samples and 40.0% of the tokens." in text
     assert "20 samples: median 25, mean 65, longest 200 tokens." in text
     assert "3 packs in the first epoch: 82.6% full, the emptiest 50.0%." in text
