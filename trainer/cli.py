@@ -74,6 +74,8 @@ def main(run, kind: type, prog: str, usage: str) -> int:
 
     Returns the exit status: that of `run`, 1 for an error, 2 for usage, 130 after Ctrl-C.
     """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # since the package was imported
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if len(sys.argv) == 1:
         print(usage, file=sys.stderr)
         return 2

@@ -16,6 +16,7 @@ WHOLE = 2**63  # above any whole number
 PATHS = {"output", "path", "config", "tokenizer", "chat_template", "cache_dir", "suite_folder", "task_folder", "adapter", "tuned"}
 PATHS_OR_LISTS = {"train", "eval", "data", "general", "domain"}
 EXPANDED = {"output", "chat_template", "cache_dir"}  # `~` in other paths is read where they are opened, as they may be hub names
+QUOTED = "a pattern in quotes, as YAML takes what follows a # for a comment"
 PRINTED = {"name", "output"}  # stand in lines of logs
 MISREAD = re.compile(r"[-+]?(0[0-7_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")
 
@@ -31,7 +32,8 @@ def checked(section, prefix: str = ""):
     for field in dataclasses.fields(section):
         value, option = getattr(section, field.name), prefix + field.name
         if value is None and type(None) not in typing.get_args(kinds[field.name]) and kinds[field.name] is not Any:
-            raise UserError(f"{option}: expected a value, got nothing (null); give one, or remove the option")
+            expected = QUOTED if field.name == "regex" else "a value; give one, or remove the option"
+            raise UserError(f"{option}: expected {expected}, got None")
         if dataclasses.is_dataclass(value):
             changed[field.name] = checked(value, f"{option}.")
             continue

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import signal
 import subprocess
 import sys
 import typing
@@ -166,6 +167,21 @@ def test_without_arguments_a_screen_of_usage():
     done = subprocess.run([sys.executable, "-m", "trainer.run"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert len(done.stderr.splitlines()) <= 24 and "--model.path" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["trainer.run", "trainer.evaluate", "synth.run"])
+def test_ctrl_c_during_the_imports_is_quiet(command):
+    started = subprocess.Popen([sys.executable, "-v", "-m", command, "--help"],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    shown = []
+    for line in started.stderr:  # -v names each module as it is imported
+        shown.append(line)
+        if line.startswith("import 'trainer'" if "trainer" in command else "import 'synth'"):
+            started.send_signal(signal.SIGINT)
+            break
+    shown += started.stderr.readlines()
+    assert started.wait() == -signal.SIGINT and not any("KeyboardInterrupt" in line or "Traceback" in line for line in shown)
 
 
 @pytest.mark.slow

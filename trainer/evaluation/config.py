@@ -13,7 +13,6 @@ from trainer.errors import require
 
 DEFAULT_SUITE = "suite:mini"
 MAX_TOKENS = 256  # of an answer, where no option says otherwise
-QUOTED = "a pattern in quotes, as YAML takes what follows a # for a comment"
 
 
 @dataclass
@@ -127,14 +126,11 @@ def validate(config: Config) -> None:
     """
     data, scoring, statistics = config.data, config.scoring, config.statistics
     require(bool(config.output.strip()), "output", "a folder", "none")
-    require(data.regex is not None, "data.regex", QUOTED, data.regex)
     keys = ", ".join(key.name for key in fields(Items))
     for role, entries in (("general", data.general), ("domain", data.domain)):
         for items in [entries] if isinstance(entries, str) else entries:
             parsed = not str(items).startswith(("[", "{"))  # a list that the parser could not read is still a string
             require(parsed, f"data.{role}", f"a path, or a list of items in YAML with the keys {keys}", items)
-            pattern = "" if isinstance(items, str) else items.regex
-            require(pattern is not None, f"data.{role}: regex", QUOTED, pattern)
             longest = None if isinstance(items, str) else items.max_tokens
             require(longest is None or longest >= 1, f"data.{role}: max_tokens", "1 or more", longest)
             max_records = None if isinstance(items, str) else items.max_records
