@@ -135,8 +135,8 @@ def test_a_value_of_the_wrong_type(given, expected):
     ("eval.patience", "-1"), ("epochs", "1e9"), ("output", ""),
 ])
 def test_a_number_that_no_run_can_use_names_the_option(option, value):
-    config = parse(Config, ["--model.path", "m", "--data.train", "f", f"--{option}", value], "run")
-    message = refused(validate, config)
+    arguments = ["--model.path", "m", "--data.train", "f", f"--{option}", value]
+    message = refused(lambda: validate(parse(Config, arguments, "run")))
     assert option in message.partition(": expected")[0]
 
 
