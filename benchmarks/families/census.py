@@ -128,10 +128,10 @@ def caption(made: dict) -> Caption:
         f"one sample at a time, within {agreement['logits']:.0e} and {agreement['gradients']:.0e}.",
         ("Fused: norms, attention or MLPs by our kernels. Packed: stock layers, all samples in one call. Mixers by sample: convolutions "
          "and state spaces run each sample by itself, all else in one call. One by one: a sample a call.",
-         "Each also trains a step with LoRA, QLoRA and all weights; the adapter in stock PEFT, on the checkpoint's own class, and the "
-         "exported models give the trained logits.",
+         "Each also generates stock transformers' tokens, is as exact as they are in bf16, and trains a step with LoRA, QLoRA and all "
+         "weights; the adapter in stock PEFT, on the checkpoint's own class, and the exported models give the trained logits.",
          *(f"Refused by {method}: {'; '.join(refused)}." for method in METHODS if (refused := refused_by(method, made["summary"]))),
-         f"Not tried: {'; '.join(not_tried(c['left_out']))}.",
+         *([f"Not tried: {'; '.join(not_tried(c['left_out']))}."] if c["left_out"] else []),
          f"{c['minutes']:.0f} minutes with {c['workers']} workers of one thread; {origin(made)}."))
 
 

@@ -12,6 +12,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -60,6 +61,7 @@ def examine(family: str) -> dict:
             return row
         if _stage(row, "pack", lambda: compare_pack(folder / "base", row, warnings)):
             _stage(row, "generate", lambda: compare_generation(folder / "base"))
+            _stage(row, "bf16", lambda: compare_in_bf16(folder / "base"))
             for method in METHODS:
                 _stage(row, method, partial(train_step, folder, method))
     return row
@@ -207,6 +209,19 @@ def compare_generation(folder: Path) -> None:
     with stock_attention(ours.eval()) as base:
         if not torch.equal(base.generate(prompts, **settings), expected):
             raise Wrong("generates other tokens than stock transformers")
+
+
+def compare_in_bf16(folder: Path) -> None:
+    """See that a pack in bf16 is as exact as stock transformers in bf16, and that LoRA trains on it."""
+    batch, exact = pack(), stock_model(folder)
+    ours, _ = build_model(replace(config_of(folder, "lora"), precision="bf16"), CPU)
+    with torch.no_grad():
+        expected = stock_logits(exact, batch)
+        stock_error = relative_error(stock_logits(exact.to(torch.bfloat16), batch), expected)
+    (sft_loss(ours.train(), batch) / batch.weight_sum).backward()
+    error = relative_error(our_logits(ours.eval(), batch), expected)
+    if error > max(3 * stock_error, 0.02):
+        raise Wrong(f"logits of a pack in bf16 differ from exact ones by {error:.0e}, stock ones by {stock_error:.0e}")
 
 
 def mode(model: PreTrainedModel, report: PatchReport) -> str:

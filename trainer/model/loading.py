@@ -17,7 +17,7 @@ from trainer.model import quantization
 from trainer.model.families import family_of
 from trainer.model.forward import lm_head
 from trainer.model.locate import load_tokenizer, model_source, one_line_errors
-from trainer.model.packed_attention import PACKED, decoder, refuse_mask, set_attention
+from trainer.model.packed_attention import PACKED, decoder, last_hidden_states, refuse_mask, set_attention
 from trainer.model.packing_probe import probe_packing
 from trainer.model.text_part import auto_class, is_wrapped, keep_text_part
 from trainer.model.vocabulary import fit_vocabulary
@@ -160,7 +160,7 @@ def _check_head(model: PreTrainedModel) -> None:
         raise UserError(f"model: {type(model).__name__} does not run on text alone ({' '.join(str(error).split())[:200]}); "
                         "train another model") from error
     try:
-        hidden = decoder(model)(input_ids=ids, use_cache=False).last_hidden_state
+        hidden = last_hidden_states(model, ids, torch.arange(8, device=model.device)[None])
         error = float((lm_head(model).logits(hidden) - expected).norm() / expected.norm())
     except (TypeError, ValueError, RuntimeError, AttributeError):  # its decoder, head or their shapes are others than we know
         error = float("inf")

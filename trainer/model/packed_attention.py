@@ -130,13 +130,13 @@ def decoder(model: PreTrainedModel) -> nn.Module:
 
 
 def last_hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-    """Return the last hidden states [B,T,W] of tokens [B,T].
+    """Return the last hidden states [B,T,W] of tokens [B,T], in the model's dtype.
 
-    A decoder without positions, such as Mamba's, gets none.
+    A decoder without positions, such as Mamba's, gets none; Mamba's residual stream, and so what it returns, is fp32.
     """
     part = decoder(model)
     positions = {"position_ids": position_ids} if _takes_positions(type(part)) else {}
-    return part(input_ids=input_ids, use_cache=False, **positions).last_hidden_state
+    return part(input_ids=input_ids, use_cache=False, **positions).last_hidden_state.to(model.dtype)
 
 
 @functools.cache

@@ -38,7 +38,7 @@ def test_a_family_goes_through_every_stage(family):
     if TRIED[family] == "refused":
         assert row["stages"]["pack"].startswith("refused: model: expected a head that is a linear layer")
     else:
-        assert row["stages"] == dict.fromkeys(("make", "pack", "generate", *examine.METHODS), "ok")
+        assert row["stages"] == dict.fromkeys(("make", "pack", "generate", "bf16", *examine.METHODS), "ok")
         assert row["logits"] < examine.TOLERANCE and row["gradients"] < examine.TOLERANCE
 
 

@@ -1,5 +1,7 @@
 """Modules that carry a state along the sequence: each sample of a pack as if alone, everything else in one call."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -32,6 +34,15 @@ def hybrid(family):
                  max_position_embeddings=512, bos_token_id=0, eos_token_id=4, pad_token_id=2)
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(shape | HYBRIDS[family][0])), dtype=torch.float32).eval()
+
+
+def test_a_residual_stream_in_fp32_meets_a_head_in_bf16():
+    """Mamba keeps its residual stream in fp32, and so returns it."""
+    settings = dict(vocab_size=400, hidden_size=64, num_hidden_layers=2, state_size=4, pad_token_id=2, bos_token_id=0, eos_token_id=4)
+    torch.manual_seed(0)
+    stock = AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", **settings), dtype=torch.bfloat16).eval()
+    ours = with_packed_attention(copy.deepcopy(stock))
+    assert is_packed(ours) and relative_error(our_logits(ours, pack()), stock_logits(stock, pack())) < 0.02
 
 
 @pytest.mark.slow
