@@ -212,16 +212,25 @@ def compare_generation(folder: Path) -> None:
 
 
 def compare_in_bf16(folder: Path) -> None:
-    """See that a pack in bf16 is as exact as stock transformers in bf16, and that LoRA trains on it."""
+    """See that a pack in bf16 is as exact as stock transformers in bf16, and that LoRA trains on it.
+
+    Rounding sends a few tokens to other experts, so the median over tokens counts.
+    """
     batch, exact = pack(), stock_model(folder)
     ours, _ = build_model(replace(config_of(folder, "lora"), precision="bf16"), CPU)
     with torch.no_grad():
         expected = stock_logits(exact, batch)
-        stock_error = relative_error(stock_logits(exact.to(torch.bfloat16), batch), expected)
+        stock_error = median_error(stock_logits(exact.to(torch.bfloat16), batch), expected)
     (sft_loss(ours.train(), batch) / batch.weight_sum).backward()
-    error = relative_error(our_logits(ours.eval(), batch), expected)
+    error = median_error(our_logits(ours.eval(), batch), expected)
     if error > max(3 * stock_error, 0.02):
         raise Wrong(f"logits of a pack in bf16 differ from exact ones by {error:.0e}, stock ones by {stock_error:.0e}")
+
+
+def median_error(found: Tensor, exact: Tensor) -> float:
+    """Return the median over tokens of the relative error of their logits [S,V]."""
+    found, exact = found.detach().double(), exact.detach().double()
+    return float(((found - exact).norm(dim=-1) / exact.norm(dim=-1)).median())
 
 
 def mode(model: PreTrainedModel, report: PatchReport) -> str:
