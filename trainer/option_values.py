@@ -57,7 +57,7 @@ def _check_one(option: str, name: str, value) -> None:
     elif isinstance(value, str) and "\0" in value:
         raise UserError(f"{option}: expected text, got one with a NUL character; remove it")
     elif isinstance(value, str) and name in PRINTED and ("\n" in value or printable(value) != value):
-        raise UserError(f"{option}: expected one line of printable text, got {printable(value)!r}; remove its control characters")
+        raise UserError(f"{option}: expected one line of printable text in UTF-8, got {printable(value)!r}; choose another")
     elif isinstance(value, str) and name in PATHS | PATHS_OR_LISTS:
         _check_path(option, value)
 

@@ -26,13 +26,7 @@ def try_export(config: Config, model: nn.Module, tokenizer: PreTrainedTokenizerB
 
     `secured` says that the checkpoint before the export is there. Raises UserError for what would fail after the last step.
     """
-    output = Path(config.output)
-    try:
-        str(output).encode()
-    except UnicodeEncodeError:
-        raise UserError(f"output: expected a name in UTF-8, which tokenizers need to write their files, got {ascii(str(output))}; "
-                        "choose another --output") from None
-    place = _existing(output)
+    place = _existing(Path(config.output))
     try:
         with tempfile.TemporaryDirectory(prefix=".export-trial-", dir=place) as folder:
             save_settings(model, tokenizer, Path(folder), exports_model(config))

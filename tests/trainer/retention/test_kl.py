@@ -46,7 +46,7 @@ def plain_step(model: nn.Module, base: nn.Module, chats: list[Piece], kl: float,
     """The objective's two terms and the gradient of their sum, in fp64."""
     loss = divergence = weight = counted = 0.0
     for chat in chats:
-        ids, supervised, own, source, _ = chat
+        ids, supervised, own, source, *_ = chat
         ours = plain_rows(model, chat)
         targets = torch.from_numpy(ids[1:].astype(np.int64))[torch.from_numpy(supervised[1:])]
         loss, weight = loss - own * ours.gather(1, targets[:, None]).sum(), weight + own * len(targets)

@@ -237,7 +237,7 @@ def test_the_page_without_an_end_has_the_probes(tmp_path):
 def test_a_folder_that_cannot_be_written_is_one_line_and_a_probe_leaves_figures_alone(data, tmp_path, more):
     (tmp_path / "file").write_text("")
     one = ("--replay_search.ratios", "[0.5]", "--replay_search.kl_weights", "[1]", *more)
-    with pytest.raises(UserError, match="output: cannot write the folder .*ratio-0.5-kl-1: Not a directory; choose another --output"):
+    with pytest.raises(UserError, match="output: cannot write the folder .*/file: File exists; choose another output"):
         train(config(data, tmp_path / "file", *one))
     train(config(data, tmp_path / "run", *one))
     left = {path.name for path in (tmp_path / "run" / "replay_search" / "ratio-0.5-kl-1").iterdir()}

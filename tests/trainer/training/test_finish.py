@@ -212,7 +212,7 @@ def test_what_the_export_could_not_do_is_refused_before_training(model_folder, c
     options = ("--dry_run",) if dry else ()
     monkeypatch.setattr(loop, "train_step", fails(AssertionError("a step was trained")))
     not_utf8 = tmp_path / os.fsdecode(b"run-\xff")
-    assert "output: expected a name in UTF-8" in refused(model_folder, chats, not_utf8, *options)
+    assert "output: expected one line of printable text in UTF-8" in refused(model_folder, chats, not_utf8, *options)
     with monkeypatch.context() as patched:
         patched.setattr(export_trial.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
         assert "GB of space for the export" in refused(model_folder, chats, tmp_path / "a", *options)
