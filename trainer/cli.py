@@ -84,6 +84,8 @@ def main(run, kind: type, prog: str, usage: str) -> int:
     except UserError as error:
         return _print_error(prog, error, 2)
     try:
+        if not sys.stderr.isatty():
+            _disable_progress_bars()
         return run(config) or 0
     except KeyboardInterrupt:  # in a run's start or end, or a second one
         return _print_error(prog, UserError("interrupted at once; earlier checkpoints are whole"), 128 + signal.SIGINT)
@@ -93,6 +95,15 @@ def main(run, kind: type, prog: str, usage: str) -> int:
         if error.errno not in DISK_ERRORS:
             raise
         return _print_error(prog, UserError(f"{error.filename or 'output'}: {error.strerror}; free space, or choose another folder"), 1)
+
+
+def _disable_progress_bars() -> None:
+    """Turn off the bars of transformers and datasets, which fill a log file."""
+    import datasets
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
 
 
 def _print_error(prog: str, error: UserError, status: int) -> int:

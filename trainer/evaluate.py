@@ -5,9 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import datasets
 import torch
-import transformers
 
 from trainer import cli
 from trainer.errors import one_line, printable
@@ -41,9 +39,6 @@ Tasks of lm-evaluation-harness, by name:                       add --tasks arc_e
 
 def main() -> int:
     def run(config: Config) -> None:
-        if not sys.stderr.isatty():
-            transformers.utils.logging.disable_progress_bar()
-            datasets.disable_progress_bars()
         print(printable(report.table(evaluate(config))))
         print(f"report: {Path(config.output) / 'report.html'}")
 

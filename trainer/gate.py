@@ -6,9 +6,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import datasets
-import transformers
-
 from trainer import cli
 from trainer.errors import UserError, printable, require
 from trainer.evaluate import evaluate
@@ -35,9 +32,6 @@ The most common commands:
 
 def main() -> int:
     def run(config: GateConfig) -> int:
-        if not sys.stderr.isatty():
-            transformers.utils.logging.disable_progress_bar()
-            datasets.disable_progress_bars()
         results, found = judge(config)
         print(printable(gate_report.text(results, found)))
         print(f"report: {Path(config.output) / 'gate.html'}")

@@ -22,7 +22,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import CHAT_TEMPLATE_DIR
-from transformers.utils.logging import disable_progress_bar
 
 from trainer import cli
 from trainer.config import Config, Lora, Model
@@ -65,8 +64,6 @@ def interpolate(config: Interpolate) -> None:
     Raises UserError for anything that does not fit, before anything is written.
     """
     alphas = check(config)
-    if not sys.stderr.isatty():
-        disable_progress_bar()
     with sole_owner(Path(config.output), "trainer.interpolate"):
         _write(config, alphas)
 

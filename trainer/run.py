@@ -11,9 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import datasets
 import torch
-import transformers
 
 from trainer import cli
 from trainer.config import Config, profiled_steps, validate
@@ -58,9 +56,6 @@ Train on several GPUs:                                    torchrun --nproc-per-n
 
 def main() -> int:
     def run(config: Config) -> int:
-        if not sys.stderr.isatty():
-            transformers.utils.logging.disable_progress_bar()
-            datasets.disable_progress_bars()
         result = train(config)
         return result.status if result else 0
 

@@ -240,7 +240,9 @@ def caption(made: dict) -> Caption:
     return Caption(
         f"Largest difference of a token's log-prob between vLLM {made['conditions']['vllm']} on a CPU and the trainer: of the base, of the "
         "adapter served with `enable_lora`, and of the merged model. An adapter that vLLM ignores would differ by what training moved.",
-        (f"Tiny models with random weights, {made['conditions']['steps']} steps of LoRA; {origin(made)}.", *failed))
+        (f"Tiny models with random weights, {made['conditions']['steps']} steps of LoRA; {origin(made)}.",
+         "vLLM's kernel of experts with adapters is Triton's, which a CPU lacks: torch computes these experts in vLLM's process, from the "
+         "adapter as vLLM laid it out.", *failed))
 
 
 def draw(made: dict, figure: Any) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain, islice
@@ -47,8 +46,6 @@ def load_sources(sources: str | list[str | Source], default_name: str, cache_dir
     `on_bad_row="skip"` a row that is no record is left empty, with the reason as `refused`.
     Raises UserError with the file, line or record that cannot be read, the reason, and the remedy.
     """
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
     loaded = []
     for entry in [sources] if isinstance(sources, (str, Source)) else sources:
         source = entry if isinstance(entry, Source) else Source(entry)

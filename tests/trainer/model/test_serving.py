@@ -1,4 +1,4 @@
-"""What a run says of serving its adapter with vLLM."""
+"""Lines that a run prints on serving its adapter with vLLM."""
 
 import pytest
 import torch
