@@ -116,14 +116,16 @@ def test_equal_lengths_are_dealt_by_the_seed():
 @pytest.mark.slow
 @pytest.mark.parametrize("capacity", [4096, 131072])
 def test_five_times_the_samples_cost_far_less_than_25_times_the_time(capacity):
-    lengths = np.clip(np.random.default_rng(0).lognormal(6, 0.8, 100_000), 1, 4096).astype(np.int64)
-    seconds = []
-    for count in (20_000, 100_000):
+    lengths = np.clip(np.random.default_rng(0).lognormal(6, 0.8, 50_000), 1, 4096).astype(np.int64)
+
+    def seconds(count):
         started = time.process_time()
-        packs = pack(lengths[:count], capacity, 1024, 0)
-        seconds.append(time.process_time() - started)
-    assert seconds[1] < 12 * seconds[0]
-    assert lengths.sum() / capacity / len(packs) > 0.99
+        pack(lengths[:count], capacity, 1024, 0)
+        return time.process_time() - started
+
+    few, many = zip(*[(seconds(10_000), seconds(50_000)) for _ in range(3)], strict=True)
+    assert min(many) < 12 * min(few)  # the least of three: other work on the machine only adds
+    assert lengths.sum() / capacity / len(pack(lengths, capacity, 1024, 0)) > 0.99
 
 
 @pytest.mark.parametrize("lengths, message", [([5, 9, 3], "9 in sample 1"), ([5, 3, 0], "0 in sample 2")])
