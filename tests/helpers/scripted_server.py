@@ -1,11 +1,13 @@
 """Run an OpenAI-compatible server that answers each POST by the next entry of a script.
 
-An entry that is None, and every request after the last entry, gets a good answer.
+An entry that is None, and every request after the last entry, gets a good answer. RESET breaks the connection off without one.
 """
 
 from __future__ import annotations
 
 import json
+import socket
+import struct
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -24,6 +26,7 @@ class Answer(NamedTuple):
 
 
 LISTED = Answer(200, MODELS)
+RESET = Answer(0)
 
 
 def chat_completion(text: str | None, finish: str = "stop", tokens: tuple[int, int] = (7, 3), **more) -> dict:
@@ -42,7 +45,8 @@ def error_answer(status: int, message: str, code: str | None = None, **headers: 
 class ScriptedServer:
     """`with ScriptedServer([Answer, ...]) as server`, which has server.url and its POST requests so far.
 
-    `server.requests` is a list of (time, path, headers, body), `server.most` the largest number of requests at once.
+    `server.requests` is a list of (time, path, headers, body), `server.most` the largest number of requests at once. `models` answers
+    requests for the list of models: an Answer, or a function that returns one.
     """
 
     def __init__(self, script=(), otherwise=None, models=LISTED):
@@ -60,7 +64,7 @@ class ScriptedServer:
                 pass
 
             def do_GET(self):
-                self.send(outer.models)
+                self.send(outer.models() if callable(outer.models) else outer.models)
 
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
@@ -76,6 +80,11 @@ class ScriptedServer:
                 self.send(answer)
 
             def send(self, answer: Answer):
+                if answer == RESET:
+                    self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    self.connection.shutdown(socket.SHUT_RD)
+                    self.close_connection = True
+                    return
                 content = answer.body if isinstance(answer.body, bytes) else json.dumps(answer.body).encode()
                 try:
                     self.send_response(answer.status)

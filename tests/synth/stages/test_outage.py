@@ -1,78 +1,118 @@
 """After an outage of a server the pool is row for row what it would have been: the same command asks again what the server failed."""
 
+import hashlib
+import time
+
 import pytest
 
 pytest.importorskip("openai")
-from synth.config import Judge, Model, Respond
+from synth.config import Judge, Model, Respond, Select
 from synth.engines import endpoint
 from synth.engines.interface import EngineError
 from synth.stages.judge import judge
 from synth.stages.respond import respond
-from tests.helpers.scripted_server import Answer, ScriptedServer, chat_completion, error_answer
+from synth.stages.select import select
+from tests.helpers.scripted_server import LISTED, RESET, Answer, ScriptedServer, chat_completion, error_answer
 from tests.helpers.synth_fakes import BASE, FakeEngine, fill, install, make_run
 
-ITEMS = [f"What is {i} + {i}?" for i in range(12)]
-TOP = [{"token": str(digit), "logprob": -float(digit), "bytes": None} for digit in (1, 2, 3, 4, 5)]
-GARBAGE = Answer(200, b'{"choices": [{"mess')
-OUTAGES = {
-    "everything": [Answer(502, b"<html>Bad gateway</html>", (("content-type", "text/html"),)), GARBAGE, error_answer(504, "late"),
-                   Answer(200, b"{", (("content-length", "1000"), ("connection", "close"))), Answer(200, chat_completion(5))],
-    "busy": [error_answer(429, "slow down"), error_answer(503, "later")],
-}
+SCALE = 100  # seconds that pass in one second of these tests
+OUTAGE = 120 / SCALE
+ITEMS = [f"What is {i} + {i}?" for i in range(20)]
+FAULTS = [error_answer(429, "slow down"), RESET, Answer(200, b"{", (("content-length", "1000"), ("connection", "close"))),
+          error_answer(503, "later"), Answer(200, b'{"choices": [{"mess'), error_answer(429, "slow down", retry_after="0.01"),
+          Answer(502, b"<html>Bad gateway</html>", (("content-type", "text/html"),)), Answer(200, chat_completion(5)), RESET,
+          error_answer(504, "late"), Answer(200, b"")]
+STAGES = {"responses": "expected_score", "scores": "expected_score", "justified scores": "generated", "comparisons": "expected_score"}
+
+
+def stage_of(body) -> str:
+    """Return which of STAGES asks a request."""
+    words = body["messages"][-1]["content"]
+    if "<response A>" in words:
+        return "comparisons"
+    if "<response>" not in words:
+        return "responses"
+    return "scores" if body.get("logprobs") else "justified scores"
 
 
 def good(body) -> Answer:
-    words = body["messages"][-1]["content"]
-    if "refused" in words:
-        return error_answer(400, "against our rules")
-    if body.get("logprobs"):
-        top = {"content": [{"token": "1", "logprob": -1.0, "bytes": None, "top_logprobs": TOP}]}
-        return Answer(200, chat_completion("1", "length", logprobs=top))
-    return Answer(200, chat_completion(f"echo {words}"))
+    """Answer a request, by what it asks alone."""
+    words, stage = body["messages"][-1]["content"], stage_of(body)
+    chance = int(hashlib.sha256(f"{words}{body.get('seed')}".encode()).hexdigest(), 16)
+    if stage == "responses":
+        return error_answer(400, "against our rules") if "refused" in words else Answer(200, chat_completion(f"echo {chance % 7}"))
+    if stage == "justified scores":
+        return Answer(200, chat_completion(f"It is fair.\nScore: {1 + chance % 5}"))
+    tokens = "AB" if stage == "comparisons" else "12345"
+    top = [{"token": token, "logprob": -0.1 - (chance >> i) % 5, "bytes": None} for i, token in enumerate(tokens)]
+    content = [{"token": tokens[0], "logprob": -1.0, "bytes": None, "top_logprobs": top}]
+    return Answer(200, chat_completion(tokens[0], "length", logprobs={"content": content}))
 
 
-class Failing:
-    """A server that is well but for the requests of these counts."""
+class Outage:
+    """A server whose every answer is a fault for OUTAGE seconds from the tenth request of a stage on, also of its list of models."""
 
-    def __init__(self, faults: list[Answer], *outages: range):
-        self.count, self.faults, self.outages = 0, faults, outages
+    def __init__(self, stage: str):
+        self.stage, self.asked, self.failed, self.end = stage, 0, 0, None
 
     def __call__(self, body) -> Answer:
-        self.count += 1
-        failing = any(self.count in outage for outage in self.outages)
-        return self.faults[self.count % len(self.faults)] if failing else good(body)
+        self.asked += stage_of(body) == self.stage
+        if self.asked == 10 and self.end is None:
+            self.end = time.monotonic() + OUTAGE
+        return self.fault() or good(body)
+
+    def models(self) -> Answer:
+        return self.fault() or LISTED
+
+    def fault(self) -> Answer | None:
+        if self.end is None or time.monotonic() > self.end:
+            return None
+        self.failed += 1
+        return FAULTS[self.failed % len(FAULTS)]
 
 
-def worked(folder, monkeypatch, server, calls: int = 1) -> dict:
-    """Run both stages until they end, at most `calls` times, and return the pool's rows."""
-    remote = Model(path="m", name="remote", engine="openai", base_url=server.url, concurrency=2)
+def worked(folder, monkeypatch, server, scoring: str, calls: int = 1) -> tuple[dict, bytes]:
+    """Run the stages until they end, at most `calls` times, and return the pool's rows and the replay set."""
+    remote = Model(path="m", name="remote", engine="openai", base_url=server.url, concurrency=4)
     install(monkeypatch, base=FakeEngine("base", complete=lambda request: "local"))
     for call in range(calls):
-        run = make_run(folder, responders=[remote], judges=[remote],
-                       respond=Respond(num_samples=2, include_greedy=False, score_with_base=False), judge=Judge(exclude_self=False),
-                       base=Model(path=BASE, name="base"))
+        run = make_run(folder, responders=[remote], judges=[remote], base=Model(path=BASE, name="base"), select=Select(rule="best"),
+                       respond=Respond(num_samples=2, include_greedy=False, score_with_base=False),
+                       judge=Judge(exclude_self=False, scoring=scoring, pairwise=scoring == "expected_score"))
         if not run.pool.select("SELECT 1 FROM items"):
             fill(run, [*ITEMS, "refused"], done=("clean",))
         try:
             respond(run)
             judge(run)
+            select(run)
         except EngineError as error:
             assert "\n" not in str(error) and call < calls - 1, error
             continue
         finally:
-            rows = {table: run.pool.dump()[table] for table in ("responses", "scores")}
+            rows = run.pool.dump()
             run.pool.connection.close()
-        return rows
+        rows["models"] = [row for row in rows["models"] if row[0] != "remote"]  # whose row names the server's port
+        return rows, (folder / "replay.jsonl").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """Return the results of each way of scoring on a server that is well."""
+    results = {}
+    with pytest.MonkeyPatch.context() as patch, ScriptedServer(otherwise=good) as server:
+        for scoring in ("expected_score", "generated"):
+            results[scoring] = worked(tmp_path_factory.mktemp(scoring), patch, server, scoring)
+    return results
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", OUTAGES)
-def test_a_pool_after_an_outage_in_each_stage(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(endpoint, "PAUSE", 0.001)
-    with ScriptedServer(otherwise=good) as server:
-        undisturbed = worked(tmp_path / "well", monkeypatch, server)
-    with ScriptedServer(otherwise=Failing(OUTAGES[name], range(4, 34), range(80, 120))) as server:
-        assert worked(tmp_path / "unwell", monkeypatch, server, calls=9) == undisturbed
-        assert len(server.requests) > 120
-    reasons = {row[-1] for row in undisturbed["responses"]}
-    assert reasons == {None, "refused by the server: against our rules"} and len(undisturbed["scores"]) == 2 * 12 + 2 * 13
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_pool_after_two_minutes_without_a_server(stage, tmp_path, monkeypatch, undisturbed):
+    monkeypatch.setattr(endpoint, "PAUSE", endpoint.PAUSE / SCALE)
+    outage = Outage(stage)
+    with ScriptedServer(otherwise=outage, models=outage.models) as server:
+        rows, replay = worked(tmp_path, monkeypatch, server, STAGES[stage], calls=500)
+    expected, expected_replay = undisturbed[STAGES[stage]]
+    assert rows == expected and replay == expected_replay and replay.count(b"\n") == len(ITEMS) + 1
+    assert outage.failed > 2 * len(FAULTS) and len(rows["comparisons" if stage == "comparisons" else "scores"]) >= len(ITEMS)
+    assert {row[-1] for row in rows["responses"]} == {None, "refused by the server: against our rules"}
