@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from trainer import cli
 from trainer.errors import one_line, printable
-from trainer.evaluation import harness, report, vllm
+from trainer.evaluation import base_results, harness, report, vllm
 from trainer.evaluation.config import Config, validate, with_default_suite
 from trainer.evaluation.items import read_files
 from trainer.evaluation.models import find_models, load_each
@@ -30,6 +31,7 @@ The most common commands:
   python -m trainer.evaluate --model.path tuned --base.path original --data.general general.jsonl
   python -m trainer.evaluate --adapter runs/first/adapter --data.general suite:core          benchmarks that papers report
   python -m trainer.evaluate --adapter runs/first/adapter                                    the bundled suite:mini, offline
+  python -m trainer.evaluate --adapter runs/second/adapter --base.results runs/evaluation    the base's figures of an earlier evaluation
   python -m trainer.evaluate --model.path my-model --data.domain gsm8k_test.jsonl --data.regex '#### (-?[\\d,.]+)'
 
 Tasks of lm-evaluation-harness, by name:                       add --tasks arc_easy,hellaswag
@@ -63,12 +65,17 @@ def evaluate(config: Config) -> dict:
 def _evaluate(config: Config, output: Path, device: torch.device) -> dict:
     """Score the models on the items and write the figures."""
     files, models = read_files(config.data), find_models(config)
+    known = base_results.read_base(files, (models.base or models.model).path, config) if config.base.results else None
     use_vllm = config.generation.engine == "vllm"
-    completions = vllm.generate_all(models, files, config, device, output / "vllm.log") if use_vllm else {}
+    to_generate = replace(models, base=None, base_is_adapter_off=False) if known else models
+    completions = vllm.generate_all(to_generate, files, config, device, output / "vllm.log") if use_vllm else {}
     scored: dict[str, Outcomes] = {}
     tasks: dict[str, dict] = {}
     for loaded in load_each(models, config, device):
         base = scored.get("base")
+        if known and base is None:
+            scored[loaded.name] = base_results.recall(loaded, files, config, known)
+            continue
         scored[loaded.name] = score(loaded, files, config, base.base_states if base else None, remember=models.compared and base is None,
                                     completions=completions.get(loaded.name))
         tasks[loaded.name] = harness.run_tasks(loaded, config)

@@ -36,6 +36,7 @@ class Base:
 
     path: str | None = None  # folder or hub name
     tokenizer: str | None = None  # folder or hub name; default: the base's own
+    results: str | None = None  # output folder of an earlier evaluation, on the same items, whose figures of the base are used again
 
 
 @dataclass
@@ -139,6 +140,9 @@ def validate(config: Config) -> None:
     require(config.model.path is not None or config.adapter is not None, "model.path", "a model, or an adapter that names its base",
             "neither")
     require(not config.force_base or config.adapter is not None, "force_base", "an adapter beside it", "none")
+    require(config.base.results is None or config.base.path is not None or config.adapter is not None, "base.results",
+            "an adapter, or base.path, beside it", "neither")
+    require(config.base.results is None or not config.tasks, "base.results", "item files alone", "tasks of lm-evaluation-harness")
     max_tokens = config.generation.max_tokens
     require(max_tokens is None or max_tokens >= 1, "generation.max_tokens", "1 or more", max_tokens)
     require(config.generation.batch >= 1, "generation.batch", "1 or more", config.generation.batch)

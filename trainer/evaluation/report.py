@@ -66,12 +66,13 @@ def item_records(files: Sequence[ItemFile], scored: dict[str, Outcomes]) -> list
     for f, file in enumerate(files):
         outcomes_by_model = {name: outcomes.of_file(f) for name, outcomes in scored.items()}
         for i, item in enumerate(file.items):
-            record = {"id": item.id, "file": file.name, "role": file.role, "metric": file.metric, **_question_fields(item)}
+            record = {"id": item.id, "file": file.name, "role": file.role, "metric": file.metric, **question_fields(item)}
             records.append(record | {name: _outcome_fields(outcomes[i]) for name, outcomes in outcomes_by_model.items()})
     return records
 
 
-def _question_fields(item: Item) -> dict:
+def question_fields(item: Item) -> dict:
+    """Return what a record says about an item beside its name: question, answers, choices, rules."""
     question = {"question": item.prompt[-1]["content"], "answers": list(item.answers)} if item.prompt else {}
     choices = {"choices": list(item.choices), "continuation": item.continuation} if item.choices else {}
     rules = {"asked": [asdict(rule) for rule in item.rules]} if item.rules else {}
