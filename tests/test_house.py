@@ -190,6 +190,18 @@ def test_tests_do_not_import_tests():
             assert not wrong, f"{name_of(path)} imports {sorted(wrong)}: put helpers into tests/helpers, fixtures into conftest.py"
 
 
+def devices_without_index(source: str) -> list[int]:
+    """Lines that make the device "cuda" of no index, which is a thread's own: another rank's GPU in threads of libraries."""
+    return [node.lineno for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "device"
+            and len(node.args) == 1 and any(getattr(part, "value", None) == "cuda" for part in ast.walk(node.args[0]))]
+
+
+def test_every_gpu_has_an_index():
+    assert devices_without_index('torch.device("cuda" if on else "cpu")\ntorch.device("cuda", 1)\ntorch.device(kind)') == [1]
+    found = {name_of(p): devices_without_index(p.read_text()) for p in FILES if not name_of(p).startswith("tests/")}
+    assert not {name: lines for name, lines in found.items() if lines}
+
+
 def test_kernels_stand_on_torch_alone():
     """transformers may import `kernels` while it is itself half imported, so nothing above torch is allowed there."""
     third_party = {name for path in FILES if "kernels" in path.relative_to(ROOT).parts[0] for name in imported(path.read_text())}

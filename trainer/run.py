@@ -24,7 +24,7 @@ from trainer.model import quantization
 from trainer.model.locate import load_tokenizer
 from trainer.retention import monitor, replay_search
 from trainer.runtime.device import choose_device
-from trainer.runtime.distributed import Distributed, process_group
+from trainer.runtime.distributed import Distributed, local_rank, process_group
 from trainer.runtime.interrupts import Interrupts
 from trainer.runtime.result import RunResult
 from trainer.training import run_folder
@@ -69,7 +69,7 @@ def train(config: Config) -> RunResult | None:
     """
     validate(config)
     quantization.require_bitsandbytes(config)
-    device, output = choose_device(config.device), Path(config.output)
+    device, output = choose_device(config.device, local_rank()), Path(config.output)
     owns = not config.dry_run and int(os.environ.get("RANK", "0")) == 0
     with sole_owner(output, "trainer.run") if owns else contextlib.nullcontext():
         run_folder.refuse_used(output, config.resume)
@@ -79,7 +79,7 @@ def train(config: Config) -> RunResult | None:
 def _train(config: Config, device: torch.device) -> RunResult | None:
     """Search for a replay ratio if asked to, and do the run."""
     items = monitor.read(config)
-    with process_group(device.type) as dist:
+    with process_group(device) as dist:
         if config.replay_search.enabled and not config.dry_run:
             chosen = replay_search.choose(config, lambda probe: run_one(probe, items, device, dist, save_outputs=False), dist)
             if isinstance(chosen, RunResult):

@@ -37,6 +37,7 @@ from benchmarks.speed.contenders import Steadfast, Trained, fused, in_memory
 from trainer.data.batch import PackedBatch, collate
 from trainer.data.samples import Piece
 from trainer.model.quantization import nf4_of, quantized_layers
+from trainer.runtime.device import choose_device
 from trainer.training.loss import sft_loss
 
 SMALL = ModelShape("small", 256, 704, 8, 4, 32, 2048, 2)  # for the checks
@@ -401,7 +402,7 @@ def main(argv: list[str] | None = None) -> int:
         print("benchmarks.on_gpu.whole_step: expected a GPU, found none", file=sys.stderr)
         return 2
     try:
-        outcome = CHECKS[arguments.check](torch.device("cuda"), torch.bfloat16)
+        outcome = CHECKS[arguments.check](choose_device("cuda"), torch.bfloat16)
     except Exception as error:  # the outcome of a check, which the caller writes down
         outcome = {"passed": False, "error": reason(error)}
         print(f"benchmarks.on_gpu.whole_step: {arguments.check}: {error}", file=sys.stderr)

@@ -37,6 +37,7 @@ from benchmarks.speed.contenders import Trained
 from kernels.nf4 import GROUP, dequantize_nf4
 from trainer.files import atomic_file
 from trainer.model.quantization import BLOCK, nf4_of, prepare_quantized
+from trainer.runtime.device import choose_device
 
 TOKENS, ROUNDS = 8192, 6  # tokens of a step, rounds of one step each
 B8, B4, B1 = MODELS
@@ -337,7 +338,7 @@ def main(argv: list[str] | None = None) -> int:
         return json.loads(arguments.out.read_text()) if arguments.out.exists() else None
 
     try:
-        outcome = CHECKS[arguments.check](torch.device("cuda"), torch.bfloat16, budget=arguments.seconds - RESERVE, keep=keep,
+        outcome = CHECKS[arguments.check](choose_device("cuda"), torch.bfloat16, budget=arguments.seconds - RESERVE, keep=keep,
                                           earlier=kept())
     except Exception as error:  # the outcome of a check, which the caller writes down
         outcome = (kept() or {}) | {"passed": False, "error": reason(error)}

@@ -37,6 +37,7 @@ from benchmarks.speed.kernel_cases import BARE, CASES, COMPILED, EAGER, OURS, RA
 from benchmarks.speed.kernel_predictions import OPERATIONS, TOKENS
 from trainer.errors import UserError
 from trainer.files import atomic_file
+from trainer.runtime.device import choose_device
 
 TINY = ModelShape("tiny", 64, 128, 4, 2, 16, 257, 2, qk_norm=True)  # for --smoke, which tests this file on a CPU
 TINY_TOKENS = 96
@@ -202,7 +203,7 @@ def device_of(arguments: argparse.Namespace) -> torch.device:
     """Return the device to measure on: a GPU where there is one, unless told otherwise."""
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise UserError("kernels: expected a GPU, found none; --predict says what to expect of one")
-    return torch.device("cpu" if arguments.device == "cpu" or not torch.cuda.is_available() else "cuda")
+    return choose_device(arguments.device)
 
 
 def chosen_operations(names: list[str] | None, known: Iterable[str]) -> list[str]:

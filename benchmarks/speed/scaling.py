@@ -27,6 +27,7 @@ from benchmarks.harness.timing import Contender, Measurement, TokenSamples
 from benchmarks.speed.baselines import Batching, padded_loop
 from benchmarks.speed.contenders import Trained, in_memory, require_agreement
 from trainer.errors import UserError
+from trainer.runtime.device import choose_device
 
 OURS, PLAIN = "Steadfast", "plain HF loop"
 LEARNING_RATE = 1e-3
@@ -150,7 +151,7 @@ def run(arguments: argparse.Namespace) -> dict:
     check_names("--axes", arguments.axes, AXES)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device: expected a GPU, found none; use --device cpu")
-    device = torch.device("cpu" if arguments.device == "cpu" or not torch.cuda.is_available() else "cuda")
+    device = choose_device(arguments.device)
     dtype, grid = ("bf16", ON_GPU) if device.type == "cuda" else ("fp32", ON_CPU)
     rounds, points = (2, 2) if arguments.quick else (arguments.rounds, None)
     torch.set_num_threads(arguments.threads)

@@ -40,6 +40,7 @@ from synth.engines.interface import (
 from synth.engines.protocol import LoadRequest, Ready
 from synth.engines.tokens import MAX_CONTEXT, Spellings, added_text, eos_ids, why_unfit, why_unscorable
 from trainer.model.text_part import auto_class, keep_text_part
+from trainer.runtime.device import choose_device
 
 QUEUE_DEPTH = 4_096  # requests to queue: the more, the more rows of equal length
 MAX_ROWS = 256  # of the batch of completions
@@ -69,7 +70,7 @@ class TransformersModel:
 
     def __init__(self, load: LoadRequest):
         model, threads = load.model, torch.get_num_threads()
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = choose_device("auto")
         config = AutoConfig.from_pretrained(load.folder, trust_remote_code=model.trust_remote_code)
         if self.device.type == "cpu":
             make_rows_independent_of_batch(threads)

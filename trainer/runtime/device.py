@@ -9,14 +9,20 @@ import torch
 from trainer.errors import UserError
 
 
-def choose_device(option: Literal["auto", "cuda", "cpu"]) -> torch.device:
-    """Return the device of the option `device`; `auto` prefers a GPU.
+def choose_device(option: Literal["auto", "cuda", "cpu"], local_rank: int = 0) -> torch.device:
+    """Return the device of the option `device`; `auto` prefers a GPU, the one of this rank's number.
 
-    Raises UserError for `cuda` where there is none.
+    A GPU has its index: without one it is a thread's current GPU, the first in every thread but the one that chose another, and libraries
+    load weights in threads of their own. Raises UserError for `cuda` where there is no GPU, and for a rank that has none of its own.
     """
     if option == "cuda" and not torch.cuda.is_available():
         raise UserError("device: expected a CUDA GPU, found none; use --device cpu")
-    return torch.device("cuda" if option != "cpu" and torch.cuda.is_available() else "cpu")
+    if option == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if (count := torch.cuda.device_count()) <= local_rank:
+        raise UserError(f"device: expected a GPU for each rank on this machine, found {count} for rank {local_rank} (counted from 0); "
+                        "start fewer ranks, or use --device cpu")
+    return torch.device("cuda", local_rank)
 
 
 def compute_dtype(precision: Literal["auto", "fp32", "bf16"], device: torch.device) -> torch.dtype:

@@ -29,7 +29,6 @@ class Distributed:
 
     rank: int = 0
     size: int = 1
-    local_rank: int = 0
 
     @property
     def is_main(self) -> bool:
@@ -73,18 +72,27 @@ class Distributed:
             raise UserError(error)
 
 
+def local_rank() -> int:
+    """Return this process's number among those of the run on this machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 @contextmanager
-def process_group(device_type: str):
-    """Yield this process of the group that `torchrun` describes in the environment, or the only process."""
+def process_group(device: torch.device):
+    """Yield this process of the group that `torchrun` describes in the environment, or the only process.
+
+    With several processes on GPUs, `device` becomes the current one of this thread, and the one of the group's collectives.
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield Distributed()
         return
-    dist = Distributed(int(os.environ["RANK"]), size, int(os.environ.get("LOCAL_RANK", "0")))
-    if device_type == "cuda":
-        torch.cuda.set_device(dist.local_rank)
-    torch.distributed.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=PATIENCE)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.distributed.init_process_group("nccl", timeout=PATIENCE, device_id=device)
+    else:
+        torch.distributed.init_process_group("gloo", timeout=PATIENCE)
     try:
-        yield dist
+        yield Distributed(int(os.environ["RANK"]), size)
     finally:
         torch.distributed.destroy_process_group()

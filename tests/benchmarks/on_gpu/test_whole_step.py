@@ -313,6 +313,7 @@ def test_the_command_goes_on_with_a_file_and_keeps_it_whatever_happens(tmp_path,
         return outcome | {"passed": True}
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setitem(whole_step_sizes.CHECKS, "sizes", fake)
     assert whole_step_sizes.main(["sizes", "--out", str(path), "--seconds", "300"]) == 0
     assert given == [(210.0, None)] and len(json.loads(path.read_text())["rows"]) == 1
