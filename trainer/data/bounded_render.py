@@ -7,13 +7,7 @@ may be some times as long as the chat and the template that it is made from.
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import os
-import resource
-import signal
-import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jinja2
@@ -21,17 +15,13 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers.utils import chat_template_utils
 
 from trainer.data.turn_spans import Message, Span
+from trainer.limits import LimitError, limits
 
 SECONDS = 5.0  # of CPU time; a template takes 50 microseconds for a chat, and some milliseconds for a book
 GIBIBYTES = 0.5  # beside what the process has
 MOST_BITS = 10_000  # of an integer
 SHORT_TEXT = 100_000  # characters, which any template may print
 MOST_TIMES = 20  # the length of a text as a multiple of what it is made from: JSON escapes take 12 characters each
-PAGE = resource.getpagesize()
-
-
-class LimitError(Exception):
-    """A rendering that takes more time, memory or text than a chat template can need."""
 
 
 class RefusedError(Exception):
@@ -61,7 +51,7 @@ def render(template: str, chat: list[Message], given: Mapping[str, Any]) -> tupl
     Raises jinja2.TemplateSyntaxError, RefusedError for a chat for which the template fails, and LimitError.
     """
     try:
-        with _limits():
+        with limits(SECONDS, GIBIBYTES):
             texts, spans = chat_template_utils.render_jinja_template([chat], chat_template=template, **given)
         text = texts[0]
         if len(text) > SHORT_TEXT:
@@ -71,49 +61,7 @@ def render(template: str, chat: list[Message], given: Mapping[str, Any]) -> tupl
         text.encode()  # lone surrogates are no text
     except (jinja2.TemplateSyntaxError, LimitError):
         raise
-    except MemoryError:
-        raise LimitError(f"more than {GIBIBYTES} GiB of memory") from None
     except Exception as error:  # a template can raise whatever Python can
         raise RefusedError(str(error) if isinstance(error, (jinja2.TemplateError, TypeError, ValueError)) and str(error)
                            else f"{type(error).__name__}: {error}") from error
     return text, spans[0] if spans else []
-
-
-@contextlib.contextmanager
-def _limits() -> Iterator[None]:
-    """Limit the CPU time and the address space of what runs inside.
-
-    The time is limited in the main thread alone, as signals are its own.
-    """
-    timed = threading.current_thread() is threading.main_thread()
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    most = int(os.pread(_statm(os.getpid()), 64, 0).split()[0]) * PAGE + int(GIBIBYTES * 2**30)
-    lowered = soft == resource.RLIM_INFINITY or most < soft
-    if timed:
-        _install_timer()
-        signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS, 1)  # and once a second after that, should the template catch the first
-    if lowered:
-        resource.setrlimit(resource.RLIMIT_AS, (most, hard))
-    try:
-        yield
-    finally:
-        if lowered:
-            resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-        if timed:
-            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-
-
-@functools.lru_cache(1)
-def _statm(process: int) -> int:
-    """Return a descriptor of the sizes of this process, opened once in each."""
-    return os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
-
-
-@functools.cache
-def _install_timer() -> None:
-    """Install what ends a rendering whose time is over; a forked process has it from its parent."""
-
-    def end(_signal, _frame):
-        raise LimitError(f"more than {SECONDS:g} s")
-
-    signal.signal(signal.SIGVTALRM, end)

@@ -36,6 +36,7 @@ from trainer.evaluation.config import Data, Items
 from trainer.evaluation.rules.verdicts import Rule, make_rule, require_language
 from trainer.evaluation.scoring import expected_answer
 from trainer.evaluation.suites.table import Suite, expand
+from trainer.patterns import bounded
 
 COLUMNS = {
     "prompt": ("prompt", "question", "instruction"),
@@ -187,10 +188,8 @@ def _check_pattern(path: str, name: str, pattern: str | None) -> None:
     example = "such as '#### (-?[\\d,.]+)'"
     if not pattern:
         raise UserError(f"{path}: metric regex expects a pattern with a group, found none; set data.regex, {example}")
-    try:
+    with bounded(f"{path}: {name}", pattern):
         groups = re.compile(pattern).groups
-    except re.error as error:
-        raise UserError(f"{path}: {name}: {pattern!r} is not a regular expression: {error}; correct it") from None
     if not groups:
         raise UserError(f"{path}: {name}: expected a group in {pattern!r}, {example}, found none; put the answer's part in parentheses")
 
@@ -344,9 +343,11 @@ def _rules(names: Any, arguments: Any, place: str) -> tuple[Rule, ...]:
 
 
 def _check_pattern_finds(answers: tuple[str, ...], options: Items) -> None:
+    pattern = options.answer_regex or options.regex
     for answer in answers:
-        if expected_answer(answer, options) is None:
-            pattern = options.answer_regex or options.regex
+        with bounded(f"{options.path}: {'answer_regex' if options.answer_regex else 'regex'}", pattern):
+            found = expected_answer(answer, options)
+        if found is None:
             raise RecordError(f"expected a match of the pattern {pattern!r} in the answer {answer[-60:]!r}, found none; "
                               'correct the pattern, or set answer_regex to one for answers ("" takes them as they are)')
 

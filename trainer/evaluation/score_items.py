@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from trainer.evaluation.config import Config
+from trainer.evaluation.config import Config, Items
 from trainer.evaluation.generation import Completion, cut_at_stop, generate_completions
-from trainer.evaluation.items import ItemFile
+from trainer.evaluation.items import Item, ItemFile
 from trainer.evaluation.likelihood import BaseStates, Likelihood, choose_kl_samples, measure_likelihoods
 from trainer.evaluation.models import LoadedModel
 from trainer.evaluation.rules.text_units import count_words, repetition
 from trainer.evaluation.rules.verdicts import judge_rules
 from trainer.evaluation.scoring import judge, pick_choices
 from trainer.evaluation.tokens import Key, Sample, Tokens, encode
+from trainer.limits import LimitError, limits
 from trainer.model.forward import lm_head
+from trainer.patterns import GIBIBYTES
 
+JUDGING_SECONDS = 1.0  # of CPU time for one answer
 
 @dataclass
 class Outcome:
@@ -65,7 +68,7 @@ def score(loaded: LoadedModel, files: Sequence[ItemFile], config: Config, base: 
     if completions is None:
         completions = generate_completions(loaded.model, loaded.template, [prompt.ids for prompt in tokens.prompts],
                                            [prompt.max_tokens for prompt in tokens.prompts], config.generation.batch)
-    _judge_completions(files, tokens, completions, items, config.generation.stop)
+    outcomes.notes += _judge_completions(files, tokens, completions, items, config.generation.stop)
     why_no_kl = base.why_no_kl(tokens.samples, lm_head(loaded.model)) if base else None
     if why_no_kl:
         outcomes.notes.append(f"KL to the base was not measured: {why_no_kl}")
@@ -91,20 +94,33 @@ def _choice_notes(files: Sequence[ItemFile]) -> list[str]:
 
 
 def _judge_completions(files: Sequence[ItemFile], tokens: Tokens, completions: Sequence[Completion], items: dict[Key, Outcome],
-                       stop: list[str]) -> None:
+                       stop: list[str]) -> list[str]:
+    """Judge the generated answers, and return a note for each file of which some took too long."""
+    endless = Counter()
     for (key, *_), completion in zip(tokens.prompts, completions, strict=True):
         file, outcome = files[key.file], items[key]
         item, completion = file.items[key.item], cut_at_stop(completion, [*stop, *file.options.stop])
+        try:
+            with limits(JUDGING_SECONDS, GIBIBYTES):
+                right, outcome.found, rules = _judge_one(item, completion.text, file.options)
+        except LimitError:
+            right, rules = False, {form: [False] * len(item.rules) for form in ("strict", "loose")} if item.rules else None
+            endless[file.name] += 1
         counts = completion.finished or not file.options.must_end
-        if item.rules:
-            verdicts = judge_rules(item.rules, completion.text)
-            outcome.rules = {form: [kept and counts for kept in getattr(verdicts, form)] for form in ("strict", "loose")}
-            outcome.right = all(outcome.rules["strict"])
-        else:
-            right, outcome.found = judge(completion.text, item.answers, file.options)
-            outcome.right = right and counts
+        outcome.right = right and counts
+        outcome.rules = rules and {form: [kept and counts for kept in verdicts] for form, verdicts in rules.items()}
         outcome.prediction, outcome.finished = completion.text, completion.finished
         outcome.words, outcome.repetition = count_words(completion.text), repetition(completion.text)
+    return [f"{name}: answers counted as wrong, as its pattern or rule took more than {JUDGING_SECONDS:g} s or {GIBIBYTES:g} GiB on each: "
+            f"{count:,}" for name, count in endless.items()]
+
+
+def _judge_one(item: Item, text: str, options: Items) -> tuple[bool, str | None, dict[str, list[bool]] | None]:
+    """Return whether an answer is right, the part of it that was compared, and whether it keeps each rule."""
+    if not item.rules:
+        return *judge(text, item.answers, options), None
+    verdicts = judge_rules(item.rules, text)
+    return all(verdicts.strict), None, {form: list(getattr(verdicts, form)) for form in ("strict", "loose")}
 
 
 def _record_likelihoods(files: Sequence[ItemFile], samples: Sequence[Sample], likelihoods: Sequence[Likelihood],

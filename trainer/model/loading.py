@@ -21,6 +21,7 @@ from trainer.model.packed_attention import PACKED, decoder, last_hidden_states, 
 from trainer.model.packing_probe import probe_packing
 from trainer.model.text_part import auto_class, is_wrapped, keep_text_part
 from trainer.model.vocabulary import fit_vocabulary
+from trainer.patterns import require_bounded
 from trainer.runtime.device import compute_dtype
 
 logger = logging.getLogger(__name__)
@@ -79,9 +80,15 @@ def _quantization_config(config: Config, source: str, dtype: torch.dtype) -> Bit
     Only a dense checkpoint is quantised, and only for the method qlora. Raises UserError for a checkpoint that the method cannot use.
     """
     found = _found_config(config.model, source)
-    if quantization.is_nf4_checkpoint(source, found, config.method) or config.method != "qlora":
+    quantized = quantization.is_nf4_checkpoint(source, found, config.method)
+    if not quantized and config.method != "qlora":
         return None
-    return quantization.nf4_config(config.quantization, _without_weights(config.model, source, dtype, torch.device("meta")), dtype)
+    on_meta = _without_weights(config.model, source, dtype, torch.device("meta"))
+    if quantized:
+        require_bounded(f"model.path: {source}: quantization_config", quantization.saved_patterns(found),
+                        [name for name, _ in on_meta.named_modules()])
+        return None
+    return quantization.nf4_config(config.quantization, on_meta, dtype)
 
 
 def _load_weights(config: Config, source: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

@@ -38,6 +38,7 @@ from trainer.model.peft_targets import as_loaded, as_modules, targets_as_given
 from trainer.model.quantization import is_quantized, nf4_of, weight_count, why_not_nf4
 from trainer.model.vocabulary import check_wrappers, trained_vocabulary
 from trainer.model.vocabulary import describe as describe_vocabulary
+from trainer.patterns import require_bounded
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +96,7 @@ def _load_adapter(model: PreTrainedModel, path: str) -> PeftModel:
         saved = PeftConfig.from_pretrained(folder)
         if not isinstance(saved, LoraConfig):
             raise UserError(f"lora.path: expected a LoRA adapter, found {saved.peft_type} in {folder}")
+        require_bounded(f"lora.path: {folder / 'adapter_config.json'}", _patterns(saved), [name for name, _ in model.named_modules()])
         with targets_as_given():
             adapted = PeftModel.from_pretrained(model, folder, config=as_modules(model, saved), is_trainable=True,
                                                 low_cpu_mem_usage=model.device.type == "meta")
@@ -104,6 +106,14 @@ def _load_adapter(model: PreTrainedModel, path: str) -> PeftModel:
     # Another model's shapes or names, an unknown kind of adapter, a file cut short.
     except (ValueError, RuntimeError, OSError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"lora.path: the adapter in {folder} does not fit this model: {' '.join(str(error).split())[:300]}") from error
+
+
+def _patterns(saved: LoraConfig) -> list[str]:
+    """Return the texts of an adapter's configuration that PEFT takes for regular expressions."""
+    alone = [saved.target_modules, saved.exclude_modules, saved.layers_pattern]
+    several = [saved.rank_pattern, saved.alpha_pattern, saved.modules_to_save, saved.layers_pattern]
+    given = [*alone, *(text for texts in several if texts and not isinstance(texts, str) for text in texts)]
+    return [text for text in given if isinstance(text, str)]
 
 
 def _check_loaded(adapted: PeftModel, saved: dict[str, Tensor]) -> None:

@@ -25,6 +25,7 @@ from trainer.model.mixtures import Mixtures, find_mixtures
 from trainer.model.packed_attention import decoder
 from trainer.model.peft_targets import is_rewritten
 from trainer.model.text_part import head_layer, is_wrapped
+from trainer.patterns import bounded
 
 OUTSIDE = "outside the text decoder"
 NARROW = "narrower than lora.rank"
@@ -82,11 +83,8 @@ def match_targets(model: PreTrainedModel, targets: str | list[str], mixtures: Mi
 
 def _match_pattern(modules: dict[str, nn.Module], pattern: str, linear: Iterable[str]) -> dict[str, nn.Module]:
     """Return the modules whose whole name matches."""
-    try:
+    with bounded("lora.target_modules", pattern, f"for names write a list: [{_last_parts(linear)}]"):
         matched = {name: module for name, module in modules.items() if re.fullmatch(pattern, name)}
-    except re.error as error:
-        raise UserError(f"lora.target_modules: {pattern!r} is not a regular expression ({error}); "
-                        f"for names write a list: [{_last_parts(linear)}]") from None
     if not matched:
         raise UserError(f"lora.target_modules: no layer's whole name matches the regular expression {pattern!r}; "
                         f"for last parts of names write a list, of: {_last_parts(linear)}")

@@ -76,6 +76,13 @@ def is_nf4_checkpoint(source: str, model_config: PreTrainedConfig, method: str) 
     return method == "qlora"
 
 
+def saved_patterns(model_config: PreTrainedConfig) -> list[str]:
+    """Return the texts of a 4-bit checkpoint's config that transformers takes for regular expressions."""
+    saved = model_config.quantization_config
+    saved = saved if isinstance(saved, dict) else saved.to_dict()
+    return [text for name in ("llm_int8_skip_modules", "modules_to_not_convert") for text in saved.get(name) or () if isinstance(text, str)]
+
+
 def dense_patterns(model: PreTrainedModel, skip: list[str]) -> list[str]:
     """Return transformers' patterns for the layers that stay dense.
 

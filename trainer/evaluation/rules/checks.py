@@ -121,7 +121,7 @@ def is_json(text: str) -> bool:
     """Return whether the whole text is JSON, with or without a Markdown fence around it."""
     try:
         json.loads(_without_fence(text))
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 
@@ -137,7 +137,7 @@ def json_equals(text: str, *, value: Any) -> bool:
     """Return whether the whole text is JSON of this value, with or without a Markdown fence around it."""
     try:
         return json.loads(_without_fence(text)) == value
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 
@@ -206,4 +206,5 @@ CHECKS: dict[str, Callable[..., bool]] = {
     "change_case:english_lowercase": is_lowercase_english, "punctuation:no_comma": lacks_commas,
     "json:equals": json_equals,  # ours
 }
+PATTERNS = ("section_spliter", "postscript_marker")  # arguments that IFEval's checkers take for regular expressions
 NEED_LANGUAGE = frozenset({"language:response_language", "change_case:english_capital", "change_case:english_lowercase"})

@@ -11,12 +11,16 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import re
+import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from trainer.errors import UserError
-from trainer.evaluation.rules.checks import CHECKS, NEED_LANGUAGE, RELATIONS
+from trainer.evaluation.rules.checks import CHECKS, NEED_LANGUAGE, PATTERNS, RELATIONS
+
+KINDS = {str: "text", int: "a number", list[str]: "a list of texts"}  # of arguments, by their types
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Verdicts:
 def make_rule(name: str, arguments: dict[str, Any]) -> Rule:
     """Return a rule, without arguments that are null.
 
-    Raises ValueError if there is no such rule, or its check does not take the arguments.
+    Raises ValueError if there is no such rule, or its check does not take the arguments, or not of these types.
     """
     if name not in CHECKS:
         raise ValueError(f"expected the name of a rule, such as {next(iter(CHECKS))}, found {name!r}")
@@ -47,10 +51,31 @@ def make_rule(name: str, arguments: dict[str, Any]) -> Rule:
     if set(given) != wanted:
         raise ValueError(f"expected the arguments {', '.join(sorted(wanted)) or 'none'} of the rule {name}, found "
                          f"{', '.join(sorted(given)) or 'none'}")
+    for key, kind in typing.get_type_hints(CHECKS[name]).items():
+        if key in wanted and not _is_of(kind, given[key]):
+            raise ValueError(f"expected {key} of the rule {name} to be {KINDS[kind]}, found {given[key]!r}")
+        if key in PATTERNS:
+            _check_pattern(key, given[key])
     for key in wanted & {"relation", "let_relation", "capital_relation"}:
         if given[key] not in RELATIONS:
             raise ValueError(f"expected {key} of the rule {name} to be {' or '.join(RELATIONS)}, found {given[key]!r}")
     return Rule(name, given)
+
+
+def _is_of(kind: Any, value: Any) -> bool:
+    """Return whether an argument is of a type; JSON and Arrow files may write whole numbers as floats."""
+    if kind is int:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if kind == list[str]:
+        return isinstance(value, list) and all(isinstance(text, str) for text in value)
+    return kind is Any or isinstance(value, kind)
+
+
+def _check_pattern(key: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"expected {key} to be a regular expression, found {pattern!r}: {error}") from None
 
 
 def require_language(rules: Sequence[Rule], place: str) -> None:
