@@ -5,9 +5,13 @@ GPU architecture in question, with its own launch settings, and compiled with th
 that a launch on the device would make. Registers, spills, shared memory and machine instructions are read from the result. The compilers
 and disassemblers come with Triton; kernels that are to be compiled must not have been made for the interpreter, so this needs a process
 without TRITON_INTERPRET.
+
+Beside the budgets stand digests of what they were compiled from: sources, types, settings, architecture and Triton's version. Machine code
+follows from these, so that a check compiles only the cases whose digest is another one.
 """
 
 import argparse
+import hashlib
 import importlib
 import json
 import pkgutil
@@ -15,7 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,6 +30,7 @@ import kernels
 from kernels._launch import SHARED_MEMORY, Recorded, recording, triton
 
 BUDGETS = Path(__file__).parents[2] / "tests" / "kernels" / "budgets.json"
+DIGESTS = BUDGETS.with_name("budget_digests.json")
 README = Path(kernels.__file__).parent / "README.md"
 BLOCK = re.compile(r"(?<=<!-- budgets -->\n).*?(?=<!-- end of budgets -->)", re.DOTALL)
 POINTERS = {
@@ -70,8 +75,8 @@ def _argument(value: Any, place: tuple[int, ...], signature: list, constants: di
         signature.append("fp32")
 
 
-def build(launch: Recorded, part: str):
-    """Return the compiled kernel of one recorded launch."""
+def compiler_input(launch: Recorded, part: str) -> dict[str, Any]:
+    """Return the arguments of `triton.compile` for one recorded launch."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -88,7 +93,7 @@ def build(launch: Recorded, part: str):
     assert not missing, f"{launch.kernel.__name__}: launched without {missing}"
     target = GPUTarget("cuda", int(part[3:]), 32) if part.startswith("sm_") else GPUTarget("hip", part, 64)
     options = dict(num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=True)
-    return triton.compile(ASTSource(launch.kernel, types, constants, hints), target=target, options=options)
+    return dict(src=ASTSource(launch.kernel, types, constants, hints), target=target, options=options)
 
 
 def figures(compiled, part: str) -> dict[str, int]:
@@ -114,31 +119,61 @@ def figures(compiled, part: str) -> dict[str, int]:
     return counts | {"registers": found["REG"], "spills": spilled}
 
 
+def launches_of(label: str, part: str) -> list[Recorded]:
+    """Return the launches of one case on one architecture."""
+    with recording(part) as launches:
+        cases()[label]()
+    assert launches, f"{label}: its AOT case launches nothing"
+    return launches
+
+
 def measure(label: str, part: str) -> dict[str, dict[str, int]]:
     """Return the figures of every kernel that one case launches on one architecture.
 
     They are keyed "label / kernel", numbered where a kernel is launched in several forms.
     """
-    with recording(part) as launches:
-        cases()[label]()
-    assert launches, f"{label}: its AOT case launches nothing"
     found: dict[str, dict[str, int]] = {}
-    for launch in launches:
+    read: dict[str, dict[str, int]] = {}  # by the compiled kernel's hash
+    for launch in launches_of(label, part):
         name = f"{label} / {launch.kernel.__name__.strip('_')}"
-        result = figures(build(launch, part), part)
+        compiled = triton.compile(**compiler_input(launch, part))
+        if compiled.hash not in read:
+            read[compiled.hash] = figures(compiled, part)
+        result = read[compiled.hash]
         if result not in [f for key, f in found.items() if key.startswith(name)]:
             n = sum(key == name or key.startswith(f"{name} #") for key in found)
             found[name if not n else f"{name} #{n + 1}"] = result
     return found
 
 
-def measure_all(parts=tuple(SHARED_MEMORY), workers: int = 2) -> Iterator[tuple[str, str, dict[str, int]]]:
-    """(kernel, part, figures) of everything, two compilers at a time."""
-    jobs = [(label, part) for label in cases() for part in parts]
+def measure_all(jobs: Sequence[tuple[str, str]], workers: int = 2) -> Iterator[tuple[str, str, dict[str, int]]]:
+    """(kernel, part, figures) of these cases on these parts, two compilers at a time."""
     with ProcessPoolExecutor(workers) as pool:
         for (_, part), found in zip(jobs, pool.map(measure, *zip(*jobs), chunksize=1)):
             for name, result in found.items():
                 yield name, part, result
+
+
+def digest(label: str, part: str) -> str:
+    """Return a digest of all that the machine code of one case on one architecture follows from."""
+    whole = hashlib.sha256(triton.__version__.encode())
+    for launch in launches_of(label, part):
+        given = compiler_input(launch, part)
+        whole.update(f"{given['src'].hash()} {given['target']} {given['options']}".encode())
+    return whole.hexdigest()[:16]
+
+
+def digests() -> dict[str, dict[str, str]]:
+    """Return the digest of every case on every architecture.
+
+    Where in its file a kernel stands is no part of it.
+    """
+    labels = cases()  # imports every kernel file
+    for module in (module for name, module in sys.modules.items() if name.startswith("kernels.")):
+        for value in vars(module).values():
+            if isinstance(value, triton.JITFunction):
+                value.starting_line_number = 0
+    return {label: {part: digest(label, part) for part in SHARED_MEMORY} for label in labels}
 
 
 def faults(name: str, part: str, found: dict[str, int], budget: dict[str, int] | None) -> list[str]:
@@ -160,14 +195,22 @@ def faults(name: str, part: str, found: dict[str, int], budget: dict[str, int] |
     return [where + fault for fault in wrong]
 
 
-def check_budgets() -> int:
-    """Prints what exceeds its budget, and budgets of kernels that are no more; returns how many."""
-    budgets, seen, wrong = json.loads(BUDGETS.read_text()), set(), []
-    for name, part, found in measure_all():
+def check_budgets(compiled: Collection[str] = ()) -> int:
+    """Prints what exceeds its budget, and budgets of kernels that are no more; returns how many.
+
+    It compiles the cases that were changed since the budgets were written, and those named in `compiled`.
+    """
+    budgets, written, now = json.loads(BUDGETS.read_text()), json.loads(DIGESTS.read_text()), digests()
+    jobs = [(label, part) for label, by_part in now.items() for part, found in by_part.items()
+            if label in compiled or written.get(label, {}).get(part) != found]
+    seen, wrong = set(), []
+    for name, part, found in measure_all(jobs) if jobs else ():
         seen.add(name)
         wrong += faults(name, part, found, budgets.get(name, {}).get(part))
-    wrong += [f"{name}: a budget without a kernel" for name in budgets.keys() - seen]
-    print("\n".join(wrong) or f"{len(seen)} kernels within their budgets")
+    again = {label for label in now if all((label, part) in jobs for part in SHARED_MEMORY)}
+    wrong += [f"{name}: a budget without a kernel" for name in budgets
+              if name not in seen and (name.split(" / ")[0] in again or name.split(" / ")[0] not in now)]
+    print("\n".join(wrong) or f"{len(budgets)} kernels within their budgets; compiled {len(jobs)} of {len(now) * len(SHARED_MEMORY)} cases")
     return len(wrong)
 
 
@@ -189,19 +232,24 @@ def write_budgets() -> None:
     Their table in kernels/README.md is renewed too.
     """
     budgets: dict[str, dict[str, dict[str, int]]] = {}
-    for name, part, result in measure_all():
+    now = digests()
+    for name, part, result in measure_all([(label, part) for label in now for part in SHARED_MEMORY]):
         kept = {key: result[key] for key in ("registers", "spills", "shared")}
         budgets.setdefault(name, {})[part] = kept | {key: result[key] for key in ("dots", "HGMMA") if result.get(key)}
     budgets = dict(sorted(budgets.items()))
     # a line for each kernel and part
     text = json.dumps({name: {part: json.dumps(kept) for part, kept in by_part.items()} for name, by_part in budgets.items()}, indent=1)
     BUDGETS.write_text(re.sub(r'"(\{.*?\})"', lambda found: found[1].replace('\\"', '"'), text) + "\n")
+    DIGESTS.write_text(json.dumps(now, indent=1) + "\n")
     README.write_text(BLOCK.sub(lambda _: table(budgets), README.read_text()))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="compare with tests/kernels/budgets.json instead of writing it")
-    if parser.parse_args().check:
-        sys.exit(bool(check_budgets()))
+    parser.add_argument("--compile", nargs="+", default=[], metavar="CASE", choices=["all", *cases()],
+                        help="with --check: cases to compile though unchanged since the budgets were written, or all")
+    given = parser.parse_args()
+    if given.check:
+        sys.exit(bool(check_budgets(cases() if "all" in given.compile else given.compile)))
     write_budgets()

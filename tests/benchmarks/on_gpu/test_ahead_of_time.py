@@ -1,7 +1,7 @@
 """Every kernel, compiled ahead of time at its shipped launch settings for six parts, keeps to tests/kernels/budgets.json.
 
 A kernel that is meant to use more, or a new one: `python -m benchmarks.on_gpu.ahead_of_time` writes the budgets anew; look at
-the difference.
+the difference. Adding `--check --compile all` to it compiles every kernel, changed or not.
 """
 
 import json
@@ -12,20 +12,41 @@ import sys
 import pytest
 
 pytest.importorskip("triton")
-from benchmarks.on_gpu.ahead_of_time import BLOCK, BUDGETS, README, faults, table
+from benchmarks.on_gpu.ahead_of_time import BLOCK, BUDGETS, DIGESTS, README, faults, table
 from kernels._launch import SHARED_MEMORY
 
 GOOD = {"registers": 64, "spills": 0, "shared": 1024, "dots": 1, "HGMMA": 4, "ATOMG": 0, "RED": 0}
 BUDGET = {"registers": 64, "spills": 0, "shared": 1024}
 
 
-@pytest.mark.slow(80)
-def test_every_kernel_keeps_its_budget():
+def compiling(*command):
+    """Run a module in a process without Triton's interpreter; return its exit status and what it printed."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.on_gpu.ahead_of_time", "--check"]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment,
-                            cwd=BUDGETS.parents[2])
-    assert result.returncode == 0, result.stdout + result.stderr
+    result = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, env=environment, cwd=BUDGETS.parents[2])
+    return result.returncode, result.stdout + result.stderr
+
+
+@pytest.mark.slow(10)
+def test_every_kernel_keeps_its_budget():
+    """Compiles what was changed since the budgets were written, and one case in any event."""
+    status, said = compiling("benchmarks.on_gpu.ahead_of_time", "--check", "--compile", "dropout mask")
+    assert status == 0, said
+
+
+@pytest.mark.slow
+def test_figures_are_read_and_a_digest_follows_all_that_a_kernel_is_made_of():
+    status, said = compiling("tests.helpers.product_kernel")
+    assert status == 0, said
+    found = json.loads(said.splitlines()[-1])
+    assert found["figures"]["sm_90"]["HGMMA"]
+    assert all(figures["dots"] == 1 and figures["registers"] for figures in found["figures"].values())
+    assert len({*found["same"]}) == 1 and len({*found["same"], *found["other"]}) == 5
+
+
+def test_the_digests_are_those_of_every_budget():
+    budgets, digests = json.loads(BUDGETS.read_text()), json.loads(DIGESTS.read_text())
+    assert digests.keys() == {name.split(" / ")[0] for name in budgets}
+    assert all(by_part.keys() == SHARED_MEMORY.keys() for by_part in digests.values())
 
 
 def test_no_budget_allows_a_spill_or_more_shared_memory_than_there_is():
