@@ -72,7 +72,7 @@ OF_OTHERS = {"compare", "families", "predict", "model", "chats", "data", "method
              "no_deps"}
 
 
-@pytest.mark.parametrize("page", ["README.md", "trainer/README.md", "synth/README.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize("page", ["README.md", "trainer/README.md", "synth/README.md", "CONTRIBUTING.md", "SECURITY.md"])
 def test_every_option_of_a_page_exists(page):
     text = re.sub(r"\(\S+\)|<!-- benchmark.*?<!-- end of benchmark -->", " ", (ROOT / page).read_text(), flags=re.DOTALL)  # links, tables
     assert [name for name in unknown_options(text, COMMANDS["synth"]) if name not in OF_OTHERS] == []
