@@ -1,4 +1,6 @@
 # make demo        show forgetting and its cure on a tiny model, and print the table
+# make real        the same on a real model, SmolLM2-135M-Instruct, in some 20 minutes: figures, and answers side by side (DATA=folder with
+#                  gsm8k_train.jsonl and gsm8k_test.jsonl; without it they come from the Hugging Face hub)
 # make test        run all tests
 # make test-fast   run all tests but those marked slow
 # make lint        run ruff
@@ -19,10 +21,14 @@ PIP := $(RUN) -m pip --disable-pip-version-check --quiet install
 # and with it the file's fixtures; tests/conftest.py starts the longest files first.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q
 
-.PHONY: demo test test-fast env lint docs-check gpu vllm
+.PHONY: demo real test test-fast env lint docs-check gpu vllm
 
 demo: env
 	@$(RUN) -m benchmarks.forgetting.miniature.demo
+
+real: env
+	@$(PIP) --no-deps -r requirements-real.txt
+	@$(RUN) -m benchmarks.forgetting.real_model.demo $(if $(DATA),--data "$(DATA)")
 
 test: env
 	@$(PYTEST) --durations=25

@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-if not {"gsm8k", "retention"} & set(sys.argv):  # which may load public sets; all else is made here
+if not {"gsm8k", "retention", "real"} & set(sys.argv):  # which may load public sets; all else is made here
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler would print to standard error

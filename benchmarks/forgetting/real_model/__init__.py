@@ -1,0 +1,1 @@
+"""Test the paper's claim on a real instruct model."""
