@@ -5,11 +5,8 @@ Prepares the data, builds, trains, saves and reports.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
@@ -18,7 +15,6 @@ from trainer.config import Config, profiled_steps, validate
 from trainer.data.chat_template import read_template
 from trainer.data.prepare import prepare_data
 from trainer.evaluation.items import ItemFile
-from trainer.files import sole_owner
 from trainer.metrics.profiler import check_steps_within
 from trainer.model import quantization
 from trainer.model.locate import load_tokenizer
@@ -69,17 +65,8 @@ def train(config: Config) -> RunResult | None:
     """
     validate(config)
     quantization.require_bitsandbytes(config)
-    device, output = choose_device(config.device, local_rank()), Path(config.output)
-    owns = not config.dry_run and int(os.environ.get("RANK", "0")) == 0
-    with sole_owner(output, "trainer.run") if owns else contextlib.nullcontext():
-        run_folder.refuse_used(output, config.resume)
-        return _train(config, device)
-
-
-def _train(config: Config, device: torch.device) -> RunResult | None:
-    """Search for a replay ratio if asked to, and do the run."""
-    items = monitor.read(config)
-    with process_group(device) as dist:
+    device, items = choose_device(config.device, local_rank()), monitor.read(config)
+    with process_group(device) as dist, run_folder.owned(config, dist):
         if config.replay_search.enabled and not config.dry_run:
             chosen = replay_search.choose(config, lambda probe: run_one(probe, items, device, dist, save_outputs=False), dist)
             if isinstance(chosen, RunResult):

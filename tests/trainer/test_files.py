@@ -2,6 +2,8 @@
 
 import pytest
 
+from tests.helpers import runs
+from tests.helpers.processes import complete_ranks
 from trainer import evaluate as evaluation
 from trainer import interpolate as interpolation
 from trainer import run as training
@@ -36,3 +38,13 @@ def test_a_folder_has_one_owner_and_no_trace_of_it(tmp_path):
     with sole_owner(folder, "it"), sole_owner(tmp_path / "empty", "it"):
         pass
     assert not (tmp_path / "empty").exists()
+
+
+@pytest.mark.slow
+def test_every_rank_of_a_second_run_in_a_folder_ends(model_folder, tmp_path):
+    chats, folder = runs.write_chats(tmp_path / "chats.jsonl"), tmp_path / "out"
+    with sole_owner(folder, "trainer.run"):
+        ends = complete_ranks("trainer.run", runs.arguments(model_folder, chats, folder))
+        assert [path.name for path in folder.iterdir()] == [".lock"]
+    line = f"trainer.run: error: output: another trainer.run is using {folder}; wait for it, or choose another folder\n"
+    assert [(status, error) for status, _, error in ends] == [(1, line)] * 2

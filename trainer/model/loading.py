@@ -16,7 +16,7 @@ from trainer.errors import UserError
 from trainer.model import quantization
 from trainer.model.families import family_of
 from trainer.model.forward import lm_head
-from trainer.model.locate import load_tokenizer, model_source, one_line_errors
+from trainer.model.locate import load_tokenizer, model_source, one_line_errors, require_own_weights_of_hub
 from trainer.model.packed_attention import PACKED, decoder, last_hidden_states, refuse_mask, set_attention
 from trainer.model.packing_probe import probe_packing
 from trainer.model.text_part import auto_class, is_wrapped, keep_text_part
@@ -99,6 +99,7 @@ def _load_weights(config: Config, source: str, dtype: torch.dtype, device: torch
     quantization_config = _quantization_config(config, source, dtype)
     own_class = auto_class(_found_config(config.model, source))
     with one_line_errors("model.path", source):
+        require_own_weights_of_hub("model.path", source)
         loaded, info = own_class.from_pretrained(
             source, dtype=dtype, device_map=device if device.type == "cuda" else None, use_safetensors=True,
             trust_remote_code=config.model.trust_remote_code, output_loading_info=True, ignore_mismatched_sizes=True,

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import transformers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils.hub import cached_file
 
 from trainer.config import Model
 from trainer.errors import UserError, one_line
@@ -97,6 +99,17 @@ def require_own_weights(option: str, folder: Path) -> None:
             if not isinstance(name, str) or not name.endswith(".safetensors") or Path(name).name != name:
                 raise UserError(f"{option}: {index} names {str(name)[:100]!r}: only *.safetensors files of its own folder are loaded; "
                                 "save the model again with save_pretrained")
+
+
+def require_own_weights_of_hub(option: str, name: str) -> None:
+    """Check the index of weights of a model on the hub, as `require_own_weights` does that of a folder.
+
+    A name that is a path, or that the hub does not serve, is left to who loads it.
+    """
+    if not Path(name).exists() and (index := cached_file(name, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_gated_repo=False,
+                                                         _raise_exceptions_for_missing_entries=False,
+                                                         _raise_exceptions_for_connection_errors=False)):
+        require_own_weights(option, Path(index).parent)
 
 
 def read_object(option: str, file: Path) -> dict:

@@ -13,9 +13,9 @@ are exact. `python -m benchmarks.run options` times a step with either. The pass
 sample is seen once; the gain is then the memory of full fine-tuning.
 
 The file is in the run folder, named after all that decides what the run computes, and is removed when the run has finished. It is written
-atomically: a resumed run finds it, or makes it again, before it loads its checkpoint, while the model is still the base. Ranks write
-their packs' rows into one file. Its pages are memory-mapped: the system drops them when it needs the memory, yet on a CPU they count as
-the process's memory.
+atomically, with a checksum: a resumed run finds it whole, or makes it again, before it loads its checkpoint, while the model is still the
+base. Ranks write their packs' rows into one file. Its pages are memory-mapped: the system drops them when it needs the memory, yet on a
+CPU they count as the process's memory.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from trainer import config
+from trainer.checksums import verify_checksum, write_checksum
 from trainer.data.batch import batches
 from trainer.data.packing import pack
 from trainer.data.samples import Samples
@@ -110,14 +111,14 @@ def with_cached_base(kl: KlToBase, samples: Samples, plan: StepPlan, folder: Pat
     rows = cached_rows(kl, samples, plan, lm_head(kl.base.model).weight.dtype)
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     path, tmp, start = folder / f"base-states-{key}.bin", folder / f"base-states-{key}.partial", time.perf_counter()
-    found = any(dist.gather(int(dist.is_main and path.exists() and path.stat().st_size == rows.file_bytes)))
+    found = any(dist.gather(int(dist.is_main and _is_whole(path, rows))))
     if not found:
         dist.on_main(lambda: _allocate(tmp, rows))
         error = _write(tmp, rows, _base_states(kl, samples, rows, plan.batch_size, device, dist))
         if any(dist.gather(int(error is not None))):  # every rank learns of it, so every rank stops
             dist.on_main(lambda: _remove(tmp))
             raise UserError(_refusal(tmp, error.strerror if error else "another rank could not"))
-        dist.on_main(lambda: publish_file(tmp, path))
+        dist.on_main(lambda: _publish(tmp, path))
     if dist.is_main:
         print(f"retention: the base's hidden states are those in {path}" if found else
               f"retention: the base read {np.count_nonzero(rows.counts):,} samples in {time.perf_counter() - start:.1f} s", flush=True)
@@ -182,6 +183,26 @@ def _write(tmp: Path, rows: CachedRows, states_of_packs: Iterable[tuple[np.ndarr
     except OSError as error:
         return error
     return None
+
+
+def _publish(tmp: Path, path: Path) -> None:
+    try:
+        publish_file(tmp, path)
+        write_checksum(path)
+    except OSError as error:
+        raise UserError(_refusal(path, error.strerror)) from None
+
+
+def _is_whole(path: Path, rows: CachedRows) -> bool:
+    """Return whether an earlier start of the run left the file, and it is what was written; say so where it is damaged."""
+    try:
+        if not path.exists() or path.stat().st_size != rows.file_bytes:
+            return False
+        verify_checksum(path)
+    except (OSError, ValueError) as error:
+        print(f"retention: {path} is made anew: {error}", flush=True)
+        return False
+    return True
 
 
 def _remove(tmp: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from torch import nn
@@ -13,11 +15,27 @@ from transformers import PreTrainedTokenizerBase
 from trainer import cli
 from trainer.config import Config
 from trainer.errors import UserError
+from trainer.files import sole_owner
 from trainer.model.export import merge_and_save, save_adapter
 from trainer.model.serving import how_to_serve
 from trainer.report.run_page import write_report
 from trainer.runtime import checkpoint
+from trainer.runtime.distributed import Distributed
 from trainer.versions import versions
+
+
+@contextlib.contextmanager
+def owned(config: Config, dist: Distributed) -> Iterator[None]:
+    """Keep the output folder for this run; all of its ranks end if another command has it.
+
+    Raises UserError for a folder that is in use, or holds another run. A dry run needs no folder of its own.
+    """
+    output = Path(config.output)
+    with contextlib.ExitStack() as stack:
+        if not config.dry_run:
+            dist.on_main(lambda: stack.enter_context(sole_owner(output, "trainer.run")))
+        dist.on_main(lambda: refuse_used(output, config.resume))
+        yield
 
 
 def refuse_used(output: Path, resume: str) -> None:

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig
 
-from tests.helpers import tiny
+from tests.helpers import hub_cache, tiny
 from tests.helpers.models import our_logits, pack, relative_error, stir, stock_logits
 from tests.helpers.wrapped import save_wrapped, tensors_of, wrapped_class
 from trainer.config import Config, Lora, Model
@@ -103,16 +103,11 @@ def test_a_tower_in_4_bits_becomes_dense(tmp_path):
 
 
 def test_a_model_of_the_hub_is_completed_from_the_cache(tmp_path, monkeypatch):
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    cache = tmp_path / "hub" / "models--someone--gemma"
-    save_wrapped(cache / "snapshots" / commit, "gemma3", max_shard_size="100KB")
-    (cache / "refs").mkdir()
-    (cache / "refs" / "main").write_text(commit)
-    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"), raising=False)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    export("someone/gemma", tmp_path / "model")
-    assert tensors_of(tmp_path / "model").keys() == tensors_of(cache / "snapshots" / commit).keys()
-    assert weights_fingerprint(Model(path="someone/gemma")) == commit
+    save_wrapped(tmp_path / "gemma", "gemma3", max_shard_size="100KB")
+    snapshot = hub_cache.cached_as(monkeypatch, tmp_path / "gemma", tmp_path / "hub")
+    export("someone/model", tmp_path / "model")
+    assert tensors_of(tmp_path / "model").keys() == tensors_of(snapshot).keys()
+    assert weights_fingerprint(Model(path="someone/model")) == hub_cache.COMMIT
 
 
 def test_random_weights_have_no_rest(tmp_path, model_folder):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.helpers import tiny
+from tests.helpers import hub_cache, tiny
 from tests.helpers.models import our_logits, pack, relative_error, stock_logits
 from trainer.config import Config, Model
 from trainer.errors import UserError
@@ -156,6 +156,9 @@ def index_of(text):
     return edit
 
 
+OWN_ALONE = r"names .*only \*.safetensors files of its own folder are loaded"
+
+
 def file_of(name, text):
     return lambda folder: (folder / name).write_text(text)
 
@@ -183,5 +186,20 @@ def test_an_index_names_safetensors_of_its_folder_alone(model_folder, tmp_path, 
     folder = shutil.copytree(model_folder, tmp_path / "model")
     index_of(json.dumps({"weight_map": {"model.norm.weight": name}}))(folder)
     (folder / "model.safetensors").rename(tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match="names .*only \\*.safetensors files of its own folder are loaded"):
+    with pytest.raises(UserError, match=OWN_ALONE):
         load(path=folder)
+
+
+@pytest.mark.parametrize("name", ["evil.bin", "../model.safetensors", "a/b.safetensors"])
+def test_an_index_of_the_hub_names_safetensors_of_its_folder_alone(model_folder, tmp_path, monkeypatch, name):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    index_of(json.dumps({"weight_map": {"model.norm.weight": name}}))(folder)
+    (folder / "model.safetensors").unlink()
+    hub_cache.cached_as(monkeypatch, folder, tmp_path / "hub")
+    with pytest.raises(UserError, match=OWN_ALONE):
+        load(path="someone/model")
+
+
+def test_a_model_of_the_hub_is_loaded_from_its_cache(model_folder, tmp_path, monkeypatch):
+    hub_cache.cached_as(monkeypatch, model_folder, tmp_path / "hub")
+    assert load(path="someone/model")[0].config.model_type == "llama"

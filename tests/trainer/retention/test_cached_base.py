@@ -3,6 +3,7 @@
 import copy
 import errno
 import os
+import re
 import shutil
 import signal
 from collections import namedtuple
@@ -65,7 +66,9 @@ def run(*args: str | Path):
 
 
 def stored_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("base-states-*"))
+    """The files of states, and whatever else is left of them."""
+    files = set(folder.glob("base-states-*"))
+    return sorted(files - {path.with_name(f"{path.name}.xxh3") for path in files})
 
 
 # ---------------------------------------------------------------- steps
@@ -201,10 +204,10 @@ def test_a_saved_adapter_is_not_a_part_of_the_base(model_folder, chats, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("found", ["whole", "gone", "damaged", "unfinished"])
 @pytest.mark.parametrize("options", [("--lora.dropout", "0.1"), ("--method", "full", "--optim.lr", "1e-3", "--precision", "bf16")])
-def test_a_killed_run_goes_on_bit_for_bit(model_folder, chats, tmp_path, monkeypatch, capsys, options, kept):
-    """Also where the file is gone: it is made again by the base, not by what training has made of it."""
+def test_a_killed_run_goes_on_bit_for_bit(model_folder, chats, tmp_path, monkeypatch, capsys, options, found):
+    """Also where the file is gone or damaged: it is made again by the base, not by what training has made of it."""
     options = (*options, "--retention.kl_reference", "cached", "--retention.kl_sources", "all", "--max_steps", "8",
                "--checkpoint.every", "2")
     run(model_folder, chats, tmp_path / "whole", *options)
@@ -214,8 +217,13 @@ def test_a_killed_run_goes_on_bit_for_bit(model_folder, chats, tmp_path, monkeyp
     assert checkpoint.newest(tmp_path / "cut" / "checkpoints").name == "step-00000004"
     path, = stored_files(tmp_path / "cut")
     before = path.read_bytes()
-    if not kept:
+    checksum = path.with_name(f"{path.name}.xxh3")
+    if found == "gone":
         path.rename(path.with_suffix(".partial"))
+    elif found == "damaged":
+        path.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    elif found == "unfinished":
+        checksum.unlink()
     capsys.readouterr()
 
     def as_it_was(*args):
@@ -227,7 +235,9 @@ def test_a_killed_run_goes_on_bit_for_bit(model_folder, chats, tmp_path, monkeyp
     monkeypatch.setattr(build, "load_or_start", as_it_was)
     run(model_folder, chats, tmp_path / "cut", *options, "--resume", "auto")
     shown = capsys.readouterr().out
-    assert ("the base's hidden states are those in" in shown) == kept and ("the base read" in shown) != kept
+    assert ("the base's hidden states are those in" in shown) == (found == "whole") and ("the base read" in shown) == (found != "whole")
+    told = {"damaged": "made anew: .* is damaged: it differs from its checksum", "unfinished": "made anew: .*xxh3 is missing"}
+    assert re.search(told.get(found, ""), shown)
     name = "model/model.safetensors" if "full" in options else "adapter/adapter_model.safetensors"
     assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     figures = [[(r["step"], r["loss"], r["kl"]) for r in records(tmp_path / side, "step")] for side in ("whole", "cut")]
