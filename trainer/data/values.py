@@ -62,8 +62,11 @@ def read_json(value: Any) -> Any:
     return value
 
 
+LEAST_WEIGHT, MOST_WEIGHT = 1e-6, 1e6  # but 0
+
+
 def as_weight(value: Any, what: str, lowest: str = "a number above 0") -> float:
-    """Return a finite weight.
+    """Return a weight that sums of fp32 keep.
 
     Raises RecordError for anything else, and for 0 where `lowest` does not name it.
     """
@@ -71,8 +74,10 @@ def as_weight(value: Any, what: str, lowest: str = "a number above 0") -> float:
         weight = float(value)
     except (TypeError, ValueError):
         weight = math.nan
-    if not (0 <= weight <= 1e6) or weight == 0 and "0 or more" not in lowest:
+    if not weight >= 0 or weight == 0 and "0 or more" not in lowest:
         raise RecordError(f"{what}: expected {lowest}, found {show(value)}; correct or remove it")
+    if weight and not LEAST_WEIGHT <= weight <= MOST_WEIGHT:
+        raise RecordError(f"{what}: expected a weight from {LEAST_WEIGHT:,g} to {MOST_WEIGHT:,.0f}, found {show(value)}; scale the weights")
     return weight
 
 

@@ -86,7 +86,7 @@ class StepLoader:
         return StepWork(
             step=step,
             batches=batches(samples, packs[self.dist.rank :: self.dist.size], self.device, self._collate),
-            weight_sum=max(supervised_weight(samples, indices), 1e-8),
+            weight_sum=supervised_weight(samples, indices) or 1.0,
             counts=counts,
             sources=[samples.names[source] for source in np.unique(samples.sources[indices])],
             kl_weight_sum=weight_of(samples, kl_indices, kl_targets))

@@ -248,6 +248,8 @@ BAD = [
     ([ROWS[0], ROWS[0], {"prompt": "a"}], "line 3: completion: expected text, found none"),
     ([ROWS[0], {"prompt": "a", "completion": {"x": 1}}], 'line 2: completion: expected text, found {"x": 1}'),
     ([ROWS[0] | {"weight": -1}], "line 1: weight: expected a number above 0, found -1"),
+    ([ROWS[0] | {"weight": 1e-9}], "line 1: weight: expected a weight from 1e-06 to 1,000,000, found 1e-09"),
+    ([ROWS[0] | {"weight": 1e39}], "line 1: weight: expected a weight from 1e-06 to 1,000,000, found 1e+39"),
     ([chat(("user", "Q"), ("robot", "A"))], 'observation, function_call, or another name of one), found "robot"'),
     ([chat(("user", "Q"), ("robot", "A"))], "line 1: turn 2: expected a role (system, developer, user, human, assistant,"),
     ([chat(("user", "Q"), ("assistant", None))], "line 1: turn 2: expected text, found none"),

@@ -77,7 +77,9 @@ BAD = [({"weight": 0, "train": True}, "turn 2: expected flags that agree on whet
        ({"weight": 0.5, "loss_weight": 0.25}, "turn 2: expected flags that agree"),
        ({"weight": -1}, "turn 2: weight: expected true, false or a number of 0 or more, found -1"),
        ({"train": "perhaps"}, 'turn 2: train: expected true, false or a number of 0 or more, found "perhaps"'),
-       ({"weight": [1]}, "turn 2: weight: expected true, false or a number"), ({"weight": 1e39}, "turn 2: weight: expected")]
+       ({"weight": [1]}, "turn 2: weight: expected true, false or a number"),
+       ({"weight": 1e39}, "turn 2: weight: expected a weight from 1e-06 to 1,000,000, found 1e+39"),
+       ({"weight": 1e-30}, "turn 2: weight: expected a weight from 1e-06 to 1,000,000, found 1e-30")]
 
 
 @pytest.mark.parametrize("flags, message", BAD, ids=[message for _, message in BAD])
