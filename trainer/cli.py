@@ -9,6 +9,8 @@ import argparse
 import dataclasses
 import difflib
 import errno
+import io
+import os
 import re
 import signal
 import sys
@@ -80,6 +82,22 @@ def main(run, kind: type, prog: str, usage: str) -> int:
         print(usage, file=sys.stderr)
         return 2
     try:
+        try:
+            return _status(run, kind, prog)
+        finally:
+            sys.stdout.flush()
+    except OSError as error:
+        if error.errno == errno.EPIPE and _is_full(sys.stdout):  # whoever read it has gone, as `head` does
+            return 128 + signal.SIGPIPE
+        if error.errno not in DISK_ERRORS:
+            raise
+        place = error.filename or ("standard output" if _is_full(sys.stdout) else "output")
+        return _print_error(prog, UserError(f"{place}: {error.strerror}; free space, or choose another folder"), 1)
+
+
+def _status(run, kind: type, prog: str) -> int:
+    """Parse and run, and print a UserError or Ctrl-C as one line."""
+    try:
         config = parse(kind, sys.argv[1:], prog)
     except UserError as error:
         return _print_error(prog, error, 2)
@@ -91,10 +109,20 @@ def main(run, kind: type, prog: str, usage: str) -> int:
         return _print_error(prog, UserError("interrupted at once; earlier checkpoints are whole"), 128 + signal.SIGINT)
     except UserError as error:
         return _print_error(prog, error, 1)
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            raise
-        return _print_error(prog, UserError(f"{error.filename or 'output'}: {error.strerror}; free space, or choose another folder"), 1)
+
+
+def _is_full(stream: typing.TextIO) -> bool:
+    """Return whether nothing more can be printed; the rest is then thrown away, as the interpreter would fail on it at its end."""
+    try:
+        stream.flush()
+        os.write(stream.fileno(), b"\n")
+    except io.UnsupportedOperation:  # no file
+        return False
+    except OSError:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), stream.fileno())
+        return True
+    return False
 
 
 def _disable_progress_bars() -> None:

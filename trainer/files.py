@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,6 +72,35 @@ def atomic_folder(folder: Path | str, refusal: Callable[[Exception], str] | None
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def temporary_folder(parent: Path, name: str) -> Iterator[Path]:
+    """Yield an empty hidden folder `.NAME.*` in `parent`, which is removed afterwards.
+
+    It is locked while it is used, so that those that killed processes left are found by their locks, and removed first. Lets an OSError
+    through.
+    """
+    for left in parent.glob(f".{name}.*"):
+        with contextlib.suppress(OSError), _locked_folder(left):
+            shutil.rmtree(left)
+    folder = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=parent))
+    try:
+        with _locked_folder(folder):
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _locked_folder(folder: Path) -> Iterator[None]:
+    """Hold a lock on a folder, which ends with this process and its children. Raises BlockingIOError if another has it."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
 
 
 @contextmanager

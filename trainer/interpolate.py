@@ -10,6 +10,8 @@ computed in fp32 and rounded to the tuned model's dtype.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import shutil
 import sys
@@ -18,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
@@ -31,9 +34,12 @@ from trainer.model import lora
 from trainer.model.checkpoint_rest import add_rest
 from trainer.model.export import save_generation_config, save_weights
 from trainer.model.loading import meta_model
-from trainer.model.locate import load_tokenizer, model_source, one_line_errors
+from trainer.model.locate import load_tokenizer, model_source, one_line_errors, require_own_weights_of_hub
+from trainer.model.own_files import is_own, require_own_settings
 from trainer.model.text_part import auto_class
 from trainer.model.vocabulary import trains_vocabulary
+
+UNFINISHED = ".unfinished.yaml"  # in the output, while several alphas are written: the options of the call
 
 USAGE = """\
 usage: python -m trainer.interpolate --model.path BASE --adapter RUN/adapter --alpha 0.5 --output FOLDER
@@ -69,12 +75,20 @@ def interpolate(config: Interpolate) -> None:
 
 
 def _write(config: Interpolate, alphas: list[float]) -> None:
-    """Write the model or adapter at each alpha, and print where."""
-    write_at = adapter_writer(config) if config.adapter else model_writer(config)
+    """Write the model or adapter at each alpha, and print where; of several, those that a stopped call wrote are kept."""
+    write_at, output = adapter_writer(config) if config.adapter else model_writer(config), Path(config.output)
+    if not isinstance(config.alpha, list):
+        write_at(alphas[0], output)
+        print(f"alpha {alphas[0]:g}: {output}", flush=True)
+        return
+    cli.save_yaml(config, output / UNFINISHED)
     for alpha in alphas:
-        folder = Path(config.output) / f"alpha-{alpha:g}" if isinstance(config.alpha, list) else Path(config.output)
-        write_at(alpha, folder)
-        print(f"alpha {alpha:g}: {folder}", flush=True)
+        folder = output / f"alpha-{alpha:g}"
+        written = folder.is_dir()
+        if not written:
+            write_at(alpha, folder)
+        print(f"alpha {alpha:g}: {folder}" + (", written before" if written else ""), flush=True)
+    (output / UNFINISHED).unlink()
 
 
 def check(config: Interpolate) -> list[float]:
@@ -90,9 +104,20 @@ def check(config: Interpolate) -> list[float]:
         raise UserError(f"alpha: expected one or more different numbers, got {alphas}")
     if wrong := [alpha for alpha in alphas if not 0 <= alpha <= 1]:
         raise UserError(f"alpha: expected 0 (the base) to 1 (what was trained), got {wrong[0]:g}")
-    if Path(config.output).exists() and (not Path(config.output).is_dir() or any(Path(config.output).iterdir())):
-        raise UserError(f"output: expected a folder that is new or empty, found {config.output} in use; choose another")
+    _check_output(config)
     return alphas
+
+
+def _check_output(config: Interpolate) -> None:
+    """Check that the output is new, or that a stopped call with these options left it. Raises UserError."""
+    output = Path(config.output)
+    if output.is_dir() and not {path.name for path in output.iterdir()} - {".lock"}:  # of a killed call
+        return
+    with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
+        if yaml.safe_load((output / UNFINISHED).read_text()) == dataclasses.asdict(config):
+            return
+    if output.exists():
+        raise UserError(f"output: expected a folder that is new or empty, found {output} in use; choose another")
 
 
 # ---------------------------------------------------------------- adapters
@@ -108,6 +133,7 @@ def adapter_writer(config: Interpolate) -> Callable[[float, Path], None]:
         raise UserError(f"adapter: {folder} trains rows of the embedding or head, which cannot be scaled; merge it (--export merged) "
                         "and give the merged model as --tuned")
     kind = "qlora" if is_quantized(config.model) else "lora"
+    require_own_settings("adapter", folder, ["adapter_config.json"])
     with torch.device("meta"):
         lora.add_adapter(meta_model(Config(model=config.model, method=kind)), Lora(path=str(folder)))
     if json.loads((folder / "adapter_config.json").read_text()).get("use_dora"):
@@ -138,12 +164,16 @@ def scaled_by(alpha: float, tensor: Tensor) -> Tensor:
 
 
 def copy_others(folder: Path, tmp: Path) -> None:
-    """Copy the files beside the weights: adapter configuration, tokenizer, chat templates."""
-    if (folder / CHAT_TEMPLATE_DIR).is_dir():
-        shutil.copytree(folder / CHAT_TEMPLATE_DIR, tmp / CHAT_TEMPLATE_DIR)
-    for path in folder.iterdir():
-        if path.is_file() and ".safetensors" not in path.name and path.suffix not in (".bin", ".pt"):
-            shutil.copy(path, tmp / path.name)
+    """Copy the files beside the weights: adapter configuration, tokenizer, chat templates; no links out of the folder."""
+    for path in sorted([*folder.iterdir(), *folder.glob(f"{CHAT_TEMPLATE_DIR}/*")]):
+        if not path.is_file() or ".safetensors" in path.name or path.suffix in (".bin", ".pt"):
+            continue
+        if not is_own(folder, path):
+            print(f"adapter: {path} is a link out of its folder, and is left out", flush=True)
+            continue
+        copy = tmp / path.relative_to(folder)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copy(path, copy)
 
 
 # ---------------------------------------------------------------- whole models
@@ -154,6 +184,8 @@ def model_writer(config: Interpolate) -> Callable[[float, Path], None]:
 
     Raises UserError unless both models have weights of equal names and shapes.
     """
+    if (folder := Path(config.tuned).expanduser()).is_dir():
+        require_own_settings("tuned", folder)
     tuned_model = Model(path=config.tuned, trust_remote_code=config.model.trust_remote_code)
     tokenizer = load_tokenizer(tuned_model)
     base, tuned = load(config.model, "model.path"), load(tuned_model, "tuned")
@@ -182,6 +214,7 @@ def load(model: Model, option: str) -> PreTrainedModel:
     if is_quantized(model):
         raise UserError(f"{option}: expected dense weights, found quantised ones in {source}; use the model that they were quantised from")
     with one_line_errors(option, source):
+        require_own_weights_of_hub(option, source)
         own_class = auto_class(AutoConfig.from_pretrained(source, trust_remote_code=model.trust_remote_code))
         return own_class.from_pretrained(source, dtype="auto", use_safetensors=True, trust_remote_code=model.trust_remote_code)
 

@@ -1,5 +1,6 @@
 """Points between a base and what was trained from it: weights and logits, as others load them; and each mistake."""
 
+import errno
 import json
 import shutil
 
@@ -185,3 +186,27 @@ def test_dora_has_no_adapters_between(model_folder, tmp_path):
     assert json.loads((adapter / "adapter_config.json").read_text())["use_dora"]
     assert "is a DoRA adapter, which cannot be scaled; merge it (--export merged)" in refused(
         "--model.path", model_folder, "--adapter", adapter, "--output", tmp_path / "out")
+
+
+def test_several_alphas_go_on_after_a_full_disk(model_folder, adapter, tmp_path, monkeypatch, capsys):
+    def fails_at_the_second(*given, **options):
+        written.append(given)
+        if len(written) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save_file(*given, **options)
+
+    written, out, whole = [], tmp_path / "out", tmp_path / "whole"
+    options = ("--model.path", model_folder, "--adapter", adapter, "--alpha", "[0.25,0.5,1]", "--output")
+    run(*options, whole)
+    monkeypatch.setattr("trainer.interpolate.save_file", fails_at_the_second)
+    assert "No space left on device" in refused(*options, out)
+    (out / ".lock").touch()  # as a kill leaves it
+    assert "in use" in refused(*options[:4], "--alpha", "[0.25,0.75]", "--output", out)
+    kept = (out / "alpha-0.25" / "adapter_model.safetensors").stat().st_mtime_ns
+    capsys.readouterr()
+    run(*options, out)
+    assert capsys.readouterr().out.count("written before") == 1
+    assert (out / "alpha-0.25" / "adapter_model.safetensors").stat().st_mtime_ns == kept
+    files = [{path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()} for folder in (out, whole)]
+    assert files[0] == files[1] and len(written) == 4
+    assert "in use" in refused(*options, out)

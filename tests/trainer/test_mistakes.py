@@ -2,9 +2,12 @@
 
 import errno
 import json
+import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -242,6 +245,19 @@ def test_what_the_machine_refuses_is_one_line_too(error, status, expected, monke
     assert cli.main(run, Config, "prog", "usage") == status
     shown = capsys.readouterr().err
     assert shown.startswith(expected) and shown.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_full_standard_output_is_one_line_and_a_closed_one_is_none():
+    command = [sys.executable, "-m", "trainer.interpolate", "--print_config"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    line = "trainer.interpolate: error: standard output: No space left on device; free space, or choose another folder\n"
+    assert (done.returncode, done.stderr) == (1, line)
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
 def test_other_errors_of_the_system_are_ours(monkeypatch):

@@ -6,8 +6,9 @@ written to a temporary folder, synced and renamed: two runs may share a cache, a
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,10 @@ import datasets
 from datasets import Dataset
 
 from trainer.checksums import verify_checksum, write_checksum
-from trainer.files import fsync_path
+from trainer.errors import UserError
+from trainer.files import fsync_path, temporary_folder
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def cached_dataset(cache_dir: str | None, kind: str, fingerprint: str, make: Callable[[Path], None]) -> Dataset:
@@ -32,10 +36,16 @@ def cached_dataset(cache_dir: str | None, kind: str, fingerprint: str, make: Cal
         except (OSError, ValueError) as error:
             print(f"data: the cache {entry} is damaged and made anew: {error}", flush=True)
             shutil.rmtree(entry)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{fingerprint}.", dir=folder) as tmp:
-        make(Path(tmp))
-        _publish(sorted(Path(tmp).rglob("*.arrow")), Path(tmp) / "entry", entry)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with temporary_folder(folder, "making") as tmp:
+            make(tmp)
+            _publish(sorted(tmp.rglob("*.arrow")), tmp / "entry", entry)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise UserError(f"data.cache_dir: cannot write the cache {folder}: {os.strerror(error.errno)}; free space, or choose another "
+                        "data.cache_dir") from None
     return _read(entry)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -20,9 +21,11 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
+from trainer.model.own_files import is_own, require_own
 from trainer.model.quantization import import_bitsandbytes
 
 QUANT_STATE = ".quant_state.bitsandbytes__"  # of a weight in 4 bits, in bitsandbytes' files
+WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 
 
@@ -41,21 +44,35 @@ def rest_of_checkpoint(model: PreTrainedModel, loaded: Iterable[str]) -> dict[st
     `loaded` are the stock names of its weights. Tensors beside a weight of the same layer are left out: scales of a quantised one.
     Weights in 4 bits are dequantised, as the exported model is dense.
     """
+    rest = {}
+    for file, names in rest_names(model, loaded).items():
+        with safe_open(file, "pt") as tensors:
+            rest |= {name: tensors.get_tensor(name) for name in names}
+    return _dequantized(rest)
+
+
+def rest_names(model: PreTrainedModel, loaded: Iterable[str]) -> dict[str, list[str]]:
+    """Return the names of the tensors of `rest_of_checkpoint`, by file.
+
+    Raises UserError for a file that is a link out of the base's folder: its tensors would be copied as they stand.
+    """
     loaded = set(loaded)
     layers = {name.rpartition(".")[0] for name in loaded}
     conversions = get_model_conversion_mapping(model)
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
     known = dict.fromkeys(loaded, True)
-    rest = {}
+    rest = defaultdict(list)
     for file in checkpoint_files(model):
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():
                 renamed, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
                 of_weight = name in loaded or any(end in loaded for end in _beginnings(renamed))
                 if not of_weight and renamed.rpartition(".")[0] not in layers:
-                    rest[name] = tensors.get_tensor(name)
-    return _dequantized(rest)
+                    rest[file].append(name)
+        if rest[file]:
+            require_own("model.path", Path(file), Path(file).parent)
+    return rest
 
 
 def _beginnings(name: str) -> Iterator[str]:
@@ -88,13 +105,13 @@ def checkpoint_files(model: PreTrainedModel) -> list[str]:
 def base_file(model: PreTrainedModel, name: str) -> str | None:
     """Return the path of one of the base's files, in its folder or the hub's cache, or None.
 
-    Random weights have none.
+    Random weights have none, and a link out of the folder is none, except to weights, which were loaded through it.
     """
     if not model.name_or_path:
         return None
     base = Path(model.name_or_path)
     if base.exists():
-        return str(base / name) if (base / name).is_file() else None
+        return str(base / name) if (base / name).is_file() and (is_own(base, base / name) or name in WEIGHTS) else None
     return cached_file(model.name_or_path, name, local_files_only=True, _raise_exceptions_for_missing_entries=False)
 
 

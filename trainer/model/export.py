@@ -25,7 +25,7 @@ from transformers.utils import CHAT_TEMPLATE_FILE, GENERATION_CONFIG_NAME, PROCE
 from kernels.nf4 import dequantize_nf4
 from trainer.errors import UserError
 from trainer.files import atomic_folder
-from trainer.model.checkpoint_rest import add_rest, base_file
+from trainer.model.checkpoint_rest import add_rest, base_file, rest_names
 from trainer.model.linear_layers import base_modules, base_name
 from trainer.model.locate import one_line_errors
 from trainer.model.lora import adapted_weights, projection, why_not_fused
@@ -113,10 +113,11 @@ def save_settings(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedToken
             adapter.save_pretrained(folder)
         model.create_or_update_model_card(str(folder))
     if whole:
-        dense = _dense_on_meta(base) if quantized_layers(base) else base
+        dense, shapes = _dense_on_meta(base) if quantized_layers(base) else base, _merged_shapes(base)
         dense.config.save_pretrained(folder)
+        rest_names(base, shapes)  # refuses what may not be copied
         save_generation_config(base, folder)
-        _check_loads(dense, folder, _stock_state(base), revert_weight_conversion(dense, _merged_shapes(base)))
+        _check_loads(dense, folder, _stock_state(base), revert_weight_conversion(dense, shapes))
     tokenizer.save_pretrained(folder)
 
 

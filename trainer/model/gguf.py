@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trainer.errors import UserError, one_line
 from trainer.files import atomic_folder
+from trainer.model.own_files import require_own_settings
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ def converted(file: Path, option: str) -> Path:
     if importlib.util.find_spec("gguf") is None:
         raise UserError(f"{option}: expected a model folder or the package gguf, which reads {file.name}; "
                         "pip install 'steadfast-sft[gguf]'")
+    require_own_settings(option, file.parent, ["generation_config.json"])  # which transformers reads beside the file
     with atomic_folder(folder, lambda error: f"{option}: cannot write the model of {file.name} to {folder}: {error}; "
                                              "set HF_HOME to a folder with more room") as made:
         try:

@@ -6,7 +6,6 @@ These are settings that can be written, a path, and space on the disk.
 from __future__ import annotations
 
 import shutil
-import tempfile
 from pathlib import Path
 
 from torch import nn
@@ -14,8 +13,11 @@ from transformers import PreTrainedTokenizerBase
 
 from trainer.config import Config
 from trainer.errors import UserError
+from trainer.files import temporary_folder
 from trainer.model.export import save_settings
 from trainer.model.forward import unwrap_peft
+from trainer.model.gguf import is_gguf
+from trainer.model.own_files import require_own_settings
 from trainer.model.quantization import weight_count
 from trainer.runtime.device import choose_device, compute_dtype
 from trainer.training.run_folder import exports_adapter, exports_model
@@ -27,9 +29,14 @@ def try_export(config: Config, model: nn.Module, tokenizer: PreTrainedTokenizerB
     `secured` says that the checkpoint before the export is there. Raises UserError for what would fail after the last step.
     """
     place = _existing(Path(config.output))
+    for option, name in (("model.path", config.model.path), ("model.config", config.model.config), ("lora.path", config.lora.path),
+                         ("model.tokenizer", config.model.tokenizer)):
+        found = Path(name or "").expanduser()
+        if name and found.exists() and not is_gguf(found):
+            require_own_settings(option, found if found.is_dir() else found.parent)
     try:
-        with tempfile.TemporaryDirectory(prefix=".export-trial-", dir=place) as folder:
-            save_settings(model, tokenizer, Path(folder), exports_model(config))
+        with temporary_folder(place, "export-trial") as folder:
+            save_settings(model, tokenizer, folder, exports_model(config))
     except UserError:
         raise
     except OSError as error:

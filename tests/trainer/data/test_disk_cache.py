@@ -1,13 +1,20 @@
 """Cached records and tokens are whole, or made anew: damage never reaches training, and never stops it."""
 
+import errno
+import fcntl
+import os
+
 import pytest
 
 from tests.helpers import tiny
 from tests.helpers.runs import write_chats
 from trainer.config import Data
+from trainer.data import disk_cache
 from trainer.data.chat_template import ChatTemplate
 from trainer.data.sources import load_sources
 from trainer.data.tokenize import tokenize
+from trainer.errors import UserError
+from trainer.files import temporary_folder
 
 
 def flip(path):
@@ -45,3 +52,31 @@ def test_damaged_entries_are_made_anew(tmp_path, capsys, kind, damage):
     assert capsys.readouterr().out.startswith(f"data: the cache {entry} is damaged and made anew: ")
     assert fingerprint() == whole and capsys.readouterr().out == ""
     assert [path.name for path in (cache / kind).iterdir()] == [entry.name]
+
+
+def test_what_killed_writers_left_is_removed_and_what_others_write_is_not(tmp_path):
+    left, used = (tmp_path / name for name in (".making.left", ".making.used"))
+    for folder in (left, used):
+        folder.mkdir()
+        (folder / "tmp1.arrow").touch()
+    handle = os.open(used, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    with temporary_folder(tmp_path, "making") as made, temporary_folder(tmp_path, "making") as second:
+        assert {path for path in tmp_path.iterdir()} == {used, made, second} and not list(made.iterdir())
+    os.close(handle)
+    assert list(tmp_path.iterdir()) == [used]
+    with temporary_folder(tmp_path, "making"):
+        assert not used.exists()
+
+
+@pytest.mark.parametrize("kind", ["records", "tokens"])
+def test_a_full_disk_is_told_by_the_cache(tmp_path, monkeypatch, kind):
+    def full(*written):
+        raise OSError(errno.ENOSPC, "Error writing bytes to file. Detail: [errno 28] No space left on device")
+
+    cache, made = tmp_path / "cache", disk_cache._publish
+    monkeypatch.setattr(disk_cache, "_publish", lambda files, tmp, entry: (full if entry.parent.name == kind else made)(files, tmp, entry))
+    with pytest.raises(UserError, match=f"^data.cache_dir: cannot write the cache {cache / kind}: No space left on device; free space, or"):
+        tokenize(load_sources(str(write_chats(tmp_path / "chats.jsonl")), "domain", str(cache)), ChatTemplate(tiny.tokenizer()),
+                 Data(cache_dir=str(cache), num_proc=1))
+    assert not list((cache / kind).iterdir())
