@@ -112,7 +112,10 @@ def _status(run, kind: type, prog: str) -> int:
 
 
 def _is_full(stream: typing.TextIO) -> bool:
-    """Return whether nothing more can be printed; the rest is then thrown away, as the interpreter would fail on it at its end."""
+    """Return whether nothing more can be printed.
+
+    The rest is then thrown away, as the interpreter would fail on it at its end.
+    """
     try:
         stream.flush()
         os.write(stream.fileno(), b"\n")

@@ -94,7 +94,10 @@ def temporary_folder(parent: Path, name: str) -> Iterator[Path]:
 
 @contextmanager
 def _locked_folder(folder: Path) -> Iterator[None]:
-    """Hold a lock on a folder, which ends with this process and its children. Raises BlockingIOError if another has it."""
+    """Hold a lock on a folder, which ends with this process and its children.
+
+    Raises BlockingIOError if another has it.
+    """
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

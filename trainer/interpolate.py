@@ -75,7 +75,10 @@ def interpolate(config: Interpolate) -> None:
 
 
 def _write(config: Interpolate, alphas: list[float]) -> None:
-    """Write the model or adapter at each alpha, and print where; of several, those that a stopped call wrote are kept."""
+    """Write the model or adapter at each alpha, and print where.
+
+    Of several, those that a stopped call wrote are kept.
+    """
     write_at, output = adapter_writer(config) if config.adapter else model_writer(config), Path(config.output)
     if not isinstance(config.alpha, list):
         write_at(alphas[0], output)
@@ -164,7 +167,10 @@ def scaled_by(alpha: float, tensor: Tensor) -> Tensor:
 
 
 def copy_others(folder: Path, tmp: Path) -> None:
-    """Copy the files beside the weights: adapter configuration, tokenizer, chat templates; no links out of the folder."""
+    """Copy the files beside the weights: adapter configuration, tokenizer, chat templates.
+
+    Links out of the folder are left out, and told.
+    """
     for path in sorted([*folder.iterdir(), *folder.glob(f"{CHAT_TEMPLATE_DIR}/*")]):
         if not path.is_file() or ".safetensors" in path.name or path.suffix in (".bin", ".pt"):
             continue

@@ -1,7 +1,7 @@
-"""Tell which files of a model's or adapter's folder are its own: links out of it are not followed into what is published.
+"""Tell which files of a model's or adapter's folder are its own.
 
-Whoever made a folder may have put a link to a private file of its reader into it, as `README.md -> ~/.ssh/id_ed25519`. The hub's cache is
-all links, from `snapshots/COMMIT` to `blobs` beside it: those are its own.
+Links out of it are not followed into what is published: whoever made a folder may have put a link to a private file of its reader into it,
+as `README.md -> ~/.ssh/id_ed25519`. The hub's cache is all links, from `snapshots/COMMIT` to `blobs` beside it: those are its own.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ SAVED_AGAIN = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "v
 
 
 def is_own(folder: Path, path: Path) -> bool:
-    """Return whether a path in a folder leads to a file of that folder, or of the hub's cache that it lies in."""
+    """Return whether a path in a folder leads to a file of that folder, or of its hub's cache."""
     home, real = folder.resolve(), path.resolve()
     roots = [home, *([home.parent.parent / BLOBS] if home.parent.name == SNAPSHOTS else [])]
     return any(real.is_relative_to(root) for root in roots)

@@ -194,7 +194,10 @@ def _publish(tmp: Path, path: Path) -> None:
 
 
 def _is_whole(path: Path, rows: CachedRows) -> bool:
-    """Return whether an earlier start of the run left the file, and it is what was written; say so where it is damaged."""
+    """Return whether an earlier start of the run left the file, whole.
+
+    Where it is damaged, that is said.
+    """
     try:
         if not path.exists() or path.stat().st_size != rows.file_bytes:
             return False
