@@ -12,6 +12,10 @@ For one row's raw logits u (student) and u' (reference), with logit scale s, sof
 (The generalised Jensen-Shannon divergence of GKD, https://arxiv.org/abs/2306.13649, equation 1, with the reference as its
 teacher; TRL's GKDTrainer has the same β. There β = 0 and 1 mean forward and reverse, which have names here.)
 
+With a masked target m of the row, z_m = z'_m = −∞: the token is left out of both sides, whose other probabilities are divided by 1 − p_m
+and 1 − q_m (target-masked KL, Xu et al., arXiv 2605.29498). Sums and maxima never see it, so a p_m that rounds to 1 costs no precision, as
+log Σ exp z + log(1 − p_m) would; ∂/∂u_m = 0.
+
 One program per row. Sweep 1 computes both log-sum-exps online (and, for reverse, Σ p·(z − z')), sweep 2 sums the divergence and writes
 the gradient; for Jensen-Shannon sweep 2 computes Σ p·ℓ and sweep 3 writes. Each sweep starts at the end where the last one stopped,
 while the row is still cached.
@@ -55,12 +59,18 @@ class Rule(NamedTuple):
         return self.logit_scale / self.softcap, self.softcap / self.temperature
 
 
-def kl_rows_reference(u: Tensor, u_ref: Tensor, row_scale: Tensor | None, rule: Rule, want_gradient: bool) -> Tensor:
+def kl_rows_reference(u: Tensor, u_ref: Tensor, row_scale: Tensor | None, masked_target: Tensor | None, rule: Rule, want_gradient: bool
+                      ) -> Tensor:
     """Return divergences [n] of raw logits u and u_ref [n, V], which may be overwritten.
 
-    With want_gradient, u becomes row_scale ⊙ ∂/∂u.
+    masked_target [n] is the token that each row leaves out, −1 for none. With want_gradient, u becomes row_scale ⊙ ∂/∂u.
     """
     z, z_ref = _logits(u, rule), _logits(u_ref, rule)
+    if masked_target is not None:
+        column = masked_target[:, None].clamp_min(0)
+        of_target = z.gather(1, column)
+        for side in (z, z_ref):
+            side.scatter_(1, column, side.gather(1, column).masked_fill_(masked_target[:, None] >= 0, -torch.inf))
     log_p, log_q = torch.log_softmax(z, 1), torch.log_softmax(z_ref, 1)
     p, q = log_p.exp(), log_q.exp()
     loss, gradient = _DIVERGE[rule.divergence](log_p.sub_(log_q), p, q, rule.beta, want_gradient)
@@ -68,6 +78,8 @@ def kl_rows_reference(u: Tensor, u_ref: Tensor, row_scale: Tensor | None, rule: 
         return loss
     a, b = rule.factors()
     if rule.softcap is not None:
+        if masked_target is not None:
+            z.scatter_(1, column, of_target)  # −∞ has no slope, and its gradient is 0 already
         gradient.mul_(z.div_(b).square_().neg_().add_(1.0))
     scale = a * b if row_scale is None else a * b * row_scale[:, None].to(gradient.dtype)
     torch.mul(gradient, scale, out=u) if u.dtype == gradient.dtype else u.copy_(gradient.mul_(scale))
@@ -118,8 +130,8 @@ def _tanh(x):
 
 
 @jit
-def _load_logits(u, columns, stride, V, a, b, CAPPED: constexpr):
-    """Load z (−∞ beyond V) and dz/du.
+def _load_logits(u, columns, stride, V, masked, a, b, CAPPED: constexpr):
+    """Load z (−∞ beyond V and at `masked`) and dz/du.
 
     Reads up to the stride, so that an odd V loads in whole vectors too.
     """
@@ -129,7 +141,10 @@ def _load_logits(u, columns, stride, V, a, b, CAPPED: constexpr):
         z = _tanh(z)
         slope = a * b * (1.0 - z * z)
         z = z * b
-    return tl.where(columns < V, z, float("-inf")), slope
+    kept = columns < V
+    if masked is not None:
+        kept &= columns != masked
+    return tl.where(kept, z, float("-inf")), slope
 
 
 @jit
@@ -147,12 +162,16 @@ def _mixture(p, q, t, beta, LARGEST: constexpr):
 
 
 @jit
-def _kl_rows_kernel(u, u_ref, row_scale, losses, stride, ref_stride, V, a, b, beta, DIVERGENCE: constexpr, CAPPED: constexpr,
+def _kl_rows_kernel(u, u_ref, row_scale, masked_target, losses, stride, ref_stride, V, a, b, beta, DIVERGENCE: constexpr, CAPPED: constexpr,
                     WANT_GRADIENT: constexpr, LARGEST: constexpr, BLOCK: constexpr, GROUP: constexpr):
     """Write losses [rows] and, where wanted, the gradient over u [rows, V]: one program per row."""
     row = tl.program_id(0).to(tl.int64)
     u += row * stride
     u_ref += row * ref_stride
+    if masked_target is None:
+        masked = None
+    else:
+        masked = tl.load(masked_target + row)
     block = GROUP * tl.arange(0, BLOCK // GROUP)[:, None] + tl.arange(0, GROUP)[None, :]  # (BLOCK / GROUP, GROUP)
     end = (V - 1) // BLOCK * BLOCK
 
@@ -163,8 +182,8 @@ def _kl_rows_kernel(u, u_ref, row_scale, losses, stride, ref_stride, V, a, b, be
     total_ref = tl.zeros((BLOCK // GROUP,), tl.float32)
     moment = tl.zeros((BLOCK // GROUP,), tl.float32)
     for start in range(0, V, BLOCK):
-        z, _ = _load_logits(u, start + block, stride, V, a, b, CAPPED)
-        z_ref, _ = _load_logits(u_ref, start + block, ref_stride, V, a, b, CAPPED)
+        z, _ = _load_logits(u, start + block, stride, V, masked, a, b, CAPPED)
+        z_ref, _ = _load_logits(u_ref, start + block, ref_stride, V, masked, a, b, CAPPED)
         drop, drop_ref = top, top_ref
         top, top_ref = tl.maximum(top, tl.max(z, 1)), tl.maximum(top_ref, tl.max(z_ref, 1))
         drop, drop_ref = drop - top, drop_ref - top_ref
@@ -189,8 +208,8 @@ def _kl_rows_kernel(u, u_ref, row_scale, losses, stride, ref_stride, V, a, b, be
     moment = tl.zeros((BLOCK // GROUP,), tl.float32)
     for done in range(0, V, BLOCK):
         columns = end - done + block
-        z, slope = _load_logits(u, columns, stride, V, a, b, CAPPED)
-        z_ref, _ = _load_logits(u_ref, columns, ref_stride, V, a, b, CAPPED)
+        z, slope = _load_logits(u, columns, stride, V, masked, a, b, CAPPED)
+        z_ref, _ = _load_logits(u_ref, columns, ref_stride, V, masked, a, b, CAPPED)
         p, q, t = _shares(z - peak, z_ref - peak_ref, log_total, log_total_ref)
         if DIVERGENCE == "forward":
             term = (p - q) - tl.where(q > 0.0, q * t, 0.0)
@@ -212,8 +231,8 @@ def _kl_rows_kernel(u, u_ref, row_scale, losses, stride, ref_stride, V, a, b, be
         mean = tl.sum(moment, 0)
         for start in range(0, V, BLOCK):
             columns = start + block
-            z, slope = _load_logits(u, columns, stride, V, a, b, CAPPED)
-            z_ref, _ = _load_logits(u_ref, columns, ref_stride, V, a, b, CAPPED)
+            z, slope = _load_logits(u, columns, stride, V, masked, a, b, CAPPED)
+            z_ref, _ = _load_logits(u_ref, columns, ref_stride, V, masked, a, b, CAPPED)
             p, q, t = _shares(z - peak, z_ref - peak_ref, log_total, log_total_ref)
             t, log_mixture = _mixture(p, q, t, beta, LARGEST)
             gradient = (1.0 - beta) * p * (t - log_mixture - mean)
@@ -227,13 +246,13 @@ LAUNCH = {(ANY, 512): Launch({"BLOCK": 512}, 2), (ANY, 4096): Launch({"BLOCK": 2
 GROUP = 8  # 16-bit logits that one thread reads at once
 
 
-def kl_rows(u: Tensor, u_ref: Tensor, row_scale: Tensor | None, rule: Rule, want_gradient: bool) -> Tensor:
+def kl_rows(u: Tensor, u_ref: Tensor, row_scale: Tensor | None, masked_target: Tensor | None, rule: Rule, want_gradient: bool) -> Tensor:
     """Run `kl_rows_reference` or its kernel; u and u_ref are rows of `new_logits`."""
     if not triton_serves(u):
-        return kl_rows_reference(u, u_ref, row_scale, rule, want_gradient)
+        return kl_rows_reference(u, u_ref, row_scale, masked_target, rule, want_gradient)
     losses = torch.empty(u.shape[0], dtype=torch.float32, device=u.device)
     settings = pick(LAUNCH, u.shape[1], u.device)
-    launch(_kl_rows_kernel, (u.shape[0],), settings, u, u_ref, row_scale, losses, u.stride(0), u_ref.stride(0), u.shape[1], *rule.factors(),
-           rule.beta, DIVERGENCE=rule.divergence, CAPPED=rule.softcap is not None, WANT_GRADIENT=want_gradient, LARGEST=LARGEST_RATIO,
-           GROUP=GROUP)
+    launch(_kl_rows_kernel, (u.shape[0],), settings, u, u_ref, row_scale, masked_target, losses, u.stride(0), u_ref.stride(0), u.shape[1],
+           *rule.factors(), rule.beta, DIVERGENCE=rule.divergence, CAPPED=rule.softcap is not None, WANT_GRADIENT=want_gradient,
+           LARGEST=LARGEST_RATIO, GROUP=GROUP)
     return losses

@@ -60,7 +60,7 @@ NOTHING = Wanted(False, False, False)
 # ---------------------------------------------------------------- the operator: divergences and gradients, chunk by chunk
 
 
-def _fake_chunks(x, weight, x_ref, weight_ref, bias, bias_ref, row_weight, keep, *, want_x, want_weight, want_bias, **_):
+def _fake_chunks(x, weight, x_ref, weight_ref, bias, bias_ref, row_weight, keep, masked_target, *, want_x, want_weight, want_bias, **_):
     exact = statistics_dtype(x)
     return (x.new_empty(x.shape[0], dtype=exact), x.new_empty(x.shape if want_x else 0),
             weight.new_empty(weight.shape if want_weight else 0, dtype=exact),
@@ -70,8 +70,9 @@ def _fake_chunks(x, weight, x_ref, weight_ref, bias, bias_ref, row_weight, keep,
 @operator(_fake_chunks)
 def linear_kl_chunks(
         x: Tensor, weight: Tensor, x_ref: Tensor, weight_ref: Tensor | None, bias: Tensor | None, bias_ref: Tensor | None,
-        row_weight: Tensor | None, keep: Tensor | None, *, divergence: str, beta: float, softcap: float | None, logit_scale: float,
-        temperature: float, chunk_bytes: int | None, want_x: bool, want_weight: bool, want_bias: bool
+        row_weight: Tensor | None, keep: Tensor | None, masked_target: Tensor | None, *, divergence: str, beta: float,
+        softcap: float | None, logit_scale: float, temperature: float, chunk_bytes: int | None, want_x: bool, want_weight: bool,
+        want_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return divergences d_i [S] and the wanted gradients of Σ row_weight_i·d_i (row_weight None: all 1).
 
@@ -80,6 +81,8 @@ def linear_kl_chunks(
     """
     exact, V = statistics_dtype(x), weight.shape[0]
     rule = Rule(divergence, beta, softcap, logit_scale, temperature)
+    if x.device.type == "cpu":
+        _check_masked_target(masked_target, V)
     losses = x.new_zeros(x.shape[0], dtype=exact)
     dx = x.new_zeros(x.shape if want_x else 0)
     dweight = weight.new_empty(weight.shape if want_weight else 0, dtype=exact)  # written by the first chunk
@@ -101,7 +104,8 @@ def linear_kl_chunks(
             _linear(x_rows, weight, bias, out=student)
             _linear(x_ref[rows], weight_ref, bias_ref, out=reference)
         scale = None if row_weight is None else row_weight[rows].contiguous()  # an upstream gradient may be an expanded scalar
-        losses[rows] = kl_rows(student, reference, scale, rule, want_x or want_weight or want_bias)
+        masked = None if masked_target is None else masked_target[rows].contiguous()
+        losses[rows] = kl_rows(student, reference, scale, masked, rule, want_x or want_weight or want_bias)
         if want_bias:
             dbias += student.sum(0, dtype=exact)
         if want_x:
@@ -111,6 +115,14 @@ def linear_kl_chunks(
     return losses, dx, dweight, dbias
 
 
+def _check_masked_target(masked_target: Tensor | None, vocabulary: int) -> None:
+    """Raise ValueError for targets outside the vocabulary; on a CPU, where reading them does not wait."""
+    if masked_target is not None and masked_target.numel():
+        low, high = torch.stack(masked_target.aminmax()).tolist()
+        if low < -1 or high >= vocabulary:
+            raise ValueError(f"linear_kl: expected masked_target in [-1, {vocabulary}), got {low} to {high}")
+
+
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
     return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
 
@@ -118,15 +130,16 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tens
 # ---------------------------------------------------------------- autograd
 
 
-def _run(sides, row_weight: Tensor | None, keep: Tensor | None, rule: Rule, chunk_bytes: int | None, wanted: Wanted
-         ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _run(sides, row_weight: Tensor | None, keep: Tensor | None, masked_target: Tensor | None, rule: Rule, chunk_bytes: int | None,
+         wanted: Wanted) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Call the operator."""
     return linear_kl_chunks(
-        *sides, row_weight, keep, divergence=rule.divergence, beta=rule.beta, softcap=rule.softcap, logit_scale=rule.logit_scale,
-        temperature=rule.temperature, chunk_bytes=chunk_bytes, want_x=wanted.x, want_weight=wanted.weight, want_bias=wanted.bias)
+        *sides, row_weight, keep, masked_target, divergence=rule.divergence, beta=rule.beta, softcap=rule.softcap,
+        logit_scale=rule.logit_scale, temperature=rule.temperature, chunk_bytes=chunk_bytes, want_x=wanted.x, want_weight=wanted.weight,
+        want_bias=wanted.bias)
 
 
-# The inputs of all three Functions begin with the six fields of Sides, then `keep`, the rule and chunk_bytes.
+# The inputs of all three Functions begin with the six fields of Sides, then `keep`, `masked_target`, the rule and chunk_bytes.
 
 
 class _FrozenRows(torch.autograd.Function):
@@ -134,8 +147,9 @@ class _FrozenRows(torch.autograd.Function):
 
     @staticmethod
     @without_autocast
-    def forward(ctx, x, weight, x_ref, weight_ref, bias, bias_ref, keep, rule, chunk_bytes, want_x):
-        losses, dx, _, _ = _run((x, weight, x_ref, weight_ref, bias, bias_ref), None, keep, rule, chunk_bytes, Wanted(want_x, False, False))
+    def forward(ctx, x, weight, x_ref, weight_ref, bias, bias_ref, keep, masked_target, rule, chunk_bytes, want_x):
+        losses, dx, _, _ = _run((x, weight, x_ref, weight_ref, bias, bias_ref), None, keep, masked_target, rule, chunk_bytes,
+                                Wanted(want_x, False, False))
         ctx.save_for_backward(dx)
         return losses
 
@@ -143,7 +157,7 @@ class _FrozenRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, upstream):
         dx, = ctx.saved_tensors
-        return (dx * upstream[:, None]).to(dx.dtype), *(None,) * 9
+        return (dx * upstream[:, None]).to(dx.dtype), *(None,) * 10
 
 
 class _TrainedRows(torch.autograd.Function):
@@ -154,19 +168,19 @@ class _TrainedRows(torch.autograd.Function):
 
     @staticmethod
     @without_autocast
-    def forward(ctx, x, weight, x_ref, weight_ref, bias, bias_ref, keep, rule, chunk_bytes):
-        ctx.save_for_backward(x, weight, x_ref, weight_ref, bias, bias_ref, keep)
+    def forward(ctx, x, weight, x_ref, weight_ref, bias, bias_ref, keep, masked_target, rule, chunk_bytes):
+        ctx.save_for_backward(x, weight, x_ref, weight_ref, bias, bias_ref, keep, masked_target)
         ctx.rule, ctx.chunk_bytes = rule, chunk_bytes
-        return _run((x, weight, x_ref, weight_ref, bias, bias_ref), None, keep, rule, chunk_bytes, NOTHING)[0]
+        return _run((x, weight, x_ref, weight_ref, bias, bias_ref), None, keep, masked_target, rule, chunk_bytes, NOTHING)[0]
 
     @staticmethod
     @once_differentiable
     @without_autocast
     def backward(ctx, upstream):
-        *sides, keep = ctx.saved_tensors
+        *sides, keep, masked_target = ctx.saved_tensors
         wanted = _wanted(ctx)
-        _, *gradients = _run(sides, upstream, keep, ctx.rule, ctx.chunk_bytes, wanted)
-        return *_by_side(gradients, wanted, sides[1].dtype), None, None, None
+        _, *gradients = _run(sides, upstream, keep, masked_target, ctx.rule, ctx.chunk_bytes, wanted)
+        return *_by_side(gradients, wanted, sides[1].dtype), None, None, None, None
 
 
 class _TrainedSum(torch.autograd.Function):
@@ -174,9 +188,10 @@ class _TrainedSum(torch.autograd.Function):
 
     @staticmethod
     @without_autocast
-    def forward(ctx, x, weight, x_ref, weight_ref, bias, bias_ref, keep, rule, chunk_bytes, row_weight):
+    def forward(ctx, x, weight, x_ref, weight_ref, bias, bias_ref, keep, masked_target, rule, chunk_bytes, row_weight):
         ctx.wanted, ctx.dtype = _wanted(ctx), weight.dtype
-        losses, *gradients = _run((x, weight, x_ref, weight_ref, bias, bias_ref), row_weight, keep, rule, chunk_bytes, ctx.wanted)
+        losses, *gradients = _run((x, weight, x_ref, weight_ref, bias, bias_ref), row_weight, keep, masked_target, rule, chunk_bytes,
+                                  ctx.wanted)
         ctx.save_for_backward(losses, *gradients)
         return losses.dot(row_weight)
 
@@ -185,8 +200,8 @@ class _TrainedSum(torch.autograd.Function):
     def backward(ctx, upstream):
         losses, dx, *gradients = ctx.saved_tensors
         scaled = [(dx * upstream).to(dx.dtype), *(g * upstream for g in gradients)]
-        drow_weight = losses * upstream if ctx.needs_input_grad[9] else None
-        return *_by_side(scaled, ctx.wanted, ctx.dtype), None, None, None, drow_weight
+        drow_weight = losses * upstream if ctx.needs_input_grad[10] else None
+        return *_by_side(scaled, ctx.wanted, ctx.dtype), None, None, None, None, drow_weight
 
 
 def _wanted(ctx) -> Wanted:
@@ -203,7 +218,8 @@ def _by_side(gradients, wanted: Wanted, dtype: torch.dtype) -> tuple[Tensor | No
 # ---------------------------------------------------------------- public
 
 
-def _check(sides: Sides, token_weight: Tensor | None, keep: Tensor | None, rule: Rule, reduction: str) -> None:
+def _check(sides: Sides, token_weight: Tensor | None, keep: Tensor | None, masked_target: Tensor | None, rule: Rule,
+           reduction: str) -> None:
     """Raise ValueError unless all arguments fit each other."""
     x, weight, x_ref, weight_ref, bias, bias_ref = sides
 
@@ -231,6 +247,8 @@ def _check(sides: Sides, token_weight: Tensor | None, keep: Tensor | None, rule:
     vector("bias_ref", bias_ref, weight.shape[0], x.dtype)
     vector("token_weight", token_weight, x.shape[0], None)
     vector("keep", keep, x.shape[0], torch.bool)
+    vector("masked_target", masked_target, x.shape[0], torch.int64)
+    expect(masked_target is None or weight.shape[0] > 1, "a vocabulary of at least two tokens beside masked_target", str(weight.shape[0]))
     expect(rule.divergence in DIVERGENCES, f"divergence in {DIVERGENCES}", repr(rule.divergence))
     expect(0 < rule.beta < 1, 'beta between 0 and 1 (for the limits: "forward" and "reverse")', str(rule.beta))
     expect(rule.softcap is None or rule.softcap > 0, "softcap > 0 or None", str(rule.softcap))
@@ -240,8 +258,8 @@ def _check(sides: Sides, token_weight: Tensor | None, keep: Tensor | None, rule:
 
 def linear_kl(x: Tensor, weight: Tensor, x_ref: Tensor, weight_ref: Tensor | None = None, *, divergence: str = "forward",
               beta: float = 0.5, bias: Tensor | None = None, bias_ref: Tensor | None = None, token_weight: Tensor | None = None,
-              keep: Tensor | None = None, softcap: float | None = None, logit_scale: float = 1.0, temperature: float = 1.0,
-              reduction: str = "sum", chunk_bytes: int | None = None) -> Tensor:
+              keep: Tensor | None = None, masked_target: Tensor | None = None, softcap: float | None = None, logit_scale: float = 1.0,
+              temperature: float = 1.0, reduction: str = "sum", chunk_bytes: int | None = None) -> Tensor:
     """Return the divergence of the student x Wᵀ + b from the reference x_ref W'ᵀ + b', in nats.
 
     The result is fp32 (fp64 for fp64 inputs). x [S, D], weight [V, D], bias [V]; x_ref [S, D'], weight_ref [V, D'], bias_ref [V], none of
@@ -249,14 +267,15 @@ def linear_kl(x: Tensor, weight: Tensor, x_ref: Tensor, weight_ref: Tensor | Non
     KL(student‖reference), or "jensen_shannon" with weight beta on KL(reference‖mixture). Logits are
     softcap·tanh(logit_scale·u/softcap)/temperature on both sides; the loss is not multiplied by temperature². token_weight [S] is
     differentiable. `keep` [S] bool drops the rows where it is False (without it nothing waits for the device); `mean` divides by the summed
-    weight of the kept rows. Without any row the result is a differentiable 0. `chunk_bytes` bounds one chunk of both sides' logits. Raises
-    ValueError for arguments that do not fit each other.
+    weight of the kept rows. `masked_target` [S] int64 is a token of each row that is left out of both sides, the rest renormalised; -1
+    leaves out none. Without any row the result is a differentiable 0. `chunk_bytes` bounds one chunk of both sides' logits. Raises
+    ValueError for arguments that do not fit each other and, on a CPU, for masked_target outside [-1, V).
     """
     rule = Rule(divergence, beta, softcap, logit_scale, temperature)
-    _check(Sides(x, weight, x_ref, weight_ref, bias, bias_ref), token_weight, keep, rule, reduction)
+    _check(Sides(x, weight, x_ref, weight_ref, bias, bias_ref), token_weight, keep, masked_target, rule, reduction)
     exact = statistics_dtype(x)
     x_ref, weight_ref, bias_ref = (None if t is None else t.detach() for t in (x_ref, weight_ref, bias_ref))
-    inputs = x, weight, x_ref, weight_ref, bias, bias_ref, keep, rule, chunk_bytes
+    inputs = x, weight, x_ref, weight_ref, bias, bias_ref, keep, masked_target, rule, chunk_bytes
     row_weight = x.new_ones(x.shape[0], dtype=exact) if token_weight is None else token_weight.to(exact)
     trained = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
     if trained and reduction != "none":
@@ -270,16 +289,19 @@ def linear_kl(x: Tensor, weight: Tensor, x_ref: Tensor, weight_ref: Tensor | Non
     return loss / torch.where(total == 0, 1.0, total)
 
 
-def _aot(divergence: str, trained: bool, softcap: float | None = None):
+def _aot(divergence: str, trained: bool, softcap: float | None = None, masked: bool = False):
     """Launch one chunk of rows of Llama-3.1-8B's head."""
     x, x_ref, weight = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in ((1024, 4096), (1024, 4096), (128256, 4096)))
     row_weight = torch.empty(1024, device="meta") if trained else None
+    masked_target = torch.empty(1024, dtype=torch.int64, device="meta") if masked else None
     rule = Rule(divergence, 0.5, softcap, 1.0, 1.0)
-    _run(Sides(x, weight, x_ref, None, None, None), row_weight, None, rule, None, Wanted(True, trained, False))
+    _run(Sides(x, weight, x_ref, None, None, None), row_weight, None, masked_target, rule, None, Wanted(True, trained, False))
 
 
 AOT = {
     "linear_kl forward": lambda: _aot("forward", False),
     "linear_kl reverse": lambda: _aot("reverse", True),
     "linear_kl jensen_shannon softcap": lambda: _aot("jensen_shannon", True, 30.0),
+    "linear_kl forward, masked target": lambda: _aot("forward", False, masked=True),
+    "linear_kl jensen_shannon softcap, masked target": lambda: _aot("jensen_shannon", True, 30.0, masked=True),
 }

@@ -140,9 +140,10 @@ class Retention:
     """Terms that keep the model near its base: the model before training, without any adapter."""
 
     kl_weight: float = 0.0  # weight of the KL to the base, in nats per token, added to the loss; 0: off; 0.3 is a good start
-    kl_sources: Literal["replay", "all"] = "replay"  # the samples whose tokens the KL counts
+    kl_sources: Literal["replay", "domain", "all"] = "replay"  # the samples whose tokens the KL counts
     kl_positions: Literal["supervised", "all"] = "supervised"  # of those samples: the supervised tokens, or prompts too
     kl_direction: Literal["forward", "reverse", "js"] = "forward"  # KL(base || model), KL(model || base), Jensen-Shannon
+    kl_mask_target: bool = False  # leave each supervised token out of both distributions: the KL of the alternatives alone
     kl_reference: Literal["live", "cached"] = "live"  # the base runs in every step; or once, its hidden states cached in the run folder
     token_weighting: Literal["none", "dft", "stm", "flow"] = "none"  # weights of improbable tokens (trainer/retention/token_weighting.py)
     token_weighting_sources: Literal["domain", "all"] = "domain"  # the samples whose tokens are weighted
@@ -360,7 +361,7 @@ def _validate_retention(config: Config) -> None:
         require(not is_set or config.model.config is None, option, "model.path, as random weights are no base", "model.config")
     counts_replay = retention.kl_weight > 0 and retention.kl_sources == "replay"
     require(not counts_replay or (bool(config.replay.data) and config.replay.ratio != 0), "retention.kl_weight",
-            "replay samples to count (replay.data, and a replay.ratio that is not 0), or retention.kl_sources=all", "none")
+            "replay samples to count (replay.data, and a replay.ratio that is not 0), or retention.kl_sources=domain or all", "none")
 
 
 def _validate_forgetting(config: Config) -> None:

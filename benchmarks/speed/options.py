@@ -80,7 +80,9 @@ OPTIONS = {
     LIVE: Option(KL, GRADIENT),
     CACHED: Option(KL | {"retention.kl_reference": "cached"}, GRADIENT),
     PROMPTS: Option(KL | {"retention.kl_reference": "cached", "retention.kl_positions": "all"}, GRADIENT),
+    "KL, live base, targets masked": Option(KL | {"retention.kl_mask_target": True}, GRADIENT),
     "DFT": Option({"retention.token_weighting": "dft"}, NOTHING),
+    "ASFT, live base": Option(KL | {"retention.kl_weight": 0.05, "retention.token_weighting": "dft"}, NOTHING),
     # Under random weights every token is improbable: this perplexity masks a fifth of them, as the default does in text that a model knows.
     "STM": Option({"retention.token_weighting": "stm", "retention.stm_threshold": 11300.0}, NOTHING),
     "FLOW": Option({"retention.token_weighting": "flow"}, NOTHING),

@@ -45,8 +45,21 @@ def divergence_of(z, z_ref, divergence, beta):
     return beta * kl(log_q, log_m) + (1 - beta) * kl(log_p, log_m)
 
 
+def masked_targets(rows=S, vocabulary=V):
+    """A token to leave out of each row, among them the first and the last; of some rows none."""
+    masked = torch.randint(vocabulary, (rows,))
+    masked[:3] = torch.tensor([0, vocabulary - 1, -1])[:rows]
+    return masked
+
+
+def without(z, masked):
+    """The logits [S, V - 1] of all tokens but one."""
+    others = torch.arange(z.shape[1] - 1, device=z.device)[None]
+    return z.gather(1, others + (others >= masked[:, None]).long())
+
+
 def stock(x, weight, x_ref, weight_ref=None, *, divergence="forward", beta=0.5, bias=None, bias_ref=None, token_weight=None, keep=None,
-          softcap=None, logit_scale=1.0, temperature=1.0, reduction="sum"):
+          masked_target=None, softcap=None, logit_scale=1.0, temperature=1.0, reduction="sum"):
     """Return the loss from full logits, statistics in fp32 or better, the reference detached."""
     if weight_ref is None:
         weight_ref, bias_ref = weight.detach(), None if bias is None else bias.detach()
@@ -55,6 +68,9 @@ def stock(x, weight, x_ref, weight_ref=None, *, divergence="forward", beta=0.5, 
     if softcap is not None:
         z, z_ref = (softcap * torch.tanh(t / softcap) for t in (z, z_ref))
     losses = divergence_of(z / temperature, z_ref / temperature, divergence, beta)
+    if masked_target is not None:
+        masked = divergence_of(without(z, masked_target) / temperature, without(z_ref, masked_target) / temperature, divergence, beta)
+        losses = torch.where(masked_target < 0, losses, masked)
     scale = torch.ones_like(losses) if token_weight is None else token_weight.to(exact)
     scale = scale if keep is None else torch.where(keep, scale, 0.0)
     if reduction == "none":
@@ -110,11 +126,28 @@ def check_extremes(divergence, device):
     torch.testing.assert_close(*(torch.autograd.grad(y.sum(), x)[0] for y in (loss, rest)), rtol=1e-4, atol=1e-5)
 
 
+def check_masked_extremes(divergence, device):
+    """Check rows whose masked token has all of the probability, on the student's side, the reference's, or both."""
+    x, weight, _, x_ref, weight_ref, _ = inputs(torch.float32, rows=9, vocabulary=300, device=device)
+    masked = torch.full((9,), 7, device=device)
+    call = dict(divergence=divergence, reduction="none", beta=0.3)
+    sure, unsure = torch.zeros(2, 300, device=device)
+    sure[7] = 300.0  # p = 1, and 1 - p is 0 in any precision
+    quiet = linear_kl(x, weight, x_ref, weight_ref, masked_target=masked, bias=unsure, bias_ref=unsure, **call)
+    slope = torch.autograd.grad(quiet.sum(), x)[0]
+    for bias, bias_ref in ((sure, unsure), (unsure, sure), (sure, sure)):
+        loud = linear_kl(x, weight, x_ref, weight_ref, masked_target=masked, bias=bias, bias_ref=bias_ref, **call)
+        torch.testing.assert_close(loud, quiet, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(torch.autograd.grad(loud.sum(), x)[0], slope, rtol=1e-4, atol=1e-5)
+    every, = torch.autograd.grad(linear_kl(x, weight.requires_grad_(), x_ref, weight_ref, masked_target=masked, **call).sum(), weight)
+    assert (every[7] == 0).all() and every.isfinite().all() and every[8].abs().max() > 0
+
+
 def check_small_divergences_keep_their_digits(divergence, device):
     """Check logits 0.004 apart in fp32, where adding Σ(p − q) reduces the rounding error of kl_div."""
     z = torch.randn(32, 1000).mul(3).to(device)
     z_ref = z + torch.randn(32, 1000).mul(4e-3).to(device)
     truth = divergence_of(z.double(), z_ref.double(), divergence, 0.5)
     u, u_ref = (new_logits(32, 1000, z).copy_(t) for t in (z, z_ref))
-    loss = kl_rows(u, u_ref, None, Rule(divergence, 0.5, None, 1.0, 1.0), False)
+    loss = kl_rows(u, u_ref, None, None, Rule(divergence, 0.5, None, 1.0, 1.0), False)
     assert (loss - truth).abs().max() <= 1.2e-7 and loss.min() > 0

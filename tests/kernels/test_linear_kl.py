@@ -21,10 +21,12 @@ from tests.helpers.kl_cases import (
     V,
     assert_same,
     check_extremes,
+    check_masked_extremes,
     check_small_divergences_keep_their_digits,
     flags,
     gradients,
     inputs,
+    masked_targets,
     stock,
     weights_and_mask,
 )
@@ -62,6 +64,49 @@ def test_gradcheck_with_every_option(divergence, trained, reduction):
                          keep=keep, reduction=reduction, chunk_bytes=2 * 2 * 4 * 8, **EVERY_OPTION)
 
     assert gradcheck(loss, (x, weight, bias, token_weight.requires_grad_()))
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("full", [False, True])
+def test_a_masked_target_is_left_out_of_both_sides(divergence, reduction, trained, shared, full):
+    x, weight, bias, x_ref, weight_ref, bias_ref = inputs(trained=trained)
+    token_weight, keep = weights_and_mask()
+    call = dict(divergence=divergence, reduction=reduction, bias=bias, masked_target=masked_targets())
+    if full:
+        call |= EVERY_OPTION | dict(token_weight=token_weight, keep=keep)
+    if shared:
+        x_ref, weight_ref, bias_ref = torch.randn_like(x), None, None
+    else:
+        call["bias_ref"] = bias_ref
+    ours = linear_kl(x, weight, x_ref, weight_ref, chunk_bytes=4 * ROW, **call)
+    assert_same(ours, stock(x, weight, x_ref, weight_ref, **call), [x, weight, bias] if trained else [x])
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("options", [{}, EVERY_OPTION])
+def test_gradcheck_with_masked_targets(divergence, trained, options):
+    x, weight, bias, x_ref, weight_ref, bias_ref = inputs(trained=trained, rows=5, width=3, vocabulary=4)
+    token_weight, keep = weights_and_mask(5)
+
+    masked = masked_targets(5, 4)
+
+    def loss(x, weight, bias):
+        return linear_kl(x, weight, x_ref, weight_ref, divergence=divergence, bias=bias, bias_ref=bias_ref, token_weight=token_weight,
+                         keep=keep, masked_target=masked, reduction="none", chunk_bytes=2 * 2 * 4 * 8, **options)
+
+    assert gradcheck(loss, (x, weight, bias))
+
+
+def test_masking_none_changes_no_bit():
+    x, weight, bias, x_ref, weight_ref, _ = inputs(torch.float32, trained=True)
+    plain, masked = (linear_kl(x, weight, x_ref, weight_ref, bias=bias, softcap=5.0, masked_target=masked)
+                     for masked in (None, torch.full((S,), -1)))
+    assert torch.equal(plain, masked)
+    assert all(map(torch.equal, gradients(plain, [x, weight, bias]), gradients(masked, [x, weight, bias])))
 
 
 @pytest.mark.parametrize("wanted", ["x", "weight", "bias"])
@@ -134,7 +179,7 @@ def test_no_tensor_is_larger_than_a_chunk_and_products_are_few(dtype, divergence
     keep = weights_and_mask(rows)[1]
     chunk_bytes = chunk_rows * 2 * vocabulary * 4
     with Allocations() as seen:
-        linear_kl_chunks(x, weight, x_ref, None if shared else weight_ref, None, None, None, keep,
+        linear_kl_chunks(x, weight, x_ref, None if shared else weight_ref, None, None, None, keep, None,
                          **flags(*wanted, False, chunk_bytes, divergence=divergence, softcap=5.0, logit_scale=0.5))
     assert chunk_bytes // 2 <= seen.largest <= chunk_bytes
     assert seen.flop == products * 2 * int(keep.sum()) * width * vocabulary
@@ -186,6 +231,7 @@ def test_dropped_rows_are_never_read():
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_extremes(divergence):
     check_extremes(divergence, "cpu")
+    check_masked_extremes(divergence, "cpu")
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -261,7 +307,8 @@ def test_op_schema_and_fake_kernel(wants, shared):
     x, weight, bias, x_ref, weight_ref, bias_ref = (t.detach() for t in inputs(torch.bfloat16))
     token_weight, keep = weights_and_mask(dtype=torch.float32)
     side = (torch.randn_like(x), None, bias, None) if shared else (x_ref, weight_ref, bias, bias_ref)
-    torch.library.opcheck(linear_kl_chunks.node, (x, weight, *side, token_weight, keep), flags(*wants, divergence="reverse", softcap=3.0))
+    torch.library.opcheck(linear_kl_chunks.node, (x, weight, *side, token_weight, keep, masked_targets()),
+                          flags(*wants, divergence="reverse", softcap=3.0))
 
 
 @pytest.mark.parametrize("change, message", [
@@ -274,6 +321,9 @@ def test_op_schema_and_fake_kernel(wants, shared):
     (dict(bias_ref=torch.zeros(V)), "expected no bias_ref where both sides share one head, got bias_ref without weight_ref"),
     (dict(token_weight=torch.zeros(3)), r"expected token_weight of shape \(2,\) on cpu, got torch.float32 \(3,\)"),
     (dict(keep=torch.zeros(2)), r"expected keep torch.bool of shape \(2,\) on cpu, got torch.float32 \(2,\)"),
+    (dict(masked_target=torch.zeros(2)), r"expected masked_target torch.int64 of shape \(2,\) on cpu, got torch.float32 \(2,\)"),
+    (dict(masked_target=torch.tensor([-1, V])), r"expected masked_target in \[-1, 17\), got -1 to 17"),
+    (dict(weight=torch.zeros(1, D), masked_target=torch.tensor([0, 0])), "expected a vocabulary of at least two tokens beside .*, got 1"),
     (dict(divergence="js"), "expected divergence in .*, got 'js'"),
     (dict(divergence="jensen_shannon", beta=1.0), "expected beta between 0 and 1 .*, got 1.0"),
     (dict(softcap=0.0), "expected softcap > 0 or None, got 0.0"),

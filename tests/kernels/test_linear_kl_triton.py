@@ -12,10 +12,12 @@ from tests.helpers.kernels import DEVICE, DTYPES, assert_as_exact_as_torch, erro
 from tests.helpers.kl_cases import (
     EVERY_OPTION,
     check_extremes,
+    check_masked_extremes,
     check_small_divergences_keep_their_digits,
     flags,
     gradients,
     inputs,
+    masked_targets,
     stock,
     weights_and_mask,
 )
@@ -34,6 +36,20 @@ def test_kernels_are_as_exact_as_torch(divergence, rows, vocabulary, options, dt
         return lambda *tensors: op(*tensors, divergence=divergence, reduction="none", **options)
 
     assert_as_exact_as_torch(with_(linear_kl), with_(stock), [x, weight, x_ref, weight_ref], dtype)
+
+
+@runs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("rows, vocabulary, options", [(1, 2, {}), (5, 31, EVERY_OPTION), (4, 3001, {})])
+def test_kernels_leave_masked_targets_out(divergence, rows, vocabulary, options, dtype):
+    x, weight, _, x_ref, weight_ref, _ = inputs(rows=rows, vocabulary=vocabulary)
+
+    def with_(op):
+        return lambda *tensors: op(*tensors[:-1], masked_target=tensors[-1], divergence=divergence, reduction="none", **options)
+
+    tensors = [x, weight, x_ref, weight_ref, masked_targets(rows, vocabulary)]
+    assert_as_exact_as_torch(with_(linear_kl), with_(stock), tensors, dtype)
 
 
 @runs_triton
@@ -66,6 +82,7 @@ def test_kernels_take_an_expanded_upstream():
 def test_kernel_extremes(divergence):
     with triton_mode(), poisoned():
         check_extremes(divergence, DEVICE)
+        check_masked_extremes(divergence, DEVICE)
         check_small_divergences_keep_their_digits(divergence, DEVICE)
 
 
@@ -81,7 +98,7 @@ def test_kernel_and_reference_agree_on_rows_that_start_masked(divergence):
     for mode in ("triton", "reference"):
         with backend_mode(mode):
             buffers = u.clone(), u_ref.clone()
-            results.append((kl_rows(*buffers, scale, rule, True), buffers[0]))
+            results.append((kl_rows(*buffers, scale, None, rule, True), buffers[0]))
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-7)
 
 
@@ -92,7 +109,7 @@ def test_kernel_softcap_keeps_the_digits_of_small_logits():
     for mode, dtype in (("triton", torch.float32), ("reference", torch.float32), ("reference", torch.float64)):
         with backend_mode(mode):
             buffer = u.to(DEVICE, dtype, copy=True)
-            kl_rows(buffer, u_ref.to(DEVICE, dtype, copy=True), None, rule, True)
+            kl_rows(buffer, u_ref.to(DEVICE, dtype, copy=True), None, None, rule, True)
             slopes.append(buffer)
     assert error(slopes[0], slopes[2]) <= 2 * error(slopes[1], slopes[2]) + 1e-6
 
@@ -109,7 +126,7 @@ def test_kernels_compile_in_one_graph(reduction):
     with triton_mode():
         compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(x, weight)
         slopes = gradients(compiled, [x, weight])
-        torch.library.opcheck(linear_kl_chunks.node, (*(t.detach() for t in (x, weight, x_ref, weight_ref)), None, None, None, None),
+        torch.library.opcheck(linear_kl_chunks.node, (*(t.detach() for t in (x, weight, x_ref, weight_ref)), None, None, None, None, None),
                               flags(True, True, False, divergence="reverse"))
     theirs = stock(x, weight, x_ref, weight_ref, divergence="reverse", reduction=reduction)
     torch.testing.assert_close(compiled, theirs)

@@ -66,6 +66,7 @@ class KlRows:
 
     rows: Tensor  # int64[K], indices into `supervised_rows`; with `retention.kl_positions: all`, into the pack's tokens
     weights: Tensor  # float32[K], the weight of each row's sample
+    targets: Tensor | None = None  # int64[K], the supervised token that each row predicts, -1 for none; with `retention.kl_mask_target`
     reference: PackedBatch | None = None  # the samples that these rows are in, packed for the base
     reference_rows: Tensor | None = None  # int64[K], the rows as tokens of `reference`
     cached_states: Tensor | None = None  # [K, W], the base's last hidden states at the rows
@@ -75,6 +76,7 @@ class KlRows:
         return KlRows(
             rows=move(self.rows),
             weights=move(self.weights),
+            targets=None if self.targets is None else move(self.targets),
             reference=None if self.reference is None else self.reference._with_tensors(move),
             reference_rows=None if self.reference_rows is None else move(self.reference_rows),
             cached_states=None if self.cached_states is None else move(self.cached_states),

@@ -3,10 +3,14 @@
     objective = Σ_i w_i ce_i / Σ_i w_i  +  kl_weight · Σ_k w_k D_k / Σ_k w_k
 
 with `retention.kl_weight`, over the supervised tokens i of a step and the tokens k that `retention.kl_sources` and `kl_positions` choose:
-of replay samples or of all, the supervised ones or all but a sample's first. D_k is KL(base ‖ model), KL(model ‖ base) or their
-Jensen-Shannon divergence in the prediction of token k, in nats, so a weight means the same for any model and length. Both sums of weights
-are known on the host before a step runs, so the division of a step into packs and ranks changes nothing. Distilling a model's old answers
-into it while it learns is Learning without Forgetting (Li and Hoiem, arXiv 1606.09282).
+of replay samples, domain samples or all, the supervised ones or all but a sample's first. D_k is KL(base ‖ model), KL(model ‖ base) or
+their Jensen-Shannon divergence in the prediction of token k, in nats, so a weight means the same for any model and length. Both sums
+of weights are known on the host before a step runs, so the division of a step into packs and ranks changes nothing. Distilling a
+model's old answers into it while it learns is Learning without Forgetting (Li and Hoiem, arXiv 1606.09282). With `kl_mask_target` the
+token that the cross entropy teaches is left out of both distributions and the rest renormalised (Xu et al., arXiv 2605.29498), so that
+the term keeps the order of the alternatives and does not pull against what is learnt; at prompt tokens, which teach nothing, none is
+left out. On domain samples beside `token_weighting: dft`, the forward KL at a weight of 0.05 to 0.1 is Anchored Supervised Fine-Tuning
+(ASFT, arXiv 2509.23753).
 
 The base is the model as training starts. With an adapter it is the same weights with the adapter switched off, also where training
 continues a saved adapter; full fine-tuning keeps a frozen second copy. It runs without gradients, on the KL samples of a pack alone, and
@@ -116,6 +120,10 @@ class KlToBase:
         rows = np.searchsorted(batch.supervised_rows.numpy(), tokens) if self.on_supervised else tokens
         weights = np.array([sample.weight for sample in samples], dtype=np.float32)[_sample_of(tokens, batch)]
         kl = KlRows(torch.from_numpy(rows), torch.from_numpy(weights))
+        if self.options.kl_mask_target:
+            targets = torch.full((batch.tokens,), -1)
+            targets[batch.supervised_rows] = batch.targets
+            kl.targets = targets[tokens]
         kl_samples = [sample for sample in samples if self.kl_sources[sample.source]]
         if self.cached_states:
             kl.cached_states = self.cached_states([sample.index for sample in kl_samples])
@@ -160,8 +168,8 @@ class KlToBase:
         base_weight, base_bias = (None, None) if base_head.weight is head.weight else (base_head.weight, base_head.bias)
         kl = linear_kl(
             hidden.index_select(0, batch.kl.rows), head.weight, reference, base_weight, divergence=DIVERGENCES[self.options.kl_direction],
-            bias=head.bias, bias_ref=base_bias, token_weight=batch.kl.weights, softcap=head.softcap, logit_scale=head.logit_scale,
-            reduction="sum")
+            bias=head.bias, bias_ref=base_bias, token_weight=batch.kl.weights, masked_target=batch.kl.targets, softcap=head.softcap,
+            logit_scale=head.logit_scale, reduction="sum")
         return supervised, kl
 
 
@@ -204,6 +212,7 @@ def describe(options: config.Retention, method: str, copy_bytes: float) -> list[
     if options.kl_weight > 0:
         names = {"forward": "KL(base || model)", "reverse": "KL(model || base)", "js": "Jensen-Shannon divergence from the base"}
         positions = " samples, prompts too" if options.kl_positions == "all" else " samples"
+        positions += ", their targets masked" if options.kl_mask_target else ""
         base = f"a frozen second copy of the model, {copy_bytes / 1e9:.3g} GB" if method == "full" else "the model without its adapter"
         base = "run once, its hidden states cached on disk" if options.caches_base else base
         lines.append(f"retention: {options.kl_weight:g} * {names[options.kl_direction]} on {options.kl_sources}{positions}; base: {base}")

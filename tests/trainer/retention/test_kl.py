@@ -42,7 +42,17 @@ from trainer.training.memory_estimate import estimate
 from trainer.training.training_run import TrainingRun
 
 
-def plain_step(model: nn.Module, base: nn.Module, chats: list[Piece], kl: float, kl_on: str, direction: str, tokens: str):
+def without_targets(log_probs: torch.Tensor, chat: Piece, rows: np.ndarray) -> torch.Tensor:
+    """log-probabilities [S,V], in the rows of supervised tokens those of all other tokens renormalised, with 0 for the token itself."""
+    made = []
+    for row, token, supervised in zip(log_probs, chat.input_ids[1:][rows], chat.supervised[1:][rows], strict=True):
+        others = torch.cat([row[:token], row[token + 1:]]).log_softmax(-1)
+        made.append(torch.cat([others[:token], others.new_zeros(1), others[token:]]) if supervised else row)
+    return torch.stack(made)
+
+
+def plain_step(model: nn.Module, base: nn.Module, chats: list[Piece], kl: float, kl_on: str, direction: str, tokens: str,
+               masked: bool = False):
     """The objective's two terms and the gradient of their sum, in fp64."""
     loss = divergence = weight = counted = 0.0
     for chat in chats:
@@ -50,9 +60,12 @@ def plain_step(model: nn.Module, base: nn.Module, chats: list[Piece], kl: float,
         ours = plain_rows(model, chat)
         targets = torch.from_numpy(ids[1:].astype(np.int64))[torch.from_numpy(supervised[1:])]
         loss, weight = loss - own * ours.gather(1, targets[:, None]).sum(), weight + own * len(targets)
-        if kl_on == "all" or source == 1:
+        if kl_on == "all" or source == ROLES.index(kl_on):
             whole = chat._replace(supervised=np.ones(len(ids), dtype=bool)) if tokens == "all" else chat
             ours, theirs = plain_rows(model, whole), plain_rows(base, whole).detach()
+            if masked:
+                rows = np.flatnonzero(whole.supervised[1:])
+                ours, theirs = (without_targets(side, chat, rows) for side in (ours, theirs))
             mean = torch.log((ours.exp() + theirs.exp()) / 2)
             pairs = {"forward": [(theirs, ours)], "reverse": [(ours, theirs)], "js": [(theirs, mean), (ours, mean)]}[direction]
             terms = [(p.exp() * (p - q)).sum() for p, q in pairs]
@@ -74,6 +87,19 @@ def test_the_step_is_that_of_plain_torch(family, adapter, kl_on, direction, toke
     assert float(divergence) > 1e-3
     assert_close((loss, divergence), expected[:2])
     assert_close(gradients, expected[2])
+
+
+@pytest.mark.parametrize("family, adapter, kl_on, direction, tokens", [
+    ("llama", "lora", "domain", "forward", "supervised"), ("gemma2", "full", "all", "reverse", "supervised"),
+    ("granite", "lora", "all", "js", "all"), ("llama", "full", "replay", "forward", "all")])
+def test_masked_targets_are_left_out_of_the_divergence(family, adapter, kl_on, direction, tokens):
+    run = ready_run(family, adapter, kl_weight=0.7, kl_sources=kl_on, kl_direction=direction, kl_positions=tokens, kl_mask_target=True)
+    expected = plain_step(*stock(run), samples(), 0.7, kl_on, direction, tokens, masked=True)
+    for packs in ([samples()], [samples()[:2], samples()[2:]]):
+        loss, divergence, gradients = step(run, packs)
+        assert float(divergence) > 1e-3
+        assert_close((loss, divergence), expected[:2])
+        assert_close(gradients, expected[2])
 
 
 @pytest.mark.parametrize("adapter", ["lora", "full"])
@@ -129,6 +155,7 @@ def test_steps_without_replay_have_no_divergence():
 @pytest.mark.parametrize("adapter, options", [
     ("lora", {"kl_weight": 0.3}), ("full", {"kl_weight": 0.3, "kl_sources": "all"}), ("lora", {"token_weighting": "dft"}),
     ("full", {"token_weighting": "dft", "kl_weight": 0.3, "kl_positions": "all"}),
+    ("lora", {"kl_weight": 0.3, "kl_sources": "domain", "kl_mask_target": True}),
 ])
 def test_a_step_reads_nothing_back(adapter, options):
     run = ready_run("llama", adapter, **options)
@@ -300,8 +327,10 @@ def test_a_run_says_what_it_holds_to(miniature, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "retention: 0.3 * KL(base || model) on replay samples; base: the model without its adapter" in shown
     assert "retention: L2-SP: weights decay by lr * 2 a step towards their start" in shown and "  kl 0.0000  lr" in shown
-    run(miniature, tmp_path / "dry", "--dry_run", "--method", "full", "--retention.kl_weight", "0.3", "--retention.kl_direction", "js")
-    expected = "0.3 * Jensen-Shannon divergence from the base on replay samples; base: a frozen second copy of the model, 0.00137 GB"
+    run(miniature, tmp_path / "dry", "--dry_run", "--method", "full", "--retention.kl_weight", "0.3", "--retention.kl_direction", "js",
+        "--retention.kl_mask_target", "true")
+    expected = ("0.3 * Jensen-Shannon divergence from the base on replay samples, their targets masked; base: a frozen second copy of the "
+                "model, 0.00137 GB")
     assert expected in capsys.readouterr().out
 
 
@@ -344,7 +373,8 @@ def test_a_killed_run_goes_on_bit_for_bit(miniature, tmp_path, options):
 
 
 @pytest.mark.parametrize("options, expected", [
-    (["--retention.kl_weight", "0.3"], "retention.kl_weight: expected replay samples to count .*, or retention.kl_sources=all, got none"),
+    (["--retention.kl_weight", "0.3"],
+     "retention.kl_weight: expected replay samples to count .*, or retention.kl_sources=domain or all, got none"),
     (["--retention.kl_weight", "0.3", "--replay.data", "x.jsonl", "--replay.ratio", "0"], "retention.kl_weight: expected replay samples"),
     (["--retention.kl_weight", "-1"], "retention.kl_weight: expected 0 or more, got -1.0"),
     (["--retention.kl_weight", "nan"], "retention.kl_weight: expected float, got nan"),

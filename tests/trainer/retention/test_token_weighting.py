@@ -66,6 +66,28 @@ def test_dft_beside_a_divergence_adds_up():
     assert_close([x - y for x, y in zip(one, two)], [x - y for x, y in zip(three, four)], 1e-3)
 
 
+@pytest.mark.parametrize("family, adapter", [("llama", "lora"), ("gemma2", "full")])
+def test_asft_is_dft_and_a_forward_divergence_on_domain_tokens(family, adapter):
+    """ASFT of the domain, as the paper has it, beside replay, which is learnt as it is."""
+    run = ready_run(family, adapter, token_weighting="dft", kl_weight=0.05, kl_sources="domain")
+    model, base = stock(run)
+    learnt = anchored = weight = domain_weight = 0.0
+    for chat in samples():
+        losses = plain_losses(model, chat)
+        weight += chat.weight * len(losses)
+        if chat.source == 0:
+            log_p, log_q = plain_rows(model, chat), plain_rows(base, chat).detach()
+            anchored = anchored + chat.weight * torch.nn.functional.kl_div(log_p, log_q, reduction="sum", log_target=True)
+            losses, domain_weight = losses * torch.exp(-losses.detach()), domain_weight + chat.weight * len(losses)
+        learnt = learnt + chat.weight * losses.sum()
+    expected = learnt / weight, anchored / domain_weight
+    gradient = torch.autograd.grad(expected[0] + 0.05 * expected[1], [p for p in model.parameters() if p.requires_grad])
+    loss, divergence, gradients = step(run, [samples()[:2], samples()[2:]])
+    assert float(divergence) > 1e-3
+    assert_close((loss, divergence), expected)
+    assert_close(gradients, gradient)
+
+
 def test_probabilities_are_no_part_of_the_gradient():
     losses = torch.tensor([0.5, 3.0], requires_grad=True)
     found = token_weighting.own_probability(losses, torch.tensor([True, False]))
