@@ -1,0 +1,1 @@
+"""Convert the configurations of other trainers."""
