@@ -23,6 +23,7 @@ from trainer.cli import parse
 from trainer.config import Config
 from trainer.data.prepare import prepare_data
 from trainer.errors import UserError
+from trainer.metrics import log
 from trainer.run import train
 
 
@@ -278,6 +279,30 @@ def test_two_ranks_give_the_losses_of_one(model_folder, chats, tmp_path):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["tokens"] == b["tokens"]
     evals = [records(tmp_path / name, "eval")[-1]["loss"] for name in ("one", "two")]
     assert evals[0] == pytest.approx(evals[1], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [shutil.rmtree, lambda folder: folder.rename(folder.with_name("moved"))], ids=["removed", "moved"])
+def test_a_folder_that_goes_during_the_run_is_written_anew(model_folder, chats, tmp_path, monkeypatch, capsys, how):
+    options = ("--max_steps", "4", "--logging.every", "1", "--checkpoint.every", "1", "--logging.tensorboard", "true")
+    run(model_folder, chats, tmp_path / "whole", *options)
+    write = log.Log.write
+
+    def gone_before_the_third(self, record):
+        if record["kind"] == "step" and record["step"] == 3:
+            how(self.path.parent)
+        write(self, record)
+
+    monkeypatch.setattr(log.Log, "write", gone_before_the_third)
+    capsys.readouterr()
+    run(model_folder, chats, tmp_path / "run", *options)
+    assert capsys.readouterr().out.count("was removed or moved during the run: settings and records are written again") == 1
+    names = [{path.name for path in (tmp_path / name).iterdir()} for name in ("run", "whole")]
+    assert names[0] == names[1] >= {"adapter", "config.yaml", "data.json", "metrics.jsonl", "tensorboard"}
+    figures = [[(r["step"], r["loss"]) for r in records(tmp_path / name, "step")] for name in ("run", "whole")]
+    assert figures[0] == figures[1] and len(figures[0]) == 4 and records(tmp_path / "run", "end")
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes() == (
+        tmp_path / "whole" / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
 # ---------------------------------------------------------------- dry run and mistakes

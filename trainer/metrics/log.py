@@ -7,6 +7,7 @@ import importlib
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from tqdm import tqdm
@@ -20,21 +21,39 @@ from trainer.metrics.records import read_records
 class Log:
     """Writer of records, flat dicts with `kind` and `step`, to every destination; only rank 0 has one."""
 
-    def __init__(self, folder: Path, config: Config, total_steps: int, first_step: int):
-        self.path = folder / "metrics.jsonl"
+    def __init__(self, folder: Path, config: Config, total_steps: int, first_step: int, open_folder: Callable[[], None]):
+        """Open the run's log.
+
+        `open_folder` writes the run folder's other files, should somebody remove it during the run.
+        """
+        self.path, self.config, self.open_folder = folder / "metrics.jsonl", config, open_folder
         keep_records(self.path, first_step)
-        self.file = self.path.open("a", buffering=1)
-        self.sinks = [sink for sink in (_tensorboard(folder, config, first_step), _wandb(folder, config)) if sink]
+        self.file = self.path.open("a+", buffering=1)
+        self.sinks = {"tensorboard": _tensorboard(folder, config, first_step), "wandb": _wandb(folder, config)}
         visible = config.logging.progress and sys.stderr.isatty()
         self.bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=not visible, dynamic_ncols=True)
 
     def write(self, record: dict) -> None:
         """Write one record everywhere."""
+        if not self.path.exists():
+            self._restore()
         self.file.write(json.dumps(record | {"time": round(time.time(), 3)}) + "\n")
         figures = {f"{record['kind']}/{k}": v for k, v in record.items() if isinstance(v, (int, float)) and k != "step"}
-        for sink in self.sinks:
+        for sink in filter(None, self.sinks.values()):
             sink(figures, record.get("step", 0))
         self._show(record)
+
+    def _restore(self) -> None:
+        """Write the run folder anew, which somebody has removed; the open file still has the records."""
+        print(f"output: {self.path.parent} was removed or moved during the run: settings and records are written again; the checkpoints "
+              "in it, and TensorBoard's figures so far, are gone", flush=True)
+        self.open_folder()
+        self.file.seek(0)
+        records = self.file.read()
+        self.file.close()
+        self.file = self.path.open("a+", buffering=1)
+        self.file.write(records)
+        self.sinks["tensorboard"] = _tensorboard(self.path.parent, self.config, 0)
 
     def advance(self) -> None:
         """Move the progress bar by one step."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -73,14 +74,15 @@ def build(config: Config, data: TrainingData, device: torch.device, dist: Distri
         "model": {"path": config.model.path or config.model.config, "family": patched.family, "parameters": size.parameters,
                   "trainable": size.trainable},
         "backends": patched.backends}
-    dist.on_main(lambda: run_folder.open_run(output, config, summary))
+    open_folder = partial(run_folder.open_run, output, config, summary)
+    dist.on_main(open_folder)
     if dist.is_main:
         print_summary(config, data, summary, patched, pad_to, device)
         print_lines(base.summary_lines)
         print_lines([str(balance)] if balance else [])
         print_lines([f"resuming from step {state.step}" + (", the last one: only the export is left" if state.ended else "")]
                     if state.step else [])
-    log = Log(output, config, data.plan.total, state.step) if dist.is_main and not state.ended else None
+    log = Log(output, config, data.plan.total, state.step, open_folder) if dist.is_main and not state.ended else None
     loader = StepLoader(data.plan, base.samples, dist, device, base.kl, pad_to)
     return TrainingRun(config, output, device, dist, model, size, optimizer, data.plan, loader, base.kl, base.monitor, data.eval_set,
                        log, balance), state
