@@ -13,7 +13,7 @@ import datetime
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from itertools import accumulate, groupby
 from pathlib import Path
@@ -48,6 +48,8 @@ OPTIONAL_NAME = re.compile(r"\b(\w+)\s*(?=is\s+(?:not\s+)?defined|\|\s*default)"
 GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now", "range", "namespace", "dict"}
 # Reasoning without words, as templates print it before an answer that has none.
 EMPTY_REASONING = re.compile(r"\s*(<think>\s*</think>|<\|channel>thought\s*<channel\|>|\[THINK\]\s*\[/THINK\])\s*")
+
+WORDS_AROUND = 20  # characters on each side of a special token that is shown
 
 
 class Encoded(NamedTuple):
@@ -168,6 +170,20 @@ class ChatTemplate:
     def mentions(self, name: str) -> bool:
         """Return whether the template's text has a name, such as a key of messages or a keyword."""
         return name in self._words
+
+    def special_token_in(self, texts: Iterable[str]) -> str | None:
+        """Return a special token that stands in words, with the words around it; None if none does."""
+        if self._special_tokens is None:
+            return None
+        for text in texts:
+            if found := self._special_tokens.search(text):
+                return text[max(0, found.start() - WORDS_AROUND):found.end() + WORDS_AROUND]
+        return None
+
+    @cached_property
+    def _special_tokens(self) -> re.Pattern | None:
+        names = sorted(token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special and token.content.strip())
+        return None if not names or self.tokenizer.split_special_tokens else re.compile("|".join(map(re.escape, names[::-1])))
 
     @cached_property
     def _words(self) -> set[str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,7 @@ class Note:
     empty_block: bool = False  # and prints reasoning without words before it
     muted: int = 0  # with a weight of 0
     weighted: int = 0  # with another weight than 0 and 1
+    special: str | None = None  # a special token in its words, with what is around it
     flagged_others: int = 0  # turns of other roles that are marked to be trained on, and are not
 
     def as_json(self) -> str | None:
@@ -65,12 +66,22 @@ def note_of(messages: Sequence[Message], inputs: Mapping[str, Any], weights: Seq
     is_bare = last is not None and last not in thoughts and "</think>" not in messages[last]["content"] \
         and given.get("enable_thinking") is not False and template.reasons
     return Note(
-        unread=unread, unread_keys=", ".join(sorted(keys)) or None, same_role=same_role, tools=len(names),
-        tools_unprinted=any(name not in rendered.text for name in names), reasoning=len(thoughts),
+        unread=unread, unread_keys=", ".join(sorted(keys)) or None, special=template.special_token_in(_texts_of(messages)),
+        same_role=same_role, tools=len(names), tools_unprinted=any(name not in rendered.text for name in names),
+        reasoning=len(thoughts),
         reasoning_dropped=sum(i != last for i in unprinted), reasoning_unprinted=last in unprinted,
         bare=is_bare, empty_block=is_bare and EMPTY_REASONING.search(rendered.text) is not None,
         muted=sum(weights[i] == 0 for i in answers), weighted=sum(weights[i] not in (None, 0, 1) for i in answers),
         flagged_others=sum(bool(weights[i]) for i in range(len(messages)) if i not in answers) if train_on != "all" else 0)
+
+
+def _texts_of(messages: Sequence[Message]) -> Iterator[str]:
+    """Yield the words of messages, those of calls included."""
+    for message in messages:
+        yield message["content"] or ""
+        yield message.get("reasoning_content") or ""
+        if calls := message.get("tool_calls"):
+            yield json.dumps(calls, ensure_ascii=False)
 
 
 def summarize(column: pyarrow.ChunkedArray, data: Data) -> tuple[int, list[str]]:
@@ -95,6 +106,8 @@ def summarize(column: pyarrow.ChunkedArray, data: Data) -> tuple[int, list[str]]
     def turns(field: str) -> int:
         return sum(getattr(note, field) * count for note, count in notes)
 
+    if special := [note.special for note, _ in notes if note.special]:
+        lines.append(f"{rows('special'):,} samples hold special tokens in their words, tokenized as such: {min(special)!r}")
     if rows("tools"):
         unprinted = f"; WARNING: the template does not print those of {rows('tools_unprinted'):,}" if rows("tools_unprinted") else ""
         lines.append(f"{rows('tools'):,} chats offer tools, {turns('tools') / rows('tools'):.3g} each on average{unprinted}")

@@ -82,6 +82,8 @@ def _encode(batch: dict, indices: list[int], template: ChatTemplate, data: Data,
                 note = Note(refused=f"{place}: {record['refused']}")
             elif "text" not in record:
                 chat, note = _render(record, template, data)
+            elif record["text"]:
+                note = Note(special=template.special_token_in([record["text"]]), unread=record.get("unread"))
         except UserError as error:
             if data.on_bad_row == "error":
                 raise UserError(f"{path}, {place}: {error}") from None
