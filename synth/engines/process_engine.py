@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import weakref
 from collections.abc import Iterable, Iterator
 from multiprocessing.connection import Connection, wait
@@ -25,6 +26,7 @@ from synth.engines.interface import EmbeddingRequest, EngineError, EngineInfo
 from synth.engines.model_files import count_parameters, fingerprint, locate
 from synth.engines.protocol import LoadRequest, Ready
 from trainer.errors import last_error_line, one_line
+from trainer.files import temporary_folder
 
 CHUNK = 64  # requests of one message
 SMALL_MODEL = 200_000_000  # parameters up to which one thread per worker is fastest on a CPU
@@ -32,17 +34,21 @@ GRACE_SECONDS = 5.0  # between SIGTERM and SIGKILL
 
 
 class WorkerProcess:
-    """One worker process, and the parent's end of its socket."""
+    """One worker process, the parent's end of its socket, and the folder of its temporary files."""
 
     def __init__(self, request: LoadRequest, log: Path, environment: dict[str, str]):
         ours, theirs = socket.socketpair()
         self.log, self.queued, self.busy, self.ready = log, 0, 0.0, None
+        shared, resources = Path(tempfile.gettempdir()), contextlib.ExitStack()
+        folder = resources.enter_context(temporary_folder(shared, "steadfast-worker"))
+        compiled = {"TORCHINDUCTOR_CACHE_DIR": str(shared / f"torchinductor_{os.getuid()}")}  # which is kept
         with theirs, log.open("wb") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "synth.engines.worker", str(theirs.fileno())], pass_fds=[theirs.fileno()], env=environment,
+                [sys.executable, "-m", "synth.engines.worker", str(theirs.fileno())], pass_fds=[theirs.fileno()],
+                env=compiled | environment | {"TMPDIR": str(folder)},
                 stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
         self.connection = Connection(ours.detach())
-        self._terminate = weakref.finalize(self, _terminate, self.process, self.connection)
+        self._terminate = weakref.finalize(self, _terminate, self.process, self.connection, resources)
         with contextlib.suppress(OSError):  # a worker that is dead already is noticed at the first message awaited from it
             self.connection.send(request)
 
@@ -50,14 +56,15 @@ class WorkerProcess:
         self._terminate()
 
 
-def _terminate(process: subprocess.Popen, connection: Connection) -> None:
-    """End a worker and the processes that it started: SIGTERM, then SIGKILL."""
+def _terminate(process: subprocess.Popen, connection: Connection, resources: contextlib.ExitStack) -> None:
+    """End a worker and the processes that it started, and remove its temporary files."""
     connection.close()
     for number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(GRACE_SECONDS)
+    resources.close()
 
 
 class ProcessEngine:

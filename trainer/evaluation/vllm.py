@@ -112,7 +112,7 @@ def _run_process(job: dict, log: Path) -> list[list[list[int]]]:
         with log.open("wb") as file:
             command = [sys.executable, "-m", "trainer.evaluation.vllm", str(job_file), str(answers_file)]
             process = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
-                                     env=os.environ | QUIET | {"PYTHONPATH": path})
+                                     env=os.environ | QUIET | {"PYTHONPATH": path, "TMPDIR": folder})
         if process.returncode:
             raise UserError(f"generation.engine: vllm failed on {job['options']['model']}: {last_error_line(log)}; see {log}, "
                             "or use transformers")

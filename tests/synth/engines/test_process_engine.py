@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from synth.config import Model
-from synth.engines import kind_of, open_engine
+from synth.engines import kind_of, open_engine, process_engine
 from synth.engines.interface import CompletionRequest, EngineError, Prompt
+from synth.engines.protocol import LoadRequest
 from tests.helpers.engine_requests import BASE, BOS, HOW, ROOT, USER, ask, instruct, needs
 
 # ---------------------------------------------------------------- workers
@@ -36,6 +37,27 @@ def test_a_worker_that_dies_is_told_in_one_line(opened, tmp_path):
                 if len(seen) == 100:
                     os.kill(engine.workers[0].process.pid, sign)
         assert "\n" not in str(error.value) and (tmp_path / "log-0.log").exists() and bool(seen) == during
+
+
+LITTER = """#!/bin/sh
+touch "$TMPDIR/vllm_dist_1"
+exec sleep 60
+"""
+
+
+def test_what_a_worker_leaves_in_the_temporary_folder_is_removed(tmp_path, monkeypatch):
+    shared, program = tmp_path / "tmp", tmp_path / "program"
+    (shared / ".steadfast-worker.killed").mkdir(parents=True)
+    program.write_text(LITTER)
+    program.chmod(0o700)
+    monkeypatch.setattr("tempfile.tempdir", str(shared))
+    monkeypatch.setattr("sys.executable", str(program))
+    worker = process_engine.WorkerProcess(LoadRequest("vllm", Model(path="m"), "m", 1), tmp_path / "log", dict(os.environ))
+    while not (found := list(shared.rglob("*"))) or found[-1].name != "vllm_dist_1":
+        time.sleep(0.01)
+    assert len(found) == 2 and worker.process.poll() is None
+    worker.close()
+    assert list(shared.iterdir()) == [] and gone(worker.process.pid)
 
 
 def gone(pid: int) -> bool:
