@@ -89,14 +89,14 @@ def _load(source: Source, cache_dir: str | None, on_bad_row: str) -> Dataset:
     empty = dict.fromkeys(content | COMMON) | {"weight": 1.0}
 
     def make(folder: Path) -> None:
-        Dataset.from_generator(records, features=Features(content | COMMON), cache_dir=str(folder), fingerprint=fingerprint)
+        try:
+            Dataset.from_generator(records, features=Features(content | COMMON), cache_dir=str(folder), fingerprint=fingerprint)
+        except datasets.exceptions.DatasetGenerationError as error:
+            if isinstance(error.__cause__, (UserError, OSError)):
+                raise error.__cause__ from None
+            raise
 
-    try:
-        return cached_dataset(cache_dir, "records", fingerprint, make)
-    except datasets.exceptions.DatasetGenerationError as error:
-        if isinstance(error.__cause__, (UserError, OSError)):
-            raise error.__cause__ from None
-        raise
+    return cached_dataset(cache_dir, "records", fingerprint, make)
 
 
 def rows_of(opened: list[DataFile] | Dataset, skip_bad: bool = False) -> Iterator[readers.Row]:

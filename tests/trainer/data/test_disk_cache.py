@@ -5,11 +5,11 @@ import fcntl
 import os
 
 import pytest
+from datasets.arrow_writer import ArrowWriter
 
 from tests.helpers import tiny
 from tests.helpers.runs import write_chats
 from trainer.config import Data
-from trainer.data import disk_cache
 from trainer.data.chat_template import ChatTemplate
 from trainer.data.sources import load_sources
 from trainer.data.tokenize import tokenize
@@ -71,11 +71,13 @@ def test_what_killed_writers_left_is_removed_and_what_others_write_is_not(tmp_pa
 
 @pytest.mark.parametrize("kind", ["records", "tokens"])
 def test_a_full_disk_is_told_by_the_cache(tmp_path, monkeypatch, kind):
-    def full(*written):
-        raise OSError(errno.ENOSPC, "Error writing bytes to file. Detail: [errno 28] No space left on device")
+    def write(self, *given, **named):
+        if f"/{kind}/" in str(getattr(self, "_path", "")):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return written(self, *given, **named)
 
-    cache, made = tmp_path / "cache", disk_cache._publish
-    monkeypatch.setattr(disk_cache, "_publish", lambda files, tmp, entry: (full if entry.parent.name == kind else made)(files, tmp, entry))
+    cache, written = tmp_path / "cache", ArrowWriter._write_table
+    monkeypatch.setattr(ArrowWriter, "_write_table", write)
     with pytest.raises(UserError, match=f"^data.cache_dir: cannot write the cache {cache / kind}: No space left on device; free space, or"):
         tokenize(load_sources(str(write_chats(tmp_path / "chats.jsonl")), "domain", str(cache)), ChatTemplate(tiny.tokenizer()),
                  Data(cache_dir=str(cache), num_proc=1))
