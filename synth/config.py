@@ -6,6 +6,7 @@ YAML sections and dotted overrides bear these names.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import re
 from dataclasses import dataclass, field
 from typing import Literal
@@ -13,7 +14,8 @@ from urllib.parse import urlsplit
 
 from trainer.errors import UserError, require
 
-MAX_INSTRUCTIONS = 100_000_000  # more are a slip of the keyboard
+# More are a slip of the keyboard
+MAX_INSTRUCTIONS, MAX_SAMPLES, MAX_TOKENS, MAX_TURNS, MAX_COPIES = 10_000_000, 10_000, 10_000_000, 100, 256
 STAGES = ("probe", "instruct", "clean", "respond", "judge", "select", "report")
 KEY_PREFIXES = ("sk-", "sk_", "gsk_", "hf_", "AIza")  # with which providers' API keys begin
 
@@ -199,8 +201,23 @@ def validate(config: Config) -> None:
     _validate_instruct(config)
     _validate_clean(config.clean)
     _validate_respond_and_select(config)
+    _validate_report(config.report)
+    require(bool(re.fullmatch(r"\d{4}-\d\d-\d\d", config.date)) and _is_date(config.date), "date", "a date such as 2025-01-31", config.date)
     require(bool(config.stages), "stages", f"some of {', '.join(STAGES)}", "none")
     require(0 <= config.seed < 2**63, "seed", "0 <= seed < 2^63", config.seed)
+
+
+def _is_date(text: str) -> bool:
+    try:
+        datetime.date.fromisoformat(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _validate_report(report: Report) -> None:
+    require(report.sample >= 1, "report.sample", "1 or more", report.sample)
+    require(1 <= report.topics <= 1000, "report.topics", "1 to 1,000", report.topics)
 
 
 def _validate_model(option: str, model: Model) -> None:
@@ -210,11 +227,11 @@ def _validate_model(option: str, model: Model) -> None:
                         "name or looks like a key; export the key and give the variable's name, e.g. OPENAI_API_KEY")
     for url in [model.base_url] if isinstance(model.base_url, str) else model.base_url or []:
         _validate_url(f"{option}: base_url", url)
-    require(model.concurrency >= 1, f"{option}: concurrency", "1 or more", model.concurrency)
+    require(1 <= model.concurrency <= 10_000, f"{option}: concurrency", "1 to 10,000", model.concurrency)
     require(model.requests_per_minute >= 0, f"{option}: requests_per_minute", "0 or more", model.requests_per_minute)
     require(model.max_model_len is None or model.max_model_len >= 1, f"{option}: max_model_len", "1 or more", model.max_model_len)
-    require(model.data_parallel_size >= 0, f"{option}: data_parallel_size", "0 or more", model.data_parallel_size)
-    require(model.tensor_parallel_size >= 1, f"{option}: tensor_parallel_size", "1 or more", model.tensor_parallel_size)
+    for name, least in (("data_parallel_size", 0), ("tensor_parallel_size", 1)):
+        require(least <= getattr(model, name) <= MAX_COPIES, f"{option}: {name}", f"{least} to {MAX_COPIES}", getattr(model, name))
     require(0 < model.gpu_memory_utilization <= 1, f"{option}: gpu_memory_utilization", "above 0, at most 1", model.gpu_memory_utilization)
     require(len(model.price) == 2 and min(model.price) >= 0, f"{option}: price", "two numbers, 0 or more", model.price)
 
@@ -251,18 +268,20 @@ def _validate_names(config: Config) -> None:
 
 def _validate_instruct(config: Config) -> None:
     probe, instruct = config.probe, config.instruct
-    require(probe.samples >= 1 and bool(probe.temperature), "probe.samples, probe.temperature", "1 or more of each",
+    require(1 <= probe.samples <= MAX_INSTRUCTIONS and bool(probe.temperature), "probe.samples, probe.temperature", "1 or more of each",
             (probe.samples, probe.temperature))
     require(1 <= instruct.num_instructions <= MAX_INSTRUCTIONS, "instruct.num_instructions", f"1 to {MAX_INSTRUCTIONS:,}",
             instruct.num_instructions)
     require(bool(instruct.temperature) and min(instruct.temperature) >= 0, "instruct.temperature", "0 or more", instruct.temperature)
     require(bool(instruct.top_p) and all(0 < p <= 1 for p in instruct.top_p), "instruct.top_p", "above 0, at most 1", instruct.top_p)
-    require(bool(instruct.turn_weights) and min(instruct.turn_weights) >= 0 and sum(instruct.turn_weights) > 0, "instruct.turn_weights",
-            "shares, 0 or more, not all 0", instruct.turn_weights)
+    shares = instruct.turn_weights
+    require(0 < len(shares) <= MAX_TURNS and min(shares) >= 0 and sum(shares) > 0, "instruct.turn_weights",
+            f"at most {MAX_TURNS} shares, 0 or more, not all 0", shares)
     require(bool(instruct.system_prompts) and all(system.weight > 0 for system in instruct.system_prompts), "instruct.system_prompts",
             "weights above 0", [system.weight for system in instruct.system_prompts])
-    require(instruct.reference_samples >= 0, "instruct.reference_samples", "0 or more", instruct.reference_samples)
-    require(instruct.max_tokens >= 1, "instruct.max_tokens", "1 or more", instruct.max_tokens)
+    require(0 <= instruct.reference_samples <= MAX_INSTRUCTIONS, "instruct.reference_samples", f"0 to {MAX_INSTRUCTIONS:,}",
+            instruct.reference_samples)
+    require(1 <= instruct.max_tokens <= MAX_TOKENS, "instruct.max_tokens", f"1 to {MAX_TOKENS:,}", instruct.max_tokens)
 
 
 def _validate_clean(clean: Clean) -> None:
@@ -282,8 +301,9 @@ def _validate_respond_and_select(config: Config) -> None:
     require(respond.num_samples >= 1 or not config.responders, "respond.num_samples", "1 or more, for responders", respond.num_samples)
     require(respond.temperature >= 0 and 0 < respond.top_p <= 1, "respond.temperature, respond.top_p", "0 or more, and above 0 to 1",
             (respond.temperature, respond.top_p))
-    require(respond.max_tokens >= 1, "respond.max_tokens", "1 or more", respond.max_tokens)
-    require(judge.max_tokens >= 1, "judge.max_tokens", "1 or more", judge.max_tokens)
+    require(respond.num_samples <= MAX_SAMPLES, "respond.num_samples", f"at most {MAX_SAMPLES:,}", respond.num_samples)
+    require(1 <= respond.max_tokens <= MAX_TOKENS, "respond.max_tokens", f"1 to {MAX_TOKENS:,}", respond.max_tokens)
+    require(1 <= judge.max_tokens <= MAX_TOKENS, "judge.max_tokens", f"1 to {MAX_TOKENS:,}", judge.max_tokens)
     require(select.rule not in ("majority", "base_likelihood") or respond.score_with_base or config.preset == "paper",
             "respond.score_with_base", f"true, for select.rule {select.rule}", False)
     require(select.statistic == "mean" or judge.scoring == "expected_score", "select.statistic", "mean, with judge.scoring generated",

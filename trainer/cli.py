@@ -249,6 +249,8 @@ def _explain(message: str, kind: type) -> str:
     """Shorten a message of jsonargparse to one line, with the nearest known key where one was misspelt."""
     message = re.sub(r"<class '(\w+)'>", r"\1", " ".join(message.split()))
     keys = list(known_keys(kind))
+    if message.startswith("Unexpected config"):
+        return "--config: expected options with values, found none; give values, or remove the options"
     if found := re.match(r"unrecognized arguments: (?:--)?(\S+)", message):
         return _unknown(found[1].split("=")[0], keys)
     if found := re.match(r"ambiguous option: --(\S+) could match (.*)", message):

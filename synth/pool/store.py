@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from trainer.errors import UserError, one_line
 
 VERSION = 1
+PAGE = 10_000  # rows that are inserted at a time
 SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 -- The model behind each name: a name keeps its engine and weights for the life of the pool.
@@ -206,9 +207,9 @@ class Pool:
 
     def insert(self, table: str, rows: Iterable[Sequence]) -> None:
         """Insert rows, with values in the order of the table's columns; the caller has opened a transaction."""
-        rows = list(rows)
-        if rows:
-            self.connection.executemany(f"INSERT INTO {table} VALUES ({', '.join('?' * len(rows[0]))})", rows)
+        rows = iter(rows)
+        while page := list(itertools.islice(rows, PAGE)):
+            self.connection.executemany(f"INSERT INTO {table} VALUES ({', '.join('?' * len(page[0]))})", page)
 
     def select(self, query: str, *values) -> list[tuple]:
         """Return all rows of a query, with `values` for its question marks."""

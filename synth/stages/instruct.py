@@ -63,6 +63,7 @@ def instruct(run: SynthesisRun) -> None:
         return
     with run.start_engine("instruct", run.base) as writer:
         if not run.pool.select("SELECT 1 FROM items LIMIT 1"):
+            run.say(f"instruct: planning {config.instruct.num_instructions:,} instructions")
             with run.pool.transaction():
                 run.pool.insert("items", map(plan, itertools.repeat(config), range(config.instruct.num_instructions)))
         sample_reference(run, writer)

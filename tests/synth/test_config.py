@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from synth.config import Clean, Config, Instruct, Judge, Model, Respond, Select, name_of, resolve_presets, validate
+from synth.config import Clean, Config, Instruct, Judge, Model, Report, Respond, Select, name_of, resolve_presets, validate
 from synth.pool.seeds import choice, seed, uniform
 from trainer.cli import parse
 from trainer.errors import UserError
@@ -43,6 +43,15 @@ def test_the_default_preset_keeps_what_was_chosen():
         "https://me:secret@x/v1": "judges: base_url: expected a URL without user, password and query, got one with them",
         "https://x/v1?key=secret": "judges: base_url: expected a URL without user, password and query"}.items()],
     (Config(base=BASE, judges=[Model(path="m", max_model_len=0)]), "judges: max_model_len: expected 1 or more"),
+    (Config(base=BASE, judges=[Model(path="m", data_parallel_size=10**6)]), "judges: data_parallel_size: expected 0 to 256, got 1000000"),
+    (Config(base=BASE, judges=[Model(path="m", tensor_parallel_size=0)]), "judges: tensor_parallel_size: expected 1 to 256, got 0"),
+    *[(Config(base=BASE, date=date), "date: expected a date such as 2025-01-31, got") for date in ("never", "2025-13-01", "20250101", "")],
+    *[(Config(base=BASE, report=Report(topics=topics)), "report.topics: expected 1 to 1,000, got") for topics in (0, -1, 10**9)],
+    (Config(base=BASE, report=Report(sample=0)), "report.sample: expected 1 or more"),
+    (Config(base=BASE, respond=Respond(num_samples=10**9)), "respond.num_samples: expected at most 10,000, got 1000000000"),
+    (Config(base=BASE, respond=Respond(max_tokens=10**18)), "respond.max_tokens: expected 1 to 10,000,000"),
+    (Config(base=BASE, instruct=Instruct(turn_weights=[1.0] * 1000)), "instruct.turn_weights: expected at most 100 shares"),
+    (Config(base=BASE, instruct=Instruct(num_instructions=10**8)), "instruct.num_instructions: expected 1 to 10,000,000"),
     (Config(base=BASE, judges=[Model(path="m", requests_per_minute=-1)]), "judges: requests_per_minute: expected 0 or more"),
     (Config(base=BASE, responders=[Model(path="m", engine="openai")]), "responders: base_url: expected the server's URL"),
     (Config(base=BASE, responders=[Model(path="x/base")]), "responders: name: expected names that differ"),

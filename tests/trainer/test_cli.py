@@ -194,3 +194,9 @@ def test_print_config_is_yaml():
 def test_a_mistake_is_one_line_and_status_two():
     assert complete("trainer.run", ["--optim.lrr", "3"]) == (
         2, "", "trainer.run: error: unknown option optim.lrr: did you mean optim.lr?\n")
+
+
+def test_a_file_of_empty_options_is_one_line(tmp_path):
+    (tmp_path / "c.yaml").write_text("seed:\n")
+    with pytest.raises(UserError, match="^--config: expected options with values, found none; give values, or remove the options$"):
+        parse(Config, ["--config", str(tmp_path / "c.yaml")], "trainer.run")

@@ -411,6 +411,8 @@ def refused(*arguments) -> str:
     (["--model.path", "m", "--data.general", "a", "--generation.max_tokens", "0"], "generation.max_tokens: expected 1 or more, got 0"),
     (["--model.path", "m", "--data.general", "a", "--statistics.confidence", "95"], "statistics.confidence: expected 0 < confidence < 1"),
     (["--model.path", "m", "--data.general", "a", "--force_base", "true"], "force_base: expected an adapter beside it, got none"),
+    (["--model.path", "m", "--data.general", "a", "--base.tokenizer", "t"], "base.tokenizer: expected base.path beside it, got none"),
+    (["--model.path", "m", "--data.general", "a", "--task_folder", "t"], "task_folder: expected tasks beside it, got none"),
 ])
 def test_options_that_cannot_be(arguments, expected):
     assert re.match(expected, refused(*arguments))

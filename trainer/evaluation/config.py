@@ -143,6 +143,8 @@ def validate(config: Config) -> None:
     require(config.base.results is None or config.base.path is not None or config.adapter is not None, "base.results",
             "an adapter, or base.path, beside it", "neither")
     require(config.base.results is None or not config.tasks, "base.results", "item files alone", "tasks of lm-evaluation-harness")
+    require(config.base.tokenizer is None or config.base.path is not None, "base.tokenizer", "base.path beside it", "none")
+    require(config.task_folder is None or bool(config.tasks), "task_folder", "tasks beside it", "none")
     max_tokens = config.generation.max_tokens
     require(max_tokens is None or max_tokens >= 1, "generation.max_tokens", "1 or more", max_tokens)
     require(config.generation.batch >= 1, "generation.batch", "1 or more", config.generation.batch)
