@@ -33,6 +33,13 @@ class Loss(NamedTuple):
     temperature: float = 1.0
 
 
+def transform_factors(loss: Loss) -> tuple[float, float]:
+    """Return s/c and c/τ; without a softcap 0 and s/τ."""
+    if loss.softcap is None:
+        return 0.0, loss.logit_scale / loss.temperature
+    return loss.logit_scale / loss.softcap, loss.softcap / loss.temperature
+
+
 def statistics_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype of statistics and sums: fp32, and fp64 for fp64."""
     return torch.promote_types(x.dtype, torch.float32)
@@ -229,10 +236,9 @@ def cross_entropy_rows(logits: Tensor, rows: slice | Tensor, target: Tensor, row
         return gradient
     n, V = logits.shape
     smoothing, z_loss, softcap, logit_scale, temperature = loss
-    inner, outer = (0.0, logit_scale / temperature) if softcap is None else (logit_scale / softcap, softcap / temperature)
     index, first = (None, rows.start) if isinstance(rows, slice) else (rows, 0)
     launch(_rows_kernel, (n,), pick(LAUNCH, V, logits.device), logits, index, target, row_weight, losses, statistics, logits.stride(0), V,
-           first, target.shape[0], inner, outer, logit_scale / temperature, float(smoothing), float(z_loss),
+           first, target.shape[0], *transform_factors(loss), logit_scale / temperature, float(smoothing), float(z_loss),
            SOFTCAP=softcap is not None, SMOOTHING=smoothing != 0, STATISTICS=statistics is not None, GRADIENT=want_gradient,
            GROUP=16 // logits.itemsize, ALIGNED=ALIGNED)
     return logits if want_gradient else None

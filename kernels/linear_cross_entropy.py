@@ -7,6 +7,9 @@ For row i with target t_i, weight w_i and the loss l of a row of logits that `_c
     g_i = w_i·∂l/∂y_i            h_i = Bᵀg_i
     ∂L/∂x_i = Wᵀg_i + a·Aᵀh_i    ∂L/∂W = Σ g_i x_iᵀ    ∂L/∂b = Σ g_i    ∂L/∂A = a Σ h_i x_iᵀ    ∂L/∂B = a Σ g_i (A x_i)ᵀ
 
+Rows in `entropy_weighted` are weighted by EAFT: their l is multiplied by the normalised entropy of their 20 most probable tokens, held
+constant in the gradient (kernels/_top_entropy_rows.py), which is known before the row's gradient is and so costs no matmul.
+
 Logits are computed for one chunk of rows at a time. Rows whose target is `ignore_index` are dropped before the first matmul. Nearly all
 of the time goes into the three matmuls (y, ∂x, ∂W; 2·S·D·V FLOP each), so each case computes as few as it can:
 - frozen head: g_i depends on row i only, so the forward computes Wᵀg_i and the backward scales its rows: 2 matmuls;
@@ -26,6 +29,7 @@ from torch.autograd.function import once_differentiable
 from kernels._autocast import autocast_is_on
 from kernels._cross_entropy_rows import Loss, check_targets, cross_entropy_rows, new_logits, padded, statistics_dtype
 from kernels._dispatch import operator, serving
+from kernels._top_entropy_rows import top_entropy_weights
 from kernels.lora import Lora
 
 # Chunks on a CPU: logits that fit its caches, but at least CPU_MIN_ROWS rows, since every chunk reads all of W.
@@ -86,7 +90,7 @@ def rows_per_chunk(vocabulary: int, dtype: torch.dtype, device_type: str, chunk_
 # ---------------------------------------------------------------- the operator: losses, statistics and gradients, chunk by chunk
 
 
-def _empty_results(x, weight, bias, A, B, target, row_weight, *, statistics, wanted, **_):
+def _empty_results(x, weight, bias, A, B, target, row_weight, entropy_weighted, *, statistics, wanted, **_):
     """Return uninitialised results of `linear_cross_entropy_chunks`."""
     exact, S = statistics_dtype(x), x.shape[0]
     sums = (x.new_empty(t.shape if want else 0, dtype=exact) for t, want in zip((weight, bias, A, B), wanted[1:]))
@@ -96,14 +100,14 @@ def _empty_results(x, weight, bias, A, B, target, row_weight, *, statistics, wan
 
 @operator(_empty_results)
 def linear_cross_entropy_chunks(
-        x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor | None, B: Tensor | None, target: Tensor, row_weight: Tensor | None, *,
-        lora_scaling: float, label_smoothing: float, z_loss: float, softcap: float | None, logit_scale: float, temperature: float,
-        ignore_index: int | None, chunk_bytes: int | None, statistics: bool, wanted: list[bool]
+        x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor | None, B: Tensor | None, target: Tensor, row_weight: Tensor | None,
+        entropy_weighted: Tensor | None, *, lora_scaling: float, label_smoothing: float, z_loss: float, softcap: float | None,
+        logit_scale: float, temperature: float, ignore_index: int | None, chunk_bytes: int | None, statistics: bool, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return losses l_i [S], statistics [3, S] and the wanted gradients of Σ row_weight_i·l_i.
 
-    Losses are not weighted; row_weight None means all 1. `wanted` says whether x, weight, bias, A, B need a gradient: x's comes in its
-    dtype, the others in the statistics dtype; one that is not wanted is empty.
+    Losses are not weighted, but for rows in `entropy_weighted` by their entropy; row_weight None means all 1. `wanted` says whether x,
+    weight, bias, A, B need a gradient: x's comes in its dtype, the others in the statistics dtype; one that is not wanted is empty.
     """
     loss = Loss(label_smoothing, z_loss, softcap, logit_scale, temperature)
     exact, (S, D), V = statistics_dtype(x), x.shape, weight.shape[0]
@@ -113,7 +117,7 @@ def linear_cross_entropy_chunks(
     # The only read from the device: the host needs the number of rows that are not ignored.
     used_rows = None if ignore_index is None else (target != ignore_index).nonzero()[:, 0]
     count = S if used_rows is None else used_rows.shape[0]
-    results = _empty_results(x, weight, bias, A, B, target, row_weight, statistics=statistics, wanted=wanted)
+    results = _empty_results(x, weight, bias, A, B, target, row_weight, entropy_weighted, statistics=statistics, wanted=wanted)
     losses, row_statistics, dx, dweight, dbias, dA, dB = results
     want_x, want_weight, want_bias, want_A, want_B = wanted
     for result in (losses, row_statistics, dx, dbias) if count else results:  # the other sums are written by the first chunk
@@ -124,6 +128,9 @@ def linear_cross_entropy_chunks(
         step = max(step, D)  # as much memory as the rounded ∂W takes once the chunks are freed
     buffer = new_logits(min(step, count), V, x)
     A, B = (None if t is None else t.to(x.dtype) for t in (A, B))
+    if entropy_weighted is not None:
+        entropy_weight = x.new_ones(S, dtype=exact)
+        row_weight = entropy_weight.clone() if row_weight is None else row_weight.clone()
     with torch.autocast(x.device.type, enabled=False) if autocast_is_on(x.device) else nullcontext():
         for start in range(0, count, step):
             first = start == 0
@@ -131,6 +138,9 @@ def linear_cross_entropy_chunks(
             x_rows = x[rows]
             logits = buffer[:x_rows.shape[0]]
             x_A = _write_logits(x_rows, weight, bias, A, B, lora_scaling, out=logits)
+            if entropy_weighted is not None:
+                entropy_weight[rows] = torch.where(entropy_weighted[rows], top_entropy_weights(logits, loss), 1.0)
+                row_weight[rows] *= entropy_weight[rows]
             g = cross_entropy_rows(logits, rows, target, row_weight, losses, row_statistics if statistics else None, loss, any(wanted))
             if g is None:
                 continue
@@ -149,6 +159,8 @@ def linear_cross_entropy_chunks(
                 accumulate_matmul(dB, g.t(), x_A, first)
     for result in (dA, dB) if A is not None else ():
         result.mul_(lora_scaling)
+    if entropy_weighted is not None:
+        losses.mul_(entropy_weight)
     return results
 
 
@@ -185,12 +197,12 @@ def accumulate_matmul(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
 # ---------------------------------------------------------------- autograd
 
 
-def _run(tensors: tuple[Tensor | None, ...], target: Tensor, row_weight: Tensor | None, lora_scaling: float, options: Options,
-         wanted: list[bool]) -> tuple[Tensor, ...]:
+def _run(tensors: tuple[Tensor | None, ...], target: Tensor, row_weight: Tensor | None, entropy_weighted: Tensor | None,
+         lora_scaling: float, options: Options, wanted: list[bool]) -> tuple[Tensor, ...]:
     """Call the operator for `tensors` = (x, weight, bias, A, B)."""
     loss = options.loss
     return linear_cross_entropy_chunks(
-        *tensors, target, row_weight, lora_scaling=lora_scaling, label_smoothing=loss.label_smoothing, z_loss=loss.z_loss,
+        *tensors, target, row_weight, entropy_weighted, lora_scaling=lora_scaling, label_smoothing=loss.label_smoothing, z_loss=loss.z_loss,
         softcap=loss.softcap, logit_scale=loss.logit_scale, temperature=loss.temperature, ignore_index=options.ignore_index,
         chunk_bytes=options.chunk_bytes, statistics=options.statistics, wanted=wanted)
 
@@ -202,9 +214,9 @@ class _GradientsInForward(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, target, lora_scaling, options, row_weight, *tensors):
-        wanted = list(ctx.needs_input_grad[4:])
-        losses, statistics, *gradients = _run(tensors, target, row_weight, lora_scaling, options, wanted)
+    def forward(ctx, target, entropy_weighted, lora_scaling, options, row_weight, *tensors):
+        wanted = list(ctx.needs_input_grad[5:])
+        losses, statistics, *gradients = _run(tensors, target, row_weight, entropy_weighted, lora_scaling, options, wanted)
         ctx.save_for_backward(losses, *gradients)
         ctx.dtypes = [t.dtype if want else None for t, want in zip(tensors, wanted)]
         ctx.mark_non_differentiable(statistics)
@@ -217,7 +229,7 @@ class _GradientsInForward(torch.autograd.Function):
         scale = upstream[:, None] if upstream.dim() else upstream
         # rounded once, on a GPU without an fp32 copy on the way
         scaled = (torch.mul(g, scale, out=torch.empty_like(g, dtype=dtype)) if dtype else None for g, dtype in zip(gradients, ctx.dtypes))
-        return None, None, None, losses * upstream if ctx.needs_input_grad[3] else None, *scaled
+        return None, None, None, None, losses * upstream if ctx.needs_input_grad[4] else None, *scaled
 
 
 class _GradientsInBackward(torch.autograd.Function):
@@ -227,23 +239,24 @@ class _GradientsInBackward(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, target, lora_scaling, options, *tensors):
-        ctx.save_for_backward(target, *tensors)
+    def forward(ctx, target, entropy_weighted, lora_scaling, options, *tensors):
+        ctx.save_for_backward(target, entropy_weighted, *tensors)
         ctx.lora_scaling, ctx.options = lora_scaling, options._replace(statistics=False)
-        losses, statistics, *_ = _run(tensors, target, None, lora_scaling, options, [False] * 5)
+        losses, statistics, *_ = _run(tensors, target, None, entropy_weighted, lora_scaling, options, [False] * 5)
         ctx.mark_non_differentiable(statistics)
         return losses, statistics
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream, _):
-        target, *tensors = ctx.saved_tensors
-        wanted = list(ctx.needs_input_grad[3:])
-        _, _, *gradients = _run(tensors, target, upstream, ctx.lora_scaling, ctx.options, wanted)
-        return None, None, None, *(g.to(t.dtype) if want else None for g, t, want in zip(gradients, tensors, wanted))
+        target, entropy_weighted, *tensors = ctx.saved_tensors
+        wanted = list(ctx.needs_input_grad[4:])
+        _, _, *gradients = _run(tensors, target, upstream, entropy_weighted, ctx.lora_scaling, ctx.options, wanted)
+        return None, None, None, None, *(g.to(t.dtype) if want else None for g, t, want in zip(gradients, tensors, wanted))
 
 
-def _reduced_loss(head: Head, target: Tensor, token_weight: Tensor | None, options: Options) -> tuple[Tensor, Tensor]:
+def _reduced_loss(head: Head, target: Tensor, token_weight: Tensor | None, options: Options, entropy_weighted: Tensor | None = None
+                  ) -> tuple[Tensor, Tensor]:
     """Return the reduced loss and statistics [3, S] (empty unless wanted); pick the cheapest backward."""
     A, B, lora_scaling = (None, None, 1.0) if head.lora is None else (head.lora.A, head.lora.B, float(head.lora.scaling))
     tensors = head.x, head.weight, head.bias, A, B
@@ -251,14 +264,14 @@ def _reduced_loss(head: Head, target: Tensor, token_weight: Tensor | None, optio
     row_weight = torch.ones_like(target, dtype=exact) if token_weight is None else token_weight.to(exact)
     trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors[1:])
     if trained and options.reduction != "none":
-        loss, statistics = _GradientsInForward.apply(target, lora_scaling, options, row_weight, *tensors)
+        loss, statistics = _GradientsInForward.apply(target, entropy_weighted, lora_scaling, options, row_weight, *tensors)
     else:
         if trained:
-            losses, statistics = _GradientsInBackward.apply(target, lora_scaling, options, *tensors)
+            losses, statistics = _GradientsInBackward.apply(target, entropy_weighted, lora_scaling, options, *tensors)
         elif torch.is_grad_enabled() and head.x.requires_grad:
-            losses, statistics = _GradientsInForward.apply(target, lora_scaling, options, None, *tensors)
+            losses, statistics = _GradientsInForward.apply(target, entropy_weighted, lora_scaling, options, None, *tensors)
         else:
-            losses, statistics, *_ = _run(tensors, target, None, lora_scaling, options, [False] * 5)
+            losses, statistics, *_ = _run(tensors, target, None, entropy_weighted, lora_scaling, options, [False] * 5)
         loss = losses * row_weight if options.reduction == "none" else losses.dot(row_weight)
     if options.reduction == "mean":
         used = row_weight if options.ignore_index is None else row_weight.masked_fill(target == options.ignore_index, 0.0)
@@ -270,7 +283,8 @@ def _reduced_loss(head: Head, target: Tensor, token_weight: Tensor | None, optio
 # ---------------------------------------------------------------- public
 
 
-def _check(op: str, head: Head, target: Tensor, token_weight: Tensor | None, options: Options) -> None:
+def _check(op: str, head: Head, target: Tensor, token_weight: Tensor | None, options: Options, entropy_weighted: Tensor | None = None
+           ) -> None:
     """Raise ValueError unless all arguments fit each other."""
     x, weight, bias, lora = head
     loss = options.loss
@@ -294,6 +308,8 @@ def _check(op: str, head: Head, target: Tensor, token_weight: Tensor | None, opt
         expect_tensor("bias", bias, (V,), x.dtype)
     if token_weight is not None:
         expect_tensor("token_weight", token_weight, (S,), None)
+    if entropy_weighted is not None:
+        expect_tensor("entropy_weighted", entropy_weighted, (S,), torch.bool)
     if lora is not None:
         R = lora.A.shape[:1]
         expect_tensor("lora.A", lora.A, (*R, D), None)
@@ -340,20 +356,21 @@ def linear_cross_entropy_statistics(
 
 def linear_cross_entropy(
         x: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None = None, lora: Lora | None = None,
-        token_weight: Tensor | None = None, ignore_index: int | None = -100, label_smoothing: float = 0.0, z_loss: float = 0.0,
-        softcap: float | None = None, logit_scale: float = 1.0, temperature: float = 1.0, reduction: str = "sum",
-        chunk_bytes: int | None = None) -> Tensor:
+        token_weight: Tensor | None = None, entropy_weighted: Tensor | None = None, ignore_index: int | None = -100,
+        label_smoothing: float = 0.0, z_loss: float = 0.0, softcap: float | None = None, logit_scale: float = 1.0, temperature: float = 1.0,
+        reduction: str = "sum", chunk_bytes: int | None = None) -> Tensor:
     """Return the cross entropy of softcap(logit_scale·(x Wᵀ + b + LoRA)) / temperature with target.
 
     x [S, D], weight [V, D], bias [V], target [S] int64, token_weight [S] (differentiable); lora: A [R, D] and B [V, R] in any floating
-    dtype, no dropout, no magnitude. The result is fp32 (fp64 for fp64 inputs). `mean` divides by the summed weight of the rows that are
-    not ignored; without any row the result is a differentiable 0. With `ignore_index=None` no row is ignored and nothing waits for the
-    device. `chunk_bytes` bounds the largest tensor of logits (`rows_per_chunk`).
+    dtype, no dropout, no magnitude; entropy_weighted [S] bool: rows that EAFT weights too, by the normalised entropy of their 20 most
+    probable tokens, a constant in the gradient. The result is fp32 (fp64 for fp64 inputs). `mean` divides by the summed token_weight of
+    the rows that are not ignored; without any row the result is a differentiable 0. With `ignore_index=None` no row is ignored and nothing
+    waits for the device. `chunk_bytes` bounds the largest tensor of logits (`rows_per_chunk`).
     Raises ValueError for arguments that do not fit each other and, on a CPU, for targets outside [0, V); on a GPU such a target makes the
     loss and its gradients NaN.
     """
     head = Head(x, weight, bias, lora)
     loss = Loss(label_smoothing, z_loss, softcap, logit_scale, temperature)
     options = Options(loss, ignore_index, chunk_bytes, reduction)
-    _check("linear_cross_entropy", head, target, token_weight, options)
-    return _reduced_loss(head, target, token_weight, options)[0]
+    _check("linear_cross_entropy", head, target, token_weight, options, entropy_weighted)
+    return _reduced_loss(head, target, token_weight, options, entropy_weighted)[0]

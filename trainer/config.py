@@ -145,7 +145,7 @@ class Retention:
     kl_direction: Literal["forward", "reverse", "js"] = "forward"  # KL(base || model), KL(model || base), Jensen-Shannon
     kl_mask_target: bool = False  # leave each supervised token out of both distributions: the KL of the alternatives alone
     kl_reference: Literal["live", "cached"] = "live"  # the base runs in every step; or once, its hidden states cached in the run folder
-    token_weighting: Literal["none", "dft", "stm", "flow"] = "none"  # weights of improbable tokens (trainer/retention/token_weighting.py)
+    token_weighting: Literal["none", "dft", "eaft", "stm", "flow"] = "none"  # weights of tokens (trainer/retention/token_weighting.py)
     token_weighting_sources: Literal["domain", "all"] = "domain"  # the samples whose tokens are weighted
     stm_threshold: float = 2.5  # stm only: tokens of a higher perplexity under the base are masked
     l2_sp: float = 0.0  # trained weights decay by lr times this a step towards their start: the base's, or a new adapter's A and B = 0

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from trainer.config import BatchSize, Config, Data, Lora, Model, Optim, Replay, Retention
 
@@ -21,6 +21,7 @@ class Arm:
     full: bool = False  # every weight is trained, not an adapter
     lr_factor: float = 1.0  # multiplies the learning rate that all arms share
     kl: bool = False  # the KL to the base is part of the objective
+    retention: dict[str, Any] = field(default_factory=dict, hash=False)  # options of the arm's own, in place of those that arms share
 
 
 class TrainingSize(Protocol):
@@ -51,5 +52,6 @@ def configuration(job: Job, model: Path, data: Data, replay: Replay, kl: dict) -
     method = "full" if arm.full else "lora"
     return Config(
         output=str(job.output), model=Model(path=str(model)), method=method, lora=Lora(rank=16, alpha=32.0), data=data, replay=replay,
-        retention=Retention(**kl) if arm.kl else Retention(), batch=BatchSize(tokens_per_pack=size.tokens, tokens_per_step=size.tokens),
+        retention=Retention(**((kl if arm.kl else {}) | arm.retention)),
+        batch=BatchSize(tokens_per_pack=size.tokens, tokens_per_step=size.tokens),
         optim=Optim(lr=LEARNING_RATES[method] * arm.lr_factor), epochs=MAX_EPOCHS, max_steps=size.steps, seed=job.seed)

@@ -82,6 +82,7 @@ OPTIONS = {
     PROMPTS: Option(KL | {"retention.kl_reference": "cached", "retention.kl_positions": "all"}, GRADIENT),
     "KL, live base, targets masked": Option(KL | {"retention.kl_mask_target": True}, GRADIENT),
     "DFT": Option({"retention.token_weighting": "dft"}, NOTHING),
+    "EAFT": Option({"retention.token_weighting": "eaft"}, NOTHING),
     "ASFT, live base": Option(KL | {"retention.kl_weight": 0.05, "retention.token_weighting": "dft"}, NOTHING),
     # Under random weights every token is improbable: this perplexity masks a fifth of them, as the default does in text that a model knows.
     "STM": Option({"retention.token_weighting": "stm", "retention.stm_threshold": 11300.0}, NOTHING),

@@ -1,5 +1,7 @@
 """Inputs and the oracle for the tests of the LM head with cross entropy."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -25,8 +27,15 @@ def adapter(dtype=torch.float64, rank=3, width=D, vocabulary=V):
     return Lora(A.requires_grad_(), B.requires_grad_(), 0.6)
 
 
-def stock(x, weight, target, *, bias=None, lora=None, token_weight=None, ignore_index=-100, label_smoothing=0.0, z_loss=0.0,
-          softcap=None, logit_scale=1.0, temperature=1.0, reduction="sum"):
+def entropy_weights(z):
+    """EAFT's weights [S] of logits z [S, V], from the sorted probabilities, without a gradient."""
+    p = z.detach().softmax(1).sort(1, descending=True).values[:, :20]
+    q = p / p.sum(1, keepdim=True)
+    return torch.special.entr(q).sum(1) / math.log(q.shape[1]) if q.shape[1] > 1 else torch.zeros_like(q[:, 0])
+
+
+def stock(x, weight, target, *, bias=None, lora=None, token_weight=None, entropy_weighted=None, ignore_index=-100, label_smoothing=0.0,
+          z_loss=0.0, softcap=None, logit_scale=1.0, temperature=1.0, reduction="sum"):
     """Return the loss from full logits, computed in the dtype of x and reduced in fp32 (fp64 for fp64)."""
     y = F.linear(x, weight, bias)
     if lora is not None:
@@ -37,6 +46,8 @@ def stock(x, weight, target, *, bias=None, lora=None, token_weight=None, ignore_
     losses = F.cross_entropy(z, torch.where(kept, target, -1), ignore_index=-1, reduction="none",
                              label_smoothing=label_smoothing)
     losses = losses + torch.where(kept, z_loss * z.logsumexp(-1) ** 2, 0.0)
+    if entropy_weighted is not None:
+        losses = losses * torch.where(entropy_weighted, entropy_weights(z), 1.0)
     scale = torch.ones_like(losses) if token_weight is None else token_weight.to(losses.dtype)
     if reduction == "none":
         return losses * scale

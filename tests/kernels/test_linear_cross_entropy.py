@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+import math
 import subprocess
 import sys
 
@@ -21,7 +22,7 @@ from kernels.linear_cross_entropy import (
 )
 from kernels.lora import Lora
 from tests.helpers.allocations import Allocations
-from tests.helpers.cross_entropy_cases import FLAGS, ROW, D, S, V, adapter, gradients, inputs, stock
+from tests.helpers.cross_entropy_cases import FLAGS, ROW, D, S, V, adapter, entropy_weights, gradients, inputs, stock
 from tests.helpers.kernels import error, given, settings, st
 
 OPTIONS = [dict(zip(("label_smoothing", "z_loss", "softcap", "logit_scale", "temperature"), values))
@@ -71,6 +72,54 @@ def test_gradcheck_with_lora(trained, reduction):
                                     softcap=2.0, reduction=reduction, chunk_bytes=2 * 4 * 8)
 
     assert gradcheck(loss, (x, weight, bias, lora.A, lora.B))
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
+@pytest.mark.parametrize("vocabulary", [17, 20, 61])
+def test_entropies_weight_rows_and_are_held_constant(trained, reduction, vocabulary):
+    for options, adapted in itertools.product(OPTIONS[::5], (False, True)):
+        x, weight, bias, target, token_weight = inputs(trained=trained, vocabulary=vocabulary)
+        chosen, lora = torch.rand(S) < 0.6, adapter(vocabulary=vocabulary) if adapted else None
+        call = dict(options, reduction=reduction, bias=bias, lora=lora, token_weight=token_weight, entropy_weighted=chosen)
+        leaves = [x] + [weight, bias] * trained + ([lora.A, lora.B] if adapted else [])
+        ours = linear_cross_entropy(x, weight, target, chunk_bytes=4 * vocabulary * 8, **call)
+        theirs = stock(x, weight, target, **call)
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(gradients(ours, leaves), gradients(theirs, leaves), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
+def test_gradcheck_of_entropy_weighted_rows(trained, reduction):
+    """The weights are constants, so the loss with these weights given is what the gradient belongs to."""
+    x, weight, bias, target, token_weight = inputs(trained=trained, rows=5, width=3, vocabulary=4)
+    total = token_weight[target != -100].sum()
+    held = token_weight * entropy_weights(F.linear(x, weight, bias))
+
+    def with_weights(x, weight, bias):
+        loss = linear_cross_entropy(x, weight, target, bias=bias, token_weight=held, reduction="none")
+        return {"none": loss, "sum": loss.sum(), "mean": loss.sum() / total}[reduction]
+
+    ours = linear_cross_entropy(x, weight, target, bias=bias, token_weight=token_weight, entropy_weighted=torch.ones(5, dtype=torch.bool),
+                                reduction=reduction)
+    leaves = [x, weight, bias] if trained else [x]
+    assert gradcheck(with_weights, (x, weight, bias))
+    torch.testing.assert_close(gradients(ours, leaves), gradients(with_weights(x, weight, bias), leaves), rtol=1e-12, atol=1e-12)
+
+
+def test_entropies_of_sure_and_unsure_rows():
+    """All equal: 1; one certain: 0; two equal beside nothing, in a wide row: log 2 / log 20; weighting no row changes no bit."""
+    logits = torch.zeros(4, 50)
+    logits[1, 7], logits[2, [3, 40]], logits[3, 20:] = 200.0, 200.0, -1e4
+    target = torch.full((4,), 7)
+    losses = linear_cross_entropy(torch.eye(4), logits.t().contiguous(), target, reduction="none")
+    found = linear_cross_entropy(torch.eye(4), logits.t().contiguous(), target, reduction="none", entropy_weighted=target > 0)
+    torch.testing.assert_close(found, losses * torch.tensor([1.0, 0.0, math.log(2) / math.log(20), 1.0]))
+    x, weight, bias, target, token_weight = inputs(torch.float32, trained=True)
+    plain, none = (linear_cross_entropy(x, weight, target, bias=bias, token_weight=token_weight, entropy_weighted=chosen)
+                   for chosen in (None, target > V))
+    assert torch.equal(plain, none) and all(map(torch.equal, *(gradients(loss, [x, weight, bias]) for loss in (plain, none))))
 
 
 @pytest.mark.parametrize("wanted", ["x", "weight", "A", "B", "x A B", "x weight A B"])
@@ -202,7 +251,7 @@ def test_no_tensor_is_larger_than_a_chunk_and_products_are_few(dtype, wanted, pr
     x, weight, _, target, token_weight = (t.detach() for t in tensors)
     with Allocations() as seen:
         flags = FLAGS | Loss(0.1, 0.01, 5.0, 0.5, 1.0)._asdict() | dict(chunk_bytes=chunk_rows * vocabulary * 4)
-        linear_cross_entropy_chunks(x, weight, None, None, None, target, token_weight, **flags,
+        linear_cross_entropy_chunks(x, weight, None, None, None, target, token_weight, None, **flags,
                                     wanted=["x" in wanted, "weight" in wanted, False, False, False])
     assert seen.largest == chunk_rows * vocabulary * 4
     kept = int((target >= 0).sum())
@@ -210,7 +259,8 @@ def test_no_tensor_is_larger_than_a_chunk_and_products_are_few(dtype, wanted, pr
 
 
 @pytest.mark.parametrize("differentiate, products", [("nothing", 1), ("no_grad", 1), ("x", 2), ("all", 3), ("all, none", 4),
-                                                     ("lora", 2), ("lora, none", 3), ("all, statistics", 3), ("x, statistics", 2)])
+                                                     ("lora", 2), ("lora, none", 3), ("all, statistics", 3), ("x, statistics", 2),
+                                                     ("all, entropies", 3), ("x, entropies", 2)])
 def test_products_behind_the_public_function(monkeypatch, differentiate, products):
     """Counts one matmul per call for the losses and one per large gradient."""
     calls = []
@@ -228,7 +278,8 @@ def test_products_behind_the_public_function(monkeypatch, differentiate, product
         reduction = "none" if differentiate.endswith("none") else "sum"
         lora = adapter() if differentiate.startswith("lora") else None
         op = linear_cross_entropy_statistics if differentiate.endswith("statistics") else linear_cross_entropy
-        result = op(x, weight, target, lora=lora, reduction=reduction)
+        more = dict(entropy_weighted=target > 3) if differentiate.endswith("entropies") else {}
+        result = op(x, weight, target, lora=lora, reduction=reduction, **more)
         loss = (result.loss if differentiate.endswith("statistics") else result).sum()
     if loss.requires_grad:
         loss.backward()
@@ -334,7 +385,7 @@ def test_op_schema_and_fake_kernel(wanted, statistics):
     x, weight, bias, target, token_weight = (t.detach() for t in inputs(torch.bfloat16))
     A, B = torch.randn(2, D), torch.randn(V, 2)
     flags = FLAGS | dict(lora_scaling=2.0, label_smoothing=0.1, temperature=0.7, statistics=statistics, wanted=wanted)
-    torch.library.opcheck(linear_cross_entropy_chunks.node, (x, weight, bias, A, B, target, token_weight), flags)
+    torch.library.opcheck(linear_cross_entropy_chunks.node, (x, weight, bias, A, B, target, token_weight, target > 3), flags)
 
 
 def test_autocast_is_not_consulted():

@@ -7,10 +7,11 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels._cross_entropy_rows import LAUNCH, Loss, cross_entropy_rows, new_logits
 from kernels._launch import ANY
+from kernels._top_entropy_rows import top_entropy_weights
 from kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_chunks, linear_cross_entropy_statistics
 from kernels.lora import Lora
 from tests.helpers.allocations import Allocations
-from tests.helpers.cross_entropy_cases import FLAGS, D, V, adapter, inputs, stock
+from tests.helpers.cross_entropy_cases import FLAGS, D, V, adapter, entropy_weights, inputs, stock
 from tests.helpers.kernels import DEVICE, DTYPES, assert_as_exact_as_torch, error, poisoned, runs_triton, to, triton_mode
 
 PLAIN, EVERYTHING = {}, dict(label_smoothing=0.1, z_loss=1e-3, softcap=20.0, logit_scale=0.8, temperature=0.7)
@@ -40,6 +41,36 @@ def both(**call):
 def test_kernel_is_as_exact_as_torch(trained, options, vocabulary, dtype):
     reduction = "none" if trained and options else "sum"
     assert_as_exact_as_torch(*both(reduction=reduction, **options), triton_inputs(vocabulary, trained), dtype)
+
+
+@runs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options, trained", [(PLAIN, True), (EVERYTHING, False)])
+def test_kernel_weights_rows_by_entropy(options, trained, dtype):
+    chosen = torch.tensor([True, False, True])
+
+    def bind(op):
+        def run(x, weight, bias, target, token_weight):
+            return op(x, weight, target, bias=bias, token_weight=token_weight, entropy_weighted=chosen.to(x.device), **options)
+
+        return run
+
+    assert_as_exact_as_torch(bind(linear_cross_entropy), bind(stock), triton_inputs(257, trained, rows=3), dtype)
+
+
+@runs_triton
+@pytest.mark.parametrize("dtype, vocabulary, loss", [
+    (torch.float32, 33, Loss(0.0, 0.0, 5.0, -0.7, 0.8)), (torch.bfloat16, 2, Loss()), (torch.bfloat16, 700, Loss())])
+def test_top_entropies_find_neighbours_far_ends_and_ties(dtype, vocabulary, loss):
+    """The largest logits side by side, a block apart in one group's columns, all equal; and fewer than 20 that count."""
+    logits = torch.randn(4, vocabulary).to(DEVICE, dtype)
+    logits[0, :25], logits[1, ::512], logits[1, 1::512], logits[2] = 6.0, 7.0, 6.5, 1.0
+    logits[3, 5:] = -1e4
+    with triton_mode():
+        found = top_entropy_weights(new_logits(4, vocabulary, logits).copy_(logits), loss)
+    z = logits.double() * loss.logit_scale
+    z = (z if loss.softcap is None else torch.tanh(z / loss.softcap) * loss.softcap) / loss.temperature
+    torch.testing.assert_close(found.double(), entropy_weights(z), rtol=2e-6, atol=2e-6)
 
 
 @runs_triton
@@ -183,7 +214,7 @@ def test_kernel_keeps_to_the_chunk(dtype, vocabulary):
     size = chunk_rows * width * dtype.itemsize
     with triton_mode(), Allocations() as seen:
         flags = FLAGS | dict(chunk_bytes=size + 1, wanted=[True] + [False] * 4)
-        linear_cross_entropy_chunks(x, weight, None, None, None, target, None, **flags)
+        linear_cross_entropy_chunks(x, weight, None, None, None, target, None, None, **flags)
     assert seen.largest == size and seen.products == 2 * 16 // chunk_rows
     with triton_mode():
         assert new_logits(3, vocabulary, x).stride() == (width, 1)
@@ -233,7 +264,7 @@ def test_kernel_schema(wanted):
     A, B = torch.randn(2, D, device=DEVICE), torch.randn(V, 2, device=DEVICE)
     with triton_mode():
         flags = FLAGS | dict(lora_scaling=2.0, label_smoothing=0.1, temperature=0.7, statistics=True, wanted=wanted)
-        torch.library.opcheck(linear_cross_entropy_chunks.node, (x, weight, bias, A, B, target, token_weight), flags)
+        torch.library.opcheck(linear_cross_entropy_chunks.node, (x, weight, bias, A, B, target, token_weight, target > 3), flags)
 
 
 @runs_triton

@@ -31,6 +31,7 @@ class PackedBatch:
     tokens: int  # T, without padding
     weight_sum: float  # sum of weights, on the host, so that normalising a step needs no synchronisation
     dft_mask: Tensor | None = None  # bool[S], targets whose loss DFT weights by its own probability; None: no target
+    eaft_mask: Tensor | None = None  # bool[S], targets whose loss EAFT weights by the entropy of the prediction; None: no target
     kl: KlRows | None = None  # None: the KL to the base counts no token of this pack
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
@@ -52,6 +53,7 @@ class PackedBatch:
             weights=move(self.weights),
             source=move(self.source),
             dft_mask=None if self.dft_mask is None else move(self.dft_mask),
+            eaft_mask=None if self.eaft_mask is None else move(self.eaft_mask),
             kl=None if self.kl is None else self.kl.with_tensors(move),
         )
 
@@ -151,6 +153,7 @@ def pad_batch(batch: PackedBatch, multiples: PadTo, capacity: int) -> PackedBatc
             targets=_pad(batch.targets, rows),
             weights=_pad(batch.weights, rows),
             dft_mask=None if batch.dft_mask is None else _pad(batch.dft_mask, rows),
+            eaft_mask=None if batch.eaft_mask is None else _pad(batch.eaft_mask, rows),
         )
     if batch.kl is None or batch.kl.reference is None:
         return batch

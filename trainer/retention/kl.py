@@ -84,12 +84,12 @@ def frozen_copy(model: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class KlToBase:
-    """The KL to the base, and DFT's mask, of a run: which rows of a pack they are on, and the KL itself."""
+    """The KL to the base, and the mask of DFT or EAFT: which rows of a pack they are on, and the KL itself."""
 
     options: config.Retention
     base: FrozenBase | None  # None: the run has no KL
     kl_sources: np.ndarray  # bool[sources], those on whose samples the KL is computed
-    dft_sources: np.ndarray  # bool[sources], those whose losses DFT weights by their own probability
+    weighted_sources: np.ndarray  # bool[sources], those whose losses DFT or EAFT weights by the model's prediction
     cached_states: Callable[[Sequence[int]], Tensor] | None = None  # samples -> the base's hidden states [K, W]; None: the base runs live
     base_head: LmHead | None = None  # a copy, where the head of the model of `base` is trained
 
@@ -105,10 +105,12 @@ class KlToBase:
     # ------------------------------------------------------------ on the host: the rows of a pack
 
     def collate(self, samples: Sequence[Piece]) -> PackedBatch:
-        """Collate a pack with its DFT mask and its KL rows."""
+        """Collate a pack with its DFT or EAFT mask and its KL rows."""
         batch = collate(samples)
-        if self.dft_sources.any():
-            batch.dft_mask = torch.from_numpy(self.dft_sources[batch.source.numpy()[_sample_of(batch.supervised_rows.numpy(), batch)]])
+        if self.weighted_sources.any():
+            sources = batch.source.numpy()[_sample_of(batch.supervised_rows.numpy(), batch)]
+            mask = torch.from_numpy(self.weighted_sources[sources])
+            batch.dft_mask, batch.eaft_mask = (mask, None) if self.options.token_weighting == "dft" else (None, mask)
         batch.kl = self._kl_rows(samples, batch)
         return batch
 
@@ -179,19 +181,19 @@ def _sample_of(rows: np.ndarray, batch: PackedBatch) -> np.ndarray:
 
 
 def prepare(options: config.Retention, model: nn.Module, roles: Sequence[str]) -> KlToBase | None:
-    """Return the KL, and DFT's mask, of a run over sources of these roles; None without both.
+    """Return the KL, and the mask of DFT or EAFT, of a run over sources of these roles; None without both.
 
     `model` must not be trained yet.
     """
-    has_kl, has_dft = options.kl_weight > 0, options.token_weighting == "dft"
-    if not has_kl and not has_dft:
+    has_kl, has_mask = options.kl_weight > 0, options.token_weighting in ("dft", "eaft")
+    if not has_kl and not has_mask:
         return None
     cached, has_adapter = options.caches_base, isinstance(model, PeftModel)
     base = FrozenBase(model if cached or has_adapter else frozen_copy(model)) if has_kl else None
     base_head = _copy_head(lm_head(model)) if cached and not has_adapter else None
     no_source = np.zeros(len(roles), dtype=bool)
     return KlToBase(options, base, sources_of(roles, options.kl_sources) if has_kl else no_source,
-                    sources_of(roles, options.token_weighting_sources) if has_dft else no_source, base_head=base_head)
+                    sources_of(roles, options.token_weighting_sources) if has_mask else no_source, base_head=base_head)
 
 
 def _copy_head(head: LmHead) -> LmHead:

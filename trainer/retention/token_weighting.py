@@ -1,14 +1,17 @@
-"""Weight or mask improbable tokens, so that they do not pull a model away from what it knows.
+"""Weight or mask tokens, so that they do not pull a model away from what it knows.
 
 dft     Dynamic Fine-Tuning (Wu et al., arXiv 2508.05629). A token's loss is weighted by the model's own probability of it, p, held
         constant in the gradient: p · -log p. The gradient of cross entropy is one over p times that of p, and so largest for the
         tokens that the model finds least likely; the weight takes that factor out. Computed at each step, in the loop.
+eaft    Entropy-adaptive fine-tuning (Diao et al., arXiv 2601.02151). A token's loss is weighted by the normalised entropy of the model's 20
+        most probable tokens there, between 0 and 1, held constant in the gradient. Where the model is sure and the token is another one,
+        the gradient is large and the weight small; where it is unsure, it learns. Computed within the loss (kernels/_top_entropy_rows.py).
 stm     Selective token masking (Wu et al., arXiv 2501.14315). Tokens whose perplexity under the base, 1 / p, is above a threshold are
         masked; the paper's threshold of 2.5 masks about a fifth of the tokens of human text.
 flow    Fine-tuning with pre-trained loss-oriented weighting (Sanyal et al., arXiv 2502.02797). A sample weighs exp(-f / median f), f being
         its mean loss per supervised token under the base: samples that are easy for the base weigh more.
 
-The latter two depend on the base alone, so one pass over the samples before training gives them, and the loop sees samples with other
+STM and FLOW depend on the base alone, so one pass over the samples before training gives them, and the loop sees samples with other
 masks or other weights. A resumed run repeats the pass; on the same machine it is bit-identical.
 """
 

@@ -75,10 +75,11 @@ def sft_kl_loss(model: nn.Module, batch: PackedBatch, kl: KlToBase, reference: T
 def cross_entropy(head: LmHead, hidden: Tensor, batch: PackedBatch) -> Tensor:
     """Return the weighted sum of cross entropies from hidden states [S, W].
 
-    Targets marked for DFT also weigh their own probability.
+    Targets marked for DFT also weigh their own probability, those marked for EAFT the entropy of their prediction.
     """
     options = {"bias": head.bias, "ignore_index": None, "softcap": head.softcap, "logit_scale": head.logit_scale}
     if batch.dft_mask is None:
-        return linear_cross_entropy(hidden, head.weight, batch.targets, token_weight=batch.weights, reduction="sum", **options)
+        return linear_cross_entropy(hidden, head.weight, batch.targets, token_weight=batch.weights, entropy_weighted=batch.eaft_mask,
+                                    reduction="sum", **options)
     losses = linear_cross_entropy(hidden, head.weight, batch.targets, reduction="none", **options)
     return losses.dot((batch.weights * own_probability(losses, batch.dft_mask)).to(losses.dtype))

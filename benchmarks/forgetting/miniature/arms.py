@@ -17,6 +17,7 @@ from synth.config import Select
 RATIO = 5 / 6  # of replay
 SAMPLES = 3  # responses of each model to each instruction
 KL = {"kl_weight": 1.0, "kl_direction": "reverse", "kl_positions": "all", "kl_reference": "cached"}
+DOMAIN_KL = {"kl_sources": "domain", "kl_direction": "forward", "kl_positions": "supervised"}
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,9 @@ class Arm(job.Arm):
 ARMS = (
     Arm("domain only", alphas=(0.5,)),
     Arm("domain only, LR/10", lr_factor=0.1),
+    Arm("EAFT", retention={"token_weighting": "eaft"}),
+    Arm("ASFT", kl=True, retention=DOMAIN_KL | {"kl_weight": 0.05, "token_weighting": "dft"}),
+    Arm("target-masked KL", kl=True, retention=DOMAIN_KL | {"kl_mask_target": True}),
     Arm("public, other style", "other style"),
     Arm("public, half the skills", "half the skills"),
     Arm("self 1x1", "self 1x1"),

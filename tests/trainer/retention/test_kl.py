@@ -154,6 +154,7 @@ def test_steps_without_replay_have_no_divergence():
 
 @pytest.mark.parametrize("adapter, options", [
     ("lora", {"kl_weight": 0.3}), ("full", {"kl_weight": 0.3, "kl_sources": "all"}), ("lora", {"token_weighting": "dft"}),
+    ("lora", {"token_weighting": "eaft"}),
     ("full", {"token_weighting": "dft", "kl_weight": 0.3, "kl_positions": "all"}),
     ("lora", {"kl_weight": 0.3, "kl_sources": "domain", "kl_mask_target": True}),
 ])
@@ -387,7 +388,7 @@ def test_a_killed_run_goes_on_bit_for_bit(miniature, tmp_path, options):
     (["--retention.token_weighting", "flow", "--model.path", "null", "--model.config", "x", "--method", "full"],
      "retention.token_weighting: expected model.path"),
     (["--retention.kl_direction", "backward"], "retention.kl_direction: expected one of 'forward'"),
-    (["--retention.token_weighting", "dtf"], "retention.token_weighting: expected one of 'none', 'dft', 'stm', 'flow'"),
+    (["--retention.token_weighting", "dtf"], "retention.token_weighting: expected one of 'none', 'dft', 'eaft', 'stm', 'flow'"),
     (["--retention.kl_directoin", "js"], "unknown option retention.kl_directoin: did you mean retention.kl_direction"),
 ])
 def test_mistakes_are_one_line(options, expected):

@@ -1,4 +1,4 @@
-"""What tokens weigh: DFT's gradient, STM's masks and FLOW's sample weights against plain torch, one sample at a time; and whole runs."""
+"""What tokens weigh: gradients of DFT, EAFT and ASFT, masks of STM, weights of FLOW against plain torch, by sample; and whole runs."""
 
 import json
 import math
@@ -64,6 +64,25 @@ def test_dft_beside_a_divergence_adds_up():
     (a, divergence, one), (b, _, two), (_, same, three), (_, _, four) = (step(run, [samples()]) for run in (both, dft, kl, plain))
     assert torch.equal(a, b) and torch.equal(divergence, same)
     assert_close([x - y for x, y in zip(one, two)], [x - y for x, y in zip(three, four)], 1e-3)
+
+
+@pytest.mark.parametrize("family, adapter, on", [("llama", "lora", "domain"), ("gemma2", "full", "all")])
+def test_eaft_is_a_loss_times_the_entropy_of_its_likeliest_tokens(family, adapter, on):
+    run = ready_run(family, adapter, token_weighting="eaft", token_weighting_sources=on)
+    model, _ = stock(run)
+    total = weight = 0.0
+    for chat in samples():
+        losses = plain_losses(model, chat)
+        top = plain_rows(model, chat).detach().topk(20).values.softmax(1)
+        weighted = losses * torch.special.entr(top).sum(1) / math.log(20) if on == "all" or chat.source == 0 else losses
+        total, weight = total + chat.weight * weighted.sum(), weight + chat.weight * len(losses)
+    expected = total / weight
+    gradient = torch.autograd.grad(expected, [p for p in model.parameters() if p.requires_grad])
+    for packs in ([samples()], [samples()[:2], samples()[2:]]):
+        loss, divergence, gradients = step(run, packs)
+        assert divergence is None
+        assert_close([loss], [expected])
+        assert_close(gradients, gradient)
 
 
 @pytest.mark.parametrize("family, adapter", [("llama", "lora"), ("gemma2", "full")])
@@ -193,7 +212,7 @@ def test_parts_of_a_record_are_masked_apart(tokenizer, model_folder, tmp_path):
 
 
 def test_nothing_asked_for_nothing_changes(prepared):
-    for options in ({}, {"token_weighting": "dft"}):
+    for options in ({}, {"token_weighting": "dft"}, {"token_weighting": "eaft"}):
         same, told = reweighted(prepared, **options)
         assert same is prepared[1] and told is None
 
@@ -212,7 +231,7 @@ def test_flow_weights_of_samples_without_loss():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("option", ["dft", "stm", "flow"])
+@pytest.mark.parametrize("option", ["dft", "eaft", "stm", "flow"])
 def test_a_run_learns_with_each(prepared, model_folder, tmp_path, capsys, option):
     data = write_chats(tmp_path / "sums.jsonl")
     result = train(parse(Config, arguments(model_folder, data, tmp_path / "run", "--retention.token_weighting", option, "--epochs", "2",
@@ -221,6 +240,6 @@ def test_a_run_learns_with_each(prepared, model_folder, tmp_path, capsys, option
     shown = capsys.readouterr().out
     assert losses[-1] < losses[0] - 0.5 and f"tokens of domain samples weighted by {option.upper()}" in shown
     assert losses[0] == pytest.approx(math.log(RANDOM), abs=0.5), "what is held out is measured as it is"
-    assert (f"\n{option}: " in shown) == (option != "dft")
+    assert (f"\n{option}: " in shown) == (option in ("stm", "flow"))
     supervised = json.loads((result.folder / "data.json").read_text())["sources"][0]["supervised"]
     assert supervised > 0 and sum(r["supervised"] for r in records(result.folder, "step")) == pytest.approx(2 * supervised, rel=0.01)
