@@ -182,7 +182,8 @@ class ChatTemplate:
 
     @cached_property
     def _special_tokens(self) -> re.Pattern | None:
-        names = sorted(token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special and token.content.strip())
+        special = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special and token.content.strip()]
+        names = sorted(name for name in special if "think" not in name.lower())  # data may hold reasoning in its tags
         return None if not names or self.tokenizer.split_special_tokens else re.compile("|".join(map(re.escape, names[::-1])))
 
     @cached_property
