@@ -84,7 +84,7 @@ def frozen_copy(model: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class KlToBase:
-    """The KL to the base, and the mask of DFT or EAFT: which rows of a pack they are on, and the KL itself."""
+    """The KL to the base and the mask of DFT or EAFT: which rows of a pack they are on, and the KL itself."""
 
     options: config.Retention
     base: FrozenBase | None  # None: the run has no KL
