@@ -3,6 +3,7 @@
 Without a GPU Triton's kernels run in its interpreter, which has to be asked for before they are imported.
 """
 
+import gc
 import os
 import sys
 from collections import Counter
@@ -32,6 +33,12 @@ def pytest_collection_modifyitems(config, items):
         slow = item.get_closest_marker("slow")
         seconds[item.path] += 0.05 if slow is None else slow.args[0] if slow.args else 2
     items.sort(key=lambda item: -seconds[item.path])
+
+
+def pytest_collection_finish():
+    """Keep all that was imported and collected out of the collector's walks, which else go through millions of objects that stay."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""`python -m synth.run` as a user calls it, with real vLLM on a CPU: every stage, kills, mistakes."""
+"""`python -m synth.run` as a user calls it, with real vLLM and transformers on a CPU: every stage, kills, mistakes."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ BASE = FAMILY["base"].folder
 KILLS = int(os.environ.get("STEADFAST_KILLS", 2))
 ENGINE = "vllm" if find_spec("vllm") else "transformers"
 SETTINGS = {
-    "base": {"path": str(BASE)}, "responders": [{"path": str(BASE), "name": "twin"}],
+    "base": {"path": str(BASE)}, "responders": [{"path": str(BASE), "name": "twin", "engine": "transformers"}],
     "probe": {"samples": 20, "temperature": [1.0]},
     "instruct": {"num_instructions": 150, "reference_samples": 40, "max_tokens": 64, "turn_weights": [4.0, 1.0]},
     "respond": {"num_samples": 2, "max_tokens": 32}, "judge": {"rubric": str(RUBRIC)}, "report": {"embeddings": False, "topics": 4},
@@ -86,7 +86,7 @@ def test_every_stage_ends_and_leaves_what_it_should(whole):
         kept = pool.select("SELECT count(*) FROM selection")[0][0]
         self_judged = pool.select("SELECT count(*) FROM scores WHERE judge = model")
     assert [(name, deterministic) for name, _, deterministic in engines] == [("base", 1), ("twin", 1)]
-    assert all(engine.startswith(ENGINE) for _, engine, _ in engines) and f": started {engines[0][1]} in" in said
+    assert [engine.split()[0] for _, engine, _ in engines] == [ENGINE, "transformers"] and f": started {engines[0][1]} in" in said
     assert self_judged == [(0,)] and kept > 100
     (_, records), = load_sources([Source(str(output / "replay.jsonl"))], "replay", cache_dir=str(output / "cache"))
     assert len(records) == kept and {"base", "twin"} >= {json.loads(line)["source"] for line in (output / "replay.jsonl").open()}

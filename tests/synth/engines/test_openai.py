@@ -1,15 +1,10 @@
-"""Servers: every way of going wrong that we have seen or read of, by a scripted one; and vLLM's own, seed for seed as in process."""
+"""Servers: every way of going wrong that we have seen or read of, by a scripted one; tests/synth/engines/test_results.py has vLLM's own."""
 
 import json
 import math
-import os
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
-import urllib.request
 from pathlib import Path
 
 import pytest
@@ -20,7 +15,6 @@ from synth.engines import kind_of, open_engine
 from synth.engines.interface import ChoiceRequest, Completion, CompletionRequest, EngineError, Failure, LikelihoodRequest, Prompt, Sampling
 from tests.helpers.scripted_server import Answer, ScriptedServer, chat_completion, error_answer
 
-BASE = str(Path(__file__).parents[3] / "benchmarks/forgetting/miniature/models/base")
 HOW = Sampling(0.7, 0.9, 50)
 
 
@@ -330,68 +324,3 @@ def test_stopping_early_leaves_no_request_behind(opened):
         asked = len(server.requests)
         assert asked <= 5
         assert len(ask(engine, *(chat(i) for i in range(10)))) == 10 and len(server.requests) == asked + 10
-
-
-# ---------------------------------------------------------------- vLLM's own server
-
-
-def get(url: str) -> bool:
-    try:
-        return urllib.request.urlopen(url, timeout=1).status == 200
-    except OSError:
-        return False
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    """The URL of vLLM's server with the miniature base: in its own process group, which ends with the tests."""
-    pytest.importorskip("vllm")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_ATTN_SPLIT_KV": "0",
-                        "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    log = (tmp_path_factory.mktemp("server") / "log").open("w")
-    process = subprocess.Popen([
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", BASE, "--served-model-name", "mini", "--dtype", "float32",
-        "--max-model-len", "512", "--enforce-eager", "--generation-config", "vllm", "--host", "127.0.0.1", "--port", str(port),
-        "--no-enable-chunked-prefill", "--kv-cache-memory-bytes", "300000000", "--disable-uvicorn-access-log"],
-        env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-    try:
-        while not get(f"http://127.0.0.1:{port}/health"):
-            assert process.poll() is None, Path(log.name).read_text()[-2000:]
-            time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-@pytest.mark.slow
-def test_a_vllm_server_gives_what_vllm_gives_in_process(served, tmp_path):
-    how = Sampling(1.0, 0.98, 60, stop_ids=(1, 4, 5, 6))
-    completions = [CompletionRequest(("c", i), Prompt((0, 4)), how, i) for i in range(100)]
-    completions += [CompletionRequest(("s", i), Prompt((0, 4)), how._replace(stop_texts=("?", "of")), i) for i in range(20)]
-    completions += [CompletionRequest(("leak", i), Prompt((0, 4)), Sampling(2.0, 1.0, 200), i) for i in range(40)]
-    prompt = Prompt((0, 4, 24, 1, 5))
-    choices = [ChoiceRequest(("j", 1), prompt, ("a", "s", "h"))]
-    remote = open_engine(Model(path="mini", engine="openai", base_url=served), Path("unused"))
-    local = open_engine(Model(path=BASE, engine="vllm"), tmp_path / "log")
-    try:
-        assert remote.info.fingerprint.endswith("max_model_len=512")
-        assert ask(remote, *completions) == ask(local, *completions)
-        assert any("<|" in result.text for key, result in ask(remote, *completions).items() if key[0] == "leak")
-        [far], [near] = remote.choose(choices), local.choose(choices)
-        assert far.probabilities == pytest.approx(near.probabilities, abs=0.02)
-        failed = ask(remote, CompletionRequest(("long",), Prompt((7,) * 512), how, 1), CompletionRequest(("empty",), Prompt(()), how, 1))
-        assert all(isinstance(result, Failure) and result.reason.startswith("refused by the server") for result in failed.values())
-        chats = ask(remote, chat(1), chat(2))
-        assert all(isinstance(result, Completion) and result.tokens for result in chats.values())
-    finally:
-        remote.close()
-        local.close()
-    wrong = Model(path="other", engine="openai", base_url=served)
-    engine = open_engine(wrong, Path("unused"))
-    with pytest.raises(EngineError, match="does not know this model or path"):
-        list(engine.complete([chat(1)]))
-    engine.close()

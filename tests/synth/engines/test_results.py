@@ -1,7 +1,15 @@
 """Both local engines on the miniature base, against a plain forward pass and against themselves in other batches."""
 
 import math
+import os
 import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -234,13 +242,13 @@ def test_requests_are_taken_as_there_is_room(engine):
     taken, ahead = [], []
 
     def requests():
-        for request in instruct(12_000, HOW._replace(max_tokens=1)):
+        for request in instruct(6_000, HOW._replace(max_tokens=1)):
             taken.append(request.key)
             yield request
 
     for done, _ in enumerate(engine.complete(requests())):
         ahead.append(len(taken) - done)
-    assert len(ahead) == 12_000 and max(ahead) <= engine.workers[0].ready.depth + 300  # and what came in one message
+    assert len(ahead) == 6_000 and max(ahead) <= engine.workers[0].ready.depth + 300  # and what came in one message
 
 
 @pytest.mark.slow
@@ -276,3 +284,69 @@ def test_shards_give_what_one_gives(engine, opened, tokenizer):
     two.close()
     assert all(process.poll() is not None for process in processes)
     two.close()
+
+
+# ---------------------------------------------------------------- vLLM's own server
+
+
+def get(url: str) -> bool:
+    try:
+        return urllib.request.urlopen(url, timeout=1).status == 200
+    except OSError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def served(engine, tmp_path_factory):
+    """The URL of vLLM's server with the miniature base: in its own process group, which ends with the tests."""
+    if not engine.info.name.startswith("vllm"):
+        pytest.skip("there is a server of vLLM alone")
+    pytest.importorskip("openai")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_ATTN_SPLIT_KV": "0",
+                        "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    log = (tmp_path_factory.mktemp("server") / "log").open("w")
+    process = subprocess.Popen([
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(BASE), "--served-model-name", "mini",
+        "--dtype", "float32", "--max-model-len", "512", "--enforce-eager", "--generation-config", "vllm",
+        "--host", "127.0.0.1", "--port", str(port), "--no-enable-chunked-prefill", "--kv-cache-memory-bytes", "300000000",
+        "--disable-uvicorn-access-log"],
+        env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        while not get(f"http://127.0.0.1:{port}/health"):
+            assert process.poll() is None, Path(log.name).read_text()[-2000:]
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.mark.slow
+def test_a_vllm_server_gives_what_vllm_gives_in_process(engine, served):
+    how = Sampling(1.0, 0.98, 60, stop_ids=(1, 4, 5, 6))
+    completions = [CompletionRequest(("c", i), Prompt((0, 4)), how, i) for i in range(100)]
+    completions += [CompletionRequest(("s", i), Prompt((0, 4)), how._replace(stop_texts=("?", "of")), i) for i in range(20)]
+    completions += [CompletionRequest(("leak", i), Prompt((0, 4)), Sampling(2.0, 1.0, 200), i) for i in range(40)]
+    choices = [ChoiceRequest(("j", 1), Prompt((0, 4, 24, 1, 5)), ("a", "s", "h"))]
+    remote = open_engine(Model(path="mini", engine="openai", base_url=served), Path("unused"))
+    try:
+        assert remote.info.fingerprint.endswith("max_model_len=512")
+        found = ask(remote, completions)
+        assert found == ask(engine, completions)
+        assert any("<|" in result.text for key, result in found.items() if key[0] == "leak")
+        [far], [near] = remote.choose(choices), engine.choose(choices)
+        assert far.probabilities == pytest.approx(near.probabilities, abs=0.02)
+        failed = ask(remote, [CompletionRequest(("long",), Prompt((7,) * 512), how, 1), CompletionRequest(("empty",), Prompt(()), how, 1)])
+        assert all(isinstance(result, Failure) and result.reason.startswith("refused by the server") for result in failed.values())
+        plain = Sampling(0.7, 0.9, 50)
+        chats = ask(remote, [CompletionRequest((i,), Prompt(None, ({"role": "user", "content": f"q{i}"},)), plain, i) for i in range(2)])
+        assert all(isinstance(result, Completion) and result.tokens for result in chats.values())
+    finally:
+        remote.close()
+    unknown = open_engine(Model(path="other", engine="openai", base_url=served), Path("unused"))
+    with pytest.raises(EngineError, match="does not know this model or path"):
+        ask(unknown, completions[:1])
+    unknown.close()
