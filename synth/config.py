@@ -9,13 +9,16 @@ import dataclasses
 import datetime
 import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from trainer.errors import UserError, require
 
 # More are a slip of the keyboard
 MAX_INSTRUCTIONS, MAX_SAMPLES, MAX_TOKENS, MAX_TURNS, MAX_COPIES = 10_000_000, 10_000, 10_000_000, 100, 256
+PROBE_SAMPLES = (20, 128)  # least and most at each temperature: 20 tell a share of junk to about 10 points, 128 to about 4
+PROBE_MIN_TOKENS = 256
+REFERENCE_SAMPLES = (100, 1_000)  # least and most
 STAGES = ("probe", "instruct", "clean", "respond", "judge", "select", "report")
 KEY_PREFIXES = ("sk-", "sk_", "gsk_", "hf_", "AIza")  # with which providers' API keys begin
 
@@ -35,12 +38,13 @@ class Model:
     # openai: what the server fails in all tries (5xx, timeouts, unreadable answers): asked again by the next call, or recorded as failed
     on_server_error: Literal["ask_again", "record"] = "ask_again"
     price: list[float] = field(default_factory=lambda: [0.0, 0.0])  # openai: cost of a million prompt and completion tokens
+    # auto on a CPU: float32, but bfloat16 where the CPU has products of it and the weights are stored in 16 bits
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     max_model_len: int | None = None  # context: tokens of prompt and completion together; default: the model's own
     data_parallel_size: int = 0  # copies of the model, one process and tensor_parallel_size devices each; 0: as many as fit
     tensor_parallel_size: int = 1  # vllm: GPUs for one copy of the model
     gpu_memory_utilization: float = 0.9  # vllm: share of each GPU's memory
-    batch_invariant: bool = False  # vllm on a GPU: results that do not depend on the batch (slower)
+    batch_invariant: bool = False  # results that do not depend on the batch (slower): vLLM's mode on a GPU, float32 on a CPU
     trust_remote_code: bool = False  # run Python code that comes with the model
 
 
@@ -48,7 +52,9 @@ class Model:
 class Probe:
     """A few samples of the base's instructions, to look at before the pool is sampled."""
 
-    samples: int = 128  # at each temperature
+    samples: int | None = None  # at each temperature; default: a twentieth of instruct.num_instructions, from 20 to 128
+    # Longer ones are cut; default: two tokens for each of instruct.num_instructions, from 256 to instruct.max_tokens
+    max_tokens: int | None = None
     temperature: list[float] = field(default_factory=lambda: [0.7, 1.0, 1.3])
 
 
@@ -71,7 +77,8 @@ class Instruct:
     turn_weights: list[float] = field(default_factory=lambda: [1.0])  # shares of chats with 1, 2, 3 ... user turns
     system_prompts: list[System] = field(default_factory=lambda: [System()])
     languages: dict[str, float] = field(default_factory=dict)  # wanted shares by ISO code, reached by weights; none: as sampled
-    reference_samples: int = 1000  # at temperature 1 and top_p 1, outside the pool: the report compares the pool with them
+    # Samples at temperature 1 and top_p 1, outside the pool, that the report compares it with; default: num_instructions, 100 to 1,000
+    reference_samples: int | None = None
 
 
 @dataclass
@@ -164,8 +171,8 @@ class Config:
 
 
 def resolve_presets(config: Config) -> Config:
-    """Return the configuration of a run: judges filled in, and the paper's options with preset `paper`."""
-    config = dataclasses.replace(config, judges=config.judges or [config.base, *config.responders])
+    """Return a run's configuration: judges and sizes filled in, and the options of preset `paper`."""
+    config = dataclasses.replace(config, judges=config.judges or [config.base, *config.responders], **_sizes(config))
     if config.preset == "default":
         return config
     return dataclasses.replace(
@@ -175,6 +182,22 @@ def resolve_presets(config: Config) -> Config:
         respond=dataclasses.replace(config.respond, num_samples=3, include_greedy=False, score_with_base=False),
         judge=dataclasses.replace(config.judge, scoring="generated", exclude_self=False, calibrate_judges=False),
         select=dataclasses.replace(config.select, rule="best", statistic="mean", min_score=0.0))
+
+
+def _sizes(config: Config) -> dict[str, Any]:
+    """Return sections `probe` and `instruct` with the sizes that follow the number of instructions."""
+    probe, instruct, job = config.probe, config.instruct, config.instruct.num_instructions
+    return {
+        "probe": dataclasses.replace(
+            probe, samples=_given(probe.samples, max(PROBE_SAMPLES[0], min(job // 20, PROBE_SAMPLES[1]))),
+            max_tokens=min(_given(probe.max_tokens, max(PROBE_MIN_TOKENS, 2 * job)), instruct.max_tokens)),
+        "instruct": dataclasses.replace(
+            instruct, reference_samples=_given(instruct.reference_samples, max(REFERENCE_SAMPLES[0], min(job, REFERENCE_SAMPLES[1])))),
+    }
+
+
+def _given(value: int | None, default: int) -> int:
+    return default if value is None else value
 
 
 def name_of(model: Model) -> str:
@@ -268,8 +291,9 @@ def _validate_names(config: Config) -> None:
 
 def _validate_instruct(config: Config) -> None:
     probe, instruct = config.probe, config.instruct
-    require(1 <= probe.samples <= MAX_INSTRUCTIONS and bool(probe.temperature), "probe.samples, probe.temperature", "1 or more of each",
-            (probe.samples, probe.temperature))
+    require(probe.samples is None or 1 <= probe.samples <= MAX_INSTRUCTIONS, "probe.samples", f"1 to {MAX_INSTRUCTIONS:,}", probe.samples)
+    require(probe.max_tokens is None or 1 <= probe.max_tokens <= MAX_TOKENS, "probe.max_tokens", f"1 to {MAX_TOKENS:,}", probe.max_tokens)
+    require(bool(probe.temperature), "probe.temperature", "1 or more", probe.temperature)
     require(1 <= instruct.num_instructions <= MAX_INSTRUCTIONS, "instruct.num_instructions", f"1 to {MAX_INSTRUCTIONS:,}",
             instruct.num_instructions)
     require(bool(instruct.temperature) and min(instruct.temperature) >= 0, "instruct.temperature", "0 or more", instruct.temperature)
@@ -279,8 +303,8 @@ def _validate_instruct(config: Config) -> None:
             f"at most {MAX_TURNS} shares, 0 or more, not all 0", shares)
     require(bool(instruct.system_prompts) and all(system.weight > 0 for system in instruct.system_prompts), "instruct.system_prompts",
             "weights above 0", [system.weight for system in instruct.system_prompts])
-    require(0 <= instruct.reference_samples <= MAX_INSTRUCTIONS, "instruct.reference_samples", f"0 to {MAX_INSTRUCTIONS:,}",
-            instruct.reference_samples)
+    reference = instruct.reference_samples
+    require(reference is None or 0 <= reference <= MAX_INSTRUCTIONS, "instruct.reference_samples", f"0 to {MAX_INSTRUCTIONS:,}", reference)
     require(1 <= instruct.max_tokens <= MAX_TOKENS, "instruct.max_tokens", f"1 to {MAX_TOKENS:,}", instruct.max_tokens)
 
 

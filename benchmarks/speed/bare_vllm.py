@@ -1,4 +1,4 @@
-"""Call vLLM as its own examples do, with the engine settings of `synth`.
+"""Call vLLM as its own examples do, with the engine settings of `synth` but none of its patches.
 
 `python -m benchmarks.speed.bare_vllm MODEL`: for every line on standard input (a JSON file of requests) it makes one `LLM.generate` call
 with all of them, and prints how long that took.
@@ -16,12 +16,12 @@ from vllm.inputs import TokensPrompt
 
 from synth.config import Model
 from synth.engines.protocol import LoadRequest
-from synth.engines.vllm import VllmModel
+from synth.engines.vllm import start_vllm
 
 
 def main() -> None:
     folder = sys.argv[1]
-    llm = VllmModel(LoadRequest("vllm", Model(path=folder), folder, 1)).llm
+    llm = start_vllm(LoadRequest("vllm", Model(path=folder), folder, 1))
     print("ready", flush=True)
     for line in sys.stdin:
         requests = json.loads(Path(line.strip()).read_text())

@@ -37,6 +37,8 @@ from synth.engines.interface import (
     LikelihoodRequest,
     Sampling,
 )
+from synth.engines.nucleus import each_row, nucleus
+from synth.engines.precision import cpu_dtype, notes_on_dtype
 from synth.engines.protocol import LoadRequest, Ready
 from synth.engines.tokens import MAX_CONTEXT, Spellings, added_text, eos_ids, why_unfit, why_unscorable
 from trainer.model.text_part import auto_class, keep_text_part
@@ -47,7 +49,6 @@ MAX_ROWS = 256  # of the batch of completions
 MAX_CACHED_TOKENS = 131_072  # of that batch when all its rows are complete, which bounds the memory of its cache
 MAX_PASS_TOKENS = 8_192  # of a forward pass over prompts
 MAX_LOGPROBS = 2**26  # numbers (rows times vocabulary) of a pass
-TOP_TOKENS = 1_024  # among which the nucleus is looked for before all tokens are sorted
 
 
 class Row:
@@ -87,7 +88,8 @@ class TransformersModel:
         self.has_logits_to_keep = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         dtype = str(self.model.dtype).removeprefix("torch.")
         deterministic = self.device.type == "cpu" and self.model.dtype == torch.float32 and threads == 1
-        self.ready = Ready(f"transformers {version('transformers')} ({self.device.type}, {dtype})", deterministic, QUEUE_DEPTH)
+        self.ready = Ready(f"transformers {version('transformers')} ({self.device.type}, {dtype})", deterministic, QUEUE_DEPTH,
+                           notes_on_dtype(model, dtype) if self.device.type == "cpu" else ())
         self.abort()
 
     @property
@@ -267,35 +269,26 @@ def draw(logits: Tensor, sampling: list[Sampling], randoms: list[np.random.Gener
     Temperature 0 takes the argmax, others invert the distribution function of the nucleus.
     """
     tokens = logits.argmax(-1).tolist()
-    for top_p in {one.top_p for one in sampling}:
-        rows = [i for i, one in enumerate(sampling) if one.top_p == top_p and one.temperature > 0]
+    for whole in (False, True):
+        rows = [i for i, one in enumerate(sampling) if (one.top_p >= 1) == whole and one.temperature > 0]
         if not rows:
             continue
-        temperature = torch.tensor([sampling[i].temperature for i in rows], device=logits.device)
-        probabilities = torch.softmax(logits[rows] / temperature[:, None], -1)
+        scaled = logits[rows] / torch.tensor([sampling[i].temperature for i in rows], device=logits.device)[:, None]
         points = [randoms[i].random() for i in rows]
-        drawn = _inverse(probabilities, points) if top_p >= 1 else _nucleus(probabilities, top_p, points)
+        if whole:
+            drawn = _inverse(torch.softmax(scaled, -1), points)
+        else:
+            drawn = each_row(_from_nucleus, list(zip(scaled.cpu().numpy(), [sampling[i].top_p for i in rows], points, strict=True)))
         for i, token in zip(rows, drawn, strict=True):
             tokens[i] = token
     return tokens
 
 
-def _nucleus(probabilities: Tensor, top_p: float, points: list[float]) -> list[int]:
-    """Sample among the likeliest tokens that together reach top_p.
-
-    Sorts the whole row only where TOP_TOKENS do not reach it.
-    """
-    likely, ids = probabilities.topk(min(TOP_TOKENS, probabilities.shape[1]), -1)
-    drawn = []
-    for i, point in enumerate(points):
-        some, names = likely[i], ids[i]
-        if float(some.double().cumsum(0)[-1]) < top_p and len(some) < probabilities.shape[1]:
-            some, names = probabilities[i].sort(descending=True, stable=True)
-        reach = some.double().cumsum(0)
-        end = min(int(torch.searchsorted(reach, top_p)), len(reach) - 1)  # the token that reaches top_p belongs to the nucleus
-        place = int(torch.searchsorted(reach[:end + 1], point * float(reach[end]), right=True))
-        drawn.append(int(names[min(place, end)]))
-    return drawn
+def _from_nucleus(logits: np.ndarray, top_p: float, point: float) -> int:
+    """Sample from the nucleus of a row [V]."""
+    ids = nucleus(logits, top_p)
+    reach = np.cumsum(np.exp(logits[ids] - logits[ids].max()), dtype=np.float64)
+    return int(ids[min(int(np.searchsorted(reach, point * reach[-1], side="right")), len(ids) - 1)])
 
 
 def _inverse(probabilities: Tensor, points: list[float]) -> list[int]:
@@ -311,10 +304,10 @@ def _inverse(probabilities: Tensor, points: list[float]) -> list[int]:
 
 def _load(load: LoadRequest, config, device: torch.device) -> PreTrainedModel:
     """Load the model's text part. Raises EngineError where weights are missing from its files."""
-    dtype = load.model.dtype
-    if dtype == "auto" and device.type == "cpu":
-        dtype = "float32"
-    elif dtype == "auto" and config.get_text_config().dtype in (None, torch.float32):
+    dtype, stored = load.model.dtype, config.get_text_config().dtype
+    if device.type == "cpu":
+        dtype = cpu_dtype(load.model, stored)
+    elif dtype == "auto" and stored in (None, torch.float32):
         dtype = "bfloat16"
     transformers.utils.logging.disable_progress_bar()
     model, info = auto_class(config).from_pretrained(load.folder, dtype=dtype, use_safetensors=True, output_loading_info=True,

@@ -145,6 +145,6 @@ class Engine(Protocol):
 
     def cost(self) -> float: ...  # so far, by a server's `price`
 
-    def notes(self) -> list[str]: ...  # what a server made us change in requests or take otherwise, one line each
+    def notes(self) -> list[str]: ...  # what a server made us change, or the engine chose by itself, one line each
 
     def close(self) -> None: ...

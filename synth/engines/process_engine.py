@@ -112,7 +112,7 @@ class ProcessEngine:
         return 0.0
 
     def notes(self) -> list[str]:
-        return []
+        return list(self.workers[0].ready.notes)
 
     def close(self) -> None:
         for worker in self.workers:

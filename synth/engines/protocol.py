@@ -23,6 +23,7 @@ class Ready(NamedTuple):
     name: str  # of engine, device and dtype
     deterministic: bool
     depth: int  # requests to queue at this worker
+    notes: tuple[str, ...] = ()  # what the engine chose by itself, one line each
 
 
 class LoadedModel(Protocol):

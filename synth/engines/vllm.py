@@ -20,9 +20,6 @@ from vllm.exceptions import VLLMValidationError
 from vllm.inputs import TokensPrompt
 from vllm.platforms import current_platform
 from vllm.sampling_params import MAX_LOGPROB_TOKEN_IDS, RequestOutputKind
-from vllm.v1.engine.logprobs import LogprobsProcessor
-from vllm.v1.outputs import LogprobsLists, LogprobsTensors
-from vllm.v1.sample.sampler import Sampler
 
 from synth.engines.interface import (
     Choice,
@@ -35,8 +32,10 @@ from synth.engines.interface import (
     LikelihoodRequest,
     Sampling,
 )
+from synth.engines.precision import cpu_dtype, notes_on_dtype
 from synth.engines.protocol import LoadRequest, Ready
 from synth.engines.tokens import MAX_CONTEXT, Spellings, added_text, eos_ids, why_unfit, why_unscorable
+from synth.engines.vllm_sampling import compute_logprobs_of_samples_alone, find_nuclei_without_sorting, keep_only_logprob_sums
 from trainer.model.attention_shapes import attention_shapes
 
 CPU_CACHE_MIN_BYTES = 300_000_000  # smallest KV cache on a CPU
@@ -49,9 +48,9 @@ class VllmModel:
 
     def __init__(self, load: LoadRequest):
         model, cpu = load.model, current_platform.is_cpu()
-        settings = _on_cpu(load) if cpu else _on_gpu(load)
-        self.llm = LLM(load.folder, max_model_len=_context(load), trust_remote_code=model.trust_remote_code,
-                       load_format="safetensors", generation_config="vllm", enable_prefix_caching=True, use_tqdm_on_load=False, **settings)
+        if cpu:
+            patch_for_cpu()
+        self.llm = start_vllm(load)
         self.engine, self.tokenizer = self.llm.llm_engine, self.llm.get_tokenizer()
         config: ModelConfig = self.engine.model_config
         self.limit, self.vocabulary = config.max_model_len, config.get_vocab_size()
@@ -59,7 +58,7 @@ class VllmModel:
         dtype = str(config.dtype).removeprefix("torch.")
         self.ready = Ready(f"vllm {_version()} ({current_platform.device_type}, {dtype})",
                            dtype == "float32" if cpu else model.batch_invariant,
-                           2 * self.engine.vllm_config.scheduler_config.max_num_seqs)
+                           2 * self.engine.vllm_config.scheduler_config.max_num_seqs, notes_on_dtype(model, dtype) if cpu else ())
         self.requests, self.count, self.sampling_params = {}, 0, {}
 
     @property
@@ -144,6 +143,13 @@ class VllmModel:
 # ---------------------------------------------------------------- options of vLLM
 
 
+def start_vllm(load: LoadRequest) -> LLM:
+    """Load a model with the settings of synthesis."""
+    settings = _on_cpu(load) if current_platform.is_cpu() else _on_gpu(load)
+    return LLM(load.folder, max_model_len=_context(load), trust_remote_code=load.model.trust_remote_code, load_format="safetensors",
+               generation_config="vllm", enable_prefix_caching=True, use_tqdm_on_load=False, **settings)
+
+
 def _on_gpu(load: LoadRequest) -> dict:
     model = load.model
     return dict(dtype=model.dtype, gpu_memory_utilization=model.gpu_memory_utilization, tensor_parallel_size=model.tensor_parallel_size,
@@ -151,9 +157,7 @@ def _on_gpu(load: LoadRequest) -> dict:
 
 
 def _on_cpu(load: LoadRequest) -> dict:
-    make_rows_independent_of_batch()
-    keep_only_logprob_sums()
-    dtype = "float32" if load.model.dtype == "auto" else load.model.dtype
+    dtype = cpu_dtype(load.model, _text_config(load).dtype)
     context = _context(load)
     return dict(dtype=dtype, enforce_eager=True, enable_chunked_prefill=False, max_num_batched_tokens=max(4_096, context),
                 kv_cache_memory_bytes=_cache(load, context, dtype))
@@ -178,35 +182,12 @@ def _cache(load: LoadRequest, context: int, dtype: str) -> int:
     return min(max(CPU_CACHE_SEQUENCES * context * bytes_per_token, CPU_CACHE_MIN_BYTES), most)
 
 
-def keep_only_logprob_sums() -> None:
-    """Patch vLLM to sum the log-probs of sampled tokens where no other tokens' are requested.
-
-    It then computes no ranks and keeps no list of them.
-
-    Saves time with small models. Only on a CPU: it patches internals of vLLM 0.32, and has not been run on a GPU.
-    """
-    gather, update, cut = Sampler.gather_logprobs, LogprobsProcessor._update_sample_logprobs, LogprobsLists.slice_request
-
-    def gather_logprobs(logprobs, num_logprobs, token_ids):
-        if num_logprobs:
-            return gather(logprobs, num_logprobs, token_ids)
-        return LogprobsTensors(token_ids[:, None].int(), logprobs.gather(-1, token_ids[:, None]), token_ids.new_zeros(len(token_ids)))
-
-    def slice_request(self, req_idx, num_positions):
-        if self.logprobs.shape[1] > 1 or self.cu_num_generated_tokens is not None:
-            return cut(self, req_idx, num_positions)
-        return LogprobsLists(None, self.logprobs[req_idx:req_idx + num_positions], None)
-
-    def _update_sample_logprobs(self, logprobs_lists):
-        if self.num_logprobs:
-            update(self, logprobs_lists)
-        else:
-            for row in logprobs_lists.logprobs:
-                self.cumulative_logprob += row.item(0)
-
-    Sampler.gather_logprobs = staticmethod(gather_logprobs)
-    LogprobsLists.slice_request = slice_request
-    LogprobsProcessor._update_sample_logprobs = _update_sample_logprobs
+def patch_for_cpu() -> None:
+    """Patch vLLM so that results do not depend on the batch, and sampling takes little time."""
+    make_rows_independent_of_batch()
+    find_nuclei_without_sorting()
+    compute_logprobs_of_samples_alone()
+    keep_only_logprob_sums()
 
 
 def make_rows_independent_of_batch() -> None:

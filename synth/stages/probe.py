@@ -10,7 +10,7 @@ import dataclasses
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
-from synth.config import name_of
+from synth.config import Config, name_of
 from synth.engines.chat_format import ChatFormat
 from synth.engines.interface import Completion, CompletionRequest, Failure, Prompt, Sampling
 from synth.filters.repetition import repetition
@@ -25,7 +25,8 @@ MAX_REPETITION = 0.6  # share of a sample that is one phrase, above which it is 
 def probe(run: SynthesisRun) -> None:
     """Run the stage; with the settings of an earlier call its results are shown again."""
     config, format = run.config, run.format(run.base)
-    settings = {"top_p": config.instruct.top_p[0], "max_tokens": config.instruct.max_tokens, **dataclasses.asdict(config.probe)}
+    settings = {"top_p": config.instruct.top_p[0], **dataclasses.asdict(config.probe)}
+    run.say(size_line(config))
     for line in prompt_lines(format):
         run.say(f"probe: {line}")
     summaries = run.pool.get("probe")
@@ -58,22 +59,28 @@ def sample_and_summarise(run: SynthesisRun, format: ChatFormat, settings: dict) 
 
     with run.start_engine("probe", run.base) as writer:
         writer.complete(requests, len(requests), collect)
-    return [summarise(temperature, sorted(by_temperature[i], key=lambda result: result.key), prompt.rest, format)
+    cut = settings["max_tokens"] < config.instruct.max_tokens
+    return [summarise(temperature, sorted(by_temperature[i], key=lambda result: result.key), prompt.rest, format, cut)
             for i, temperature in enumerate(config.probe.temperature)]
 
 
-def summarise(temperature: float, results: Sequence[Completion | Failure], rest: str, format: ChatFormat) -> dict:
+def summarise(temperature: float, results: Sequence[Completion | Failure], rest: str, format: ChatFormat, cut: bool) -> dict:
     """Summarise the samples at one temperature: junk by kind, variety, length and likelihood.
 
-    `rest` is the text of the template that the prompt leaves for the model to write first.
+    `rest` is the text of the template that the prompt leaves for the model to write first. With `cut`, the samples are shorter than an
+    instruction may be: those that do not end are counted apart, not as junk.
     """
     completions = [result for result in results if isinstance(result, Completion)]
     texts = [completion.text.removeprefix(rest).strip() for completion in completions]
+    unended = sum(completion.finish == "length" for completion in completions)
+    if cut:
+        completions = [completion._replace(finish="stop") for completion in completions]
     junk = Counter(filter(None, (_junk_kind(completion, text, format) for completion, text in zip(completions, texts))))
     tokens = sum(completion.tokens for completion in completions)
     logprobs = [completion.logprob for completion in completions]
     return {
         "temperature": temperature, "samples": len(results), "failed": len(results) - len(completions),
+        "cut": unended / len(results) if cut else 0.0,
         "junk": sum(junk.values()) / len(results), "kinds": {kind: count / len(results) for kind, count in sorted(junk.items())},
         "distinct": len(set(texts)) / max(1, len(texts)), "tokens": tokens / max(1, len(completions)),
         "nats_per_token": None if None in logprobs else -sum(logprobs) / max(1, tokens),
@@ -89,6 +96,13 @@ def _junk_kind(completion: Completion, text: str, format: ChatFormat) -> str | N
 
 
 # ---------------------------------------------------------------- console
+
+
+def size_line(config: Config) -> str:
+    """Say how many samples are drawn, how long they may be, and for how large a job."""
+    probe, job = config.probe, config.instruct.num_instructions
+    return (f"probe: {probe.samples:,} samples of at most {probe.max_tokens:,} tokens at each of {len(probe.temperature)} temperatures, "
+            f"for {job:,} instructions of at most {config.instruct.max_tokens:,}")
 
 
 def prompt_lines(format: ChatFormat) -> list[str]:
@@ -115,8 +129,9 @@ def summary_lines(summaries: Sequence[dict]) -> list[str]:
     for row in summaries:
         kinds = ", ".join(f"{kind} {share:.1%}" for kind, share in row["kinds"].items())
         junk = f"junk {row['junk']:.1%}" + (f" ({kinds})" if kinds else "")
+        cut = f", cut short {row['cut']:.1%}" if row.get("cut") else ""
         nats = "" if row["nats_per_token"] is None else f", {row['nats_per_token']:.2f} nats per token"
-        lines.append(f"probe: temperature {row['temperature']:g}: {junk}, {row['distinct']:.0%} distinct, {row['tokens']:.0f} tokens "
+        lines.append(f"probe: temperature {row['temperature']:g}: {junk}{cut}, {row['distinct']:.0%} distinct, {row['tokens']:.0f} tokens "
                      f"on average{nats}")
         lines += [f"         {' '.join(text.split())[:EXAMPLE_CHARACTERS]}" for text in row["examples"]]
     return lines

@@ -66,7 +66,7 @@ def test_families_in_batches_and_alone(family, tmp_path, monkeypatch):
 
 
 def test_the_nucleus_when_the_likeliest_are_not_enough(monkeypatch):
-    from synth.engines import hf
+    from synth.engines import hf, nucleus
 
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(8, 500, generator=generator)
@@ -77,5 +77,5 @@ def test_the_nucleus_when_the_likeliest_are_not_enough(monkeypatch):
         return [hf.draw(logits, hows, some) for some in randoms]
 
     whole = draws()
-    monkeypatch.setattr(hf, "TOP_TOKENS", 16)
+    monkeypatch.setattr(nucleus, "LARGEST", 16)
     assert draws() == whole and len({tuple(some) for some in whole}) == 50
