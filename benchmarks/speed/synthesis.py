@@ -7,14 +7,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,27 +18,31 @@ from benchmarks.forgetting.miniature.recovery import Recovery, world_sample
 from benchmarks.forgetting.miniature.skills import GENERAL
 from benchmarks.harness import record, show, timing
 from benchmarks.harness.arguments import add_timing_arguments, check_timing
+from benchmarks.harness.model_shapes import REAL
 from benchmarks.harness.record import origin
 from benchmarks.harness.suite import Caption, Suite, View
 from benchmarks.harness.timing import Contender, Measurement, StepResult
+from benchmarks.speed import synthesis_stages
+from benchmarks.speed.vllm_processes import bare_vllm, engine_of, fresh_run
 from synth.config import Config, Instruct, Model, name_of
 from synth.engines import kind_of
 from synth.engines.interface import Engine
-from synth.engines.process_engine import ProcessEngine
 from synth.pool import seeds
 from synth.pool.store import Pool
-from synth.pool.synthesis_run import SynthesisRun
 from synth.pool.writer import ResultWriter
-from synth.stages.instruct import TurnTask, plan, sample_turns
+from synth.stages.instruct import TurnTask, sample_turns
 from trainer.errors import UserError
 
 BARE = "vLLM bare, with log-probs"  # what the method needs: the base's own log-prob of each instruction is kept
+MINIATURE = "miniature"
 SCORES = 2_700_000  # 100,000 instructions, 9 answers each, 3 judges
 SETTINGS = ((0.7, 0.98), (1.0, 0.98), (1.0, 1.0), (1.3, 1.0))  # temperature, top_p
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--prompts", type=int, default=2000, help="instructions of a round")
+    parser.add_argument("--model", choices=(MINIATURE, REAL), default=MINIATURE,
+                        help="default: %(default)s; smollm2, a real model, is timed stage by stage, and tells what pools cost")
+    parser.add_argument("--prompts", type=int, help="instructions of a round (default: 2,000, and 32 of smollm2)")
     add_timing_arguments(parser, rounds=7)
     parser.add_argument("--rows", type=int, default=100_000, help="scores that are written")
     parser.add_argument("--count", type=int, default=4000, help="instructions sampled at each temperature")
@@ -55,6 +54,9 @@ def run(arguments: argparse.Namespace) -> dict:
     model = Model(path=str(FAMILY["base"].folder))
     if kind_of(model) != "vllm":
         raise UserError("synthesis: expected vLLM, found none; install what requirements-synth.txt lists")
+    arguments.prompts = arguments.prompts or (2000 if arguments.model == MINIATURE else 32)
+    if arguments.model == REAL:
+        return synthesis_stages.run(arguments)
     with tempfile.TemporaryDirectory() as work, engine_of(model, Path(work)) as engine:
         samples, agreement = overhead(engine, model, arguments, Path(work))
         written = writing(arguments.rows, Path(work))
@@ -106,52 +108,6 @@ def overhead(engine: Engine, model: Model, arguments: argparse.Namespace,
         samples = timing.interleave(contenders, arguments.rounds, 1)
     different = sum(a.strip() != b for a, b in zip(texts["bare"], texts["synth"], strict=True))
     return samples, {"texts that differ": different / arguments.prompts}
-
-
-@contextmanager
-def bare_vllm(folder: str) -> Iterator:
-    """Start a process that calls vLLM on files of requests, and yield the function that asks it."""
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_ATTN_SPLIT_KV": "0",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "CRITICAL", "VLLM_LOGGING_STREAM": "ext://sys.stderr",
-        "VLLM_NO_USAGE_STATS": "1"}
-    process = subprocess.Popen([sys.executable, "-m", "benchmarks.speed.bare_vllm", folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                               stderr=subprocess.DEVNULL, text=True, env=environment)
-
-    def answer() -> str:
-        line = process.stdout.readline()
-        if not line:
-            raise UserError("synthesis: the bare vLLM process ended; python -m benchmarks.speed.bare_vllm MODEL shows why")
-        return line
-
-    def ask(requests: Path) -> dict:
-        print(requests, file=process.stdin, flush=True)
-        return json.loads(answer())
-
-    try:
-        answer()  # ready
-        yield ask
-    finally:
-        process.kill()
-        process.wait()
-
-
-@contextmanager
-def engine_of(model: Model, work: Path) -> Iterator[Engine]:
-    engine = ProcessEngine(model, "vllm", work / "engine")
-    try:
-        yield engine
-    finally:
-        engine.close()
-
-
-@contextmanager
-def fresh_run(model: Model, work: Path, settings: Config) -> Iterator[SynthesisRun]:
-    """Yield a run with an empty pool in which the items are planned."""
-    with tempfile.TemporaryDirectory(dir=work) as folder, Pool(Path(folder) / "pool.sqlite") as pool:
-        with pool.transaction():
-            pool.insert("items", (plan(settings, item) for item in range(settings.instruct.num_instructions)))
-        yield SynthesisRun(settings, pool, say=lambda line: None)
 
 
 # ---------------------------------------------------------------- writing
@@ -253,4 +209,5 @@ def draw(record: dict, figure) -> None:
 
 SUITE = Suite("synthesis", "What synthesis costs beside the engine's own work, and how well a known distribution comes back",
               add_arguments, run,
-              {"synthesis": View(table, caption, draw, lambda record: "Sampled instructions against the base's own training data")})
+              {"synthesis": View(table, caption, draw, lambda record: "Sampled instructions against the base's own training data"),
+               synthesis_stages.SUITE: synthesis_stages.VIEW})
