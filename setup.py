@@ -1,28 +1,11 @@
 """The distribution `steadfast-sft`. Ranges are what the code runs on; the exact, tested set is in requirements*.txt."""
 
+import runpy
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
-REQUIRES = [
-    "torch>=2.11,<2.15",
-    "triton>=3.6,<3.10; platform_system == 'Linux'",
-    "transformers>=5.16,<5.24",
-    "accelerate>=1.10",
-    "peft>=0.21,<0.22",
-    "datasets>=5.0,<6",
-    "pyarrow>=21.0",
-    "fsspec>=2025.3",
-    "safetensors>=0.6",
-    "tokenizers>=0.22",
-    "jsonargparse>=4.40",
-    "Jinja2>=3.1",
-    "PyYAML>=6.0",
-    "numpy>=2.0",
-    "matplotlib>=3.10",
-    "tensorboard>=2.20",
-    "tqdm>=4.67",
-    "psutil>=7.0",
-    "xxhash>=3.5",
-]
+REQUIRES = runpy.run_path(str(Path(__file__).with_name("trainer") / "needed_packages.py"))["REQUIRES"]
 
 EXTRAS = {
     "synth": ["vllm>=0.32,<0.33", "openai>=3.50", "datasketch>=2.0", "py3langid>=0.4", "scikit-learn>=1.8"],

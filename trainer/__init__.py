@@ -4,8 +4,12 @@ import logging
 import signal
 import sys
 
-if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # `python -m trainer.run` is starting: until its main, Ctrl-C just ends it
+from trainer.needed_packages import refuse_to_start_without_them
+
+if sys.argv[:1] == ["-m"]:  # `python -m trainer.run` is starting
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until its main, Ctrl-C just ends it
+    refuse_to_start_without_them()
 
 # PEFT imports bitsandbytes wherever it is installed, and that warns that it found no kernel for inference on the hub. None is wanted.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

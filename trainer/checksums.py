@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import xxhash
-
 from trainer.files import atomic_file
 
 PIECE = 1 << 24  # bytes read at a time
@@ -37,6 +35,8 @@ def _beside(path: Path) -> Path:
 
 
 def _checksum(path: Path) -> str:
+    import xxhash  # here, since a training step on a machine that has little, as in `make gpu`, imports this file and calls nothing
+
     digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(PIECE))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):

@@ -7,19 +7,22 @@ import subprocess
 import sys
 import sysconfig
 import time
+from collections.abc import Iterable
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from benchmarks import gpu
 from benchmarks.gpu import ASKED_FOR, CHECKS, ROOT, TOTAL, Check, Processes, finite, main, read_report, run_check, run_tests
 from benchmarks.harness import record
 from benchmarks.on_gpu import page as gpu_page
 
-# What the Python of a GPU machine may lack; with torch come numpy's, jinja2's and networkx' like, with transformers tokenizers and yaml.
-REFUSED = ("hypothesis", "_hypothesis", "jsonargparse", "datasets", "bitsandbytes", "matplotlib", "mpl_toolkits", "xdist", "pytest_xdist",
-           "execnet", "trl", "tensorboard", "pandas", "pyarrow", "vllm", "ruff")
+# The packages that `make gpu` needs of a GPU machine, which has theirs too and need have no others.
+PRESENT = ("torch", "triton", "transformers", "peft", "accelerate", "pytest")
 TESTS = """
 import pytest
 def test_good(): pass
@@ -210,13 +213,24 @@ def test_the_status_says_whether_all_is_well(outcome, status, tmp_path, monkeypa
 # ---------------------------------------------------------------- a plain Python
 
 
+def with_theirs(names: Iterable[str], found: set[str]) -> set[str]:
+    """Add these distributions to `found`, and what they require."""
+    for name in set(map(canonicalize_name, names)) - found:
+        found.add(name)
+        wanted = map(Requirement, metadata.requires(name) or [])
+        with_theirs([r.name for r in wanted if r.marker is None or r.marker.evaluate({"extra": ""})], found)
+    return found
+
+
 @pytest.fixture(scope="module")
 def plain_python(tmp_path_factory):
-    """Runs this Python with what is installed here, less REFUSED."""
-    folder = tmp_path_factory.mktemp("plain")
-    for entry in Path(sysconfig.get_paths()["purelib"]).iterdir():
-        if not entry.name.lower().startswith(REFUSED):
-            (folder / entry.name).symlink_to(entry)
+    """Runs this Python with PRESENT and what those require."""
+    folder, site = tmp_path_factory.mktemp("plain"), Path(sysconfig.get_paths()["purelib"])
+    present = with_theirs(PRESENT, set())
+    entries = {file.parts[0] for own in metadata.distributions(path=[str(site)]) if canonicalize_name(own.name) in present
+               for file in own.files or ()} - {"..", "__pycache__"}
+    for entry in entries:
+        (folder / entry).symlink_to(site / entry)
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "PYTEST"))} | {"PYTHONPATH": f"{folder}:{ROOT}"}
 
     def run(*words):
@@ -353,3 +367,14 @@ def test_a_page_that_cannot_be_made_does_not_end_the_run(tmp_path, monkeypatch, 
     monkeypatch.setattr(gpu_page, "write", lambda *_: 1 / 0)
     path = gpu.write(record.make("gpu", {}, {}, [], {}) | {"parts": {}}, tmp_path)
     assert path.exists() and capsys.readouterr().err.startswith("page: none (division by zero); ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["trainer.run", "synth.run"])
+def test_a_command_that_lacks_packages_names_them_and_how_to_get_them(plain_python, command):
+    done = plain_python("-m", command, "--help")
+    assert done.returncode == 1 and not done.stdout and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("steadfast: error: expected the packages datasets, pyarrow, jsonargparse, matplotlib, tensorboard, "
+                                  "xxhash, found none of them in this Python; get them with: ")
+    assert done.stderr.endswith("-m pip install 'datasets>=5.0,<6' 'pyarrow>=21.0' 'jsonargparse>=4.40' 'matplotlib>=3.10' "
+                                "'tensorboard>=2.20' 'xxhash>=3.5'\n")
