@@ -9,6 +9,8 @@
 # make vllm        on a machine with an NVIDIA GPU: add vLLM's CUDA build (on a CPU, vLLM is part of the environment)
 # make gpu         on a machine with a GPU: test and time the kernels, compile and capture a training step; under nine minutes; writes a
 #                  JSON and a page. ARGS="--parts rivals" (or sizes, context) measures more. Uses .venv if there is one, else python3.
+# make fake-gpu    run training steps on a GPU that does everything but the arithmetic, and print launches and host time; in an environment
+#                  of its own, .venv-fake-gpu (5 GB); says so in one line where it cannot
 # Another Python: make test PYTHON=/path/to/python3.12
 
 SHELL := /bin/bash
@@ -21,7 +23,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check --quiet install
 # and with it the file's fixtures; tests/conftest.py starts the longest files first.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q
 
-.PHONY: demo real test test-fast env lint docs-check gpu vllm
+.PHONY: demo real test test-fast env lint docs-check gpu fake-gpu vllm
 
 demo: env
 	@$(RUN) -m benchmarks.forgetting.miniature.demo
@@ -38,6 +40,9 @@ test-fast: env
 
 gpu:
 	@"$(if $(filter command environment,$(firstword $(origin PYTHON))),$(PYTHON),$(or $(wildcard $(RUN)),python3))" -m benchmarks.gpu $(ARGS)
+
+fake-gpu:
+	@PYTHON="$(PYTHON)" tests/fake_gpu/run.sh $(ARGS)
 
 # vLLM on a GPU is some gigabytes more, which only synthesis needs. On a CPU it is part of the environment.
 vllm: env
