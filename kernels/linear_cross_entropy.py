@@ -87,6 +87,16 @@ def rows_per_chunk(vocabulary: int, dtype: torch.dtype, device_type: str, chunk_
     return max(DEVICE_MIN_ROWS, DEVICE_CHUNK_BYTES // row_bytes // TILE_ROWS * TILE_ROWS)
 
 
+def even_chunks(count: int, most: int) -> list[tuple[int, int]]:
+    """Divide `count` rows into the fewest chunks of at most `most`, as (start, stop).
+
+    They are equal to within a tile, in whole tiles but the last where `most` is, since every chunk reads all of W, however few its rows.
+    """
+    tile = TILE_ROWS if most % TILE_ROWS == 0 else 1
+    chunks, tiles = -(-count // most), -(-count // tile)
+    return [(i * tiles // chunks * tile, min((i + 1) * tiles // chunks * tile, count)) for i in range(chunks)]
+
+
 # ---------------------------------------------------------------- the operator: losses, statistics and gradients, chunk by chunk
 
 
@@ -123,18 +133,19 @@ def linear_cross_entropy_chunks(
     for result in (losses, row_statistics, dx, dbias) if count else results:  # the other sums are written by the first chunk
         result.zero_()
 
-    step = rows_per_chunk(V, x.dtype, x.device.type, chunk_bytes)
+    most = rows_per_chunk(V, x.dtype, x.device.type, chunk_bytes)
     if want_weight and chunk_bytes is None and x.is_cuda:
-        step = max(step, D)  # as much memory as the rounded ∂W takes once the chunks are freed
-    buffer = new_logits(min(step, count), V, x)
+        most = max(most, D // TILE_ROWS * TILE_ROWS)  # as much memory as the rounded ∂W takes once the chunks are freed
+    chunks = even_chunks(count, most)
+    buffer = new_logits(max((stop - start for start, stop in chunks), default=0), V, x)
     A, B = (None if t is None else t.to(x.dtype) for t in (A, B))
     if entropy_weighted is not None:
         entropy_weight = x.new_ones(S, dtype=exact)
         row_weight = entropy_weight.clone() if row_weight is None else row_weight.clone()
     with torch.autocast(x.device.type, enabled=False) if autocast_is_on(x.device) else nullcontext():
-        for start in range(0, count, step):
+        for start, stop in chunks:
             first = start == 0
-            rows = slice(start, min(start + step, count)) if used_rows is None else used_rows[start:start + step]
+            rows = slice(start, stop) if used_rows is None else used_rows[start:stop]
             x_rows = x[rows]
             logits = buffer[:x_rows.shape[0]]
             x_A = _write_logits(x_rows, weight, bias, A, B, lora_scaling, out=logits)

@@ -30,7 +30,7 @@ from kernels._autocast import without_autocast
 from kernels._cross_entropy_rows import new_logits, statistics_dtype
 from kernels._dispatch import operator
 from kernels._kl_rows import DIVERGENCES, Rule, kl_rows
-from kernels.linear_cross_entropy import accumulate_matmul, rows_per_chunk
+from kernels.linear_cross_entropy import accumulate_matmul, even_chunks, rows_per_chunk
 
 REDUCTIONS = ("sum", "mean", "none")
 
@@ -92,10 +92,9 @@ def linear_kl_chunks(
     count = x.shape[0] if kept_rows is None else kept_rows.shape[0]
     if not count:
         dweight.zero_()
-    step = max(1, min(rows_per_chunk(2 * V, x.dtype, x.device.type, chunk_bytes), count))
-    buffer = new_logits(2 * step, V, x)
-    for start in range(0, count, step):
-        stop = min(start + step, count)
+    chunks = even_chunks(count, rows_per_chunk(2 * V, x.dtype, x.device.type, chunk_bytes))
+    buffer = new_logits(2 * max((stop - start for start, stop in chunks), default=0), V, x)
+    for start, stop in chunks:
         rows, n = slice(start, stop) if kept_rows is None else kept_rows[start:stop], stop - start
         x_rows, student, reference = x[rows], buffer[:n], buffer[n:2 * n]
         if weight_ref is None:

@@ -9,6 +9,7 @@ of a round kept together (paired bootstrap, Efron and Tibshirani 1993). The rati
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -133,8 +134,8 @@ def again(contender: Contender) -> Contender:
 
 
 def relative(value: float, other: float) -> float:
-    """Return the relative difference of a value from another."""
-    return abs(value - other) / abs(other)
+    """Return the relative difference of a value from another: 0 between equal ones, infinity from 0."""
+    return abs(value - other) / abs(other) if other else math.inf if value else 0.0
 
 
 def tokens_per_cpu_second(measurement: Measurement) -> float:

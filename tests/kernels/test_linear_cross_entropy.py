@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels._cross_entropy_rows import Loss
 from kernels.linear_cross_entropy import (
+    even_chunks,
     linear_cross_entropy,
     linear_cross_entropy_chunks,
     linear_cross_entropy_statistics,
@@ -416,6 +417,25 @@ def test_rows_of_a_chunk(vocabulary):
     assert rows % 128 == 0 and rows >= 2048 and (rows == 2048 or rows * vocabulary * 4 <= 1 << 30)
     assert rows_per_chunk(vocabulary, torch.bfloat16, "cpu", 10 * vocabulary * 4 + 1) == 10
     assert rows_per_chunk(vocabulary, torch.float64, "cpu", vocabulary * 4) == 1
+
+
+@pytest.mark.parametrize("count", [0, 1, 127, 2048, 2049, 4098, 16 * 2048 + 2])
+@pytest.mark.parametrize("most", [1, 10, 256, 2048, 4224])
+def test_chunks_are_equal_and_in_whole_tiles(count, most):
+    chunks = even_chunks(count, most)
+    sizes, tile = [stop - start for start, stop in chunks], 128 if most % 128 == 0 else 1
+    assert [row for start, stop in chunks for row in range(start, stop)] == list(range(count))
+    assert len(sizes) == -(-count // most) and max(sizes, default=0) <= most
+    assert max(sizes, default=0) - min(sizes, default=0) < 2 * tile and all(size % tile == 0 for size in sizes[:-1])
+
+
+def test_no_chunk_of_few_rows_reads_the_whole_head(monkeypatch):
+    """258 rows took a chunk of 256 and one of 2, each of which reads all of W."""
+    x, weight, target = torch.randn(258, 8), torch.randn(50, 8), torch.randint(50, (258,))
+    read, mm = [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b, out: read.append(len(a)) or mm(a, b, out=out))
+    linear_cross_entropy(x, weight, target, reduction="sum", chunk_bytes=256 * 50 * 4)
+    assert read == [128, 130]
 
 
 TORCHS_OWN = """

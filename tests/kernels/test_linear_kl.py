@@ -32,6 +32,14 @@ from tests.helpers.kl_cases import (
 )
 
 
+def test_no_chunk_of_few_rows_reads_the_whole_heads(monkeypatch):
+    x, weight = torch.randn(130, 8), torch.randn(50, 8)
+    read, mm = [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b, out: read.append(len(a)) or mm(a, b, out=out))
+    linear_kl(x, weight, x + 1, weight, chunk_bytes=129 * 2 * 50 * 4)
+    assert read == [65] * 4
+
+
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
 @pytest.mark.parametrize("trained", [False, True])

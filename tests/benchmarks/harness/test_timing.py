@@ -1,5 +1,7 @@
 """Interleaving, medians and bootstrap intervals, on a clock that the test turns by hand."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -111,3 +113,8 @@ def test_matmul_counts_its_flops():
     one = timing.matmul(torch.bfloat16, size=8)
     assert one.name == "matmul, bfloat16"
     assert one.step().flops == 20 * 2 * 8**3
+
+
+def test_a_relative_difference_from_zero_is_no_error():
+    """Losses of 0 are compared too: where every target is masked, and where kernels do not compute."""
+    assert timing.relative(0.0, 0.0) == 0.0 and timing.relative(1e-9, 0.0) == math.inf and timing.relative(3.0, -2.0) == 2.5
