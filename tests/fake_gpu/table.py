@@ -14,12 +14,12 @@ from collections.abc import Callable
 
 import torch
 
+import trainer.model.patch as patching
 from benchmarks.harness.model_shapes import MODELS, ModelShape
 from benchmarks.harness.synthetic_models import adapted, random_samples, stock_model
 from benchmarks.speed.baselines import Batching, padded_loop
 from benchmarks.speed.contenders import fused, in_memory
 from tests.helpers.fake_gpu import recorded
-import trainer.model.patch as patching
 
 SAMPLES, LENGTH = 16, 512
 WARM, ROUNDS = 3, 15
