@@ -149,7 +149,7 @@ def measure(label: str, part: str) -> dict[str, dict[str, int]]:
 def measure_all(jobs: Sequence[tuple[str, str]], workers: int = 2) -> Iterator[tuple[str, str, dict[str, int]]]:
     """(kernel, part, figures) of these cases on these parts, two compilers at a time."""
     with ProcessPoolExecutor(workers) as pool:
-        for (_, part), found in zip(jobs, pool.map(measure, *zip(*jobs), chunksize=1)):
+        for (_, part), found in zip(jobs, pool.map(measure, [label for label, _ in jobs], [part for _, part in jobs], chunksize=1)):
             for name, result in found.items():
                 yield name, part, result
 
@@ -204,7 +204,7 @@ def check_budgets(compiled: Collection[str] = ()) -> int:
     jobs = [(label, part) for label, by_part in now.items() for part, found in by_part.items()
             if label in compiled or written.get(label, {}).get(part) != found]
     seen, wrong = set(), []
-    for name, part, found in measure_all(jobs) if jobs else ():
+    for name, part, found in measure_all(jobs):
         seen.add(name)
         wrong += faults(name, part, found, budgets.get(name, {}).get(part))
     again = {label for label in now if all((label, part) in jobs for part in SHARED_MEMORY)}
@@ -226,14 +226,18 @@ def table(budgets: dict) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
-def write_budgets() -> None:
+def write_budgets(compiled: Collection[str] = ()) -> None:
     """Write the present figures as the budgets that tests hold kernels to.
 
-    Their table in kernels/README.md is renewed too.
+    It compiles the cases that were changed since the budgets were written, and those named in `compiled`. The table of the budgets in
+    kernels/README.md is renewed too.
     """
-    budgets: dict[str, dict[str, dict[str, int]]] = {}
-    now = digests()
-    for name, part, result in measure_all([(label, part) for label in now for part in SHARED_MEMORY]):
+    written, now = json.loads(DIGESTS.read_text()), digests()
+    changed = [label for label in now if label in compiled or written.get(label) != now[label]]
+    budgets: dict[str, dict[str, dict[str, int]]] = {
+        name: by_part for name, by_part in json.loads(BUDGETS.read_text()).items()
+        if (label := name.split(" / ")[0]) in now and label not in changed}
+    for name, part, result in measure_all([(label, part) for label in changed for part in SHARED_MEMORY]):
         kept = {key: result[key] for key in ("registers", "spills", "shared")}
         budgets.setdefault(name, {})[part] = kept | {key: result[key] for key in ("dots", "HGMMA") if result.get(key)}
     budgets = dict(sorted(budgets.items()))
@@ -248,8 +252,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="compare with tests/kernels/budgets.json instead of writing it")
     parser.add_argument("--compile", nargs="+", default=[], metavar="CASE", choices=["all", *cases()],
-                        help="with --check: cases to compile though unchanged since the budgets were written, or all")
+                        help="cases to compile though unchanged since the budgets were written, or all")
     given = parser.parse_args()
+    compiled = cases() if "all" in given.compile else given.compile
     if given.check:
-        sys.exit(bool(check_budgets(cases() if "all" in given.compile else given.compile)))
-    write_budgets()
+        sys.exit(bool(check_budgets(compiled)))
+    write_budgets(compiled)
