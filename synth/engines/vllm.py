@@ -39,7 +39,8 @@ from synth.engines.vllm_sampling import compute_logprobs_of_samples_alone, find_
 from trainer.model.attention_shapes import attention_shapes
 
 CPU_CACHE_MIN_BYTES = 300_000_000  # smallest KV cache on a CPU
-CPU_CACHE_SEQUENCES = 64  # sequences of full length that a larger one holds
+CPU_CACHE_SEQUENCES = 64  # sequences of full length that a larger one holds,
+CPU_CACHE_MOST_BYTES = 4_000_000_000  # if they fit into this; one sequence always fits
 GPU_PREFILL_TOKENS = 2_048  # of prompts in a step: their log-probs over the vocabulary must fit beside the KV cache
 
 
@@ -175,11 +176,15 @@ def _context(load: LoadRequest) -> int:
 
 
 def _cache(load: LoadRequest, context: int, dtype: str) -> int:
-    """Return the bytes of the KV cache on a CPU: at most half of the free memory, which all workers share."""
+    """Return the bytes of the KV cache on a CPU: at most half of the free memory, which all workers share.
+
+    vLLM fills the cache at once, so one for sequences that never get that long would be memory that nobody else has.
+    """
     cached = sum(shape.cache_width for shape in attention_shapes(_text_config(load)) if shape)
     bytes_per_token = cached * (4 if dtype == "float32" else 2)
     most = psutil.virtual_memory().available // (2 * load.workers)
-    return min(max(CPU_CACHE_SEQUENCES * context * bytes_per_token, CPU_CACHE_MIN_BYTES), most)
+    one = context * bytes_per_token
+    return min(max(min(CPU_CACHE_SEQUENCES * one, max(CPU_CACHE_MOST_BYTES, one)), CPU_CACHE_MIN_BYTES), most)
 
 
 def patch_for_cpu() -> None:

@@ -17,4 +17,11 @@ def test_cache_follows_each_layers_attention(tmp_path, family, monkeypatch):
     monkeypatch.setattr(vllm, "CPU_CACHE_MIN_BYTES", 0)
     tiny.model_config(family, **({"global_head_dim": 32} if family == "gemma4_text" else {})).save_pretrained(tmp_path)
     load = SimpleNamespace(folder=str(tmp_path), workers=1, model=SimpleNamespace(trust_remote_code=False))
-    assert vllm._cache(load, 100, "float32") == vllm.CPU_CACHE_SEQUENCES * 100 * 4 * WIDTHS[family]
+    one = 100 * 4 * WIDTHS[family]
+    assert vllm._cache(load, 100, "float32") == vllm.CPU_CACHE_SEQUENCES * one
+    monkeypatch.setattr(vllm, "CPU_CACHE_MOST_BYTES", 10 * one)
+    assert vllm._cache(load, 100, "float32") == 10 * one
+    monkeypatch.setattr(vllm, "CPU_CACHE_MOST_BYTES", one // 2)
+    assert vllm._cache(load, 100, "float32") == one, "a sequence of full length fits"
+    monkeypatch.setattr(vllm.psutil, "virtual_memory", lambda: SimpleNamespace(available=one))
+    assert vllm._cache(load, 100, "float32") == one // 2, "half of the free memory"
