@@ -6,8 +6,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,7 +15,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.helpers import mixtures, tiny
-from tests.helpers.processes import Command, complete
+from tests.helpers.processes import Command, complete, complete_ranks
 from tests.helpers.runs import QUESTIONS, arguments, records, weights, write_chats
 from trainer.cli import parse
 from trainer.config import Config
@@ -102,9 +100,9 @@ def test_the_loss_is_a_mean_over_supervised_tokens_of_the_whole_step(model_folde
 
 @pytest.mark.slow
 def test_bf16_compute_trains(model_folder, chats, tmp_path):
-    fp32 = run(model_folder, chats, tmp_path / "a", "--epochs", "2")
-    bf16 = run(model_folder, chats, tmp_path / "b", "--epochs", "2", "--precision", "bf16")
-    full = run(model_folder, chats, tmp_path / "c", "--precision", "bf16", "--method", "full")
+    fp32 = run(model_folder, chats, tmp_path / "a", "--max_steps", "8")
+    bf16 = run(model_folder, chats, tmp_path / "b", "--max_steps", "8", "--precision", "bf16")
+    full = run(model_folder, chats, tmp_path / "c", "--max_steps", "8", "--precision", "bf16", "--method", "full")
     assert bf16.loss == pytest.approx(fp32.loss, rel=0.03)
     first, *_, last = records(full.folder, "step")
     assert last["loss"] < first["loss"]
@@ -168,7 +166,7 @@ def wait_for_step(folder: Path, step: int, process: Command) -> None:
 
 
 KILLS = int(os.environ.get("STEADFAST_KILLS", "2"))  # more of them by hand: each costs a start
-LONG = ("--epochs", "12", "--checkpoint.every", "3", "--lora.dropout", "0.1", "--data.eval_fraction", "0.1", "--eval.every", "10")
+LONG = ("--epochs", "8", "--checkpoint.every", "3", "--lora.dropout", "0.1", "--data.eval_fraction", "0.1", "--eval.every", "10")
 
 
 @pytest.fixture(scope="module")
@@ -269,10 +267,8 @@ def test_parts_of_a_record_are_held_out_together(model_folder, tmp_path):
 def test_two_ranks_give_the_losses_of_one(model_folder, chats, tmp_path):
     common = ("--epochs", "2", "--logging.every", "1", "--data.eval_fraction", "0.1")
     run(model_folder, chats, tmp_path / "one", *common)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517", "-m", "trainer.run",
-               *arguments(model_folder, chats, tmp_path / "two", *common)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stdout + done.stderr
+    for status, output, errors in complete_ranks("trainer.run", arguments(model_folder, chats, tmp_path / "two", *common)):
+        assert status == 0, output + errors
     one, two = (records(tmp_path / name, "step") for name in ("one", "two"))
     assert [r["step"] for r in one] == [r["step"] for r in two] and len(one) > 5
     for a, b in zip(one, two):

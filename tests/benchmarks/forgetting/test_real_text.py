@@ -13,11 +13,15 @@ from benchmarks.forgetting.job import Arm, Job
 from benchmarks.forgetting.miniature.world import heldout_items
 from benchmarks.forgetting.real_text import Size
 from benchmarks.forgetting.real_text_data import Counts, Schooling
+from benchmarks.harness import parallel
+from synth.pool import synthesis_run
+from tests.helpers.engine_here import EngineHere, put_back
+from tests.helpers.pools import here
 from tests.helpers.records import drawn, shown, table_rows
 from trainer.errors import UserError
 
 WORDS = "the a patient had two red apples and bought seven more while doctors saw no change in pain after treatment".split()
-TINY = Size(Schooling(skills=3000, passes=1.0, tuning=100, width=64, layers=1), Counts(2, 4, 6, 4), instructions=60, domain=30, steps=3)
+TINY = Size(Schooling(skills=1500, passes=1.0, tuning=100, width=64, layers=1), Counts(2, 4, 6, 4), instructions=60, domain=30, steps=3)
 LINES = ["domain only", "self, greedy + KL", "real data (oracle)", "full: domain only"]
 
 
@@ -71,12 +75,15 @@ def arguments(*words: str) -> argparse.Namespace:
 
 @pytest.fixture(scope="module")
 def made(data, tmp_path_factory) -> dict:
-    """The record of a study with few steps and four arms, one of each kind."""
+    """The record of a study with few steps and four arms, one of each kind, all in this process."""
     arms = tuple(arm for arm in real_text.ARMS if arm.name in LINES)
     kept = tmp_path_factory.mktemp("kept") / "work"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(real_text, "SIZE", TINY)
         patch.setattr(real_text, "ARMS", arms)
+        put_back(patch)
+        patch.setattr(synthesis_run, "open_engine", EngineHere)
+        patch.setattr(parallel, "pool", here)
         return real_text.run(arguments("--data", str(data), "--seeds", "1", "--workers", "1", "--keep", str(kept))) | {"kept": kept}
 
 

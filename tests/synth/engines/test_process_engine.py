@@ -73,7 +73,7 @@ from pathlib import Path
 from synth.config import Model
 from synth.engines import open_engine
 from synth.engines.interface import CompletionRequest, Prompt, Sampling
-engine = open_engine(Model(path=sys.argv[1], engine=sys.argv[2], data_parallel_size=2), Path(sys.argv[3]))
+engine = open_engine(Model(path=sys.argv[1], engine=sys.argv[2], data_parallel_size=int(sys.argv[4])), Path(sys.argv[3]))
 print(*(worker.process.pid for worker in engine.workers), flush=True)
 for n, _ in enumerate(engine.complete(CompletionRequest((k,), Prompt((0, 4)), Sampling(1.0, 1.0, 400), k) for k in range(10**6))):
     if n == 20:
@@ -81,8 +81,8 @@ for n, _ in enumerate(engine.complete(CompletionRequest((k,), Prompt((0, 4)), Sa
 """
 
 
-def start_parent(kind: str, folder: Path) -> subprocess.Popen:
-    command = [sys.executable, "-c", PARENT, str(BASE), kind, str(folder / "log")]
+def start_parent(kind: str, folder: Path, workers: int) -> subprocess.Popen:
+    command = [sys.executable, "-c", PARENT, str(BASE), kind, str(folder / "log"), str(workers)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
 
 
@@ -97,9 +97,10 @@ def wait_until(holds, seconds=60):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [needs("vllm"), needs("transformers")])
 def test_workers_end_with_their_parent(kind, tmp_path):
-    parent = start_parent(kind, tmp_path)
+    count = {"vllm": 1, "transformers": 2}[kind]
+    parent = start_parent(kind, tmp_path, count)
     workers = [int(pid) for pid in parent.stdout.readline().split()]
-    assert len(workers) == 2 and parent.stdout.readline() == "busy\n" and not any(map(gone, workers))
+    assert len(workers) == count and parent.stdout.readline() == "busy\n" and not any(map(gone, workers))
     parent.kill()
     parent.wait()
     wait_until(lambda: all(map(gone, workers)))
@@ -107,7 +108,7 @@ def test_workers_end_with_their_parent(kind, tmp_path):
 
 @pytest.mark.slow
 def test_a_parent_that_ends_while_workers_load(tmp_path):
-    parent = start_parent("transformers", tmp_path)
+    parent = start_parent("transformers", tmp_path, 2)
     workers = []
     while len(workers) < 2:
         workers = [child.pid for child in psutil.Process(parent.pid).children() if "synth.engines.worker" in child.cmdline()]
