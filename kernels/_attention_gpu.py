@@ -24,7 +24,6 @@ Shapes: T tokens, n documents, H query heads, Hk key heads, D head width.
 
 import functools
 import importlib.util
-import inspect
 from collections.abc import Callable, Hashable
 from functools import partial
 
@@ -137,21 +136,11 @@ def _flash_window(window: int | None) -> tuple[int, int]:
     return (-1 if window is None else window - 1, 0)
 
 
-@functools.cache
-def _options_of(function: Callable) -> frozenset[str]:
-    return frozenset(inspect.signature(function).parameters)
+class _Varlen(torch.autograd.Function):
+    """torch's FlashAttention; its backward gets what the sinks make of its output and its log-sum-exp.
 
-
-@torch.compiler.assume_constant_result
-def _gqa_has_a_flag() -> bool:
-    """Return whether varlen_attn has enable_gqa (torch 2.12); older ones need no flag for it."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    return "enable_gqa" in _options_of(varlen_attn)
-
-
-class _VarlenWithSinks(torch.autograd.Function):
-    """torch's FlashAttention, whose backward gets what the sinks make of its output and its log-sum-exp."""
+    torch's own `varlen_attn` is a custom operator in Python, whose dispatch takes the host several times as long.
+    """
 
     @staticmethod
     def forward(ctx, q, k, v, sinks, cu_seqlens, max_seqlen, scale, window):
@@ -159,29 +148,25 @@ class _VarlenWithSinks(torch.autograd.Function):
         ctx.bounds = cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, 0.0, window is None  # no dropout; causal
         ctx.options = {"scale": scale, "window_size_left": left, "window_size_right": right}
         out, lse, *random, _ = torch.ops.aten._flash_attention_forward(q, k, v, *ctx.bounds, False, **ctx.options)
-        with_sinks = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])  # [H, T]
-        out.mul_((lse - with_sinks).exp_().t()[..., None])
-        ctx.save_for_backward(q, k, v, sinks, out, with_sinks, *random)
+        if sinks is not None:
+            lse, without = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None]), lse  # [H, T]
+            out.mul_((without - lse).exp_().t()[..., None])
+        ctx.save_for_backward(q, k, v, sinks, out, lse, *random)
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        q, k, v, sinks, out, with_sinks, *random = ctx.saved_tensors
-        grads = torch.ops.aten._flash_attention_backward(grad, q, k, v, out, with_sinks, *ctx.bounds, *random, **ctx.options)
+        q, k, v, sinks, out, lse, *random = ctx.saved_tensors
+        grads = torch.ops.aten._flash_attention_backward(grad, q, k, v, out, lse, *ctx.bounds, *random, **ctx.options)
         grad_sinks = None
         if ctx.needs_input_grad[3]:
-            p = (sinks.to(with_sinks.dtype)[:, None] - with_sinks).exp_()
+            p = (sinks.to(lse.dtype)[:, None] - lse).exp_()
             grad_sinks = -(p.t() * (grad.to(p.dtype) * out).sum(-1)).sum(0).to(sinks.dtype)
         return *grads, grad_sinks, None, None, None, None
 
 
 def _varlen_attn(q, k, v, sinks, cu_seqlens, max_seqlen, scale, window, softcap, dropout) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    if sinks is not None:
-        return _VarlenWithSinks.apply(q, k, v, sinks, cu_seqlens, max_seqlen, scale, window)
-    gqa = {"enable_gqa": True} if q.shape[1] != k.shape[1] and _gqa_has_a_flag() else {}
-    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale, window_size=_flash_window(window), **gqa)
+    return _Varlen.apply(q, k, v, sinks, cu_seqlens, max_seqlen, scale, window)
 
 
 def _flash_attn_2(q, k, v, sinks, cu_seqlens, max_seqlen, scale, window, softcap, dropout) -> Tensor:

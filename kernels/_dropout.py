@@ -11,6 +11,8 @@ neighbouring columns computes the draw that decides them, so no value changes th
 column, not per element.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -18,15 +20,38 @@ from kernels._dispatch import operator, triton_serves
 from kernels._launch import ANY, Launch, cdiv, constexpr, jit, launch, pick, tl
 
 RESOLUTION = 1 << 16  # of the fraction kept
+OFFSETS = 4  # of a generator's stream that one seed takes, the least step that torch allows
+SEEDS = 256  # drawn in one launch
+SALT = 0x5EED  # sets the draws of seeds apart from a generator's others
 
 
 def draw_seed(device: torch.device) -> Tensor:
     """Return a seed, int64 [] on `device`, from its default generator.
 
     The seed stays on the device: torch.compile traces the draw, a captured graph draws a new one in every replay, and activation
-    checkpointing, which restores the generator, draws the same one again.
+    checkpointing, which restores the generator, draws the same one again. Otherwise a GPU draws SEEDS of them in one launch: which one it
+    is follows from the generator's state alone.
     """
-    return torch.randint(2**62, (), device=device)
+    if device.type != "cuda" or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+        return torch.randint(2**62, (), device=device)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    generator = torch.cuda.default_generators[index]
+    offset = generator.get_offset()
+    generator.set_offset(offset + OFFSETS)
+    block, place = divmod(offset // OFFSETS, SEEDS)
+    return _seeds(index, generator.initial_seed(), block)[place]
+
+
+@functools.lru_cache(maxsize=16)
+def _seeds(index: int, seed: int, block: int) -> Tensor:
+    """Draw block number `block` of a generator's seeds, int64 [SEEDS] on the GPU of this index.
+
+    The draw is no other generator's: a step's backward may come back to it, when activation checkpointing recomputes a layer.
+    """
+    generator = torch.Generator(torch.device("cuda", index))
+    generator.manual_seed((seed ^ SALT) % 2**63)
+    generator.set_offset(block * OFFSETS * SEEDS)
+    return torch.randint(2**62, (SEEDS,), device=generator.device, generator=generator)
 
 
 def lanes_kept(dropout: float) -> int:

@@ -98,9 +98,19 @@ def pick(table: dict[tuple[str, int | None], Launch], size: int, device: torch.d
     """Return the launch settings for this device's architecture and a problem of `size`.
 
     Keys of `table` are (architecture, upper bound of size). The smallest bound that holds `size` wins, None is no bound, and an
-    architecture without rows of its own has those of ANY.
+    architecture without rows of its own has those of ANY. The settings that are found are kept, so a table must not change.
     """
     arch = arch_of(device)
+    kept = _picked.get((id(table), size, arch))
+    if kept is None:
+        kept = _picked[id(table), size, arch] = table, _find(table, size, arch)
+    return kept[1]
+
+
+_picked: dict[tuple[int, int, str], tuple[dict, Launch]] = {}
+
+
+def _find(table: dict[tuple[str, int | None], Launch], size: int, arch: str) -> Launch:
     arch = arch if any(row == arch for row, _ in table) else ANY
     bounds = [bound for row, bound in table if row == arch]
     fitting = [bound for bound in bounds if bound is not None and size <= bound]
@@ -119,7 +129,8 @@ def cdiv(a: int, b: int) -> int:
 
 def rows_of(x: Tensor) -> Tensor:
     """Return x [..., N] as [rows, N] with a dense last dimension; a view wherever possible."""
-    x = x.reshape(-1, x.shape[-1])
+    if x.dim() != 2:
+        x = x.reshape(-1, x.shape[-1])
     return x if x.stride(1) == 1 else x.contiguous()
 
 
@@ -135,7 +146,7 @@ def launch(kernel, grid: tuple[int, ...], settings: Launch, *args, **constexprs)
         _recorder.launches.append(Recorded(kernel, args, constexprs, settings.num_warps, settings.num_stages))
         return
     options = dict(num_warps=settings.num_warps, num_stages=settings.num_stages, enable_fp_fusion=True)
-    device = next(a.device for a in args if isinstance(a, Tensor))
+    device = next(a for a in args if isinstance(a, Tensor)).device
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         kernel[grid](*args, **constexprs, **options)
         return

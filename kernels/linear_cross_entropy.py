@@ -160,8 +160,11 @@ def linear_cross_entropy_chunks(
             g = g if g.dtype == x.dtype else logits.copy_(g)
             h = g @ B if want_A or (want_x and B is not None) else None
             if want_x:
-                dx_rows = g @ weight
-                dx[rows] = dx_rows if h is None else dx_rows.addmm_(h, A, alpha=lora_scaling)
+                dx_rows = torch.mm(g, weight, out=dx[rows]) if used_rows is None else g @ weight
+                if h is not None:
+                    dx_rows.addmm_(h, A, alpha=lora_scaling)
+                if used_rows is not None:
+                    dx[rows] = dx_rows
             if want_weight:
                 accumulate_matmul(dweight, g.t(), x_rows, first)
             if want_A:

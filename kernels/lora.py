@@ -104,10 +104,9 @@ def project_fused(x: Tensor, projections: list[Projection]) -> tuple[Tensor | No
     return S, values, norms
 
 
-def input_gradient(G: list[Tensor], projections: list[Projection], need_x: bool, needs: list[Needs]
+def input_gradient(G: list[Tensor], projections: list[Projection], adapters: Adapters, need_x: bool, needs: list[Needs]
                    ) -> tuple[Tensor | None, Tensor | None]:
     """Return ∂x [T, K] (None unless need_x) and D [T, P * block_r] (None where it is not needed)."""
-    adapters = adapters_of(projections)
     grad_x, D = None, None
     if adapters.indices and (need_x or any(need.A for need in needs)):
         D, adapter_grad_x = lora_backward([G[i] for i in adapters.indices], adapters.A, adapters.B, *adapters.dropout_args, need_x)
@@ -119,9 +118,8 @@ def input_gradient(G: list[Tensor], projections: list[Projection], need_x: bool,
 
 
 def parameter_gradients(G: list[Tensor], x: Tensor, S: Tensor | None, D: Tensor | None, projections: list[Projection],
-                        needs: list[Needs], grads: list[Gradients]) -> None:
+                        adapters: Adapters, needs: list[Needs], grads: list[Gradients]) -> None:
     """Write the needed gradients of each projection's weight, A and B into `grads`."""
-    adapters = adapters_of(projections)
     need_A, need_B = [needs[i].A for i in adapters.indices], [needs[i].B for i in adapters.indices]
     if any(need_A + need_B):
         ranks = [A.shape[0] for A in adapters.A]
@@ -176,8 +174,9 @@ def project_backward(grads_y: list[Tensor], x: Tensor, S: Tensor | None, values:
     G, grads = output_backward(grads_y, values, norms, projections, needs)
     if not fused:
         return project_backward_reference(G, x, S, projections, need_x, needs, grads), grads
-    grad_x, D = input_gradient(G, projections, need_x, needs)
-    parameter_gradients(G, x, S, D, projections, needs, grads)
+    adapters = adapters_of(projections)
+    grad_x, D = input_gradient(G, projections, adapters, need_x, needs)
+    parameter_gradients(G, x, S, D, projections, adapters, needs, grads)
     return grad_x, grads
 
 
@@ -257,7 +256,7 @@ def like_rows_of(y: Tensor, x: Tensor) -> Tensor:
 
     It is done outside the Functions: autograd lets nobody change in-place a view that a Function returns, and some models do.
     """
-    return y.view(*x.shape[:-1], y.shape[1])
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
 
 
 def _projections(x, weights, loras, biases) -> tuple[Tensor, ...]:

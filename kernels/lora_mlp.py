@@ -19,6 +19,7 @@ from kernels._autocast import autocast_input, without_autocast
 from kernels._lora_reference import Gradients, Needs, Projection
 from kernels.glu import ACTIVATIONS, activated, glu_backward, glu_backward_reference, glu_forward
 from kernels.lora import (
+    adapters_of,
     check_input,
     check_projection,
     flat_gradients,
@@ -43,13 +44,14 @@ def down_backward(grad_y: Tensor, gate: Tensor, up: Tensor, activation: str, S: 
     glu_backward recomputes h beside ∂g and ∂u.
     """
     G, grads = output_backward([grad_y], [value], [norm], [down], [need])
-    grad_h, D = input_gradient(G, [down], need_h, [need])
+    adapters = adapters_of([down])
+    grad_h, D = input_gradient(G, [down], adapters, need_h, [need])
     need_recomputed_h = need.weight or need.A
     if need_h:
         *grads_gate_up, h = glu_backward(grad_h, gate, up, activation, need_recomputed_h)
     else:
         grads_gate_up, h = [], glu_forward(gate, up, activation)
-    parameter_gradients(G, h if need_recomputed_h else gate, S, D, [down], [need], grads)
+    parameter_gradients(G, h if need_recomputed_h else gate, S, D, [down], adapters, [need], grads)
     return grads_gate_up, grads
 
 

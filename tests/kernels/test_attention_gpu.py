@@ -146,17 +146,6 @@ def flash(q, k, v, cu_seqlens, longest, scale, window_size, softcap=None):
     return eager(q, k, v, cu_seqlens, longest, scale, None if left < 0 else left + 1, softcap)
 
 
-def varlen_of_torch_2_11(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)):
-    assert cu_seq_q is cu_seq_k and max_q == max_k
-    return flash(q, k, v, cu_seq_q, max_q, scale, window_size)
-
-
-def varlen_of_torch_2_12(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1),
-                         enable_gqa=False, seqused_k=None, block_table=None, num_splits=None):
-    assert enable_gqa or q.shape[1] == k.shape[1]
-    return varlen_of_torch_2_11(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size)
-
-
 def flash_2(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
             window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False, block_table=None):
     assert causal and not dropout_p and deterministic == torch.are_deterministic_algorithms_enabled()
@@ -212,8 +201,6 @@ def aten_flash(served_by):
 
 
 STAND_INS = {
-    "torch 2.11": ("varlen_attn", "torch.nn.attention.varlen", "varlen_attn", varlen_of_torch_2_11),
-    "torch 2.12": ("varlen_attn", "torch.nn.attention.varlen", "varlen_attn", varlen_of_torch_2_12),
     "flash-attn 2": ("flash_attn 2", "flash_attn", "flash_attn_varlen_func", flash_2),
     "flash-attn 3": ("flash_attn 3", "flash_attn_interface", "flash_attn_varlen_func", flash_3),
 }
@@ -231,8 +218,15 @@ def stand_in(request, monkeypatch, served_by):
 @pytest.mark.parametrize("options", [{}, {"scale": 0.3}, {"window": 3}, {"window": 10**6}, {"softcap": 2.0}, {"chunk": 4}, {"chunk": 9}])
 @pytest.mark.parametrize(("heads", "dim"), [((2, 2), 16), ((6, 2), 20)])
 def test_each_is_told_what_it_needs(stand_in, heads, dim, options):
-    if stand_in == "varlen_attn" and "softcap" in options:
-        pytest.skip("varlen_attn has no softcap, and is not chosen for one")
+    for lengths in ([5], [3, 0, 9, 1]):
+        q, k, v, *rest = pack(lengths, heads, dim)
+        assert_same(packed_attention(q, k, v, *rest, **options), eager(q, k, v, *rest, **options), [q, k, v])
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="stand-ins are for machines without a GPU")
+@pytest.mark.parametrize("options", [{}, {"scale": 0.3}, {"window": 3}, {"window": 2, "chunk": 4}])
+@pytest.mark.parametrize(("heads", "dim"), [((2, 2), 16), ((6, 2), 20)])
+def test_torch_is_told_what_it_needs(aten_flash, heads, dim, options):
     for lengths in ([5], [3, 0, 9, 1]):
         q, k, v, *rest = pack(lengths, heads, dim)
         assert_same(packed_attention(q, k, v, *rest, **options), eager(q, k, v, *rest, **options), [q, k, v])
@@ -403,7 +397,7 @@ def test_varlen_attention_is_traced_whole_both_ways(heads, dim, options, served_
     y = torch.compile(packed_attention, fullgraph=True, backend=tracer, dynamic=False)(q, k, v, *rest, **options)
     y.sum().backward()
     assert len(graphs) == 2, "a forward and a backward"
-    assert graphs[0].count("torch_attn._varlen_attn.default") == graphs[1].count("torch_attn._varlen_attn_backward.default") == 1
+    assert graphs[0].count("aten._flash_attention_forward.default") == graphs[1].count("aten._flash_attention_backward.default") == 1
 
 
 @pytest.mark.slow

@@ -1,9 +1,12 @@
 """Dropout masks: rate and independence in both forms, and Triton's against the definition of Philox."""
 
+import functools
+
 import pytest
 import torch
 
-from kernels._dropout import draw_mask, draw_seed, kept_fraction, lanes_kept
+from kernels import _dropout
+from kernels._dropout import SEEDS, draw_mask, draw_seed, kept_fraction, lanes_kept
 from kernels._launch import INTERPRETED
 from tests.helpers.kernels import DEVICE, runs_triton, triton_mode
 
@@ -33,6 +36,41 @@ def test_the_oracle_gives_its_authors_known_answers():
     assert philox(0, [0] * 4, 10) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
     ones = 0xFFFFFFFF
     assert philox(ones << 32 | ones, [ones] * 4, 7) == [0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662]
+
+
+class Generator:
+    """A GPU's default generator, as far as seeds need it."""
+
+    seed, offset = 7, 0
+
+    def get_offset(self):
+        return self.offset
+
+    def set_offset(self, offset):
+        self.offset = offset
+
+    def initial_seed(self):
+        return self.seed
+
+
+def test_a_gpu_draws_seeds_in_blocks_and_the_same_ones_from_the_same_state(monkeypatch):
+    """One launch for many; where activation checkpointing restores the generator, a layer's seeds come again."""
+    generator, drawn = Generator(), []
+    monkeypatch.setattr(torch.cuda, "default_generators", [generator])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+    def block_of(index, seed, block):
+        drawn.append((seed, block))
+        return [(seed, block, place) for place in range(SEEDS)]
+
+    monkeypatch.setattr(_dropout, "_seeds", functools.cache(block_of))
+    gpu = torch.device("cuda", 0)
+    first = [draw_seed(gpu) for _ in range(SEEDS + 3)]
+    assert len(set(first)) == len(first) and drawn == [(7, 0), (7, 1)]
+    generator.offset = 8
+    assert [draw_seed(gpu), draw_seed(gpu)] == first[2:4] and generator.offset == 16
+    generator.seed, generator.offset = 8, 0
+    assert draw_seed(gpu) not in first
 
 
 @runs_triton

@@ -20,7 +20,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trainer.data.batch import NO_PADDING, PackedBatch, PadTo
 from trainer.errors import UserError
-from trainer.model.fused_layers import row_selecting_layer
 from trainer.model.pack_context import checkpoint_contexts, pack_of, run_pack
 from trainer.model.packed_attention import is_packed, last_hidden_states
 from trainer.model.text_part import head_layer
@@ -85,10 +84,10 @@ def forward_hidden(model: nn.Module, batch: PackedBatch, rows: Tensor | None = N
     if not is_packed(base):
         hidden = _one_sample_at_a_time(base, batch)
         return hidden if rows is None else hidden.index_select(0, rows)
-    skips_rows = rows is not None and row_selecting_layer(base) is not None
-    with run_pack(pack_of(batch.cu_seqlens, batch.max_seqlen, rows if skips_rows else None)):
+    pack = pack_of(batch.cu_seqlens, batch.max_seqlen, rows)
+    with run_pack(pack):
         hidden = last_hidden_states(base, batch.input_ids[None], batch.position_ids[None]).squeeze(0)
-    return hidden if rows is None or skips_rows else hidden.index_select(0, rows)
+    return hidden if rows is None or pack.rows_are_selected else hidden.index_select(0, rows)
 
 
 def _one_sample_at_a_time(base: PreTrainedModel, batch: PackedBatch) -> Tensor:

@@ -72,6 +72,8 @@ def layer_forward(layer: nn.Module, norms: LayerNorms, last: bool, hidden_states
     """
     pack = running_pack()
     rows = pack.rows if last and pack is not None else None
+    if rows is not None:
+        pack.rows_are_selected = True
     norm = getattr(layer, norms.stream)
     settings = fusable_norm(norm)
     if args or settings is None:

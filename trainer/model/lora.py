@@ -191,7 +191,8 @@ def why_not_fused(module: nn.Module) -> str | None:
         return "hooks on a linear layer" if _hooked(module) else why_not_nf4(module)
     if type(module) is not AdaptedLinear and not _is_adapted_4bit(module):
         return f"{type(module).__name__} is not a plain linear layer"
-    base, active = module.base_layer, module.active_adapters
+    children, active = module._modules, module.active_adapters  # read directly, as below, in every call: attributes of modules are slow
+    base = children["base_layer"]
     if (type(base) is not nn.Linear and not is_quantized(base)) or module.fan_in_fan_out:
         return f"the adapted layer is a {type(base).__name__}"
     if reason := why_not_nf4(base):
@@ -199,15 +200,16 @@ def why_not_fused(module: nn.Module) -> str | None:
     disabled_by_others = module.disable_adapters and not getattr(module, DISABLED_BY_US, False)
     if disabled_by_others or module.merged:
         return "the adapter is " + ("disabled" if disabled_by_others else "merged")
-    if len(active) != 1 or active[0] not in module.lora_A:
+    if len(active) != 1 or active[0] not in children["lora_A"]._modules:
         return f"expected one active adapter, found {', '.join(active) or 'none'}"
     name = active[0]
     variant = module.lora_variant.get(name)
     if variant is not None and type(variant) is not DoraLinearVariant:
         return f"the adapter is a {type(variant).__name__}"
-    if module.lora_B[name].bias is not None:
+    A, B = (children[part]._modules[name] for part in ("lora_A", "lora_B"))
+    if B._parameters["bias"] is not None:
         return "the adapter has a bias"
-    return "hooks on an adapted layer" if any(map(_hooked, (module, base, module.lora_A[name], module.lora_B[name]))) else None
+    return "hooks on an adapted layer" if any(map(_hooked, (module, base, A, B))) else None
 
 
 def adapted_layers(model: nn.Module) -> list[nn.Module]:
@@ -249,21 +251,22 @@ def _hooked(module: nn.Module) -> bool:
 def projection(module: nn.Module) -> Projection:
     """Read the tensors of a layer for which `why_not_fused` returns None."""
     if not is_adapted(module):
-        return Projection(_weight(module), module.bias, None)
+        return Projection(_weight(module), module._parameters["bias"], None)
+    children = module._modules
+    base = children["base_layer"]
     if module.disable_adapters:
-        return Projection(_weight(module.base_layer), module.base_layer.bias, None)
+        return Projection(_weight(base), base._parameters["bias"], None)
     name = module.active_adapters[0]
-    dropout = module.lora_dropout[name]
+    A, B, dropout = (children[part]._modules[name] for part in ("lora_A", "lora_B", "lora_dropout"))
     magnitude = module.lora_magnitude_vector[name].weight if name in module.lora_variant else None
-    base = module.base_layer
-    return Projection(_weight(base), base.bias, Lora(
-        module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name],
+    return Projection(_weight(base), base._parameters["bias"], Lora(
+        A._parameters["weight"], B._parameters["weight"], module.scaling[name],
         dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0, magnitude,
     ))
 
 
 def _weight(layer: nn.Module) -> Tensor | Nf4:
-    return nf4_of(layer) if is_quantized(layer) else layer.weight
+    return nf4_of(layer) if is_quantized(layer) else layer._parameters["weight"]
 
 
 @functools.cache  # once per reason, however many layers and steps

@@ -20,7 +20,8 @@ class Pack:
 
     cu_seqlens: Tensor  # int32[n + 1], where samples begin; the last entry is T
     longest: Tensor  # [max_seqlen, 0], without memory: torch.compile keeps sizes symbolic, but compiles again for each value of an int
-    rows: Tensor | None = None  # int64[S], the tokens that the last layer returns; None: all
+    rows: Tensor | None = None  # int64[S], the tokens that are asked for; None: all
+    rows_are_selected: bool = False  # a last layer of ours has left the others out
 
     @property
     def max_seqlen(self) -> int:

@@ -141,7 +141,7 @@ def is_quantized(module: nn.Module) -> bool:
 
     It is recognised by name, so that the library need not be installed.
     """
-    return isinstance(module, nn.Linear) and type(module).__name__ == "Linear4bit"
+    return type(module) is not nn.Linear and isinstance(module, nn.Linear) and type(module).__name__ == "Linear4bit"
 
 
 def quantized_layers(model: nn.Module) -> list[nn.Module]:

@@ -100,6 +100,7 @@ def train_step(run: TrainingRun, work: StepWork, phases: Phases) -> StepMetrics:
         pack = pack_loss(run.model, batch, work, run.kl, phases, run.balance)
         with phases("backward"):
             pack.objective.backward()
+            run.optimizer.collect()
         loss += pack.loss.detach()
         if pack.kl is not None:
             kl += pack.kl.detach()

@@ -8,6 +8,7 @@ from torch import nn
 
 from trainer.config import Optim
 from trainer.errors import UserError
+from trainer.optim import adamw
 from trainer.optim.adamw import FlatAdamW
 from trainer.optim.schedule import learning_rate
 
@@ -41,6 +42,30 @@ def test_five_steps_equal_torch_adamw_with_clipping():
         torch.testing.assert_close(norm, expected)
     for a, b in zip(ours.parameters(), stock.parameters()):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("small", [0, 20, 1 << 18])
+def test_gradients_that_are_added_together_are_those_that_come_one_by_one(small, monkeypatch):
+    """Bit for bit, over packs, with parameters on both sides of the bound."""
+    monkeypatch.setattr(adamw, "SMALL", small)
+    model = network()
+    stock = copy.deepcopy(model)
+    flat = FlatAdamW(model.parameters(), Optim())
+    for packs in (1, 2):
+        for seed in range(packs):
+            x = torch.randn(11, 7, generator=torch.Generator().manual_seed(seed))
+            model(x).square().sum().backward()
+            flat.collect()
+            stock(x).square().sum().backward()
+        assert [p.grad is None for p in model.parameters()] == [p.numel() <= small for p in model.parameters()]
+        expected = [p.grad.flatten() for p in (stock[0].weight, stock[2].weight, stock[0].bias, stock[2].bias)]
+        gathered = torch.cat([g[g != 0] for g in flat.gradients])
+        assert torch.equal(gathered, torch.cat([g[g != 0] for g in expected]))
+        flat.zero_grad()
+        stock.zero_grad()
+    model(x).sum().backward()
+    flat.zero_grad()
+    assert not any(g.any() for g in flat.gradients), "a gradient that was not collected is dropped too"
 
 
 def test_fp32_parameters_are_views_and_bf16_ones_follow_their_masters():
