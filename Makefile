@@ -4,6 +4,8 @@
 # make test        run all tests
 # make test-fast   run all tests but those marked slow
 # make lint        run ruff
+# make campaign    attack the commands with drawn inputs; SEED=7 MINUTES=30 (or CASES=500) say which and how many. Faults stay in
+#                  runs/campaign; the table in CONTRIBUTING.md is made anew
 # make docs-check  fail if a README's table differs from the newest benchmark records (python -m benchmarks.plot renews them)
 # make env         only make the environment, .venv; the targets above make it if need be
 # make vllm        on a machine with an NVIDIA GPU: add vLLM's CUDA build (on a CPU, vLLM is part of the environment)
@@ -23,7 +25,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check --quiet install
 # and with it the file's fixtures; tests/conftest.py starts the longest files first.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q
 
-.PHONY: demo real test test-fast env lint docs-check gpu fake-gpu vllm
+.PHONY: demo real test test-fast env lint docs-check campaign gpu fake-gpu vllm
 
 demo: env
 	@$(RUN) -m benchmarks.forgetting.miniature.demo
@@ -51,6 +53,10 @@ vllm: env
 
 lint: env
 	@$(RUN) -m ruff check .
+
+campaign: env
+	@OMP_NUM_THREADS=1 $(RUN) -m tests.campaign --seed $(or $(SEED),0) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(CASES),--cases $(CASES)) \
+	  --page CONTRIBUTING.md
 
 docs-check: env
 	@$(RUN) -m benchmarks.plot --check

@@ -24,6 +24,10 @@ if _launch.INTERPRETED:
     mend_bf16()
 
 
+def pytest_addoption(parser):
+    parser.addoption("--campaign-seed", type=int, default=0, help="seed of the attacks in tests/campaign")
+
+
 def pytest_collection_modifyitems(config, items):
     """With several workers, start the files that take longest first, so that none is left to the end."""
     if not hasattr(config, "workerinput"):

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 TRAINER = (Config, EvaluationConfig, GateConfig, Interpolate, Convert)
 COMMANDS = {"trainer": TRAINER, "synth": (*TRAINER, SynthConfig)}  # whose options the files of a package name without dashes
 PLACEHOLDERS = {"section.option", "section.key"}
-OF_EVERY_COMMAND = {"config", "help", "print_config"}
+OF_EVERY_COMMAND = {"config", "help", "print_config", "traceback"}
 OF_OTHER_PROGRAMS = {"nproc_per_node"}
 FILES = {"json", "jsonl", "yaml", "html", "py", "md", "txt", "csv", "safetensors", "jinja", "parquet"}  # model.safetensors is a file
 FLAG = re.compile(r"(?<![\w-])--([A-Za-z][\w-]*(?:\.\w+)*)")
@@ -70,7 +70,7 @@ def test_every_option_that_is_named_exists(package):
 
 # Named in tables of other trainers' options, in the benchmarks' commands, or of a section named before.
 OF_OTHERS = {"compare", "families", "predict", "model", "chats", "data", "method", "parts", "contenders", "rounds", "steps", "compared",
-             "no_deps"}
+             "no_deps", "campaign_seed"}
 
 
 @pytest.mark.parametrize("page", ["README.md", "trainer/README.md", "synth/README.md", "CONTRIBUTING.md", "SECURITY.md"])

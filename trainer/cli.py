@@ -23,6 +23,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from trainer.errors import UserError, printable
+from trainer.last_resort import as_user_error
 from trainer.option_values import check_number, checked
 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}  # a disk that is full, or that may not be written to
@@ -37,7 +38,8 @@ def parse(kind: type, argv: list[str], prog: str):
     anything that does not fit. `--help` and `--print_config` print and exit with status 0.
     """
     argv = _with_values(kind, _with_underscores(argv))
-    parser = ArgumentParser(prog=prog, exit_on_error=False, description=kind.__doc__)
+    parser = ArgumentParser(prog=prog, exit_on_error=False, description=kind.__doc__,
+                            epilog="--traceback prints the whole traceback of an error that is no mistake of the user's.")
     parser.add_argument("--config", action="config", help="YAML file; later options override it")
     parser.add_class_arguments(kind, None)
     for block in NOT_OPTIONS:
@@ -72,7 +74,9 @@ def save_yaml(config, path: Path, **extra) -> None:
 
 
 def main(run, kind: type, prog: str, usage: str) -> int:
-    """Parse, call `run(config)`, and print a UserError or disk error as one line on standard error.
+    """Parse, call `run(config)`, and print any error as one line on standard error.
+
+    With --traceback, errors that nobody foresaw come through.
 
     Returns the exit status: that of `run`, 1 for an error, 2 for usage, 130 after Ctrl-C.
     """
@@ -83,22 +87,31 @@ def main(run, kind: type, prog: str, usage: str) -> int:
         return 2
     try:
         try:
-            return _status(run, kind, prog)
+            return _status(run, kind, prog, [argument for argument in sys.argv[1:] if argument != "--traceback"])
         finally:
             sys.stdout.flush()
     except OSError as error:
         if error.errno == errno.EPIPE and _is_full(sys.stdout):  # whoever read it has gone, as `head` does
             return 128 + signal.SIGPIPE
         if error.errno not in DISK_ERRORS:
-            raise
+            return _unforeseen(prog, error)
         place = error.filename or ("standard output" if _is_full(sys.stdout) else "output")
         return _print_error(prog, UserError(f"{place}: {error.strerror}; free space, or choose another folder"), 1)
+    except Exception as error:
+        return _unforeseen(prog, error)
 
 
-def _status(run, kind: type, prog: str) -> int:
+def _unforeseen(prog: str, error: Exception) -> int:
+    """Print the error that is being handled as one line; with --traceback raise it."""
+    if "--traceback" in sys.argv:
+        raise error
+    return _print_error(prog, as_user_error(error), 1)
+
+
+def _status(run, kind: type, prog: str, argv: list[str]) -> int:
     """Parse and run, and print a UserError or Ctrl-C as one line."""
     try:
-        config = parse(kind, sys.argv[1:], prog)
+        config = parse(kind, argv, prog)
     except UserError as error:
         return _print_error(prog, error, 2)
     try:

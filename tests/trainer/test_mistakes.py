@@ -260,10 +260,25 @@ def test_a_full_standard_output_is_one_line_and_a_closed_one_is_none():
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
-def test_other_errors_of_the_system_are_ours(monkeypatch):
+@pytest.mark.parametrize("error, expected", [
+    (FileNotFoundError(errno.ENOENT, "gone", "x"), "prog: error: a fault of Steadfast, not of yours: FileNotFoundError: "),
+    (KeyError("\ud83d\nTraceback"), "prog: error: a fault of Steadfast, not of yours: KeyError: "),
+    (MemoryError(), "prog: error: out of memory; "),
+    (RuntimeError("CUDA out of memory. Tried to take 2 GiB"), "prog: error: out of memory: CUDA out of memory. Tried to take 2 GiB; "),
+])
+def test_an_error_that_nobody_foresaw_is_one_line_with_a_file_to_send(error, expected, monkeypatch, capsys, tmp_path):
     def run(config):
-        raise FileNotFoundError(errno.ENOENT, "gone", "x")
+        raise error
 
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr("sys.argv", ["prog", "--seed", "1"])
-    with pytest.raises(FileNotFoundError):
+    assert cli.main(run, Config, "prog", "usage") == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith(expected) and shown.count("\n") == 1
+    if sent := re.search(r"please send (\S+); --traceback prints it", shown):
+        kept = (tmp_path / sent[1]).read_text()
+        assert kept.startswith("command: prog --seed 1\nversions: python 3.") and "Traceback (most recent call last)" in kept
+    assert ("fault" in shown) == bool(sent)
+    monkeypatch.setattr("sys.argv", ["prog", "--seed", "1", "--traceback"])
+    with pytest.raises(type(error)):
         cli.main(run, Config, "prog", "usage")
