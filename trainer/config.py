@@ -200,10 +200,13 @@ class Optim:
 
 @dataclass
 class Eval:
-    """Loss of the eval set during training."""
+    """Loss of the eval set during training, and answers that show what training changed."""
 
     every: int = 0  # steps between evaluations; 0: only at the end
     patience: int = 0  # stop after this many evaluations without a better loss, and keep the last weights; 0: never stop
+    # prompts that base and tuned model answer greedily, side by side in the report: as many of the eval set (without one, domain items or
+    # training rows) and as many general ones (items or replay rows). 0: none, as each costs four answers, seconds to minutes on a CPU
+    show: int = 0
 
 
 @dataclass
@@ -344,6 +347,7 @@ def _validate_intervals(config: Config) -> None:
     profiled_steps(config.logging.profile_steps)
     every, patience = config.eval.every, config.eval.patience
     require(every >= 0 and patience >= 0, "eval.every, eval.patience", "0 or more", (every, patience))
+    require(config.eval.show >= 0, "eval.show", "a number of prompts, 0 or more", config.eval.show)
     require(not patience or every > 0, "eval.patience", "eval.every above 0 beside it", every)
 
 
@@ -356,7 +360,7 @@ def _validate_retention(config: Config) -> None:
     require(1 < retention.stm_threshold <= finite, "retention.stm_threshold", "a perplexity above 1", retention.stm_threshold)
     needs_base = {"retention.kl_weight": retention.kl_weight > 0, "retention.l2_sp": retention.l2_sp > 0,
                   "retention.token_weighting": retention.token_weighting in ("stm", "flow"),
-                  "forgetting.general": bool(config.forgetting.general)}
+                  "forgetting.general": bool(config.forgetting.general), "eval.show": config.eval.show > 0}
     for option, is_set in needs_base.items():
         require(not is_set or config.model.config is None, option, "model.path, as random weights are no base", "model.config")
     counts_replay = retention.kl_weight > 0 and retention.kl_sources == "replay"

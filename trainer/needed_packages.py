@@ -25,6 +25,8 @@ REQUIRES = [
     "matplotlib>=3.10",
     "tensorboard>=2.20",
     "tqdm>=4.67",
+    "rich>=14.0",
+    "regex>=2025.7",
     "psutil>=7.0",
     "xxhash>=3.5",
 ]

@@ -37,6 +37,7 @@ from trainer.model.export import save_adapter
 from trainer.model.forward import LmHead
 from trainer.model.lora import add_adapter
 from trainer.model.quantization import is_quantized, nf4_of
+from trainer.report import answers
 
 BASE = FAMILY["base"].folder
 CPU = torch.device("cpu")
@@ -329,7 +330,14 @@ def test_the_command_leaves_figures_items_and_a_page(adapter, files, tmp_path):
     assert regex["base"]["accuracy"] == 0, "nobody writes ####"
     assert choice["model"]["chance_adjusted"] == pytest.approx((choice["model"]["accuracy"] - 1 / 3) / (2 / 3))
     assert results["roles"]["general"]["items"] == 48 and results["roles"]["general"]["base"]["judged"] == 48
+    read = answers.read(tmp_path / "out")
+    for kind, name in (("forgotten", "lost"), ("gained", "gained")):
+        assert [one.kind for one in read].count(kind) == sum(results["roles"][role]["change"][name] for role in ("general", "domain"))
+    first, line = read[0], next(line for line in lines if line["base"].get("right") and not line["model"]["right"])
+    assert (first.kind, first.source, first.prompt, first.expected) == ("forgotten", "exact", line["question"], line["answers"][0])
+    assert (first.base, first.tuned) == (line["base"]["prediction"], line["model"]["prediction"]) and first.base_ended
     page = (tmp_path / "out" / "report.html").read_text()
+    assert "<h3>Forgotten items</h3>" in page and "<ins>" in page
     assert "Accuracy, general" in page and page.count("<img") == 3 and "all 2 files" in shown
     assert re.search(r"general +exact +exact +24 +\d+\.\d% \[", shown), shown
     assert "holds the results of another evaluation" in refused("--config", tmp_path / "out" / "config.yaml")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from trainer.config import Config
@@ -25,6 +26,7 @@ class EvalSet(NamedTuple):
 
     samples: Samples
     packs: list[np.ndarray]  # of indices into `samples`
+    records: list[Dataset]  # of each source of `samples`
 
 
 @dataclass
@@ -34,6 +36,7 @@ class TrainingData:
     plan: StepPlan
     template: ChatTemplate
     eval_set: EvalSet | None
+    records: list[Dataset]  # of each source of `samples`
 
 
 def prepare_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> TrainingData:
@@ -48,11 +51,12 @@ def prepare_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> Training
     sources = domain_sources + replay_sources
     roles = ["domain"] * len(domain_sources) + ["replay"] * len(replay_sources)
 
-    samples, eval_set = _split_eval_set(config, tokenize(sources, template, data), roles, template)
+    records = [of_source for _, of_source in sources]
+    samples, eval_set = _split_eval_set(config, tokenize(sources, template, data), roles, template, records)
     parts = [MixtureSource(name, role, source.weight) for name, role, (source, _) in zip(samples.names, roles, sources)]
     mixture = Mixture(samples.lengths, samples.sources, parts, replay.ratio, replay.unit, config.seed)
     plan = StepPlan(samples.lengths, mixture, config.batch, config.epochs, config.max_steps, config.seed)
-    return TrainingData(samples, mixture, plan, template, eval_set)
+    return TrainingData(samples, mixture, plan, template, eval_set, records)
 
 
 def _make_cache_dir(path: str | None) -> None:
@@ -63,14 +67,16 @@ def _make_cache_dir(path: str | None) -> None:
         raise UserError(f"data.cache_dir: cannot make the folder {path}: {error.strerror}; choose another") from None
 
 
-def _split_eval_set(config: Config, samples: Samples, roles: list[str], template: ChatTemplate) -> tuple[Samples, EvalSet | None]:
+def _split_eval_set(config: Config, samples: Samples, roles: list[str], template: ChatTemplate,
+                    records: list[Dataset]) -> tuple[Samples, EvalSet | None]:
     """Return the samples to train on, and the eval set.
 
     The eval set is read from `data.eval`, or is `data.eval_fraction` of the domain's records.
     """
     data = config.data
     if data.eval:
-        return samples, _packed(config, tokenize(load_sources(data.eval, "eval", data.cache_dir, data.on_bad_row), template, data))
+        sources = load_sources(data.eval, "eval", data.cache_dir, data.on_bad_row)
+        return samples, _packed(config, tokenize(sources, template, data), [of_source for _, of_source in sources])
     if not data.eval_fraction:
         return samples, None
     is_domain = np.array([role == "domain" for role in roles])[samples.sources]
@@ -82,11 +88,11 @@ def _split_eval_set(config: Config, samples: Samples, roles: list[str], template
         raise UserError(f"data.eval_fraction: expected a fraction that leaves records to train on, got {data.eval_fraction} of "
                         f"{len(domain)} records; lower it, or add records")
     is_eval = np.isin(record, domain[:count])  # all samples of a record that was split are on one side
-    return samples.select(np.flatnonzero(~is_eval)), _packed(config, samples.select(np.flatnonzero(is_eval)))
+    return samples.select(np.flatnonzero(~is_eval)), _packed(config, samples.select(np.flatnonzero(is_eval)), records)
 
 
-def _packed(config: Config, samples: Samples) -> EvalSet:
-    return EvalSet(samples, pack(samples.lengths, config.batch.tokens_per_pack, config.batch.max_samples_per_pack, seed=0))
+def _packed(config: Config, samples: Samples, records: list[Dataset]) -> EvalSet:
+    return EvalSet(samples, pack(samples.lengths, config.batch.tokens_per_pack, config.batch.max_samples_per_pack, seed=0), records)
 
 
 def eval_set_line(training_data: TrainingData) -> str:

@@ -7,6 +7,7 @@ import json
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -108,11 +109,19 @@ def _encode(batch: dict, indices: list[int], template: ChatTemplate, data: Data,
 
 def _render(record: dict, template: ChatTemplate, data: Data) -> tuple[Rendered, Note]:
     """Render a record's chat as templates expect it, and note what is worth telling of it."""
-    inputs = json.loads(record["inputs"]) if record.get("inputs") else {}
-    messages, joined = join_same_role([_message(stored) for stored in record["messages"]], data.same_role)
+    messages, joined, inputs = chat_of(record, data)
     weights = [message.pop("weight", None) for message in messages]
     rendered = template.render_chat(messages, data.train_on, inputs, weights)
     return rendered, note_of(messages, inputs, weights, rendered, template, data.train_on, joined, record.get("unread"))
+
+
+def chat_of(record: dict, data: Data) -> tuple[list[Message], int, dict[str, Any]]:
+    """Return the messages of a record, how many follow one of their own role, and the template's inputs.
+
+    Raises UserError for messages that `data.same_role` refuses.
+    """
+    inputs = json.loads(record["inputs"]) if record.get("inputs") else {}
+    return *join_same_role([_message(stored) for stored in record["messages"]], data.same_role), inputs
 
 
 def _message(stored: dict) -> Message:

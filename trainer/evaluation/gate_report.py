@@ -12,7 +12,7 @@ from pathlib import Path
 from trainer.errors import UserError
 from trainer.evaluation import report
 from trainer.evaluation.gate_rules import Verdict
-from trainer.report import page
+from trainer.report import answers, page
 
 TEMPLATE = Path(__file__).with_name("gate.html.jinja")
 MEANINGS = {
@@ -45,7 +45,8 @@ def write(output: Path, results: dict, found: Sequence[Verdict]) -> None:
         (output / "gate.md").write_text(markdown(results, found), encoding="utf-8")
         page.write(output / "gate.html", TEMPLATE, report.plots(results), results=results, name=output.resolve().name, verdicts=found,
                    passed=passed(found), headline=headline(results, found), meanings=_meanings(found), rows=rows, header=header,
-                   notes=report.caption(results), command=shlex.join(sys.orig_argv))
+                   notes=report.caption(results), command=shlex.join(sys.orig_argv),
+                   answers=answers.sections(answers.read(output)))
     except OSError as error:
         raise UserError(f"output: cannot write {output}: {error.strerror}; choose another --output") from None
 

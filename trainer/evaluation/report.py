@@ -1,6 +1,7 @@
 """Write the files of an evaluation, and lay out its table and its page.
 
-The files are results.jsonl (every item), results.json (the figures), config.yaml and report.html.
+The files are results.jsonl (every item), answers.jsonl (the items that were forgotten and gained), results.json (the figures),
+config.yaml and report.html.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from matplotlib.ticker import PercentFormatter
 
 from trainer import cli
 from trainer.errors import UserError
+from trainer.evaluation.changed_items import changed_items
 from trainer.evaluation.config import Config
 from trainer.evaluation.items import Item, ItemFile
 from trainer.evaluation.score_items import Outcome, Outcomes
-from trainer.report import page
+from trainer.report import answers, page
 from trainer.report.page import Plot, Theme, plot
 from trainer.versions import versions
 
@@ -46,9 +48,11 @@ def write(output: Path, config: Config, files: Sequence[ItemFile], scored: dict[
         with (output / "results.jsonl").open("w", encoding="utf-8") as file:
             for record in [*item_records(files, scored), *task_records(tasks)]:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        changed = changed_items(files, scored["base"], scored["model"]) if "base" in scored else []
+        answers.write(output, changed)
         header, *cells = filled_columns(results)
         page.write(output / "report.html", TEMPLATE, plots(results), results=results, name=output.resolve().name, rows=cells,
-                   header=header, notes=caption(results), command=shlex.join(sys.orig_argv))
+                   header=header, notes=caption(results), command=shlex.join(sys.orig_argv), answers=answers.sections(changed))
         (output / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
     except OSError as error:
         raise UserError(f"output: cannot write {output}: {error.strerror}; choose another --output") from None

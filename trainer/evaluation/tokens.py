@@ -81,7 +81,7 @@ def encode(files: Sequence[ItemFile], template: ChatTemplate, config: Config, co
             elif file.metric == "continuation":
                 tokens.samples += [replace(sample, asks_greedy=True) for sample in _answer_samples(keys, items, template, chat)]
             else:
-                encoded = template.tokenizer([_prompt_text(item, template, chat) for item in items], verbose=False,
+                encoded = template.tokenizer([prompt_text(item, template, chat) for item in items], verbose=False,
                                              add_special_tokens=not chat)["input_ids"]
                 tokens.prompts += [Prompt(key, ids, max_tokens) for key, ids in zip(keys, encoded)]
                 if file.metric != "rules":
@@ -93,7 +93,7 @@ def encode(files: Sequence[ItemFile], template: ChatTemplate, config: Config, co
 # ---------------------------------------------------------------- prompts and samples
 
 
-def _prompt_text(item: Item, template: ChatTemplate, chat: bool) -> str:
+def prompt_text(item: Item, template: ChatTemplate, chat: bool) -> str:
     """Return the text up to the beginning of the answer."""
     if chat:
         try:
@@ -111,7 +111,7 @@ def _answer_samples(keys: list[Key], items: list[Item], template: ChatTemplate, 
         chats = [[*map(dict, item.prompt), {"role": "assistant", "content": item.answers[0]}] for item in items]
         encoded = template.encode_chats(chats, "last", [item.place for item in items], [item.inputs for item in items])
     else:
-        encoded = _encode_pairs(template, [(_prompt_text(item, template, False), item.answers[0]) for item in items], False)
+        encoded = _encode_pairs(template, [(prompt_text(item, template, False), item.answers[0]) for item in items], False)
     return [_make_sample(template, key, None, True, *tokens) for key, tokens in zip(keys, encoded)]
 
 
@@ -127,7 +127,7 @@ def _heldout_samples(keys: list[Key], items: list[Item], template: ChatTemplate)
 
 def _choice_samples(keys: list[Key], items: list[Item], template: ChatTemplate, chat: bool) -> list[Sample]:
     """Return a sample for each choice of each item; a continuation is scored after each choice."""
-    pairs = [(choice, item.continuation) if item.continuation else (_prompt_text(item, template, chat), choice)
+    pairs = [(choice, item.continuation) if item.continuation else (prompt_text(item, template, chat), choice)
              for item in items for choice in item.choices]
     encoded = iter(_encode_pairs(template, pairs, chat))
     return [_make_sample(template, key, c, c == item.right_choice, *next(encoded))

@@ -9,6 +9,8 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from textwrap import indent
+from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -40,8 +42,13 @@ class Log:
         self.file.write(json.dumps(record | {"time": round(time.time(), 3)}) + "\n")
         figures = {f"{record['kind']}/{k}": v for k, v in record.items() if isinstance(v, (int, float)) and k != "step"}
         for sink in filter(None, self.sinks.values()):
-            sink(figures, record.get("step", 0))
+            sink.figures(figures, record.get("step", 0))
         self._show(record)
+
+    def write_texts(self, name: str, rows: list[dict[str, str]], step: int) -> None:
+        """Write texts to TensorBoard and Weights & Biases, in rows of equal columns."""
+        for sink in filter(None, self.sinks.values()):
+            sink.texts(name, rows, step)
 
     def _restore(self) -> None:
         """Write the run folder anew, which somebody has removed; the open file still has the records."""
@@ -123,22 +130,35 @@ _LINES = {
 }
 
 
-def _tensorboard(folder: Path, config: Config, first_step: int):
+class Sink(NamedTuple):
+    """A destination beside metrics.jsonl."""
+
+    figures: Callable[[dict, int], object]  # by name, of a step
+    texts: Callable[[str, list[dict[str, str]], int], object]  # a name, rows of equal columns, a step
+
+
+def _tensorboard(folder: Path, config: Config, first_step: int) -> Sink | None:
     if not config.logging.tensorboard:
         return None
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(folder / "tensorboard", purge_step=first_step + 1)
 
-    def sink(figures: dict, step: int) -> None:
+    def write_figures(figures: dict, step: int) -> None:
         for name, value in figures.items():
             writer.add_scalar(name, value, step)
         writer.flush()
 
-    return sink
+    def write_texts(name: str, rows: list[dict[str, str]], step: int) -> None:
+        for i, row in enumerate(rows, 1):
+            parts = [f"**{column}**\n\n{indent(text, ' ' * 4, lambda line: True)}" for column, text in row.items()]  # Markdown: code
+            writer.add_text(f"{name}/{i}", "\n\n".join(parts), step)
+        writer.flush()
+
+    return Sink(write_figures, write_texts)
 
 
-def _wandb(folder: Path, config: Config):
+def _wandb(folder: Path, config: Config) -> Sink | None:
     if config.logging.wandb_project is None:
         return None
     try:
@@ -147,4 +167,6 @@ def _wandb(folder: Path, config: Config):
         raise UserError("logging.wandb_project: needs the package wandb, which is not installed; "
                         "pip install 'steadfast-sft[logging]'") from None
     run = wandb.init(project=config.logging.wandb_project, dir=folder, config=dataclasses.asdict(config))
-    return lambda figures, step: run.log(figures, step=step)
+    return Sink(lambda figures, step: run.log(figures, step=step),
+                lambda name, rows, step: run.log({name: wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])},
+                                                 step=step))

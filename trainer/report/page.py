@@ -18,6 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from trainer.errors import printable
+
 SHELL = Path(__file__).parent
 WIDTH = 4.2  # inches of 100 CSS pixels: shown at 1.2 times that on a desk, at 0.8 on a phone, legible on both
 DPI = 240  # two image pixels per CSS pixel on a desk
@@ -93,6 +95,7 @@ def write(path: Path, template: Path, plots: list[Plot], **values) -> None:
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
         "number": number, "compact": compact, "percent": percent, "duration": duration, "data_uri": _data_uri,
+        "visible": printable,
     }
     for drawn in plots:
         path.with_name(f"{drawn.name}.png").write_bytes(drawn.light)

@@ -1,4 +1,4 @@
-"""Write the HTML page of a run: outcome, loss, forgetting, speed, data and setup.
+"""Write the HTML page of a run: outcome, loss, forgetting, answers, speed, data and setup.
 
 It leaves out what the run did not record.
 """
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from trainer.report import page
+from trainer.report import answers, page
 from trainer.report.page import compact, duration, number, percent
 from trainer.report.run_plots import plots
 from trainer.report.run_records import Run, column, read_run
@@ -31,15 +31,16 @@ class Phase(NamedTuple):
 
 
 def write_report(run_folder: Path) -> None:
-    """Write report.html and its plots (PNG) from a run folder's config.yaml, metrics.jsonl and data.json.
+    """Write report.html and its plots (PNG) from a run folder.
 
-    Raises UserError if the folder does not exist, or if config.yaml or data.json is not what a run writes.
+    It has config.yaml, metrics.jsonl, data.json and answers.jsonl. Raises UserError if the folder does not exist, or if config.yaml or
+    data.json is not what a run writes.
     """
     run = read_run(Path(run_folder))
     page.write(
         Path(run_folder) / "report.html", TEMPLATE, plots(run),
         run=run, outcome=outcome(run), exported=exported_state(run), facts=facts(run), cost_of_probes=cost_of_probes(run),
-        phases=phases(run), model=model_table(run),
+        phases=phases(run), model=model_table(run), answers=answers.sections(run.answers),
     )
 
 

@@ -1,4 +1,4 @@
-"""Read a run folder: config.yaml, metrics.jsonl, data.json and the probe runs of a replay search."""
+"""Read a run folder: config.yaml, metrics.jsonl, data.json, answers.jsonl, probes of a replay search."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import yaml
 
 from trainer.errors import UserError
 from trainer.metrics.records import read_records
+from trainer.report import answers
+from trainer.report.answers import Answers
 
 
 @dataclass
@@ -26,6 +28,7 @@ class Run:
     unreadable: int = 0  # lines of metrics.jsonl that hold no record, torn by a kill or damaged
     data: dict = field(default_factory=dict)
     replay_search: dict = field(default_factory=dict)  # its probes and choice, if any (trainer/retention/replay_search.py)
+    answers: list[Answers] = field(default_factory=list)  # of base and tuned model
     config_text: str = ""
     versions: dict = field(default_factory=dict)
     command: str = ""
@@ -48,7 +51,7 @@ def read_run(folder: Path) -> Run:
     for source in data.get("sources", []):
         samples, seen = source.get("samples"), source.get("epoch_samples")
         source["passes"] = seen / samples if samples and seen is not None else None
-    run = Run(folder.resolve().name, data=data,
+    run = Run(folder.resolve().name, data=data, answers=answers.read(folder),
               replay_search=_read_mapping(folder / "replay_search.json", json.loads, json.JSONDecodeError))
     run.versions, command = config.pop("versions", None) or {}, config.pop("command", "")
     run.command = command if isinstance(command, str) else " ".join(map(str, command))

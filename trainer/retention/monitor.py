@@ -35,6 +35,7 @@ from trainer.checksums import verify_checksum, write_checksum
 from trainer.data.chat_template import ChatTemplate
 from trainer.errors import UserError
 from trainer.evaluation import config as evaluation
+from trainer.evaluation.changed_items import changed_items
 from trainer.evaluation.items import ItemFile, read_files
 from trainer.evaluation.models import LoadedModel
 from trainer.evaluation.results import figures_by_role
@@ -43,6 +44,7 @@ from trainer.files import atomic_folder
 from trainer.metrics.log import Log
 from trainer.model.lora import adapted_layers, adapters_disabled
 from trainer.optim.adamw import FlatAdamW, check_layout
+from trainer.report.answers import Answers
 from trainer.runtime import checkpoint
 from trainer.runtime.distributed import Distributed
 
@@ -129,6 +131,7 @@ class ForgettingMonitor:
     evaluation_config: evaluation.Config
     loaded: LoadedModel
     base: Outcomes | None = None
+    exported_outcomes: Outcomes | None = None  # of the state to export; None where this process did not score it
 
     @property
     def floor(self) -> float | None:
@@ -177,10 +180,13 @@ class ForgettingMonitor:
         `total` is the number of the run's steps.
         """
         untrained = state.step == 0 and self.config.lora.path is None
-        record = self._record(state.step, self.base if untrained else self._score(), eval_loss)
+        outcomes = self.base if untrained else self._score()
+        record = self._record(state.step, outcomes, eval_loss)
         previous, state.last_measurement = state.last_measurement, record
         kept = state.kept_measurement
         best = self.floor is not None and state.step > 0 and (kept is None or _rank(record) >= _rank(kept))
+        if best or self.floor is None:
+            self.exported_outcomes = outcomes
         if best:
             state.kept_measurement = record
             self._keep(state.step, None if state.step == total else optimizer)
@@ -196,6 +202,13 @@ class ForgettingMonitor:
     def exported(self, state: checkpoint.State) -> dict | None:
         """Return the measurement of the state that is exported."""
         return state.last_measurement if self.floor is None else state.kept_measurement
+
+    def changed_items(self) -> list[Answers]:
+        """Return the answers to the items that the exported state forgot and gained.
+
+        There are none where this process did not score that state.
+        """
+        return changed_items(self.files, self.base, self.exported_outcomes) if self.base and self.exported_outcomes else []
 
     # ------------------------------------------------------------ scoring
 

@@ -158,7 +158,7 @@ def probe_config(config: Config, ratio: float, kl_weight: float) -> Config:
         probe, output=str(Path(config.output) / FOLDER_NAME / f"ratio-{ratio:g}-kl-{kl_weight:g}"), epochs=config.epochs * fraction,
         max_steps=None if config.max_steps is None else max(1, round(config.max_steps * fraction)),
         optim=replace(optim, warmup_steps=_scaled(optim.warmup_steps, fraction), decay_steps=_scaled(optim.decay_steps, fraction)),
-        forgetting=replace(config.forgetting, every=0, patience=0), eval=replace(config.eval, every=0, patience=0),
+        forgetting=replace(config.forgetting, every=0, patience=0), eval=replace(config.eval, every=0, patience=0, show=0),
         checkpoint=replace(config.checkpoint, every=0),
         logging=replace(config.logging, every=sys.maxsize, tensorboard=False, wandb_project=None, profile_steps=None))
 

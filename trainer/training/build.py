@@ -33,7 +33,7 @@ from trainer.retention.monitor import ForgettingMonitor
 from trainer.runtime import checkpoint
 from trainer.runtime.device import compute_dtype, dtype_name, fast_bf16
 from trainer.runtime.distributed import Distributed
-from trainer.training import run_folder
+from trainer.training import run_folder, show_answers
 from trainer.training.export_trial import try_export
 from trainer.training.loader import StepLoader
 from trainer.training.training_run import TrainingRun
@@ -64,6 +64,7 @@ def build(config: Config, data: TrainingData, device: torch.device, dist: Distri
     identity = run_identity(config, data, items, dist)
     base = (BaseMeasurements(data.samples, None, monitor.unscored(config, items, model, data.template), []) if ended else
             measure_base(config, data, items, identity, model, device, dist))
+    showing = show_answers.ask_base(config, data, items, model) if dist.is_main else None
     data = replace(data, samples=base.samples)
     optimizer = build_optimizer(config, model, dist)
     if config.compile:
@@ -74,18 +75,18 @@ def build(config: Config, data: TrainingData, device: torch.device, dist: Distri
         "model": {"path": config.model.path or config.model.config, "family": patched.family, "parameters": size.parameters,
                   "trainable": size.trainable},
         "backends": patched.backends}
-    open_folder = partial(run_folder.open_run, output, config, summary)
+    open_folder = partial(run_folder.open_run, output, config, summary, fresh=not state.step)
     dist.on_main(open_folder)
     if dist.is_main:
         print_summary(config, data, summary, patched, pad_to, device)
-        print_lines(base.summary_lines)
+        print_lines(base.summary_lines + ([showing.describe()] if showing else []))
         print_lines([str(balance)] if balance else [])
         print_lines([f"resuming from step {state.step}" + (", the last one: only the export is left" if state.ended else "")]
                     if state.step else [])
     log = Log(output, config, data.plan.total, state.step, open_folder) if dist.is_main and not state.ended else None
     loader = StepLoader(data.plan, base.samples, dist, device, base.kl, pad_to)
     return TrainingRun(config, output, device, dist, model, size, optimizer, data.plan, loader, base.kl, base.monitor, data.eval_set,
-                       log, balance), state
+                       log, balance, showing), state
 
 
 def require_packs_for_all_ranks(plan: StepPlan, dist: Distributed) -> None:

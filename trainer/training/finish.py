@@ -17,7 +17,7 @@ from trainer.retention import cached_base
 from trainer.runtime import checkpoint
 from trainer.runtime.interrupts import Interrupts, Stopped
 from trainer.runtime.result import Ending
-from trainer.training import run_folder
+from trainer.training import run_folder, show_answers
 from trainer.training.export_check import check_exports
 from trainer.training.training_run import TrainingRun
 
@@ -77,6 +77,7 @@ def export(run: TrainingRun, state: checkpoint.State, tokenizer: PreTrainedToken
             run.monitor.restore(state, run.optimizer)
         run.optimizer.release()
         folders = run_folder.export(run.folder, run.config, run.model, tokenizer)
+        show_answers.show(run.showing, run.monitor, run.folder, run.log, state.step)
         if run.config.export_check:
             check_exports(run, folders)
     except Exception as error:  # whatever it is, the user has to learn that nothing is lost

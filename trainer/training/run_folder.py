@@ -18,6 +18,7 @@ from trainer.errors import UserError
 from trainer.files import sole_owner
 from trainer.model.export import merge_and_save, save_adapter
 from trainer.model.serving import how_to_serve
+from trainer.report import answers
 from trainer.report.run_page import write_report
 from trainer.runtime import checkpoint
 from trainer.runtime.distributed import Distributed
@@ -49,13 +50,18 @@ def refuse_used(output: Path, resume: str) -> None:
         raise UserError(f"output: {output} holds the {outputs[0]} of a finished run; choose another --output, or remove it")
 
 
-def open_run(output: Path, config: Config, summary: dict) -> None:
-    """Make the folder, and write config.yaml (with versions and the command) and data.json (`summary`)."""
+def open_run(output: Path, config: Config, summary: dict, fresh: bool) -> None:
+    """Make the folder, and write config.yaml (with versions and the command) and data.json (`summary`).
+
+    A fresh run removes the answers of an earlier one. Raises UserError if the folder cannot be written.
+    """
     try:
         output.mkdir(parents=True, exist_ok=True)
         cli.save_yaml(config, output / "config.yaml", versions=versions("torch", "transformers", "peft", "datasets", "tokenizers"),
                       command=shlex.join(sys.orig_argv))
         (output / "data.json").write_text(json.dumps(summary))
+        if fresh:
+            (output / answers.FILE_NAME).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"output: cannot write the run folder {output}: {error.strerror}; choose another --output") from None
 

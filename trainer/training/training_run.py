@@ -19,9 +19,10 @@ from trainer.retention.kl import KlToBase
 from trainer.runtime.distributed import Distributed
 from trainer.training.loader import StepLoader
 
-if TYPE_CHECKING:  # both read files with `datasets`, which a training step does without
+if TYPE_CHECKING:  # they read files with `datasets`, which a training step does without
     from trainer.data.prepare import EvalSet
     from trainer.retention.monitor import ForgettingMonitor
+    from trainer.training.show_answers import Showing
 
 
 @dataclass
@@ -42,3 +43,4 @@ class TrainingRun:
     eval_set: EvalSet | None = None
     log: Log | None = None  # on rank 0
     balance: RouterBalance | None = None
+    showing: Showing | None = None  # on rank 0

@@ -26,7 +26,7 @@ def eval_loss(model: nn.Module, eval_set: EvalSet, device: torch.device, dist: D
 
     Each rank runs its packs.
     """
-    samples, packs = eval_set
+    samples, packs = eval_set.samples, eval_set.packs
     model.eval()
     total = torch.zeros((), device=device)
     for pack in packs[dist.rank :: dist.size]:

@@ -9,6 +9,8 @@ from trainer.evaluation.config import GateConfig
 from trainer.evaluation.gate_rules import verdicts
 from trainer.evaluation.results import paired_figures
 from trainer.evaluation.significance import wilson
+from trainer.report import answers
+from trainer.report.answers import Answers
 
 BOOTSTRAP = {"confidence": 0.95, "draws": 200, "seed": 0}
 
@@ -87,10 +89,12 @@ def test_tasks_are_judged_by_their_marks():
 
 def test_the_verdict_is_a_line_a_table_for_a_pull_request_and_json(tmp_path):
     results, found = judged(figures(name="a|b"), figures(name="c", kept=30, lost=20))
+    answers.write(tmp_path, [Answers("forgotten", "c", "Why?", "So it is.", "So it was.")])  # by the evaluation
     gate_report.write(tmp_path, results, found)
     markdown, record = (tmp_path / "gate.md").read_text(), json.loads((tmp_path / "gate.json").read_text())
     assert markdown.startswith("## FAIL: tuned against original, 2 of 4 rules broken\n")
     assert "- **c** breaks *interval*: 50.0% → 30.0%" in markdown and "a\\|b" in markdown
     assert record["verdict"] == "FAIL" and [rule["passed"] for rule in record["rules"]] == [True, True, False, False]
-    assert "FAIL" in (tmp_path / "gate.html").read_text()
+    page = (tmp_path / "gate.html").read_text()
+    assert "FAIL" in page and "<h3>Forgotten items</h3>" in page and "So it <ins>was</ins>." in page
     assert gate_report.text(*judged(figures())).endswith("PASS: tuned against original, 2 rules kept")

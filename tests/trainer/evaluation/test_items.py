@@ -14,7 +14,7 @@ from trainer.errors import UserError
 from trainer.evaluation.config import Data, Items
 from trainer.evaluation.items import read_files
 from trainer.evaluation.scoring import canonical, extract, judge, normalise, pick_choices
-from trainer.evaluation.tokens import _prompt_text
+from trainer.evaluation.tokens import prompt_text
 
 GSM8K = r"#### (-?[\d,.]+)"
 
@@ -203,4 +203,4 @@ def test_tools_and_keywords_of_a_row_reach_the_template(tmp_path):
                                               "chat_template_kwargs": {"x": 1}})).items
     assert item.inputs == {"x": 1, "tools": tools}
     template = ChatTemplate(tiny.tokenizer(), "{{ tools }}{{ x }}" + tiny.CHATML)
-    assert _prompt_text(item, template, True).startswith(str(tools) + "1")
+    assert prompt_text(item, template, True).startswith(str(tools) + "1")

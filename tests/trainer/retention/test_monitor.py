@@ -23,6 +23,7 @@ from trainer.evaluation import config as evaluation
 from trainer.evaluation.score_items import Outcome, Outcomes
 from trainer.evaluation.suites.table import GROUPS
 from trainer.evaluation.tokens import Key
+from trainer.report import answers
 from trainer.report.run_page import write_report
 from trainer.retention import monitor
 from trainer.retention.monitor import ForgettingMonitor
@@ -78,6 +79,10 @@ def test_the_page_and_the_logs_have_them(measured_run):
     assert page.count('data-column="General KL"') == 4 and "exported" in page
     assert any(b"forgetting/general_kl" in path.read_bytes() for path in (measured_run.folder / "tensorboard").iterdir())
     assert not (measured_run.folder / "kept").exists()
+    changed, last = answers.read(measured_run.folder), records(measured_run.folder, "forgetting")[-1]
+    for kind, name in (("forgotten", "lost"), ("gained", "gained")):
+        assert [one.kind for one in changed].count(kind) == last[f"general_{name}"] + last[f"domain_{name}"]
+    assert changed and "<h2>What changed</h2>" in page
 
 
 @pytest.mark.slow
