@@ -152,9 +152,10 @@ def of_samples(kind: str, samples: Samples, records: Sequence[Dataset], which: n
 
 
 def _before_last_answer(messages: Sequence[Message]) -> tuple[list[Message], str | None]:
-    """Return the messages up to the last answer, and its words."""
+    """Return the messages up to the last answer, without their weights in the loss, and its words."""
+    messages = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
     last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=len(messages))
-    return list(messages[:last]), messages[last]["content"] if last < len(messages) else None
+    return messages[:last], messages[last]["content"] if last < len(messages) else None
 
 
 def _of_chat(kind: str, name: str, chat: list[Message], answer: str | None, inputs: dict, config: Config,
