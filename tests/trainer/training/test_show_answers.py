@@ -84,7 +84,8 @@ def test_they_change_nothing_that_is_trained(model_folder, chats, items, shown, 
 def test_the_page_and_tensorboard_have_them(shown):
     write_report(shown)
     html = (shown / "report.html").read_text()
-    assert "What changed Held-out prompts sums What is " in text_of(html) and html.count("<article>") >= 4 and "<ins>" in html
+    assert "What changed Answers are greedy" in text_of(html) and "Held-out prompts sums What is " in text_of(html)
+    assert html.count("<article>") >= 4 and "<ins>" in html
     assert any(b"answers/4" in path.read_bytes() for path in (shown / "tensorboard").iterdir())
 
 
