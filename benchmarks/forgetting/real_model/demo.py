@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks.forgetting.real_model import display, study
-from benchmarks.forgetting.real_model.arms import BASE, Arm
+from benchmarks.forgetting.real_model import display, pools, study
+from benchmarks.forgetting.real_model.arms import BASE, Arm, synthetic_sets
 from benchmarks.forgetting.real_model.jobs import Job, Size, Study
 from benchmarks.harness.parallel import begin
 from benchmarks.harness.public_sets import add_data_argument
@@ -66,7 +66,8 @@ def run(data: Path | None) -> tuple[list[dict], list[Job]]:
     work = RUN.absolute()
     shared = Study(str(smollm2()[0]), SIZE, work, "gsm8k")
     study.claim(work, shared, BASE, [])
-    measured = study.measure(shared, ARMS, 1, data, [], min(2, os.cpu_count() or 1))
+    pool = pools.pool_config(work / "synth", shared.base, [], synthetic_sets(ARMS), SIZE)
+    measured = study.measure(shared, ARMS, 1, data, pool, min(2, os.cpu_count() or 1))
     return display.summary(measured.base, measured.outcomes), [Job(shared, None), *(Job(shared, arm) for arm in ARMS)]
 
 

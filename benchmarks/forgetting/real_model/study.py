@@ -11,8 +11,10 @@ import argparse
 import json
 import os
 import re
+import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import Executor, Future
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +30,7 @@ from benchmarks.harness.public_sets import add_data_argument
 from benchmarks.harness.smollm2 import smollm2
 from benchmarks.harness.suite import Suite
 from benchmarks.harness.synthetic_models import quiet
+from synth import config as synthesis
 from trainer.errors import UserError, require
 from trainer.evaluation.suites.table import SUITES
 from trainer.files import atomic_file, sole_owner
@@ -64,7 +67,7 @@ def chosen(arguments: argparse.Namespace) -> tuple[list[Arm], Size, int]:
 
     Raises UserError for what no run can use.
     """
-    known = {arm.name: arm for arm in (QUICK if arguments.quick else ARMS)}
+    known = {arm.name: arm for arm in known_arms(arguments)}
     check_names("--arms", arguments.arms, known)
     require(arguments.workers >= 1, "--workers", "at least 1", arguments.workers)
     seeds = arguments.seeds if arguments.seeds is not None else 1 if arguments.quick else 2
@@ -76,7 +79,8 @@ def _run(arguments: argparse.Namespace, arms: Sequence[Arm], size: Size, seeds: 
     base, label = smollm2() if arguments.base == DEFAULT_BASE else (arguments.base, arguments.base)
     study = Study(str(base), size, work, arguments.domain, suite_folder(arguments.data))
     claim(work, study, label, arguments.responders)
-    measured = measure(study, arms, seeds, arguments.data, arguments.responders, arguments.workers)
+    pool = pools.pool_config(work / "synth", study.base, arguments.responders, synthetic_sets(known_arms(arguments)), size)
+    measured = measure(study, arms, seeds, arguments.data, pool, arguments.workers)
     conditions = {
         **asdict(size), "base": label, "domain": study.domain, "responders": [*arguments.responders], "seeds": seeds, "rows": measured.rows,
         "items": {name: file["items"] for name, file in measured.base["files"].items()}, "kl_weight": KL_WEIGHT,
@@ -93,21 +97,20 @@ class Measured(NamedTuple):
     rows: dict[str, int]
 
 
-def measure(study: Study, arms: Sequence[Arm], seeds: int, data: Path | None, responders: Sequence[str], workers: int) -> Measured:
+def measure(study: Study, arms: Sequence[Arm], seeds: int, data: Path | None, pool: synthesis.Config, workers: int) -> Measured:
     """Make the data and do all jobs, each when what it needs is there.
 
-    Raises UserError if it is stopped, and for data that cannot be read.
+    Raises UserError if it is stopped, and for data that cannot be read. An error in one job ends the study when the running jobs are done.
     """
     begun, work, sets = time.perf_counter(), study.work, synthetic_sets(arms)
     rows = write_data(study, arms, data, seeds)
     base_job, *others = [Job(study, None), *(Job(study, arm, seed) for seed in range(seeds) for arm in arms)]
-    pool = pools.pool_config(work / "synth", study.base, responders, sets, study.size)
     try:
         with parallel.pool(workers) as processes:
             making = processes.submit(pools.make_sets, pool, sets, work / "replay")
             base_outcome, = results_of(begun, [processes.submit(jobs.run, base_job)], name_of)
             running = [processes.submit(jobs.run, job) for job in others if job.arm.replay not in sets]
-            rows |= making.result()
+            rows |= result_or_stop(making, processes)
             made = ", ".join(f"{name} {rows[name]:,} rows" for name in sets)
             print(f"{time.perf_counter() - begun:6.0f} s  replay sets: {made or 'none'}", flush=True)
             running += [processes.submit(jobs.run, job) for job in others if job.arm.replay in sets]
@@ -116,6 +119,21 @@ def measure(study: Study, arms: Sequence[Arm], seeds: int, data: Path | None, re
         raise UserError(f"stopped; the same command goes on with what is in {work}") from None
     order = [(job.arm.name, job.seed) for job in others]
     return Measured(base_outcome, sorted(outcomes, key=lambda outcome: order.index((outcome["arm"], outcome["seed"]))), rows)
+
+
+def known_arms(arguments: argparse.Namespace) -> Sequence[Arm]:
+    """Return the arms that `--arms` chooses from; the pool serves all of them, so that a later sitting may choose others."""
+    return QUICK if arguments.quick else ARMS
+
+
+def result_or_stop(future: Future, processes: Executor) -> dict[str, int]:
+    """Return a result; if there is none, start no further jobs, and say why at once."""
+    try:
+        return future.result()
+    except Exception as error:
+        print(f"error: {error}; the study ends when the running jobs are done", file=sys.stderr, flush=True)
+        processes.shutdown(wait=False, cancel_futures=True)
+        raise
 
 
 def record_name(arguments: argparse.Namespace) -> str:
