@@ -175,6 +175,6 @@ def _few_lines(pieces: Sequence[Piece], name: str, console: Console) -> Text:
     for text, differs in pieces:
         words = regex.sub(f"[{SPACE}]+", " ", printable(text))
         whole.append(f"{opening}{words}{closing}" if differs else words, style=STYLES[name] if differs else None)
-    lines = whole.wrap(console, max(20, console.width // 2 - 2))
+    lines = whole.wrap(console, max(20, console.width // 2 - 6))  # which leaves room for the dots
     few = Text("\n").join(lines[:LINES])
     return few.append(" ...") if len(lines) > LINES else few if few.plain.strip() else Text("(nothing)", style="dim")
