@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from trainer.data.messages import make_message, read_messages
@@ -48,11 +49,11 @@ class Format:
     name: str
     paths: dict[str, str]  # of each field in a row: a column, or a dotted path into one
 
-    @property
-    def fields(self) -> tuple[str, ...]:
-        """Return the fields that this format reads."""
+    @cached_property
+    def read_paths(self) -> dict[str, str]:
+        """Return the paths of the fields that this format reads."""
         of_chats = () if self.name == "text" else ("system", *TEMPLATE_INPUTS, *(["input"] if self.name == "alpaca" else []))
-        return (*REQUIRED[self.name], *of_chats, *COMMON)
+        return {field: self.paths[field] for field in (*REQUIRED[self.name], *of_chats, *COMMON) if field in self.paths}
 
     def record(self, row: dict) -> dict:
         """Convert a row to a record.
@@ -60,21 +61,26 @@ class Format:
         Raises RecordError if content is missing, empty or no Unicode, a role is unknown, flags contradict, tool calls or tools are no
         objects, or the weight is no positive number.
         """
-        paths = {field: self.paths[field] for field in self.fields if field in self.paths}
+        paths, columns = self.read_paths, self._columns
         fields = {field: look_up(row, path) for field, path in paths.items()}
-        if not _documents(fields.get("documents")):
-            paths.pop("documents", None)
+        if fields.get("documents") is not None and not _documents(fields["documents"]):
+            paths = {field: path for field, path in paths.items() if field != "documents"}
+            columns = _columns_of(paths)
         flags = {} if self.name == "text" else row_flags(row, [path for field, path in paths.items() if field != "weight"])
         weight = None if paths.get("weight") in flags else fields.get("weight")
-        read = {*paths.values(), *(path.partition(".")[0] for path in paths.values()), *flags}
         common = {field: None if fields.get(field) is None else str(fields[field]) for field in ("id", "source")}
         common["weight"] = as_weight(weight, "weight") if is_given(weight) else 1.0
-        common["unread"] = ", ".join(column for column, value in row.items() if column not in read and is_given(value)) or None
+        unread = [column for column, value in row.items() if column not in columns and column not in flags and is_given(value)]
+        common["unread"] = ", ".join(unread) or None
         if self.name == "text":
             return _unicode({"text": as_text(fields["text"], self.paths["text"]), **common})
         inputs = read_inputs(fields, paths)
         common["inputs"] = json.dumps(inputs, ensure_ascii=False, default=str) if inputs else None
         return _unicode({"messages": self._messages(fields, flags), **common})
+
+    @cached_property
+    def _columns(self) -> set[str]:
+        return _columns_of(self.read_paths)
 
     def _messages(self, fields: dict[str, Any], flags: dict[str, Any]) -> list[dict]:
         def text(field: str) -> str:
@@ -104,6 +110,8 @@ def read_inputs(fields: dict[str, Any], paths: dict[str, str]) -> dict:
     `paths` are the columns of the fields, for errors. Raises RecordError for values that are none.
     """
     given = {field: fields.get(field) for field in TEMPLATE_INPUTS}
+    if not any(map(is_given, given.values())):
+        return {}
     keywords = read_json(given["chat_template_kwargs"])
     keywords = keywords if is_given(keywords) else {}
     if not isinstance(keywords, dict):
@@ -146,8 +154,8 @@ def choose_format(row: dict, wanted: str, columns: dict[str, str] | None) -> For
 
 def look_up(row: Any, path: str) -> Any:
     """Return the value at a column, or at a dotted path of keys and list indices; None if there is none."""
-    if isinstance(row, dict) and path in row:
-        return row[path]
+    if isinstance(row, dict) and (path in row or "." not in path):
+        return row.get(path)
     for key in path.split("."):
         if isinstance(row, dict):
             row = row.get(key)
@@ -166,10 +174,18 @@ def _documents(value: Any) -> list[dict] | None:
     return [{"text": part} if isinstance(part, str) else part for part in documents]
 
 
+def _columns_of(paths: dict[str, str]) -> set[str]:
+    """Return the columns that paths reach into."""
+    return {*paths.values(), *(path.partition(".")[0] for path in paths.values())}
+
+
 def _unicode(record: dict) -> dict:
     """Return the record, or raise RecordError if it holds half a surrogate pair (a JSON escape \\ud83d)."""
     try:
-        json.dumps(record, ensure_ascii=False).encode()
+        for part in (*record.get("messages", ()), record):
+            for text in part.values():
+                if isinstance(text, str):
+                    text.encode()
     except UnicodeEncodeError as error:
         half = ascii(error.object[error.start])
         raise RecordError(f"expected Unicode text, found {half}, half of a surrogate pair; complete or remove the record") from None

@@ -31,7 +31,7 @@ SPELLINGS = {
 ROLES = {spelling: role for role, spellings in SPELLINGS.items() for spelling in spellings}
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 THOUGHTS = ("thinking", "reasoning")  # types of content parts
-KEYS = ("role", "content", "from", "value", *REASONING_KEYS)
+KEYS = {"role", "content", "from", "value", *REASONING_KEYS}
 
 
 def make_message(role: str, content: str, extra: dict | None = None, weight: float | None = None) -> dict:

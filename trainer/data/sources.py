@@ -1,9 +1,8 @@
 """Load files, saved folders and hub data sets as chat records, cached on disk as a `datasets.Dataset`.
 
 Files are read by `trainer/data/readers.py`, not by `datasets`' own readers: those guess types (a column of "2020-01-01" becomes
-a column of dates, "NA" a missing value) and do not say which line they cannot read. `Dataset.from_generator` gets the
-records with their types known and writes them as Arrow. The cache key is what tells of the files' content, our options, and the code
-that reads.
+a column of dates, "NA" a missing value) and do not say which line they cannot read. The records' types are known, so they go to
+Arrow batch by batch. The cache key is what tells of the files' content, our options, and the code that reads.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from itertools import chain, islice
 from pathlib import Path
 
 import datasets
+import pyarrow
 from datasets import Dataset, Features, List, Value
 
 from trainer.config import Source
@@ -34,6 +34,7 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 CODE = (chat_columns, formats, messages, tool_calls, turn_weights, values, arrow_rows, readers, files)
 # `refused`: why the row is no record, if it is none; `unread`: the columns that nothing reads
 COMMON = {**dict.fromkeys(("id", "source", "unread", "place", "refused"), Value("string")), "weight": Value("float32")}
+RECORDS_PER_BATCH, CHARACTERS_PER_BATCH = 1000, 2**24  # of the Arrow file, whichever comes first
 MESSAGE = {"role": Value("string"), "content": Value("string"), "extra": Value("string"), "weight": Value("float32")}
 
 Sources = list[tuple[Source, Dataset]]
@@ -89,14 +90,23 @@ def _load(source: Source, cache_dir: str | None, on_bad_row: str) -> Dataset:
     empty = dict.fromkeys(content | COMMON) | {"weight": 1.0}
 
     def make(folder: Path) -> None:
-        try:
-            Dataset.from_generator(records, features=Features(content | COMMON), cache_dir=str(folder), fingerprint=fingerprint)
-        except datasets.exceptions.DatasetGenerationError as error:
-            if isinstance(error.__cause__, (UserError, OSError)):
-                raise error.__cause__ from None
-            raise
+        _write(records(), Features(content | COMMON).arrow_schema, folder / "records.arrow")
 
     return cached_dataset(cache_dir, "records", fingerprint, make)
+
+
+def _write(records: Iterator[dict], schema: pyarrow.Schema, path: Path) -> None:
+    """Write records to an Arrow file, a batch of them in memory."""
+    batch, characters = [], 0
+    with pyarrow.ipc.new_stream(str(path), schema) as file:
+        for record in records:
+            batch.append(record)
+            characters += len(record.get("text") or "") + sum(len(message["content"]) for message in record.get("messages") or ())
+            if len(batch) == RECORDS_PER_BATCH or characters > CHARACTERS_PER_BATCH:
+                file.write_batch(pyarrow.RecordBatch.from_pylist(batch, schema))
+                batch, characters = [], 0
+        if batch:
+            file.write_batch(pyarrow.RecordBatch.from_pylist(batch, schema))
 
 
 def rows_of(opened: list[DataFile] | Dataset, skip_bad: bool = False) -> Iterator[readers.Row]:

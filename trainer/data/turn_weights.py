@@ -23,7 +23,7 @@ def take_weight(message: dict) -> float | None:
 
     Raises RecordError where they contradict.
     """
-    return _agreed({name: message.pop(name) for name in FLAGS if message.get(name) is not None})
+    return _agreed({name: message.pop(name) for name in FLAGS if message.get(name) is not None}) if message else None
 
 
 def _agreed(flags: dict[str, Any]) -> float | None:
@@ -47,6 +47,8 @@ def _value(name: str, flag: Any) -> float | bool:
 
 def row_flags(row: dict, taken: Sequence[str]) -> dict[str, Any]:
     """Return the columns of a row that are flags of its turns, and that no other field is read from."""
+    if row.keys().isdisjoint(LISTS):
+        return {}
     found = {name: read_json(row[name]) for name in LISTS if name in row and name not in taken}
     return {name: value for name, value in found.items() if isinstance(value, list) or name != "weight" and _is_flag(name, value)}
 
@@ -62,6 +64,8 @@ def apply_flags(messages: list[dict], of_row: dict[str, Any]) -> None:
 
     Raises RecordError for a list that fits neither them nor the answers.
     """
+    if not of_row:
+        return
     answers = [message for message in messages if message["role"] == "assistant"]
     for name, flags in of_row.items():
         if not isinstance(flags, list):

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.config import Source
+from trainer.data import sources
 from trainer.data.formats import choose_format
 from trainer.data.sources import load_sources
 from trainer.errors import UserError
@@ -294,3 +295,12 @@ def test_real_data(name, columns, count, tmp_path):
     records = load(SHARED / name, tmp_path, columns=columns)
     assert len(records) == count
     assert all(len(messages) == 2 and all(m["content"].strip() for m in messages) for messages in records["messages"])
+
+
+@pytest.mark.parametrize(("limit", "value", "sizes"), [("RECORDS_PER_BATCH", 4, [4, 4, 2]), ("CHARACTERS_PER_BATCH", 70, [5, 5])])
+def test_batches_hold_some_records_or_some_characters(tmp_path, monkeypatch, limit, value, sizes):
+    monkeypatch.setattr(sources, limit, value)
+    rows = [{"prompt": f"What is {n}?", "completion": f"{n}" * (1 + 99 * (n == 4))} for n in range(10)]
+    records = load(write_lines(tmp_path / "rows.jsonl", rows), tmp_path)
+    assert [chat[1][1] for chat in spoken(records)] == [row["completion"] for row in rows]
+    assert [len(chunk) for chunk in records.data.column("weight").chunks] == sizes
