@@ -1,12 +1,14 @@
 """Intervals and tests against values computed by hand and by closed forms."""
 
 import math
+import time
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trainer.evaluation import significance
 from trainer.evaluation.config import Statistics
 from trainer.evaluation.results import change_figures, model_figures, paired_figures
 from trainer.evaluation.score_items import Outcome
@@ -41,6 +43,19 @@ def test_wilson_solves_its_equation(n, share, confidence):
     (3, 4, 1)])
 def test_mcnemar_by_hand(lost, gained, p):
     assert mcnemar(lost, gained) == pytest.approx(p, rel=1e-12)
+
+
+@pytest.mark.parametrize("gained", [1001, 1003, 1100, 2000, 3000])
+def test_mcnemar_of_many_items_is_that_in_integers(gained, monkeypatch):
+    p = mcnemar(1001, gained)
+    monkeypatch.setattr(significance, "MOST_IN_INTEGERS", 1001)
+    assert p == pytest.approx(mcnemar(1001, gained), rel=1e-12)
+
+
+def test_mcnemar_of_a_billion_items_takes_no_time():
+    began = time.process_time()
+    assert 0.999 < mcnemar(10**9, 10**9 + 3) < 1 and mcnemar(80_000, 80_003) == pytest.approx(0.9960106332960701, rel=1e-12)
+    assert time.process_time() - began < 1
 
 
 def test_mcnemar_of_many_items_is_near_its_normal_limit():
