@@ -114,6 +114,8 @@ def facts(run: Run) -> list[Fact]:
         supervised = run.end.get("supervised")
         found.append(Fact("Tokens seen", compact(run.end["tokens"]),
                           f"{percent(supervised / run.end['tokens'])} supervised" if supervised else ""))
+    if run.every > 1:
+        found.append(Fact("Logged steps", f"1 in {run.every:,}", "is shown here, and the last"))
     if run.data.get("packing_efficiency") is not None:
         found.append(Fact("Packing", percent(run.data["packing_efficiency"]), "of pack capacity is used"))
     return found

@@ -15,13 +15,16 @@ from trainer.metrics.records import read_records
 from trainer.report import answers
 from trainer.report.answers import Answers
 
+MOST_STEPS = 20_000  # logged steps that a report holds: more than a plot has pixels
+
 
 @dataclass
 class Run:
     """Contents of a run folder. Absent files and entries are empty."""
 
     name: str
-    steps: list[dict] = field(default_factory=list)  # by step, one each
+    steps: list[dict] = field(default_factory=list)  # by step, one each; of very many lines one in `every`, and the last
+    every: int = 1
     evaluations: list[dict] = field(default_factory=list)
     forgetting: list[dict] = field(default_factory=list)  # scores of general and domain items
     end: dict | None = None  # None: the run was killed, or is still running
@@ -75,8 +78,11 @@ def _read_mapping(path: Path, parse, parse_error: type[Exception]) -> dict:
 def _read_metrics(path: Path, run: Run) -> None:
     """Fill in steps, evaluations and end.
 
-    A resumed run logs some steps again, so a line drops earlier lines of its own and later steps.
+    A resumed run logs some steps again, so a line drops earlier lines of its own and later steps. Of more lines than `MOST_STEPS` some are
+    left out, so that the memory that a report takes has an end.
     """
+    run.every = math.ceil(_count_lines(path) / MOST_STEPS) or 1
+    count, passing = 0, False  # of steps; whether the last one stays only until the next
     logged = {"step": run.steps, "eval": run.evaluations, "forgetting": run.forgetting}
     for record in read_records(path):
         if record is None:
@@ -88,7 +94,20 @@ def _read_metrics(path: Path, run: Run) -> None:
         for kind, records in logged.items():
             while records and records[-1]["step"] >= record["step"] + (kind != record["kind"]):
                 records.pop()
+                passing = passing and kind != "step"
+        if record["kind"] == "step":
+            if passing:
+                run.steps.pop()
+            passing = count % run.every != 0
+            count += 1
         logged[record["kind"]].append(record)
+
+
+def _count_lines(path: Path) -> int:
+    if not path.exists():
+        return 0
+    with path.open("rb") as file:
+        return sum(1 for _ in file)
 
 
 def column(records: list[dict], key: str) -> np.ndarray:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from tests.helpers.runs import text_of
 from trainer.errors import UserError
-from trainer.report import page, run_page, run_plots
+from trainer.report import page, run_page, run_plots, run_records
 from trainer.report.run_page import write_report
 from trainer.report.run_records import read_run
 
@@ -139,6 +139,16 @@ def test_a_resumed_run_counts_each_step_once(tmp_path):
 def test_an_evaluation_and_a_step_of_the_same_number_are_both_kept(tmp_path):
     run = read_run(run_folder(tmp_path, [evaluation(10, 2.0), step(10), step(20), evaluation(20, 1.0)]))
     assert [len(run.steps), len(run.evaluations)] == [2, 2]
+
+
+def test_of_very_many_steps_some_are_held_and_the_last(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_records, "MOST_STEPS", 20)
+    lines = [{"kind": "step", "step": step, "loss": 1.0} for step in [*range(1, 70), *range(50, 100)]]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = read_run(tmp_path)
+    steps = [record["step"] for record in run.steps]
+    assert run.every == 6 and len(steps) <= 21 and steps[0] == 1 and steps[-1] == 99 and steps == sorted({*steps})
+    assert "1 in 6" in {fact.value for fact in run_page.facts(run)}
 
 
 def test_torn_lines_are_counted_and_shown(tmp_path):
