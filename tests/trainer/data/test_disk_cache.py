@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 
+import pyarrow
 import pytest
 from datasets.arrow_writer import ArrowWriter
 
@@ -78,6 +79,8 @@ def test_a_full_disk_is_told_by_the_cache(tmp_path, monkeypatch, kind):
 
     cache, written = tmp_path / "cache", ArrowWriter._write_table
     monkeypatch.setattr(ArrowWriter, "_write_table", write)
+    opened = pyarrow.ipc.new_stream
+    monkeypatch.setattr(pyarrow.ipc, "new_stream", lambda path, schema: opened("/dev/full" if f"/{kind}/" in path else path, schema))
     with pytest.raises(UserError, match=f"^data.cache_dir: cannot write the cache {cache / kind}: No space left on device; free space, or"):
         tokenize(load_sources(str(write_chats(tmp_path / "chats.jsonl")), "domain", str(cache)), ChatTemplate(tiny.tokenizer()),
                  Data(cache_dir=str(cache), num_proc=1))
