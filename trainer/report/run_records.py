@@ -17,6 +17,8 @@ from trainer.report.answers import Answers
 
 MOST_STEPS = 20_000  # logged steps that a report holds: more than a plot has pixels
 
+MOST_STEPS = 20_000  # logged steps that a report holds: more than a plot has pixels
+
 
 @dataclass
 class Run:
