@@ -33,6 +33,10 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     intercepted_binops = frozenset({"*", "**"})
 
+    def make_globals(self, d):
+        """Return the globals of a template as a plain dict: each rendering copies them, Jinja's own slowly."""
+        return {**self.globals, **(d or {})}
+
     def call_binop(self, context, operator: str, left, right):
         """Compute an operation that the template asks for. Raises LimitError for integers that are too large."""
         if isinstance(left, int) and isinstance(right, int):

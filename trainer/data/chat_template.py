@@ -13,6 +13,8 @@ import datetime
 import hashlib
 import json
 import re
+from bisect import bisect_left, bisect_right
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from itertools import accumulate, groupby
@@ -119,6 +121,8 @@ class ChatTemplate:
             raise self._unmaskable(error, messages) from None
         if self.mask_empty_reasoning and train_on != "all":
             spans = [(match.end() if (match := EMPTY_REASONING.match(text, start, end)) else start, end) for start, end in spans]
+        if min(of_spans, default=1) > 0:
+            return Rendered(text, spans, of_spans)
         kept = [(span, weight) for span, weight in zip(spans, of_spans) if weight > 0]
         return Rendered(text, [span for span, _ in kept], [weight for _, weight in kept])
 
@@ -131,7 +135,7 @@ class ChatTemplate:
             return []
         tokens = self.tokenizer([chat.text for chat in rendered], add_special_tokens=False, verbose=False,
                                 return_attention_mask=False, return_token_type_ids=False)
-        return [_encoded(ids, chat, partial(tokens.char_to_token, i)) for i, (ids, chat) in enumerate(zip(tokens["input_ids"], rendered))]
+        return [_encoded(ids, chat, one.char_to_token) for ids, chat, one in zip(tokens["input_ids"], rendered, tokens.encodings)]
 
     def encode_texts(self, texts: Sequence[str]) -> list[Encoded]:
         """Encode plain texts with one call of the tokenizer.
@@ -239,6 +243,8 @@ class ChatTemplate:
 
         That role is system where the template knows no other.
         """
+        if all(len(message) == 2 and message["role"] != "developer" for message in messages):
+            return messages
         key, spelled = self.reasoning_key if any("reasoning_content" in message for message in messages) else None, []
         for message in messages:
             if key and "reasoning_content" in message:
@@ -258,9 +264,10 @@ class ChatTemplate:
 
         Raises UserError if there is none.
         """
-        if self._override is None and not self.tokenizer.chat_template:
+        template = self._override or self.tokenizer.chat_template
+        if not template:
             raise UserError(f"tokenizer of {self.name}: expected a chat template, found none; set data.chat_template to a Jinja file")
-        return self._override or self.tokenizer.get_chat_template(tools=inputs.get("tools"))
+        return template if isinstance(template, str) else self.tokenizer.get_chat_template(tools=inputs.get("tools"))
 
     @cached_property
     def variables(self) -> set[str]:
@@ -274,10 +281,14 @@ class ChatTemplate:
     @cached_property
     def fingerprint(self) -> str:
         """Return a hash of everything that decides the tokens of a chat."""
-        special = sorted(self.tokenizer.special_tokens_map.items())
+        special = sorted(self._special_tokens_map.items())
         options = json.dumps(self.keywords, sort_keys=True, default=str), self.mask_empty_reasoning
         key = (self.tokenizer.backend_tokenizer.to_str(), self._override or self.tokenizer.chat_template, special, options)
         return hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+
+    @cached_property
+    def _special_tokens_map(self) -> dict[str, Any]:
+        return self.tokenizer.special_tokens_map
 
     @cached_property
     def _has_markers(self) -> bool:
@@ -320,7 +331,7 @@ class ChatTemplate:
         """Return the layout of turns under the keywords of `inputs`."""
         left_out = ("documents", "tools") if self.template_text(inputs) == self.template else ("documents",)
         keywords = {name: value for name, value in inputs.items() if name not in left_out}
-        key = json.dumps(keywords, sort_keys=True, default=str)
+        key = json.dumps(keywords, sort_keys=True, default=str) if keywords else ""
         if key not in self._layouts:
             self._layouts[key] = read_layout(partial(self.render, inputs=keywords), self.tokenizer.get_added_vocab())
         return self._layouts[key]
@@ -330,7 +341,7 @@ class ChatTemplate:
 
         Raises RefusedError for a chat that the template refuses, and UserError for a template that is none or breaks its limits.
         """
-        given = {**inputs, **self.tokenizer.special_tokens_map, **options}
+        given = {**inputs, **self._special_tokens_map, **options}
         if self.date is not None:
             given["strftime_now"] = self.date.strftime
         try:
@@ -388,7 +399,10 @@ class ChatTemplate:
             return text, *_around(spans, of_spans, len(text))
         if not turns:
             return self._render(messages, inputs)[0], [], []
-        render = partial(self.render, inputs=inputs)
+
+        def render(chat: list[Message]) -> str:
+            return self._render(chat, inputs)[0]
+
         if self._has_markers:
             text, spans = self._render(messages, inputs, return_assistant_tokens_mask=True)
             if not any(text[start:end].strip() for start, end in spans):
@@ -401,8 +415,9 @@ class ChatTemplate:
             spans, of_spans = turn_spans(messages, text, render, layout), turns
             if messages[-1]["role"] == "assistant" and (closing := layout.closing_of(messages[-1])):
                 text = text.rstrip() + closing
-        chosen = [(span, weights[turn]) for span, turn in zip(spans, of_spans) if train_on != "last" or turn == turns[-1]]
-        return text, [span for span, _ in chosen], [weight for _, weight in chosen]
+        if train_on == "last":
+            spans, of_spans = zip(*((span, turn) for span, turn in zip(spans, of_spans) if turn == turns[-1]))
+        return text, [*spans], [weights[turn] for turn in of_spans]
 
 
 def _turns_of(spans: list[Span], turns: list[int], messages: list[Message], text: str, render: Callable[..., str],
@@ -410,10 +425,12 @@ def _turns_of(spans: list[Span], turns: list[int], messages: list[Message], text
     """Return the assistant turn that each marked span is in."""
     pieces, anchors = split_at_marks(messages, text, render)
     ends = list(accumulate(len(piece) for piece in pieces))
+    within_piece = defaultdict(list)
+    for turn in turns:
+        within_piece[bisect_left(anchors, turn)].append(turn)
     found = []
     for start, _ in spans:
-        k = min(sum(end <= start for end in ends), len(ends) - 1)
-        within = [turn for turn in turns if sum(anchor < turn for anchor in anchors) == k]
+        within = within_piece[min(bisect_right(ends, start), len(ends) - 1)]
         if len({weights[turn] for turn in within}) != 1:
             raise TurnError(TWO_IN_A_ROW, within[-1] if within else None)
         found.append(within[-1])
@@ -449,19 +466,20 @@ def _encoded(ids: list[int], chat: Rendered, token_at: Callable[[int], int | Non
     A token is supervised if it holds a character of the supervised spans. The first token is never supervised: nothing predicts it.
     `token_at(c)` is the first token that holds character c, or None for a character that the tokenizer skips.
     """
-    weights, characters, tokens = [0.0] * len(ids), len(chat.text), len(ids)
+    characters, tokens = len(chat.text), len(ids)
+    supervised, weights = [False] * tokens, [0.0] * tokens
     for (start, end), weight in zip(chat.spans, chat.weights):
-        inside = (token_at(c) for c in range(start, end))
-        first = next((t for t in inside if t is not None), None)
+        first = next((t for c in range(start, end) if (t := token_at(c)) is not None), None)
         if first is None:
             continue
-        last = next(t for t in (token_at(c) for c in range(end - 1, start - 1, -1)) if t is not None)
+        last = next(t for c in range(end - 1, start - 1, -1) if (t := token_at(c)) is not None)
         # A character may be spread over several tokens: the ones before the next character's token are all its own.
-        following = next((t for t in (token_at(c) for c in range(end, characters)) if t is not None), tokens)
+        following = next((t for c in range(end, characters) if (t := token_at(c)) is not None), tokens)
         stop = max(last + 1, following)
+        supervised[first:stop] = [True] * (stop - first)
         weights[first:stop] = [weight] * (stop - first)
-    weights[:1] = [0.0] * min(tokens, 1)
-    return Encoded(ids, [weight > 0 for weight in weights]), None if {*weights} <= {0.0, 1.0} else weights
+    supervised[:1], weights[:1] = [False] * min(tokens, 1), [0.0] * min(tokens, 1)
+    return Encoded(ids, supervised), None if all(weight == 1 for weight in chat.weights) or {*weights} <= {0.0, 1.0} else weights
 
 
 def read_template(path: str | None) -> str | None:

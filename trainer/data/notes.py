@@ -8,8 +8,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow
 import pyarrow.compute
@@ -24,8 +23,7 @@ KNOWN_KEYS = {"role", "content", "tool_calls", "reasoning_content", "id", "tool_
 NAMED = 5  # refused rows that are named
 
 
-@dataclass(frozen=True)
-class Note:
+class Note(NamedTuple):
     """Hold what is worth telling of one record; counts are of turns."""
 
     refused: str | None = None  # its place, and why it is no chat
@@ -46,33 +44,40 @@ class Note:
 
     def as_json(self) -> str | None:
         """Return what is not as usual; None if all is."""
-        told = {key: value for key, value in vars(self).items() if value}
-        return json.dumps(told, ensure_ascii=False) if told else None
+        return json.dumps({key: value for key, value in self._asdict().items() if value}, ensure_ascii=False) if any(self) else None
 
 
 def note_of(messages: Sequence[Message], inputs: Mapping[str, Any], weights: Sequence[float | None], rendered: Rendered,
             template: ChatTemplate, train_on: str, same_role: int, unread: str | None) -> Note:
     """Note what became of a chat's messages and inputs in its rendered text."""
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    last = messages[answers[-1]] if answers else {}
+    is_bare = bool(last) and template.reasons and not last.get("reasoning_content") and "</think>" not in last["content"] \
+        and {**template.keywords, **inputs}.get("enable_thinking") is not False
+    note = Note(unread=unread, special=template.special_token_in(_texts_of(messages)), same_role=same_role, bare=is_bare,
+                empty_block=is_bare and EMPTY_REASONING.search(rendered.text) is not None)
+    if inputs or any(len(message) > 2 for message in messages):  # more than words
+        note = note._replace(**_of_inputs(messages, answers, inputs, rendered.text, template))
+    if any(weight is not None for weight in weights):
+        note = note._replace(
+            muted=sum(weights[i] == 0 for i in answers), weighted=sum(weights[i] not in (None, 0, 1) for i in answers),
+            flagged_others=sum(bool(weights[i]) for i in {*range(len(messages))} - {*answers}) if train_on != "all" else 0)
+    return note
+
+
+def _of_inputs(messages: Sequence[Message], answers: Sequence[int], inputs: Mapping[str, Any], text: str,
+               template: ChatTemplate) -> dict[str, Any]:
+    """Note what became of reasoning, tools, and keys and keywords that templates may read."""
     thoughts = {i: messages[i]["reasoning_content"].strip() for i in answers if messages[i].get("reasoning_content")}
-    unprinted = [i for i, thought in thoughts.items() if thought not in rendered.text]
+    unprinted = [i for i, thought in thoughts.items() if thought not in text]
     last = answers[-1] if answers else None
     keys = {f"messages.{key}" for message in messages for key, value in message.items()
             if key not in KNOWN_KEYS and is_given(value) and not template.mentions(key)}
-    keys |= {"messages.name" for message in messages if message["role"] != "tool" and str(message.get("name") or "") not in rendered.text}
+    keys |= {"messages.name" for message in messages if message["role"] != "tool" and str(message.get("name") or "") not in text}
     keys |= {name for name in inputs.keys() - {"tools"} if not template.mentions(name)}
     names = [tool["function"]["name"] for tool in inputs.get("tools", [])]
-    given = {**template.keywords, **inputs}
-    is_bare = last is not None and last not in thoughts and "</think>" not in messages[last]["content"] \
-        and given.get("enable_thinking") is not False and template.reasons
-    return Note(
-        unread=unread, unread_keys=", ".join(sorted(keys)) or None, special=template.special_token_in(_texts_of(messages)),
-        same_role=same_role, tools=len(names), tools_unprinted=any(name not in rendered.text for name in names),
-        reasoning=len(thoughts),
-        reasoning_dropped=sum(i != last for i in unprinted), reasoning_unprinted=last in unprinted,
-        bare=is_bare, empty_block=is_bare and EMPTY_REASONING.search(rendered.text) is not None,
-        muted=sum(weights[i] == 0 for i in answers), weighted=sum(weights[i] not in (None, 0, 1) for i in answers),
-        flagged_others=sum(bool(weights[i]) for i in range(len(messages)) if i not in answers) if train_on != "all" else 0)
+    return {"unread_keys": ", ".join(sorted(keys)) or None, "tools": len(names), "tools_unprinted": any(name not in text for name in names),
+            "reasoning": len(thoughts), "reasoning_dropped": sum(i != last for i in unprinted), "reasoning_unprinted": last in unprinted}
 
 
 def _texts_of(messages: Sequence[Message]) -> Iterator[str]:

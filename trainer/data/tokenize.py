@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import tokenizers
 import transformers
 from datasets import Dataset, Features, List, Value
@@ -29,9 +30,10 @@ from trainer.errors import UserError
 # `turn_weights` is empty where every turn weighs 1; `note` is JSON (trainer/data/notes.py)
 TOKENS = Features({"input_ids": List(Value("int32")), "supervised": List(Value("uint8")), "turn_weights": List(Value("float32")),
                    "weight": Value("float32"), "note": Value("string")})
+FLAGS = TOKENS.arrow_schema.field("supervised").type
 CODE = (trainer.data.chat_template, trainer.data.turn_spans, trainer.data.notes)  # that decides tokens, beside this module
 
-RECORDS_PER_CALL = 500  # of the tokenizer
+RECORDS_PER_CALL, BYTES_PER_CALL = 500, 2**22  # of the tokenizer, whichever comes first
 RECORDS_PER_PROCESS = 2000  # at least: fewer are tokenized in about the time that a process takes to start
 
 
@@ -56,55 +58,62 @@ def _tokens(source: Source, records: Dataset, template: ChatTemplate, data: Data
     fingerprint = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
     processes = data.num_proc or min(8, os.cpu_count() or 1)
     processes = min(processes, math.ceil(len(records) / RECORDS_PER_PROCESS))
+    per_call = max(1, min(RECORDS_PER_CALL, BYTES_PER_CALL * len(records) // max(records.data.nbytes, 1)))
     options = {"template": template, "data": data, "path": source.path}
     if processes > 1:
         # Threads within the processes would be too many, and would not survive the fork.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
     def make(folder: Path) -> None:
-        records.map(
-            _encode, fn_kwargs=options, batched=True, batch_size=RECORDS_PER_CALL, with_indices=True, features=TOKENS,
+        records.with_format("arrow").map(
+            _encode, fn_kwargs=options, batched=True, batch_size=per_call, with_indices=True, features=TOKENS,
             remove_columns=records.column_names, num_proc=processes if processes > 1 else None, desc=f"tokenize {source.name}",
             new_fingerprint=fingerprint, cache_file_name=str(folder / "tokens.arrow"))
 
     return cached_dataset(data.cache_dir, "tokens", fingerprint, make)
 
 
-def _encode(batch: dict, indices: list[int], template: ChatTemplate, data: Data, path: str) -> dict:
+def _encode(batch: pyarrow.Table, indices: list[int], template: ChatTemplate, data: Data, path: str) -> pyarrow.Table:
     """Tokenize the records `indices` of the source at `path`, as `Dataset.map` wants it."""
-    records = [dict(zip(batch, values)) for values in zip(*batch.values())]
+    records = batch.to_pylist()
     rendered: list[Rendered | None] = []
     notes: list[Note] = []
     for i, record in zip(indices, records):
-        place = record.get("place") or f"record {i + 1}"
-        chat, note = None, Note(unread=record.get("unread"))
-        try:
-            if record.get("refused"):
-                note = Note(refused=f"{place}: {record['refused']}")
-            elif "text" not in record:
-                chat, note = _render(record, template, data)
-            elif record["text"]:
-                note = Note(special=template.special_token_in([record["text"]]), unread=record.get("unread"))
-        except UserError as error:
-            if data.on_bad_row == "error":
-                raise UserError(f"{path}, {place}: {error}") from None
-            note = Note(refused=f"{place}: {error}")
+        chat, note = _render_or_refuse(record, f"record {i + 1}", template, data, path)
         rendered.append(chat)
         notes.append(note)
-    if "text" in batch:
-        texts = iter(template.encode_texts([text for text in batch["text"] if text is not None]))
-        encoded = [(next(texts), None) if text is not None else None for text in batch["text"]]
+    if "text" in batch.column_names:
+        given = [record["text"] for record in records]
+        encoded = [(tokens, None) for tokens in template.encode_texts([text for text in given if text is not None])]
     else:
-        chats = iter(template.encode([chat for chat in rendered if chat is not None]))
-        encoded = [None if chat is None else next(chats) for chat in rendered]
-    encoded = [one or (Encoded([], []), None) for one in encoded]
-    return {
-        "input_ids": [np.array(tokens.input_ids, dtype=np.int32) for tokens, _ in encoded],
-        "supervised": [np.array(tokens.supervised, dtype=np.uint8) for tokens, _ in encoded],
-        "turn_weights": [np.array(weights or [], dtype=np.float32) for _, weights in encoded],
+        given = rendered
+        encoded = template.encode([chat for chat in rendered if chat is not None])
+    following = iter(encoded)
+    tokens = [(Encoded([], []), None) if one is None else next(following) for one in given]
+    columns = {
+        "input_ids": [own.input_ids for own, _ in tokens],
+        "supervised": pyarrow.array([own.supervised for own, _ in tokens], pyarrow.list_(pyarrow.bool_())).cast(FLAGS),
+        "turn_weights": [weights or [] for _, weights in tokens],
         "weight": batch["weight"],
         "note": [note.as_json() for note in notes],
     }
+    return pyarrow.table(columns, TOKENS.arrow_schema)
+
+
+def _render_or_refuse(record: dict, place: str, template: ChatTemplate, data: Data, path: str) -> tuple[Rendered | None, Note]:
+    """Render a record's chat, or note why it is refused; None for a refused one and for a plain text."""
+    place = record.get("place") or place
+    if record.get("refused"):
+        return None, Note(refused=f"{place}: {record['refused']}")
+    if "text" in record:
+        special = template.special_token_in([record["text"]]) if record["text"] else None
+        return None, Note(special=special, unread=record.get("unread"))
+    try:
+        return _render(record, template, data)
+    except UserError as error:
+        if data.on_bad_row == "error":
+            raise UserError(f"{path}, {place}: {error}") from None
+        return None, Note(refused=f"{place}: {error}")
 
 
 def _render(record: dict, template: ChatTemplate, data: Data) -> tuple[Rendered, Note]:

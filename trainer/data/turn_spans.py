@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -153,9 +154,9 @@ def _end_of_turn(between: str, tail: str, added_tokens: Iterable[str]) -> str:
 def mark(messages: list[Message]) -> tuple[list[Message], list[int]]:
     """Put a mark into each message next to an assistant turn, and return these messages' indices too."""
     marked, anchors = [], []
+    is_answer = [False, *(message["role"] == "assistant" for message in messages), False]
     for i, message in enumerate(messages):
-        neighbours = messages[max(i - 1, 0):i] + messages[i + 1:i + 2]
-        if message["role"] != "assistant" and any(other["role"] == "assistant" for other in neighbours):
+        if not is_answer[i + 1] and (is_answer[i] or is_answer[i + 2]):
             left, right = _halves(message["content"])
             message = message | {"content": left + MARK.format(len(anchors)) + right}
             anchors.append(i)
@@ -193,7 +194,7 @@ def turn_spans(messages: list[Message], text: str, render: Render, layout: TurnL
     turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
     spans = []
     for turn in turns:
-        k = sum(anchor < turn for anchor in anchors)
+        k = bisect_left(anchors, turn)
         begin, end = _span_in(pieces[k], messages, turn, layout)
         spans.append((starts[k] + begin, starts[k] + end))
     for i, turn in enumerate(turns):
@@ -205,12 +206,12 @@ def turn_spans(messages: list[Message], text: str, render: Render, layout: TurnL
     return spans
 
 
-def _words(message: Message) -> Counter[str]:
+def _words(message: Message) -> dict[str, int]:
     """Return the answer without reasoning, and the tools called, with how often each must be printed."""
-    calls = [call.get("function") or call for call in message.get("tool_calls") or []]
-    words = Counter(str(call.get("name")) for call in calls)
-    words[message["content"].rpartition("</think>")[2].strip()] += 1
-    return words
+    answer = message["content"].rpartition("</think>")[2].strip()
+    if not message.get("tool_calls"):
+        return {answer: 1}
+    return Counter([answer, *(str((call.get("function") or call).get("name")) for call in message["tool_calls"])])
 
 
 def _span_in(piece: str, messages: list[Message], turn: int, layout: TurnLayout) -> Span:
@@ -218,7 +219,7 @@ def _span_in(piece: str, messages: list[Message], turn: int, layout: TurnLayout)
     before, message = messages[turn - 1] if turn else None, messages[turn]
     if before and before["role"] == "assistant":
         raise TurnError(TWO_IN_A_ROW, turn)
-    rest = next((form for form in _printed(_halves(before["content"])[1], str.rstrip) if piece.startswith(form)), None) if before else ""
+    rest = _printed(_halves(before["content"])[1], str.rstrip, piece.startswith) if before else ""
     if rest is None:
         raise TurnError("the template does not print the words before this turn as they are", turn)
     opening = layout.opening if before and before["role"] == "user" else layout.header
@@ -233,7 +234,7 @@ def _span_in(piece: str, messages: list[Message], turn: int, layout: TurnLayout)
     following = messages[turn + 1]
     if following["role"] == "assistant":
         raise TurnError(TWO_IN_A_ROW, turn + 1)
-    start = next((form for form in _printed(_halves(following["content"])[0], str.lstrip) if piece.endswith(form)), None)
+    start = _printed(_halves(following["content"])[0], str.lstrip, piece.endswith)
     if start is None:
         raise TurnError("the template does not print the words after this turn as they are", turn)
     limit = len(piece) - len(start)
@@ -244,9 +245,12 @@ def _span_in(piece: str, messages: list[Message], turn: int, layout: TurnLayout)
     return begin, end
 
 
-def _printed(words: str, strip: Callable[[str], str]) -> list[str]:
-    """Return the forms in which templates print a part of a message.
+def _printed(words: str, strip: Callable[[str], str], fits: Callable[[str], bool]) -> str | None:
+    """Return the first form that fits of those in which templates print a part of a message.
 
-    They are the text but for outer white space, and its JSON.
+    They are the text but for outer white space, and its JSON; None if none fits.
     """
-    return [strip(words), json.dumps(words, ensure_ascii=False)[1:-1], json.dumps(strip(words), ensure_ascii=False)[1:-1]]
+    if fits(strip(words)):
+        return strip(words)
+    as_json = (json.dumps(form, ensure_ascii=False)[1:-1] for form in (words, strip(words)))
+    return next(filter(fits, as_json), None)
