@@ -18,6 +18,7 @@ from trainer.evaluation.items import ItemFile
 from trainer.metrics.profiler import check_steps_within
 from trainer.model import quantization
 from trainer.model.locate import load_tokenizer
+from trainer.progress import announce
 from trainer.retention import monitor, replay_search
 from trainer.runtime.device import choose_device
 from trainer.runtime.distributed import Distributed, local_rank, process_group
@@ -91,7 +92,8 @@ def run_one(config: Config, items: Sequence[ItemFile], device: torch.device, dis
     if config.dry_run:
         dist.on_main(lambda: print_dry_run(config, data, device, tokenizer))
         return None
-    run, state = build(config, data, device, dist, items, tokenizer)
+    with announce(f"model: loading and building {config.model.path}"):
+        run, state = build(config, data, device, dist, items, tokenizer)
     with Interrupts() as interrupts:
         ending = fit(run, state, interrupts)
         if save_outputs:

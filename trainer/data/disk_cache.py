@@ -7,10 +7,13 @@ written to a temporary folder, synced and renamed: two runs may share a cache, a
 from __future__ import annotations
 
 import errno
+import functools
+import hashlib
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import datasets
 from datasets import Dataset
@@ -47,6 +50,12 @@ def cached_dataset(cache_dir: str | None, kind: str, fingerprint: str, make: Cal
         raise UserError(f"data.cache_dir: cannot write the cache {folder}: {os.strerror(error.errno)}; free space, or choose another "
                         "data.cache_dir") from None
     return _read(entry)
+
+
+@functools.cache
+def code_hash(*modules: ModuleType) -> str:
+    """Return a hash of the modules' source, for the fingerprint of what they make."""
+    return hashlib.sha256(b"".join(Path(module.__file__).read_bytes() for module in modules)).hexdigest()
 
 
 def _publish(files: list[Path], tmp: Path, entry: Path) -> None:

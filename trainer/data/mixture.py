@@ -77,6 +77,12 @@ class Mixture:
         seen = [stream.between(start, end) for stream, start, end in zip(self.streams, starts, ends)]
         return np.random.default_rng([self.seed, 1, epoch]).permutation(np.concatenate(seen))
 
+    def passes(self, epoch: int) -> tuple[int, ...] | None:
+        """Return how often an epoch sees each source; None where it sees a part of one more often than the rest."""
+        lengths = [end - start for start, end in zip(self._boundaries(epoch), self._boundaries(epoch + 1))]
+        passes = [divmod(length, max(stream.size, 1)) for length, stream in zip(lengths, self.streams)]
+        return None if any(rest for _, rest in passes) else tuple(whole for whole, _ in passes)
+
     def shares(self, epoch: int) -> list[SourceShare]:
         """Return each source's share of epoch `epoch`, in the order of the parts."""
         starts, ends = self._boundaries(epoch), self._boundaries(epoch + 1)

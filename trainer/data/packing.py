@@ -12,6 +12,7 @@ packs more. Where it costs more than BLUR_COST in packs, the exact order is kept
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 
 import numpy as np
@@ -45,6 +46,19 @@ def pack(lengths: np.ndarray, capacity: int, max_samples_per_pack: int, seed: in
 
     members = np.split(np.argsort(pack_of, kind="stable"), np.cumsum(np.bincount(pack_of))[:-1])
     return [members[i] for i in rng.permutation(len(members))]
+
+
+def settled_count(lengths: np.ndarray, capacity: int, max_samples_per_pack: int) -> int | None:
+    """Return the number of packs that `pack` makes of these samples with every seed; None where seeds may differ.
+
+    It is settled where the exact order needs no more packs than any order must, and so few that blurring may add none.
+    """
+    lengths = np.asarray(lengths, dtype=np.int64)
+    if not len(lengths):
+        return None
+    count = int(_best_fit(lengths, np.argsort(-lengths, kind="stable"), capacity, max_samples_per_pack).max()) + 1
+    fewest = max(math.ceil(int(lengths.sum()) / capacity), math.ceil(len(lengths) / max_samples_per_pack))
+    return count if count == fewest and count * BLUR_COST < 1 else None
 
 
 def _best_fit(lengths: np.ndarray, order: np.ndarray, capacity: int, max_samples_per_pack: int) -> np.ndarray:

@@ -19,6 +19,7 @@ from trainer.data.sources import load_sources
 from trainer.data.step_plan import StepPlan
 from trainer.data.tokenize import tokenize
 from trainer.errors import UserError
+from trainer.progress import announce
 
 
 class EvalSet(NamedTuple):
@@ -55,7 +56,8 @@ def prepare_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> Training
     samples, eval_set = _split_eval_set(config, tokenize(sources, template, data), roles, template, records)
     parts = [MixtureSource(name, role, source.weight) for name, role, (source, _) in zip(samples.names, roles, sources)]
     mixture = Mixture(samples.lengths, samples.sources, parts, replay.ratio, replay.unit, config.seed)
-    plan = StepPlan(samples.lengths, mixture, config.batch, config.epochs, config.max_steps, config.seed)
+    with announce(f"data: planning {config.epochs:,g} epochs of {len(samples):,} samples"):
+        plan = StepPlan(samples.lengths, mixture, config.batch, config.epochs, config.max_steps, config.seed)
     return TrainingData(samples, mixture, plan, template, eval_set, records)
 
 

@@ -23,11 +23,12 @@ from trainer.config import Source
 from trainer.data import arrow_rows, chat_columns, files, formats, messages, readers, tool_calls, turn_weights, values
 from trainer.data.arrow_rows import without_padding
 from trainer.data.chat_columns import record_of
-from trainer.data.disk_cache import cached_dataset
+from trainer.data.disk_cache import cached_dataset, code_hash
 from trainer.data.files import DataFile
 from trainer.data.formats import choose_format
 from trainer.data.values import RecordError
 from trainer.errors import UserError, one_line
+from trainer.progress import announce
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 # Modules that decide what records a source has.
@@ -83,14 +84,14 @@ def _load(source: Source, cache_dir: str | None, on_bad_row: str) -> Dataset:
                 record, refused = empty, str(error)
             yield record | {"place": place, "refused": refused}
 
-    code = [Path(module.__file__).read_bytes() for module in CODE]
-    key = (_stamp(opened), record_format.name, sorted(record_format.paths.items()), source.max_records, on_bad_row, code)
+    key = (_stamp(opened), record_format.name, sorted(record_format.paths.items()), source.max_records, on_bad_row, code_hash(*CODE))
     fingerprint = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
     content = {"text": Value("string")} if record_format.name == "text" else {"messages": List(MESSAGE), "inputs": Value("string")}
     empty = dict.fromkeys(content | COMMON) | {"weight": 1.0}
 
     def make(folder: Path) -> None:
-        _write(records(), Features(content | COMMON).arrow_schema, folder / "records.arrow")
+        with announce(f"data: reading {source.path}"):
+            _write(records(), Features(content | COMMON).arrow_schema, folder / "records.arrow")
 
     return cached_dataset(cache_dir, "records", fingerprint, make)
 

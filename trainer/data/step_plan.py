@@ -7,13 +7,14 @@ its place from the number of the step, with no state to save and nothing to send
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from dataclasses import dataclass
 
 import numpy as np
 
 from trainer.config import BatchSize
 from trainer.data.mixture import Mixture
-from trainer.data.packing import pack
+from trainer.data.packing import pack, settled_count
 
 Step = list[np.ndarray]  # packs, each the indices of its samples
 
@@ -33,12 +34,22 @@ class StepPlan:
         self.lengths, self.mixture, self.batch_size, self.seed = lengths, mixture, batch_size, seed
         self._cached: tuple[int, list[Step]] | None = None
         self.packs_per_step = batch_size.tokens_per_step // batch_size.tokens_per_pack
+        self._settled: dict[tuple[int, ...], int | None] = {}  # packs of an epoch with these passes over the sources
         self.starts = [0]  # first step of each epoch, then the end
         while len(self.starts) <= math.ceil(epochs) and (max_steps is None or self.starts[-1] < max_steps):
             epoch = len(self.starts) - 1
             share = min(1.0, epochs - epoch)
-            self.starts.append(self.starts[-1] + max(1, round(share * len(self.epoch(epoch)))))
+            self.starts.append(self.starts[-1] + max(1, round(share * self._count(epoch))))
         self.total = self.starts[-1] if max_steps is None else min(self.starts[-1], max_steps)
+
+    def _count(self, epoch: int) -> int:
+        """Count the steps of an epoch, without packing it where its number of packs is settled."""
+        passes, batch_size = self.mixture.passes(epoch), self.batch_size
+        if passes is not None and passes not in self._settled:
+            lengths = self.lengths[self.mixture.epoch(epoch)]
+            self._settled[passes] = settled_count(lengths, batch_size.tokens_per_pack, batch_size.max_samples_per_pack)
+        packs = self._settled.get(passes)
+        return len(self.epoch(epoch)) if packs is None else math.ceil(packs / self.packs_per_step)
 
     def epoch(self, epoch: int) -> list[Step]:
         """Return all steps of one epoch; the last step may have fewer packs. The latest epoch is cached."""
@@ -54,7 +65,7 @@ class StepPlan:
 
     def place(self, step: int) -> Place:
         """Return the epoch of a step, and its number within the epoch."""
-        epoch = int(np.searchsorted(self.starts, step, side="right")) - 1
+        epoch = bisect_right(self.starts, step) - 1
         return Place(epoch, step - self.starts[epoch])
 
     def __getitem__(self, step: int) -> Step:

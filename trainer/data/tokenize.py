@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,13 @@ import trainer.data.notes
 import trainer.data.turn_spans
 from trainer.config import Data, Source
 from trainer.data.chat_template import ChatTemplate, Encoded, Rendered
-from trainer.data.disk_cache import cached_dataset
+from trainer.data.disk_cache import cached_dataset, code_hash
 from trainer.data.names import distinct
 from trainer.data.notes import Note, note_of, summarize
 from trainer.data.samples import Samples
 from trainer.data.turn_spans import Message
 from trainer.errors import UserError
+from trainer.progress import announce
 
 # `turn_weights` is empty where every turn weighs 1; `note` is JSON (trainer/data/notes.py)
 TOKENS = Features({"input_ids": List(Value("int32")), "supervised": List(Value("uint8")), "turn_weights": List(Value("float32")),
@@ -52,9 +54,9 @@ def tokenize(sources: list[tuple[Source, Dataset]], template: ChatTemplate, data
 
 def _tokens(source: Source, records: Dataset, template: ChatTemplate, data: Data) -> Dataset:
     """Return the records' tokens, from the cache if this code has made them before with these options."""
-    code = [Path(file).read_bytes() for file in (*(module.__file__ for module in CODE), __file__)]
     versions = (tokenizers.__version__, transformers.__version__)
-    key = (records._fingerprint, template.fingerprint, data.train_on, data.same_role, data.on_bad_row, versions, code)
+    key = (records._fingerprint, template.fingerprint, data.train_on, data.same_role, data.on_bad_row, versions,
+           code_hash(*CODE, sys.modules[__name__]))
     fingerprint = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
     processes = data.num_proc or min(8, os.cpu_count() or 1)
     processes = min(processes, math.ceil(len(records) / RECORDS_PER_PROCESS))
@@ -65,10 +67,11 @@ def _tokens(source: Source, records: Dataset, template: ChatTemplate, data: Data
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
     def make(folder: Path) -> None:
-        records.with_format("arrow").map(
-            _encode, fn_kwargs=options, batched=True, batch_size=per_call, with_indices=True, features=TOKENS,
-            remove_columns=records.column_names, num_proc=processes if processes > 1 else None, desc=f"tokenize {source.name}",
-            new_fingerprint=fingerprint, cache_file_name=str(folder / "tokens.arrow"))
+        with announce(f"data: tokenizing {len(records):,} records of {source.name}"):
+            records.with_format("arrow").map(
+                _encode, fn_kwargs=options, batched=True, batch_size=per_call, with_indices=True, features=TOKENS,
+                remove_columns=records.column_names, num_proc=processes if processes > 1 else None, desc=f"tokenize {source.name}",
+                new_fingerprint=fingerprint, cache_file_name=str(folder / "tokens.arrow"))
 
     return cached_dataset(data.cache_dir, "tokens", fingerprint, make)
 

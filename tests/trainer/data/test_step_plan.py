@@ -1,5 +1,7 @@
 """The order of a run is a function of data, configuration and seed, and covers what the mixture chose."""
 
+import time
+
 import numpy as np
 import pytest
 
@@ -60,3 +62,21 @@ def test_half_epochs_walk_through_all_samples():
 
 def test_seeds_of_neighbours_are_unrelated():
     assert len({hash_seed(1, step, rank) for step in range(100) for rank in range(4)}) == 400
+
+
+@pytest.mark.parametrize("capacity", [64, 128, 700, 4096])
+@pytest.mark.parametrize("count", [1, 7, 60, 500])
+def test_steps_are_counted_without_packing_as_with_it(capacity, count):
+    lengths = LENGTHS[:count]
+    mixture = Mixture(lengths, np.zeros(count, dtype=np.int16), [MixtureSource("a", "domain", 2.0)])
+    batch = BatchSize(tokens_per_pack=capacity, tokens_per_step=2 * capacity, max_samples_per_pack=16)
+    made = StepPlan(lengths, mixture, batch, 12, None, 0)
+    assert made.starts == [0, *np.cumsum([len(made.epoch(epoch)) for epoch in range(12)])]
+
+
+def test_a_hundred_thousand_epochs_are_planned_in_seconds():
+    lengths, began = LENGTHS[:60], time.process_time()
+    mixture = Mixture(lengths, np.zeros(60, dtype=np.int16), [MixtureSource("a", "domain")])
+    made = StepPlan(lengths, mixture, BatchSize(tokens_per_pack=4096, tokens_per_step=4096, max_samples_per_pack=64), 100_000, None, 0)
+    assert made.total == 100_000 and made.place(99_999).epoch == 99_999
+    assert time.process_time() - began < 10
