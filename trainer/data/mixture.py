@@ -78,7 +78,7 @@ class Mixture:
         return np.random.default_rng([self.seed, 1, epoch]).permutation(np.concatenate(seen))
 
     def passes(self, epoch: int) -> tuple[int, ...] | None:
-        """Return how often an epoch sees each source; None where it sees a part of one more often than the rest."""
+        """Return how often an epoch sees each source; None where some of a source's samples come once more."""
         lengths = [end - start for start, end in zip(self._boundaries(epoch), self._boundaries(epoch + 1))]
         passes = [divmod(length, max(stream.size, 1)) for length, stream in zip(lengths, self.streams)]
         return None if any(rest for _, rest in passes) else tuple(whole for whole, _ in passes)

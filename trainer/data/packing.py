@@ -49,9 +49,10 @@ def pack(lengths: np.ndarray, capacity: int, max_samples_per_pack: int, seed: in
 
 
 def settled_count(lengths: np.ndarray, capacity: int, max_samples_per_pack: int) -> int | None:
-    """Return the number of packs that `pack` makes of these samples with every seed; None where seeds may differ.
+    """Return the number of packs that `pack` makes of these samples with any seed, or None.
 
-    It is settled where the exact order needs no more packs than any order must, and so few that blurring may add none.
+    None: seeds may differ. It is settled where the exact order needs no more packs than any order must, and so few that blurring may add
+    none.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     if not len(lengths):

@@ -122,7 +122,10 @@ def measure(study: Study, arms: Sequence[Arm], seeds: int, data: Path | None, po
 
 
 def known_arms(arguments: argparse.Namespace) -> Sequence[Arm]:
-    """Return the arms that `--arms` chooses from; the pool serves all of them, so that a later sitting may choose others."""
+    """Return the arms that `--arms` chooses from.
+
+    The pool serves all of them, so that a later sitting may choose others.
+    """
     return QUICK if arguments.quick else ARMS
 
 
