@@ -12,7 +12,7 @@ from tests.campaign.material import Material
 from tests.campaign.odd_values import damaged, mutated, odd_value
 from tests.campaign.oracle import FAULTS, Outcome, judge
 
-CASES = {"configurations": 40, "rows": 40, "model folders": 24, "chat templates": 24, "servers": 3, "damaged files": 6,
+CASES = {"configurations": 24, "rows": 30, "model folders": 20, "chat templates": 20, "servers": 2, "damaged files": 3,
          "kills of training": 1, "kills of synthesis": 1}
 
 

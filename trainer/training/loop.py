@@ -157,6 +157,7 @@ def rescue(run: TrainingRun, state: checkpoint.State, meter: Meter) -> None:
 @contextmanager
 def garbage_at_log_steps():
     """Collect garbage at log steps only, and never walk the objects that existed before training."""
+    frozen_before = gc.get_freeze_count()  # by the program around: these stay frozen
     gc.collect()
     gc.freeze()
     gc.disable()
@@ -164,7 +165,8 @@ def garbage_at_log_steps():
         yield
     finally:
         gc.enable()
-        gc.unfreeze()
+        if not frozen_before:
+            gc.unfreeze()
 
 
 def due(step: int, every: int) -> bool:
