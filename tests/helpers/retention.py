@@ -46,8 +46,15 @@ def ready_run(family: str, adapter: str = "lora", **options) -> TrainingRun:
     run = TrainingRun(Config(), None, CPU, Distributed(), model, model_size(model), FlatAdamW(model.parameters(), Optim()), Plan, None,
                       held)
     run.seen = []
-    run.optimizer.step = lambda lr: run.seen.append([p.grad.clone() for p in model.parameters() if p.requires_grad]) or torch.zeros(())
+    run.optimizer.step = lambda lr: run.seen.append(copied_gradients(run.optimizer, model)) or torch.zeros(())
     return run
+
+
+def copied_gradients(optimizer: FlatAdamW, model: nn.Module) -> list[torch.Tensor]:
+    """Return copies of the gradients that a step would use, of all trained parameters, in fp32."""
+    optimizer.collect()
+    small = {id(p): flat for group in optimizer.groups for p, flat in group.small}
+    return [small.get(id(p), p.grad).clone() for p in model.parameters() if p.requires_grad]
 
 
 class Plan:

@@ -202,8 +202,8 @@ def test_a_disk_that_fills_up_under_safetensors_leaves_the_checkpoint_before(tmp
     """The writer of safetensors has its own exception for the system's errors."""
     model = tiny.model("llama")
     optimizer = FlatAdamW(model.parameters(), Config().optim)
-    for p in model.parameters():
-        p.grad.normal_()
+    for gradient in optimizer.gradients:
+        gradient.normal_()
     optimizer.step(1e-3)
     kept = checkpoint.save(tmp_path, checkpoint.State(step=1, best_eval_loss=None, evals_since_best=0, identity={}), optimizer, keep=2)
     before = (kept / "state.safetensors").read_bytes()

@@ -21,7 +21,7 @@ from kernels import linear_cross_entropy
 from tests.helpers import tiny
 from tests.helpers.kills import killed_at
 from tests.helpers.models import stir
-from tests.helpers.retention import CPU, ROLES, assert_close, plain_rows, ready_run, samples, step, stock
+from tests.helpers.retention import CPU, ROLES, assert_close, copied_gradients, plain_rows, ready_run, samples, step, stock
 from tests.helpers.runs import Readbacks, arguments, records, weights
 from trainer import config
 from trainer.cli import parse
@@ -136,7 +136,7 @@ def test_at_its_start_an_adapter_is_the_base(dora):
         made = ready_run("llama", **options)
         made.model, made.optimizer = model, FlatAdamW(model.parameters(), Optim())
         made.kl = retention.prepare(config.Retention(**options), model, ROLES)
-        made.optimizer.step = lambda lr: made.seen.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+        made.optimizer.step = lambda lr: made.seen.append(copied_gradients(made.optimizer, model))
         return made
 
     with_kl, without = (step(start(kl_weight=kl, kl_sources="all"), [samples()])
@@ -181,7 +181,7 @@ def test_without_options_the_step_has_the_bits_it_always_had():
         total += loss.detach()
     found, divergence, gradients = step(run, packs)
     assert divergence is None and torch.equal(found, total)
-    assert all(map(torch.equal, gradients, (p.grad for p in before.model.parameters() if p.requires_grad)))
+    assert all(map(torch.equal, gradients, copied_gradients(before.optimizer, before.model)))
 
 
 # ---------------------------------------------------------------- the base
