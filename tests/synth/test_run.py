@@ -28,7 +28,7 @@ from trainer.files import sole_owner
 
 ROOT = Path(__file__).parents[2]
 BASE = FAMILY["base"].folder
-KILLS = int(os.environ.get("STEADFAST_KILLS", 2))
+KILLS = int(os.environ.get("STEADFAST_KILLS", 1))
 ENGINE = "vllm" if find_spec("vllm") else "transformers"
 SETTINGS = {
     "base": {"path": str(BASE)}, "responders": [{"path": str(BASE), "name": "twin", "engine": "transformers"}],
