@@ -23,7 +23,7 @@ from trainer.files import atomic_file
 RESULTS = Path(__file__).parents[1] / "results"
 VERSIONS = ("torch", "triton", "transformers", "peft", "trl", "datasets", "numpy", "bitsandbytes", "flash-attn", "liger-kernel",
             "cut-cross-entropy")
-PLACES = ("--results", "--keep", "--data")  # options that say where files are on this machine
+PLACES = ("--results", "--keep", "--data", "--work")  # options that say where files are on this machine
 
 
 def make(suite: str, conditions: dict, agreement: dict[str, float], summary: list[dict], raw: dict[str, list[dict]]) -> dict:

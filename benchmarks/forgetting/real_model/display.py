@@ -127,6 +127,7 @@ def caption(record: dict) -> Caption:
          f"Items: {sum(items[name] for name in c['suites'])} of choices, {items[RULES]} of IFEval (answers of at most {c['rules_tokens']} "
          f"tokens), {items[WORDS]} of LAMBADA, {items[PUBLIC]} held-out chats of dolly, {items[PROBLEMS]} problems of the domain (greedy "
          f"answers of at most {c['problem_tokens']} tokens; the last number counts).",
+         "CPU minutes: training and scoring, in the sitting that ended the arm; the base is scored once.",
          f"Rows: {sets}. Responders beside the base: {', '.join(c['responders']) or 'none'}.",
          f"{c['workers']} worker{'s' * (c['workers'] > 1)} of one thread, {record['cpu']}. {origin(record)}."))
 
