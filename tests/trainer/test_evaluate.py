@@ -21,9 +21,10 @@ from benchmarks.forgetting.miniature.skills import GENERAL
 from benchmarks.forgetting.miniature.world import heldout_items, write_jsonl
 from kernels.nf4 import dequantize_nf4
 from tests.helpers import tiny
+from tests.helpers.adapters import save_random_adapter
 from tests.helpers.processes import complete
 from trainer.cli import parse
-from trainer.config import Lora, Model
+from trainer.config import Model
 from trainer.errors import UserError
 from trainer.evaluate import evaluate
 from trainer.evaluation.config import Config, Data
@@ -33,9 +34,7 @@ from trainer.evaluation.likelihood import kl_per_row
 from trainer.evaluation.models import find_models, load_each, template_of
 from trainer.evaluation.score_items import score
 from trainer.evaluation.tokens import Key, encode
-from trainer.model.export import save_adapter
 from trainer.model.forward import LmHead
-from trainer.model.lora import add_adapter
 from trainer.model.quantization import is_quantized, nf4_of
 from trainer.report import answers
 
@@ -45,14 +44,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("adapter") / "adapter"
-    model = add_adapter(AutoModelForCausalLM.from_pretrained(str(BASE), dtype=torch.float32), Lora(rank=4, alpha=8))
-    generator = torch.Generator().manual_seed(2)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(0, 0.12, generator=generator)
-    save_adapter(model, folder)
-    return folder
+    return save_random_adapter(BASE, tmp_path_factory.mktemp("adapter") / "adapter", rank=4, spread=0.12)
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from trainer.conversion import common
-from trainer.conversion.common import ATTENTION, DEVICES, KERNELS, PACKS
+from trainer.conversion import shared_options
 from trainer.conversion.rules import Converted, Rule, Table, apply, choice, is_set, note, option
+from trainer.conversion.shared_options import ATTENTION, DEVICES, KERNELS, PACKS
 
 METHODS = {"lora": "lora", "qlora": "qlora"}
 FORMATS = {"alpaca": "alpaca", "completion": "text", "sharegpt": "sharegpt", "chat_template": None}  # None: inferred from the columns
@@ -16,7 +16,7 @@ FORMATS = {"alpaca": "alpaca", "completion": "text", "sharegpt": "sharegpt", "ch
 def datasets(key: str, value: Any, converted: Converted) -> None:
     """Set the sources of `data.train`, or of `data.eval` for `test_datasets`."""
     sources = [source for entry in value if (source := _source(key, entry, converted))]
-    converted.values["data.eval" if key == "test_datasets" else "data.train"] = common.one_source(sources)
+    converted.values["data.eval" if key == "test_datasets" else "data.train"] = shared_options.one_source(sources)
 
 
 def _source(key: str, entry: Mapping[str, Any], converted: Converted) -> dict[str, Any] | None:
@@ -76,7 +76,7 @@ def four_bits(key: str, value: Any, converted: Converted) -> None:
 
 
 def per_epoch(name: str) -> Rule:
-    return note(common.BY_STEPS.format(name))
+    return note(shared_options.BY_STEPS.format(name))
 
 
 def new_tokens(key: str, value: Any, converted: Converted) -> None:
@@ -87,16 +87,16 @@ TABLE: Table = {
     "base_model": option("model.path", str), "adapter": method, "load_in_4bit": four_bits,
     "load_in_8bit": note("no 8-bit base here; the base is dense, or in 4 bits with method qlora"),
     "lora_r": option("lora.rank", int), "lora_alpha": option("lora.alpha", float), "lora_dropout": option("lora.dropout", float),
-    "lora_target_linear": option("lora.target_modules", lambda value: "all-linear"), "lora_target_modules": common.targets,
-    "lora_modules_to_save": option("lora.modules_to_save", common.list_of), "lora_model_dir": option("lora.path", str),
+    "lora_target_linear": option("lora.target_modules", lambda value: "all-linear"), "lora_target_modules": shared_options.targets,
+    "lora_modules_to_save": option("lora.modules_to_save", shared_options.list_of), "lora_model_dir": option("lora.path", str),
     "peft_use_dora": option("lora.dora", bool), "peft_use_rslora": option("lora.rslora", bool),
-    "datasets": datasets, "test_datasets": datasets, "val_set_size": common.validation_share,
+    "datasets": datasets, "test_datasets": datasets, "val_set_size": shared_options.validation_share,
     "train_on_inputs": option("data.train_on", lambda value: "all"), "tokens": new_tokens,
     "chat_template": note("the tokenizer's own template is used; data.chat_template names a Jinja file"),
     "chat_template_jinja": note("write it to a file, and name that in data.chat_template"),
     "special_tokens": note("the tokenizer's own are used"), "eot_tokens": note("read from the chat template"),
-    "num_epochs": option("epochs", float), "optimizer": choice("optim.name", common.OPTIMIZERS, "not here; AdamW is used"),
-    "lr_scheduler": choice("optim.lr_scheduler", common.SCHEDULES, "not here; the schedule is cosine"),
+    "num_epochs": option("epochs", float), "optimizer": choice("optim.name", shared_options.OPTIMIZERS, "not here; AdamW is used"),
+    "lr_scheduler": choice("optim.lr_scheduler", shared_options.SCHEDULES, "not here; the schedule is cosine"),
     "evals_per_epoch": per_epoch("eval.every"), "saves_per_epoch": per_epoch("checkpoint.every"),
     "early_stopping_patience": option("eval.patience", int), "wandb_project": option("logging.wandb_project", str),
     "trust_remote_code": option("model.trust_remote_code", bool), "dataset_processes": option("data.num_proc", int),
@@ -112,7 +112,7 @@ TABLE: Table = {
     "context_parallel_size": note(DEVICES), "unfrozen_parameters": note("all weights are trained, or an adapter"),
     "rl": note("preferences and rewards are not trained here; only answers"),
     "group_by_length": note(PACKS),
-    **common.without_effect(
+    **shared_options.without_effect(
         "sample_packing", "eval_sample_packing", "pad_to_sequence_len", "sequence_len", "micro_batch_size", "model_type", "tokenizer_type",
         "is_llama_derived_model", "is_mistral_derived_model", "strict", "dataset_prepared_path", "wandb_entity", "wandb_watch",
         "wandb_name", "wandb_run_id", "wandb_log_model", "local_rank", "debug", "xformers", "eval_table_size", "eval_batch_size",
@@ -126,7 +126,7 @@ TABLE: Table = {
 def convert(theirs: Mapping[str, Any]) -> Converted:
     """Convert a configuration of Axolotl."""
     converted = Converted({"method": "full"})
-    table = {**common.HUGGING_FACE, **TABLE}
+    table = {**shared_options.HUGGING_FACE, **TABLE}
     first = [key for key in ("adapter", "base_model") if key in theirs]  # 4 bits mean something beside an adapter alone
     apply(table, {key: theirs[key] for key in [*first, *(key for key in theirs if key not in first)]}, converted)
     if theirs.get("sample_packing") is False:
@@ -134,10 +134,11 @@ def convert(theirs: Mapping[str, Any]) -> Converted:
     if theirs.get("load_in_8bit") is True and converted.values["method"] == "lora":
         converted.notes.append("method: lora trains beside a dense base; choose qlora if it does not fit")
     converted.values.setdefault("data.on_overlong", "drop")  # as Axolotl does
-    common.set_batch(converted, common.integer(theirs, "micro_batch_size", 1), common.integer(theirs, "gradient_accumulation_steps", 1),
-                     common.integer(theirs, "sequence_len", 2048), theirs.get("sample_packing") is True)
+    shared_options.set_batch(converted, shared_options.integer(theirs, "micro_batch_size", 1),
+                             shared_options.integer(theirs, "gradient_accumulation_steps", 1),
+                     shared_options.integer(theirs, "sequence_len", 2048), theirs.get("sample_packing") is True)
     if "eval.patience" in converted.values and "eval.every" not in converted.values:
         converted.note("early_stopping_patience", converted.values.pop("eval.patience"), "set eval.every beside eval.patience")
     ratio = theirs.get("cosine_min_lr_ratio")
-    common.end_of_schedule(theirs, converted, float(ratio) if common.is_number(ratio) else 0.0)
+    shared_options.end_of_schedule(theirs, converted, float(ratio) if shared_options.is_number(ratio) else 0.0)
     return converted

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer.conversion import common
-from trainer.conversion.common import ATTENTION, KERNELS, PACKS
+from trainer.conversion import shared_options
 from trainer.conversion.rules import Converted, Table, apply, note, option
+from trainer.conversion.shared_options import ATTENTION, KERNELS, PACKS
 from trainer.errors import UserError
 
 INFO = "dataset_info.json"
@@ -46,21 +46,21 @@ TABLE: Table = {
     "stage": stage, "model_name_or_path": option("model.path", str), "adapter_name_or_path": option("lora.path", str),
     "trust_remote_code": option("model.trust_remote_code", bool), "quantization_bit": bits, "finetuning_type": method,
     "lora_rank": option("lora.rank", int), "lora_alpha": option("lora.alpha", float), "lora_dropout": option("lora.dropout", float),
-    "lora_target": common.targets, "additional_target": option("lora.modules_to_save", common.list_of),
+    "lora_target": shared_options.targets, "additional_target": option("lora.modules_to_save", shared_options.list_of),
     "use_dora": option("lora.dora", bool), "use_rslora": option("lora.rslora", bool),
     "loraplus_lr_ratio": note("both matrices of an adapter have the same learning rate here"), "pissa_init": note("not here"),
     "template": note("the tokenizer's own template is used; data.chat_template names a Jinja file"),
     "enable_thinking": option("data.template_kwargs", lambda value: {"enable_thinking": bool(value)}),
     "train_on_prompt": option("data.train_on", lambda value: "all"), "mask_history": option("data.train_on", lambda value: "last"),
-    "val_size": common.validation_share, "mix_strategy": note("sets are concatenated; give each a weight"),
+    "val_size": shared_options.validation_share, "mix_strategy": note("sets are concatenated; give each a weight"),
     "preprocessing_num_workers": option("data.num_proc", int),
     "use_dft_loss": option("retention.token_weighting", lambda value: "dft"),
     "use_eaft_loss": option("retention.token_weighting", lambda value: "eaft"),
     "flash_attn": note(ATTENTION), "use_unsloth": note(KERNELS), "enable_liger_kernel": note(KERNELS), "use_v1_kernels": note(KERNELS),
-    "use_kt": note(KERNELS), "neat_packing": note(PACKS), "new_special_tokens": option("model.new_tokens", common.list_of),
+    "use_kt": note(KERNELS), "neat_packing": note(PACKS), "new_special_tokens": option("model.new_tokens", shared_options.list_of),
     **dict.fromkeys(("use_galore", "use_badam", "use_apollo", "use_muon", "use_adam_mini"), note(NO_OPTIMIZER)),
-    "add_tokens": option("model.new_tokens", common.list_of), "streaming": note("data are read once into memory-mapped files"),
-    **common.without_effect(
+    "add_tokens": option("model.new_tokens", shared_options.list_of), "streaming": note("data are read once into memory-mapped files"),
+    **shared_options.without_effect(
         "dataset", "dataset_dir", "eval_dataset", "cutoff_len", "max_samples", "overwrite_cache", "packing", "plot_loss",
         "disable_gradient_checkpointing", "quantization_method", "double_quantization", "ray_run_name", "resize_vocab",
         "cache_dir", "tokenized_path"),
@@ -73,7 +73,7 @@ def convert(theirs: Mapping[str, Any], folder: Path) -> Converted:
     Raises UserError for a stage that trains no answers.
     """
     converted = Converted({"method": "full"})
-    apply({**common.HUGGING_FACE, **TABLE}, theirs, converted)
+    apply({**shared_options.HUGGING_FACE, **TABLE}, theirs, converted)
     for key, name in (("dataset", "data.train"), ("eval_dataset", "data.eval")):
         if theirs.get(key):
             converted.values[name] = sources(key, theirs, folder, converted)
@@ -83,10 +83,10 @@ def convert(theirs: Mapping[str, Any], folder: Path) -> Converted:
     if theirs.get("disable_gradient_checkpointing") is not True:
         converted.values["activation_checkpointing"] = "full"
     converted.values.setdefault("data.on_overlong", "truncate")  # as LLaMA-Factory does
-    common.set_batch(converted, common.integer(theirs, "per_device_train_batch_size", 1),
-                     common.integer(theirs, "gradient_accumulation_steps", 1), common.integer(theirs, "cutoff_len", 2048),
+    shared_options.set_batch(converted, shared_options.integer(theirs, "per_device_train_batch_size", 1),
+                     shared_options.integer(theirs, "gradient_accumulation_steps", 1), shared_options.integer(theirs, "cutoff_len", 2048),
                      theirs.get("packing") is True or theirs.get("neat_packing") is True)
-    common.end_of_schedule(theirs, converted)
+    shared_options.end_of_schedule(theirs, converted)
     return converted
 
 
@@ -94,13 +94,13 @@ def sources(key: str, theirs: Mapping[str, Any], folder: Path, converted: Conver
     """Return the sources of a list of data sets."""
     info = read_info(theirs, folder)
     found = []
-    for name in common.list_of(theirs[key]):
+    for name in shared_options.list_of(theirs[key]):
         if name not in info:
             converted.note(key, name, f"no entry in a {INFO} beside the file or in dataset_dir; name a file or a hub data set instead")
             found.append({"path": name})
             continue
         found.append(source_of(info[name], info["folder"]) | ({"max_records": theirs["max_samples"]} if theirs.get("max_samples") else {}))
-    return common.one_source(found)
+    return shared_options.one_source(found)
 
 
 def read_info(theirs: Mapping[str, Any], folder: Path) -> dict[str, Any]:

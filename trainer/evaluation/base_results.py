@@ -17,7 +17,7 @@ from trainer.errors import UserError
 from trainer.evaluation.config import Config
 from trainer.evaluation.items import ItemFile
 from trainer.evaluation.likelihood import BaseStates, choose_kl_samples, measure_likelihoods
-from trainer.evaluation.models import LoadedModel
+from trainer.evaluation.models import LoadedModel, absolute_name
 from trainer.evaluation.report import question_fields
 from trainer.evaluation.score_items import Outcome, Outcomes
 from trainer.evaluation.tokens import Key, encode
@@ -46,7 +46,7 @@ def read_base(files: Sequence[ItemFile], base: str, config: Config) -> dict[Key,
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
         raise UserError(f"{OPTION}: expected the output folder of an evaluation, with results.json, results.jsonl and config.yaml, found "
                         f"otherwise at {folder}") from None
-    if _absolute(label) != _absolute(base):
+    if absolute_name(label) != absolute_name(base):
         raise UserError(f"{OPTION}: expected the results of {base}, found those of {label} in {folder}; name another folder, or leave it "
                         "out to score the base anew")
     return {Key(f, i): outcome for f, file in enumerate(files) for i, outcome in enumerate(_of_file(file, records, side, folder))}
@@ -61,11 +61,6 @@ def _check_options(folder: Path, earlier: dict, config: Config) -> None:
         if found != wanted:
             raise UserError(f"{OPTION}: expected an evaluation with {name} {wanted}, found {found} in {folder / 'config.yaml'}; use the "
                             f"options of then, or leave {OPTION} out")
-
-
-def _absolute(name: str) -> str:
-    path = Path(name).expanduser()
-    return str(path.resolve()) if path.exists() else name
 
 
 def _of_file(file: ItemFile, records: list[dict], side: str, folder: Path) -> list[Outcome]:

@@ -101,13 +101,14 @@ def _adapter_base(config: Config, folder: Path) -> training.Model:
         if not saved_base:
             raise UserError(f"adapter: {file} names no base; set model.path")
         return replace(config.model, path=saved_base, tokenizer=tokenizer)
-    if saved_base and not config.force_base and _absolute(saved_base) != _absolute(model_source(config.model)):
+    if saved_base and not config.force_base and absolute_name(saved_base) != absolute_name(model_source(config.model)):
         raise UserError(f"adapter: {folder} was trained on {saved_base}, not on model.path = {config.model.path}; leave out model.path, "
                         "or, if that is a copy of it, add --force_base true")
     return replace(config.model, tokenizer=tokenizer)
 
 
-def _absolute(name: str) -> str:
+def absolute_name(name: str) -> str:
+    """Return a hub name as it stands, and a folder by its absolute path."""
     path = Path(name).expanduser()
     return str(path.resolve()) if path.exists() else name
 

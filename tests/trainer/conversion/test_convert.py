@@ -10,7 +10,7 @@ from tests.helpers.runs import write_chats
 from trainer import convert
 from trainer.cli import parse
 from trainer.config import Config, validate
-from trainer.conversion import axolotl, common, llama_factory, trl
+from trainer.conversion import axolotl, llama_factory, shared_options, trl
 from trainer.conversion.rules import silent
 from trainer.errors import UserError
 from trainer.run import train
@@ -132,7 +132,7 @@ def test_what_is_no_mapping_is_one_line(text, tmp_path):
 def test_every_rule_makes_an_option_that_exists_or_a_note(tmp_path):
     """Whatever the type of a value, nothing raises but a UserError."""
     for name, module in (("axolotl", axolotl), ("trl", trl), ("llama_factory", llama_factory)):
-        for key, rule in {**common.HUGGING_FACE, **module.TABLE}.items():
+        for key, rule in {**shared_options.HUGGING_FACE, **module.TABLE}.items():
             for value in (1, 2.5, True, "text", ["a"], {"a": 1}):
                 try:
                     converted = convert.convert({key: value}, name, tmp_path)

@@ -4,33 +4,22 @@ import json
 import shutil
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
 from benchmarks.forgetting.miniature.family import FAMILY
 from benchmarks.forgetting.miniature.skills import GENERAL
 from benchmarks.forgetting.miniature.world import heldout_items, write_jsonl
+from tests.helpers.adapters import save_random_adapter
 from trainer.cli import parse
-from trainer.config import Lora
 from trainer.errors import UserError
 from trainer.evaluate import evaluate
 from trainer.evaluation.config import Config
-from trainer.model.export import save_adapter
-from trainer.model.lora import add_adapter
 
 BASE = FAMILY["base"].folder
 
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("adapter") / "adapter"
-    model = add_adapter(AutoModelForCausalLM.from_pretrained(str(BASE), dtype=torch.float32), Lora(rank=2, alpha=8))
-    generator = torch.Generator().manual_seed(2)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(0, 0.2, generator=generator)
-    save_adapter(model, folder)
-    return folder
+    return save_random_adapter(BASE, tmp_path_factory.mktemp("adapter") / "adapter", rank=2, spread=0.2)
 
 
 @pytest.fixture(scope="module")

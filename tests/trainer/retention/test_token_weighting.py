@@ -1,4 +1,4 @@
-"""What tokens weigh: gradients of DFT, EAFT and ASFT, masks of STM, weights of FLOW against plain torch, by sample; and whole runs."""
+"""Compare the weights of tokens with plain torch: DFT, EAFT, ASFT, STM and FLOW; and train with each."""
 
 import json
 import math
@@ -37,17 +37,13 @@ def plain_losses(model: torch.nn.Module, chat: Piece) -> torch.Tensor:
     return -plain_rows(model, chat).gather(1, targets[:, None])[:, 0]
 
 
-# ---------------------------------------------------------------- DFT
-
-
-@pytest.mark.parametrize("family, adapter, on", [("llama", "lora", "domain"), ("gemma2", "lora", "all"), ("llama", "full", "domain")])
-def test_dft_is_a_loss_times_its_own_probability(family, adapter, on):
-    run = ready_run(family, adapter, token_weighting="dft", token_weighting_sources=on)
+def check_weights(run, on: str, weigh) -> None:
+    """Compare loss and gradients of a step with those of losses that `weigh(losses, log_probs)` weights in plain torch."""
     model, _ = stock(run)
     total = weight = 0.0
     for chat in samples():
         losses = plain_losses(model, chat)
-        weighted = losses * torch.exp(-losses.detach()) if on == "all" or chat.source == 0 else losses
+        weighted = losses * weigh(losses, plain_rows(model, chat)) if on == "all" or chat.source == 0 else losses
         total, weight = total + chat.weight * weighted.sum(), weight + chat.weight * len(losses)
     expected = total / weight
     gradient = torch.autograd.grad(expected, [p for p in model.parameters() if p.requires_grad])
@@ -56,6 +52,15 @@ def test_dft_is_a_loss_times_its_own_probability(family, adapter, on):
         assert divergence is None
         assert_close([loss], [expected])
         assert_close(gradients, gradient)
+
+
+# ---------------------------------------------------------------- DFT
+
+
+@pytest.mark.parametrize("family, adapter, on", [("llama", "lora", "domain"), ("gemma2", "lora", "all"), ("llama", "full", "domain")])
+def test_dft_is_a_loss_times_its_own_probability(family, adapter, on):
+    check_weights(ready_run(family, adapter, token_weighting="dft", token_weighting_sources=on), on,
+                  lambda losses, log_probs: torch.exp(-losses.detach()))
 
 
 def test_dft_beside_a_divergence_adds_up():
@@ -68,21 +73,10 @@ def test_dft_beside_a_divergence_adds_up():
 
 @pytest.mark.parametrize("family, adapter, on", [("llama", "lora", "domain"), ("gemma2", "full", "all")])
 def test_eaft_is_a_loss_times_the_entropy_of_its_likeliest_tokens(family, adapter, on):
-    run = ready_run(family, adapter, token_weighting="eaft", token_weighting_sources=on)
-    model, _ = stock(run)
-    total = weight = 0.0
-    for chat in samples():
-        losses = plain_losses(model, chat)
-        top = plain_rows(model, chat).detach().topk(20).values.softmax(1)
-        weighted = losses * torch.special.entr(top).sum(1) / math.log(20) if on == "all" or chat.source == 0 else losses
-        total, weight = total + chat.weight * weighted.sum(), weight + chat.weight * len(losses)
-    expected = total / weight
-    gradient = torch.autograd.grad(expected, [p for p in model.parameters() if p.requires_grad])
-    for packs in ([samples()], [samples()[:2], samples()[2:]]):
-        loss, divergence, gradients = step(run, packs)
-        assert divergence is None
-        assert_close([loss], [expected])
-        assert_close(gradients, gradient)
+    def entropy(losses, log_probs):
+        return torch.special.entr(log_probs.detach().topk(20).values.softmax(1)).sum(1) / math.log(20)
+
+    check_weights(ready_run(family, adapter, token_weighting="eaft", token_weighting_sources=on), on, entropy)
 
 
 @pytest.mark.parametrize("family, adapter", [("llama", "lora"), ("gemma2", "full")])
