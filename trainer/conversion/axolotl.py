@@ -136,7 +136,7 @@ def convert(theirs: Mapping[str, Any]) -> Converted:
     converted.values.setdefault("data.on_overlong", "drop")  # as Axolotl does
     shared_options.set_batch(converted, shared_options.integer(theirs, "micro_batch_size", 1),
                              shared_options.integer(theirs, "gradient_accumulation_steps", 1),
-                     shared_options.integer(theirs, "sequence_len", 2048), theirs.get("sample_packing") is True)
+                             shared_options.integer(theirs, "sequence_len", 2048), theirs.get("sample_packing") is True)
     if "eval.patience" in converted.values and "eval.every" not in converted.values:
         converted.note("early_stopping_patience", converted.values.pop("eval.patience"), "set eval.every beside eval.patience")
     ratio = theirs.get("cosine_min_lr_ratio")
