@@ -84,8 +84,9 @@ def convert(theirs: Mapping[str, Any], folder: Path) -> Converted:
         converted.values["activation_checkpointing"] = "full"
     converted.values.setdefault("data.on_overlong", "truncate")  # as LLaMA-Factory does
     shared_options.set_batch(converted, shared_options.integer(theirs, "per_device_train_batch_size", 1),
-                     shared_options.integer(theirs, "gradient_accumulation_steps", 1), shared_options.integer(theirs, "cutoff_len", 2048),
-                     theirs.get("packing") is True or theirs.get("neat_packing") is True)
+                             shared_options.integer(theirs, "gradient_accumulation_steps", 1),
+                             shared_options.integer(theirs, "cutoff_len", 2048),
+                             theirs.get("packing") is True or theirs.get("neat_packing") is True)
     shared_options.end_of_schedule(theirs, converted)
     return converted
 

@@ -88,6 +88,6 @@ def convert(theirs: Mapping[str, Any]) -> Converted:
     converted.values.setdefault("data.on_overlong", "truncate")  # as TRL does
     length = shared_options.integer(theirs, "max_length", shared_options.integer(theirs, "max_seq_length", 1024))
     shared_options.set_batch(converted, shared_options.integer(theirs, "per_device_train_batch_size", 8),
-                     shared_options.integer(theirs, "gradient_accumulation_steps", 1), length, theirs.get("packing") is True)
+                             shared_options.integer(theirs, "gradient_accumulation_steps", 1), length, theirs.get("packing") is True)
     shared_options.end_of_schedule(theirs, converted)
     return converted

@@ -26,13 +26,9 @@ import jinja2.meta
 
 from trainer.data import bounded_render
 from trainer.data.bounded_render import LimitError, RefusedError
-from trainer.data.messages import REASONING_KEYS
+from trainer.data.message_forms import MessageForms
 from trainer.data.turn_spans import (
-    ASSISTANT_WORDS,
-    REASONING,
-    TOOL_WORDS,
     TWO_IN_A_ROW,
-    USER_WORDS,
     Message,
     Span,
     TurnError,
@@ -113,7 +109,7 @@ class ChatTemplate:
         is refused or cannot be masked.
         """
         inputs = {**self.keywords, **(inputs or {})}
-        messages = self._spelled(messages)
+        messages = self.forms.spell(messages)
         weights = [1.0 if weight is None else weight for weight in weights or [None] * len(messages)]
         try:
             text, spans, of_spans = self._render_with_spans(messages, train_on, inputs, weights)
@@ -161,7 +157,7 @@ class ChatTemplate:
     def render(self, messages: list[Message], add_generation_prompt: bool = False, inputs: Mapping[str, Any] | None = None) -> str:
         """Render a chat to text. Raises UserError with the template's own reason and the turn that it refuses."""
         inputs = self.keywords if inputs is None else inputs
-        return self._render(self._spelled(messages), inputs, add_generation_prompt=add_generation_prompt)[0]
+        return self._render(self.forms.spell(messages), inputs, add_generation_prompt=add_generation_prompt)[0]
 
     def check_keywords(self) -> None:
         """Raise UserError for a keyword that the template does not read."""
@@ -170,6 +166,15 @@ class ChatTemplate:
                 read = sorted({*OPTIONAL_NAME.findall(self.template)} & self.variables - GIVEN)
                 raise UserError(f"data.template_kwargs: expected keywords that the chat template of {self.name} reads "
                                 f"({', '.join(read) or 'it reads none'}), got {name}; correct or remove it")
+
+    @cached_property
+    def forms(self) -> MessageForms:
+        """Return the forms of messages that the template prints."""
+        return MessageForms(self._render_plainly)
+
+    def _render_plainly(self, chat: list[Message], asked: Mapping[str, Any] | None = None, **options) -> str:
+        """Render messages as they stand, with the usual keywords and those that are asked for."""
+        return self._jinja(chat, self.keywords | dict(asked or {}), **options)[0]
 
     def mentions(self, name: str) -> bool:
         """Return whether the template's text has a name, such as a key of messages or a keyword."""
@@ -193,66 +198,6 @@ class ChatTemplate:
     @cached_property
     def _words(self) -> set[str]:
         return {*re.findall(r"\w+", self.template)}
-
-    @cached_property
-    def reasoning_key(self) -> str | None:
-        """Return the key of a message whose value the template prints as the reasoning of a last turn.
-
-        None if it prints none.
-        """
-        return self._printed_key([{"role": "user", "content": USER_WORDS}], REASONING_KEYS,
-                                 {"role": "assistant", "content": ASSISTANT_WORDS})
-
-    @cached_property
-    def reasons(self) -> bool:
-        """Return whether the model is meant to reason.
-
-        Its template then prints reasoning, and no keyword has to ask for it.
-        """
-        user = [{"role": "user", "content": USER_WORDS}]
-        try:
-            default, on, off = (self._jinja(user, self.keywords | asked, add_generation_prompt=True)[0]
-                                for asked in ({}, {"enable_thinking": True}, {"enable_thinking": False}))
-        except RefusedError:
-            return False
-        return (self.reasoning_key is not None or REASONING in default) and (default == on or default != off)
-
-    @cached_property
-    def _has_developer(self) -> bool:
-        """Return whether the template prints a developer's message, or refuses both it and a system message."""
-        user, printed = {"role": "user", "content": USER_WORDS}, {}
-        for role in ("developer", "system"):
-            try:
-                printed[role] = ASSISTANT_WORDS in self._jinja([{"role": role, "content": ASSISTANT_WORDS}, user], self.keywords)[0]
-            except RefusedError:
-                printed[role] = False
-        return printed["developer"] or not printed["system"]
-
-    def _printed_key(self, before: list[Message], keys: Sequence[str], message: Message) -> str | None:
-        """Return the first of `keys` whose text the template prints in a message."""
-        for key in keys:
-            try:
-                if TOOL_WORDS in self._jinja([*before, message | {key: TOOL_WORDS}], self.keywords)[0]:
-                    return key
-            except RefusedError:
-                continue
-        return None
-
-    def _spelled(self, messages: list[Message]) -> list[Message]:
-        """Return the messages with the template's own key for reasoning and its own role for a developer.
-
-        That role is system where the template knows no other.
-        """
-        if all(len(message) == 2 and message["role"] != "developer" for message in messages):
-            return messages
-        key, spelled = self.reasoning_key if any("reasoning_content" in message for message in messages) else None, []
-        for message in messages:
-            if key and "reasoning_content" in message:
-                message = {key if name == "reasoning_content" else name: value for name, value in message.items()}
-            if message["role"] == "developer" and not self._has_developer:
-                message = message | {"role": "system"}
-            spelled.append(message)
-        return spelled
 
     @cached_property
     def template(self) -> str:
@@ -295,38 +240,6 @@ class ChatTemplate:
         """Return whether the template marks what the assistant generates."""
         return bool(GENERATION.search(self.template))
 
-    @cached_property
-    def _in_parts(self) -> bool:
-        """Return whether the template prints only messages whose content is a list of parts (multimodal)."""
-        message = {"role": "user", "content": USER_WORDS}
-
-        def is_printed(message: Message) -> bool:
-            try:
-                return USER_WORDS in self._jinja([message], self.keywords)[0]
-            except RefusedError:
-                return False
-
-        return not is_printed(message) and is_printed(_as_parts(message))
-
-    @cached_property
-    def _call_form(self) -> tuple[str | None, bool]:
-        """Return the content of a turn that only calls a tool, and whether arguments are to be JSON text.
-
-        The content is "" or None. Both are what the template prints rightly: OpenAI's API writes both null and text, and DeepSeek's
-        templates print nothing else.
-        """
-        arguments = {"q": TOOL_WORDS}
-        for content, as_text in (("", False), ("", True), (None, False), (None, True)):
-            call = {"id": "call00001", "type": "function", "function": {"name": "f", "arguments": arguments}}
-            chat = [{"role": "user", "content": USER_WORDS}, {"role": "assistant", "content": "", "tool_calls": [call]}]
-            try:
-                text = self._jinja([_with_call_form(message, content, as_text) for message in chat], self.keywords)[0]
-            except RefusedError:
-                continue
-            if TOOL_WORDS in text and str(arguments) not in text and json.dumps(json.dumps(arguments, ensure_ascii=False))[:-1] not in text:
-                return content, as_text
-        return "", False
-
     def _layout(self, inputs: Mapping[str, Any]) -> TurnLayout:
         """Return the layout of turns under the keywords of `inputs`."""
         left_out = ("documents", "tools") if self.template_text(inputs) == self.template else ("documents",)
@@ -355,9 +268,7 @@ class ChatTemplate:
 
     def _render(self, messages: list[Message], inputs: Mapping[str, Any], **options) -> tuple[str, list[Span]]:
         """Render a chat; with `return_assistant_tokens_mask`, return the spans that the template marks too."""
-        chat = [_as_parts(message) for message in messages] if self._in_parts else messages
-        if any(message.get("tool_calls") for message in messages) and self._call_form != ("", False):
-            chat = [_with_call_form(message, *self._call_form) for message in chat]
+        chat = self.forms.shape(messages)
         try:
             return self._jinja(chat, inputs, **options)
         except RefusedError as error:
@@ -442,22 +353,6 @@ def _around(spans: list[Span], weights: list[float], length: int) -> tuple[list[
     bounds = [0, *(bound for span in spans for bound in span), length]
     between = [(start, end) for start, end in zip(bounds[::2], bounds[1::2])]
     return [*between, *spans], [1.0] * len(between) + weights
-
-
-def _with_call_form(message: Message, content: str | None, as_text: bool) -> Message:
-    """Return a message whose calls have this content where there are no words.
-
-    Arguments are JSON text, or an object.
-    """
-    if not message.get("tool_calls"):
-        return message
-    calls = [call | {"function": call["function"] | {"arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False)}}
-             for call in message["tool_calls"]] if as_text else message["tool_calls"]
-    return message | {"content": message["content"] or content, "tool_calls": calls}
-
-
-def _as_parts(message: Message) -> Message:
-    return message | {"content": [{"type": "text", "text": message["content"]}]}
 
 
 def _encoded(ids: list[int], chat: Rendered, token_at: Callable[[int], int | None]) -> tuple[Encoded, list[float] | None]:

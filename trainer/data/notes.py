@@ -52,7 +52,7 @@ def note_of(messages: Sequence[Message], inputs: Mapping[str, Any], weights: Seq
     """Note what became of a chat's messages and inputs in its rendered text."""
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     last = messages[answers[-1]] if answers else {}
-    is_bare = bool(last) and template.reasons and not last.get("reasoning_content") and "</think>" not in last["content"] \
+    is_bare = bool(last) and template.forms.reasons and not last.get("reasoning_content") and "</think>" not in last["content"] \
         and {**template.keywords, **inputs}.get("enable_thinking") is not False
     note = Note(unread=unread, special=template.special_token_in(_texts_of(messages)), same_role=same_role, bare=is_bare,
                 empty_block=is_bare and EMPTY_REASONING.search(rendered.text) is not None)

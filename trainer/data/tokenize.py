@@ -17,6 +17,7 @@ import transformers
 from datasets import Dataset, Features, List, Value
 
 import trainer.data.chat_template
+import trainer.data.message_forms
 import trainer.data.notes
 import trainer.data.turn_spans
 from trainer.config import Data, Source
@@ -33,7 +34,8 @@ from trainer.progress import announce
 TOKENS = Features({"input_ids": List(Value("int32")), "supervised": List(Value("uint8")), "turn_weights": List(Value("float32")),
                    "weight": Value("float32"), "note": Value("string")})
 FLAGS = TOKENS.arrow_schema.field("supervised").type
-CODE = (trainer.data.chat_template, trainer.data.turn_spans, trainer.data.notes)  # that decides tokens, beside this module
+# Modules that decide tokens, beside this one.
+CODE = (trainer.data.chat_template, trainer.data.message_forms, trainer.data.turn_spans, trainer.data.notes)
 
 RECORDS_PER_CALL, BYTES_PER_CALL = 500, 2**22  # of the tokenizer, whichever comes first
 RECORDS_PER_PROCESS = 2000  # at least: fewer are tokenized in about the time that a process takes to start
