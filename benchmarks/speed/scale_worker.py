@@ -26,15 +26,16 @@ from synth.stages.judge import pin_judge_settings
 from synth.stages.report import report
 from synth.stages.select import select
 from trainer.config import BatchSize, Data
+from trainer.config import Model as Evaluated
 from trainer.data.chat_template import ChatTemplate
 from trainer.data.mixture import Mixture, MixtureSource
 from trainer.data.sources import load_sources
 from trainer.data.step_plan import StepPlan
 from trainer.data.tokenize import tokenize
 from trainer.evaluate import evaluate
+from trainer.evaluation.config import Base, Statistics
 from trainer.evaluation.config import Config as EvaluationConfig
 from trainer.evaluation.config import Data as Items
-from trainer.evaluation.config import Statistics
 from trainer.evaluation.significance import mcnemar
 from trainer.metrics.log import keep_records
 from trainer.report.run_page import write_report
@@ -117,7 +118,7 @@ def items(parts: Parts, size: int, folder: Path) -> None:
         for n, question in enumerate(texts(size, 5, 0)):
             file.write(json.dumps({"question": f"{question} {n}?", "choices": ["seven", "four"], "answer": n % 2}) + "\n")
     with parts.part("evaluate"):
-        evaluate(EvaluationConfig(str(folder / "evaluation"), model=Model(path=BASE), base=Model(path=BASE), device="cpu",
+        evaluate(EvaluationConfig(str(folder / "evaluation"), model=Evaluated(path=BASE), base=Base(path=BASE), device="cpu",
                                   data=Items(general=str(folder / "items.jsonl")), statistics=Statistics()))
 
 

@@ -27,7 +27,7 @@ class PackedBatch:
     supervised_rows: Tensor  # int64[S], the t whose next token is supervised
     targets: Tensor  # int64[S], those next tokens
     weights: Tensor  # float32[S], the weight of each target's sample times that of its turn
-    source: Tensor  # int16[n]
+    source: Tensor  # int32[n]
     tokens: int  # T, without padding
     weight_sum: float  # sum of weights, on the host, so that normalising a step needs no synchronisation
     dft_mask: Tensor | None = None  # bool[S], targets whose loss DFT weights by its own probability; None: no target
@@ -96,7 +96,7 @@ def collate(samples: Sequence[Piece]) -> PackedBatch:
     input_ids = np.concatenate([sample.input_ids for sample in samples]).astype(np.int64)  # (T,)
     supervised = np.concatenate([sample.supervised for sample in samples]).astype(bool)  # (T,)
     weights = np.array([sample.weight for sample in samples], dtype=np.float32)  # (n,)
-    source = np.array([sample.source for sample in samples], dtype=np.int16)  # (n,)
+    source = np.array([sample.source for sample in samples], dtype=np.int32)  # (n,)
 
     starts = np.concatenate([[0], np.cumsum(lengths)])  # (n + 1,)
     sample_of = np.repeat(np.arange(len(lengths)), lengths)  # (T,)

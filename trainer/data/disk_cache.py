@@ -80,7 +80,8 @@ def _read(entry: Path) -> Dataset:
         raise ValueError("files are missing")
     for file in files:
         verify_checksum(file)
-    found = datasets.concatenate_datasets([Dataset.from_file(str(file)) for file in files])
+    parts = [Dataset.from_file(str(file)) for file in files]
+    found = datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]
     found._fingerprint = entry.name  # not one of the files' times, so that what is made from it is found again
     return found
 

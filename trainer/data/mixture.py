@@ -65,9 +65,11 @@ class Mixture:
     ):
         self.parts, self.ratio, self.unit, self.seed = list(parts), ratio, unit, seed
         lengths, sources = np.asarray(lengths, dtype=np.int64), np.asarray(sources)
+        by_source = np.argsort(sources, kind="stable")  # their samples in order, source after source
+        bounds = np.searchsorted(sources[by_source], np.arange(len(self.parts) + 1))
         self.streams = [
-            _Stream(lengths, np.flatnonzero(sources == i), np.random.default_rng([seed, 0, i]))
-            for i in range(len(self.parts))
+            _Stream(lengths, by_source[low:high], np.random.default_rng([seed, 0, i]))
+            for i, (low, high) in enumerate(zip(bounds, bounds[1:]))
         ]
         self._check()
 

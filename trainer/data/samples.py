@@ -39,7 +39,7 @@ class Samples:
     supervised: np.ndarray  # int64[n], supervised tokens that have a token before them
     weights: np.ndarray  # float32[n]
     target_weights: np.ndarray  # float64[n], sum of the turns' weights over the supervised tokens: `supervised`, unless turns have weights
-    sources: np.ndarray  # int16[n], index into `names`
+    sources: np.ndarray  # int32[n], index into `names`
     records: np.ndarray  # int64[n], the record of its source that the sample comes from
     _chunks: list[tuple[np.ndarray, np.ndarray, np.ndarray]]  # token ids, flags, turns' weights of consecutive records, memory-mapped
     _chunk: np.ndarray  # int32[n], index into `_chunks`

@@ -199,7 +199,7 @@ def _cut(tokens: Dataset, name: str, data: Data) -> tuple[Samples, dict]:
     if not len(keep):
         raise UserError(_nothing_left(lengths[lengths > 0], name, data) if refused < len(lengths) else f"{name}: {notes[0]}")
     weights = tokens.data.column("weight").to_numpy().astype(np.float32)[record]
-    source = np.zeros(len(record), dtype=np.int16)
+    source = np.zeros(len(record), dtype=np.int32)
     weights_begin, target_weights = _turn_weights(columns[2], chunks, record, chunk, start, length, supervised)
     samples = Samples([name], {}, length, supervised, weights, target_weights, source, record, chunks, chunk, begin,
                       weights_begin).select(keep)
@@ -280,6 +280,6 @@ def _join(parts: list[Samples], names: list[str], length_report: dict[str, dict]
     columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in same}
     return Samples(
         names, length_report, **columns,
-        sources=np.repeat(np.arange(len(parts), dtype=np.int16), [len(part) for part in parts]),
+        sources=np.repeat(np.arange(len(parts), dtype=np.int32), [len(part) for part in parts]),
         _chunks=[chunk for part in parts for chunk in part._chunks],
         _chunk=np.concatenate([part._chunk + np.int32(first) for part, first in zip(parts, first_chunk)]))

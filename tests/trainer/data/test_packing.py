@@ -177,7 +177,7 @@ def test_batch_against_a_loop_over_tokens(samples):
 
 
 def two_samples() -> list[Piece]:
-    first = Piece(np.array([10, 11, 12], np.int32), np.array([False, True, True]), 1.0, 0)
+    first = Piece(np.array([10, 11, 12], np.int32), np.array([False, True, True]), 1.0, 40_000)
     second = Piece(np.array([20, 21], np.int32), np.array([True, True]), 0.5, 2)
     return [first, second]
 
@@ -186,10 +186,11 @@ def test_batch_types():
     batch = collate(two_samples())
     expected = dict(
         input_ids=torch.int64, position_ids=torch.int64, cu_seqlens=torch.int32, supervised_rows=torch.int64,
-        targets=torch.int64, weights=torch.float32, source=torch.int16,
+        targets=torch.int64, weights=torch.float32, source=torch.int32,
     )
     assert {name: getattr(batch, name).dtype for name in expected} == expected
     assert [type(value) for value in (batch.max_seqlen, batch.tokens, batch.weight_sum)] == [int, int, float]
+    assert batch.source.tolist() == [40_000, 2]
 
 
 def test_targets_never_cross_samples():

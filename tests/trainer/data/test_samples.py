@@ -17,6 +17,7 @@ from tests.helpers import tiny
 from trainer.config import Data, Source
 from trainer.data.chat_template import ChatTemplate
 from trainer.data.sources import load_sources
+from trainer.data.tokenize import _join as join
 from trainer.data.tokenize import tokenize
 from trainer.errors import UserError
 
@@ -69,6 +70,12 @@ def test_several_sources_lie_one_after_the_other(tmp_path):
     assert samples.sources.tolist() == [0] * 5 + [1] * 3 + [2] * 2
     assert samples[6][0].tolist() == TEMPLATE.encode_texts(["The quick brown fox"])[0].input_ids
     assert samples[8][0].tolist() == samples[0][0].tolist()
+
+
+def test_more_sources_than_sixteen_bits_count(tmp_path):
+    parts = [make(records(1), tmp_path)] * 33_000
+    samples = join(parts, [str(i) for i in range(len(parts))], {})
+    np.testing.assert_array_equal(samples.sources, np.arange(33_000))
 
 
 def test_select(tmp_path):

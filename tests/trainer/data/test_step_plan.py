@@ -13,7 +13,7 @@ LENGTHS = np.random.default_rng(0).integers(1, 65, size=500)
 
 
 def plan(epochs=2.0, max_steps=None, seed=3, weight=1.0, tokens_per_step=256) -> StepPlan:
-    mixture = Mixture(LENGTHS, np.zeros(500, dtype=np.int16), [MixtureSource("a", "domain", weight)], seed=seed)
+    mixture = Mixture(LENGTHS, np.zeros(500, dtype=np.int32), [MixtureSource("a", "domain", weight)], seed=seed)
     batch = BatchSize(tokens_per_pack=128, tokens_per_step=tokens_per_step, max_samples_per_pack=8)
     return StepPlan(LENGTHS, mixture, batch, epochs, max_steps, seed)
 
@@ -68,7 +68,7 @@ def test_seeds_of_neighbours_are_unrelated():
 @pytest.mark.parametrize("count", [1, 7, 60, 500])
 def test_steps_are_counted_without_packing_as_with_it(capacity, count):
     lengths = LENGTHS[:count]
-    mixture = Mixture(lengths, np.zeros(count, dtype=np.int16), [MixtureSource("a", "domain", 2.0)])
+    mixture = Mixture(lengths, np.zeros(count, dtype=np.int32), [MixtureSource("a", "domain", 2.0)])
     batch = BatchSize(tokens_per_pack=capacity, tokens_per_step=2 * capacity, max_samples_per_pack=16)
     made = StepPlan(lengths, mixture, batch, 12, None, 0)
     assert made.starts == [0, *np.cumsum([len(made.epoch(epoch)) for epoch in range(12)])]
@@ -76,7 +76,7 @@ def test_steps_are_counted_without_packing_as_with_it(capacity, count):
 
 def test_a_hundred_thousand_epochs_are_planned_in_seconds():
     lengths, began = LENGTHS[:60], time.process_time()
-    mixture = Mixture(lengths, np.zeros(60, dtype=np.int16), [MixtureSource("a", "domain")])
+    mixture = Mixture(lengths, np.zeros(60, dtype=np.int32), [MixtureSource("a", "domain")])
     made = StepPlan(lengths, mixture, BatchSize(tokens_per_pack=4096, tokens_per_step=4096, max_samples_per_pack=64), 100_000, None, 0)
     assert made.total == 100_000 and made.place(99_999).epoch == 99_999
     assert time.process_time() - began < 10
