@@ -28,7 +28,8 @@ class Model:
     """One language model, and the engine that runs it."""
 
     path: str  # folder or hub name; with engine openai: the name under which the server knows the model
-    name: str | None = None  # its name in the pool and the report; default: the last part of `path`
+    adapter: str | None = None  # folder or hub name of a LoRA adapter, with which the model answers; vllm, transformers
+    name: str | None = None  # its name in the pool and the report; default: the last part of `path`, and that of `adapter`
     engine: Literal["auto", "vllm", "transformers", "openai"] = "auto"  # auto: vllm where it is installed, else transformers
     base_url: str | list[str] | None = None  # openai: URLs of one or more servers of the model, e.g. http://localhost:8000/v1
     api_key_env: str = "OPENAI_API_KEY"  # openai: NAME of the environment variable that holds the API key, never the key itself
@@ -202,7 +203,7 @@ def _given(value: int | None, default: int) -> int:
 
 def name_of(model: Model) -> str:
     """Return the name of a model in the pool and the report."""
-    return model.name or model.path.rstrip("/").rpartition("/")[2]
+    return model.name or "+".join(path.rstrip("/").rpartition("/")[2] for path in (model.path, model.adapter) if path)
 
 
 # ---------------------------------------------------------------- validation
@@ -245,6 +246,8 @@ def _validate_report(report: Report) -> None:
 
 def _validate_model(option: str, model: Model) -> None:
     require(model.engine != "openai" or bool(model.base_url), f"{option}: base_url", "the server's URL, with engine openai", "none")
+    require(model.engine != "openai" or model.adapter is None, f"{option}: adapter",
+            "engine vllm or transformers beside it; for a server, give the adapter's name there as path", "openai")
     if _looks_like_a_key(model.api_key_env):  # the value is not printed
         raise UserError(f"{option}: api_key_env: expected the NAME of an environment variable that holds the API key, got what is no such "
                         "name or looks like a key; export the key and give the variable's name, e.g. OPENAI_API_KEY")

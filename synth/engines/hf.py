@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from synth.engines.adapters import apply_adapter, note_on
 from synth.engines.interface import (
     Choice,
     ChoiceRequest,
@@ -76,8 +77,8 @@ class TransformersModel:
         if self.device.type == "cpu":
             make_rows_independent_of_batch(threads)
         self.model = _load(load, config, self.device)
-        self.tokenizer = AutoTokenizer.from_pretrained(load.folder, trust_remote_code=model.trust_remote_code)
-        self.vocabulary = config.get_text_config().vocab_size
+        self.tokenizer = AutoTokenizer.from_pretrained(load.tokenizer, trust_remote_code=model.trust_remote_code)
+        self.vocabulary = self.model.config.get_text_config().vocab_size
         own = getattr(config.get_text_config(), "max_position_embeddings", None) or MAX_CONTEXT
         if model.max_model_len and model.max_model_len > own:
             raise EngineError(f"{model.path}: max_model_len: expected at most {own:,}, the model's own context, "
@@ -89,7 +90,7 @@ class TransformersModel:
         dtype = str(self.model.dtype).removeprefix("torch.")
         deterministic = self.device.type == "cpu" and self.model.dtype == torch.float32 and threads == 1
         self.ready = Ready(f"transformers {version('transformers')} ({self.device.type}, {dtype})", deterministic, QUEUE_DEPTH,
-                           notes_on_dtype(model, dtype) if self.device.type == "cpu" else ())
+                           (notes_on_dtype(model, dtype) if self.device.type == "cpu" else ()) + note_on(load))
         self.abort()
 
     @property
@@ -316,6 +317,7 @@ def _load(load: LoadRequest, config, device: torch.device) -> PreTrainedModel:
     if missing := sorted([*model.state_dict().keys() & info["missing_keys"], *info["mismatched_keys"]], key=str):
         raise EngineError(f"{load.model.path}: expected weights for all of {type(model).__name__}, got none that fit for "
                           f"{len(missing)}, such as {missing[0]}; fetch or save the model again")
+    model = model if load.adapter is None else apply_adapter(model, load).get_base_model()
     return model.to(device).eval().requires_grad_(False)
 
 

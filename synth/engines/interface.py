@@ -121,6 +121,10 @@ class EngineError(UserError):
     """
 
 
+class AdapterRefused(EngineError):
+    """An engine cannot apply an adapter, whose merged model it may run."""
+
+
 class Failure(NamedTuple):
     """A request that cannot be served, e.g. too long for the context, or refused by the server."""
 

@@ -22,7 +22,8 @@ from pathlib import Path
 
 import synth
 from synth.config import Model
-from synth.engines.interface import EmbeddingRequest, EngineError, EngineInfo
+from synth.engines.adapters import digest_of, find_adapter, must_merge
+from synth.engines.interface import AdapterRefused, EmbeddingRequest, EngineError, EngineInfo
 from synth.engines.model_files import count_parameters, fingerprint, locate
 from synth.engines.protocol import LoadRequest, Ready
 from trainer.errors import last_error_line, one_line
@@ -71,25 +72,32 @@ class ProcessEngine:
     """The Engine of local models. Raises EngineError, of one line, where its workers do not start or die."""
 
     def __init__(self, model: Model, kind: str, log: Path):
-        folder, devices = locate(model), _devices(kind)
-        count = _worker_count(model, devices)
+        folder, adapter, devices = locate(model), find_adapter(model), _devices(kind)
+        load = LoadRequest(kind, model, str(folder), _worker_count(model, devices), adapter, merge=must_merge(kind, adapter))
         log.parent.mkdir(parents=True, exist_ok=True)
         self.model, self.kind, self.job, self.workers = model, kind, 0, []
         try:
-            threads = 1 if count_parameters(folder) <= SMALL_MODEL else max(1, (os.cpu_count() or 1) // count)
-            for i in range(count):
-                own_devices = devices[i * model.tensor_parallel_size:(i + 1) * model.tensor_parallel_size]
-                self.workers.append(WorkerProcess(LoadRequest(kind, model, str(folder), count), Path(f"{log}-{i}.log"),
-                                                  _environment(model, own_devices, threads)))
-            digest = fingerprint(folder)  # while the workers load
-            for worker in self.workers:
-                while worker.ready is None:
-                    self._receive(worker)
+            try:
+                self._start(load, devices, log)
+            except AdapterRefused:
+                self.close()
+                self._start(load._replace(merge=True), devices, log)
             ready: Ready = self.workers[0].ready
-            self.info = EngineInfo(ready.name, model.path, digest, ready.deterministic)
+            self.info = EngineInfo(ready.name, model.path, "+".join(filter(None, (fingerprint(folder), digest_of(model)))),
+                                   ready.deterministic)
         except BaseException:
             self.close()
             raise
+
+    def _start(self, load: LoadRequest, devices: list[str], log: Path) -> None:
+        """Start the workers, and wait until their models are loaded."""
+        threads = 1 if count_parameters(Path(load.folder)) <= SMALL_MODEL else max(1, (os.cpu_count() or 1) // load.workers)
+        size = self.model.tensor_parallel_size
+        self.workers = [WorkerProcess(load, Path(f"{log}-{i}.log"), _environment(self.model, devices[i * size:(i + 1) * size], threads))
+                        for i in range(load.workers)]
+        for worker in self.workers:
+            while worker.ready is None:
+                self._receive(worker)
 
     def complete(self, requests: Iterable) -> Iterator:
         return self._run(requests)
@@ -177,8 +185,8 @@ class ProcessEngine:
         elif kind == "refused":
             if content[0] == self.job:
                 raise EngineError(content[1])
-        elif kind == "failed":
-            raise EngineError(content[0])
+        elif kind in ("failed", "adapter"):
+            raise (AdapterRefused if kind == "adapter" else EngineError)(content[0])
         else:
             raise EngineError(explain_error(self.model, self.kind, *content, worker.log))
         return []

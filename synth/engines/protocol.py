@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from synth.config import Model
 from synth.engines.interface import Failure
+from trainer.model.saved_adapter import adapter_tokenizer
 
 
 class LoadRequest(NamedTuple):
@@ -15,6 +17,13 @@ class LoadRequest(NamedTuple):
     model: Model
     folder: str  # of the model's files
     workers: int  # worker processes on this machine, which share its memory
+    adapter: str | None = None  # folder of the adapter with which it answers
+    merge: bool = False  # merge the adapter into a copy of the weights first, as the engine cannot apply it
+
+    @property
+    def tokenizer(self) -> str:
+        """Return the folder of the tokenizer: the adapter's, where it has one."""
+        return (self.adapter and adapter_tokenizer(Path(self.adapter))) or self.folder
 
 
 class Ready(NamedTuple):

@@ -12,16 +12,20 @@ import copy
 import math
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import psutil
 from vllm import LLM, RequestOutput, SamplingParams
 from vllm.config import ModelConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.inputs import TokensPrompt
+from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 from vllm.sampling_params import MAX_LOGPROB_TOKEN_IDS, RequestOutputKind
 
+from synth.engines.adapters import merged, note_on
 from synth.engines.interface import (
+    AdapterRefused,
     Choice,
     ChoiceRequest,
     Completion,
@@ -36,7 +40,10 @@ from synth.engines.precision import cpu_dtype, notes_on_dtype
 from synth.engines.protocol import LoadRequest, Ready
 from synth.engines.tokens import MAX_CONTEXT, Spellings, added_text, eos_ids, why_unfit, why_unscorable
 from synth.engines.vllm_sampling import compute_logprobs_of_samples_alone, find_nuclei_without_sorting, keep_only_logprob_sums
+from trainer.errors import one_line
 from trainer.model.attention_shapes import attention_shapes
+from trainer.model.saved_adapter import adapter_settings
+from trainer.model.serving import max_lora_rank
 
 CPU_CACHE_MIN_BYTES = 300_000_000  # smallest KV cache on a CPU
 CPU_CACHE_SEQUENCES = 64  # sequences of full length that a larger one holds,
@@ -48,18 +55,21 @@ class VllmModel:
     """A LoadedModel (see protocol.py) that vLLM runs."""
 
     def __init__(self, load: LoadRequest):
-        model, cpu = load.model, current_platform.is_cpu()
+        model, cpu, notes = load.model, current_platform.is_cpu(), note_on(load)
         if cpu:
             patch_for_cpu()
+        load = merged(load) if load.merge else load
         self.llm = start_vllm(load)
+        self.adapter = None if load.adapter is None else _add_adapter(self.llm, load)
         self.engine, self.tokenizer = self.llm.llm_engine, self.llm.get_tokenizer()
         config: ModelConfig = self.engine.model_config
         self.limit, self.vocabulary = config.max_model_len, config.get_vocab_size()
         self.ends, self.spellings = eos_ids(load.folder, self.tokenizer), Spellings(self.tokenizer, self.vocabulary, model.path)
         dtype = str(config.dtype).removeprefix("torch.")
         self.ready = Ready(f"vllm {_version()} ({current_platform.device_type}, {dtype})",
-                           dtype == "float32" if cpu else model.batch_invariant,
-                           2 * self.engine.vllm_config.scheduler_config.max_num_seqs, notes_on_dtype(model, dtype) if cpu else ())
+                           (dtype == "float32" if cpu else model.batch_invariant) and self.adapter is None,
+                           2 * self.engine.vllm_config.scheduler_config.max_num_seqs,
+                           (notes_on_dtype(model, dtype) if cpu else ()) + notes)
         self.requests, self.count, self.sampling_params = {}, 0, {}
 
     @property
@@ -72,7 +82,7 @@ class VllmModel:
         try:
             ids, params, reason = prepare(request)
             if not reason:
-                self.engine.add_request(str(self.count), TokensPrompt(prompt_token_ids=list(ids)), params)
+                self.engine.add_request(str(self.count), TokensPrompt(prompt_token_ids=list(ids)), params, lora_request=self.adapter)
                 self.requests[str(self.count)] = request
         except (VLLMValidationError, ValueError) as error:  # vLLM's own checks
             reason = " ".join(str(error).split())[:240]
@@ -147,8 +157,33 @@ class VllmModel:
 def start_vllm(load: LoadRequest) -> LLM:
     """Load a model with the settings of synthesis."""
     settings = _on_cpu(load) if current_platform.is_cpu() else _on_gpu(load)
-    return LLM(load.folder, max_model_len=_context(load), trust_remote_code=load.model.trust_remote_code, load_format="safetensors",
-               generation_config="vllm", enable_prefix_caching=True, use_tqdm_on_load=False, **settings)
+    if load.adapter is not None:
+        rank = max_lora_rank(adapter_settings("adapter", Path(load.adapter)))
+        settings |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
+    return LLM(load.folder, tokenizer=load.tokenizer, max_model_len=_context(load), trust_remote_code=load.model.trust_remote_code,
+               load_format="safetensors", generation_config="vllm", enable_prefix_caching=True, use_tqdm_on_load=False, **settings)
+
+
+def _add_adapter(llm: LLM, load: LoadRequest) -> LoRARequest:
+    """Load the adapter, and return what names it in requests.
+
+    Raises AdapterRefused where vLLM refuses it, or would leave layers of it out.
+    """
+    request = LoRARequest("adapter", 1, load.adapter)
+    try:
+        llm.llm_engine.add_lora(request)
+        left_out = sorted({name for of_worker in llm.collective_rpc(_left_out) for name in of_worker})
+    except (ValueError, RuntimeError) as error:
+        raise AdapterRefused(f"{load.model.path}: vLLM refuses the adapter {load.adapter}: {one_line(str(error))}") from error
+    if left_out:
+        raise AdapterRefused(f"{load.model.path}: vLLM leaves {len(left_out)} layers of the adapter out, such as {left_out[0]}")
+    return request
+
+
+def _left_out(worker) -> list[str]:
+    """Return the layers of adapters that vLLM has in memory and finds no module for."""
+    manager = worker.model_runner.lora_manager._adapter_manager
+    return [name for adapter in manager.list_adapters().values() for name in adapter.loras if name not in manager.modules]
 
 
 def _on_gpu(load: LoadRequest) -> dict:

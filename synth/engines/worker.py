@@ -16,8 +16,9 @@ import time
 import traceback
 from multiprocessing.connection import Connection
 
-from synth.engines.interface import EngineError
+from synth.engines.interface import AdapterRefused, EngineError
 from synth.engines.protocol import LoadedModel, LoadRequest
+from trainer.errors import UserError
 
 
 def load_model(request: LoadRequest) -> LoadedModel:
@@ -88,7 +89,9 @@ def main() -> None:
         gc.set_threshold(20_000, 20, 50)  # and those of requests less often
         connection.send(("ready", loaded.ready))
         serve(loaded, inbox, connection)
-    except EngineError as error:
+    except AdapterRefused as error:
+        connection.send(("adapter", str(error)))
+    except UserError as error:
         connection.send(("failed", str(error)))
     except BaseException as error:
         traceback.print_exc()

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from synth.config import Config, Model, name_of
 from synth.engines import open_engine
+from synth.engines.adapters import digest_of, find_adapter
 from synth.engines.chat_format import ChatFormat, load_format
 from synth.engines.interface import Completion, EngineInfo, Failure
 from synth.pool.store import Pool
@@ -24,6 +25,7 @@ from synth.pool.writer import ResultWriter
 from trainer import config as trainer_config
 from trainer.errors import UserError
 from trainer.model.locate import load_tokenizer
+from trainer.model.saved_adapter import adapter_tokenizer
 
 # Options that a model's results depend on. Its other options only say where it runs and how fast.
 RESULT_OPTIONS = ("path", "dtype", "max_model_len", "tensor_parallel_size", "batch_invariant")
@@ -61,7 +63,9 @@ class SynthesisRun:
     def tokenizer(self, model: Model) -> PreTrainedTokenizerBase:
         """Load the tokenizer of a local model. Raises UserError where there is none."""
         try:
-            return load_tokenizer(trainer_config.Model(path=model.path, trust_remote_code=model.trust_remote_code))
+            adapter = find_adapter(model)
+            return load_tokenizer(trainer_config.Model(path=model.path, tokenizer=adapter and adapter_tokenizer(Path(adapter)),
+                                                       trust_remote_code=model.trust_remote_code))
         except UserError as error:  # which names the trainer's options
             raise UserError(str(error).replace("model.path", f"path of {name_of(model)}")
                             .replace("model.tokenizer", f"tokenizer of {name_of(model)}")) from None
@@ -132,8 +136,9 @@ class SynthesisRun:
 
 
 def model_identity(model: Model) -> dict[str, Any]:
-    """Return the options of a model that its results depend on, and its name."""
-    return {key: value for key, value in dataclasses.asdict(model).items() if key in RESULT_OPTIONS} | {"name": name_of(model)}
+    """Return the options of a model that its results depend on, its name, and what tells its adapter from another."""
+    adapter = {} if model.adapter is None else {"adapter": digest_of(model)}
+    return {key: value for key, value in dataclasses.asdict(model).items() if key in RESULT_OPTIONS} | {"name": name_of(model)} | adapter
 
 
 def why_unusable(completion: Completion | Failure, leaked_token: str | None) -> str | None:

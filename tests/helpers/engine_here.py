@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from synth.config import Model
+from synth.engines.adapters import digest_of, find_adapter
 from synth.engines.hf import TransformersModel
 from synth.engines.interface import EngineInfo
 from synth.engines.model_files import fingerprint, locate
@@ -19,9 +20,10 @@ class EngineHere:
 
     def __init__(self, model: Model, log: Path):
         folder = locate(model)
-        self.loaded = TransformersModel(LoadRequest("transformers", model, str(folder), 1))
+        self.loaded = TransformersModel(LoadRequest("transformers", model, str(folder), 1, find_adapter(model)))
         ready = self.loaded.ready
-        self.info = EngineInfo(ready.name, model.path, fingerprint(folder), ready.deterministic)
+        self.info = EngineInfo(ready.name, model.path, "+".join(filter(None, (fingerprint(folder), digest_of(model)))),
+                               ready.deterministic)
 
     def complete(self, requests: Iterable) -> Iterator:
         waiting = iter(requests)

@@ -6,7 +6,6 @@ The base of an adapter is the same model with the adapter off. Another base is l
 from __future__ import annotations
 
 import gc
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import AutoConfig
 
@@ -26,11 +24,9 @@ from trainer.model import lora, quantization
 from trainer.model.bitsandbytes_cpu_check import refuse_misread_layers
 from trainer.model.forward import unwrap_peft
 from trainer.model.loading import load_model
-from trainer.model.locate import load_tokenizer, model_source, one_line_errors, read_object
+from trainer.model.locate import load_tokenizer, model_source, one_line_errors
 from trainer.model.patch import patch
-
-HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors", "tokenizer*", "special_tokens_map.json", "chat_template*"]
+from trainer.model.saved_adapter import adapter_settings, adapter_tokenizer, find_adapter
 
 
 @dataclass
@@ -67,7 +63,7 @@ def find_models(config: Config) -> EvaluatedModels:
 
     Raises UserError if a model is missing, or the adapter was trained on another one.
     """
-    folder = None if config.adapter is None else _adapter_folder(config.adapter)
+    folder = None if config.adapter is None else find_adapter("adapter", config.adapter)
     model_options = config.model if folder is None else _adapter_base(config, folder)
     base = None
     if config.base.path is not None:
@@ -78,28 +74,16 @@ def find_models(config: Config) -> EvaluatedModels:
     return EvaluatedModels(model_options, folder, base, base_is_adapter_off=folder is not None and base is None)
 
 
-def _adapter_folder(name: str) -> Path:
-    """Return the folder of an adapter; one that is named as on the hub is fetched."""
-    path = Path(name).expanduser()
-    if path.exists() or not HUB_NAME.fullmatch(name):
-        return path
-    with one_line_errors("adapter", name):
-        return Path(snapshot_download(name, allow_patterns=ADAPTER_FILES))
-
-
 def _adapter_base(config: Config, folder: Path) -> training.Model:
     """Return the model under the adapter, with the tokenizer and chat template that it was trained with.
 
     Raises UserError if the adapter was trained on another one.
     """
-    file = folder / "adapter_config.json"
-    if not file.is_file():
-        raise UserError(f"adapter: expected a folder with adapter_config.json, found none in {folder}")
-    saved_base = read_object("adapter", file).get("base_model_name_or_path")
-    tokenizer = config.model.tokenizer or (str(folder) if (folder / "tokenizer.json").is_file() else None)
+    saved_base = adapter_settings("adapter", folder).get("base_model_name_or_path")
+    tokenizer = config.model.tokenizer or adapter_tokenizer(folder)
     if config.model.path is None:
         if not saved_base:
-            raise UserError(f"adapter: {file} names no base; set model.path")
+            raise UserError(f"adapter: {folder / 'adapter_config.json'} names no base; set model.path")
         return replace(config.model, path=saved_base, tokenizer=tokenizer)
     if saved_base and not config.force_base and absolute_name(saved_base) != absolute_name(model_source(config.model)):
         raise UserError(f"adapter: {folder} was trained on {saved_base}, not on model.path = {config.model.path}; leave out model.path, "

@@ -27,9 +27,10 @@ from trainer.evaluation.items import ItemFile
 from trainer.evaluation.models import EvaluatedModels, models_to_load, template_of
 from trainer.evaluation.tokens import encode
 from trainer.model.locate import model_source, one_line_errors
+from trainer.model.saved_adapter import adapter_settings
+from trainer.model.serving import max_lora_rank, why_vllm_refuses
 from trainer.runtime.device import compute_dtype, dtype_name
 
-LORA_RANKS = (8, 16, 32, 64, 128, 256, 512)  # the values of max_lora_rank that vLLM accepts
 CPU_CACHE = 1_000_000_000  # bytes of key-value cache without a GPU
 QUIET = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false",
          "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
@@ -65,7 +66,7 @@ def generate_all(models: EvaluatedModels, files: Sequence[ItemFile], config: Con
         job, requests = jobs.setdefault(source, (_job(source, model_options, config, device), []))
         if adapter is not None:
             job["adapter"] = str(adapter.resolve())
-            job["options"] |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _max_lora_rank(adapter)}
+            job["options"] |= _lora_options(adapter)
         job["parts"].append({"prompts": [prompt.ids for prompt in prompts], "max_tokens": [prompt.max_tokens for prompt in prompts],
                              "stop": ends, "adapter": adapter is not None})
         requests.append((name, template, ends))
@@ -93,12 +94,12 @@ def _job(source: str, model_options: training.Model, config: Config, device: tor
     return {"options": options, "adapter": None, "parts": []}
 
 
-def _max_lora_rank(adapter: Path) -> int:
-    saved = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    rank = max(saved["r"], *(saved.get("rank_pattern") or {}).values(), 0)
-    if rank > LORA_RANKS[-1]:
-        raise UserError(f"generation.engine: vllm expects an adapter of rank {LORA_RANKS[-1]} or less, got {rank}; use transformers")
-    return next(allowed for allowed in LORA_RANKS if allowed >= rank)
+def _lora_options(adapter: Path) -> dict:
+    """Return vLLM's options for an adapter. Raises UserError for one that it does not apply."""
+    settings = adapter_settings("adapter", adapter)
+    if refusal := why_vllm_refuses(settings):
+        raise UserError(f"generation.engine: vllm does not apply this adapter: {refusal}; use transformers")
+    return {"enable_lora": True, "max_loras": 1, "max_lora_rank": max_lora_rank(settings)}
 
 
 def _run_process(job: dict, log: Path) -> list[list[list[int]]]:

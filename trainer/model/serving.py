@@ -13,6 +13,13 @@ from trainer.model.lora import adapted_layers, adapted_weights
 from trainer.model.mixtures import find_mixtures
 from trainer.model.vocabulary import wrappers
 
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 512)  # the values of max_lora_rank that vLLM accepts
+PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # values of init_lora_weights that leave the base as it is
+UNKNOWN_TO_VLLM = {  # settings of a saved adapter with which vLLM refuses it, or would not compute what was trained
+    "use_dora": "it is DoRA", "modules_to_save": "it trains modules whole", "trainable_token_indices": "it trains rows of the embedding",
+    "lora_bias": "it has biases", "layer_replication": "it replicates layers",
+    "alora_invocation_tokens": "it is Activated LoRA", "use_bdlora": "it is block-diagonal", "use_qalora": "it is QALoRA"}
+
 
 def how_to_serve(model: PeftModel) -> list[str]:
     """Return a line for whatever vLLM needs to be told to serve the adapter, or cannot serve."""
@@ -25,3 +32,25 @@ def how_to_serve(model: PeftModel) -> list[str]:
     elif find_mixtures(base := model.get_base_model()).weights.keys() & adapted_weights(base).keys():
         lines.append("adapter: experts carry it, so vLLM needs enable_mixed_moe_lora_format, and is_3d_lora_weight in its LoRA module")
     return lines
+
+
+def why_vllm_refuses(settings: dict) -> str | None:
+    """Return why vLLM cannot apply an adapter of this saved configuration, None where it may be able to."""
+    for name, reason in UNKNOWN_TO_VLLM.items():
+        if settings.get(name):
+            return reason
+    if settings.get("bias", "none") != "none":
+        return "it trains biases"
+    if (start := settings.get("init_lora_weights")) not in PLAIN_STARTS:
+        return f"it starts as {start}, which changes the base"
+    rank = _highest_rank(settings)
+    return f"its rank is {rank}, vLLM's highest {LORA_RANKS[-1]}" if rank > LORA_RANKS[-1] else None
+
+
+def max_lora_rank(settings: dict) -> int:
+    """Return vLLM's max_lora_rank for an adapter of this saved configuration."""
+    return next(allowed for allowed in LORA_RANKS if allowed >= _highest_rank(settings))
+
+
+def _highest_rank(settings: dict) -> int:
+    return max(settings["r"], *(settings.get("rank_pattern") or {}).values(), 0)
