@@ -42,7 +42,7 @@ def must_merge(kind: str, adapter: str | None) -> bool:
 
 
 def note_on(load: LoadRequest) -> tuple[str, ...]:
-    """Return the line on an adapter that is merged, or that names another base; none where there is nothing to tell."""
+    """Return what there is to tell: that an adapter is merged, or names another base."""
     if load.adapter is None:
         return ()
     trained_on = saved_adapter.adapter_settings("adapter", Path(load.adapter)).get("base_model_name_or_path")

@@ -136,7 +136,7 @@ class SynthesisRun:
 
 
 def model_identity(model: Model) -> dict[str, Any]:
-    """Return the options of a model that its results depend on, its name, and what tells its adapter from another."""
+    """Return the options that a model's results depend on, its name, and a digest of its adapter."""
     adapter = {} if model.adapter is None else {"adapter": digest_of(model)}
     return {key: value for key, value in dataclasses.asdict(model).items() if key in RESULT_OPTIONS} | {"name": name_of(model)} | adapter
 

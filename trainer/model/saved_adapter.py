@@ -35,7 +35,7 @@ def adapter_settings(option: str, folder: Path) -> dict:
 
 
 def adapter_tokenizer(folder: Path) -> str | None:
-    """Return the folder of the tokenizer and chat template that an adapter was trained with, if it holds them."""
+    """Return an adapter's folder if it holds the tokenizer and chat template it was trained with."""
     return str(folder) if (folder / "tokenizer.json").is_file() else None
 
 

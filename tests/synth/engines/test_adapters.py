@@ -22,7 +22,7 @@ GREEDY = Sampling(0.0, 1.0, 12)
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
-    return save_random_adapter(BASE, tmp_path_factory.mktemp("adapter"), rank=4, spread=0.05)
+    return save_random_adapter(BASE, tmp_path_factory.mktemp("adapter"), rank=4, spread=0.3)
 
 
 def asked() -> list[CompletionRequest]:
@@ -57,10 +57,11 @@ def test_transformers_answers_with_the_adapter(adapter, monkeypatch, tmp_path):
 @pytest.mark.parametrize("kind", [needs("vllm")])
 @pytest.mark.parametrize("dora", [False, True])
 def test_vllm_answers_with_the_adapter_or_with_the_merged_model(opened, adapter, kind, dora, tmp_path):
-    folder = save_random_adapter(BASE, tmp_path / "dora", rank=4, spread=0.05, dora=True) if dora else adapter
+    folder = save_random_adapter(BASE, tmp_path / "dora", rank=4, spread=0.3, dora=True) if dora else adapter
     engine = opened(kind, adapter=str(folder))
     found = ask(engine, asked())
-    assert [found[k].logprob for k in sorted(found)] == pytest.approx(logprobs_by_peft(folder, found), abs=5e-3)  # vLLM sums in another order
+    expected = pytest.approx(logprobs_by_peft(folder, found), rel=5e-3)  # vLLM computes with other functions
+    assert [found[k].logprob for k in sorted(found)] == expected
     assert any("merged" in note for note in engine.notes()) == dora
 
 
