@@ -6,6 +6,7 @@ import argparse
 import multiprocessing
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -28,8 +29,19 @@ def begin() -> None:
     disable_progress_bar()
 
 
+def begin_worker() -> None:
+    """Begin, and end when the parent does, however it ends: a worker of a killed study would go on for hours."""
+
+    def end() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    begin()
+    threading.Thread(target=end, daemon=True).start()
+
+
 def pool(workers: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), begin)
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), begin_worker)
 
 
 def results_of(begun: float, futures: Sequence[Future], name: Callable[[Any], str]) -> list:
