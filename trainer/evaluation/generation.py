@@ -7,7 +7,7 @@ bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import groupby, islice
 from typing import NamedTuple
@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation import BaseStreamer
 
 from trainer.data.chat_template import ChatTemplate
 from trainer.data.turn_spans import TurnError, read_layout
@@ -49,18 +50,54 @@ def generate_completions(model: nn.Module, template: ChatTemplate, prompts: Sequ
     return completions
 
 
-def _generate(base: PreTrainedModel, template: ChatTemplate, prompts: list[Sequence[int]], max_tokens: int,
-              ends: list[int]) -> list[list[int]]:
+@torch.no_grad()
+def stream_completion(model: nn.Module, template: ChatTemplate, prompt: Sequence[int], max_tokens: int, temperature: float,
+                      show: Callable[[str], None]) -> Completion:
+    """Return the answer to one prompt of token ids, and call `show` with its text so far after each token.
+
+    At temperature 0 it is the greedy one. Ctrl-C ends the answer, not the program.
+    """
+    ids: list[int] = []
+    with stock_attention(model) as base:
+        ends = end_token_ids(base.generation_config, template)
+
+        def add(new: list[int]) -> None:
+            ids.extend(new)
+            show(decode_completion(template, ids, ends).text.rstrip("\N{REPLACEMENT CHARACTER}"))  # half a character
+
+        with suppress(KeyboardInterrupt):
+            _generate(base, template, [prompt], max_tokens, ends, temperature, _Stream(add))
+    return decode_completion(template, ids, ends)
+
+
+class _Stream(BaseStreamer):
+    """Passes on what `generate` gives it: the prompt, which is left out, then token after token."""
+
+    def __init__(self, add: Callable[[list[int]], None]):
+        self.add, self.begun = add, False
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.begun:
+            self.add(value.flatten().tolist())
+        self.begun = True
+
+    def end(self) -> None:
+        self.begun = False
+
+
+def _generate(base: PreTrainedModel, template: ChatTemplate, prompts: list[Sequence[int]], max_tokens: int, ends: list[int],
+              temperature: float = 0.0, streamer: BaseStreamer | None = None) -> list[list[int]]:
     """Return the token ids generated after each prompt, end tokens and padding included."""
     width = max(map(len, prompts))
     pad = template.tokenizer.pad_token_id
     pad = pad if pad is not None else ends[0] if ends else 0
     ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=base.device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=base.device)
-    settings = GenerationConfig(do_sample=False, max_new_tokens=max_tokens, use_cache=True, pad_token_id=pad, eos_token_id=ends or None)
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
+    settings = GenerationConfig(max_new_tokens=max_tokens, use_cache=True, pad_token_id=pad, eos_token_id=ends or None, **sampling)
     before, base.generation_config = base.generation_config, settings
     try:
-        return base.generate(input_ids=ids, attention_mask=mask)[:, width:].tolist()
+        return base.generate(input_ids=ids, attention_mask=mask, streamer=streamer)[:, width:].tolist()
     finally:
         base.generation_config = before
 
