@@ -1,22 +1,18 @@
-"""Write a run's figures to metrics.jsonl, the console, TensorBoard and Weights & Biases."""
+"""Write a run's figures to metrics.jsonl, the console and trackers."""
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
 import json
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from textwrap import indent
-from typing import NamedTuple
 
 from tqdm import tqdm
 
 from trainer.config import Config
-from trainer.errors import UserError
 from trainer.files import atomic_file
+from trainer.metrics import trackers
 from trainer.metrics.records import read_records
 
 
@@ -31,7 +27,7 @@ class Log:
         self.path, self.config, self.open_folder = folder / "metrics.jsonl", config, open_folder
         keep_records(self.path, first_step)
         self.file = self.path.open("a+", buffering=1)
-        self.sinks = {"tensorboard": _tensorboard(folder, config, first_step), "wandb": _wandb(folder, config)}
+        self.trackers = trackers.open_trackers(folder, config, first_step)
         visible = config.logging.progress and sys.stderr.isatty()
         self.bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=not visible, dynamic_ncols=True)
 
@@ -41,14 +37,14 @@ class Log:
             self._restore()
         self.file.write(json.dumps(record | {"time": round(time.time(), 3)}) + "\n")
         figures = {f"{record['kind']}/{k}": v for k, v in record.items() if isinstance(v, (int, float)) and k != "step"}
-        for sink in filter(None, self.sinks.values()):
-            sink.figures(figures, record.get("step", 0))
+        for tracker in self.trackers.values():
+            tracker.figures(figures, record.get("step", 0))
         self._show(record)
 
     def write_texts(self, name: str, rows: list[dict[str, str]], step: int) -> None:
-        """Write texts to TensorBoard and Weights & Biases, in rows of equal columns."""
-        for sink in filter(None, self.sinks.values()):
-            sink.texts(name, rows, step)
+        """Write texts to the trackers, in rows of equal columns."""
+        for tracker in self.trackers.values():
+            tracker.texts(name, rows, step)
 
     def _restore(self) -> None:
         """Write the run folder anew, which somebody has removed; the open file still has the records."""
@@ -60,7 +56,8 @@ class Log:
         self.file.close()
         self.file = self.path.open("a+", buffering=1)
         self.file.write(records)
-        self.sinks["tensorboard"] = _tensorboard(self.path.parent, self.config, 0)
+        if self.config.logging.tensorboard:
+            self.trackers["tensorboard"] = trackers.tensorboard(self.path.parent, 0)
 
     def advance(self) -> None:
         """Move the progress bar by one step."""
@@ -128,45 +125,3 @@ _LINES = {
     "end": lambda r: (f"{r['reason']} after {r['steps']} steps, {r['seconds']:.1f} s, {r['tokens']:,} tokens "
                       f"at {r['tokens_per_s']:,.0f} a second, peak memory {r['peak_memory_gb']:.2f} GB"),
 }
-
-
-class Sink(NamedTuple):
-    """A destination beside metrics.jsonl."""
-
-    figures: Callable[[dict, int], object]  # by name, of a step
-    texts: Callable[[str, list[dict[str, str]], int], object]  # a name, rows of equal columns, a step
-
-
-def _tensorboard(folder: Path, config: Config, first_step: int) -> Sink | None:
-    if not config.logging.tensorboard:
-        return None
-    from torch.utils.tensorboard import SummaryWriter
-
-    writer = SummaryWriter(folder / "tensorboard", purge_step=first_step + 1)
-
-    def write_figures(figures: dict, step: int) -> None:
-        for name, value in figures.items():
-            writer.add_scalar(name, value, step)
-        writer.flush()
-
-    def write_texts(name: str, rows: list[dict[str, str]], step: int) -> None:
-        for i, row in enumerate(rows, 1):
-            parts = [f"**{column}**\n\n{indent(text, ' ' * 4, lambda line: True)}" for column, text in row.items()]  # Markdown: code
-            writer.add_text(f"{name}/{i}", "\n\n".join(parts), step)
-        writer.flush()
-
-    return Sink(write_figures, write_texts)
-
-
-def _wandb(folder: Path, config: Config) -> Sink | None:
-    if config.logging.wandb_project is None:
-        return None
-    try:
-        wandb = importlib.import_module("wandb")
-    except ImportError:
-        raise UserError("logging.wandb_project: needs the package wandb, which is not installed; "
-                        "pip install 'steadfast-sft[logging]'") from None
-    run = wandb.init(project=config.logging.wandb_project, dir=folder, config=dataclasses.asdict(config))
-    return Sink(lambda figures, step: run.log(figures, step=step),
-                lambda name, rows, step: run.log({name: wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])},
-                                                 step=step))

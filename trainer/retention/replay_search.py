@@ -160,7 +160,8 @@ def probe_config(config: Config, ratio: float, kl_weight: float) -> Config:
         optim=replace(optim, warmup_steps=_scaled(optim.warmup_steps, fraction), decay_steps=_scaled(optim.decay_steps, fraction)),
         forgetting=replace(config.forgetting, every=0, patience=0), eval=replace(config.eval, every=0, patience=0, show=0),
         checkpoint=replace(config.checkpoint, every=0),
-        logging=replace(config.logging, every=sys.maxsize, tensorboard=False, wandb_project=None, profile_steps=None))
+        logging=replace(config.logging, every=sys.maxsize, tensorboard=False, wandb_project=None,
+                        trackio_project=None, mlflow_experiment=None, profile_steps=None))
 
 
 def _scaled(steps: int, fraction: float) -> int:

@@ -1,9 +1,7 @@
 """Answers that show what training changed: whose they are, to which prompts, and that they cost a run nothing but time."""
 
 import json
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,11 +10,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.helpers.runs import QUESTIONS, arguments, records, text_of, weights, write_chats
 from trainer.cli import parse
-from trainer.config import Config, Eval, Forgetting, Logging
+from trainer.config import Config
 from trainer.data.prepare import prepare_data
 from trainer.errors import UserError
 from trainer.evaluation.items import ItemFile
-from trainer.metrics import log
 from trainer.model.locate import load_tokenizer
 from trainer.report import answers
 from trainer.report.run_page import write_report
@@ -179,13 +176,3 @@ def test_a_prompt_too_long_for_the_context_is_left_out_and_an_answer_is_cut_to_w
 def test_values_that_cannot_be(more, expected, tmp_path):
     with pytest.raises(UserError, match=expected):
         run(tmp_path, tmp_path / "chats.jsonl", tmp_path / "run", *more)
-
-
-def test_weights_and_biases_gets_a_table(monkeypatch, tmp_path):
-    logged = []
-    fake = SimpleNamespace(init=lambda **options: SimpleNamespace(log=lambda figures, step: logged.append((figures, step))),
-                           Table=lambda columns, data: (columns, data))
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    config = Config(logging=Logging(tensorboard=False, wandb_project="p"), eval=Eval(), forgetting=Forgetting())
-    log.Log(tmp_path, config, 1, 0, lambda: None).write_texts("answers", [{"prompt": "a", "tuned": "b"}], 3)
-    assert logged == [({"answers": (["prompt", "tuned"], [["a", "b"]])}, 3)]
