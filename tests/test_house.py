@@ -30,7 +30,7 @@ LAYERS = {
     "benchmarks": ("", "harness", "families", "forgetting", "speed", "on_gpu"),
 }
 # Commands, and what they share: above all folders.
-TOP = {"trainer": {"run", "evaluate", "gate", "interpolate", "convert"}, "synth": {"run"},
+TOP = {"trainer": {"run", "evaluate", "gate", "interpolate", "convert", "chat", "publish"}, "synth": {"run"},
        "benchmarks": {"run", "plot", "gpu", "suites", "summary"}}
 # First words of docstrings that begin with something else than a verb.
 NO_VERBS = set("the a an what which whether how why one all each every this these that those it its where when who whose of for in on from "

@@ -12,15 +12,17 @@ from pathlib import Path
 import pytest
 
 from synth.config import Config as SynthConfig
+from trainer.chat import Chat
 from trainer.cli import known_keys
 from trainer.config import Config
 from trainer.convert import Convert
 from trainer.evaluation.config import Config as EvaluationConfig
 from trainer.evaluation.config import GateConfig
 from trainer.interpolate import Interpolate
+from trainer.publish import Publish
 
 ROOT = Path(__file__).parent.parent
-TRAINER = (Config, EvaluationConfig, GateConfig, Interpolate, Convert)
+TRAINER = (Config, EvaluationConfig, GateConfig, Interpolate, Convert, Chat, Publish)
 COMMANDS = {"trainer": TRAINER, "synth": (*TRAINER, SynthConfig)}  # whose options the files of a package name without dashes
 PLACEHOLDERS = {"section.option", "section.key"}
 OF_EVERY_COMMAND = {"config", "help", "print_config", "traceback"}

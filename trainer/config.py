@@ -14,6 +14,7 @@ from trainer.errors import require
 
 MOST_TOKENS = 2**31 - 1  # in a pack, whose positions are int32
 MOST_PASSES = 100_000  # over the data: more are a typing mistake, and would take minutes to plan
+HUB_NAME = re.compile(r"([\w-][\w.-]{0,95}/)?[\w-][\w.-]{0,95}")
 Metric = Literal["auto", "exact", "choice", "regex", "rules", "continuation", "logprob"]
 
 
@@ -218,12 +219,26 @@ class Checkpoint:
 
 
 @dataclass
+class Export:
+    """The trained model's form, and where it goes."""
+
+    format: Literal["adapter", "merged", "both"] = "adapter"  # what a LoRA or QLoRA run writes; merged: a whole, dense model
+    check: bool = True  # reload what was exported with stock classes, and compare its log-probs with the trained model's
+    push_to_hub: str | None = None  # name on the hub to upload the adapter to, or the model where there is no adapter; needs a login
+    public: bool = False  # make that repository public if it is new; it is private by default
+    gguf: Literal["none", "f32", "f16", "bf16", "q8_0", "q4_k_m"] = "none"  # also write the merged model as GGUF, by llama.cpp
+    llama_cpp: str | None = None  # its folder; default: that of the variable LLAMA_CPP, or its programs on PATH
+
+
+@dataclass
 class Logging:
     """Logs of a run's figures; metrics.jsonl is always written."""
 
     every: int = 10  # steps between log lines; between them the host never waits for the device
     tensorboard: bool = True  # write tensorboard/
-    wandb_project: str | None = None  # log to this Weights & Biases project (`logging` extra)
+    wandb_project: str | None = None  # log to this Weights & Biases project (package wandb)
+    trackio_project: str | None = None  # log to this project of trackio, a dashboard on this machine (package trackio)
+    mlflow_experiment: str | None = None  # log to this experiment of MLflow, at MLFLOW_TRACKING_URI or in ./mlruns (package mlflow)
     progress: bool = True  # show a progress bar on a terminal
     profile_steps: str | None = None  # FIRST-LAST, e.g. 20-25: find what makes the host wait in step 20, trace 21 to 25, write profile/
 
@@ -252,8 +267,7 @@ class Config:
     activation_checkpointing: Literal["none", "selective", "full"] = "none"  # recompute layers in backward; selective: every second
     compile: bool = False  # torch.compile the decoder layers
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    export: Literal["adapter", "merged", "both"] = "adapter"  # what a LoRA or QLoRA run writes; merged: a whole, dense model
-    export_check: bool = True  # reload what was exported with stock classes, and compare its log-probs with the trained model's
+    export: Export = field(default_factory=Export)
     eval: Eval = field(default_factory=Eval)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     resume: Literal["auto", "never"] = "never"  # auto: from the newest checkpoint in the run folder, if there is one
@@ -285,6 +299,17 @@ def validate(config: Config) -> None:
             config.epochs)
     require(config.max_steps is None or config.max_steps >= 1, "max_steps", "1 or more", config.max_steps)
     _validate_intervals(config)
+    _validate_export(config)
+
+
+def _validate_export(config: Config) -> None:
+    export = config.export
+    require(export.push_to_hub is None or bool(HUB_NAME.fullmatch(export.push_to_hub)), "export.push_to_hub",
+            "a name on the hub, such as me/support-lora", export.push_to_hub)
+    require(not export.public or export.push_to_hub is not None, "export.public", "export.push_to_hub beside it", "none")
+    require(export.gguf == "none" or config.method == "full" or export.format != "adapter", "export.gguf",
+            "export.format merged or both beside it, as a GGUF file holds a whole model", export.format)
+    require(export.llama_cpp is None or export.gguf != "none", "export.llama_cpp", "export.gguf beside it", "none")
 
 
 def _validate_source(option: str, source: str | Source) -> None:

@@ -133,15 +133,15 @@ def adapter_writer(config: Interpolate) -> Callable[[float, Path], None]:
     """
     folder = Path(config.adapter).expanduser()
     if trains_vocabulary(config.adapter):
-        raise UserError(f"adapter: {folder} trains rows of the embedding or head, which cannot be scaled; merge it (--export merged) "
-                        "and give the merged model as --tuned")
+        raise UserError(f"adapter: {folder} trains rows of the embedding or head, which cannot be scaled; merge it (--export.format "
+                        "merged) and give the merged model as --tuned")
     kind = "qlora" if is_quantized(config.model) else "lora"
     require_own_settings("adapter", folder, ["adapter_config.json"])
     with torch.device("meta"):
         lora.add_adapter(meta_model(Config(model=config.model, method=kind)), Lora(path=str(folder)))
     if json.loads((folder / "adapter_config.json").read_text()).get("use_dora"):
-        raise UserError(f"adapter: {folder} is a DoRA adapter, which cannot be scaled; merge it (--export merged) "
-                        "and give the merged model as --tuned")
+        raise UserError(f"adapter: {folder} is a DoRA adapter, which cannot be scaled; merge it (--export.format "
+                        "merged) and give the merged model as --tuned")
 
     def write(alpha: float, output: Path) -> None:
         tensors = load_file(folder / "adapter_model.safetensors")

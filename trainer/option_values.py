@@ -13,9 +13,10 @@ from trainer.errors import UserError, printable
 
 LARGEST = 2.0**127  # of a number: fp32 holds no larger ones
 WHOLE = 2**63  # above any whole number
-PATHS = {"output", "path", "config", "tokenizer", "chat_template", "cache_dir", "suite_folder", "task_folder", "adapter", "tuned"}
+PATHS = {"output", "path", "config", "tokenizer", "chat_template", "cache_dir", "suite_folder", "task_folder", "adapter", "tuned",
+         "llama_cpp"}
 PATHS_OR_LISTS = {"train", "eval", "data", "general", "domain"}
-EXPANDED = {"output", "chat_template", "cache_dir"}  # `~` in other paths is read where they are opened, as they may be hub names
+EXPANDED = {"output", "chat_template", "cache_dir", "llama_cpp"}  # `~` elsewhere is read where paths are opened, as they may be hub names
 QUOTED = "a pattern in quotes, as YAML takes what follows a # for a comment"
 PRINTED = {"name", "output"}  # stand in lines of logs
 MISREAD = re.compile(r"[-+]?(0[0-7_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")

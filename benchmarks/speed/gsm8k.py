@@ -27,7 +27,7 @@ from trainer.errors import UserError
 
 RUNS = {
     "full": ["--method", "full", "--optim.lr", "2e-3"],
-    "lora": ["--method", "lora", "--lora.rank", "16", "--optim.lr", "5e-3", "--export", "both"],
+    "lora": ["--method", "lora", "--lora.rank", "16", "--optim.lr", "5e-3", "--export.format", "both"],
 }
 
 

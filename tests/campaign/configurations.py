@@ -25,7 +25,7 @@ from trainer.interpolate import Interpolate
 KINDS = {"trainer.run": Config, "trainer.evaluate": EvaluationConfig, "trainer.gate": GateConfig, "trainer.interpolate": Interpolate,
          "synth.run": SynthConfig}
 MODULES = (*["trainer.run"] * 5, "trainer.evaluate", "trainer.gate", "trainer.interpolate", "synth.run")
-SLOW = {"compile", "generation.engine", "load_in_4bit", "export_check"}  # valid values that take longer than a case may
+SLOW = {"compile", "generation.engine", "load_in_4bit", "export.check"}  # valid values that take longer than a case may
 ODDITIES = ("{key}:\n", "{key}: ~\n", "{key}: !!python/object:os.system x\n", "{key}: &a [*a]\n", "{key}: *none\n", "{key}: 1\n{key}: 2\n",
             "? [a, b]\n: 1\n", "{key}: 2024-01-01\n", "{key}: 0x1F\n", "{key}: 1_000\n", "{key}: 1:30\n", "{key}: .5\n", "{key}: yes\n",
             "{key}: !!binary aGk=\n", "{key}: !!set {{a, b}}\n", "{key}: |\n  x\n  y\n", "{key}: >-\n", "\t{key}: 1\n",

@@ -41,7 +41,8 @@ def attack(dice: Random, folder: Path, material: Material) -> Verdict:
     used = ["--adapter", adapter] if of_adapter else []
     module, arguments = dice.choice((
         ("trainer.run", material.options("out", "--model.path", model, "--dry_run")),
-        ("trainer.run", material.options("out", "--model.path", model, "--max_steps", "1", "--export", dice.choice(("adapter", "both")))),
+        ("trainer.run", material.options("out", "--model.path", model, "--max_steps", "1",
+                                       "--export.format", dice.choice(("adapter", "both")))),
         ("trainer.evaluate", ["--model.path", model, *used, *of_evaluation]),
         ("trainer.interpolate", ["--model.path", model, *(used or ["--tuned", material.model]), "--output", "out"]),
         ("synth.run", ["--base.path", model, "--base.engine", "transformers", "--output", "out", "--stages", "[select]"]),

@@ -33,7 +33,7 @@ def arguments(model_folder, chats, output, *more) -> list[str]:
         "--model.path", str(model_folder), "--data.train", str(chats), "--output", str(output), "--device", "cpu",
         "--data.max_length", "128", "--batch.tokens_per_pack", "256", "--batch.tokens_per_step", "512", "--optim.lr", "5e-3",
         "--logging.tensorboard", "false", "--logging.every", "2", "--data.num_proc", "1", "--lora.rank", "4",
-        "--export_check", "false", *more]
+        "--export.check", "false", *more]
 
 
 def records(folder: Path, kind: str) -> list[dict]:

@@ -184,7 +184,7 @@ def test_mistakes_are_one_line_and_write_nothing(model_folder, adapter, pair, tm
 def test_dora_has_no_adapters_between(model_folder, tmp_path):
     adapter = made_adapter(model_folder, tmp_path / "adapter", dora=True)
     assert json.loads((adapter / "adapter_config.json").read_text())["use_dora"]
-    assert "is a DoRA adapter, which cannot be scaled; merge it (--export merged)" in refused(
+    assert "is a DoRA adapter, which cannot be scaled; merge it (--export.format merged)" in refused(
         "--model.path", model_folder, "--adapter", adapter, "--output", tmp_path / "out")
 
 

@@ -33,7 +33,7 @@ def run(*args):
 @pytest.mark.slow
 def test_a_lora_run_leaves_an_adapter_that_stock_peft_loads(model_folder, chats, tmp_path):
     result = run(model_folder, chats, tmp_path / "run", "--epochs", "3", "--data.eval_fraction", "0.1", "--eval.every", "5",
-                 "--export", "both", "--logging.tensorboard", "true")
+                 "--export.format", "both", "--logging.tensorboard", "true")
     folder = result.folder
     losses = [r["loss"] for r in records(folder, "eval")]
     assert losses[-1] < losses[0] - 0.3 and result.eval_loss == losses[-1] and result.reason == "finished"
@@ -59,7 +59,7 @@ def test_a_mixture_of_experts_says_what_its_experts_carry(chats, tmp_path, capsy
     tokenizer = tiny.tokenizer()
     mixtures.model("qwen2_moe").save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    options = ("--lora.experts", experts, "--epochs", "1", "--export", "both", "--data.eval_fraction", "0.1")
+    options = ("--lora.experts", experts, "--epochs", "1", "--export.format", "both", "--data.eval_fraction", "0.1")
     result = run(tmp_path / "model", chats, tmp_path / "run", *options)
     of_run = capsys.readouterr().out
     run(tmp_path / "model", chats, tmp_path / "dry", *options, "--dry_run")

@@ -16,7 +16,7 @@ PACKS = "samples are always packed here, and never see each other"
 ATTENTION = "attention is chosen by the installed packages, and printed"
 KERNELS = "fused kernels are used wherever the model's family has them"
 DEVICES = "start with torchrun --nproc_per_node for several GPUs; weights are not sharded"
-HUB = "a finished run is a folder; upload it with `hf upload`"
+HUB = "add --export.push_to_hub NAME to the command, once you are logged in"
 BY_STEPS = "set it in steps: {}"
 
 
@@ -78,8 +78,11 @@ def report_to(key: str, value: Any, converted: Converted) -> None:
     names = list_of(value)
     if "wandb" in names:
         converted.values.setdefault("logging.wandb_project", "steadfast")
-    if others := [name for name in names if name not in ("wandb", "tensorboard", "all", "none")]:
-        converted.note(key, others, "logs go to TensorBoard, and to Weights & Biases if logging.wandb_project is set")
+    for name, option in (("trackio", "logging.trackio_project"), ("mlflow", "logging.mlflow_experiment")):
+        if name in names:
+            converted.values[option] = "steadfast"
+    if others := [name for name in names if name not in ("wandb", "tensorboard", "trackio", "mlflow", "all", "none")]:
+        converted.note(key, others, "logs go to TensorBoard, Weights & Biases, trackio and MLflow")
 
 
 def bf16(key: str, value: Any, converted: Converted) -> None:

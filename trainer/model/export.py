@@ -170,7 +170,7 @@ def _check_loads(saved: PreTrainedModel, folder: Path, expected: Iterable[str], 
     unfit = sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])} & set(expected))
     if unfit:
         raise UserError(f"export: transformers would not find {len(unfit)} weights in the model as it was written, such as {unfit[0]}; "
-                        "use --export adapter")
+                        "use --export.format adapter")
 
 
 @torch.no_grad()

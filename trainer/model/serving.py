@@ -7,18 +7,49 @@ trained.
 
 from __future__ import annotations
 
+import shlex
+from pathlib import Path
+
 from peft import PeftModel
+from transformers.utils import CHAT_TEMPLATE_FILE
 
 from trainer.model.lora import adapted_layers, adapted_weights
 from trainer.model.mixtures import find_mixtures
 from trainer.model.vocabulary import wrappers
 
+<<<<<<< HEAD
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 512)  # the values of max_lora_rank that vLLM accepts
 PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # values of init_lora_weights that leave the base as it is
 UNKNOWN_TO_VLLM = {  # settings of a saved adapter with which vLLM refuses it, or would not compute what was trained
     "use_dora": "it is DoRA", "modules_to_save": "it trains modules whole", "trainable_token_indices": "it trains rows of the embedding",
     "lora_bias": "it has biases", "layer_replication": "it replicates layers",
     "alora_invocation_tokens": "it is Activated LoRA", "use_bdlora": "it is block-diagonal", "use_qalora": "it is QALoRA"}
+=======
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM takes for --max-lora-rank
+
+
+def vllm_rank(rank: int) -> int:
+    """Return the smallest of vLLM's ranks that holds an adapter's."""
+    return next((allowed for allowed in VLLM_RANKS if allowed >= rank), rank)
+
+
+def highest_rank(model: PeftModel) -> int:
+    """Return the highest rank that a layer's adapter has."""
+    return max((layer.r[name] for layer in adapted_weights(model.get_base_model()).values() for name in layer.active_adapters), default=0)
+
+
+def vllm_command(folder: Path, base: str | None = None, rank: int = 0, template: bool = False) -> str:
+    """Return the command that serves an exported folder: a model, or an adapter of this rank on its base.
+
+    With `template` vLLM takes the folder's chat template, where it is not the base's.
+    """
+    folder = folder.absolute()
+    words = ["vllm", "serve", str(folder if base is None else base)]
+    if base is not None:
+        words += ["--enable-lora", "--lora-modules", f"tuned={folder}", "--max-lora-rank", str(vllm_rank(rank))]
+        words += ["--chat-template", str(folder / CHAT_TEMPLATE_FILE)] if template else []
+    return shlex.join(words)
+>>>>>>> 593b7d4 (Publish and serve exports: a section of options, a model card, the hub, vLLM's command, GGUF by llama.cpp)
 
 
 def how_to_serve(model: PeftModel) -> list[str]:
@@ -26,9 +57,9 @@ def how_to_serve(model: PeftModel) -> list[str]:
     lines = []
     if wrappers(model):
         lines.append("adapter: PEFT loads it on the base with model.resize_token_embeddings(len(tokenizer)); vLLM refuses trained rows and "
-                     "modules, so it needs a merged model (--export merged)")
+                     "modules, so it needs a merged model (--export.format merged)")
     elif any(getattr(layer, "lora_variant", None) for layer in adapted_layers(model)):
-        lines.append("adapter: vLLM refuses DoRA; only a merged model can be served there (--export merged)")
+        lines.append("adapter: vLLM refuses DoRA; only a merged model can be served there (--export.format merged)")
     elif find_mixtures(base := model.get_base_model()).weights.keys() & adapted_weights(base).keys():
         lines.append("adapter: experts carry it, so vLLM needs enable_mixed_moe_lora_format, and is_3d_lora_weight in its LoRA module")
     return lines

@@ -31,7 +31,7 @@ from trainer.files import atomic_folder
 FILES = ("state.safetensors", "state.json")
 
 # Options that may differ when a run resumes: they say where results go, never what is computed.
-FREE_TO_CHANGE = {"output", "resume", "logging", "checkpoint", "export", "export_check", "dry_run", "data.num_proc", "data.cache_dir",
+FREE_TO_CHANGE = {"output", "resume", "logging", "checkpoint", "export", "dry_run", "data.num_proc", "data.cache_dir",
                   "eval.show"}
 
 

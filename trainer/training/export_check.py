@@ -76,7 +76,7 @@ def check_exports(run: TrainingRun, folders: Sequence[Path]) -> None:
             fault = f"stock classes cannot run it, {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         if fault:
             raise UserError(f"export: {folder.name}/ is not what was trained: {fault}; it is now {_put_aside(folder)}; "
-                            "report this, or use another --export")
+                            "report this, or use another --export.format")
         print(f"checked: {folder} {line}")
 
 

@@ -1,6 +1,6 @@
 """Try what the end of a run needs, before anything is trained.
 
-These are settings that can be written, a path, and space on the disk.
+These are settings that can be written, a path, space on the disk, a login at the hub, and llama.cpp's programs.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from trainer.files import temporary_folder
 from trainer.model.export import save_settings
 from trainer.model.forward import unwrap_peft
 from trainer.model.gguf import is_gguf
+from trainer.model.llama_cpp import find_tools
 from trainer.model.own_files import require_own_settings
 from trainer.model.quantization import weight_count
 from trainer.runtime.device import choose_device, compute_dtype
+from trainer.training.publish import check_login
 from trainer.training.run_folder import exports_adapter, exports_model
 
 
@@ -28,6 +30,10 @@ def try_export(config: Config, model: nn.Module, tokenizer: PreTrainedTokenizerB
 
     `secured` says that the checkpoint before the export is there. Raises UserError for what would fail after the last step.
     """
+    if config.export.push_to_hub is not None:
+        check_login("export.push_to_hub")
+    if config.export.gguf != "none":
+        find_tools(config.export)
     place = _existing(Path(config.output))
     for option, name in (("model.path", config.model.path), ("model.config", config.model.config), ("lora.path", config.lora.path),
                          ("model.tokenizer", config.model.tokenizer)):

@@ -7,18 +7,21 @@ the adapter, or as the model of a full fine-tuning.
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from trainer.errors import UserError
+from trainer.model.llama_cpp import write_gguf
 from trainer.retention import cached_base
 from trainer.runtime import checkpoint
 from trainer.runtime.interrupts import Interrupts, Stopped
 from trainer.runtime.result import Ending
 from trainer.training import run_folder, show_answers
 from trainer.training.export_check import check_exports
+from trainer.training.publish import base_folder, push
 from trainer.training.training_run import TrainingRun
 
 GO_ON = "the same command with --resume auto goes straight to the export"
@@ -47,10 +50,28 @@ def finish(run: TrainingRun, state: checkpoint.State, ending: Ending, tokenizer:
                 where = f"what was trained is in {secured}, and {GO_ON}" if secured else "what was trained is lost"
                 print(f"stopped by signal {signal.number} before the export was whole; {where}", file=sys.stderr)
         run_folder.report(run.folder)
+        if run.config.export.push_to_hub and not ending.signal and not stopped:
+            publish(run)
 
     run.dist.on_main(on_main)
     number = max(run.dist.gather(max(stopped, default=0)))
     return Ending("signal", number) if number else ending
+
+
+def publish(run: TrainingRun) -> None:
+    """Upload the adapter, or the model where there is none, to the hub.
+
+    Raises UserError, which has the command that uploads it again.
+    """
+    name, public = run.config.export.push_to_hub, run.config.export.public
+    folder = run.folder / ("adapter" if run_folder.exports_adapter(run.config) else "model")
+    try:
+        print(f"published: {push('export.push_to_hub', folder, name, public)}")
+    except UserError as error:
+        again = shlex.join(["python", "-m", "trainer.publish", str(folder), "--name", name, *(["--public"] if public else [])])
+        raise UserError(f"{error}; the export is whole, and this uploads it again: {again}") from None
+    if base := base_folder(folder):
+        print(f"WARNING: adapter_config.json names {base} as the base, which others do not have", file=sys.stderr)
 
 
 def secure(run: TrainingRun, state: checkpoint.State) -> Path | None:
@@ -78,8 +99,10 @@ def export(run: TrainingRun, state: checkpoint.State, tokenizer: PreTrainedToken
         run.optimizer.release()
         folders = run_folder.export(run.folder, run.config, run.model, tokenizer)
         show_answers.show(run.showing, run.monitor, run.folder, run.log, state.step)
-        if run.config.export_check:
+        if run.config.export.check:
             check_exports(run, folders)
+        if run.config.export.gguf != "none":
+            print(f"gguf: {write_gguf(run.folder / 'model', run.folder / 'gguf', run.config.export, run.folder.absolute().name)}")
     except Exception as error:  # whatever it is, the user has to learn that nothing is lost
         cause = str(error) if isinstance(error, UserError) else f"export: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
         where = f"what was trained is in {secured}: mend this, and {GO_ON}" if secured else "no checkpoint could be written either"

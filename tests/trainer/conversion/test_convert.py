@@ -30,7 +30,7 @@ TRL = {
     "model_name_or_path": "org/model", "dataset_name": "org/rows", "dataset_config": "small", "dataset_text_field": "body",
     "eval_strategy": "steps", "eval_steps": 50, "learning_rate": 1e-4, "lr_scheduler_type": "linear", "use_peft": True, "lora_r": 8,
     "lora_target_modules": ["q_proj", "v_proj"], "max_length": 2048, "packing": True, "per_device_train_batch_size": 4, "max_steps": -1,
-    "report_to": ["wandb", "mlflow"], "use_liger_kernel": True, "bf16": True, "save_total_limit": 1}
+    "report_to": ["wandb", "mlflow", "comet"], "use_liger_kernel": True, "bf16": True, "save_total_limit": 1}
 LLAMA_FACTORY = {
     "model_name_or_path": "org/model", "stage": "sft", "do_train": True, "finetuning_type": "lora", "quantization_bit": 4,
     "lora_target": "q_proj,v_proj", "dataset": "mine,talks", "dataset_dir": "sets", "template": "llama3", "cutoff_len": 1024,

@@ -421,8 +421,8 @@ def test_a_qlora_run_of_the_miniature_base(tmp_path, sound_bitsandbytes, capsys)
     result = run.train(parse(Config, [
         "--model.path", str(base), "--method", "qlora", "--optim.name", "adamw_8bit", "--data.train", str(domain), "--data.eval",
         str(heldout), "--output", str(tmp_path / "run"), "--data.max_length", "256", "--batch.tokens_per_pack", "256",
-        "--batch.tokens_per_step", "512", "--optim.lr", "5e-3", "--epochs", "4", "--export", "both", "--logging.tensorboard", "false",
-        "--device", "cpu", "--data.num_proc", "1"], "trainer.run"))
+        "--batch.tokens_per_step", "512", "--optim.lr", "5e-3", "--epochs", "4", "--export.format", "both",
+        "--logging.tensorboard", "false", "--device", "cpu", "--data.num_proc", "1"], "trainer.run"))
     first, *_, last = (r["loss"] for r in records(result.folder, "eval"))
     shown = capsys.readouterr().out
     assert last < 0.7 * first, (first, last)

@@ -132,7 +132,7 @@ def test_rows_of_new_tokens_alone_are_trained_and_start_as_the_mean(tmp_path):
 
 # ---------------------------------------------------------------- whole runs
 
-RUN = ("--max_steps", "4", "--export_check", "true", "--export", "both")
+RUN = ("--max_steps", "4", "--export.check", "true", "--export.format", "both")
 
 
 @pytest.fixture

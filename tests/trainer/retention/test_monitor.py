@@ -183,7 +183,7 @@ def scripted(monkeypatch):
 def test_the_best_on_the_domain_of_those_that_hold_the_floor_is_exported(data, tmp_path, scripted, capsys):
     """Need 12.8 of 16 right ones: step 2 has them, 4 learns more but misses, 6 is best, 8 learns less."""
     seen = scripted({2: (15, 2), 4: (12, 8), 6: (13, 5), 8: (16, 4)})
-    result = run(data, tmp_path / "run", "--forgetting.every", "2", "--forgetting.floor", "0.8", "--export", "both")
+    result = run(data, tmp_path / "run", "--forgetting.every", "2", "--forgetting.floor", "0.8", "--export.format", "both")
     assert result.forgetting["step"] == 6 and result.reason == "max_steps" and result.steps == 8 and result.status == 0
     assert "exporting step 6 of 8, the best of those that hold the floor: general 81.2%, 81.2% of the base's" in capsys.readouterr().out
     assert [(r["holds_floor"], r["best"]) for r in records(result.folder, "forgetting")] == [

@@ -15,7 +15,7 @@ from trainer.model import export
 from trainer.run import train
 from trainer.training import export_check, run_folder
 
-SHORT = ("--max_steps", "3", "--export_check", "true")
+SHORT = ("--max_steps", "3", "--export.check", "true")
 
 
 def run(*args):
@@ -32,13 +32,13 @@ def mixture(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [
-    ("--export", "both"), ("--export", "both", "--precision", "bf16", "--data.eval_fraction", "0.1"), ("--method", "full"),
-    ("--method", "qlora", "--export", "both")], ids=lambda options: " ".join(options))
+    ("--export.format", "both"), ("--export.format", "both", "--precision", "bf16", "--data.eval_fraction", "0.1"), ("--method", "full"),
+    ("--method", "qlora", "--export.format", "both")], ids=lambda options: " ".join(options))
 def test_what_is_right_is_said(model_folder, chats, tmp_path, capsys, options):
     run(model_folder, chats, tmp_path / "run", *SHORT, *options)
     line = r"checked: \S+/(\w+) gives the trained model's log-probs within (\S+) nats over (\d+) tokens\n"
     found = re.findall(line, capsys.readouterr().out)
-    assert [name for name, *_ in found] == (["adapter", "model"] if "--export" in options else ["model"])
+    assert [name for name, *_ in found] == (["adapter", "model"] if "--export.format" in options else ["model"])
     limit = 0.05 if "bf16" in options or "qlora" in options else 1e-5
     assert all(float(apart) < limit and int(tokens) > 100 for _, apart, tokens in found)
 
@@ -55,7 +55,7 @@ def without(part: str, names_of_base):
 def test_updates_that_the_merging_lost_are_found(mixture, chats, tmp_path, monkeypatch, part):
     monkeypatch.setattr(export, "adapted_weights", without(part, export.adapted_weights))
     with pytest.raises(UserError, match="export: model/ is not what was trained: its log-probs differ by .* what was trained is in"):
-        run(mixture, chats, tmp_path / "run", *SHORT, "--export", "merged", "--lora.experts", "true")
+        run(mixture, chats, tmp_path / "run", *SHORT, "--export.format", "merged", "--lora.experts", "true")
     assert {path.name for path in (tmp_path / "run").iterdir() if path.is_dir()} == {"model-differs", "checkpoints"}
 
 

@@ -190,7 +190,7 @@ def sampling_base(model_folder, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [("--method", "full"), ("--export", "merged")])
+@pytest.mark.parametrize("options", [("--method", "full"), ("--export.format", "merged")])
 def test_settings_of_generation_are_copied_as_they_stand(sampling_base, chats, tmp_path, options):
     run(sampling_base, chats, tmp_path / "run", *SHORT, *options)
     assert (tmp_path / "run" / "model" / "generation_config.json").read_bytes() == (sampling_base / "generation_config.json").read_bytes()
@@ -218,7 +218,7 @@ def test_what_the_export_could_not_do_is_refused_before_training(model_folder, c
         assert "GB of space for the export" in refused(model_folder, chats, tmp_path / "a", *options)
     with monkeypatch.context() as patched:
         patched.setattr("trainer.model.export.save_generation_config", fails(ValueError("GenerationConfig\nis invalid")))
-        message = refused(model_folder, chats, tmp_path / "b", *options, "--export", "both")
+        message = refused(model_folder, chats, tmp_path / "b", *options, "--export.format", "both")
         assert message.startswith("export: the settings or tokenizer of ") and "ValueError: GenerationConfig is invalid" in message
     assert not list(tmp_path.iterdir())
 
@@ -236,7 +236,8 @@ def test_exports_render_a_chat_token_for_token_as_it_was_trained(model_folder, c
     if not base_has_one:
         (base / "chat_template.jinja").unlink()
     (tmp_path / "mine.jinja").write_text(MINE)
-    options = arguments(base, chats, tmp_path / "run", *SHORT, "--data.chat_template", str(tmp_path / "mine.jinja"), "--export", "both")
+    options = arguments(base, chats, tmp_path / "run", *SHORT, "--data.chat_template", str(tmp_path / "mine.jinja"),
+                        "--export.format", "both")
     config = parse(Config, options, "trainer.run")
     train(config)
     interpolate(Interpolate(str(tmp_path / "half"), Model(path=str(base)), adapter=str(tmp_path / "run" / "adapter")))
@@ -266,7 +267,7 @@ def test_names_that_transformers_would_not_find_are_refused_before_training(mode
         return {name.replace("q_proj", "query"): tensor for name, tensor in original(model, state).items()}
 
     monkeypatch.setattr("trainer.model.export.revert_weight_conversion", misnamed)
-    message = refused(model_folder, chats, tmp_path / "run", "--dry_run", "--export", "merged", "--method", method)
+    message = refused(model_folder, chats, tmp_path / "run", "--dry_run", "--export.format", "merged", "--method", method)
     assert "export: transformers would not find 2 weights" in message
 
 
@@ -274,5 +275,5 @@ def test_names_that_transformers_would_not_find_are_refused_before_training(mode
 def test_a_quantised_gpt2_is_merged_in_its_own_layout(chats, tmp_path, capsys):
     """Its dense layers hold their weights transposed, and bitsandbytes holds them as linear layers."""
     tiny.save_model(tmp_path / "base", "gpt2")
-    run(tmp_path / "base", chats, tmp_path / "run", *SHORT, "--method", "qlora", "--export", "both", "--export_check", "true")
+    run(tmp_path / "base", chats, tmp_path / "run", *SHORT, "--method", "qlora", "--export.format", "both", "--export.check", "true")
     assert capsys.readouterr().out.count("checked: ") == 2
