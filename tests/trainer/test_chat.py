@@ -41,7 +41,8 @@ def talk(monkeypatch, capsys):
 def greedy(model, folder, messages) -> str:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True).input_ids
-    new = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=tokenizer.eos_token_id)[0, ids.shape[1]:]
+    new = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, pad_token_id=0,
+                         eos_token_id=tokenizer.eos_token_id)[0, ids.shape[1]:]
     return tokenizer.decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 

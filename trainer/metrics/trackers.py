@@ -1,4 +1,4 @@
-"""Open the trackers that a run's figures and texts go to: TensorBoard, Weights & Biases, trackio and MLflow.
+"""Open the trackers of a run's figures and texts: TensorBoard, Weights & Biases, trackio and MLflow.
 
 A tracker is two functions. All but TensorBoard are optional packages, and read the variables of the environment that they define, such as
 MLFLOW_TRACKING_URI.
