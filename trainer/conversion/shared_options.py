@@ -78,9 +78,9 @@ def report_to(key: str, value: Any, converted: Converted) -> None:
     names = list_of(value)
     if "wandb" in names:
         converted.values.setdefault("logging.wandb_project", "steadfast")
-    for name, option in (("trackio", "logging.trackio_project"), ("mlflow", "logging.mlflow_experiment")):
+    for name, ours in (("trackio", "logging.trackio_project"), ("mlflow", "logging.mlflow_experiment")):
         if name in names:
-            converted.values[option] = "steadfast"
+            converted.values[ours] = "steadfast"
     if others := [name for name in names if name not in ("wandb", "tensorboard", "trackio", "mlflow", "all", "none")]:
         converted.note(key, others, "logs go to TensorBoard, Weights & Biases, trackio and MLflow")
 

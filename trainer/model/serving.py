@@ -7,6 +7,7 @@ trained.
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 
@@ -17,39 +18,12 @@ from trainer.model.lora import adapted_layers, adapted_weights
 from trainer.model.mixtures import find_mixtures
 from trainer.model.vocabulary import wrappers
 
-<<<<<<< HEAD
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 512)  # the values of max_lora_rank that vLLM accepts
 PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # values of init_lora_weights that leave the base as it is
 UNKNOWN_TO_VLLM = {  # settings of a saved adapter with which vLLM refuses it, or would not compute what was trained
     "use_dora": "it is DoRA", "modules_to_save": "it trains modules whole", "trainable_token_indices": "it trains rows of the embedding",
     "lora_bias": "it has biases", "layer_replication": "it replicates layers",
     "alora_invocation_tokens": "it is Activated LoRA", "use_bdlora": "it is block-diagonal", "use_qalora": "it is QALoRA"}
-=======
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM takes for --max-lora-rank
-
-
-def vllm_rank(rank: int) -> int:
-    """Return the smallest of vLLM's ranks that holds an adapter's."""
-    return next((allowed for allowed in VLLM_RANKS if allowed >= rank), rank)
-
-
-def highest_rank(model: PeftModel) -> int:
-    """Return the highest rank that a layer's adapter has."""
-    return max((layer.r[name] for layer in adapted_weights(model.get_base_model()).values() for name in layer.active_adapters), default=0)
-
-
-def vllm_command(folder: Path, base: str | None = None, rank: int = 0, template: bool = False) -> str:
-    """Return the command that serves an exported folder: a model, or an adapter of this rank on its base.
-
-    With `template` vLLM takes the folder's chat template, where it is not the base's.
-    """
-    folder = folder.absolute()
-    words = ["vllm", "serve", str(folder if base is None else base)]
-    if base is not None:
-        words += ["--enable-lora", "--lora-modules", f"tuned={folder}", "--max-lora-rank", str(vllm_rank(rank))]
-        words += ["--chat-template", str(folder / CHAT_TEMPLATE_FILE)] if template else []
-    return shlex.join(words)
->>>>>>> 593b7d4 (Publish and serve exports: a section of options, a model card, the hub, vLLM's command, GGUF by llama.cpp)
 
 
 def how_to_serve(model: PeftModel) -> list[str]:
@@ -74,14 +48,29 @@ def why_vllm_refuses(settings: dict) -> str | None:
         return "it trains biases"
     if (start := settings.get("init_lora_weights")) not in PLAIN_STARTS:
         return f"it starts as {start}, which changes the base"
-    rank = _highest_rank(settings)
+    rank = highest_rank(settings)
     return f"its rank is {rank}, vLLM's highest {LORA_RANKS[-1]}" if rank > LORA_RANKS[-1] else None
 
 
 def max_lora_rank(settings: dict) -> int:
     """Return vLLM's max_lora_rank for an adapter of this saved configuration."""
-    return next(allowed for allowed in LORA_RANKS if allowed >= _highest_rank(settings))
+    return next(allowed for allowed in LORA_RANKS if allowed >= highest_rank(settings))
 
 
-def _highest_rank(settings: dict) -> int:
+def highest_rank(settings: dict) -> int:
+    """Return the highest rank that an adapter of this saved configuration gives a layer."""
     return max(settings["r"], *(settings.get("rank_pattern") or {}).values(), 0)
+
+
+def vllm_command(folder: Path, template: bool = False) -> str:
+    """Return the command that serves an exported folder: a model, or an adapter on its base.
+
+    With `template` vLLM takes an adapter's chat template, where it is not the base's.
+    """
+    folder, words = folder.absolute(), ["vllm", "serve"]
+    if not (folder / "adapter_config.json").is_file():
+        return shlex.join([*words, str(folder)])
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    words += [settings["base_model_name_or_path"], "--enable-lora", "--lora-modules", f"tuned={folder}", "--max-lora-rank",
+              str(max_lora_rank(settings))]
+    return shlex.join(words + (["--chat-template", str(folder / CHAT_TEMPLATE_FILE)] if template else []))

@@ -6,7 +6,9 @@ It says only what the run measured, and names no path of this machine.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import yaml
@@ -17,7 +19,7 @@ from trainer.config import Config
 from trainer.errors import one_line, printable
 from trainer.files import atomic_file
 from trainer.model.own_files import is_own
-from trainer.model.serving import vllm_rank
+from trainer.model.serving import highest_rank, max_lora_rank
 from trainer.report.page import duration, number
 from trainer.report.run_page import exported_state
 from trainer.report.run_records import Run
@@ -33,11 +35,15 @@ class Export:
     folder: Path
     base: str | None  # folder or hub name; None: it was trained from random weights
     config: Config
-    rank: int | None = None  # the highest of an adapter
 
     @property
     def is_adapter(self) -> bool:
-        return self.rank is not None
+        return (self.folder / "adapter_config.json").is_file()
+
+    @cached_property
+    def settings(self) -> dict:
+        """Return an adapter's saved configuration."""
+        return json.loads((self.folder / "adapter_config.json").read_text(encoding="utf-8"))
 
     @property
     def name(self) -> str:
@@ -92,7 +98,7 @@ def metadata(export: Export, run: Run, of_base: dict) -> str:
 
 def introduction(export: Export, run: Run, of_base: dict) -> str:
     """Return title and first paragraph."""
-    kind = f"A LoRA adapter of rank {export.rank}" if export.is_adapter else "A model with all its weights"
+    kind = f"A LoRA adapter of rank {highest_rank(export.settings)}" if export.is_adapter else "A model with all its weights"
     trained = ", ".join(dict.fromkeys(printable(str(source["name"])) for source in run.sources if source.get("role") == "domain"))
     of = "trained from random weights" if export.base is None else f"fine-tuned from {_linked(export)}"
     licence = of_base.get("license")
@@ -141,7 +147,7 @@ def method(export: Export, run: Run) -> str:
     """Return how it was trained."""
     config, optim, end = export.config, export.config.optim, run.end or {}
     how = {"lora": "LoRA", "qlora": "QLoRA (the base in 4 bits)", "full": "All weights"}[config.method]
-    if export.rank is not None and config.lora.path is None:
+    if export.is_adapter and config.lora.path is None:
         how += f", rank {config.lora.rank}, alpha {config.lora.alpha:g}"
     steps = f"{number(end['steps'])} steps" if "steps" in end else f"{config.epochs:g} epochs"
     took = f", {duration(end['seconds'])}" if isinstance(end.get("seconds"), float) else ""
@@ -181,7 +187,7 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 ```
 
 With vLLM, which then has the model `tuned`:
-`vllm serve {base} --enable-lora --lora-modules tuned={name} --max-lora-rank {vllm_rank(export.rank)}`.
+`vllm serve {base} --enable-lora --lora-modules tuned={name} --max-lora-rank {max_lora_rank(export.settings)}`.
 
 With Ollama: `FROM` the base and `ADAPTER .` in a Modelfile in this folder, then `ollama create NAME` (Llama, Mistral and Gemma)."""
 

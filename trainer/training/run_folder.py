@@ -6,7 +6,7 @@ import contextlib
 import json
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from torch import nn
@@ -18,11 +18,11 @@ from trainer.errors import UserError
 from trainer.files import sole_owner
 from trainer.model.export import merge_and_save, save_adapter
 from trainer.model.forward import unwrap_peft
-from trainer.model.serving import highest_rank, how_to_serve, vllm_command
+from trainer.model.serving import how_to_serve, vllm_command
 from trainer.report import answers
 from trainer.report.model_card import Export, write_card
 from trainer.report.run_page import write_report
-from trainer.report.run_records import Run, read_run
+from trainer.report.run_records import read_run
 from trainer.runtime import checkpoint
 from trainer.runtime.distributed import Distributed
 from trainer.versions import versions
@@ -80,27 +80,12 @@ def export(output: Path, config: Config, model: nn.Module, tokenizer: PreTrained
         folders.append(output / "model")
         if config.method == "qlora":
             print("model: the adapter is merged into the dequantised 4-bit weights that it was trained on")
-    write_cards(folders, config, model, read_run(output))
-    print_how_to_serve(folders, config, model)
+    base, run = None if config.model.path is None else unwrap_peft(model).name_or_path, read_run(output)
+    for folder in folders:
+        write_card(Export(folder, base, config), run)
+        lines = how_to_serve(model) if folder.name == "adapter" else []
+        print("\n".join(lines or [f"serve: {vllm_command(folder, config.data.chat_template is not None)}"]))
     return folders
-
-
-def write_cards(folders: Sequence[Path], config: Config, model: nn.Module, run: Run) -> None:
-    """Write the README.md of each exported folder."""
-    base = None if config.model.path is None else unwrap_peft(model).name_or_path
-    for folder in folders:
-        write_card(Export(folder, base, config, highest_rank(model) if folder.name == "adapter" else None), run)
-
-
-def print_how_to_serve(folders: Sequence[Path], config: Config, model: nn.Module) -> None:
-    """Print vLLM's command for each exported folder, or why it has none."""
-    for folder in folders:
-        if folder.name == "model":
-            print(f"serve: {vllm_command(folder)}")
-            continue
-        lines = how_to_serve(model)
-        command = vllm_command(folder, unwrap_peft(model).name_or_path, highest_rank(model), config.data.chat_template is not None)
-        print("\n".join(lines or [f"serve: {command}"]))
 
 
 def exports_adapter(config: Config) -> bool:
