@@ -62,15 +62,17 @@ def highest_rank(settings: dict) -> int:
     return max(settings["r"], *(settings.get("rank_pattern") or {}).values(), 0)
 
 
-def vllm_command(folder: Path, template: bool = False) -> str:
-    """Return the command that serves an exported folder: a model, or an adapter on its base.
+def vllm_line(folder: Path, template: bool = False) -> str:
+    """Return the command that serves an exported folder, a model or an adapter on its base, or why vLLM cannot.
 
     With `template` vLLM takes an adapter's chat template, where it is not the base's.
     """
     folder, words = folder.absolute(), ["vllm", "serve"]
     if not (folder / "adapter_config.json").is_file():
-        return shlex.join([*words, str(folder)])
+        return f"serve: {shlex.join([*words, str(folder)])}"
     settings = json.loads((folder / "adapter_config.json").read_text())
+    if reason := why_vllm_refuses(settings):
+        return f"adapter: vLLM refuses it, as {reason}; merge it (--export.format merged)"
     words += [settings["base_model_name_or_path"], "--enable-lora", "--lora-modules", f"tuned={folder}", "--max-lora-rank",
               str(max_lora_rank(settings))]
-    return shlex.join(words + (["--chat-template", str(folder / CHAT_TEMPLATE_FILE)] if template else []))
+    return f"serve: {shlex.join(words + (['--chat-template', str(folder / CHAT_TEMPLATE_FILE)] if template else []))}"

@@ -19,7 +19,7 @@ from trainer.config import Config
 from trainer.errors import one_line, printable
 from trainer.files import atomic_file
 from trainer.model.own_files import is_own
-from trainer.model.serving import highest_rank, max_lora_rank
+from trainer.model.serving import highest_rank, max_lora_rank, why_vllm_refuses
 from trainer.report.page import duration, number
 from trainer.report.run_page import exported_state
 from trainer.report.run_records import Run
@@ -162,9 +162,18 @@ def method(export: Export, run: Run) -> str:
     return "\n".join(["## Training", "", *lines, f"- Seed {config.seed}; {found or 'versions unknown'}."])
 
 
+def _in_vllm(export: Export) -> str:
+    """Return how vLLM serves an adapter."""
+    if reason := why_vllm_refuses(export.settings):
+        return f"vLLM cannot serve the adapter, as {reason}; merge it into the base first."
+    return ("With vLLM, which then has the model `tuned`:\n"
+            f"`vllm serve {export.base_name} --enable-lora --lora-modules tuned={export.config.export.push_to_hub or '.'} --max-lora-rank "
+            f"{max_lora_rank(export.settings)}`.")
+
+
 def use(export: Export) -> str:
     """Return how to load it: by its name on the hub, or in its folder."""
-    name, base = export.config.export.push_to_hub or ".", export.base_name
+    name = export.config.export.push_to_hub or "."
     if not export.is_adapter:
         return f"""## Use
 
@@ -186,8 +195,7 @@ model = AutoPeftModelForCausalLM.from_pretrained("{name}", dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 ```
 
-With vLLM, which then has the model `tuned`:
-`vllm serve {base} --enable-lora --lora-modules tuned={name} --max-lora-rank {max_lora_rank(export.settings)}`.
+{_in_vllm(export)}
 
 With Ollama: `FROM` the base and `ADAPTER .` in a Modelfile in this folder, then `ollama create NAME` (Llama, Mistral and Gemma)."""
 

@@ -18,7 +18,7 @@ from trainer.errors import UserError
 from trainer.files import sole_owner
 from trainer.model.export import merge_and_save, save_adapter
 from trainer.model.forward import unwrap_peft
-from trainer.model.serving import how_to_serve, vllm_command
+from trainer.model.serving import how_to_serve, vllm_line
 from trainer.report import answers
 from trainer.report.model_card import Export, write_card
 from trainer.report.run_page import write_report
@@ -84,7 +84,7 @@ def export(output: Path, config: Config, model: nn.Module, tokenizer: PreTrained
     for folder in folders:
         write_card(Export(folder, base, config), run)
         lines = how_to_serve(model) if folder.name == "adapter" else []
-        print("\n".join(lines or [f"serve: {vllm_command(folder, config.data.chat_template is not None)}"]))
+        print("\n".join(lines or [vllm_line(folder, config.data.chat_template is not None)]))
     return folders
 
 
