@@ -63,7 +63,7 @@ def highest_rank(settings: dict) -> int:
 
 
 def vllm_line(folder: Path, template: bool = False) -> str:
-    """Return the command that serves an exported folder, a model or an adapter on its base, or why vLLM cannot.
+    """Return the command that serves an exported folder, or why vLLM cannot.
 
     With `template` vLLM takes an adapter's chat template, where it is not the base's.
     """
