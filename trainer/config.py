@@ -116,13 +116,24 @@ class Lora:
     rank: int = 16  # of A and B
     alpha: float = 32.0  # the update is scaled by alpha / rank (rsLoRA: alpha / sqrt(rank))
     dropout: float = 0.0  # on the adapter's input
-    # ends of names of linear layers, a regular expression, or all-linear: all of the text decoder but routers and layers narrower than rank
+    # ends of names of linear layers, a regular expression, or all-linear: all of the text decoder but routers and layers narrower than
+    # rank; or mlp-linear: those of them that are in an MLP
     target_modules: str | list[str] = "all-linear"
     modules_to_save: list[str] = field(default_factory=list)  # embedding or head (embed_tokens, lm_head) to train whole beside the adapter
     experts: bool = False  # adapt the weights of experts too, in mixtures of experts; they are most of such a model
     rslora: bool = False  # scale by alpha / sqrt(rank)
     dora: bool = False  # also train a magnitude of each output (DoRA)
+    rank_pattern: dict[str, int] = field(default_factory=dict)  # ranks of layers by ends of names or regular expressions: {down_proj: 32}
+    alpha_pattern: dict[str, float] = field(default_factory=dict)  # their alphas, in the same form
+    # how A and B start, in PEFT's names. default: A random, B = 0; olora (arXiv 2406.01775), pissa (2404.02948) and pissa_niter_4, a fast
+    # one: from the weights of the base; eva (2410.07170): from the inputs of layers on the training data
+    init: Literal["default", "gaussian", "olora", "pissa", "pissa_niter_4", "eva"] = "default"
     path: str | None = None  # continue from this saved adapter instead of a new one
+
+    @property
+    def mutates_base(self) -> bool:
+        """Return whether what the adapter starts with is taken out of the base's weights in memory."""
+        return self.init in ("olora", "pissa", "pissa_niter_4")
 
 
 @dataclass
@@ -185,17 +196,24 @@ class Optim:
     """AdamW and its learning rate schedule."""
 
     lr: float = 2e-4  # the peak learning rate
-    name: Literal["adamw", "adamw_8bit"] = "adamw"  # adamw_8bit (bitsandbytes): moments of matrices take 2 bytes a weight, not 8
+    # adamw_8bit (bitsandbytes): moments of matrices take 2 bytes a weight, not 8; adafactor (torch's, arXiv 1804.04235): almost none, and a
+    # step moves a weight by a share of its own size, lr at most; muon (torch's, arXiv 2502.16982), for method full: orthogonal steps of the
+    # matrices in layers, as large as AdamW's, and AdamW for embeddings, head, norms and biases
+    name: Literal["adamw", "adamw_8bit", "adafactor", "muon"] = "adamw"
     weight_decay: float = 0.0  # on matrices only, never on norms and biases
     beta1: float = 0.9  # decay of the first moment
     beta2: float = 0.999  # decay of the second moment
     eps: float = 1e-8
-    lr_scheduler: Literal["constant", "linear", "cosine", "wsd"] = "cosine"  # after the warm-up
+    lr_scheduler: Literal["constant", "linear", "cosine", "cosine_with_restarts", "wsd"] = "cosine"  # after the warm-up
+    num_cycles: int = 1  # cosine_with_restarts only: times that the rate falls from its peak (arXiv 1608.03983)
     warmup_ratio: float = 0.03  # share of all steps in the linear warm-up, below 1
     warmup_steps: int = 0  # steps of the warm-up; above 0 they replace the share
     decay_ratio: float = 0.2  # wsd only: share of all steps in the final linear decay, below 1
     decay_steps: int = 0  # wsd only: steps of that decay; above 0 they replace the share
     min_lr_ratio: float = 0.1  # the schedule ends at lr times this; unused by `constant`
+    loraplus_lr_ratio: float = 1.0  # LoRA+ (arXiv 2402.12354): B learns at lr times this, A at lr; the paper takes 16 with a lower lr
+    ema_decay: float = 0.0  # above 0: what is evaluated and exported is a moving average of the weights, of which a step keeps this share
+    neftune_noise_alpha: float = 0.0  # above 0: uniform noise on embeddings while training (NEFTune, arXiv 2310.05914); 5 is usual
     max_grad_norm: float = 1.0  # clip the gradient norm to this; 0: no clipping
 
 
@@ -285,6 +303,11 @@ def validate(config: Config) -> None:
             _validate_source(option, source)
     require(bool(config.output.strip()), "output", "a folder", "none")
     _validate_model(config)
+    _validate_lora(config)
+    require(config.optim.loraplus_lr_ratio == 1 or config.method != "full", "optim.loraplus_lr_ratio", "method lora or qlora beside it",
+            "full")
+    require(config.optim.name != "muon" or config.method == "full", "optim.name", "method full beside muon, as A and B are no layers' own "
+            "matrices", config.method)
     _validate_data(config.data)
     _validate_batch(config.batch, config.data.max_length)
     require(config.replay.ratio is None or 0 <= config.replay.ratio < 1, "replay.ratio", "0 <= ratio < 1", config.replay.ratio)
@@ -333,6 +356,29 @@ def _validate_model(config: Config) -> None:
             "its own tokens alone", "lora.path")
 
 
+def _validate_lora(config: Config) -> None:
+    """Refuse options of an adapter that do not compose."""
+    lora, patterns = config.lora, config.lora.rank_pattern or config.lora.alpha_pattern
+    require(all(rank >= 1 for rank in lora.rank_pattern.values()), "lora.rank_pattern", "ranks of 1 or more", lora.rank_pattern)
+    require(all(alpha > 0 for alpha in lora.alpha_pattern.values()), "lora.alpha_pattern", "alphas above 0", lora.alpha_pattern)
+    new = config.method != "full" and lora.path is None
+    for option, is_set in (("lora.rank_pattern", lora.rank_pattern), ("lora.alpha_pattern", lora.alpha_pattern),
+                           ("lora.init", lora.init != "default")):
+        require(new or not is_set, option, "method lora or qlora, and no lora.path, beside it", "full" if config.method == "full" else
+                "lora.path")
+        require(not is_set or not lora.experts, option, "lora.experts false beside it, as PEFT has it for linear layers alone", "true")
+    needs_base = (config.retention.kl_weight > 0 or config.retention.token_weighting in ("stm", "flow") or config.retention.l2_sp > 0
+                  or bool(config.forgetting.general) or config.eval.show > 0)
+    for unfit, what in ((config.method == "qlora", "method lora"), (lora.dora, "lora.dora false"),
+                        (bool(lora.modules_to_save or config.model.new_tokens), "no lora.modules_to_save and model.new_tokens"),
+                        (lora.rslora and bool(patterns), "no lora.rslora with patterns"),
+                        (needs_base, "nothing that runs the base (KL, stm, flow, l2_sp, forgetting.general, eval.show)")):
+        require(not (lora.mutates_base and unfit), "lora.init", f"{what} beside {lora.init}, which takes its start out of the base's "
+                "weights; choose default, or eva", lora.init)
+    require(lora.init != "eva" or not (lora.dora or config.replay_search.enabled), "lora.init", "no lora.dora or replay_search beside eva",
+            lora.init)
+
+
 def _validate_data(data: Data) -> None:
     require(bool(data.train), "data.train", "at least one file, folder or hub data set", "none")
     require(data.max_length >= 2, "data.max_length", "2 tokens or more", data.max_length)
@@ -356,6 +402,12 @@ def _validate_optim(optim: Optim) -> None:
         require(0 <= ratio < 1, f"optim.{name}_ratio", f"0 <= ratio < 1; for a number of steps set optim.{name}_steps", ratio)
         require(steps >= 0, f"optim.{name}_steps", f"1 or more, or 0 to use optim.{name}_ratio", steps)
     require(0 <= optim.beta1 < 1 and 0 <= optim.beta2 < 1, "optim.beta1, optim.beta2", "0 <= beta < 1", (optim.beta1, optim.beta2))
+    require(optim.loraplus_lr_ratio > 0, "optim.loraplus_lr_ratio", "above 0", optim.loraplus_lr_ratio)
+    require(0 <= optim.ema_decay < 1, "optim.ema_decay", "0 <= decay < 1", optim.ema_decay)
+    require(optim.neftune_noise_alpha >= 0, "optim.neftune_noise_alpha", "0 or more", optim.neftune_noise_alpha)
+    require(optim.num_cycles == 1 or optim.lr_scheduler == "cosine_with_restarts", "optim.num_cycles",
+            "optim.lr_scheduler cosine_with_restarts beside it", optim.lr_scheduler)
+    require(optim.num_cycles >= 1, "optim.num_cycles", "1 or more", optim.num_cycles)
     require(optim.eps > 0, "optim.eps", "above 0", optim.eps)
     require(optim.weight_decay >= 0, "optim.weight_decay", "0 or more", optim.weight_decay)
     require(optim.weight_decay * optim.lr <= 1, "optim.weight_decay", f"at most 1 / optim.lr = {1 / optim.lr:g}, at which a step ends at 0",

@@ -10,11 +10,14 @@ import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
@@ -29,7 +32,7 @@ from trainer.model.checkpoint_rest import add_rest, base_file, rest_names
 from trainer.model.linear_layers import base_modules, base_name
 from trainer.model.locate import one_line_errors
 from trainer.model.lora import adapted_weights, projection, why_not_fused
-from trainer.model.peft_targets import make_loadable
+from trainer.model.peft_targets import make_loadable, targets_as_given
 from trainer.model.quantization import is_quantized, nf4_of, quantized_layers
 from trainer.model.vocabulary import with_trained_rows
 
@@ -40,10 +43,26 @@ def save_adapter(model: PeftModel, folder: Path | str, tokenizer: PreTrainedToke
     The adapter names its base model as it was loaded: an absolute path, or a hub name.
     """
     with atomic_folder(folder) as tmp:
-        model.save_pretrained(tmp, save_embedding_layers=False)  # rows and modules that train are saved in any case
+        if getattr(model, "start", None) is None:
+            model.save_pretrained(tmp, save_embedding_layers=False)  # rows and modules that train are saved in any case
+        else:
+            _save_change(model, tmp)
         make_loadable(model.get_base_model(), tmp)
         if tokenizer is not None:
             tokenizer.save_pretrained(tmp)
+
+
+def _save_change(model: PeftModel, folder: Path) -> None:
+    """Save what training changed of an adapter that started from the base's weights, by PEFT's conversion.
+
+    The base in memory lacks that start, the base that others load does not: B A - B0 A0 is an adapter of twice the rank on it.
+    """
+    with TemporaryDirectory(dir=folder) as work:
+        start = Path(work) / "start"
+        start.mkdir()
+        save_file({name: tensor.contiguous() for name, tensor in model.start.items()}, start / SAFETENSORS_WEIGHTS_NAME)
+        with targets_as_given():
+            model.save_pretrained(folder, save_embedding_layers=False, path_initial_model_for_weight_conversion=str(start))
 
 
 def merge_and_save(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path | str) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +32,7 @@ from kernels.lora import Lora, lora_linear, lora_qkv
 from kernels.nf4 import Nf4
 from trainer import config
 from trainer.errors import UserError
-from trainer.model.linear_layers import base_name
+from trainer.model.linear_layers import base_name, linear_layers, outputs_and_inputs
 from trainer.model.lora_targets import choose_targets, describe_left_out
 from trainer.model.mixtures import find_mixtures
 from trainer.model.peft_targets import as_loaded, as_modules, targets_as_given
@@ -59,16 +60,43 @@ def add_adapter(model: PreTrainedModel, lora: config.Lora, new_ids: Sequence[int
     if lora.path is not None:
         return _load_adapter(model, lora.path)
     _check_numbers(lora)
+    for option in ("rank_pattern", "alpha_pattern"):
+        require_bounded(f"lora.{option}", [*getattr(lora, option)], [name for name, _ in model.named_modules()])
     targets = choose_targets(model.requires_grad_(False), lora)
+    _check_patterns(model, targets.modules, lora)
+    from_weights = lora.mutates_base and model.device.type != "meta"
     vocabulary = trained_vocabulary(model, lora, list(new_ids))
     alpha = int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha  # readers of the JSON expect an int
     with targets_as_given():
         adapted = get_peft_model(model, LoraConfig(
             task_type="CAUSAL_LM", r=lora.rank, lora_alpha=alpha, lora_dropout=lora.dropout, target_modules=targets.modules,
-            target_parameters=targets.parameters or None, use_rslora=lora.rslora, use_dora=lora.dora, **vocabulary,
+            target_parameters=targets.parameters or None, use_rslora=lora.rslora, use_dora=lora.dora, rank_pattern=lora.rank_pattern,
+            alpha_pattern=lora.alpha_pattern, **vocabulary,
+            init_lora_weights=lora.init if from_weights or lora.init == "gaussian" else True,
         ))
     adapted.left_out = targets.left_out
+    if from_weights:  # the base lacks it now, so an export subtracts it
+        start = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+        adapted.start = {name: tensor.detach().to("cpu", copy=True) for name, tensor in start.items()}
     return adapted
+
+
+def _check_patterns(model: PreTrainedModel, modules: str | list[str], lora: config.Lora) -> None:
+    """Refuse patterns of ranks and alphas that match no layer with an adapter.
+
+    Refuse ranks above the smaller side of a layer too.
+    """
+    adapted = {name: layer for name, layer in linear_layers(model).items()
+               if any(f".{name}".endswith(f".{end}") for end in ([modules] if isinstance(modules, str) else modules))}
+    for option, pattern in [*(("rank_pattern", pattern) for pattern in lora.rank_pattern),
+                            *(("alpha_pattern", pattern) for pattern in lora.alpha_pattern)]:
+        matched = [name for name in adapted if re.fullmatch(rf"(.*\.)?({pattern})", name)]
+        if not matched:
+            raise UserError(f"lora.{option}: no layer with an adapter matches {pattern!r}; name ends of their names, such as "
+                            f"{next(iter(adapted), 'q_proj').rpartition('.')[2]}")
+        smallest = min(matched, key=lambda name: min(outputs_and_inputs(adapted[name])))
+        if option == "rank_pattern" and lora.rank_pattern[pattern] > (size := min(outputs_and_inputs(adapted[smallest]))):
+            raise UserError(f"lora.rank_pattern: expected at most {size}, the smaller side of {smallest}, got {lora.rank_pattern[pattern]}")
 
 
 def _check_numbers(lora: config.Lora) -> None:

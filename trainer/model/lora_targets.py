@@ -30,6 +30,9 @@ from trainer.patterns import bounded
 OUTSIDE = "outside the text decoder"
 NARROW = "narrower than lora.rank"
 IDLE = "without a gradient"
+MLP = re.compile(r"(^|\.)(mlp|feed_forward|ffn|ff|shared_experts?|shared_mlp|block_sparse_moe)\.|"
+                 r"(^|\.)(fc1|fc2|gate_proj|up_proj|down_proj)$")  # names of layers
+PRESETS = ("all-linear", "mlp-linear")  # which leave out in silence what can take no adapter
 SHOWN = 4  # kinds of layers that a line names for one reason
 
 
@@ -63,13 +66,15 @@ def choose_targets(model: PreTrainedModel, lora: config.Lora) -> Targets:
 def match_targets(model: PreTrainedModel, targets: str | list[str], mixtures: Mixtures) -> dict[str, nn.Module]:
     """Return the linear layers that `lora.target_modules` names.
 
-    A list holds ends of names, a string is a regular expression for whole names. Raises UserError for targets that match nothing, the
-    head, or anything but linear layers.
+    A list holds ends of names, a string is a preset or a regular expression for whole names. Raises UserError for targets that match
+    nothing, the head, or anything but linear layers.
     """
     head = head_layer(model)
     linear = {name: layer for name, layer in linear_layers(model).items() if layer is not head}
     if targets == "all-linear":
         return linear
+    if targets == "mlp-linear":
+        return _in_mlps(linear)
     modules = {name: module for name, module in model.named_modules() if name}
     matched = _match_pattern(modules, targets, linear) if isinstance(targets, str) else _match_ends(modules, targets, linear, mixtures)
     for name, module in matched.items():
@@ -79,6 +84,14 @@ def match_targets(model: PreTrainedModel, targets: str | list[str], mixtures: Mi
             raise UserError("lora.target_modules: expected linear layers, "
                             f"but {targets!r} matches {name}, a {type(module).__name__}")
     return matched
+
+
+def _in_mlps(linear: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Return the linear layers of MLPs, by their names; not those of attention and other mixers."""
+    found = {name: layer for name, layer in linear.items() if MLP.search(name)}
+    if not found:
+        raise UserError(f"lora.target_modules: mlp-linear finds no MLP; write a list of ends of names, of: {_last_parts(linear)}")
+    return found
 
 
 def _match_pattern(modules: dict[str, nn.Module], pattern: str, linear: Iterable[str]) -> dict[str, nn.Module]:
@@ -120,7 +133,7 @@ def _choose_layers(model: PreTrainedModel, layers: dict[str, nn.Module], mixture
     unfit = {OUTSIDE: layers.keys() - inside.keys()} | _unfit(inside, model, mixtures, lora)
     for reason, names in unfit.items():
         if found := [name for name in layers if name in names]:
-            if lora.target_modules != "all-linear" and reason != OUTSIDE:
+            if lora.target_modules not in PRESETS and reason != OUTSIDE:
                 _refuse(reason, found[0], layers[found[0]], lora)
             left_out[reason] = found
             layers = {name: layer for name, layer in layers.items() if name not in names}
@@ -129,7 +142,7 @@ def _choose_layers(model: PreTrainedModel, layers: dict[str, nn.Module], mixture
 
 def _unfit(layers: dict[str, nn.Module], model: PreTrainedModel, mixtures: Mixtures, lora: config.Lora) -> dict[str, set[str]]:
     """Return the names of layers that take no adapter, by the reason."""
-    every, needs_module = lora.target_modules == "all-linear", lora.dropout > 0 or lora.dora
+    every, needs_module = lora.target_modules in PRESETS, lora.dropout > 0 or lora.dora
     return {
         "routers and gates": {name for name in layers if every and (name in mixtures.routers or re.search(r"(^|[._])router", name))},
         "more than linear layers": {name for name, layer in layers.items() if not is_linear_map(layer)},

@@ -13,7 +13,8 @@ norm is not finite changes nothing, and the host never waits for the device.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from trainer.config import Optim
 from trainer.errors import UserError
 from trainer.optim.adamw_8bit import AdamW8bit
+from trainer.optim.per_matrix import Adafactor, Muon
 
 ALIGNMENT = 32  # elements: every weight starts on a 128-byte boundary, as in a tensor of its own
 SMALL = 1 << 18  # elements of the largest parameter whose gradient waits for the others
@@ -41,8 +43,18 @@ class FlatGroup:
         self.small: list[tuple[nn.Parameter, Tensor]] = []  # parameters whose gradients are collected, and where to
         self.low_precision: list[nn.Parameter] = []  # parameters that are not fp32
         self.low_precision_masters: list[Tensor] = []
-        for p, offset in zip(parameters, offsets):
-            self._attach(p, slice(offset, offset + p.numel()))
+        self.spans = [slice(offset, offset + p.numel()) for p, offset in zip(parameters, offsets)]
+        for p, span in zip(parameters, self.spans):
+            self._attach(p, span)
+
+    def views(self) -> list[nn.Parameter]:
+        """Return the masters of the parameters, in their shapes, each with its gradient."""
+        found = []
+        for p, span in zip(self.parameters, self.spans):
+            view = nn.Parameter(self.master.data[span].view_as(p))
+            view.grad = self.master.grad[span].view_as(p)
+            found.append(view)
+        return found
 
     @torch.no_grad()
     def _attach(self, p: nn.Parameter, span: slice) -> None:
@@ -131,20 +143,43 @@ def check_layout(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) 
             raise ValueError(f"expected {wanted} for the tensor {name}, got {found}")
 
 
-class FlatAdamW:
-    """AdamW (arXiv 1711.05101) on a model's trainable parameters, with weight decay on matrices only."""
+def grouped(trainable: Iterable[nn.Parameter], optim: Optim, apart: Collection[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Divide parameters into those with 8-bit moments, other matrices, and vectors.
 
-    def __init__(self, parameters: Iterable[nn.Parameter], optim: Optim):
+    Of each kind those `apart` are by themselves. None of the lists are empty.
+    """
+    kinds: dict[tuple[int, bool], list[nn.Parameter]] = {(kind, is_apart): [] for kind in range(3) for is_apart in (False, True)}
+    ids = {id(p) for p in apart}
+    for p in trainable:
+        kinds[0 if has_8bit_moments(p, optim) else 1 if p.ndim >= 2 else 2, id(p) in ids].append(p)
+    return [kind for kind in kinds.values() if kind]
+
+
+def new_update(group: FlatGroup, optim: Optim, is_apart: bool) -> FusedAdamW | AdamW8bit | Muon | Adafactor:
+    """Return what updates a group's master."""
+    weight_decay = optim.weight_decay if group.parameters[0].ndim >= 2 else 0.0
+    if optim.name == "adafactor" or optim.name == "muon" and is_apart:
+        return (Adafactor if optim.name == "adafactor" else Muon)(group.views(), weight_decay, optim)
+    return (AdamW8bit if has_8bit_moments(group.parameters[0], optim) else FusedAdamW)(group.master, weight_decay, optim)
+
+
+class FlatAdamW:
+    """AdamW (arXiv 1711.05101) on a model's trainable parameters, with weight decay on matrices only.
+
+    Parameters `apart` are those that LoRA+ or Muon treats otherwise (`trainer.optim.apart`).
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], optim: Optim, apart: Collection[nn.Parameter] = ()):
         trainable = [p for p in parameters if p.requires_grad]
         if not trainable:
             raise UserError("nothing to train: expected at least one trainable weight, found none; check lora.target_modules")
-        large = [p for p in trainable if has_8bit_moments(p, optim)]
-        matrices = [p for p in trainable if p.ndim >= 2 and not has_8bit_moments(p, optim)]
-        vectors = [p for p in trainable if p.ndim < 2]
-        groups_8bit = [FlatGroup(large, AdamW8bit.BLOCK)] if large else []  # aligned, so that no two weights share a scale
-        self.groups = groups_8bit + [FlatGroup(parameters) for parameters in (matrices, vectors) if parameters]
-        self.updates = [(AdamW8bit if group in groups_8bit else FusedAdamW)(
-            group.master, optim.weight_decay if group.parameters[0].ndim >= 2 else 0.0, optim) for group in self.groups]
+        self.groups = [FlatGroup(kind, AdamW8bit.BLOCK if has_8bit_moments(kind[0], optim) else ALIGNMENT)  # no two weights share a scale
+                       for kind in grouped(trainable, optim, apart)]
+        are_apart = [any(group.parameters[0] is p for p in apart) for group in self.groups]
+        self.updates = [new_update(group, optim, is_apart) for group, is_apart in zip(self.groups, are_apart)]
+        self.rates = [optim.loraplus_lr_ratio if is_apart else 1.0 for is_apart in are_apart]
+        self.ema_decay = optim.ema_decay
+        self.averages = [group.master.detach().clone() for group in self.groups] if optim.ema_decay else []
         self.max_norm = optim.max_grad_norm
         self.l2_sp = 0.0
         self.whole = True  # no update is under way
@@ -186,11 +221,36 @@ class FlatAdamW:
         divisor = (norm / self.max_norm).clamp(min=1.0) if self.max_norm > 0 else None
         for group, start in zip(self.groups, self.start_masters):
             group.master.data.lerp_(start, lr * self.l2_sp * finite.float())
-        for update in self.updates:
-            update.step(lr, finite, divisor)
+        for update, rate in zip(self.updates, self.rates):
+            update.step(lr * rate, finite, divisor)
+        for average, group in zip(self.averages, self.groups):
+            average.lerp_(group.master.data, (1 - self.ema_decay) * finite.float())
         self.publish()
         self.whole = True
         return norm
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Put the moving average into the weights inside this context, if there is one (`optim.ema_decay`)."""
+        self._swap_averages()
+        try:
+            yield
+        finally:
+            self._swap_averages()
+
+    @torch.no_grad()
+    def _swap_averages(self) -> None:
+        for average, group in zip(self.averages, self.groups):
+            last = group.master.data.clone()
+            group.master.data.copy_(average)
+            average.copy_(last)
+        if self.averages:
+            self.publish()
+
+    def keep_average(self) -> None:
+        """Put the moving average into the weights for good; no step may follow."""
+        self._swap_averages()
+        self.averages = []
 
     @torch.no_grad()
     def release(self) -> None:
@@ -210,13 +270,16 @@ class FlatAdamW:
         tensors = {}
         for i, (group, update) in enumerate(zip(self.groups, self.updates)):
             tensors |= {f"{i}.master": group.master.data} | {f"{i}.{name}": value for name, value in update.state().items()}
-        return tensors
+        return tensors | {f"{i}.average": average for i, average in enumerate(self.averages)}
 
     @torch.no_grad()
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Restore the tensors of `state`. Raises ValueError, and changes nothing, if their layout differs."""
         check_layout(tensors, {f"{i}.{name}": like for i, (group, update) in enumerate(zip(self.groups, self.updates))
-                               for name, like in {"master": group.master, **update.layout()}.items()})
+                               for name, like in {"master": group.master, **update.layout()}.items()}
+                     | {f"{i}.average": average for i, average in enumerate(self.averages)})
+        for i, average in enumerate(self.averages):
+            average.copy_(tensors[f"{i}.average"])
         for i, (group, update) in enumerate(zip(self.groups, self.updates)):
             group.master.data.copy_(tensors[f"{i}.master"])
             update.load_state({name: tensors[f"{i}.{name}"] for name in update.STATE})

@@ -19,7 +19,9 @@ def learning_rate(step: int, total: int, optim: Optim) -> float:
         return optim.lr
     start = max(warmup, total - _steps(optim.decay_ratio, optim.decay_steps, total)) if optim.lr_scheduler == "wsd" else warmup
     progress = min(1.0, max(0.0, (step + 1 - start) / max(1, total - start)))
-    remaining = 0.5 * (1 + math.cos(math.pi * progress)) if optim.lr_scheduler == "cosine" else 1 - progress
+    if optim.lr_scheduler == "cosine_with_restarts":
+        progress = progress * optim.num_cycles % 1.0 if progress < 1 else 1.0
+    remaining = 0.5 * (1 + math.cos(math.pi * progress)) if optim.lr_scheduler.startswith("cosine") else 1 - progress
     return optim.lr * (optim.min_lr_ratio + (1 - optim.min_lr_ratio) * remaining)
 
 

@@ -24,16 +24,18 @@ from trainer.model import lora, quantization, router_balance, text_part
 from trainer.model.bitsandbytes_cpu_check import refuse_misread_layers
 from trainer.model.forward import apply_activation_checkpointing, padding_for, unwrap_peft
 from trainer.model.loading import load_model, weights_fingerprint
+from trainer.model.neftune import add_noise
 from trainer.model.patch import PatchReport, patch
 from trainer.model.vocabulary import new_tokens
 from trainer.optim.adamw import FlatAdamW
+from trainer.optim.apart import apart
 from trainer.retention import cached_base, kl, monitor, token_weighting
 from trainer.retention.kl import KlToBase
 from trainer.retention.monitor import ForgettingMonitor
 from trainer.runtime import checkpoint
 from trainer.runtime.device import compute_dtype, dtype_name, fast_bf16
 from trainer.runtime.distributed import Distributed
-from trainer.training import run_folder, show_answers
+from trainer.training import lora_start, run_folder, show_answers
 from trainer.training.export_trial import try_export
 from trainer.training.loader import StepLoader
 from trainer.training.training_run import TrainingRun
@@ -60,6 +62,8 @@ def build(config: Config, data: TrainingData, device: torch.device, dist: Distri
     model, patched = build_model(config, device)
     ended = config.resume != "never" and checkpoint.has_ended(checkpoint.newest(output / "checkpoints"))
     dist.on_main(lambda: try_export(config, model, tokenizer, ended))
+    if config.lora.init == "eva" and not ended:
+        print_lines([lora_start.from_inputs(model, data.samples, device)])
     balance = router_balance.prepare(config.router_aux_loss_coef, model)
     identity = run_identity(config, data, items, dist)
     base = (BaseMeasurements(data.samples, None, monitor.unscored(config, items, model, data.template), []) if ended else
@@ -110,6 +114,7 @@ def build_model(config: Config, device: torch.device) -> tuple[nn.Module, PatchR
     refuse_misread_layers(lora.unfused_layers(model, config.model.fused_kernels))
     patched.backends |= text_part.describe(unwrap_peft(model)) | quantization.describe(model) | lora.describe(model)
     apply_activation_checkpointing(model, config.activation_checkpointing)
+    add_noise(model, config.optim.neftune_noise_alpha)
     return model, patched
 
 
@@ -147,7 +152,7 @@ def measure_base(config: Config, data: TrainingData, items: Sequence[ItemFile], 
 
 def build_optimizer(config: Config, model: nn.Module, dist: Distributed) -> FlatAdamW:
     """Make the optimizer, give all ranks the weights of rank 0, and note where L2-SP pulls them back to."""
-    optimizer = FlatAdamW(model.parameters(), config.optim)
+    optimizer = FlatAdamW(model.parameters(), config.optim, apart(model, config))
     dist.broadcast([group.master.data for group in optimizer.groups])
     optimizer.publish()
     optimizer.enable_l2_sp(config.retention.l2_sp)

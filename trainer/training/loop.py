@@ -82,6 +82,8 @@ def _fit(run: TrainingRun, state: checkpoint.State, interrupts: Interrupts, mete
         log_interval(run, state, meter)  # an early stop comes between log steps
     ending = ended(run, state, received)
     state.ended = None if ending.signal else ending.reason
+    if state.ended:
+        run.optimizer.keep_average()
     log_end(run, state, ending, totals, time.perf_counter() - begun, meter)
     return ending
 

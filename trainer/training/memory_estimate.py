@@ -13,6 +13,7 @@ mixers without attention (state spaces, linear attention) more than that.
 from __future__ import annotations
 
 import math
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, fields
 
 import torch
@@ -22,7 +23,7 @@ from transformers import PreTrainedModel
 from kernels import serving
 from kernels.attention import KEEP
 from kernels.linear_cross_entropy import rows_per_chunk
-from trainer.config import Config
+from trainer.config import Config, Optim
 from trainer.model.attention_shapes import attention_shapes
 from trainer.model.experts import expert_share, expert_weights
 from trainer.model.forward import lm_head, unwrap_peft
@@ -32,6 +33,8 @@ from trainer.model.quantization import bytes_per_weight, layers_to_quantize
 from trainer.model.text_part import head_layer
 from trainer.optim.adamw import has_8bit_moments
 from trainer.optim.adamw_8bit import AdamW8bit
+from trainer.optim.apart import apart
+from trainer.optim.per_matrix import Adafactor, Muon
 
 
 @dataclass(frozen=True)
@@ -39,9 +42,9 @@ class MemoryEstimate:
     """Bytes on the device, by use."""
 
     weights: float  # QLoRA: 4-bit codes, scales, and the largest layer dequantised; full fine-tuning with a KL: the frozen copy too
-    masters: float  # fp32 copies of trained weights of lower precision; with retention.l2_sp, a copy of the initial weights too
+    masters: float  # fp32 copies of trained weights of lower precision; also of their start (retention.l2_sp) and average (optim.ema_decay)
     gradients: float
-    moments: float  # AdamW's two, with the scales of 8-bit ones
+    moments: float  # AdamW's two, with the scales of 8-bit ones, or what another optimizer keeps
     activations: float  # of one pack
     loss: float  # of one pack; with cached base states, those of this step and the next too, at most
 
@@ -70,12 +73,20 @@ def estimate(model: nn.Module, config: Config, dtype: torch.dtype, device: torch
     states = 2 * config.batch.tokens_per_step * head.weight.shape[1] * width if cached else 0
     return MemoryEstimate(
         weights=frozen_bytes(model, config, width) + trained * (4 if adapter else width) + copied * width,
-        masters=(0 if adapter or width == 4 else trained * 4) + (trained * 4 if config.retention.l2_sp else 0),
+        masters=(0 if adapter or width == 4 else trained * 4) + trained * 4 * (bool(config.retention.l2_sp) + bool(config.optim.ema_decay)),
         gradients=trained * 4,
-        moments=sum(p.numel() * (AdamW8bit.BYTES_PER_ELEMENT if has_8bit_moments(p, config.optim) else 8) for p in trainable),
+        moments=moment_bytes(trainable, {id(p) for p in apart(model, config)}, config.optim),
         activations=activation_bytes(model, config.batch.tokens_per_pack, width, config.activation_checkpointing, device),
         loss=loss_bytes(model, config.batch.tokens_per_pack, dtype, device) + states,
     )
+
+
+def moment_bytes(trainable: Iterable[Tensor], apart_ids: Container[int], optim: Optim) -> float:
+    """Return the bytes of the optimizer's states; those of weights `apart` are Muon's."""
+    if optim.name == "adafactor":
+        return sum(4 * sum(state.numel() for state in Adafactor.first_state(p.to("meta")).values()) for p in trainable)
+    return sum(p.numel() * (AdamW8bit.BYTES_PER_ELEMENT if has_8bit_moments(p, optim) else
+                            Muon.BYTES_PER_ELEMENT if optim.name == "muon" and id(p) in apart_ids else 8) for p in trainable)
 
 
 def frozen_bytes(model: nn.Module, config: Config, width: int) -> float:

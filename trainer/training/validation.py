@@ -43,7 +43,8 @@ def evaluate(run: TrainingRun, state: checkpoint.State, meter: Meter) -> None:
     Raises NotFinite if it is not finite.
     """
     with meter.paused():
-        loss, tokens = eval_loss(run.model, run.eval_set, run.device, run.dist)
+        with run.optimizer.averaged():
+            loss, tokens = eval_loss(run.model, run.eval_set, run.device, run.dist)
         if not np.isfinite(loss):
             raise NotFinite(f"step {state.step}: expected a finite eval loss, got {loss}; lower optim.lr, or look at "
                             "the samples of data.eval")
@@ -58,7 +59,7 @@ def evaluate(run: TrainingRun, state: checkpoint.State, meter: Meter) -> None:
 
 def measure_forgetting(run: TrainingRun, state: checkpoint.State, meter: Meter) -> None:
     """Score general and domain items into the log and `state`; keep the best weights so far."""
-    with meter.paused():
+    with meter.paused(), run.optimizer.averaged():
         needs_loss = run.eval_set and run.monitor.needs_eval_loss
         loss = eval_loss(run.model, run.eval_set, run.device, run.dist)[0] if needs_loss else None
         run.dist.on_main(lambda: run.monitor.measure(state, run.optimizer, loss, run.plan.total, run.log))
