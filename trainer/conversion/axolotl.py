@@ -90,6 +90,7 @@ TABLE: Table = {
     "lora_target_linear": option("lora.target_modules", lambda value: "all-linear"), "lora_target_modules": shared_options.targets,
     "lora_modules_to_save": option("lora.modules_to_save", shared_options.list_of), "lora_model_dir": option("lora.path", str),
     "peft_use_dora": option("lora.dora", bool), "peft_use_rslora": option("lora.rslora", bool),
+    "peft_init_lora_weights": shared_options.adapter_start, "loraplus_lr_ratio": option("optim.loraplus_lr_ratio", float),
     "datasets": datasets, "test_datasets": datasets, "val_set_size": shared_options.validation_share,
     "train_on_inputs": option("data.train_on", lambda value: "all"), "tokens": new_tokens,
     "chat_template": note("the tokenizer's own template is used; data.chat_template names a Jinja file"),

@@ -35,6 +35,10 @@ def bits(key: str, value: Any, converted: Converted) -> None:
         converted.note(key, value, "a base is dense, or in 4 bits with method qlora")
 
 
+def pissa(key: str, value: Any, converted: Converted) -> None:
+    converted.values["lora.init"] = "pissa_niter_4"  # their default has 16 iterations
+
+
 def stage(key: str, value: Any, converted: Converted) -> None:
     if value == "pt":
         converted.notes.append("stage: pt: rows must be texts (a column text), which are trained on whole")
@@ -48,7 +52,7 @@ TABLE: Table = {
     "lora_rank": option("lora.rank", int), "lora_alpha": option("lora.alpha", float), "lora_dropout": option("lora.dropout", float),
     "lora_target": shared_options.targets, "additional_target": option("lora.modules_to_save", shared_options.list_of),
     "use_dora": option("lora.dora", bool), "use_rslora": option("lora.rslora", bool),
-    "loraplus_lr_ratio": note("both matrices of an adapter have the same learning rate here"), "pissa_init": note("not here"),
+    "loraplus_lr_ratio": option("optim.loraplus_lr_ratio", float), "pissa_init": pissa,
     "template": note("the tokenizer's own template is used; data.chat_template names a Jinja file"),
     "enable_thinking": option("data.template_kwargs", lambda value: {"enable_thinking": bool(value)}),
     "train_on_prompt": option("data.train_on", lambda value: "all"), "mask_history": option("data.train_on", lambda value: "last"),
@@ -58,12 +62,13 @@ TABLE: Table = {
     "use_eaft_loss": option("retention.token_weighting", lambda value: "eaft"),
     "flash_attn": note(ATTENTION), "use_unsloth": note(KERNELS), "enable_liger_kernel": note(KERNELS), "use_v1_kernels": note(KERNELS),
     "use_kt": note(KERNELS), "neat_packing": note(PACKS), "new_special_tokens": option("model.new_tokens", shared_options.list_of),
-    **dict.fromkeys(("use_galore", "use_badam", "use_apollo", "use_muon", "use_adam_mini"), note(NO_OPTIMIZER)),
+    **dict.fromkeys(("use_galore", "use_badam", "use_apollo", "use_adam_mini"), note(NO_OPTIMIZER)),
+    "use_muon": option("optim.name", lambda value: "muon"),
     "add_tokens": option("model.new_tokens", shared_options.list_of), "streaming": note("data are read once into memory-mapped files"),
     **shared_options.without_effect(
         "dataset", "dataset_dir", "eval_dataset", "cutoff_len", "max_samples", "overwrite_cache", "packing", "plot_loss",
         "disable_gradient_checkpointing", "quantization_method", "double_quantization", "ray_run_name", "resize_vocab",
-        "cache_dir", "tokenized_path"),
+        "cache_dir", "tokenized_path", "pissa_iter", "pissa_convert"),
 }
 
 

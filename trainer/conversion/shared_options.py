@@ -9,9 +9,9 @@ from trainer.conversion.rules import Converted, Rule, choice, is_set, note, opti
 
 OPTIMIZERS = {name: "adamw" for name in ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw", "adamw_apex_fused", "adamw_torch_8bit")} \
     | {name: "adamw_8bit" for name in ("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit")} \
-    | {name: "adamw" for name in ("paged_adamw_32bit", "paged_adamw")}
-SCHEDULES = {"cosine": "cosine", "cosine_with_min_lr": "cosine", "linear": "linear", "constant": "constant",
-             "constant_with_warmup": "constant", "warmup_stable_decay": "wsd"}
+    | {name: "adamw" for name in ("paged_adamw_32bit", "paged_adamw")} | {"muon": "muon"}
+SCHEDULES = {"cosine": "cosine", "cosine_with_restarts": "cosine_with_restarts", "cosine_with_min_lr": "cosine", "linear": "linear",
+             "constant": "constant", "constant_with_warmup": "constant", "warmup_stable_decay": "wsd"}
 PACKS = "samples are always packed here, and never see each other"
 ATTENTION = "attention is chosen by the installed packages, and printed"
 KERNELS = "fused kernels are used wherever the model's family has them"
@@ -85,6 +85,16 @@ def report_to(key: str, value: Any, converted: Converted) -> None:
         converted.note(key, others, "logs go to TensorBoard, Weights & Biases, trackio and MLflow")
 
 
+def adapter_start(key: str, value: Any, converted: Converted) -> None:
+    """Set how an adapter starts, in PEFT's names."""
+    names = {True: None, "gaussian": "gaussian", "eva": "eva", "olora": "olora", "pissa": "pissa"}
+    name = "pissa_niter_4" if str(value).startswith("pissa_niter_") else names.get(value, "")
+    if name:
+        converted.values["lora.init"] = name
+    elif name == "":
+        converted.note(key, value, "not here; A starts at random and B at 0")
+
+
 def bf16(key: str, value: Any, converted: Converted) -> None:
     converted.values["precision"] = "auto" if value == "auto" else "bf16"
 
@@ -108,7 +118,7 @@ HUGGING_FACE: dict[str, Rule] = {  # transformers' TrainingArguments
     "logging_steps": whole_steps("logging.every"), "save_steps": whole_steps("checkpoint.every"),
     "save_total_limit": option("checkpoint.keep", int), "eval_steps": whole_steps("eval.every"),
     "save_strategy": save_strategy, "eval_strategy": eval_strategy, "evaluation_strategy": eval_strategy, "report_to": report_to,
-    "neftune_noise_alpha": note("no noise on embeddings here"), "use_liger_kernel": note(KERNELS),
+    "neftune_noise_alpha": option("optim.neftune_noise_alpha", float), "use_liger_kernel": note(KERNELS),
     "push_to_hub": note(HUB), "hub_model_id": note(HUB), "deepspeed": note(DEVICES), "fsdp": note(DEVICES), "fsdp_config": note(DEVICES),
     "resume_from_checkpoint": note("add --resume auto to the command"), "group_by_length": note(PACKS),
     "label_smoothing_factor": note("not here"),
@@ -132,8 +142,10 @@ def set_batch(converted: Converted, samples: int, accumulated: int, length: int,
 
 def end_of_schedule(theirs: Mapping[str, Any], converted: Converted, ratio: float = 0.0) -> None:
     """Set the end of a cosine or linear schedule, which is 0 elsewhere and a tenth of the peak here."""
-    if converted.values.get("optim.lr_scheduler", "cosine") in ("cosine", "linear"):
-        kwargs = theirs.get("lr_scheduler_kwargs") or {}
+    kwargs = theirs.get("lr_scheduler_kwargs") or {}
+    if converted.values.get("optim.lr_scheduler") == "cosine_with_restarts" and isinstance(kwargs, Mapping):
+        converted.values["optim.num_cycles"] = integer(kwargs, "num_cycles", 1)
+    if converted.values.get("optim.lr_scheduler", "cosine") in ("cosine", "linear", "cosine_with_restarts"):
         converted.values["optim.min_lr_ratio"] = float(kwargs.get("min_lr_rate", ratio)) if isinstance(kwargs, Mapping) else ratio
 
 
