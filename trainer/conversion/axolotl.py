@@ -42,7 +42,8 @@ def _source(key: str, entry: Mapping[str, Any], converted: Converted) -> dict[st
         converted.note(f"{key}: roles_to_train", entry["roles_to_train"], "the assistant's turns are trained on; data.train_on has others")
     known = {"path", "data_files", "type", "split", "name", "field_messages", "message_property_mappings", "message_field_role",
              "message_field_content", "field", "roles_to_train", "ds_type", "conversation", "field_instruction", "field_output",
-             "field_input", "field_system", "train_on_eos", "roles", "chat_template", "train_on_eot"}
+             "field_input", "field_system", "train_on_eos", "roles", "chat_template", "train_on_eot",
+             "field_thinking", "template_thinking_key"}
     for name in entry.keys() - known:
         if is_set(entry[name]):
             converted.note(f"{key}: {name}", entry[name], "no counterpart that is known; left out")
@@ -111,13 +112,17 @@ TABLE: Table = {
     "lora_o_kernel": note(KERNELS),
     "plugins": note(KERNELS), "cut_cross_entropy": note(KERNELS), "fsdp_version": note(DEVICES), "tensor_parallel_size": note(DEVICES),
     "context_parallel_size": note(DEVICES), "unfrozen_parameters": note("all weights are trained, or an adapter"),
+    "use_kernels": note(KERNELS), "activation_offloading": note("not here; activation_checkpointing saves memory"),
+    "tokenizer_use_mistral_common": note("the tokenizer of the model's folder is used"), "peft": note("LoftQ is not here; see lora.init"),
+    "model_quantization_config": note("a checkpoint in NF4 stays as it is, with method qlora; others load as in transformers"),
+    "loss_watchdog_threshold": note("a loss that is not finite ends the run; no other limit"),
     "rl": note("preferences and rewards are not trained here; only answers"),
     "group_by_length": note(PACKS),
     **shared_options.without_effect(
         "sample_packing", "eval_sample_packing", "pad_to_sequence_len", "sequence_len", "micro_batch_size", "model_type", "tokenizer_type",
         "is_llama_derived_model", "is_mistral_derived_model", "strict", "dataset_prepared_path", "wandb_entity", "wandb_watch",
         "wandb_name", "wandb_run_id", "wandb_log_model", "local_rank", "debug", "xformers", "eval_table_size", "eval_batch_size",
-        "eval_max_new_tokens",
+        "eval_max_new_tokens", "loss_watchdog_patience", "experimental_skip_move_to_device", "model_quantization_config_kwargs",
         "cosine_min_lr_ratio", "lora_fan_in_fan_out", "save_first_step", "bfloat16", "shuffle_merged_datasets", "liger_rope",
         "liger_rms_norm", "liger_glu_activation", "liger_layer_norm", "liger_fused_linear_cross_entropy", "multipack_real_batches",
         "sample_packing_sequence_len_safety_factor", "save_safetensors", "auto_resume_from_checkpoints"),

@@ -59,6 +59,8 @@ TABLE: Table = {
     "val_size": shared_options.validation_share, "mix_strategy": note("sets are concatenated; give each a weight"),
     "preprocessing_num_workers": option("data.num_proc", int),
     "use_dft_loss": option("retention.token_weighting", lambda value: "dft"),
+    "use_asft_loss": lambda key, value, converted: converted.set(retention__token_weighting="dft", retention__kl_sources="domain"),
+    "asft_alpha": option("retention.kl_weight", float),
     "use_eaft_loss": option("retention.token_weighting", lambda value: "eaft"),
     "flash_attn": note(ATTENTION), "use_unsloth": note(KERNELS), "enable_liger_kernel": note(KERNELS), "use_v1_kernels": note(KERNELS),
     "use_kt": note(KERNELS), "neat_packing": note(PACKS), "new_special_tokens": option("model.new_tokens", shared_options.list_of),
@@ -87,6 +89,10 @@ def convert(theirs: Mapping[str, Any], folder: Path) -> Converted:
         converted.values.setdefault("lora.alpha", 2.0 * converted.values["lora.rank"])
     if theirs.get("disable_gradient_checkpointing") is not True:
         converted.values["activation_checkpointing"] = "full"
+    if theirs.get("use_asft_loss") is True:
+        converted.values.setdefault("retention.kl_weight", 0.1)  # their default
+    else:
+        converted.values.pop("retention.kl_weight", None)
     converted.values.setdefault("data.on_overlong", "truncate")  # as LLaMA-Factory does
     shared_options.set_batch(converted, shared_options.integer(theirs, "per_device_train_batch_size", 1),
                              shared_options.integer(theirs, "gradient_accumulation_steps", 1),

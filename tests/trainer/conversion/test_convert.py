@@ -116,6 +116,24 @@ def test_llama_factory_without_its_list_of_data_sets(tmp_path):
         convert.convert(LLAMA_FACTORY | {"stage": "dpo"}, "auto", tmp_path)
 
 
+def test_starts_rates_noise_and_restarts_of_the_field(tmp_path):
+    knobs = {"optimizer": "muon", "lr_scheduler": "cosine_with_restarts", "lr_scheduler_kwargs": {"num_cycles": 3},
+             "neftune_noise_alpha": 5, "adapter": None}
+    config = accepted(convert.convert(AXOLOTL | knobs, "axolotl", tmp_path), tmp_path)
+    assert (config.optim.name, config.optim.num_cycles, config.optim.neftune_noise_alpha) == ("muon", 3, 5.0)
+    for theirs, ours in (("pissa_niter_16", "pissa_niter_4"), ("olora", "olora"), (True, "default"), ("corda", "default")):
+        adapter = {"peft_init_lora_weights": theirs, "loraplus_lr_ratio": 16, "adapter": "lora", "load_in_4bit": False}
+        converted = convert.convert(AXOLOTL | adapter, "axolotl", tmp_path)
+        config = accepted(converted, tmp_path)
+        assert (config.lora.init, config.optim.loraplus_lr_ratio) == (ours, 16.0)
+        assert ("peft_init_lora_weights" in noted(converted)) == (theirs == "corda")
+    theirs = LLAMA_FACTORY | {"quantization_bit": None, "pissa_init": True, "loraplus_lr_ratio": 8}
+    config = accepted(convert.convert(theirs, "auto", tmp_path), tmp_path)
+    assert (config.lora.init, config.optim.loraplus_lr_ratio, config.retention.kl_weight) == ("pissa_niter_4", 8.0, 0)
+    config = accepted(convert.convert(LLAMA_FACTORY | {"use_asft_loss": True, "asft_alpha": 0.05}, "auto", tmp_path), tmp_path)
+    assert (config.retention.token_weighting, config.retention.kl_weight, config.retention.kl_sources) == ("dft", 0.05, "domain")
+
+
 @pytest.mark.parametrize("theirs", [{"a": 1}, {"datasets": []}])
 def test_a_file_of_nobody_is_refused(theirs, tmp_path):
     with pytest.raises(UserError, match="input: expected options of Axolotl"):
