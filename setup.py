@@ -14,7 +14,7 @@ EXTRAS = {
     "gguf": ["gguf>=0.19"],
     "flash": ["flash-attn>=2.8"],
     "eval": ["lm-eval>=0.4.9", "py3langid>=0.4"],
-    "logging": ["wandb>=0.22", "trackio>=0.20", "mlflow-skinny>=3.0"],
+    "logging": ["wandb>=0.22", "trackio>=0.26", "mlflow>=3.0"],
     "dev": ["trl>=1.16,<1.17", "pytest>=9.0", "pytest-xdist>=3.8", "hypothesis>=6.140", "ruff>=0.14"],
 }
 

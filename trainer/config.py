@@ -256,7 +256,7 @@ class Logging:
     tensorboard: bool = True  # write tensorboard/
     wandb_project: str | None = None  # log to this Weights & Biases project (package wandb)
     trackio_project: str | None = None  # log to this project of trackio, a dashboard on this machine (package trackio)
-    mlflow_experiment: str | None = None  # log to this experiment of MLflow, at MLFLOW_TRACKING_URI or in ./mlruns (package mlflow)
+    mlflow_experiment: str | None = None  # log to this experiment of MLflow, at MLFLOW_TRACKING_URI, else in ./mlflow.db (package mlflow)
     progress: bool = True  # show a progress bar on a terminal
     profile_steps: str | None = None  # FIRST-LAST, e.g. 20-25: find what makes the host wait in step 20, trace 21 to 25, write profile/
 
