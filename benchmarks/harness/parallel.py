@@ -30,7 +30,10 @@ def begin() -> None:
 
 
 def begin_worker() -> None:
-    """Begin, and end when the parent does, however it ends: a worker of a killed study would go on for hours."""
+    """Begin, and end when the parent does, however it ends.
+
+    A worker of a killed study would go on for hours.
+    """
 
     def end() -> None:
         multiprocessing.parent_process().join()

@@ -6,8 +6,9 @@ that a launch on the device would make. Registers, spills, shared memory and mac
 and disassemblers come with Triton; kernels that are to be compiled must not have been made for the interpreter, so this needs a process
 without TRITON_INTERPRET.
 
-Beside the budgets stand digests of what they were compiled from: sources, types, settings, architecture and Triton's version. Machine code
-follows from these, so that a check compiles only the cases whose digest is another one.
+Each minor version of Triton that we pin, one for CPUs and one for CUDA, has its own budgets. Beside them stand digests of what they were
+compiled from: sources, types, settings, architecture and Triton's version. Machine code follows from these, so that a check compiles only
+the cases whose digest is another one.
 """
 
 import argparse
@@ -29,8 +30,10 @@ import torch
 import kernels
 from kernels._launch import SHARED_MEMORY, Recorded, recording, triton
 
-BUDGETS = Path(__file__).parents[2] / "tests" / "kernels" / "budgets.json"
-DIGESTS = BUDGETS.with_name("budget_digests.json")
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "tests" / "kernels" / "budgets"
+PINS = [re.search(r"^triton==(\d+\.\d+)", (ROOT / f"requirements-{build}.txt").read_text(), re.MULTILINE)[1] for build in ("cpu", "cuda")]
+INSTALLED = re.match(r"\d+\.\d+", triton.__version__)[0]
 README = Path(kernels.__file__).parent / "README.md"
 BLOCK = re.compile(r"(?<=<!-- budgets -->\n).*?(?=<!-- end of budgets -->)", re.DOTALL)
 POINTERS = {
@@ -195,12 +198,27 @@ def faults(name: str, part: str, found: dict[str, int], budget: dict[str, int] |
     return [where + fault for fault in wrong]
 
 
+def budgets_file(version: str = INSTALLED) -> Path:
+    """Return the file of the budgets under a minor version of Triton."""
+    return FOLDER / f"triton-{version}.json"
+
+
+def digests_file(version: str = INSTALLED) -> Path:
+    """Return the file of the digests that belong to the budgets."""
+    return FOLDER / f"triton-{version}-digests.json"
+
+
+def read(file: Path) -> dict:
+    """Return what a file of budgets or digests holds; nothing where there is none yet."""
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
 def check_budgets(compiled: Collection[str] = ()) -> int:
     """Prints what exceeds its budget, and budgets of kernels that are no more; returns how many.
 
     It compiles the cases that were changed since the budgets were written, and those named in `compiled`.
     """
-    budgets, written, now = json.loads(BUDGETS.read_text()), json.loads(DIGESTS.read_text()), digests()
+    budgets, written, now = read(budgets_file()), read(digests_file()), digests()
     jobs = [(label, part) for label, by_part in now.items() for part, found in by_part.items()
             if label in compiled or written.get(label, {}).get(part) != found]
     seen, wrong = set(), []
@@ -230,12 +248,12 @@ def write_budgets(compiled: Collection[str] = ()) -> None:
     """Write the present figures as the budgets that tests hold kernels to.
 
     It compiles the cases that were changed since the budgets were written, and those named in `compiled`. The table of the budgets in
-    kernels/README.md is renewed too.
+    kernels/README.md, which is that of the first pin, is renewed too.
     """
-    written, now = json.loads(DIGESTS.read_text()), digests()
+    written, now = read(digests_file()), digests()
     changed = [label for label in now if label in compiled or written.get(label) != now[label]]
     budgets: dict[str, dict[str, dict[str, int]]] = {
-        name: by_part for name, by_part in json.loads(BUDGETS.read_text()).items()
+        name: by_part for name, by_part in read(budgets_file()).items()
         if (label := name.split(" / ")[0]) in now and label not in changed}
     for name, part, result in measure_all([(label, part) for label in changed for part in SHARED_MEMORY]):
         kept = {key: result[key] for key in ("registers", "spills", "shared")}
@@ -243,17 +261,20 @@ def write_budgets(compiled: Collection[str] = ()) -> None:
     budgets = dict(sorted(budgets.items()))
     # a line for each kernel and part
     text = json.dumps({name: {part: json.dumps(kept) for part, kept in by_part.items()} for name, by_part in budgets.items()}, indent=1)
-    BUDGETS.write_text(re.sub(r'"(\{.*?\})"', lambda found: found[1].replace('\\"', '"'), text) + "\n")
-    DIGESTS.write_text(json.dumps(now, indent=1) + "\n")
-    README.write_text(BLOCK.sub(lambda _: table(budgets), README.read_text()))
+    budgets_file().write_text(re.sub(r'"(\{.*?\})"', lambda found: found[1].replace('\\"', '"'), text) + "\n")
+    digests_file().write_text(json.dumps(now, indent=1) + "\n")
+    if INSTALLED == PINS[0]:
+        README.write_text(BLOCK.sub(lambda _: table(budgets), README.read_text()))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="compare with tests/kernels/budgets.json instead of writing it")
+    parser.add_argument("--check", action="store_true", help="compare with tests/kernels/budgets instead of writing there")
     parser.add_argument("--compile", nargs="+", default=[], metavar="CASE", choices=["all", *cases()],
                         help="cases to compile though unchanged since the budgets were written, or all")
     given = parser.parse_args()
+    if INSTALLED not in PINS:
+        parser.error(f"expected a Triton with budgets, {' or '.join(PINS)}, found {triton.__version__}; install one of them")
     compiled = cases() if "all" in given.compile else given.compile
     if given.check:
         sys.exit(bool(check_budgets(compiled)))
