@@ -192,6 +192,16 @@ class BatchSize:
 
 
 @dataclass
+class Fsdp:
+    """Sharding of weights, gradients and optimizer states over the ranks of torchrun, by FSDP2."""
+
+    enabled: bool = False  # each rank keeps its part of every weight, and gathers a layer to compute it; off: each holds the whole model
+    shard_size: int = 0  # ranks that share one model, such as those of a machine; the others replicate it (HSDP). 0: all
+    reshard_after_forward: bool = True  # free a layer after its forward and gather it again in the backward; off: more memory, less traffic
+    cpu_offload: bool = False  # keep the shards, their gradients and optimizer states in the host's memory, and update them there
+
+
+@dataclass
 class Optim:
     """AdamW and its learning rate schedule."""
 
@@ -276,6 +286,7 @@ class Config:
     retention: Retention = field(default_factory=Retention)
     forgetting: Forgetting = field(default_factory=Forgetting)
     batch: BatchSize = field(default_factory=BatchSize)
+    fsdp: Fsdp = field(default_factory=Fsdp)
     optim: Optim = field(default_factory=Optim)
     router_aux_loss_coef: float = 0.0  # of mixtures of experts: weight of the routers' load-balancing loss, added to the loss; 0: off
     epochs: float = 1.0  # passes over the domain
@@ -323,6 +334,8 @@ def validate(config: Config) -> None:
     require(config.max_steps is None or config.max_steps >= 1, "max_steps", "1 or more", config.max_steps)
     _validate_intervals(config)
     _validate_export(config)
+    if config.fsdp.enabled:
+        _validate_fsdp(config)
 
 
 def _validate_export(config: Config) -> None:
@@ -469,6 +482,23 @@ def _validate_replay_search(config: Config) -> None:
     require(_rises(search.kl_weights) and 0 <= search.kl_weights[0] and search.kl_weights[-1] < sys.float_info.max,
             "replay_search.kl_weights", "weights of 0 or more, rising", search.kl_weights)
     require(0 < search.probe_fraction <= 1, "replay_search.probe_fraction", "0 < fraction <= 1", search.probe_fraction)
+
+
+def _validate_fsdp(config: Config) -> None:
+    """Refuse what needs the whole model on one rank, or optimizer states that other shards could not read."""
+    require(config.fsdp.shard_size >= 0, "fsdp.shard_size", "a number of ranks, or 0 for all", config.fsdp.shard_size)
+    retention, weighting = config.retention, config.retention.token_weighting
+    for option, value, usable in (
+            ("optim.name", config.optim.name, config.optim.name == "adamw"),
+            ("optim.loraplus_lr_ratio", config.optim.loraplus_lr_ratio, config.optim.loraplus_lr_ratio == 1),
+            ("optim.ema_decay", config.optim.ema_decay, config.optim.ema_decay == 0),
+            ("lora.init", config.lora.init, config.lora.init in ("default", "gaussian")),
+            ("compile", config.compile, not config.compile),
+            ("retention.kl_weight", retention.kl_weight, retention.kl_weight == 0),
+            ("retention.token_weighting", weighting, weighting not in ("stm", "flow")),
+            ("forgetting.general", config.forgetting.general, not config.forgetting.general),
+            ("eval.show", config.eval.show, config.eval.show == 0)):
+        require(usable, option, "its default beside fsdp.enabled, as sharded weights do not support it; remove one of them", value)
 
 
 def _rises(values: list[float]) -> bool:

@@ -67,7 +67,7 @@ def train(config: Config) -> RunResult | None:
     validate(config)
     quantization.require_bitsandbytes(config)
     device, items = choose_device(config.device, local_rank()), monitor.read(config)
-    with process_group(device) as dist, run_folder.owned(config, dist):
+    with process_group(device, config.fsdp.enabled) as dist, run_folder.owned(config, dist):
         if config.replay_search.enabled and not config.dry_run:
             chosen = replay_search.choose(config, lambda probe: run_one(probe, items, device, dist, save_outputs=False), dist)
             if isinstance(chosen, RunResult):

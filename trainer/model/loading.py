@@ -27,8 +27,10 @@ from trainer.runtime.device import compute_dtype
 logger = logging.getLogger(__name__)
 
 
-def load_model(config: Config, device: torch.device | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(config: Config, device: torch.device | str, on_host: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the model of `config.model` and its tokenizer, in the compute dtype on `device`.
+
+    With `on_host` it is in that dtype on the CPU, to be moved later.
 
     Of a checkpoint that also reads images or sound only the text model is kept (`keep_text_part`).
 
@@ -38,6 +40,7 @@ def load_model(config: Config, device: torch.device | str) -> tuple[PreTrainedMo
     """
     device = torch.device(device)
     dtype, source = compute_dtype(config.precision, device), model_source(config.model)
+    device = torch.device("cpu") if on_host else device
     tokenizer = load_tokenizer(config.model)
     if config.model.path is not None:
         model = _load_weights(config, source, dtype, device)

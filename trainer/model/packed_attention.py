@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from kernels.attention import packed_attention
 from trainer.model.pack_context import running_pack
 
 PACKED = "steadfast_packed"
+SHARDED_FORWARD = "sharded_forward"  # method of a sharded model that gathers its weights around `decoder_states`
 UNSAID = -1  # a window that an attention call does not name: the mask may have one, or there is none
 SEES_ALL_EARLIER = {"full_attention", "attention", "hybrid"}  # kinds of layers whose mask is causal
 
@@ -134,6 +136,11 @@ def last_hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids: 
 
     A decoder without positions, such as Mamba's, gets none; Mamba's residual stream, and so what it returns, is fp32.
     """
+    return getattr(model, SHARDED_FORWARD, partial(decoder_states, model))(input_ids, position_ids)
+
+
+def decoder_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    """Return the last hidden states of a model whose weights are there."""
     part = decoder(model)
     positions = {"position_ids": position_ids} if _takes_positions(type(part)) else {}
     return part(input_ids=input_ids, use_cache=False, **positions).last_hidden_state.to(model.dtype)

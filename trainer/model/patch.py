@@ -13,6 +13,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -52,31 +53,31 @@ class PatchReport:
         return "\n".join([f"model family: {self.family}", *(f"  {op}: {backend}" for op, backend in self.backends.items())])
 
 
-def patch(model: nn.Module, enabled: bool = True) -> PatchReport:
+def patch(model: nn.Module, enabled: bool = True, device: torch.device | None = None) -> PatchReport:
     """Give the modules of `model` their fused forwards; patching again is a no-op.
 
     The model may have an adapter. In a family that is not in FAMILIES, or whose fused layers are shown to differ from its own code, only
-    linear layers and experts with adapters are fused. With `enabled=False` nothing changes. The report says so. Raises UserError if
-    KERNELS_BACKEND names a backend that is not available.
+    linear layers and experts with adapters are fused. With `enabled=False` nothing changes. The report says so, and which backends serve
+    on `device`, by default the model's. Raises UserError if KERNELS_BACKEND names a backend that is not available.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    family = family_of(base) if enabled else None
+    family, device = family_of(base) if enabled else None, device or base.device
     try:
-        kernel_backend = serving(base.device, base.dtype)
+        kernel_backend = serving(device, base.dtype)
     except ValueError as error:
         raise UserError(str(error)) from None
     if not enabled:
-        return _report(base, None, "model.fused_kernels is off", kernel_backend, Counter())
+        return _report(base, device, None, "model.fused_kernels is off", kernel_backend, Counter())
     counts = _patch_modules(base, family)
     experts.fuse_adapters(base)
     if family is None:
-        return _report(base, None, "unknown family", kernel_backend, counts)
+        return _report(base, device, None, "unknown family", kernel_backend, counts)
     if fault := fusion_fault(base):
         logger.warning("%s runs with stock layers, since fused ones differ from its own code: %s", base.config.model_type, fault)
         for module in filter(is_fused, base.modules()):
             del module.forward
-        return _report(base, None, "fused ones differ from its code", kernel_backend, Counter(adapter=counts["adapter"]))
-    return _report(base, family, None, kernel_backend, counts)
+        return _report(base, device, None, "fused ones differ from its code", kernel_backend, Counter(adapter=counts["adapter"]))
+    return _report(base, device, family, None, kernel_backend, counts)
 
 
 def _patch_modules(base: PreTrainedModel, family: Family | None) -> Counter[str]:
@@ -142,12 +143,13 @@ def _adds_attention_as_is(layer: nn.Module, family: Family) -> bool:
     return family.stream_norm is not None and hasattr(layer, "self_attn") and not dropped
 
 
-def _report(base: PreTrainedModel, family: Family | None, why_stock: str | None, kernel_backend: str, counts: Counter[str]) -> PatchReport:
+def _report(base: PreTrainedModel, device: torch.device, family: Family | None, why_stock: str | None, kernel_backend: str,
+            counts: Counter[str]) -> PatchReport:
     config = base.config.get_text_config()
     report = PatchReport(config.model_type if family else f"{config.model_type} ({why_stock}: stock layers)")
     softcap = config.attn_logit_softcapping if family and family.softcap else None
     sinks = any(name.endswith(".sinks") for name, _ in base.named_parameters())
-    attention = backend(base.device, base.dtype, softcap, getattr(config, "attention_dropout", 0.0), sinks)
+    attention = backend(device, base.dtype, softcap, getattr(config, "attention_dropout", 0.0), sinks)
     report.backends["attention"] = f"packed ({attention})" if is_packed(base) else "stock, one sample at a time (slow)"
     if mixers := sum(map(runs_by_sample, base.modules())):
         report.backends["mixers"] = f"stock x {mixers}, each sample by itself"

@@ -153,7 +153,7 @@ def why_not_nf4(module: nn.Module) -> str | None:
     """Return why `nf4_of` cannot describe a 4-bit layer; None if it can, or if the layer is dense."""
     if not is_quantized(module):
         return None
-    state = getattr(module.weight, "quant_state", None)
+    state = _quant_state(module)
     if state is None:
         return "a 4-bit layer is not quantised yet"
     if state.quant_type != "nf4":
@@ -163,9 +163,26 @@ def why_not_nf4(module: nn.Module) -> str | None:
     return "a 4-bit layer is packed for inference on this CPU" if getattr(state, "packing_format_for_cpu", False) else None
 
 
+def _quant_state(module: nn.Module) -> object | None:
+    """Return bitsandbytes' scales of a 4-bit layer.
+
+    A weight that was sharded or gathered has left them to its module.
+    """
+    return getattr(module.weight, "quant_state", None) or getattr(module, "quant_state", None)
+
+
+def without_quant_states(layers: list[nn.Module]) -> None:
+    """Make the codes of 4-bit layers plain parameters, which can be sharded.
+
+    The scales are left with the modules.
+    """
+    for layer in layers:
+        layer.quant_state, layer.weight = layer.weight.quant_state, nn.Parameter(layer.weight.data, requires_grad=False)
+
+
 def nf4_of(module: nn.Module) -> Nf4:
     """Return a view of a 4-bit layer's weight, which dequantises to the dtype the layer computes in."""
-    state = module.weight.quant_state
+    state = _quant_state(module)
     nested = (state.state2.code, state.state2.absmax, state.offset) if state.nested else (None, None, None)
     return Nf4(module.weight.data.view(torch.uint8), state.absmax, *nested, (module.out_features, module.in_features),
                module.compute_dtype or state.dtype, state.blocksize)

@@ -13,6 +13,7 @@ norm is not finite changes nothing, and the host never waits for the device.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -23,9 +24,15 @@ from trainer.config import Optim
 from trainer.errors import UserError
 from trainer.optim.adamw_8bit import AdamW8bit
 from trainer.optim.per_matrix import Adafactor, Muon
+from trainer.runtime.distributed import Distributed
 
 ALIGNMENT = 32  # elements: every weight starts on a 128-byte boundary, as in a tensor of its own
 SMALL = 1 << 18  # elements of the largest parameter whose gradient waits for the others
+
+
+def offsets(parameters: Iterable[Tensor], alignment: int = ALIGNMENT) -> list[int]:
+    """Return where each parameter begins in a flat vector, and at last the length of the vector."""
+    return [0, *itertools.accumulate(-(-p.numel() // alignment) * alignment for p in parameters)]
 
 
 class FlatGroup:
@@ -33,17 +40,14 @@ class FlatGroup:
 
     def __init__(self, parameters: list[nn.Parameter], alignment: int = ALIGNMENT):
         self.parameters = parameters
-        offsets, total = [], 0
-        for p in parameters:
-            offsets.append(total)
-            total += -(-p.numel() // alignment) * alignment
+        *starts, total = offsets(parameters, alignment)
+        self.spans = [slice(start, start + p.numel()) for p, start in zip(parameters, starts)]
         device = parameters[0].device
         self.master = nn.Parameter(torch.zeros(total, dtype=torch.float32, device=device))
         self.master.grad = torch.zeros_like(self.master)
         self.small: list[tuple[nn.Parameter, Tensor]] = []  # parameters whose gradients are collected, and where to
         self.low_precision: list[nn.Parameter] = []  # parameters that are not fp32
         self.low_precision_masters: list[Tensor] = []
-        self.spans = [slice(offset, offset + p.numel()) for p, offset in zip(parameters, offsets)]
         for p, span in zip(parameters, self.spans):
             self._attach(p, span)
 
@@ -117,6 +121,12 @@ class FusedAdamW:
     def state(self) -> dict[str, Tensor]:
         return dict(self.adamw.state[self.master])
 
+    def begun(self) -> dict[str, Tensor]:
+        """Return the tensors of `state`, made now if no step has been."""
+        if not self.adamw.state[self.master]:
+            self.load_state({name: torch.zeros_like(like, device=self.master.device) for name, like in self.layout().items()})
+        return self.state()
+
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         self.adamw.state[self.master].update({name: tensors[name].to(self.master.device, copy=True) for name in self.STATE})
 
@@ -141,6 +151,13 @@ def check_layout(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) 
                          for own in (tensors, expected))
         if found != wanted:
             raise ValueError(f"expected {wanted} for the tensor {name}, got {found}")
+
+
+def require_trainable(trainable: Collection) -> Collection:
+    """Return the parameters that train. Raises UserError if there are none."""
+    if not trainable:
+        raise UserError("nothing to train: expected at least one trainable weight, found none; check lora.target_modules")
+    return trainable
 
 
 def grouped(trainable: Iterable[nn.Parameter], optim: Optim, apart: Collection[nn.Parameter]) -> list[list[nn.Parameter]]:
@@ -169,10 +186,10 @@ class FlatAdamW:
     Parameters `apart` are those that LoRA+ or Muon treats otherwise (`trainer.optim.apart`).
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], optim: Optim, apart: Collection[nn.Parameter] = ()):
-        trainable = [p for p in parameters if p.requires_grad]
-        if not trainable:
-            raise UserError("nothing to train: expected at least one trainable weight, found none; check lora.target_modules")
+    def __init__(self, parameters: Iterable[nn.Parameter], optim: Optim, apart: Collection[nn.Parameter] = (),
+                 names: Mapping[nn.Parameter, str] | None = None):
+        """`names` of the parameters are needed for the checkpoints of sharded ranks alone."""
+        trainable, self.names = require_trainable([p for p in parameters if p.requires_grad]), names or {}
         self.groups = [FlatGroup(kind, AdamW8bit.BLOCK if has_8bit_moments(kind[0], optim) else ALIGNMENT)  # no two weights share a scale
                        for kind in grouped(trainable, optim, apart)]
         are_apart = [any(group.parameters[0] is p for p in apart) for group in self.groups]
@@ -195,6 +212,10 @@ class FlatAdamW:
         """Return the flat fp32 gradient vectors, one per group, with all gradients so far."""
         self.collect()
         return [g.master.grad for g in self.groups]
+
+    def sum_gradients(self, dist: Distributed) -> None:
+        """Sum all gradients so far over the ranks."""
+        dist.sum(self.gradients)
 
     def zero_grad(self) -> None:
         """Set all gradients to zero."""
@@ -260,6 +281,13 @@ class FlatAdamW:
                 if p.dtype == torch.float32:
                     p.data, p.grad = p.data.clone(), None
 
+    @torch.no_grad()
+    def free(self) -> None:
+        """Free the memory of masters, gradients and moments; nothing may follow."""
+        for group in self.groups:
+            group.master.grad, group.master.data, group.low_precision_masters = None, group.master.new_empty(0), []
+        self.start_masters, self.updates = [], []
+
     def publish(self) -> None:
         """Round every master into its parameter of lower precision; fp32 parameters are views already."""
         for group in self.groups:
@@ -284,6 +312,19 @@ class FlatAdamW:
             group.master.data.copy_(tensors[f"{i}.master"])
             update.load_state({name: tensors[f"{i}.{name}"] for name in update.STATE})
         self.publish()
+
+    def by_name(self, weights_only: bool) -> dict[str, Tensor]:
+        """Return views of the fp32 state by parameter, to load what sharded ranks saved into.
+
+        Call `publish` afterwards. Not for 8-bit moments.
+        """
+        found = {}
+        for group, update in zip(self.groups, self.updates):
+            state = {} if weights_only else update.begun()
+            for p, span in zip(group.parameters, group.spans):
+                own = {"master": group.master.data, **state}
+                found |= {f"{self.names[p]}.{key}": value[span].view(p.shape) if value.ndim else value for key, value in own.items()}
+        return found
 
     def weights(self) -> dict[str, Tensor]:
         """Return the trained weights, in the precision of the model."""

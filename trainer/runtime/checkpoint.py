@@ -4,6 +4,9 @@ A checkpoint is a folder `checkpoints/step-00000120`: `state.safetensors` (maste
 each with its checksum, which is verified before anything is read.
 Of a run that has ended, and has only to be exported, it holds the trained weights alone, in the precision they are exported in.
 
+Ranks that share the weights write a folder of their parts instead of `state.safetensors` (runtime/sharded_checkpoint.py). Any number of
+ranks, sharded or not, can resume from either kind.
+
 It is written to a temporary folder, synced to disk and renamed, so a kill, a crash or a full disk at any moment leaves the earlier
 checkpoints as they were. The position in the data and the random states are not in it: both are functions of the step
 (data/step_plan.py, training/loop.py).
@@ -27,12 +30,14 @@ from trainer.checksums import verify_checksum, write_checksum
 from trainer.config import Config
 from trainer.errors import UserError, one_line
 from trainer.files import atomic_folder
+from trainer.runtime import sharded_checkpoint
+from trainer.runtime.distributed import Distributed
 
-FILES = ("state.safetensors", "state.json")
+FILES = ("state.safetensors", "state.json")  # of sharded ranks, the last alone
 
 # Options that may differ when a run resumes: they say where results go, never what is computed.
 FREE_TO_CHANGE = {"output", "resume", "logging", "checkpoint", "export", "dry_run", "data.num_proc", "data.cache_dir",
-                  "eval.show"}
+                  "eval.show", "fsdp"}
 
 
 class Optimizer(Protocol):
@@ -45,6 +50,18 @@ class Optimizer(Protocol):
     def weights(self) -> dict[str, Tensor]: ...
 
     def load_weights(self, tensors: dict[str, Tensor]) -> None: ...
+
+    def by_name(self, weights_only: bool) -> dict[str, Tensor]: ...
+
+    def publish(self) -> None: ...
+
+
+class ShardedOptimizer(Protocol):
+    """Everything a checkpoint needs of an optimizer whose tensors have parts on all ranks."""
+
+    def by_name(self, weights_only: bool) -> dict[str, Tensor]: ...
+
+    def load_flat(self, file: Path, weights_only: bool) -> None: ...
 
 
 @dataclass
@@ -72,6 +89,16 @@ def identity(config: Config, world_size: int, **fingerprints: str | None) -> dic
     return {**options, **fingerprints, "ranks": world_size}
 
 
+def save_sharded(folder: Path, state: State, optimizer: ShardedOptimizer, keep: int, dist: Distributed) -> Path:
+    """Do on all ranks what `save` does, each writing its part of the tensors."""
+    final = place(folder, state.step)
+    tensors = optimizer.by_name(weights_only=state.ended is not None)
+    sharded_checkpoint.write(final, tensors, json.dumps(dataclasses.asdict(state)), dist,
+                             lambda error: _write_error(error, final, newest(folder)))
+    dist.on_main(lambda: _remove_old(folder, state, keep))
+    return final
+
+
 def save(folder: Path, state: State, optimizer: Optimizer, keep: int) -> Path:
     """Write a checkpoint and remove all but the newest `keep`; that of an ended run is one more.
 
@@ -84,32 +111,48 @@ def save(folder: Path, state: State, optimizer: Optimizer, keep: int) -> Path:
         (tmp / "state.json").write_text(json.dumps(dataclasses.asdict(state)))
         for name in FILES:
             write_checksum(tmp / name)
-    for old in [] if state.ended else checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+    _remove_old(folder, state, keep)
     return final
 
 
-def load(path: Path, expected: dict, optimizer: Optimizer) -> State:
-    """Restore the optimizer from a checkpoint and return the run's state.
+def _remove_old(folder: Path, state: State, keep: int) -> None:
+    for old in [] if state.ended else checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
 
-    `expected` is the run's identity. Raises UserError if the checkpoint is damaged, or was made with another configuration or data.
+
+def load(path: Path, expected: dict, optimizer: Optimizer | ShardedOptimizer, sharded: bool = False) -> State:
+    """Restore the optimizer from a checkpoint, sharded or not, and return the run's state.
+
+    `expected` is the run's identity, of which the number of ranks may be another. Raises UserError if the checkpoint is damaged, or was
+    made with another configuration or data.
     """
     try:
-        for name in FILES:
+        for name in FILES[sharded_checkpoint.is_sharded(path):]:
             verify_checksum(path / name)
         state = _read_state(path)
-        tensors = load_file(path / "state.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
         raise _unusable(path, error) from None
-    changed = differences(state.identity, json.loads(json.dumps(expected)))
+    expected = json.loads(json.dumps(expected))
+    changed = differences({**state.identity, "ranks": None}, {**expected, "ranks": None})
     if changed:
         raise UserError(f"resume: {path} was made with another configuration: {'; '.join(changed)}; "
                         "restore these options, or start a new run in another output folder")
     try:
-        (optimizer.load_weights if state.ended else optimizer.load_state)(tensors)
-    except ValueError as error:
+        _restore(path, state, optimizer, sharded)
+    except (OSError, ValueError, SafetensorError) as error:
         raise _unusable(path, error) from None
     return state
+
+
+def _restore(path: Path, state: State, optimizer: Optimizer | ShardedOptimizer, sharded: bool) -> None:
+    """Load the tensors of a checkpoint, as they were written, into an optimizer, as it is."""
+    if sharded_checkpoint.is_sharded(path):
+        sharded_checkpoint.read(path, optimizer.by_name(weights_only=state.ended is not None))
+        optimizer.publish()
+    elif sharded:
+        optimizer.load_flat(path / "state.safetensors", weights_only=state.ended is not None)
+    else:
+        (optimizer.load_weights if state.ended else optimizer.load_state)(load_file(path / "state.safetensors"))
 
 
 def _unusable(path: Path, reason: Exception) -> UserError:

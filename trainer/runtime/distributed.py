@@ -8,7 +8,7 @@ gradient vectors is all the synchronisation a step needs, and a rank may even ha
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,7 +18,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from trainer.errors import UserError
+from trainer.errors import UserError, require
 
 PATIENCE = timedelta(hours=12)  # ranks wait while rank 0 tokenizes, saves or merges
 
@@ -29,10 +29,20 @@ class Distributed:
 
     rank: int = 0
     size: int = 1
+    sharded: bool = False  # each rank holds a part of the weights, so all have to run the model equally often
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def share(self, items: Sequence) -> tuple[list, int]:
+        """Return this rank's items, every size-th, and how many of them only keep it in step with others.
+
+        Those come last. They are copies of the first item, where weights are sharded and other ranks have more items.
+        """
+        own = list(items[self.rank :: self.size])
+        missing = -(-len(items) // self.size) - len(own) if self.sharded else 0
+        return own + [items[0]] * missing, missing
 
     def sum(self, tensors: list[Tensor]) -> None:
         """Sum each tensor over the ranks, in place."""
@@ -78,21 +88,24 @@ def local_rank() -> int:
 
 
 @contextmanager
-def process_group(device: torch.device):
+def process_group(device: torch.device, sharded: bool = False):
     """Yield this process of the group that `torchrun` describes in the environment, or the only process.
 
-    With several processes on GPUs, `device` becomes the current one of this thread, and the one of the group's collectives.
+    With several processes on GPUs, `device` becomes the current one of this thread, and the one of the group's collectives. Raises
+    UserError for `sharded` weights and a single process.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
+        require(not sharded, "fsdp.enabled", "several ranks, as torchrun --nproc-per-node 4 -m trainer.run starts them", "one process")
         yield Distributed()
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.distributed.init_process_group("nccl", timeout=PATIENCE, device_id=device)
+        backend = "cpu:gloo,cuda:nccl" if sharded else "nccl"  # checkpoints of shards gather on the CPU
+        torch.distributed.init_process_group(backend, timeout=PATIENCE, device_id=device)
     else:
         torch.distributed.init_process_group("gloo", timeout=PATIENCE)
     try:
-        yield Distributed(int(os.environ["RANK"]), size)
+        yield Distributed(int(os.environ["RANK"]), size, sharded)
     finally:
         torch.distributed.destroy_process_group()

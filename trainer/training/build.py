@@ -20,7 +20,7 @@ from trainer.errors import UserError, printable
 from trainer.evaluation.items import ItemFile
 from trainer.metrics.log import Log
 from trainer.metrics.throughput import model_size, peak_flops
-from trainer.model import lora, quantization, router_balance, text_part
+from trainer.model import lora, quantization, router_balance, sharding, text_part
 from trainer.model.bitsandbytes_cpu_check import refuse_misread_layers
 from trainer.model.forward import apply_activation_checkpointing, padding_for, unwrap_peft
 from trainer.model.loading import load_model, weights_fingerprint
@@ -29,6 +29,7 @@ from trainer.model.patch import PatchReport, patch
 from trainer.model.vocabulary import new_tokens
 from trainer.optim.adamw import FlatAdamW
 from trainer.optim.apart import apart
+from trainer.optim.sharded_adamw import ShardedAdamW
 from trainer.retention import cached_base, kl, monitor, token_weighting
 from trainer.retention.kl import KlToBase
 from trainer.retention.monitor import ForgettingMonitor
@@ -60,6 +61,7 @@ def build(config: Config, data: TrainingData, device: torch.device, dist: Distri
     """
     output = Path(config.output)
     model, patched = build_model(config, device)
+    size, pad_to = model_size(model), padding_for(model)
     ended = config.resume != "never" and checkpoint.has_ended(checkpoint.newest(output / "checkpoints"))
     dist.on_main(lambda: try_export(config, model, tokenizer, ended))
     if config.lora.init == "eva" and not ended:
@@ -70,11 +72,11 @@ def build(config: Config, data: TrainingData, device: torch.device, dist: Distri
             measure_base(config, data, items, identity, model, device, dist))
     showing = show_answers.ask_base(config, data, items, model) if dist.is_main else None
     data = replace(data, samples=base.samples)
+    whole = shard_model(config, model, device, dist) if dist.sharded else None
     optimizer = build_optimizer(config, model, dist)
     if config.compile:
         compile_layers(model)
     state = load_or_start(output, config.resume, identity, optimizer, dist)
-    size, pad_to = model_size(model), padding_for(model)
     summary = data_summary(data, config) | {
         "model": {"path": config.model.path or config.model.config, "family": patched.family, "parameters": size.parameters,
                   "trainable": size.trainable},
@@ -87,10 +89,11 @@ def build(config: Config, data: TrainingData, device: torch.device, dist: Distri
         print_lines([str(balance)] if balance else [])
         print_lines([f"resuming from step {state.step}" + (", the last one: only the export is left" if state.ended else "")]
                     if state.step else [])
+        print_lines([sharding.describe(config.fsdp, dist.size)] if dist.sharded else [])
     log = Log(output, config, data.plan.total, state.step, open_folder) if dist.is_main and not state.ended else None
     loader = StepLoader(data.plan, base.samples, dist, device, base.kl, pad_to)
     return TrainingRun(config, output, device, dist, model, size, optimizer, data.plan, loader, base.kl, base.monitor, data.eval_set,
-                       log, balance, showing), state
+                       log, balance, showing, whole), state
 
 
 def require_packs_for_all_ranks(plan: StepPlan, dist: Distributed) -> None:
@@ -106,11 +109,11 @@ def require_packs_for_all_ranks(plan: StepPlan, dist: Distributed) -> None:
 
 def build_model(config: Config, device: torch.device) -> tuple[nn.Module, PatchReport]:
     """Load the model, add the adapter, replace layers by fused ones, and set up activation checkpointing."""
-    model, tokenizer = load_model(config, device)
+    model, tokenizer = load_model(config, device, on_host=config.fsdp.enabled and config.method != "qlora")
     torch.manual_seed(config.seed)
     if config.method != "full":
         model = lora.add_adapter(model, config.lora, tokenizer.convert_tokens_to_ids(new_tokens(config.model)))
-    patched = patch(model, config.model.fused_kernels)
+    patched = patch(model, config.model.fused_kernels, device)
     refuse_misread_layers(lora.unfused_layers(model, config.model.fused_kernels))
     patched.backends |= text_part.describe(unwrap_peft(model)) | quantization.describe(model) | lora.describe(model)
     apply_activation_checkpointing(model, config.activation_checkpointing)
@@ -150,9 +153,25 @@ def measure_base(config: Config, data: TrainingData, items: Sequence[ItemFile], 
     return BaseMeasurements(samples, kl_to_base, forgetting, lines)
 
 
-def build_optimizer(config: Config, model: nn.Module, dist: Distributed) -> FlatAdamW:
+def shard_model(config: Config, model: nn.Module, device: torch.device, dist: Distributed) -> nn.Module:
+    """Shard the model over the ranks, and return a copy without weights, to gather them into.
+
+    Raises UserError.
+    """
+    if config.method != "full":
+        dist.broadcast([p.data for p in model.parameters() if p.requires_grad])
+    whole = sharding.weightless_copy(model)
+    sharding.shard(model, config.fsdp, compute_dtype(config.precision, device), device, dist)
+    return whole
+
+
+def build_optimizer(config: Config, model: nn.Module, dist: Distributed) -> FlatAdamW | ShardedAdamW:
     """Make the optimizer, give all ranks the weights of rank 0, and note where L2-SP pulls them back to."""
-    optimizer = FlatAdamW(model.parameters(), config.optim, apart(model, config))
+    if dist.sharded:
+        optimizer = ShardedAdamW(model.named_parameters(), config.optim)
+        optimizer.enable_l2_sp(config.retention.l2_sp)
+        return optimizer
+    optimizer = FlatAdamW(model.parameters(), config.optim, apart(model, config), {p: name for name, p in model.named_parameters()})
     dist.broadcast([group.master.data for group in optimizer.groups])
     optimizer.publish()
     optimizer.enable_l2_sp(config.retention.l2_sp)
@@ -168,14 +187,17 @@ def compile_layers(model: nn.Module) -> None:
             layer.compile(dynamic=True)
 
 
-def load_or_start(output: Path, resume: str, identity: dict, optimizer: FlatAdamW, dist: Distributed) -> checkpoint.State:
+def load_or_start(output: Path, resume: str, identity: dict, optimizer: FlatAdamW | ShardedAdamW, dist: Distributed) -> checkpoint.State:
     """Return the state of the newest checkpoint, loaded into the optimizer, or a fresh one.
 
     Raises UserError if ranks see different checkpoints.
     """
     last = checkpoint.newest(output / "checkpoints")
     fresh = resume == "never" or last is None
-    state = checkpoint.State(identity) if fresh else checkpoint.load(last, identity, optimizer)
+    state = checkpoint.State(identity) if fresh else checkpoint.load(last, identity, optimizer, dist.sharded)
+    saved, state.identity = state.identity, identity
+    if dist.is_main and saved["ranks"] != dist.size:
+        print(f"resuming with {dist.size} ranks from {saved['ranks']}: sums over packs round in another order, dropout draws other masks")
     if len(set(dist.gather(state.step))) > 1:  # all ranks see it, so all stop
         raise UserError(f"resume: expected one run folder that all ranks see, found different checkpoints in {output}; "
                         "put --output on a shared disk")

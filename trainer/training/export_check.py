@@ -204,9 +204,7 @@ def _place(device: torch.device, needed: float) -> torch.device | None:
 @torch.no_grad()
 def _free(run: TrainingRun) -> None:
     """Free the memory of weights, masters and moments."""
-    for group in run.optimizer.groups:
-        group.master.grad, group.master.data, group.low_precision_masters = None, torch.empty(0, device=run.device), []
-    run.optimizer.start_masters, run.optimizer.updates = [], []
+    run.optimizer.free()
     for parameter in run.model.parameters():
         parameter.grad, parameter.data = None, torch.empty(0, dtype=parameter.dtype, device=parameter.device)
     if run.device.type == "cuda":

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from trainer.errors import UserError
 from trainer.model.llama_cpp import write_gguf
+from trainer.model.sharding import gather
 from trainer.retention import cached_base
 from trainer.runtime import checkpoint
 from trainer.runtime.interrupts import Interrupts, Stopped
@@ -36,12 +39,15 @@ def finish(run: TrainingRun, state: checkpoint.State, ending: Ending, tokenizer:
     export fails.
     """
     stopped: list[int] = []
+    if run.dist.sharded and not ending.signal:
+        sharded_secured = secure(run, state)
+        run = gathered(run)
 
     def on_main() -> None:
         if ending.signal:
             print(f"stopped by signal {ending.signal}; continue with the same command and --resume auto", file=sys.stderr)
         else:
-            secured = secure(run, state)
+            secured = sharded_secured if run.dist.sharded else secure(run, state)
             try:
                 with interrupts.stopping():
                     export(run, state, tokenizer, secured)
@@ -74,17 +80,27 @@ def publish(run: TrainingRun) -> None:
         print(f"WARNING: adapter_config.json names {base} as the base, which others do not have", file=sys.stderr)
 
 
+def gathered(run: TrainingRun) -> TrainingRun:
+    """Return a run whose model, on the host of rank 0, has all weights of the sharded one."""
+    gather(run.model, run.whole, run.dist)
+    return replace(run, model=run.whole, device=torch.device("cpu"))
+
+
 def secure(run: TrainingRun, state: checkpoint.State) -> Path | None:
     """Return the checkpoint of the last step, written now unless there is one.
 
-    Without space for it the export is tried all the same; returns None then, and says so.
+    All ranks that have a part of the weights write it. Without space for it the export is tried all the same; returns None then, and says
+    so.
     """
-    folder = run.folder / "checkpoints"
+    folder, keep = run.folder / "checkpoints", run.config.checkpoint.keep
     path = checkpoint.place(folder, state.step)
     try:
-        return path if path.exists() else checkpoint.save(folder, state, run.optimizer, run.config.checkpoint.keep)
+        if run.dist.sharded:
+            return path if run.dist.gather(path.exists())[0] else checkpoint.save_sharded(folder, state, run.optimizer, keep, run.dist)
+        return path if path.exists() else checkpoint.save(folder, state, run.optimizer, keep)
     except UserError as error:
-        print(f"WARNING: {error}; exporting without it", file=sys.stderr)
+        if run.dist.is_main:
+            print(f"WARNING: {error}; exporting without it", file=sys.stderr)
         return None
 
 

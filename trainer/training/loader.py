@@ -42,6 +42,7 @@ class StepWork:
     counts: TokenCounts
     sources: list[str]  # names of the sources that the step's samples are from
     kl_weight_sum: float = 0.0  # of the step's KL rows
+    only_in_step: int = 0  # how many batches, at the end, belong to another rank and count nothing here
 
     @property
     def has_kl(self) -> bool:
@@ -83,13 +84,15 @@ class StepLoader:
         base_reads = kl_indices[:0] if self.kl and self.kl.cached_states else kl_indices  # cached states meet only the head
         counts = TokenCounts(*totals(samples, indices, samples.supervised[indices]), len(packs) * self.plan.batch_size.tokens_per_pack,
                              *totals(samples, base_reads, kl_targets))
+        own, only_in_step = self.dist.share(packs)
         return StepWork(
             step=step,
-            batches=batches(samples, packs[self.dist.rank :: self.dist.size], self.device, self._collate),
+            batches=batches(samples, own, self.device, self._collate),
             weight_sum=supervised_weight(samples, indices) or 1.0,
             counts=counts,
             sources=[samples.names[source] for source in np.unique(samples.sources[indices])],
-            kl_weight_sum=weight_of(samples, kl_indices, kl_targets))
+            kl_weight_sum=weight_of(samples, kl_indices, kl_targets),
+            only_in_step=only_in_step)
 
     def _kl_targets(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return those of these samples that have KL rows, and how many each has."""

@@ -11,6 +11,7 @@ import gc
 import sys
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -18,6 +19,7 @@ from trainer.config import profiled_steps
 from trainer.data.step_plan import hash_seed
 from trainer.metrics.profiler import profiling
 from trainer.metrics.timers import Phases
+from trainer.model.sharding import keep_head_gathered
 from trainer.optim.schedule import learning_rate
 from trainer.runtime import checkpoint
 from trainer.runtime.interrupts import Interrupts
@@ -98,8 +100,12 @@ def train_step(run: TrainingRun, work: StepWork, phases: Phases) -> StepMetrics:
     loss = torch.zeros((), device=run.device)
     kl = torch.zeros((), device=run.device) if work.has_kl else None
     router_aux_loss = torch.zeros((), device=run.device) if run.balance else None
-    for batch in work.batches:
+    for i, batch in enumerate(work.batches):
         pack = pack_loss(run.model, batch, work, run.kl, phases, run.balance)
+        if i >= len(work.batches) - work.only_in_step:
+            pack = pack.without_value()
+        if run.dist.sharded:
+            keep_head_gathered(run.model, i + 1 < len(work.batches))
         with phases("backward"):
             pack.objective.backward()
             run.optimizer.collect()
@@ -109,7 +115,7 @@ def train_step(run: TrainingRun, work: StepWork, phases: Phases) -> StepMetrics:
         if router_aux_loss is not None:
             router_aux_loss += pack.router_aux_loss.detach()
     with phases("optimizer"):
-        run.dist.sum(run.optimizer.gradients)
+        run.optimizer.sum_gradients(run.dist)
         grad_norm = run.optimizer.step(learning_rate(work.step, run.plan.total, run.config.optim))
         run.optimizer.zero_grad()
     return StepMetrics(loss, grad_norm, kl, router_aux_loss)
@@ -139,17 +145,25 @@ def save(run: TrainingRun, state: checkpoint.State, meter: Meter) -> None:
     if meter.steps:
         log_interval(run, state, meter)
     with meter.paused():
-        folder = run.folder / "checkpoints"
-        run.dist.on_main(lambda: checkpoint.save(folder, state, run.optimizer, run.config.checkpoint.keep))
+        write_checkpoint(run, state)
+
+
+def write_checkpoint(run: TrainingRun, state: checkpoint.State) -> Path:
+    """Write a checkpoint, from all ranks, and return its folder. Raises UserError."""
+    folder, keep = run.folder / "checkpoints", run.config.checkpoint.keep
+    if run.dist.sharded:
+        return checkpoint.save_sharded(folder, state, run.optimizer, keep, run.dist)
+    run.dist.on_main(lambda: checkpoint.save(folder, state, run.optimizer, keep))
+    return checkpoint.place(folder, state.step)
 
 
 def rescue(run: TrainingRun, state: checkpoint.State, meter: Meter) -> None:
     """Write a checkpoint of the last whole step after an error, and say where.
 
-    Rank 0 does it alone, as others may be gone.
+    Rank 0 does it alone, as others may be gone, so not where it has a part of the weights.
     """
     folder = run.folder / "checkpoints"
-    wanted = run.dist.is_main and state.step and not checkpoint.place(folder, state.step).exists()
+    wanted = run.dist.is_main and not run.dist.sharded and state.step and not checkpoint.place(folder, state.step).exists()
     with contextlib.suppress(Exception):  # the error before is the one to report
         if wanted and run.optimizer.whole and meter.is_finite():
             path = checkpoint.save(folder, state, run.optimizer, run.config.checkpoint.keep)

@@ -32,6 +32,10 @@ class PackLoss(NamedTuple):
     kl: Tensor | None  # None where the pack has no KL rows
     router_aux_loss: Tensor | None  # the load-balancing loss, without its weight; None where the run has none
 
+    def without_value(self) -> PackLoss:
+        """Return shares of 0, whose backward gives gradients of 0."""
+        return PackLoss(*(None if share is None else share * 0 for share in self))
+
 
 def pack_loss(model: nn.Module, batch: PackedBatch, work: StepWork, kl: KlToBase | None, phases: Phases,
               balance: RouterBalance | None = None) -> PackLoss:

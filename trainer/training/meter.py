@@ -17,6 +17,7 @@ from trainer.metrics.throughput import peak_flops
 from trainer.metrics.timers import Phases, peak_memory_gb, synchronize
 from trainer.optim.schedule import learning_rate
 from trainer.runtime import checkpoint
+from trainer.runtime.device import compute_dtype
 from trainer.runtime.result import Ending
 from trainer.training.loader import StepWork, TokenCounts
 from trainer.training.training_run import TrainingRun
@@ -105,7 +106,7 @@ def interval_record(run: TrainingRun, state: checkpoint.State, meter: Meter, gra
     flops = run.size.flops(counts.tokens, counts.supervised, counts.squared_lengths)
     if flops is not None:
         flops += run.size.base_flops(counts.base_tokens, counts.base_supervised, counts.base_squared_lengths)
-    peak, _ = peak_flops(run.device, next(run.model.parameters()).dtype)
+    peak, _ = peak_flops(run.device, compute_dtype(run.config.precision, run.device))
     return {
         "kind": "step", "step": state.step, "epoch": round(run.plan.progress(state.step), 4), "loss": state.loss,
         **terms,

@@ -15,6 +15,7 @@ from trainer.metrics.log import Log
 from trainer.metrics.throughput import ModelSize
 from trainer.model.router_balance import RouterBalance
 from trainer.optim.adamw import FlatAdamW
+from trainer.optim.sharded_adamw import ShardedAdamW
 from trainer.retention.kl import KlToBase
 from trainer.runtime.distributed import Distributed
 from trainer.training.loader import StepLoader
@@ -35,7 +36,7 @@ class TrainingRun:
     dist: Distributed
     model: nn.Module
     size: ModelSize
-    optimizer: FlatAdamW
+    optimizer: FlatAdamW | ShardedAdamW
     plan: StepPlan
     loader: StepLoader
     kl: KlToBase | None = None
@@ -44,3 +45,4 @@ class TrainingRun:
     log: Log | None = None  # on rank 0
     balance: RouterBalance | None = None
     showing: Showing | None = None  # on rank 0
+    whole: nn.Module | None = None  # of a sharded model: its copy without weights, into which they are gathered

@@ -29,8 +29,11 @@ def eval_loss(model: nn.Module, eval_set: EvalSet, device: torch.device, dist: D
     samples, packs = eval_set.samples, eval_set.packs
     model.eval()
     total = torch.zeros((), device=device)
-    for pack in packs[dist.rank :: dist.size]:
-        total += sum(sft_loss(model, batch) for batch in batches(samples, [pack], device))
+    own, only_in_step = dist.share(packs)
+    for i, pack in enumerate(own):
+        loss = sum(sft_loss(model, batch) for batch in batches(samples, [pack], device))
+        if i < len(own) - only_in_step:
+            total += loss
     model.train()
     dist.sum([total])
     indices = np.concatenate(packs)
