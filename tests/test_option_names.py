@@ -26,7 +26,8 @@ TRAINER = (Config, EvaluationConfig, GateConfig, Interpolate, Convert, Chat, Pub
 COMMANDS = {"trainer": TRAINER, "synth": (*TRAINER, SynthConfig)}  # whose options the files of a package name without dashes
 PLACEHOLDERS = {"section.option", "section.key"}
 OF_EVERY_COMMAND = {"config", "help", "print_config", "traceback"}
-OF_OTHER_PROGRAMS = {"nproc_per_node", "outfile", "outtype", "enable_lora", "lora_modules", "max_lora_rank", "chat_template"}
+OF_OTHER_PROGRAMS = {"nproc_per_node", "max_restarts", "outfile", "outtype", "enable_lora", "lora_modules", "max_lora_rank",
+                     "chat_template"}
 FILES = {"json", "jsonl", "yaml", "html", "py", "md", "txt", "csv", "safetensors", "jinja", "parquet"}  # model.safetensors is a file
 FLAG = re.compile(r"(?<![\w-])--([A-Za-z][\w-]*(?:\.\w+)*)")
 TEMPLATE_CODE = re.compile(r"{{.*?}}|{%.*?%}|<style>.*?</style>", re.DOTALL)

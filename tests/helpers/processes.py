@@ -61,13 +61,17 @@ def complete(module: str, arguments: Sequence[str], **environment: str) -> tuple
 
 
 def complete_ranks(module: str, arguments: Sequence[str], ranks: int = 2) -> list[tuple[int, str, str]]:
-    """Run a command as the ranks of one distributed run, as torchrun starts them; return how each ended and what it printed."""
+    """Run a command as the ranks of one distributed run to its end; return how each ended and what it printed."""
+    return [command.finish() for command in start_ranks(module, arguments, ranks)]
+
+
+def start_ranks(module: str, arguments: Sequence[str], ranks: int = 2) -> list[Command]:
+    """Start a command as the ranks of one distributed run, as torchrun does."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-    running = [Command(module, arguments, **common, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(ranks)]
-    return [command.finish() for command in running]
+    return [Command(module, arguments, **common, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(ranks)]
 
 
 def _become(module: str, arguments: list[str], folder: str, environment: dict[str, str], output: DupFd, errors: DupFd) -> None:

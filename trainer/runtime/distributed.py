@@ -19,6 +19,7 @@ import torch.distributed
 from torch import Tensor
 
 from trainer.errors import UserError, require
+from trainer.runtime.lost_ranks import ending_together
 
 PATIENCE = timedelta(hours=12)  # ranks wait while rank 0 tokenizes, saves or merges
 
@@ -92,7 +93,7 @@ def process_group(device: torch.device, sharded: bool = False):
     """Yield this process of the group that `torchrun` describes in the environment, or the only process.
 
     With several processes on GPUs, `device` becomes the current one of this thread, and the one of the group's collectives. Raises
-    UserError for `sharded` weights and a single process.
+    UserError for `sharded` weights and a single process, and where another process of the group dies.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -105,7 +106,9 @@ def process_group(device: torch.device, sharded: bool = False):
         torch.distributed.init_process_group(backend, timeout=PATIENCE, device_id=device)
     else:
         torch.distributed.init_process_group("gloo", timeout=PATIENCE)
+    rank = int(os.environ["RANK"])
     try:
-        yield Distributed(int(os.environ["RANK"]), size, sharded)
+        with ending_together(rank, size):
+            yield Distributed(rank, size, sharded)
     finally:
         torch.distributed.destroy_process_group()

@@ -1,9 +1,12 @@
 """The device of a run on machines with GPUs, which this one need not have: torch is told of some."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
 from trainer.errors import UserError
+from trainer.runtime import distributed
 from trainer.runtime.device import choose_device
 from trainer.runtime.distributed import Distributed, process_group
 
@@ -45,6 +48,7 @@ def test_a_process_group_knows_its_gpu(monkeypatch, device, backend):
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda name, **options: groups.append((name, options.get("device_id"))))
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: ended.append(True))
+    monkeypatch.setattr(distributed, "ending_together", lambda rank, size: nullcontext())
     on_gpu = device.type == "cuda"
     with process_group(device) as dist:
         assert dist == Distributed(1, 2) and groups == [(backend, device if on_gpu else None)] and current == [device] * on_gpu
