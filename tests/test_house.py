@@ -25,12 +25,13 @@ FILES = [path for top in MAY_IMPORT for path in sorted((ROOT / top).rglob("*.py"
 # Folders of a package from the ground up: a module imports from its own folder and from those before it. "" is the package's own files that
 # are not listed in TOP: the ground floor, on which everything stands.
 LAYERS = {
-    "trainer": ("", "conversion", "runtime", "data", "model", "optim", "metrics", "report", "evaluation", "retention", "training"),
+    "trainer": ("", "conversion", "runtime", "data", "model", "optim", "metrics", "report", "evaluation", "retention", "training",
+                "recovery"),
     "synth": ("", "engines", "pool", "filters", "judging", "reporting", "stages"),
     "benchmarks": ("", "harness", "families", "forgetting", "speed", "on_gpu"),
 }
 # Commands, and what they share: above all folders.
-TOP = {"trainer": {"run", "evaluate", "gate", "interpolate", "convert", "chat", "publish"}, "synth": {"run"},
+TOP = {"trainer": {"run", "evaluate", "gate", "interpolate", "convert", "chat", "publish", "recover"}, "synth": {"run"},
        "benchmarks": {"run", "plot", "gpu", "suites", "summary"}}
 # First words of docstrings that begin with something else than a verb.
 NO_VERBS = set("the a an what which whether how why one all each every this these that those it its where when who whose of for in on from "

@@ -20,9 +20,10 @@ from trainer.evaluation.config import Config as EvaluationConfig
 from trainer.evaluation.config import GateConfig
 from trainer.interpolate import Interpolate
 from trainer.publish import Publish
+from trainer.recovery.config import Recover
 
 ROOT = Path(__file__).parent.parent
-TRAINER = (Config, EvaluationConfig, GateConfig, Interpolate, Convert, Chat, Publish)
+TRAINER = (Config, EvaluationConfig, GateConfig, Interpolate, Convert, Chat, Publish, Recover)
 COMMANDS = {"trainer": TRAINER, "synth": (*TRAINER, SynthConfig)}  # whose options the files of a package name without dashes
 PLACEHOLDERS = {"section.option", "section.key"}
 OF_EVERY_COMMAND = {"config", "help", "print_config", "traceback"}
@@ -73,7 +74,7 @@ def test_every_option_that_is_named_exists(package):
 
 # Named in tables of other trainers' options, in the benchmarks' commands, or of a section named before.
 OF_OTHERS = {"compare", "families", "predict", "model", "chats", "data", "method", "parts", "contenders", "rounds", "steps", "compared",
-             "no_deps", "campaign_seed"}
+             "no_deps", "target", "campaign_seed"}
 
 
 @pytest.mark.parametrize("page", ["README.md", "trainer/README.md", "synth/README.md", "CONTRIBUTING.md", "SECURITY.md"])

@@ -156,6 +156,7 @@ class Retention:
     kl_positions: Literal["supervised", "all"] = "supervised"  # of those samples: the supervised tokens, or prompts too
     kl_direction: Literal["forward", "reverse", "js"] = "forward"  # KL(base || model), KL(model || base), Jensen-Shannon
     kl_mask_target: bool = False  # leave each supervised token out of both distributions: the KL of the alternatives alone
+    kl_only: bool = False  # the samples that the KL counts have no loss of their own: the base is distilled, their words are not taught
     kl_reference: Literal["live", "cached"] = "live"  # the base runs in every step; or once, its hidden states cached in the run folder
     token_weighting: Literal["none", "dft", "eaft", "stm", "flow"] = "none"  # weights of tokens (trainer/retention/token_weighting.py)
     token_weighting_sources: Literal["domain", "all"] = "domain"  # the samples whose tokens are weighted

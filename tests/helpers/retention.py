@@ -71,8 +71,9 @@ def samples() -> list[Piece]:
 def step(run: TrainingRun, packs: list[list[Piece]], chats: list[Piece] | None = None):
     """Loss, divergence and gradients of one step on these packs, or of these packs' share of a step on `chats`."""
     chats = chats or [chat for pack in packs for chat in pack]
-    weight = sum(collate([chat]).weight_sum for chat in chats)
     kl_sources = run.kl.kl_sources if run.kl else np.zeros(2, dtype=bool)
+    kl_only = run.kl and run.kl.options.kl_only
+    weight = sum(collate([chat]).weight_sum for chat in chats if not (kl_only and kl_sources[chat.source])) or 1.0
     every = run.kl and run.kl.options.kl_positions == "all"
     kl_weight_sum = sum(chat.weight * (len(chat.input_ids) - 1) if every else collate([chat]).weight_sum
                         for chat in chats if kl_sources[chat.source])

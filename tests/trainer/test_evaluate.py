@@ -481,8 +481,8 @@ def test_what_vllm_cannot_do(adapter, files, monkeypatch, tmp_path):
     arguments = ("--adapter", adapter, "--data.general", files / "regex.jsonl", "--generation.engine", "vllm", "--output", tmp_path / "out")
     assert refused(*arguments, "--load_in_4bit", "true").startswith("generation.engine: vllm cannot load a model in 4 bits")
     broken = f"import sys; print('ValueError: no DoRA'); sys.exit(1)  # {tmp_path}"
-    real = subprocess.run
-    monkeypatch.setattr(subprocess, "run", lambda command, **more: real([sys.executable, "-c", broken], **more))
+    real = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **more: real([sys.executable, "-c", broken], **more))
     assert refused(*arguments) == (f"generation.engine: vllm failed on {BASE}: ValueError: no DoRA; see {tmp_path / 'out' / 'vllm.log'}, "
                                "or use transformers")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)

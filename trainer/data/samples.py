@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -45,6 +46,29 @@ class Samples:
     _chunk: np.ndarray  # int32[n], index into `_chunks`
     _begin: np.ndarray  # int64[n], where the sample begins in its chunk
     _weights_begin: np.ndarray  # int64[n], where its turns' weights do; -1: every turn weighs 1
+
+    @classmethod
+    def of_tokens(cls, name: str, ids: Sequence[np.ndarray], supervised: Sequence[np.ndarray]) -> Samples:
+        """Return samples of one source.
+
+        `ids` are the token ids of each, int32[length]; `supervised` whether each token is, bool[length].
+        """
+        lengths = np.array([len(own) for own in ids], dtype=np.int64)
+        targets = np.array([np.count_nonzero(own[1:]) for own in supervised], dtype=np.int64)
+        chunk = (np.concatenate(ids), np.concatenate(supervised).astype(np.uint8), np.zeros(0, dtype=np.float32))
+        none = dict.fromkeys(("dropped", "truncated", "split", "unsupervised", "tokens_lost", "refused"), 0)
+        return cls([name], {name: {"kept": len(ids), **none, "notes": []}}, lengths, targets, np.ones(len(ids), dtype=np.float32),
+                   targets.astype(np.float64), np.zeros(len(ids), dtype=np.int32), np.arange(len(ids)), [chunk],
+                   np.zeros(len(ids), dtype=np.int32), np.cumsum(lengths) - lengths, np.full(len(ids), -1))
+
+    def beside(self, other: Samples) -> Samples:
+        """Return these samples followed by those of others, whose sources have other names."""
+        columns = {name: np.concatenate([getattr(self, name), getattr(other, name)])
+                   for name in ("lengths", "supervised", "weights", "target_weights", "records", "_begin", "_weights_begin")}
+        return Samples(self.names + other.names, self.length_report | other.length_report, **columns,
+                       sources=np.concatenate([self.sources, other.sources + np.int32(len(self.names))]),
+                       _chunks=self._chunks + other._chunks,
+                       _chunk=np.concatenate([self._chunk, other._chunk + np.int32(len(self._chunks))]))
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -1,4 +1,4 @@
-"""Generate greedy answers in batches, with transformers' `generate` and its key-value cache.
+"""Generate answers in batches, greedy or drawn, with transformers' `generate` and its key-value cache.
 
 Prompts of similar length share a batch, padded on the left. Packed attention takes no masks, so the model has its stock attention while it
 generates. The rows of a batch are computed together, which may change the choice between two tokens that are equally likely to the last
@@ -39,15 +39,35 @@ def generate_completions(model: nn.Module, template: ChatTemplate, prompts: Sequ
 
     `max_tokens` has the longest answer to each. The model's own generation settings (repetition penalty and so on) are not used.
     """
-    completions: list[Completion | None] = [None] * len(prompts)
+    ends = end_token_ids(unwrap_peft(model).generation_config, template)
+    return [decode_completion(template, ids, ends) for ids in generate(model, template, prompts, max_tokens, batch_size)]
+
+
+@torch.no_grad()
+def generate(model: nn.Module, template: ChatTemplate, prompts: Sequence[Sequence[int]], max_tokens: Sequence[int], batch_size: int,
+             seed: int | None = None) -> list[list[int]]:
+    """Return the token ids of an answer to each prompt, in their order; a token that ends it is the last.
+
+    Answers are greedy, or drawn at temperature 1 by random numbers from `seed`.
+    """
+    answers: list[list[int]] = [[]] * len(prompts)
     longest_first = sorted(range(len(prompts)), key=lambda i: (-max_tokens[i], -len(prompts[i])))  # a lack of memory shows at once
+    if seed is not None:
+        torch.manual_seed(seed)
     with stock_attention(model) as base:
         ends = end_token_ids(base.generation_config, template)
         for limit, same_limit in groupby(longest_first, key=lambda i: max_tokens[i]):
             while numbers := list(islice(same_limit, batch_size)):
-                for i, ids in zip(numbers, _generate(base, template, [prompts[i] for i in numbers], limit, ends)):
-                    completions[i] = decode_completion(template, ids, ends)
-    return completions
+                drawn = _generate(base, template, [prompts[i] for i in numbers], limit, ends, temperature=0.0 if seed is None else 1.0)
+                for i, ids in zip(numbers, drawn):
+                    answers[i] = up_to_end(ids, ends)
+    return answers
+
+
+def up_to_end(ids: list[int], ends: Sequence[int]) -> list[int]:
+    """Return token ids up to the first that ends an answer, which is the last of them."""
+    end = next((i for i, token in enumerate(ids) if token in ends), len(ids))
+    return ids[:end + 1]
 
 
 @torch.no_grad()

@@ -9,8 +9,9 @@ of weights are known on the host before a step runs, so the division of a step i
 model's old answers into it while it learns is Learning without Forgetting (Li and Hoiem, arXiv 1606.09282). With `kl_mask_target` the
 token that the cross entropy teaches is left out of both distributions and the rest renormalised (Xu et al., arXiv 2605.29498), so that
 the term keeps the order of the alternatives and does not pull against what is learnt; at prompt tokens, which teach nothing, none is
-left out. On domain samples beside `token_weighting: dft`, the forward KL at a weight of 0.05 to 0.1 is Anchored Supervised Fine-Tuning
-(ASFT, arXiv 2509.23753).
+left out. With `kl_only` the KL's samples are in the second sum alone: answers that the model drew itself have nothing to teach it, but
+the base's predictions at each of their tokens have. On domain samples beside `token_weighting: dft`, the forward KL at a weight of 0.05
+to 0.1 is Anchored Supervised Fine-Tuning (ASFT, arXiv 2509.23753).
 
 The base is the model as training starts. With an adapter it is the same weights with the adapter switched off, also where training
 continues a saved adapter; full fine-tuning keeps a frozen second copy. It runs without gradients, on the KL samples of a pack alone, and
@@ -102,11 +103,19 @@ class KlToBase:
         """Return the number of KL tokens of each of these samples: int64[n]."""
         return samples.supervised[indices] if self.on_supervised else samples.lengths[indices] - 1
 
+    def taught(self, samples: Samples, indices: np.ndarray) -> np.ndarray:
+        """Return those of these samples whose supervised tokens have a loss: int64[m]."""
+        return indices[~self.kl_sources[samples.sources[indices]]] if self.options.kl_only else indices
+
     # ------------------------------------------------------------ on the host: the rows of a pack
 
     def collate(self, samples: Sequence[Piece]) -> PackedBatch:
         """Collate a pack with its DFT or EAFT mask and its KL rows."""
         batch = collate(samples)
+        if self.options.kl_only:
+            untaught = self.kl_sources[batch.source.numpy()[_sample_of(batch.supervised_rows.numpy(), batch)]]
+            batch.weights[torch.from_numpy(untaught)] = 0.0
+            batch.weight_sum = float(batch.weights.sum(dtype=torch.float64))
         if self.weighted_sources.any():
             sources = batch.source.numpy()[_sample_of(batch.supervised_rows.numpy(), batch)]
             mask = torch.from_numpy(self.weighted_sources[sources])
@@ -215,6 +224,7 @@ def describe(options: config.Retention, method: str, copy_bytes: float) -> list[
         names = {"forward": "KL(base || model)", "reverse": "KL(model || base)", "js": "Jensen-Shannon divergence from the base"}
         positions = " samples, prompts too" if options.kl_positions == "all" else " samples"
         positions += ", their targets masked" if options.kl_mask_target else ""
+        positions += ", which have no other loss" if options.kl_only else ""
         base = f"a frozen second copy of the model, {copy_bytes / 1e9:.3g} GB" if method == "full" else "the model without its adapter"
         base = "run once, its hidden states cached on disk" if options.caches_base else base
         lines.append(f"retention: {options.kl_weight:g} * {names[options.kl_direction]} on {options.kl_sources}{positions}; base: {base}")

@@ -132,6 +132,7 @@ class ForgettingMonitor:
     loaded: LoadedModel
     base: Outcomes | None = None
     exported_outcomes: Outcomes | None = None  # of the state to export; None where this process did not score it
+    remedy: str = "add replay, raise retention.kl_weight, or lower optim.lr"  # against a missed floor
 
     @property
     def floor(self) -> float | None:
@@ -309,7 +310,7 @@ class ForgettingMonitor:
         if kept["holds_floor"]:
             return f"forgetting: exporting step {kept['step']} of {state.step}, the best of those that hold the floor: {figures}"
         return (f"forgetting: WARNING: no measured state held the floor of {self.floor:.1%}; exporting step {kept['step']} of "
-                f"{state.step}, the nearest to it: {figures}; to hold it, add replay, raise retention.kl_weight, or lower optim.lr")
+                f"{state.step}, the nearest to it: {figures}; to hold it, {self.remedy}")
 
 
 def _rank(record: dict) -> tuple:

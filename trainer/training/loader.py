@@ -88,7 +88,7 @@ class StepLoader:
         return StepWork(
             step=step,
             batches=batches(samples, own, self.device, self._collate),
-            weight_sum=supervised_weight(samples, indices) or 1.0,
+            weight_sum=supervised_weight(samples, self.kl.taught(samples, indices) if self.kl else indices) or 1.0,
             counts=counts,
             sources=[samples.names[source] for source in np.unique(samples.sources[indices])],
             kl_weight_sum=weight_of(samples, kl_indices, kl_targets),

@@ -29,15 +29,16 @@ from trainer.versions import versions
 
 
 @contextlib.contextmanager
-def owned(config: Config, dist: Distributed) -> Iterator[None]:
+def owned(config: Config, dist: Distributed, command: str = "trainer.run") -> Iterator[None]:
     """Keep the output folder for this run; all of its ranks end if another command has it.
 
-    Raises UserError for a folder that is in use, or holds another run. A dry run needs no folder of its own.
+    `command` is the one that runs. Raises UserError for a folder that is in use, or holds another run. A dry run needs no folder of its
+    own.
     """
     output = Path(config.output)
     with contextlib.ExitStack() as stack:
         if not config.dry_run:
-            dist.on_main(lambda: stack.enter_context(sole_owner(output, "trainer.run")))
+            dist.on_main(lambda: stack.enter_context(sole_owner(output, command)))
         dist.on_main(lambda: refuse_used(output, config.resume))
         yield
 

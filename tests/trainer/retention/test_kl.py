@@ -102,6 +102,18 @@ def test_masked_targets_are_left_out_of_the_divergence(family, adapter, kl_on, d
         assert_close(gradients, expected[2])
 
 
+@pytest.mark.parametrize("tokens", ["supervised", "all"])
+def test_samples_of_the_kl_alone_are_not_taught(tokens):
+    """Their words have no loss: it is that of the other samples, which alone count in its mean."""
+    domain, replay = ([chat for chat in samples() if chat.source == source] for source in (0, 1))
+    held = dict(kl_weight=0.7, kl_direction="reverse", kl_positions=tokens)
+    both, taught = step(ready_run("llama", **held, kl_only=True), [samples()]), step(ready_run("llama"), [domain])
+    drawn, plain = step(ready_run("llama", **held, kl_only=True), [replay]), step(ready_run("llama", **held), [replay])
+    assert_close(both[:2], (taught[0], plain[1]), 1e-5)
+    assert float(drawn[0]) == 0
+    assert_close(both[2], [a + b for a, b in zip(taught[2], drawn[2])], 1e-4)
+
+
 @pytest.mark.parametrize("adapter", ["lora", "full"])
 @pytest.mark.parametrize("kl_on, tokens", [("replay", "supervised"), ("all", "supervised"), ("replay", "all")])
 def test_how_a_step_is_packed_changes_nothing(adapter, kl_on, tokens):
