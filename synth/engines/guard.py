@@ -12,7 +12,7 @@ from trainer.errors import one_line
 
 
 async def guard(response: httpx2.Response) -> None:
-    """Limit the bytes of a response before they are read.
+    """Limit the bytes of a response before they are read, and read them as UTF-8.
 
     Raises EngineError for a redirect to another server, which would get the prompts.
     """
@@ -22,6 +22,7 @@ async def guard(response: httpx2.Response) -> None:
         if to.host != asked.host or (to.scheme, to.port) != (asked.scheme, asked.port) and not upgraded:
             raise EngineError(f"{asked.scheme}://{asked.netloc.decode()} sends requests on to another server, {one_line(to.host)}; "
                               "set base_url to that one if you trust it")
+    response.encoding = "utf-8"  # as JSON is; the charset that a server names may be none, or another
     response.stream = _LimitedStream(response.stream, response.headers.pop("content-encoding", "").strip().lower())
 
 

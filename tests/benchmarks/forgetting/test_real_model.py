@@ -109,7 +109,7 @@ def test_the_demo_shows_figures_and_answers_side_by_side(data, tmp_path, monkeyp
     out, page = capsys.readouterr().out, (demo.RUN / "report.html").read_text()
     assert re.search(r"base .* 75.0%", out) and re.search(r"with replay .* 50.0% .* 1, 0", out)
     assert "replay 2 <b>" in out and "[cut off]" in out and "Say 3." not in out and "\x1b" not in out
-    assert page.count("<h3>") == 9 and "&lt;b&gt;" in page and "<b>" not in page
+    assert page.count("<h4>") == 9 and "&lt;b&gt;" in page and "<b>" not in page
 
 
 def make_no_sets(pool, sets, folder) -> dict[str, int]:

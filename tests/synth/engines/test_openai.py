@@ -207,8 +207,10 @@ def test_a_slow_server_is_given_up_and_asked_again(opened):
         assert ask(engine, chat(0))["c", 0].text == "echo q0"
 
 
-def test_one_refused_request_fails_alone(opened):
-    refused = error_answer(400, "This model's maximum context length is 99 tokens.\nYou asked for 300.", "context_length_exceeded")
+@pytest.mark.parametrize("charset", ["utf-8", "utf-16", "idna", "base64"])
+def test_one_refused_request_fails_alone(opened, charset):
+    refused = error_answer(400, "This model's maximum context length is 99 tokens.\nYou asked for 300.", "context_length_exceeded",
+                           content_type=f"application/json; charset={charset}")
     with ScriptedServer(otherwise=lambda body: refused if "q1" in str(body) else Answer(200, chat_completion("fine"))) as server:
         found = ask(opened(server), *(chat(i) for i in range(3)))
     assert found["c", 1] == Failure(("c", 1), "refused by the server: This model's maximum context length is 99 tokens. You asked for 300.")
