@@ -10,11 +10,14 @@ import resource
 import select
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+from tqdm import tqdm
 
 CPU_SECONDS = 40
 SECONDS = 150  # by the clock: a loaded machine is slow
@@ -92,6 +95,7 @@ def _become(module: str, arguments: list[str], folder: Path, prepare: Callable[[
         os.environ |= {"HOME": str(folder), "TMPDIR": str(folder)}
         sys.argv, sys.orig_argv = [module, *arguments], [sys.executable, "-m", module, *arguments]
         atexit._clear()
+        tqdm.set_lock(threading.RLock())  # its own is shared by all forks, and one that is killed may hold it
         if prepare:
             prepare()
         status = importlib.import_module(module).main()
