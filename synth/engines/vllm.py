@@ -39,7 +39,12 @@ from synth.engines.interface import (
 from synth.engines.precision import cpu_dtype, notes_on_dtype
 from synth.engines.protocol import LoadRequest, Ready
 from synth.engines.tokens import MAX_CONTEXT, Spellings, added_text, eos_ids, why_unfit, why_unscorable
-from synth.engines.vllm_sampling import compute_logprobs_of_samples_alone, find_nuclei_without_sorting, keep_only_logprob_sums
+from synth.engines.vllm_sampling import (
+    compute_logprobs_of_samples_alone,
+    find_nuclei_without_sorting,
+    keep_only_logprob_sums,
+    rank_without_compiling,
+)
 from trainer.errors import one_line
 from trainer.model.attention_shapes import attention_shapes
 from trainer.model.saved_adapter import adapter_settings
@@ -228,6 +233,7 @@ def patch_for_cpu() -> None:
     find_nuclei_without_sorting()
     compute_logprobs_of_samples_alone()
     keep_only_logprob_sums()
+    rank_without_compiling()
 
 
 def make_rows_independent_of_batch() -> None:

@@ -1,4 +1,4 @@
-"""Patch vLLM's sampling on a CPU: no sort of the vocabulary, and log-probs of what was sampled alone.
+"""Patch vLLM's sampling on a CPU: no sort, no compiling, log-probs of sampled tokens alone.
 
 With a vocabulary of 49,152 tokens and a small model, they would take longer than the model.
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from vllm.v1.engine.logprobs import LogprobsProcessor
 from vllm.v1.outputs import LogprobsLists, LogprobsTensors
+from vllm.v1.sample import sampler as vllm_sampler
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.ops import topk_topp_sampler
 from vllm.v1.sample.sampler import Sampler
@@ -100,3 +101,15 @@ def keep_only_logprob_sums() -> None:
     Sampler.gather_logprobs = staticmethod(gather_logprobs)
     LogprobsLists.slice_request = slice_request
     LogprobsProcessor._update_sample_logprobs = _update_sample_logprobs
+
+
+def rank_without_compiling() -> None:
+    """Patch vLLM to rank sampled tokens with plain torch.
+
+    It compiles these two operations at the first choice that a judge makes, for seconds.
+    """
+
+    def batched_count_greater_than(logprobs, values):
+        return (logprobs >= values).sum(-1)
+
+    vllm_sampler.batched_count_greater_than = batched_count_greater_than

@@ -107,3 +107,19 @@ def test_samples_and_their_logprobs_are_vllms_own_bit_for_bit(vllm, temperatures
 
     for expected, found in zip(sample(own), sample(patched), strict=True):
         assert torch.equal(expected, found)
+
+
+@pytest.mark.slow
+def test_choices_are_ranked_without_a_compiler(vllm, monkeypatch):
+    """The same log-probs and ranks as by vLLM's own function, which would compile."""
+    from vllm.v1.sample import sampler
+
+    from synth.engines import vllm_sampling
+
+    compiled = []
+    monkeypatch.setattr(sampler, "batched_count_greater_than", lambda *given: compiled.append(given) or torch.zeros(6))
+    vllm_sampling.rank_without_compiling()
+    logprobs = rows("different", 2_000).log_softmax(-1)
+    found = sampler.Sampler().gather_specific_token_logprobs(logprobs, {0: [3, 4], 5: [7]}, logprobs.argsort(descending=True)[:, 2])
+    assert not compiled and found.selected_token_ranks.tolist() == [3] * 6
+    assert torch.equal(found.logprobs[0, 1:], logprobs[0, [3, 4]]) and found.logprobs[5, 1] == logprobs[5, 7]
