@@ -142,12 +142,16 @@ def _is_full(stream: typing.TextIO) -> bool:
 
 
 def _disable_progress_bars() -> None:
-    """Turn off the bars of transformers and datasets, which fill a log file."""
-    import datasets
-    import transformers
+    """Turn off the bars of transformers and datasets, which fill a log file; import neither.
 
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    Those that are imported later read the environment, as child processes do.
+    """
+    for library in ("HUB", "DATASETS"):
+        os.environ.setdefault(f"HF_{library}_DISABLE_PROGRESS_BARS", "1")
+    if "transformers" in sys.modules:
+        sys.modules["transformers"].utils.logging.disable_progress_bar()
+    if "datasets" in sys.modules:
+        sys.modules["datasets"].disable_progress_bars()
 
 
 def _print_error(prog: str, error: UserError, status: int) -> int:
