@@ -57,8 +57,8 @@ def synthesise(config: Config) -> None:
         from synth.pool.synthesis_run import SynthesisRun, model_identity
         from trainer.versions import versions
 
-        with Pool(folder / "pool.sqlite") as pool:
-            run = SynthesisRun(config, pool, say=lambda line: print(printable(line), flush=True))
+        with (Pool(folder / "pool.sqlite") as pool,
+              SynthesisRun(config, pool, say=lambda line: print(printable(line), flush=True)) as run):
             check_languages(config)
             check_keys(config)
             check_chat_formats(run)

@@ -63,4 +63,5 @@ def fresh_run(model: Model, work: Path, settings: Config) -> Iterator[SynthesisR
     with tempfile.TemporaryDirectory(dir=work) as folder, Pool(Path(folder) / "pool.sqlite") as pool:
         with pool.transaction():
             pool.insert("items", (plan(settings, item) for item in range(settings.instruct.num_instructions)))
-        yield SynthesisRun(settings, pool, say=lambda line: None)
+        with SynthesisRun(settings, pool, say=lambda line: None) as run:
+            yield run

@@ -151,4 +151,6 @@ class Engine(Protocol):
 
     def notes(self) -> list[str]: ...  # what a server made us change, or the engine chose by itself, one line each
 
+    def alive(self) -> bool: ...  # its processes still run, as far as is known
+
     def close(self) -> None: ...

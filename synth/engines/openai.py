@@ -82,6 +82,9 @@ class OpenAIEngine:
     def notes(self) -> list[str]:
         return list(dict.fromkeys(note for endpoint in self.endpoints for note in endpoint.dialect.notes))
 
+    def alive(self) -> bool:
+        return self.thread.is_alive()
+
     def close(self) -> None:
         if self.thread.is_alive():
             self._wait(self._disconnect())

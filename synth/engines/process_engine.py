@@ -122,6 +122,9 @@ class ProcessEngine:
     def notes(self) -> list[str]:
         return list(self.workers[0].ready.notes)
 
+    def alive(self) -> bool:
+        return all(worker.process.poll() is None for worker in self.workers)
+
     def close(self) -> None:
         for worker in self.workers:
             worker.close()

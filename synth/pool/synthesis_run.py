@@ -16,10 +16,10 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from synth.config import Config, Model, name_of
-from synth.engines import open_engine
+from synth.engines import kind_of, open_engine
 from synth.engines.adapters import digest_of, find_adapter
 from synth.engines.chat_format import ChatFormat, load_format
-from synth.engines.interface import Completion, EngineInfo, Failure
+from synth.engines.interface import Completion, Engine, EngineInfo, Failure
 from synth.pool.store import Pool
 from synth.pool.writer import ResultWriter
 from trainer import config as trainer_config
@@ -34,11 +34,21 @@ RESULT_TABLES = {"pool": "items", "instruct": "items", "respond": "responses", "
 
 
 class SynthesisRun:
-    """One call of synth.run: its resolved configuration, the open pool, and `say`, which prints a line."""
+    """One call of synth.run: its resolved configuration, the open pool, and `say`, which prints a line.
+
+    It owns the engine of a local model; leaving its context ends that engine's processes.
+    """
 
     def __init__(self, config: Config, pool: Pool, say: Callable[[str], None] = print):
         self.config, self.pool, self.say = config, pool, say
         self._formats: dict[str, ChatFormat] = {}
+        self._loaded: tuple[Model, Engine] | None = None  # the local model whose engine is up
+
+    def __enter__(self) -> SynthesisRun:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.stop_engine()
 
     @property
     def folder(self) -> Path:
@@ -100,23 +110,48 @@ class SynthesisRun:
     # ---------------------------------------------------------------- models
 
     @contextmanager
-    def start_engine(self, stage: str, model: Model, record: bool = True) -> Iterator[ResultWriter]:
-        """Start an engine that runs `model`, and yield the writer that sends requests to it.
+    def use_engine(self, stage: str, model: Model, record: bool = True) -> Iterator[ResultWriter]:
+        """Yield the writer that sends requests to an engine that runs `model`.
 
-        At the end the engine's processes are gone.
+        A local model stays loaded for the next stage that uses it; another one takes its place, so that one is loaded at a time. After an
+        error none is.
 
         With `record` the model must be the one that the pool knows under this name; False is for work outside the pool, such as embeddings
         for the report. Raises EngineError where the engine does not start, UserError where the model is another one.
         """
-        began = time.monotonic()
-        engine = open_engine(model, log=self.folder / "logs" / f"{stage}-{name_of(model)}")
+        is_server = kind_of(model) == "openai"
+        engine = self._start(stage, model) if is_server else self._load(stage, model)
         try:
-            self.say(f"{stage}: {name_of(model)}: started {engine.info.name} in {time.monotonic() - began:.1f} s")
             if record:
                 self._check_same_model(model, engine.info)
             yield ResultWriter(self.pool, self.say, stage, name_of(model), engine)
+        except BaseException:
+            self.stop_engine()
+            raise
         finally:
+            if is_server:
+                engine.close()
+
+    def stop_engine(self) -> None:
+        """End the processes of the local model that is loaded, if there is one."""
+        if self._loaded:
+            (_, engine), self._loaded = self._loaded, None
             engine.close()
+
+    def _load(self, stage: str, model: Model) -> Engine:
+        """Return the engine of a local model, the one that is up where it runs this model with these options."""
+        if self._loaded and self._loaded[0] == model and self._loaded[1].alive():
+            self.say(f"{stage}: {name_of(model)}: {self._loaded[1].info.name} is still loaded")
+        else:
+            self.stop_engine()
+            self._loaded = model, self._start(stage, model)
+        return self._loaded[1]
+
+    def _start(self, stage: str, model: Model) -> Engine:
+        began = time.monotonic()
+        engine = open_engine(model, log=self.folder / "logs" / f"{stage}-{name_of(model)}")
+        self.say(f"{stage}: {name_of(model)}: started {engine.info.name} in {time.monotonic() - began:.1f} s")
+        return engine
 
     def _check_same_model(self, model: Model, info: EngineInfo) -> None:
         """Record a model at its first use.

@@ -138,7 +138,7 @@ def _drop_by_base_embeddings(run: SynthesisRun, items: list[EvaluationItem], tex
     def tokens(text: str) -> tuple[int, ...]:
         return *prefix, *format.tokenizer(text, add_special_tokens=False, verbose=False).input_ids[:EMBEDDED_TOKENS]
 
-    with run.start_engine("clean", dataclasses.replace(run.base, engine="transformers"), record=False) as writer:
+    with run.use_engine("clean", dataclasses.replace(run.base, engine="transformers"), record=False) as writer:
         return drop_by_embeddings(writer.engine.embed, tokens, items, texts, run.config.clean.contamination_cosine, run.say)
 
 

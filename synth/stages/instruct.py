@@ -61,7 +61,7 @@ def instruct(run: SynthesisRun) -> None:
     run.pin_settings("instruct", {key: value for key, value in dataclasses.asdict(config.instruct).items() if key != "languages"})
     if run.done("instruct"):
         return
-    with run.start_engine("instruct", run.base) as writer:
+    with run.use_engine("instruct", run.base) as writer:
         if not run.pool.select("SELECT 1 FROM items LIMIT 1"):
             run.say(f"instruct: planning {config.instruct.num_instructions:,} instructions")
             with run.pool.transaction():

@@ -65,7 +65,7 @@ def judge(run: SynthesisRun) -> None:
     for model in run.config.judges:
         task = ScoringTask(run, model)
         if missing := task.count_missing():
-            with run.start_engine("judge", model) as writer:
+            with run.use_engine("judge", model) as writer:
                 ask = writer.choose if task.options.scoring == "expected_score" else writer.complete
                 ask(task.requests(), missing, task.write)
             task.warn_without_scores()
@@ -271,7 +271,7 @@ def compare_best_pairs(run: SynthesisRun) -> None:
     for model in run.config.judges:
         task = ComparisonTask(run, model, pairs)
         if task.missing:
-            with run.start_engine("judge", model) as writer:
+            with run.use_engine("judge", model) as writer:
                 writer.choose(task.requests(), len(task.missing), task.write)
 
 

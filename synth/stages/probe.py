@@ -57,7 +57,7 @@ def sample_and_summarise(run: SynthesisRun, format: ChatFormat, settings: dict) 
         for result in results:
             by_temperature[result.key[0]].append(result)
 
-    with run.start_engine("probe", run.base) as writer:
+    with run.use_engine("probe", run.base) as writer:
         writer.complete(requests, len(requests), collect)
     cut = settings["max_tokens"] < config.instruct.max_tokens
     return [summarise(temperature, sorted(by_temperature[i], key=lambda result: result.key), prompt.rest, format, cut)

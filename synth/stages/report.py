@@ -103,7 +103,7 @@ def embed_with_base(run: SynthesisRun, texts: list[str]) -> dict[str, np.ndarray
         prefix = format.user_prompt(()).token_ids
         token_ids = (format.tokenizer(text, add_special_tokens=False, verbose=False).input_ids[:EMBEDDED_TOKENS] for text in texts)
         requests = (EmbeddingRequest((i,), (*prefix, *ids)) for i, ids in enumerate(token_ids))
-        with run.start_engine("report", dataclasses.replace(run.base, engine="transformers"), record=False) as writer:
+        with run.use_engine("report", dataclasses.replace(run.base, engine="transformers"), record=False) as writer:
             results = list(writer.engine.embed(requests))
     except UserError as error:
         failure = error

@@ -40,7 +40,7 @@ def respond(run: SynthesisRun) -> None:
         task = ResponseTask(run, model)
         missing, unscored = task.count_missing(), _unscored_keys(run) if model is run.base else []
         if missing or unscored:
-            with run.start_engine("respond", model) as writer:
+            with run.use_engine("respond", model) as writer:
                 if missing:
                     writer.complete(task.requests(), missing, task.write)
                 if model is run.base:

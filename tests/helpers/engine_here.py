@@ -48,6 +48,9 @@ class EngineHere:
     def notes(self) -> list[str]:
         return []
 
+    def alive(self) -> bool:
+        return True
+
     def close(self) -> None:
         pass
 

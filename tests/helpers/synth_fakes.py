@@ -30,7 +30,8 @@ class FakeEngine:
         embed       the vector
 
     A returned Exception becomes a Failure with its text. Results come in a random order by `seed`, while at most `window` requests wait;
-    after `results` of them the engine fails. `requests` are all requests so far, `started` and `closed` count how often it was.
+    after `results` of them the engine fails. `requests` are all requests so far, `started` and `closed` count how often it was, `dead`
+    says that its processes have ended.
     """
 
     def __init__(self, name: str = "model", complete: Callable | None = None, choose: Callable | None = None,
@@ -39,7 +40,7 @@ class FakeEngine:
         self.info = EngineInfo("scripted 1.0", name, f"fingerprint of {name}", deterministic)
         self.scripts = {"complete": complete, "choose": choose, "likelihood": likelihood, "embed": embed}
         self.random, self.window, self.results = random.Random(seed), window, results
-        self.requests, self.started, self.closed = [], 0, 0
+        self.requests, self.started, self.closed, self.dead = [], 0, 0, False
 
     def complete(self, requests: Iterable) -> Iterator[Completion | Failure]:
         return self._answer("complete", requests, lambda r, text: Completion(r.key, text, len(text), "stop", -1.0, size(r.prompt)))
@@ -61,6 +62,9 @@ class FakeEngine:
 
     def notes(self) -> list[str]:
         return []
+
+    def alive(self) -> bool:
+        return not self.dead
 
     def close(self) -> None:
         self.closed += 1

@@ -260,7 +260,7 @@ def test_what_the_base_puts_next_to_an_evaluation_item_is_out(tmp_path, exam, mo
                   max_repetition=1.0)
     assert drops(run) == {1: ("contaminated", f"{exam}, line 1: cosine 1.000"), 2: ("contaminated", f"{exam}, line 1: cosine 1.000"),
                           5: ("contaminated", f"{exam}, line 1: {' '.join(ngrams.words(QUESTION))[:80]}")}
-    assert len(base.requests) == 5 and base.closed == 1  # the item and four texts; equal ones once
+    assert len(base.requests) == 5 and base.started == 1  # the item and four texts; equal ones once
     assert "clean: contamination_cosine: 1 texts were not checked, they could not be embedded: longer than the context" in lines
     assert run.pool.select("SELECT * FROM models") == []
     run = cleaned(tmp_path / "looser", chats, contamination=[exam], contamination_cosine=0.6, max_repetition=1.0)

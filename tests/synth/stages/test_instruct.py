@@ -54,7 +54,7 @@ def test_prompts_are_the_prefix_and_stops_and_seeds_are_of_the_item(tmp_path, mo
     assert rows == [(i, 0, question_of_seed(seed), len(question_of_seed(seed)), "stop", -1.0, seed)
                     for i, seed in ((i, seeds.seed(0, "instruct", "base", i, 0)) for i in range(40))]
     assert [i for i, in run.pool.select("SELECT id FROM fresh ORDER BY id")] == list(range(5))
-    assert run.done("instruct") and engine.closed == 1
+    assert run.done("instruct") and engine.started == 1
 
 
 def question_of_seed(seed):

@@ -62,7 +62,7 @@ def test_every_usable_answer_gets_a_score_of_every_other_judge(tmp_path, monkeyp
     usable = [(0, "base", 0), (0, "base", 1), (1, "base", 0), (1, "base", 1), (0, "other", 0), (1, "other", 0), (0, "third", 0)]
     expected = {(*key, name) for key in usable for name in engines if name != key[1]}
     assert set(scores(run)) == expected
-    assert all(engine.started == engine.closed == 1 for engine in engines.values()) and run.done("judge")
+    assert all(engine.started == 1 for engine in engines.values()) and run.done("judge")
     judge(run)
     assert all(engine.started == 1 for engine in engines.values())
 
@@ -296,6 +296,7 @@ def test_pages_of_answers_are_read_once_each(tmp_path, monkeypatch):
         install(monkeypatch, base=engine)
         judge(run)
         assert [request.key for request in engine.requests] == [(i, "base", k) for i in range(30) for k in range(3)]
+        run.stop_engine()
         run.pool.connection.execute("DELETE FROM scores")
 
 

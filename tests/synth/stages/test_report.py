@@ -260,7 +260,7 @@ def test_embeddings_are_of_the_base_and_of_every_text_once(tmp_path, monkeypatch
     add_fresh(run, fresh)
     report(run)
     assert json.loads((tmp_path / "report.json").read_text())["distribution"]["vectors"] == "embeddings of the base"
-    assert engine.started == engine.closed == 1 and len(engine.requests) == len({*pool, *fresh})
+    assert engine.started == 1 and len(engine.requests) == len({*pool, *fresh})
     opening = run.format(run.base).user_prompt(()).token_ids
     assert all(request.token_ids[:len(opening)] == opening for request in engine.requests)
     assert run.pool.select("SELECT * FROM models") == []  # the pool does not depend on them
