@@ -16,9 +16,11 @@ import yaml
 
 from benchmarks.forgetting.miniature.family import FAMILY
 from benchmarks.forgetting.miniature.judging import RUBRIC
-from synth.config import STAGES, Config, Instruct, Model
+from synth.config import STAGES, Config, Instruct, Model, System
+from synth.pool import synthesis_run
 from synth.pool.store import VERSION, Pool
 from synth.run import STAGE_FUNCTIONS, synthesise
+from tests.helpers.engine_here import EngineHere, put_back
 from tests.helpers.processes import Command, complete
 from trainer import cli
 from trainer.config import Source
@@ -210,14 +212,11 @@ def test_a_missing_key_and_a_server_that_is_down_are_one_line(whole, tmp_path, m
     assert [t for t in before[0] if t != "meta" and dump(copy)[0][t] != before[0][t]] == []
 
 
-@pytest.mark.slow
-def test_a_context_too_short_drops_every_item_with_the_reason(tmp_path):
-    config_ = config(tmp_path, instruct=Instruct(num_instructions=3, reference_samples=0, system_prompts=[]))
-    config_.base = Model(path=str(BASE), max_model_len=8)
-    from synth.config import System
-
-    config_.instruct.system_prompts = [System("word " * 20)]
-    config_.stages = ["instruct"]
+def test_a_context_too_short_drops_every_item_with_the_reason(tmp_path, monkeypatch):
+    monkeypatch.setattr(synthesis_run, "open_engine", EngineHere)
+    put_back(monkeypatch)
+    config_ = config(tmp_path, instruct=Instruct(num_instructions=3, reference_samples=0, system_prompts=[System("word " * 20)]))
+    config_.base, config_.stages = Model(path=str(BASE), max_model_len=8), ["instruct"]
     synthesise(config_)
     with Pool(tmp_path / "out" / "pool.sqlite") as pool:
         reasons = {reason for reason, in pool.select("SELECT reason FROM drops")}

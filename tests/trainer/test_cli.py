@@ -162,11 +162,10 @@ def test_every_option_has_a_comment():
     assert sum("  # " in line for line in lines) >= 8
 
 
-@pytest.mark.slow
 def test_without_arguments_a_screen_of_usage():
-    done = subprocess.run([sys.executable, "-m", "trainer.run"], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == ""
-    assert len(done.stderr.splitlines()) <= 24 and "--model.path" in done.stderr
+    status, shown, errors = complete("trainer.run", [])
+    assert status == 2 and shown == ""
+    assert len(errors.splitlines()) <= 24 and "--model.path" in errors
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ from tests.helpers.engine_requests import BASE, BOS, HOW, ROOT, USER, ask, instr
 
 @pytest.mark.slow
 def test_a_worker_that_dies_is_told_in_one_line(opened, tmp_path):
-    for during, sign in ((False, signal.SIGKILL), (True, signal.SIGKILL), (True, signal.SIGABRT)):
+    for during, sign in ((False, signal.SIGKILL), (True, signal.SIGABRT)):
         engine = opened("transformers")
         stream, seen = engine.complete(instruct(50_000)), []
         with pytest.raises(EngineError, match=rf"its transformers process was killed by signal {int(sign)}.*; see .*log-0\.log") as error:
@@ -36,6 +36,7 @@ def test_a_worker_that_dies_is_told_in_one_line(opened, tmp_path):
                 seen.append(result)
                 if len(seen) == 100:
                     os.kill(engine.workers[0].process.pid, sign)
+        assert not engine.alive()
         assert "\n" not in str(error.value) and (tmp_path / "log-0.log").exists() and bool(seen) == during
 
 
@@ -95,12 +96,10 @@ def wait_until(holds, seconds=60):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [needs("vllm"), needs("transformers")])
-def test_workers_end_with_their_parent(kind, tmp_path):
-    count = {"vllm": 1, "transformers": 2}[kind]
-    parent = start_parent(kind, tmp_path, count)
+def test_a_busy_worker_ends_with_its_parent(tmp_path):
+    parent = start_parent(kind_of(Model(path="")), tmp_path, 1)
     workers = [int(pid) for pid in parent.stdout.readline().split()]
-    assert len(workers) == count and parent.stdout.readline() == "busy\n" and not any(map(gone, workers))
+    assert len(workers) == 1 and parent.stdout.readline() == "busy\n" and not any(map(gone, workers))
     parent.kill()
     parent.wait()
     wait_until(lambda: all(map(gone, workers)))
@@ -116,15 +115,6 @@ def test_a_parent_that_ends_while_workers_load(tmp_path):
     parent.kill()
     parent.wait()
     wait_until(lambda: all(map(gone, workers)))
-
-
-@pytest.mark.slow
-def test_a_forgotten_engine_ends(tmp_path):
-    engine = open_engine(Model(path=str(BASE), engine="transformers"), tmp_path / "log")
-    process = engine.workers[0].process
-    del engine
-    gc.collect()
-    assert process.poll() is not None
 
 
 # ---------------------------------------------------------------- models that do not start
@@ -174,11 +164,16 @@ def test_a_context_longer_than_the_models_own(copy, kind):
 
 
 @pytest.mark.slow
-def test_a_shorter_context(opened):
-    engine = opened("transformers", max_model_len=40)
+def test_a_shorter_context_and_a_forgotten_engine_ends(tmp_path):
+    engine = open_engine(Model(path=str(BASE), engine="transformers", max_model_len=40), tmp_path / "log")
     found = ask(engine, [CompletionRequest((1,), Prompt((BOS, USER) + (7,) * 38), HOW, 1),
                          CompletionRequest((2,), Prompt((BOS, USER) + (7,) * 30), HOW._replace(stop_ids=()), 1)])
     assert found[1,].reason == "prompt of 40 tokens, context of 40" and found[2,].tokens <= 8
+    process = engine.workers[0].process
+    assert process.poll() is None and engine.alive()
+    del engine
+    gc.collect()
+    assert process.poll() is not None
 
 
 def test_vllm_where_it_is_not_installed(monkeypatch, tmp_path):
