@@ -1,7 +1,5 @@
 """Samples: tokenized once, cut to length, and every lost token is accounted for."""
 
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from hypothesis import strategies as st
 
 import trainer.data.samples
 from tests.helpers import tiny
+from tests.helpers.processes import complete
 from trainer.config import Data, Source
 from trainer.data.chat_template import ChatTemplate
 from trainer.data.sources import load_sources
@@ -21,7 +20,6 @@ from trainer.data.tokenize import _join as join
 from trainer.data.tokenize import tokenize
 from trainer.errors import UserError
 
-ROOT = Path(__file__).parents[3]
 TEMPLATE = ChatTemplate(tiny.tokenizer())
 
 
@@ -226,29 +224,14 @@ def test_the_cache_knows_what_decides_the_tokens(tmp_path, monkeypatch):
     assert passes(template=ChatTemplate(tiny.tokenizer())) == 0
 
 
-SECOND_RUN = """
-import sys, trainer.data.tokenize
-from tests.helpers.tiny import tokenizer
-from trainer.data.chat_template import ChatTemplate
-from trainer.config import Data
-from trainer.data.sources import load_sources
-
-def again(*args, **options):
-    raise AssertionError("tokenized again")
-trainer.data.tokenize._encode = again
-loaded = load_sources(sys.argv[1], "domain", cache_dir=sys.argv[2])
-print(trainer.data.tokenize.tokenize(loaded, ChatTemplate(tokenizer()), Data(cache_dir=sys.argv[2])).fingerprint)
-"""
-
-
 @pytest.mark.slow
 def test_a_second_process_does_not_tokenize_again(tmp_path):
     path, cache = tmp_path / "rows.jsonl", str(tmp_path / "cache")
     path.write_text('{"prompt": "What is 3 + 4?", "completion": "7"}\n' * 3)
     samples = tokenize(load_sources(str(path), "domain", cache_dir=cache), TEMPLATE, Data(cache_dir=cache))
-    done = subprocess.run([sys.executable, "-c", SECOND_RUN, str(path), cache], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [samples.fingerprint]
+    status, shown, errors = complete("tests.helpers.tokenize_again", [path, cache])
+    assert status == 0, errors
+    assert shown.split() == [samples.fingerprint]
 
 
 def test_lengths_of_100_000_samples_come_without_a_loop(tmp_path, monkeypatch):

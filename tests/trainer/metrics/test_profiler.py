@@ -140,12 +140,6 @@ def test_resumed_behind_the_steps(model_folder, chats, tmp_path, capsys):
     assert "profile: nothing is profiled: step 2 was done before this start, which resumes from step 4" in capsys.readouterr().out
 
 
-@pytest.mark.slow
-def test_compiled_layers_can_be_profiled(model_folder, chats, tmp_path, capsys):
-    run(model_folder, chats, tmp_path / "run", "--compile", "--max_steps", "4", "--logging.every", "9", "--logging.profile_steps", "2-3")
-    assert "the host waits for the device 0 times" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("given", ["20", "25-20", "0-3", "5-5", "a-b", "20:25", "-3", "1-2-3", ""])
 def test_bad_steps_are_one_line(model_folder, chats, tmp_path, given):
     with pytest.raises(UserError, match="logging.profile_steps: expected FIRST-LAST, two steps with 1 <= FIRST < LAST, as in 20-25"):

@@ -203,17 +203,36 @@ def test_a_saved_adapter_is_not_a_part_of_the_base(model_folder, chats, tmp_path
     assert live[0] > 1e-3 and stored == pytest.approx(live, rel=1e-3)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("found", ["whole", "gone", "damaged", "unfinished"])
-@pytest.mark.parametrize("options", [("--lora.dropout", "0.1"), ("--method", "full", "--optim.lr", "1e-3", "--precision", "bf16")])
-def test_a_killed_run_goes_on_bit_for_bit(model_folder, chats, tmp_path, monkeypatch, capsys, options, found):
-    """Also where the file is gone or damaged: it is made again by the base, not by what training has made of it."""
-    options = (*options, "--retention.kl_reference", "cached", "--retention.kl_sources", "all", "--max_steps", "8",
-               "--checkpoint.every", "2")
-    run(model_folder, chats, tmp_path / "whole", *options)
+KILLED = ("--retention.kl_reference", "cached", "--retention.kl_sources", "all", "--max_steps", "8", "--checkpoint.every", "2")
+ADAPTER, FULL = ("--lora.dropout", "0.1"), ("--method", "full", "--optim.lr", "1e-3", "--precision", "bf16")
 
-    with killed_at(step=6):
-        run(model_folder, chats, tmp_path / "cut", *options)
+
+@pytest.fixture(scope="module")
+def ended(model_folder, chats, tmp_path_factory):
+    """The folders of a whole run and of one that was killed, by options."""
+    made = {}
+
+    def run_and_kill(options: tuple[str, ...]) -> tuple[Path, Path]:
+        if options not in made:
+            torch.set_num_threads(1)
+            folder = tmp_path_factory.mktemp("ended")
+            run(model_folder, chats, folder / "whole", *options)
+            with killed_at(step=6):
+                run(model_folder, chats, folder / "cut", *options)
+            made[options] = folder / "whole", folder / "cut"
+        return made[options]
+
+    return run_and_kill
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("options", "found"), [(ADAPTER, "whole"), (ADAPTER, "gone"), (ADAPTER, "damaged"), (ADAPTER, "unfinished"),
+                                                (FULL, "whole"), (FULL, "gone")])
+def test_a_killed_run_goes_on_bit_for_bit(model_folder, chats, ended, tmp_path, monkeypatch, capsys, options, found):
+    """Also where the file is gone or damaged: it is made again by the base, not by what training has made of it."""
+    options = (*options, *KILLED)
+    whole, killed = ended(options)
+    shutil.copytree(killed, tmp_path / "cut")
     assert checkpoint.newest(tmp_path / "cut" / "checkpoints").name == "step-00000004"
     path, = stored_files(tmp_path / "cut")
     before = path.read_bytes()
@@ -239,8 +258,8 @@ def test_a_killed_run_goes_on_bit_for_bit(model_folder, chats, tmp_path, monkeyp
     told = {"damaged": "made anew: .* is damaged: it differs from its checksum", "unfinished": "made anew: .*xxh3 is missing"}
     assert re.search(told.get(found, ""), shown)
     name = "model/model.safetensors" if "full" in options else "adapter/adapter_model.safetensors"
-    assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    figures = [[(r["step"], r["loss"], r["kl"]) for r in records(tmp_path / side, "step")] for side in ("whole", "cut")]
+    assert (tmp_path / "cut" / name).read_bytes() == (whole / name).read_bytes()
+    figures = [[(r["step"], r["loss"], r["kl"]) for r in records(folder, "step")] for folder in (whole, tmp_path / "cut")]
     assert figures[0] == figures[1] and len(figures[0]) == 8
 
 

@@ -87,8 +87,8 @@ def test_the_page_and_the_logs_have_them(measured_run):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [
-    ("--lora.dropout", "0.1", "--retention.kl_weight", "0.3"), ("--method", "full", "--optim.lr", "1e-3", "--precision", "bf16"),
-    ("--activation_checkpointing", "full", "--data.eval_fraction", "0.1"),
+    ("--lora.dropout", "0.1", "--retention.kl_weight", "0.3", "--activation_checkpointing", "full", "--data.eval_fraction", "0.1"),
+    ("--method", "full", "--optim.lr", "1e-3", "--precision", "bf16"),
 ])
 def test_measuring_changes_no_weight_and_no_loss(data, tmp_path, more):
     run(data, tmp_path / "measured", "--forgetting.every", "2", "--logging.every", "1", *more)
