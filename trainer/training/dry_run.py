@@ -19,6 +19,7 @@ from trainer.model.lora import add_adapter, describe
 from trainer.model.vocabulary import new_tokens
 from trainer.retention import cached_base, kl
 from trainer.runtime.device import compute_dtype, dtype_name
+from trainer.training import sharded_estimate
 from trainer.training.export_trial import try_export
 from trainer.training.memory_estimate import estimate
 
@@ -49,6 +50,8 @@ def print_dry_run(config: Config, data: TrainingData, device: torch.device, toke
     for name, text in describe(model).items():
         print(f"{name}: {text}")
     print(f"memory: {estimate(model, config, dtype, device)}")
+    for line in sharded_estimate.describe(model, config, dtype, device):
+        print(line)
     print(f"export: {try_export(config, model, tokenizer)}")
     print("dry run: the options, data and model fit together; nothing was trained")
 
