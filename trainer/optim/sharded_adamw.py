@@ -100,12 +100,14 @@ class ShardedAdamW:
         """Do nothing: the shards are what FSDP2 gathers."""
 
     def release(self) -> None:
-        """Do nothing: no parameter is a view."""
+        """Free gradients and moments, before the weights are gathered; no step may follow."""
+        self.zero_grad()
+        self.adamw.state.clear()
 
     @torch.no_grad()
     def free(self) -> None:
         """Free the memory of weights, gradients and moments; nothing may follow."""
-        self.adamw.state.clear()
+        self.release()
         for shard in self.shards.values():
             shard.data = shard.new_empty(0)
 

@@ -81,7 +81,11 @@ def publish(run: TrainingRun) -> None:
 
 
 def gathered(run: TrainingRun) -> TrainingRun:
-    """Return a run whose model, on the host of rank 0, has all weights of the sharded one."""
+    """Return a run whose model, on the host of rank 0, has all weights of the sharded one.
+
+    No step may follow.
+    """
+    run.optimizer.release()
     gather(run.model, run.whole, run.dist)
     return replace(run, model=run.whole, device=torch.device("cpu"))
 

@@ -22,7 +22,10 @@ RANKS = (2, 4, 8, 16, 32, 64)
 
 
 def sharded_bytes(model: nn.Module, config: Config, dtype: torch.dtype, device: torch.device, ranks: int) -> float:
-    """Estimate the bytes on the device of each of `ranks` that share the weights of `model`, which may be on the meta device."""
+    """Estimate the bytes on the device of each of `ranks` that share the weights of `model`.
+
+    It may be on the meta device.
+    """
     whole, base, adapter, width = estimate(model, config, dtype, device), unwrap_peft(model), config.method != "full", dtype.itemsize
     in_4bit = layers_to_quantize(base, config.quantization.skip_modules) if config.method == "qlora" else []
     sizes = {id(layer.weight): layer.weight.numel() for layer in in_4bit}
