@@ -495,7 +495,8 @@ def _validate_fsdp(config: Config) -> None:
             ("optim.ema_decay", config.optim.ema_decay, config.optim.ema_decay == 0),
             ("lora.init", config.lora.init, config.lora.init in ("default", "gaussian")),
             ("compile", config.compile, not config.compile),
-            ("retention.kl_weight", retention.kl_weight, retention.kl_weight == 0),
+            ("retention.kl_weight", retention.kl_weight, retention.kl_weight == 0 or config.method != "full"),
+            ("retention.kl_reference", retention.kl_reference, not retention.caches_base),
             ("retention.token_weighting", weighting, weighting not in ("stm", "flow")),
             ("forgetting.general", config.forgetting.general, not config.forgetting.general),
             ("eval.show", config.eval.show, config.eval.show == 0)):

@@ -93,6 +93,7 @@ class KlToBase:
     weighted_sources: np.ndarray  # bool[sources], those whose losses DFT or EAFT weights by the model's prediction
     cached_states: Callable[[Sequence[int]], Tensor] | None = None  # samples -> the base's hidden states [K, W]; None: the base runs live
     base_head: LmHead | None = None  # a copy, where the head of the model of `base` is trained
+    in_step: bool = False  # the base runs for every pack, since weights are sharded and other ranks may have KL rows
 
     @property
     def on_supervised(self) -> bool:
@@ -159,6 +160,8 @@ class KlToBase:
         They are computed now, or read from the cache.
         """
         if batch.kl is None:
+            if self.in_step:
+                self.base.hidden(batch, batch.supervised_rows[:1])
             return None
         if batch.kl.cached_states is not None:
             return batch.kl.cached_states
@@ -189,10 +192,10 @@ def _sample_of(rows: np.ndarray, batch: PackedBatch) -> np.ndarray:
     return np.searchsorted(batch.cu_seqlens.numpy(), rows, side="right") - 1
 
 
-def prepare(options: config.Retention, model: nn.Module, roles: Sequence[str]) -> KlToBase | None:
+def prepare(options: config.Retention, model: nn.Module, roles: Sequence[str], in_step: bool = False) -> KlToBase | None:
     """Return the KL, and the mask of DFT or EAFT, of a run over sources of these roles; None without both.
 
-    `model` must not be trained yet.
+    `model` must not be trained yet. With `in_step` the base runs for every pack of a step that has KL rows.
     """
     has_kl, has_mask = options.kl_weight > 0, options.token_weighting in ("dft", "eaft")
     if not has_kl and not has_mask:
@@ -202,7 +205,8 @@ def prepare(options: config.Retention, model: nn.Module, roles: Sequence[str]) -
     base_head = _copy_head(lm_head(model)) if cached and not has_adapter else None
     no_source = np.zeros(len(roles), dtype=bool)
     return KlToBase(options, base, sources_of(roles, options.kl_sources) if has_kl else no_source,
-                    sources_of(roles, options.token_weighting_sources) if has_mask else no_source, base_head=base_head)
+                    sources_of(roles, options.token_weighting_sources) if has_mask else no_source, base_head=base_head,
+                    in_step=in_step)
 
 
 def _copy_head(head: LmHead) -> LmHead:

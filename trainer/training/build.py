@@ -144,7 +144,7 @@ def measure_base(config: Config, data: TrainingData, items: Sequence[ItemFile], 
     roles = [source.role for source in data.mixture.parts]
     forgetting = monitor.prepare(config, items, model, data.template, dist)
     samples, weighting_line = token_weighting.apply_token_weighting(data.samples, config, model, roles, device, dist)
-    kl_to_base = kl.prepare(config.retention, model, roles)
+    kl_to_base = kl.prepare(config.retention, model, roles, in_step=dist.sharded)
     if config.retention.caches_base:
         kl_to_base = cached_base.with_cached_base(kl_to_base, samples, data.plan, Path(config.output), identity, device, dist)
     lines = [weighting_line] if weighting_line else []

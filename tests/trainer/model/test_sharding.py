@@ -15,7 +15,7 @@ from trainer.runtime.distributed import Distributed, process_group
 
 # The last step has one pack, so that the second rank has none of its own.
 STEPS = ("--batch.tokens_per_step", "1024", "--logging.every", "1", "--checkpoint.every", "2", "--data.eval_fraction", "0.1")
-ROUNDING = {"rtol": 1e-4, "atol": 1e-6}
+ROUNDING = {"rtol": 1e-4, "atol": 1e-5}  # AdamW makes much of the rounding of gradients near 0
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +65,12 @@ def test_full_fine_tuning_equals_one_process(full):
 
 
 @pytest.mark.slow(8)
-def test_an_adapter_on_a_4bit_base_equals_one_process(ran):
-    options = ("--activation_checkpointing", "selective", "--retention.l2_sp", "0.1", "--export.format", "both", "--export.check", "true")
+def test_an_adapter_on_a_4bit_base_equals_one_process_beside_a_kl_that_few_packs_have(ran, chats):
+    options = ("--replay.data", str(chats), "--replay.ratio", "0.03", "--retention.kl_weight", "0.3",
+               "--activation_checkpointing", "selective", "--retention.l2_sp", "0.1", "--export.format", "both", "--export.check", "true")
     (one, _), (two, printed) = (ran(ranks, *options, method="qlora") for ranks in (1, 2))
     assert_close(one, two)
+    assert ["kl" in record for record in records(one, "step")] == ["kl" in record for record in records(two, "step")]
     assert "fsdp: weights, gradients and optimizer states are sharded over 2 ranks" in printed and "checked: " in printed
 
 
@@ -86,7 +88,9 @@ def test_what_some_ranks_saved_others_resume(ran, full):
 
 @pytest.mark.parametrize("options", [
     ("--optim.name", "adamw_8bit"), ("--compile", "true"), ("--eval.show", "1"), ("--forgetting.general", "items.jsonl"),
-    ("--retention.kl_weight", "0.3", "--retention.kl_sources", "all"), ("--retention.token_weighting", "stm")])
+    ("--retention.kl_weight", "0.3", "--retention.kl_sources", "all", "--method", "full"),
+    ("--retention.kl_reference", "cached", "--retention.kl_weight", "0.3", "--retention.kl_sources", "all"),
+    ("--retention.token_weighting", "stm")])
 def test_what_needs_the_whole_model_is_refused(options):
     config = parse(Config, ["--model.path", "m", "--data.train", "d", "--fsdp.enabled", "true", *options], "trainer.run")
     with pytest.raises(UserError, match=f"^{options[0][2:]}: expected its default beside fsdp.enabled"):
