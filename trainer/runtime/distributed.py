@@ -88,6 +88,18 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def _meeting() -> dict:
+    """Return where ranks that torchrun has restarted meet.
+
+    It is apart from the addresses that those before them left in its store.
+    """
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if restarts == "0":
+        return {}
+    store, rank, size = next(torch.distributed.rendezvous("env://"))
+    return {"store": torch.distributed.PrefixStore(f"restart-{restarts}", store), "rank": rank, "world_size": size}
+
+
 @contextmanager
 def process_group(device: torch.device, sharded: bool = False):
     """Yield this process of the group that `torchrun` describes in the environment, or the only process.
@@ -103,9 +115,9 @@ def process_group(device: torch.device, sharded: bool = False):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl" if sharded else "nccl"  # checkpoints of shards gather on the CPU
-        torch.distributed.init_process_group(backend, timeout=PATIENCE, device_id=device)
+        torch.distributed.init_process_group(backend, timeout=PATIENCE, device_id=device, **_meeting())
     else:
-        torch.distributed.init_process_group("gloo", timeout=PATIENCE)
+        torch.distributed.init_process_group("gloo", timeout=PATIENCE, **_meeting())
     rank = int(os.environ["RANK"])
     try:
         with ending_together(rank, size):

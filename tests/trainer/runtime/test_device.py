@@ -53,3 +53,13 @@ def test_a_process_group_knows_its_gpu(monkeypatch, device, backend):
     with process_group(device) as dist:
         assert dist == Distributed(1, 2) and groups == [(backend, device if on_gpu else None)] and current == [device] * on_gpu
     assert ended
+
+
+def test_ranks_that_torchrun_restarts_meet_apart_from_those_before(monkeypatch):
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda url: iter([(store, 1, 2)]))
+    assert distributed._meeting() == {}
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    meeting = distributed._meeting()
+    meeting.pop("store").set("address", "new")
+    assert store.get("restart-1/address") == b"new" and meeting == {"rank": 1, "world_size": 2}
