@@ -492,7 +492,7 @@ def test_checkpoints_that_are_quantised_in_another_way(folders, chats, tmp_path,
     (("--method", "qlora", "--quantization.double_quant", "half"), "quantization.double_quant: "),
     (("--method", "qlora", "--quantisation.skip_modules", "[]"), "did you mean quantization.skip_modules?"),
     (("--method", "q-lora"), "method: expected one of 'lora', 'qlora', 'full', got q-lora"),
-    (("--optim.name", "adam8"), "optim.name: expected one of 'adamw', 'adamw_8bit', got adam8"),
+    (("--optim.name", "adam8"), "optim.name: expected one of 'adamw', 'adamw_8bit', 'adafactor', 'muon', got adam8"),
     (("--method", "qlora", "--model.path", "null", "--model.config", "x"), "method: expected full beside model.config"),
 ])
 def test_options_that_are_wrong(folders, chats, tmp_path, monkeypatch, capsys, options, expected):
