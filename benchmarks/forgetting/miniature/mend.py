@@ -46,7 +46,7 @@ def run(_: argparse.Namespace) -> dict:
     replay = RUN / "synth" / "replay.jsonl"
     recovery = Recover(
         adapter=str(RUN / "domain-only" / "adapter"), prompts=str(replay), domain=str(domain), general=items[0], domain_items=items[1],
-        output=str(RUN / "recovered"), scale=0.3, lr=1e-3, rounds=7, steps=100, answers=700, max_tokens=32, batch=BatchSize(512, 512))
+        output=str(RUN / "recovered"), scale=0.3, lr=1e-3, rounds=5, steps=100, answers=700, max_tokens=32, batch=BatchSize(512, 512))
     work = {
         "domain only": lambda: train(recipe(base, domain, RUN / "domain-only")),
         "the base's replay set": lambda: synthesise(own_answers(base)),
