@@ -56,6 +56,7 @@ def test_equals_eager_document_by_document(options, heads, lengths, probabilitie
     assert_same(packed_attention(q, k, v, *rest, **options), eager(q, k, v, *rest, **options), [q, k, v, *sinks])
 
 
+@pytest.mark.slow
 @given(
     lengths=st.lists(st.integers(0, 40), min_size=1, max_size=8), groups=st.sampled_from([1, 2, 3]),
     kv_heads=st.sampled_from([1, 2]), dim=st.sampled_from([1, 3, 8]), window=st.sampled_from([None, 1, 2, 5, 16, 39, 50]),

@@ -188,6 +188,7 @@ def test_a_stage_out_of_turn_names_the_one_before(tmp_path):
     assert "expected stage judge to have ended" in refused(config_)
 
 
+@pytest.mark.slow
 def test_a_read_only_disk_is_one_line(tmp_path):
     status, shown, errors = complete("synth.run", ["--base.path", BASE, "--output", "/proc/steadfast"])
     assert status == 1 and shown == ""

@@ -162,6 +162,7 @@ def test_every_option_has_a_comment():
     assert sum("  # " in line for line in lines) >= 8
 
 
+@pytest.mark.slow
 def test_without_arguments_a_screen_of_usage():
     status, shown, errors = complete("trainer.run", [])
     assert status == 2 and shown == ""

@@ -94,6 +94,7 @@ def chat_ids(tokenizer, question: str) -> list[int]:
 # ---------------------------------------------------------------- against plain transformers
 
 
+@pytest.mark.slow
 def test_log_probs_of_choices_and_answers_are_those_of_transformers(adapter, files, stock):
     items, outcomes = scored("--adapter", adapter, "--data.general", files / "choice.jsonl")
     model, tokenizer = stock

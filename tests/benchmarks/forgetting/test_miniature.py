@@ -313,6 +313,7 @@ def test_what_the_study_starts_from_leaves_room_for_better_answers(name, sampled
     assert 0.75 < scores.accuracy < sampled["peer"].accuracy - 0.05
 
 
+@pytest.mark.slow
 def test_members_differ_in_strength_and_in_kind(sampled):
     """Else nothing is gained by asking more than one."""
     base, tutor, peer = (sampled[name] for name in ("base", "tutor", "peer"))

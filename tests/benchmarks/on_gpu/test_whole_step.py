@@ -289,6 +289,7 @@ def test_a_context_whose_losses_differ_ends_its_climb(monkeypatch):
     assert not outcome["passed"]
 
 
+@pytest.mark.slow
 def test_activations_of_both_contenders_are_computed_again():
     climber = whole_step_sizes.Climber(BLOCKY, CPU, torch.float32)
     for name in (OURS, PLAIN):

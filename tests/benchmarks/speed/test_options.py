@@ -147,6 +147,7 @@ def test_a_run_has_a_row_for_every_contender(made):
     assert rows[LIVE]["cost"]["value"] > 1.2 and made["conditions"]["left_out"].keys() == {"QLoRA", "rsLoRA"}
 
 
+@pytest.mark.slow
 def test_table_and_picture(made, tmp_path):
     view = options.SUITE.views["options"]
     text = show.markdown(made, view)
@@ -156,6 +157,7 @@ def test_table_and_picture(made, tmp_path):
     assert show.draw(made, view, tmp_path / "a.png").read_bytes() == show.draw(made, view, tmp_path / "b.png").read_bytes()
 
 
+@pytest.mark.slow
 def test_what_this_machine_has_not_is_left_out_by_name(made):
     assert "QLoRA" not in [row["contender"] for row in made["summary"]]
     assert any("QLoRA (bitsandbytes is not installed)" in detail and "rsLoRA" in detail for detail in options.caption(made).details)

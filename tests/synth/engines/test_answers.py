@@ -112,6 +112,7 @@ JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st
                          "token", "logprob", "usage", "prompt_tokens", "data", "id", "max_model_len"]), inner, max_size=5), max_leaves=12)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(JSON)
 def test_whatever_a_server_says_is_read_or_garbled(value):
@@ -190,6 +191,7 @@ def test_pauses_that_no_clock_shows(pause, opened, monkeypatch):
 # ---------------------------------------------------------------- who gets what
 
 
+@pytest.mark.slow
 def test_prompts_go_to_no_other_server(opened):
     with ScriptedServer() as other:
         there = Answer(307, b"", (("location", f"{other.url}/chat/completions"),))

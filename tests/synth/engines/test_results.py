@@ -74,6 +74,7 @@ def test_equal_requests_give_equal_results_whatever_stands_beside_them(engine, t
         assert ask(engine, [request]) == {request.key: found[request.key]}
 
 
+@pytest.mark.slow
 def test_seeds_decide(engine):
     same = list(engine.complete([CompletionRequest((k,), INSTRUCT, HOW, 7) for k in range(5)]))
     assert len({result[1:] for result in same}) == 1
@@ -93,6 +94,7 @@ def test_temperature_zero_takes_the_likeliest(engine, plain):
     assert found.text == AutoTokenizer.from_pretrained(BASE).decode(ids[2:-1])
 
 
+@pytest.mark.slow
 def test_first_tokens_are_drawn_from_the_models_distribution(engine, plain, tokenizer):
     """2,000 first tokens at temperature 0.7 and top_p 0.9 against the nucleus computed here: chi-squared, and none from outside it."""
     chances = (logprobs(plain, INSTRUCT.token_ids)[-1] / 0.7).softmax(-1)
@@ -105,6 +107,7 @@ def test_first_tokens_are_drawn_from_the_models_distribution(engine, plain, toke
     assert statistic < len(expected) + 5 * math.sqrt(2 * len(expected)) + 5
 
 
+@pytest.mark.slow
 def test_logprobs_are_of_the_model_itself(engine, plain, tokenizer):
     """At temperature 1 and without a nucleus, whatever the sampling was, the stop included; and equal to the likelihood of the tokens."""
     found = ask(engine, instruct(20) + instruct(20, HOW._replace(temperature=0.5, top_p=0.7), first=20))
@@ -122,6 +125,7 @@ def test_logprobs_are_of_the_model_itself(engine, plain, tokenizer):
         assert result.logprob == pytest.approx(found[key].logprob, abs=1e-4) and result.tokens == found[key].tokens
 
 
+@pytest.mark.slow
 def test_stops(engine, tokenizer):
     whole = ask(engine, instruct(40))
     assert all(result.finish == "stop" and "<|" not in result.text for result in whole.values())
@@ -140,17 +144,20 @@ def test_stops(engine, tokenizer):
     assert {result.prompt_tokens for result in short.values()} == {2}
 
 
+@pytest.mark.slow
 def test_leaked_special_tokens_are_seen(engine):
     found = ask(engine, [CompletionRequest((k,), Prompt((BOS, USER)), Sampling(2.0, 1.0, 200), k) for k in range(60)])
     leaks = {token for result in found.values() for token in re.findall(r"<\|\w+\|>", result.text)}
     assert leaks & {"<|user|>", "<|assistant|>", "<|system|>", "<|bos|>"} and "<|eot|>" not in leaks
 
 
+@pytest.mark.slow
 def test_the_context_ends_what_does_not_fit(engine):
     [found] = engine.complete([CompletionRequest((1,), Prompt((BOS, USER) + (7,) * 508), Sampling(1.0, 1.0, 50, ()), 2)])
     assert found.tokens <= 2 and found.prompt_tokens == 510
 
 
+@pytest.mark.slow
 def test_a_prompt_that_cannot_be_served_fails_alone(engine):
     bad = {("empty",): (), ("long",): (7,) * 512, ("unknown",): (0, 103), ("negative",): (0, -1), ("none",): None}
     requests = [CompletionRequest(key, Prompt(ids), HOW, 1) for key, ids in bad.items()]
@@ -167,6 +174,7 @@ def test_a_prompt_that_cannot_be_served_fails_alone(engine):
     assert [type(result).__name__ for result in sorted(failed)] == ["Failure", "Failure", "Failure", "Likelihood"]
 
 
+@pytest.mark.slow
 def test_what_vllm_alone_refuses_fails_alone(engine):
     if engine.info.name.startswith("vllm"):
         found = ask(engine, [CompletionRequest((1,), INSTRUCT, HOW._replace(temperature=2.5), 1), *instruct(1)])
@@ -190,6 +198,7 @@ def test_choices_against_a_forward_pass(engine, plain, tokenizer):
     assert {result.key: result for result in engine.choose(requests[::-3])} == {(k,): found[k,] for k in range(len(prompts) - 1, -1, -3)}
 
 
+@pytest.mark.slow
 def test_a_choice_without_a_token_is_refused_and_the_engine_lives(engine):
     with pytest.raises(EngineError, match="expected one token for each of 1, 10, got none for '10'; use judge.scoring generated"):
         list(engine.choose(ChoiceRequest((k,), INSTRUCT, ("1", "10")) for k in range(200)))
@@ -206,6 +215,7 @@ def test_spellings_of_a_choice():
     assert {*found[0]} == {known["4"], known["Ġ4"]} and {*found[1]} <= {known["5"], known.get("Ġ5")} and known["5"] in found[1]
 
 
+@pytest.mark.slow
 def test_likelihood_against_a_forward_pass(engine, plain, tokenizer):
     continuations = [tuple(tokenizer("abcde fghij"[: 1 + k % 11], add_special_tokens=False).input_ids) + (EOT,) for k in range(40)]
     prompts = questions(tokenizer, 40)
@@ -219,6 +229,7 @@ def test_likelihood_against_a_forward_pass(engine, plain, tokenizer):
     assert {result.key: result for result in engine.likelihood(requests[::-3])} == {(k,): found[k,] for k in range(39, -1, -3)}
 
 
+@pytest.mark.slow
 def test_embeddings(engine, plain, tokenizer):
     texts = questions(tokenizer, 20)
     requests = [EmbeddingRequest((k,), ids) for k, ids in enumerate(texts)]

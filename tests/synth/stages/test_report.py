@@ -91,6 +91,7 @@ def test_the_page_says_what_the_pool_holds(whole):
     assert "<two>" not in html and "&lt;two&gt;" in html
 
 
+@pytest.mark.slow
 def test_the_page_stands_alone(whole):
     """Every address in it is data, and no script runs."""
     addresses = re.findall(r"""(?:src|srcset|href)=["']([^"']*)""", whole[1])
@@ -231,6 +232,7 @@ def test_an_unfinished_pool(tmp_path, until, sentence):
     assert sentence in text_of((tmp_path / "report.html").read_text())
 
 
+@pytest.mark.slow
 def test_few_items_and_none_fresh(tmp_path):
     run = make_run(tmp_path, ["base"], report=NO_VECTORS)
     fill(run, ["a", "b", "c"], {"base": [["x"], ["y"], ["z"]]})

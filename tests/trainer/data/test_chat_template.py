@@ -76,6 +76,7 @@ def test_the_derived_mask_is_the_one_that_was_set_by_hand(name, chat):
     assert {token for token in differing if token.strip()} <= set(OPENINGS.get(name, []))
 
 
+@pytest.mark.slow
 def test_the_oracle_covers_the_pairs():
     covered = {label: sum(differences(name, chat) is not None for name in PAIRED) for label, chat in CHATS.items()}
     assert len(PAIRED) == 31

@@ -150,6 +150,7 @@ def sample_lists(draw):
     return samples
 
 
+@pytest.mark.slow
 @unhurried
 @given(sample_lists())
 def test_batch_against_a_loop_over_tokens(samples):

@@ -234,6 +234,7 @@ def test_a_second_process_does_not_tokenize_again(tmp_path):
     assert shown.split() == [samples.fingerprint]
 
 
+@pytest.mark.slow
 def test_lengths_of_100_000_samples_come_without_a_loop(tmp_path, monkeypatch):
     n, rng = 100_000, np.random.default_rng(0)
     lengths = rng.integers(5, 60, n)

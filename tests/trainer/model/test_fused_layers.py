@@ -98,6 +98,7 @@ def test_bf16_is_as_exact_as_stock_bf16(family):
     assert errors[True][1] <= 2 * errors[False][1]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not _launch.INTERPRETED, reason="needs Triton's interpreter")
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "phi3"])
 def test_models_run_on_the_kernels(family):

@@ -178,6 +178,7 @@ def test_fused_gate_and_up_in_4_bits(folders):
     assert relative_error(our_logits(ours, batch), stock_logits(stock, batch)) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", [{}, dict(dora=True)], ids=["lora", "dora"])
 def test_bf16_is_as_exact_as_pefts_bf16(folders, adapter):
     batch = pack(vocab_size=260)
