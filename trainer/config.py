@@ -126,8 +126,9 @@ class Lora:
     rank_pattern: dict[str, int] = field(default_factory=dict)  # ranks of layers by ends of names or regular expressions: {down_proj: 32}
     alpha_pattern: dict[str, float] = field(default_factory=dict)  # their alphas, in the same form
     # how A and B start, in PEFT's names. default: A random, B = 0; olora (arXiv 2406.01775), pissa (2404.02948) and pissa_niter_4, a fast
-    # one: from the weights of the base; eva (2410.07170): from the inputs of layers on the training data
-    init: Literal["default", "gaussian", "olora", "pissa", "pissa_niter_4", "eva"] = "default"
+    # one: from the weights of the base; eva (2410.07170): from the inputs of layers on the training data; loftq (2310.08659), for method
+    # qlora: from what 4 bits lose of the weights, for which the dense checkpoint is in the host's memory for a while
+    init: Literal["default", "gaussian", "olora", "pissa", "pissa_niter_4", "eva", "loftq"] = "default"
     path: str | None = None  # continue from this saved adapter instead of a new one
 
     @property
@@ -389,6 +390,8 @@ def _validate_lora(config: Config) -> None:
                         (needs_base, "nothing that runs the base (KL, stm, flow, l2_sp, forgetting.general, eval.show)")):
         require(not (lora.mutates_base and unfit), "lora.init", f"{what} beside {lora.init}, which takes its start out of the base's "
                 "weights; choose default, or eva", lora.init)
+    require(lora.init != "loftq" or (config.method == "qlora" and not lora.dora), "lora.init",
+            "method qlora, and no lora.dora, beside loftq, which starts from the error of 4-bit weights", config.method)
     require(lora.init != "eva" or not (lora.dora or config.replay_search.enabled), "lora.init", "no lora.dora or replay_search beside eva",
             lora.init)
 

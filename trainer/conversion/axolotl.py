@@ -76,6 +76,13 @@ def four_bits(key: str, value: Any, converted: Converted) -> None:
         converted.values["method"] = "qlora"
 
 
+def loftq(key: str, value: Any, converted: Converted) -> None:
+    if "loftq_config" in value and converted.values.get("method") == "qlora":
+        converted.values["lora.init"] = "loftq"
+    else:
+        converted.note(key, value, "LoftQ goes with load_in_4bit here: lora.init loftq with method qlora")
+
+
 def per_epoch(name: str) -> Rule:
     return note(shared_options.BY_STEPS.format(name))
 
@@ -113,7 +120,7 @@ TABLE: Table = {
     "plugins": note(KERNELS), "cut_cross_entropy": note(KERNELS), "fsdp_version": note(DEVICES), "tensor_parallel_size": note(DEVICES),
     "context_parallel_size": note(DEVICES), "unfrozen_parameters": note("all weights are trained, or an adapter"),
     "use_kernels": note(KERNELS), "activation_offloading": note("not here; activation_checkpointing saves memory"),
-    "tokenizer_use_mistral_common": note("the tokenizer of the model's folder is used"), "peft": note("LoftQ is not here; see lora.init"),
+    "tokenizer_use_mistral_common": note("the tokenizer of the model's folder is used"), "peft": loftq,
     "model_quantization_config": note("a checkpoint in NF4 stays as it is, with method qlora; others load as in transformers"),
     "loss_watchdog_threshold": note("a loss that is not finite ends the run; no other limit"),
     "rl": note("preferences and rewards are not trained here; only answers"),

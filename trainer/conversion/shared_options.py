@@ -15,7 +15,7 @@ SCHEDULES = {"cosine": "cosine", "cosine_with_restarts": "cosine_with_restarts",
 PACKS = "samples are always packed here, and never see each other"
 ATTENTION = "attention is chosen by the installed packages, and printed"
 KERNELS = "fused kernels are used wherever the model's family has them"
-DEVICES = "start with torchrun --nproc_per_node for several GPUs; weights are not sharded"
+DEVICES = "for several GPUs start with torchrun --nproc_per_node; fsdp.enabled shards weights"
 HUB = "add --export.push_to_hub NAME to the command, once you are logged in"
 BY_STEPS = "set it in steps: {}"
 
@@ -87,7 +87,7 @@ def report_to(key: str, value: Any, converted: Converted) -> None:
 
 def adapter_start(key: str, value: Any, converted: Converted) -> None:
     """Set how an adapter starts, in PEFT's names."""
-    names = {True: None, "gaussian": "gaussian", "eva": "eva", "olora": "olora", "pissa": "pissa"}
+    names = {True: None, "gaussian": "gaussian", "eva": "eva", "olora": "olora", "pissa": "pissa", "loftq": "loftq"}
     name = "pissa_niter_4" if str(value).startswith("pissa_niter_") else names.get(value, "")
     if name:
         converted.values["lora.init"] = name

@@ -43,7 +43,7 @@ def save_adapter(model: PeftModel, folder: Path | str, tokenizer: PreTrainedToke
     The adapter names its base model as it was loaded: an absolute path, or a hub name.
     """
     with atomic_folder(folder) as tmp:
-        if getattr(model, "start", None) is None:
+        if getattr(model, "adapter_start", None) is None:
             model.save_pretrained(tmp, save_embedding_layers=False)  # rows and modules that train are saved in any case
         else:
             _save_change(model, tmp)
@@ -60,7 +60,7 @@ def _save_change(model: PeftModel, folder: Path) -> None:
     with TemporaryDirectory(dir=folder) as work:
         start = Path(work) / "start"
         start.mkdir()
-        save_file({name: tensor.contiguous() for name, tensor in model.start.items()}, start / SAFETENSORS_WEIGHTS_NAME)
+        save_file({name: tensor.contiguous() for name, tensor in model.adapter_start.items()}, start / SAFETENSORS_WEIGHTS_NAME)
         with targets_as_given():
             model.save_pretrained(folder, save_embedding_layers=False, path_initial_model_for_weight_conversion=str(start))
 

@@ -77,7 +77,7 @@ def add_adapter(model: PreTrainedModel, lora: config.Lora, new_ids: Sequence[int
     adapted.left_out = targets.left_out
     if from_weights:  # the base lacks it now, so an export subtracts it
         start = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-        adapted.start = {name: tensor.detach().to("cpu", copy=True) for name, tensor in start.items()}
+        adapted.adapter_start = {name: tensor.detach().to("cpu", copy=True) for name, tensor in start.items()}
     return adapted
 
 

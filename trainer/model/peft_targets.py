@@ -81,8 +81,8 @@ def make_loadable(model: PreTrainedModel, folder: Path) -> None:
     if found is as_in_files:
         save_file(as_in_files, file, metadata={"format": "pt"})
     if found is None:
-        logger.warning("PEFT does not find the adapter's tensors in %s, as it renames them; only a merged model can be served (--export "
-                       "merged)", type(model).__name__)
+        logger.warning("PEFT does not find the adapter's tensors in %s, as it renames them; only a merged model can be served "
+                       "(--export.format merged)", type(model).__name__)
 
 
 def as_loaded(model: PreTrainedModel, saved: LoraConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -64,8 +64,9 @@ def build(config: Config, data: TrainingData, device: torch.device, dist: Distri
     size, pad_to = model_size(model), padding_for(model)
     ended = config.resume != "never" and checkpoint.has_ended(checkpoint.newest(output / "checkpoints"))
     dist.on_main(lambda: try_export(config, model, tokenizer, ended))
-    if config.lora.init == "eva" and not ended:
-        print_lines([lora_start.from_inputs(model, data.samples, device)])
+    if config.lora.init in ("eva", "loftq") and not ended:
+        print_lines([lora_start.from_inputs(model, data.samples, device) if config.lora.init == "eva" else
+                     lora_start.from_quantization_error(model, config)])
     balance = router_balance.prepare(config.router_aux_loss_coef, model)
     identity = run_identity(config, data, items, dist)
     base = (BaseMeasurements(data.samples, None, monitor.unscored(config, items, model, data.template), []) if ended else

@@ -1,20 +1,31 @@
-"""Start an adapter from its layers' inputs on training data: EVA (Paischer et al., arXiv 2410.07170)."""
+"""Start an adapter from its layers' inputs, or from what 4 bits lose of their weights.
+
+EVA (Paischer et al., arXiv 2410.07170) is PEFT's. LoftQ (Li et al., arXiv 2310.08659) is here, with one iteration, as PEFT's needs a GPU
+and leaves the adapter's scale out: s B A is the best approximation of its rank to W - dequantised W, and the 4-bit base stays as it is.
+"""
 
 from __future__ import annotations
 
 import time
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
 from peft import PeftModel
 from peft.tuners.lora.config import EvaConfig
 from peft.tuners.lora.eva import initialize_lora_eva_weights
+from transformers.pytorch_utils import Conv1D
 
+from kernels.nf4 import dequantize_nf4
+from trainer.config import Config
 from trainer.data.samples import Samples
 from trainer.errors import UserError, one_line
 from trainer.evaluation.generation import stock_attention
+from trainer.model.loading import load_model
+from trainer.model.lora import adapted_weights
+from trainer.model.quantization import is_quantized, nf4_of
 
 SAMPLES, BATCH = 256, 4  # that are looked at, at most, and those in a batch
 
@@ -30,13 +41,42 @@ def from_inputs(model: PeftModel, samples: Samples, device: torch.device) -> str
     batches = [chosen[start : start + BATCH] for start in range(0, len(chosen), BATCH)]
     try:
         with stock_attention(model), warnings.catch_warnings(action="ignore"), torch.no_grad():
-            initialize_lora_eva_weights(model, _Batches(samples, batches, device), show_progress_bar=False)
+            initialize_lora_eva_weights(model, _Batches(samples, batches, device), gather_distributed_inputs=False,
+                                        show_progress_bar=False)
     except (ValueError, RuntimeError, torch.linalg.LinAlgError) as error:
         raise UserError(f"lora.init: expected training data whose inputs give a start by eva, found otherwise ({one_line(str(error))}); "
                         "choose default") from error
     finally:
         config.init_lora_weights, config.eva_config = True, None  # what is saved is an adapter like any other
     return f"lora.init: eva, from {len(chosen):,} samples, in {time.perf_counter() - begun:.1f} s"
+
+
+@torch.no_grad()
+def from_quantization_error(model: PeftModel, config: Config) -> str:
+    """Make s B A what 4-bit weights lack of the checkpoint's, as far as the rank allows.
+
+    Returns a line that says so. Raises UserError for a checkpoint that is itself in 4 bits.
+    """
+    begun, before, after = time.perf_counter(), 0.0, 0.0
+    try:
+        weights = load_model(replace(config, method="full", precision="fp32"), "cpu")[0].state_dict()
+    except UserError as error:
+        raise UserError(f"lora.init: expected a dense checkpoint beside loftq, found otherwise ({error})") from None
+    for name, layer in adapted_weights(model.get_base_model()).items():
+        base = layer.get_base_layer()
+        if not is_quantized(base):
+            continue
+        adapter, held = layer.active_adapters[0], nf4_of(base)
+        weight = weights[name].t() if getattr(base, "source_cls", None) is Conv1D else weights[name]
+        residual = weight.to(held.device) - dequantize_nf4(held, torch.float32)
+        rank = layer.r[adapter]
+        U, S, V = torch.linalg.svd(residual, full_matrices=False)
+        root = (S[:rank] / layer.scaling[adapter]).sqrt()
+        layer.lora_A[adapter].weight.copy_(root[:, None] * V[:rank])
+        layer.lora_B[adapter].weight.copy_(U[:, :rank] * root)
+        before, after = before + float(S.square().sum()), after + float(S[rank:].square().sum())
+    return (f"lora.init: loftq takes back {1 - (after / before) ** 0.5 if before else 0:.0%} of the error of 4-bit weights (norm), in "
+            f"{time.perf_counter() - begun:.1f} s")
 
 
 class _Batches:

@@ -8,17 +8,21 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.config import EvaConfig
 from peft.tuners.lora.eva import initialize_lora_eva_weights
+from peft.utils.loftq_utils import _low_rank_decomposition
 from transformers import AutoModelForCausalLM
 
+from kernels.nf4 import dequantize_nf4
 from tests.helpers import tiny
 from tests.helpers.models import our_logits, pack, relative_error, stir, stock_logits, with_packed_attention
 from tests.helpers.runs import arguments
 from trainer.cli import parse
-from trainer.config import Config, Lora, validate
+from trainer.config import Config, Data, Eval, Lora, Model, Optim, Retention, validate
 from trainer.errors import UserError
 from trainer.model.export import save_adapter
-from trainer.model.lora import add_adapter
+from trainer.model.loading import load_model
+from trainer.model.lora import adapted_weights, add_adapter
 from trainer.model.patch import patch
+from trainer.model.quantization import nf4_of
 from trainer.run import train
 from trainer.training import lora_start
 
@@ -52,8 +56,10 @@ def test_a_start_from_the_weights_is_pefts_and_its_export_fits_the_untouched_bas
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [("--lora.init", "pissa", "--export.format", "both"), ("--lora.init", "eva"),
-                                     ("--lora.init", "eva", "--method", "qlora")])
+@pytest.mark.parametrize("options", [("--lora.init", "pissa", "--export.format", "both"),
+                                     ("--lora.init", "eva", "--lora.target_modules", "[v_proj]"),
+                                     ("--lora.init", "loftq", "--method", "qlora", "--export.format", "both")],
+                         ids=["pissa", "eva", "loftq"])
 def test_a_run_starts_so_and_passes_the_check_of_its_export(model_folder, chats, tmp_path, capsys, options):
     if "qlora" in options:
         pytest.importorskip("bitsandbytes")
@@ -90,7 +96,7 @@ def test_mlp_linear_leaves_attention_alone(family, inside, outside):
 def test_eva_is_pefts(model_folder):
     rng = np.random.default_rng(0)
     samples = [(rng.integers(5, 300, 20).astype(np.int32), np.ones(20, bool)) for _ in range(8)]
-    ours = add_adapter(AutoModelForCausalLM.from_pretrained(model_folder), Lora(rank=4, alpha=8))
+    ours = add_adapter(AutoModelForCausalLM.from_pretrained(model_folder), Lora(rank=4, alpha=8, target_modules=["v_proj"]))
     theirs = copy.deepcopy(ours)
     lora_start.from_inputs(ours, samples, torch.device("cpu"))
     order = np.random.default_rng(0).permutation(8)
@@ -106,17 +112,37 @@ def test_eva_is_pefts(model_folder):
     assert ours.peft_config["default"].init_lora_weights is True
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_loftq_is_the_best_start_for_what_four_bits_lose(tmp_path, family):
+    pytest.importorskip("bitsandbytes")
+    folder = tiny.save_model(tmp_path / "model", family)
+    config = Config(model=Model(path=str(folder)), method="qlora", lora=Lora(rank=4, alpha=12, init="loftq"), device="cpu")
+    base, _ = load_model(config, "cpu")
+    model = add_adapter(base, config.lora)
+    assert "% of the error of 4-bit weights" in lora_start.from_quantization_error(model, config)
+    dense = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    for name, layer in adapted_weights(model.get_base_model()).items():
+        held = dequantize_nf4(nf4_of(layer.get_base_layer()), torch.float32)
+        weight = dense[name] if family == "llama" else dense[name].t()
+        theirs = _low_rank_decomposition(weight - held, reduced_rank=4)
+        ours = layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+        torch.testing.assert_close(ours, theirs["L"] @ theirs["R"], rtol=1e-3, atol=1e-6)
+        assert (weight - held - ours).norm() < (weight - held).norm()
+
+
 @pytest.mark.parametrize("options, named", [
-    (["--lora.init", "pissa", "--method", "qlora"], "lora.init"), (["--lora.init", "olora", "--lora.dora", "true"], "lora.init"),
-    (["--lora.init", "pissa", "--retention.kl_weight", "0.1", "--retention.kl_sources", "domain"], "lora.init"),
-    (["--lora.init", "pissa", "--eval.show", "1"], "lora.init"), (["--lora.init", "eva", "--method", "full"], "lora.init"),
-    (["--lora.rank_pattern", "{q_proj: 0}"], "lora.rank_pattern"), (["--lora.alpha_pattern", "{q_proj: 0}"], "lora.alpha_pattern"),
-    (["--optim.loraplus_lr_ratio", "4", "--method", "full"], "optim.loraplus_lr_ratio"), (["--optim.name", "muon"], "optim.name"),
-    (["--optim.num_cycles", "2"], "optim.num_cycles"), (["--optim.ema_decay", "1"], "optim.ema_decay"),
-    (["--optim.neftune_noise_alpha", "-1"], "optim.neftune_noise_alpha")])
-def test_options_that_do_not_compose_are_one_line(model_folder, chats, tmp_path, options, named):
+    (dict(lora=Lora(init="pissa"), method="qlora"), "lora.init"), (dict(lora=Lora(init="olora", dora=True)), "lora.init"),
+    (dict(lora=Lora(init="pissa"), retention=Retention(kl_weight=0.1, kl_sources="domain")), "lora.init"),
+    (dict(lora=Lora(init="pissa"), eval=Eval(show=1)), "lora.init"), (dict(lora=Lora(init="eva"), method="full"), "lora.init"),
+    (dict(lora=Lora(init="loftq")), "lora.init"), (dict(lora=Lora(rank_pattern={"q_proj": 0})), "lora.rank_pattern"),
+    (dict(lora=Lora(alpha_pattern={"q_proj": 0.0})), "lora.alpha_pattern"),
+    (dict(lora=Lora(rank_pattern={"q_proj": 4}, path="x")), "lora.rank_pattern"),
+    (dict(optim=Optim(loraplus_lr_ratio=4.0), method="full"), "optim.loraplus_lr_ratio"), (dict(optim=Optim(name="muon")), "optim.name"),
+    (dict(optim=Optim(num_cycles=2)), "optim.num_cycles"), (dict(optim=Optim(ema_decay=1.0)), "optim.ema_decay"),
+    (dict(optim=Optim(neftune_noise_alpha=-1.0)), "optim.neftune_noise_alpha")])
+def test_options_that_do_not_compose_are_one_line(options, named):
     with pytest.raises(UserError, match=f"^{named}: expected [^\n]+$"):
-        validate(parse(Config, arguments(model_folder, chats, tmp_path / "run", *options), "trainer.run"))
+        validate(Config(model=Model(path="m"), data=Data(train="d"), **options))
 
 
 @pytest.mark.parametrize("settings, message", [(dict(rank_pattern={"nothing": 2}), "lora.rank_pattern: no layer"),
