@@ -11,8 +11,10 @@ from tests.helpers.runs import arguments
 from tests.helpers.scripted_hub import ScriptedHub
 from trainer import publish
 from trainer.cli import parse
-from trainer.config import Config, validate
+from trainer.config import Config, Data, validate
 from trainer.errors import UserError
+from trainer.report.model_card import Export, write_card
+from trainer.report.run_records import Run
 from trainer.run import train
 
 SHORT = ("--max_steps", "2", "--export.push_to_hub", "me/sums-lora")
@@ -53,7 +55,8 @@ def test_a_run_uploads_its_adapter_with_a_card_into_a_private_repository(hub, li
     assert {path for _, path in hub.files} == {path.name for path in folder.iterdir()}
     assert all(content == (folder / path).read_bytes() for (_, path), content in hub.files.items())
     card = hub.files["me/sums-lora", "README.md"].decode()
-    for words in ("# sums-lora", "A LoRA adapter of rank 4, fine-tuned from tiny-model on sums", "licence of its base: tiny-licence",
+    for words in ("# sums-lora", "A LoRA adapter of rank 4, fine-tuned from `tiny-model`, a local model, on sums",
+                  "was not measured", "licence of its base: tiny-licence",
                   "| sums | domain | 108 | 100.0% |", "Loss on held-out text: ", "rank 4, alpha 32; 2 steps of at most 512 tokens",
                   'AutoPeftModelForCausalLM.from_pretrained("me/sums-lora"', "--max-lora-rank 8", "ADAPTER ."):
         assert words in card
@@ -110,3 +113,26 @@ def test_what_is_no_export_or_has_a_link_out_of_it_is_not_uploaded(hub, tmp_path
     with pytest.raises(UserError, match="is a link out of its folder"):
         publish.run(publish.Publish(str(folder), "me/x"))
     assert hub.files == {}
+
+
+def test_a_card_has_what_was_learnt_and_kept_and_a_base_of_the_hubs_cache_by_its_name(tmp_path):
+    base = tmp_path / "hub" / "models--org--some-model" / "snapshots" / "0123"
+    base.mkdir(parents=True)
+    (base / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: en\n---\n")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"r": 16, "rank_pattern": {"down_proj": 40}}')
+    measured = {"kind": "forgetting", "step": 9, "general": 0.9, "general_base": 0.95, "general_interval": [0.85, 0.93], "general_lost": 7,
+                "general_gained": 2, "domain": 0.8, "domain_base": 0.1, "domain_interval": [0.7, 0.88], "domain_lost": 0,
+                "domain_gained": 70}
+    run = Run("x", forgetting=[measured], end={"steps": 9, "seconds": 75.0}, data={"sources": [
+        {"name": "a|b", "role": "replay", "samples": 10, "share_tokens": 0.25}]})
+    export = Export(tmp_path / "adapter", str(base), Config(data=Data(train="d")))
+    write_card(export, run)
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    for words in ("fine-tuned from [org/some-model](https://huggingface.co/org/some-model)", "rank 40", "base_model: org/some-model",
+                  "license: apache-2.0", "language: en", "What was learnt: 80.0% of the domain items are right (95% interval 70.0% to "
+                  "88.0%), 10.0% before. 0 were forgotten, 70 gained.", "What was kept: 90.0% of the general items",
+                  "| a\\|b | replay | 10 | 25.0% |",
+                  "Replay is general data", "9 steps", "1 min 15 s", "vllm serve org/some-model --enable-lora", "--max-lora-rank 64"):
+        assert words in card, words
+    assert str(tmp_path) not in card

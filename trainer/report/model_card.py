@@ -7,6 +7,7 @@ It says only what the run measured, and names no path of this machine.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +26,7 @@ from trainer.report.run_page import exported_state
 from trainer.report.run_records import Run
 
 CARD = "README.md"
+CACHED = re.compile(r"/models--([\w.-]+)/snapshots/")  # in paths of the hub's cache
 LICENCE = ("license", "license_name", "license_link")
 
 
@@ -53,11 +55,15 @@ class Export:
     @property
     def base_name(self) -> str | None:
         """Return the base's name as a card has it: on the hub, or its folder's own, without the path."""
-        return self.base and printable(Path(self.base).name if self.base_is_local else self.base)
+        return self.hub_base or (self.base and printable(Path(self.base).name))
 
     @property
-    def base_is_local(self) -> bool:
-        return self.base is not None and Path(self.base).exists()
+    def hub_base(self) -> str | None:
+        """Return the base's name on the hub, also of a folder in the hub's cache; None for other folders."""
+        if self.base is None or not Path(self.base).exists():
+            return self.base
+        cached = CACHED.search(Path(self.base).absolute().as_posix())
+        return cached and cached[1].replace("--", "/")
 
 
 def write_card(export: Export, run: Run) -> None:
@@ -89,9 +95,8 @@ def card(export: Export, run: Run, of_base: dict) -> str:
 def metadata(export: Export, run: Run, of_base: dict) -> str:
     """Return the YAML that the hub reads. The licence is the base's."""
     licence = {key: of_base[key] for key in LICENCE if isinstance(of_base.get(key), str)}
-    known = export.base is not None and not export.base_is_local
     return ModelCardData(
-        base_model=export.base if known else None, library_name="peft" if export.is_adapter else "transformers",
+        base_model=export.hub_base, library_name="peft" if export.is_adapter else "transformers",
         pipeline_tag="text-generation", tags=["lora", "sft"] if export.is_adapter else ["sft"],
         language=of_base.get("language"), **licence).to_yaml()
 
@@ -108,7 +113,7 @@ def introduction(export: Export, run: Run, of_base: dict) -> str:
 
 
 def _linked(export: Export) -> str:
-    return export.base_name if export.base_is_local else f"[{export.base_name}](https://huggingface.co/{export.base})"
+    return f"[{export.hub_base}](https://huggingface.co/{export.hub_base})" if export.hub_base else f"`{export.base_name}`, a local model,"
 
 
 def results(run: Run) -> str:
@@ -125,7 +130,9 @@ def results(run: Run) -> str:
             interval = f" (95% interval {low:.1%} to {high:.1%})" if low is not None else ""
             lines.append(f"- {what}: {measured[role]:.1%} of the {role} items are right{interval}, {measured[f'{role}_base']:.1%} before. "
                          f"{number(measured[f'{role}_lost'])} were forgotten, {number(measured[f'{role}_gained'])} gained.")
-    return "## Results\n\n" + "\n".join(lines) if lines else ""
+    if not (measured and "general" in measured):
+        lines.append("- What it forgot of the rest was not measured.")
+    return "## Results\n\n" + "\n".join(lines)
 
 
 def data(run: Run) -> str:
@@ -149,9 +156,10 @@ def method(export: Export, run: Run) -> str:
     how = {"lora": "LoRA", "qlora": "QLoRA (the base in 4 bits)", "full": "All weights"}[config.method]
     if export.is_adapter and config.lora.path is None:
         how += f", rank {config.lora.rank}, alpha {config.lora.alpha:g}"
-    steps = f"{number(end['steps'])} steps" if "steps" in end else f"{config.epochs:g} epochs"
+    steps = f"{number(end['steps'])} steps" if "steps" in end else f"{config.epochs:g} passes"
     took = f", {duration(end['seconds'])}" if isinstance(end.get("seconds"), float) else ""
-    lines = [f"- {how}; {steps} of at most {number(config.batch.tokens_per_step)} tokens, {config.epochs:g} epochs planned{took}.",
+    lines = [f"- {how}; {steps} of at most {number(config.batch.tokens_per_step)} tokens, {config.epochs:g} passes over the domain "
+             f"planned{took}.",
              f"- {optim.name}, peak learning rate {optim.lr:g}, schedule {optim.lr_scheduler}; "
              f"supervised: {config.data.train_on} turns; samples of at most {number(config.data.max_length)} tokens."]
     if config.retention.kl_weight:
