@@ -39,7 +39,7 @@ Fine-tunes a language model on chats, and writes an adapter that PEFT loads, or 
 Examples:
   python -m trainer.run --model.path Qwen/Qwen3-0.6B --data.train chats.jsonl --output runs/first
   python -m trainer.run --model.path Qwen/Qwen3-0.6B --data.train chats.jsonl --replay.data general.jsonl --replay.ratio 0.5
-  python -m trainer.run --config trainer/recipes/lora.yaml      (trainer/recipes has nine)
+  python -m trainer.run --config trainer/recipes/lora.yaml      (trainer/recipes has ten)
 
 Show samples, masks, packing and memory; train nothing:   add --dry-run
 Train on a 4-bit base, or train all weights:              add --method qlora, or --method full

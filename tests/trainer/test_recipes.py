@@ -23,6 +23,7 @@ OWN = {  # options of one recipe alone; GENERAL and ITEMS stand for files of gen
     "replay": ["--replay.data", "GENERAL"],
     "keep95": ["--replay.data", "GENERAL", "--forgetting.general", "ITEMS", "--forgetting.domain", "ITEMS", "--epochs", "1",
                "--replay_search.ratios", "[0.5]", "--replay_search.kl_weights", "[0.0]"],
+    "fsdp": ["--fsdp.enabled", "false"],  # of several ranks; tests/trainer/model/test_sharding.py has them
     "continue": ["--replay.data", "GENERAL", "--lora.path", "ADAPTER"],
     **{name: ["--data.train", str(RECIPES[0].with_name(f"{example}.jsonl")), "--data.max_length", "1024", "--batch.tokens_per_pack", "1024",
               "--batch.tokens_per_step", "1024", *template] for name, example, template in (
@@ -60,7 +61,7 @@ def test_a_recipe_runs(path, model, chats, tmp_path, capsys):
     result = train(parse(Config, argv, "trainer.run"))
     assert "WARNING" not in capsys.readouterr().out
     assert result.steps == 2 and (tmp_path / "run" / "report.html").exists()
-    assert (tmp_path / "run" / ("model" if path.stem == "full" else "adapter")).is_dir()
+    assert (tmp_path / "run" / ("model" if path.stem in ("full", "fsdp") else "adapter")).is_dir()
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=NAMES)
@@ -72,4 +73,4 @@ def test_a_recipe_begins_with_its_command_and_explains_every_option(path):
 
 
 def test_there_is_a_recipe_for_each_way_to_train():
-    assert set(NAMES) == {"lora", "qlora", "full", "replay", "keep95", "tools", "reasoning", "continue", "long"}
+    assert set(NAMES) == {"lora", "qlora", "full", "replay", "keep95", "tools", "reasoning", "continue", "long", "fsdp"}
