@@ -1,7 +1,6 @@
 """Talk to a tuned model and its base in a terminal: `python -m trainer.chat`.
 
-One model is in memory: the base is the tuned model with its adapter switched off. Each of the two has a conversation of its own, with its
-own answers. Lines may also come from a file or a pipe.
+Lines may also come from a file or a pipe. With `web` the conversation is on a page that this machine alone can open.
 """
 
 from __future__ import annotations
@@ -9,9 +8,8 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,18 +17,18 @@ import torch
 
 from trainer import cli
 from trainer.config import Model
-from trainer.data.turn_spans import Message
 from trainer.errors import UserError, printable, require
+from trainer.evaluation import chat_page
 from trainer.evaluation import config as evaluation
-from trainer.evaluation.generation import stream_completion
+from trainer.evaluation.conversation import SHOWN, Conversations
 from trainer.evaluation.models import LoadedModel, find_models, load, template_of
-from trainer.model.lora import adapted_layers, adapters_disabled
 from trainer.report.streamed_answers import StreamedAnswers
 from trainer.runtime.device import choose_device
 
 USAGE = """\
 usage: python -m trainer.chat --adapter runs/first/adapter [--system 'Answer in one line.'] [--temperature 0.7]
        python -m trainer.chat --model.path MODEL
+       python -m trainer.chat --adapter runs/first/adapter --web
 
 Talks to the tuned model and its base, side by side. Lines that begin with a slash are commands: /help lists them."""
 
@@ -40,8 +38,6 @@ HELP = """\
 /save FILE             add the conversation to a JSON Lines file, as a chat to train on: the tuned model's, after /base the base's
 /reset                 begin anew
 /quit                  end"""
-
-SHOWN = {"/both": ("base", "tuned"), "/base": ("base",), "/tuned": ("tuned",)}
 
 
 @dataclass
@@ -58,74 +54,10 @@ class Chat:
     seed: int = 0  # of sampling
     chat_template: str | None = None  # a Jinja file to use instead of the tokenizer's own template
     template_kwargs: dict[str, Any] = field(default_factory=dict)  # keywords for the template, as in training: {enable_thinking: false}
+    web: bool = False  # on a page in the browser, served to this machine alone
+    port: int = 0  # of that page; 0: a free one
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU that has it, else fp32
     device: Literal["auto", "cuda", "cpu"] = "auto"
-
-
-class Conversations:
-    """The models' conversations, and who answers."""
-
-    def __init__(self, loaded: LoadedModel, names: Sequence[str], config: Chat):
-        self.loaded, self.names, self.config = loaded, tuple(names), config
-        self.shown = self.names
-        self.reset(config.system)
-
-    def reset(self, system: str | None) -> None:
-        """Begin anew."""
-        self.system = system
-        opening = [{"role": "system", "content": system}] if system else []
-        self.chats: dict[str, list[Message]] = {name: [*opening] for name in self.names}
-
-    def say(self, text: str) -> None:
-        """Let the models that are shown answer a message.
-
-        Raises UserError if one cannot be asked, and forgets the message.
-        """
-        prompts = {name: self._prompt([*self.chats[name], {"role": "user", "content": text}]) for name in self.shown}
-        with StreamedAnswers(self.shown) as shown:
-            for name, ids in prompts.items():
-                with adapters_disabled(adapted_layers(self.loaded.model)) if name == "base" else contextlib.nullcontext():
-                    answer = stream_completion(self.loaded.model, self.loaded.template, ids, self._room(ids), self.config.temperature,
-                                               partial(shown.update, name))
-                self.chats[name] += [{"role": "user", "content": text}, {"role": "assistant", "content": answer.text}]
-
-    def _prompt(self, chat: list[Message]) -> list[int]:
-        """Return the token ids of a conversation up to the answer.
-
-        Raises UserError if it leaves no room for one.
-        """
-        text = self.loaded.template.render(chat, add_generation_prompt=True)
-        ids = self.loaded.template.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        if self._room(ids) < 1:
-            raise UserError(f"the conversation: expected fewer than the {self.loaded.context:,} tokens of the model's context, "
-                            f"got {len(ids):,}; /reset begins anew")
-        return ids
-
-    def _room(self, ids: Sequence[int]) -> int:
-        context = self.loaded.context
-        return self.config.max_tokens if context is None else min(self.config.max_tokens, context - len(ids))
-
-    def save(self, name: str) -> str:
-        """Add a conversation to a file of chats, and return a line that says so.
-
-        Raises UserError if there is none, or no such place.
-        """
-        whose = self.shown[-1]
-        chat, path = self.chats[whose], Path(name).expanduser()
-        if not name or not any(message["role"] == "assistant" for message in chat):
-            raise UserError(f"/save: expected {'an answer to save' if name else 'a file'}, got none")
-        try:
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"messages": chat}, ensure_ascii=False) + "\n")
-        except OSError as error:
-            raise UserError(f"/save: cannot write {path}: {error.strerror}; name another file") from None
-        return f"added the conversation with {whose} to {path}"
-
-    def show(self, command: str) -> None:
-        """Choose who answers; raises UserError for a model that is not there."""
-        if not set(SHOWN[command]) <= {*self.names}:
-            raise UserError(f"{command}: expected an adapter, whose base can be asked, got a whole model")
-        self.shown = SHOWN[command]
 
 
 def main() -> int:
@@ -140,6 +72,7 @@ def run(config: Chat) -> None:
     require(config.adapter is not None or config.model.path is not None, "adapter, model.path", "one of them", "neither")
     require(config.max_tokens >= 1, "max_tokens", "1 or more", config.max_tokens)
     require(config.temperature >= 0, "temperature", "0 or more", config.temperature)
+    require(0 <= config.port < 65536, "port", "0 to 65535", config.port)
     require(0 <= config.seed < 2**63, "seed", "0 <= seed < 2^63", config.seed)
     options = evaluation.Config(
         model=config.model, adapter=config.adapter, force_base=config.force_base, load_in_4bit=config.load_in_4bit,
@@ -148,7 +81,12 @@ def run(config: Chat) -> None:
     model = load(found.model, found.adapter, options, choose_device(config.device))
     loaded = LoadedModel("model", str(found.adapter or found.model.path), model, template_of(found.model, options))
     torch.manual_seed(config.seed)
-    converse(Conversations(loaded, ("base", "tuned") if found.base_is_adapter_off else ("tuned",), config))
+    names = ("base", "tuned") if found.base_is_adapter_off else ("tuned",)
+    conversations = Conversations(loaded, names, config.system, config.max_tokens, config.temperature)
+    if config.web:
+        chat_page.serve(conversations, config.port)
+    else:
+        converse(conversations)
 
 
 def converse(conversations: Conversations) -> None:
@@ -156,7 +94,7 @@ def converse(conversations: Conversations) -> None:
     for line in lines():
         try:
             if not line.startswith("/"):
-                conversations.say(line)
+                conversations.say(line, StreamedAnswers)
             elif not obey(conversations, *line.partition(" ")[::2]):
                 return
         except UserError as error:
@@ -168,19 +106,34 @@ def obey(conversations: Conversations, command: str, text: str) -> bool:
     text = text.strip()
     if command == "/quit":
         return False
-    if command in SHOWN:
-        conversations.show(command)
+    if command[1:] in SHOWN:
+        conversations.show(command[1:])
     elif command == "/system":
         conversations.reset(text or None)
     elif command == "/reset":
         conversations.reset(conversations.system)
     elif command == "/save":
-        print(printable(conversations.save(text)), flush=True)
+        print(printable(save(conversations, text)), flush=True)
     elif command == "/help":
         print(HELP, flush=True)
     else:
         raise UserError(f"{command}: expected /both, /base, /tuned, /system, /save, /reset, /quit or /help")
     return True
+
+
+def save(conversations: Conversations, name: str) -> str:
+    """Add a conversation to a file of chats, and return a line that says so.
+
+    Raises UserError if there is none, or no such place.
+    """
+    record, path = conversations.record(), Path(name).expanduser()
+    require(bool(name), "/save", "a file", "none")
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise UserError(f"/save: cannot write {path}: {error.strerror}; name another file") from None
+    return f"added the conversation with {conversations.shown[-1]} to {path}"
 
 
 def lines() -> Iterator[str]:

@@ -75,7 +75,7 @@ def stream_completion(model: nn.Module, template: ChatTemplate, prompt: Sequence
                       show: Callable[[str], None]) -> Completion:
     """Return the answer to one prompt of token ids, and call `show` with its text so far after each token.
 
-    At temperature 0 it is the greedy one. Ctrl-C ends the answer, not the program.
+    At temperature 0 it is the greedy one. Ctrl-C, or Stopped from `show`, ends the answer, not the program.
     """
     ids: list[int] = []
     with stock_attention(model) as base:
@@ -85,9 +85,13 @@ def stream_completion(model: nn.Module, template: ChatTemplate, prompt: Sequence
             ids.extend(new)
             show(decode_completion(template, ids, ends).text.rstrip("\N{REPLACEMENT CHARACTER}"))  # half a character
 
-        with suppress(KeyboardInterrupt):
+        with suppress(KeyboardInterrupt, Stopped):
             _generate(base, template, [prompt], max_tokens, ends, temperature, _Stream(add))
     return decode_completion(template, ids, ends)
+
+
+class Stopped(Exception):
+    """Nobody reads an answer any more."""
 
 
 class _Stream(BaseStreamer):

@@ -91,16 +91,20 @@ def compact_axis(axis) -> None:
 
 def write(path: Path, template: Path, plots: list[Plot], **values) -> None:
     """Render `template` into the page `path`, and write each plot's light image beside it as NAME.png."""
+    for drawn in plots:
+        path.with_name(f"{drawn.name}.png").write_bytes(drawn.light)
+    path.write_text(render(template, plots={drawn.name: drawn for drawn in plots}, **values), encoding="utf-8")
+
+
+def render(template: Path, **values) -> str:
+    """Return the page that a template of the shell gives."""
     loader = jinja2.FileSystemLoader([template.parent, SHELL])
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
         "number": number, "compact": compact, "percent": percent, "duration": duration, "data_uri": _data_uri,
         "visible": printable,
     }
-    for drawn in plots:
-        path.with_name(f"{drawn.name}.png").write_bytes(drawn.light)
-    plots_by_name = {drawn.name: drawn for drawn in plots}
-    path.write_text(environment.get_template(template.name).render(plots=plots_by_name, **values), encoding="utf-8")
+    return environment.get_template(template.name).render(**values)
 
 
 def _data_uri(png: bytes) -> str:
