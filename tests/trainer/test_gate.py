@@ -14,8 +14,8 @@ from benchmarks.forgetting.miniature.world import heldout_items, write_jsonl
 from trainer import gate
 from trainer.cli import parse
 from trainer.errors import UserError
-from trainer.evaluation import models
 from trainer.evaluation.config import GateConfig
+from trainer.model import saved_adapter
 
 BASE = FAMILY["base"].folder
 
@@ -56,7 +56,7 @@ def test_an_adapter_that_keeps_passes_and_one_that_forgets_fails(strength, statu
 def test_an_adapter_may_be_named_as_on_the_hub(items, tmp_path, monkeypatch, capsys):
     fetched = []
     adapter = peft_adapter(tmp_path / "adapter", 1e-4)
-    monkeypatch.setattr(models, "snapshot_download", lambda name, allow_patterns: fetched.append(name) or str(adapter))
+    monkeypatch.setattr(saved_adapter, "snapshot_download", lambda name, allow_patterns: fetched.append(name) or str(adapter))
     status, _ = run(monkeypatch, capsys, "--adapter", "someone/their-lora", "--data.general", items, "--output", tmp_path / "out")
     assert status == 0 and fetched == ["someone/their-lora"]
 
