@@ -28,6 +28,7 @@ from trainer.option_values import check_number, checked
 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}  # a disk that is full, or that may not be written to
 MOST_VALUES = 100_000  # in a YAML file
+LONGEST = 2_000  # characters of an error: enough for two long paths
 NOT_OPTIONS = ("versions", "command")  # blocks of a run's config.yaml that are no options: ignored when it is given as --config
 
 
@@ -155,7 +156,9 @@ def _disable_progress_bars() -> None:
 
 
 def _print_error(prog: str, error: UserError, status: int) -> int:
-    print(f"{prog}: error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+    """Print a mistake as one line, without the middle of a long one: a value in it may have any length."""
+    line = printable(" ".join(str(error).split()))
+    print(f"{prog}: error: {line if len(line) <= LONGEST else f'{line[:LONGEST // 2]} ... {line[-LONGEST // 2:]}'}", file=sys.stderr)
     return status
 
 

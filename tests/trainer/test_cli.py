@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from tests.helpers.processes import complete
+from trainer import cli
 from trainer.cli import known_keys, parse, save_yaml
 from trainer.config import Config, Source, validate
 from trainer.errors import UserError
@@ -200,3 +201,10 @@ def test_a_file_of_empty_options_is_one_line(tmp_path):
     (tmp_path / "c.yaml").write_text("seed:\n")
     with pytest.raises(UserError, match="^--config: expected options with values, found none; give values, or remove the options$"):
         parse(Config, ["--config", str(tmp_path / "c.yaml")], "trainer.run")
+
+
+def test_the_middle_of_a_long_mistake_is_left_out(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["trainer.run", "--dry_run", "a" * 9000])
+    assert cli.main(None, Config, "trainer.run", "") == 2
+    told = capsys.readouterr().err
+    assert told.startswith("trainer.run: error: dry_run: expected bool, got aaa") and " ... aaa" in told and len(told) < 2100
