@@ -33,7 +33,6 @@ INSTRUCTIONS = 1500
 RUN = Path("runs/mend")
 
 
-
 def run(_: argparse.Namespace) -> dict:
     """Run the arms as a suite of `python -m benchmarks.run`, and return their record."""
     torch.set_num_threads(THREADS)
@@ -46,7 +45,8 @@ def run(_: argparse.Namespace) -> dict:
     replay = RUN / "synth" / "replay.jsonl"
     recovery = Recover(
         adapter=str(RUN / "domain-only" / "adapter"), prompts=str(replay), domain=str(domain), general=items[0], domain_items=items[1],
-        output=str(RUN / "recovered"), scale=0.3, lr=1e-3, rounds=5, steps=100, answers=700, max_tokens=32, batch=BatchSize(512, 512))
+        output=str(RUN / "recovered"), scale=0.4, share=0.6, lr=1e-3, rounds=8, steps=100, answers=600, max_tokens=32,
+        batch=BatchSize(512, 512))
     work = {
         "domain only": lambda: train(recipe(base, domain, RUN / "domain-only")),
         "the base's replay set": lambda: synthesise(own_answers(base)),
