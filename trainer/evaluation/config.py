@@ -151,7 +151,7 @@ def validate(config: Config) -> None:
     require(scoring.tokens_per_pack >= 2, "scoring.tokens_per_pack", "2 tokens or more", scoring.tokens_per_pack)
     require(scoring.kl_tokens >= 0, "scoring.kl_tokens", "0 or more", scoring.kl_tokens)
     require(0 < statistics.confidence < 1, "statistics.confidence", "0 < confidence < 1", statistics.confidence)
-    require(statistics.bootstrap >= 100, "statistics.bootstrap", "100 resamples or more", statistics.bootstrap)
+    require(100 <= statistics.bootstrap <= 1_000_000, "statistics.bootstrap", "100 to 1,000,000 resamples", statistics.bootstrap)
     require(0 <= statistics.seed < 2**63, "statistics.seed", "0 <= seed < 2^63", statistics.seed)
     require(config.harness.limit is None or config.harness.limit >= 1, "harness.limit", "1 or more documents", config.harness.limit)
     num_fewshot = config.harness.num_fewshot
