@@ -12,6 +12,7 @@ import sys
 import pytest
 
 from tests.helpers import tiny
+from tests.helpers.adapters import save_random_adapter
 from trainer import cli
 from trainer.cli import parse
 from trainer.config import Config, Data, Lora, Model, Source, validate
@@ -193,6 +194,15 @@ def test_an_adapter_of_a_kind_that_nobody_knows(tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "ZORK"}')
     (tmp_path / "adapter_model.safetensors").write_bytes(b"")
     assert "does not fit this model: 'ZORK'" in refused(add_adapter, tiny.model("llama"), Lora(path=str(tmp_path)))
+
+
+@pytest.mark.parametrize("changes", [{"target_modules": [1.5]}, {"alpha_pattern": []}, {"target_modules": [None]}, {"rank_pattern": ["q"]}])
+def test_an_adapter_whose_settings_have_other_types(model_copy, tmp_path, changes):
+    adapter = save_random_adapter(model_copy, tmp_path / "adapter", rank=2, spread=0.1)
+    settings = adapter / "adapter_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | changes))
+    assert "adapter_config.json has values of types that PEFT does not expect" in refused(
+        add_adapter, tiny.model("llama"), Lora(path=str(adapter)))
 
 
 # ---------------------------------------------------------------- disks and signals

@@ -131,9 +131,14 @@ def _load_adapter(model: PreTrainedModel, path: str) -> PeftModel:
         _check_loaded(adapted, as_loaded(model, saved, load_file(weights)))
         check_wrappers(model)
         return adapted
+    except UserError:
+        raise
     # Another model's shapes or names, an unknown kind of adapter, a file cut short.
     except (ValueError, RuntimeError, OSError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"lora.path: the adapter in {folder} does not fit this model: {' '.join(str(error).split())[:300]}") from error
+    except Exception as error:  # of any kind: the file may hold anything
+        raise UserError(f"lora.path: {folder / 'adapter_config.json'} has values of types that PEFT does not expect "
+                        f"({type(error).__name__}); save the adapter again") from error
 
 
 def _patterns(saved: LoraConfig) -> list[str]:
