@@ -57,10 +57,21 @@ def _check_one(option: str, name: str, value) -> None:
         raise UserError(f"{option}: expected a number below 2^63, got {value if abs(value) < 10**40 else 'one of many digits'}")
     elif isinstance(value, str) and "\0" in value:
         raise UserError(f"{option}: expected text, got one with a NUL character; remove it")
+    elif isinstance(value, str) and not _is_unicode(value):
+        raise UserError(f"{option}: expected text, got one with half of a surrogate pair, {printable(value)!r}; correct it")
     elif isinstance(value, str) and name in PRINTED and ("\n" in value or printable(value) != value):
         raise UserError(f"{option}: expected one line of printable text in UTF-8, got {printable(value)!r}; choose another")
     elif isinstance(value, str) and name in PATHS | PATHS_OR_LISTS:
         _check_path(option, value)
+
+
+def _is_unicode(text: str) -> bool:
+    """Return whether text is UTF-8, but for bytes of file names that are not."""
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check_path(option: str, path: str) -> None:
