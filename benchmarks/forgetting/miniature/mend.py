@@ -102,7 +102,9 @@ def draw(record: dict, figure) -> None:
     axes = show.axes_of(figure)
     for row in record["summary"]:
         axes.plot(row["domain"], row["general"], "o", markersize=9, color=show.OURS, clip_on=False)
-        axes.annotate(row["line"], (row["domain"], row["general"]), xytext=(8, 8), textcoords="offset points")
+        left = row["line"] == "recovered"  # its neighbour's name stands on the right
+        axes.annotate(row["line"], (row["domain"], row["general"]), xytext=(-8 if left else 8, 8), textcoords="offset points",
+                      ha="right" if left else "left")
     axes.set(xlabel="domain accuracy", ylabel="general accuracy", xlim=(0, 1.15), ylim=(0, 1.1))
 
 
