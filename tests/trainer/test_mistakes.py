@@ -172,6 +172,7 @@ def edit(folder, **changes) -> None:
                                 r"found \(64, 112\)"),
     ({"hidden_size": "big"}, "cannot load .*hidden_size"),
     ({"model_type": "zork"}, "cannot load .*zork"),
+    ({"num_hidden_layers": 2**31}, "expected at most 10,000 layers in the config of .*, got num_hidden_layers 2147483648"),
     ({"model_type": "vit"}, "cannot load .*AutoModelForCausalLM.$"),
 ])
 def test_a_model_that_its_config_does_not_describe_is_one_line_and_nothing_else(model_copy, changes, expected, capfd):
@@ -188,6 +189,12 @@ def test_a_config_that_is_no_object(model_copy):
 def test_settings_of_a_tokenizer_are_no_tokenizer(model_copy):
     (model_copy / "tokenizer.json").unlink()
     assert "no tokenizer in" in refused(load_tokenizer, Model(path=str(model_copy)))
+
+
+def test_a_tokenizer_whose_longest_text_is_no_number(model_copy):
+    settings = model_copy / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"model_max_length": "long"}))
+    assert "expected a number as model_max_length in the tokenizer_config.json" in refused(load_tokenizer, Model(path=str(model_copy)))
 
 
 def test_an_adapter_of_a_kind_that_nobody_knows(tmp_path):

@@ -14,7 +14,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from transformers.utils.hub import cached_file
 
 from trainer.config import Model
-from trainer.errors import UserError, one_line
+from trainer.errors import UserError, one_line, require
 from trainer.model.gguf import converted, is_gguf
 from trainer.model.vocabulary import add_tokens
 
@@ -33,6 +33,9 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
         raise UserError(f"{option}: no tokenizer in {folder}; set {option} to a folder or hub name that has one")
     with one_line_errors(option, source):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+    longest = tokenizer.model_max_length
+    require(isinstance(longest, (int, float)), option, f"a number as model_max_length in the tokenizer_config.json of {source}",
+            f"{type(longest).__name__}; save the tokenizer again")
     add_tokens(tokenizer, model)
     return tokenizer
 
