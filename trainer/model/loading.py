@@ -137,7 +137,10 @@ def _without_weights(model: Model, source: str, dtype: torch.dtype, device: torc
 
 
 def _found_config(model: Model, source: str) -> PreTrainedConfig:
-    """Read the config of a model. Raises UserError for one that no memory holds: its layers are made one by one."""
+    """Read the config of a model.
+
+    Raises UserError for more layers than any memory holds, as they are made one by one.
+    """
     option = "model.path" if model.path else "model.config"
     with one_line_errors(option, source):
         found = AutoConfig.from_pretrained(source, trust_remote_code=model.trust_remote_code)
