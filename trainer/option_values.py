@@ -55,6 +55,8 @@ def _check_one(option: str, name: str, value) -> None:
         raise UserError(f"{option}: expected a finite number below 1.7e38, got {value}")
     elif isinstance(value, int) and abs(value) >= WHOLE:
         raise UserError(f"{option}: expected a number below 2^63, got {value if abs(value) < 10**40 else 'one of many digits'}")
+    elif value == "" and name in PATHS - {"output"}:  # an output that is needed says so itself
+        raise UserError(f"{option}: expected a path, got an empty text; give one, or remove the option")
     elif isinstance(value, str) and "\0" in value:
         raise UserError(f"{option}: expected text, got one with a NUL character; remove it")
     elif isinstance(value, str) and not _is_unicode(value):

@@ -113,7 +113,7 @@ def test_every_number_is_finite(value):
     ["--data.train", "[{path: x, max_records: 100000000000000000000}]"], ["--optim.warmup_steps", "20:25"], ["--optim.lr=010"],
     ["--data.train", "~nosuchuser/x"], ["--output", "~nosuchuser/x"], ["--output", "x" * 300], ["--model.path", "x/" * 3000],
     ["--data.train", "[{path: '~nosuchuser/x'}]"], ["--data.train", "[x, '~nosuchuser/x']"],
-    ["--data.train", "\ud83d"], ["--output", "\ud83d"], ["--forgetting.regex", "\ud83d"],
+    ["--model.tokenizer", ""], ["--lora.path", ""], ["--data.train", "\ud83d"], ["--output", "\ud83d"], ["--forgetting.regex", "\ud83d"],
 ])
 def test_a_value_that_no_system_takes_is_refused(arguments):
     with pytest.raises(UserError, match=f"^{arguments[0].partition('=')[0][2:]}"):
