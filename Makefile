@@ -1,5 +1,5 @@
 # make demo        show forgetting and its cure on a tiny model, and print the table
-# make real        the same on a real model, SmolLM2-135M-Instruct, in some 25 minutes: figures, and answers side by side (DATA=folder with
+# make real        the same on a real model, SmolLM2-135M-Instruct, in some 50 CPU minutes: figures, and answers side by side (DATA=folder with
 #                  gsm8k_train.jsonl and gsm8k_test.jsonl; without it they come from the Hugging Face hub)
 # make test        run all tests
 # make test-fast   run all tests but those marked slow

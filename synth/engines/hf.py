@@ -42,6 +42,7 @@ from synth.engines.nucleus import each_row, nucleus
 from synth.engines.precision import cpu_dtype, notes_on_dtype
 from synth.engines.protocol import LoadRequest, Ready
 from synth.engines.tokens import MAX_CONTEXT, Spellings, added_text, eos_ids, why_unfit, why_unscorable
+from trainer.model.locate import require_buildable
 from trainer.model.text_part import auto_class, keep_text_part
 from trainer.runtime.device import choose_device
 
@@ -74,6 +75,7 @@ class TransformersModel:
         model, threads = load.model, torch.get_num_threads()
         self.device = choose_device("auto")
         config = AutoConfig.from_pretrained(load.folder, trust_remote_code=model.trust_remote_code)
+        require_buildable(model.path, load.folder, config)
         if self.device.type == "cpu":
             make_rows_independent_of_batch(threads)
         self.model = _load(load, config, self.device)

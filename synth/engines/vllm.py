@@ -47,6 +47,7 @@ from synth.engines.vllm_sampling import (
 )
 from trainer.errors import one_line
 from trainer.model.attention_shapes import attention_shapes
+from trainer.model.locate import require_buildable
 from trainer.model.saved_adapter import adapter_settings
 from trainer.model.serving import max_lora_rank
 
@@ -207,7 +208,9 @@ def _on_cpu(load: LoadRequest) -> dict:
 def _text_config(load: LoadRequest):
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(load.folder, trust_remote_code=load.model.trust_remote_code).get_text_config()
+    config = AutoConfig.from_pretrained(load.folder, trust_remote_code=load.model.trust_remote_code)
+    require_buildable(load.model.path, load.folder, config)
+    return config.get_text_config()
 
 
 def _context(load: LoadRequest) -> int:

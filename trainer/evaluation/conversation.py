@@ -20,7 +20,7 @@ SHOWN = {"both": ("base", "tuned"), "base": ("base",), "tuned": ("tuned",)}
 
 
 class Display(contextlib.AbstractContextManager, Protocol):
-    """Where answers are shown while they are written."""
+    """Shows answers while they are written."""
 
     def update(self, name: str, text: str) -> None: ...
 

@@ -12,19 +12,17 @@ from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from trainer.config import Config, Model
-from trainer.errors import UserError, require
+from trainer.errors import UserError
 from trainer.model import quantization
 from trainer.model.families import family_of
 from trainer.model.forward import lm_head
-from trainer.model.locate import load_tokenizer, model_source, one_line_errors, require_own_weights_of_hub
+from trainer.model.locate import load_tokenizer, model_source, one_line_errors, require_buildable, require_own_weights_of_hub
 from trainer.model.packed_attention import PACKED, decoder, last_hidden_states, refuse_mask, set_attention
 from trainer.model.packing_probe import probe_packing
 from trainer.model.text_part import auto_class, is_wrapped, keep_text_part
 from trainer.model.vocabulary import fit_vocabulary
 from trainer.patterns import require_bounded
 from trainer.runtime.device import compute_dtype
-
-MOST_LAYERS = 10_000
 
 logger = logging.getLogger(__name__)
 
@@ -137,16 +135,11 @@ def _without_weights(model: Model, source: str, dtype: torch.dtype, device: torc
 
 
 def _found_config(model: Model, source: str) -> PreTrainedConfig:
-    """Read the config of a model.
-
-    Raises UserError for more layers than any memory holds, as they are made one by one.
-    """
+    """Read the config of a model. Raises UserError for one that cannot be built."""
     option = "model.path" if model.path else "model.config"
     with one_line_errors(option, source):
         found = AutoConfig.from_pretrained(source, trust_remote_code=model.trust_remote_code)
-    layers = getattr(found.get_text_config(), "num_hidden_layers", 0)
-    require(not isinstance(layers, int) or layers <= MOST_LAYERS, option, f"at most {MOST_LAYERS:,} layers in the config of {source}",
-            f"num_hidden_layers {layers}")
+    require_buildable(option, source, found)
     return found
 
 

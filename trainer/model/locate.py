@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import transformers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from transformers.utils.hub import cached_file
 
@@ -18,6 +18,7 @@ from trainer.errors import UserError, one_line, require
 from trainer.model.gguf import converted, is_gguf
 from trainer.model.vocabulary import add_tokens
 
+MOST_LAYERS = 10_000
 TOKENIZER_FILES = ("tokenizer.*", "vocab*", "*.model", "*.tiktoken", "tekken.json")  # not tokenizer_config.json, which has no tokens
 
 
@@ -113,6 +114,13 @@ def require_own_weights_of_hub(option: str, name: str) -> None:
                                                          _raise_exceptions_for_missing_entries=False,
                                                          _raise_exceptions_for_connection_errors=False)):
         require_own_weights(option, Path(index).parent)
+
+
+def require_buildable(option: str, source: str | Path, config: PreTrainedConfig) -> None:
+    """Raise UserError for a config of more layers than any memory holds: they are made one by one."""
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    require(not isinstance(layers, int) or layers <= MOST_LAYERS, option, f"at most {MOST_LAYERS:,} layers in the config of {source}",
+            f"num_hidden_layers {layers}")
 
 
 def read_object(option: str, file: Path) -> dict:

@@ -142,7 +142,7 @@ def main() -> int:
           f"{table(arms)}\n")
     print(f"Synthesis (instructions, responses, agreement of judges): {RUN / 'synth' / 'report.html'}\n"
           f"Training: {RUN / 'domain-only' / 'report.html'}, {RUN / 'with-replay' / 'report.html'}\n\n"
-          "A real model instead of this miniature, in some 25 minutes: make real")
+          "A real model instead of this miniature, in some 50 CPU minutes: make real")
     return 0
 
 

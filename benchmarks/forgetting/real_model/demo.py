@@ -1,7 +1,7 @@
 """Fine-tune a real instruct model with and without replay, and show what it says then: `make real`.
 
 SmolLM2-135M-Instruct learns GSM8K. Its replay set is its own: `synth.run` samples instructions through its chat template, and it answers
-them. The bundled mini suite measures what is kept, and three of its prompts are answered side by side. Some 25 minutes on two cores; what
+them. The bundled mini suite measures what is kept, and three of its prompts are answered side by side. Some 50 CPU minutes; what
 an earlier start has finished is not done again.
 """
 

@@ -111,7 +111,7 @@ def test_samples_and_their_logprobs_are_vllms_own_bit_for_bit(vllm, temperatures
 
 @pytest.mark.slow
 def test_choices_are_ranked_without_a_compiler(vllm, monkeypatch):
-    """The same log-probs and ranks as by vLLM's own function, which would compile."""
+    """Compare log-probs and ranks with those of vLLM's own function, which would compile."""
     from vllm.v1.sample import sampler
 
     from synth.engines import vllm_sampling

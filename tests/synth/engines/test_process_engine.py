@@ -1,6 +1,7 @@
 """Worker processes of an engine: how they die, and models that do not start."""
 
 import gc
+import json
 import os
 import re
 import signal
@@ -143,6 +144,9 @@ def test_models_with_unfit_files(copy):
     some = {name: tensor for name, tensor in weights.items() if "layers.1.mlp" not in name}
     save_file(some, copy / "model.safetensors", {"format": "pt"})
     assert re.search(r"expected weights for all of LlamaForCausalLM, got none that fit for 3, such as .*layers\.1\.mlp", refused(copy))
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2**31}))
+    assert "expected at most 10,000 layers in the config of" in refused(copy)
     (copy / "model.safetensors").unlink()
     assert "expected weights in *.safetensors, got none" in refused(copy)
 

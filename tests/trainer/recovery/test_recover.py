@@ -37,7 +37,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory):
-    """What a recovery of three rounds leaves that nobody disturbs."""
+    """Run three rounds that nobody disturbs, and return what they leave."""
     folder = tmp_path_factory.mktemp("whole")
     run(data, folder, "--rounds", "3")
     return folder

@@ -1,4 +1,4 @@
-"""What the ranks share, and what each of them holds whole."""
+"""Check the estimate of memory by ranks: what they share, and what each holds whole."""
 
 import dataclasses
 
