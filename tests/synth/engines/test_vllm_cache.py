@@ -16,7 +16,7 @@ def test_cache_follows_each_layers_attention(tmp_path, family, monkeypatch):
     vllm = pytest.importorskip("synth.engines.vllm")
     monkeypatch.setattr(vllm, "CPU_CACHE_MIN_BYTES", 0)
     tiny.model_config(family, **({"global_head_dim": 32} if family == "gemma4_text" else {})).save_pretrained(tmp_path)
-    load = SimpleNamespace(folder=str(tmp_path), workers=1, model=SimpleNamespace(trust_remote_code=False))
+    load = SimpleNamespace(folder=str(tmp_path), workers=1, model=SimpleNamespace(path=str(tmp_path), trust_remote_code=False))
     one = 100 * 4 * WIDTHS[family]
     assert vllm._cache(load, 100, "float32") == vllm.CPU_CACHE_SEQUENCES * one
     monkeypatch.setattr(vllm, "CPU_CACHE_MOST_BYTES", 10 * one)
