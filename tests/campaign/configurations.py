@@ -64,15 +64,10 @@ def started(module: str, material: Material, trains: bool, reports: bool) -> lis
     if module == "synth.run":
         stages = "[probe, instruct, clean, respond, judge, select" + (", report]" if reports else "]")
         return ["--base.path", str(material.model), "--base.engine", "transformers", "--output", "out", "--stages", stages,
-                "--probe.samples", "1", "--instruct.num_instructions", "6", "--instruct.reference_samples", "3", "--judge.exclude_self",
-                "false",
-                "--report.embeddings", "false", "--report.topics", "2"]
-    return ["--model.path", str(material.model), "--adapter", str(material.adapter), "--output", "out"]
-    if module == "synth.run":
-        return ["--base.path", str(material.model), "--base.engine", "transformers", "--output", "out", "--stages", "[select]"]
-    return ["--model.path", str(material.model), "--adapter", str(material.adapter), "--data.general", str(material.items), "--output",
-            "out",
-            "--generation.max_tokens", "2", "--statistics.bootstrap", "100"]
+                "--probe.samples", "1", "--instruct.num_instructions", "6", "--instruct.reference_samples", "3",
+                "--judge.exclude_self", "false", "--report.embeddings", "false", "--report.topics", "2"]
+    return ["--model.path", str(material.model), "--adapter", str(material.adapter), "--data.general", str(material.items),
+            "--output", "out", "--generation.max_tokens", "2", "--statistics.bootstrap", "100"]
 
 
 def value_for(dice: Random, kind: Any) -> Any:
