@@ -74,6 +74,9 @@ class Data:
     chat_template: str | None = None  # a Jinja file to use instead of the tokenizer's own template
     template_kwargs: dict[str, Any] = field(default_factory=dict)  # keywords for the template, e.g. {enable_thinking: false}
     empty_reasoning: Literal["train", "mask"] = "train"  # reasoning without words that a template prints before an answer that has none
+    # domain samples of every epoch from easy to hard: by tokens, or by their mean loss under the base, which reads them once before
+    # training; replay stays mixed in evenly (trainer/data/curriculum.py). none: random order
+    curriculum: Literal["none", "length", "loss"] = "none"
     num_proc: int = 0  # processes that tokenize; 0: one per core, at most 8
     cache_dir: str | None = None  # folder of tokenized data; default: the cache of `datasets`
 
@@ -383,11 +386,11 @@ def _validate_lora(config: Config) -> None:
                 "lora.path")
         require(not is_set or not lora.experts, option, "lora.experts false beside it, as PEFT has it for linear layers alone", "true")
     needs_base = (config.retention.kl_weight > 0 or config.retention.token_weighting in ("stm", "flow") or config.retention.l2_sp > 0
-                  or bool(config.forgetting.general) or config.eval.show > 0)
+                  or bool(config.forgetting.general) or config.eval.show > 0 or config.data.curriculum == "loss")
     for unfit, what in ((config.method == "qlora", "method lora"), (lora.dora, "lora.dora false"),
                         (bool(lora.modules_to_save or config.model.new_tokens), "no lora.modules_to_save and model.new_tokens"),
                         (lora.rslora and bool(patterns), "no lora.rslora with patterns"),
-                        (needs_base, "nothing that runs the base (KL, stm, flow, l2_sp, forgetting.general, eval.show)")):
+                        (needs_base, "nothing that runs the base (KL, stm, flow, l2_sp, forgetting.general, eval.show, curriculum loss)")):
         require(not (lora.mutates_base and unfit), "lora.init", f"{what} beside {lora.init}, which takes its start out of the base's "
                 "weights; choose default, or eva", lora.init)
     require(lora.init != "loftq" or (config.method == "qlora" and not lora.dora), "lora.init",
@@ -454,7 +457,8 @@ def _validate_retention(config: Config) -> None:
     require(1 < retention.stm_threshold <= finite, "retention.stm_threshold", "a perplexity above 1", retention.stm_threshold)
     needs_base = {"retention.kl_weight": retention.kl_weight > 0, "retention.l2_sp": retention.l2_sp > 0,
                   "retention.token_weighting": retention.token_weighting in ("stm", "flow"),
-                  "forgetting.general": bool(config.forgetting.general), "eval.show": config.eval.show > 0}
+                  "forgetting.general": bool(config.forgetting.general), "eval.show": config.eval.show > 0,
+                  "data.curriculum": config.data.curriculum == "loss"}
     for option, is_set in needs_base.items():
         require(not is_set or config.model.config is None, option, "model.path, as random weights are no base", "model.config")
     counts_replay = retention.kl_weight > 0 and retention.kl_sources == "replay"
@@ -502,6 +506,7 @@ def _validate_fsdp(config: Config) -> None:
             ("retention.kl_reference", retention.kl_reference, not retention.caches_base),
             ("retention.token_weighting", weighting, weighting not in ("stm", "flow")),
             ("forgetting.general", config.forgetting.general, not config.forgetting.general),
+            ("data.curriculum", config.data.curriculum, config.data.curriculum != "loss"),
             ("eval.show", config.eval.show, config.eval.show == 0)):
         require(usable, option, "its default beside fsdp.enabled, as sharded weights do not support it; remove one of them", value)
 

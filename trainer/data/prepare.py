@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trainer.config import Config
 from trainer.data.chat_template import ChatTemplate, read_template
+from trainer.data.curriculum import Curriculum
 from trainer.data.mixture import Mixture, MixtureSource
 from trainer.data.packing import pack
 from trainer.data.samples import Samples
@@ -57,8 +58,23 @@ def prepare_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> Training
     parts = [MixtureSource(name, role, source.weight) for name, role, (source, _) in zip(samples.names, roles, sources)]
     mixture = Mixture(samples.lengths, samples.sources, parts, replay.ratio, replay.unit, config.seed)
     with announce(f"data: planning {config.epochs:,g} epochs of {len(samples):,} samples"):
-        plan = StepPlan(samples.lengths, mixture, config.batch, config.epochs, config.max_steps, config.seed)
+        plan = plan_steps(config, samples, mixture)
     return TrainingData(samples, mixture, plan, template, eval_set, records)
+
+
+def plan_steps(config: Config, samples: Samples, mixture: Mixture, base_losses: np.ndarray | None = None) -> StepPlan:
+    """Return the steps of a run.
+
+    `base_losses` [n] are the losses of samples under the base, which `data.curriculum: loss` goes by. Without them its order is random:
+    the number of steps and what packs hold are near to those of the plan that is made when they are measured.
+    """
+    curriculum = None
+    if config.data.curriculum != "none":
+        unmeasured = np.zeros(len(samples)) if base_losses is None else base_losses
+        is_replay = np.array([part.role == "replay" for part in mixture.parts])[samples.sources]
+        curriculum = Curriculum(samples.lengths if config.data.curriculum == "length" else unmeasured, is_replay,
+                                samples.lengths if config.replay.unit == "tokens" else np.ones_like(samples.lengths))
+    return StepPlan(samples.lengths, mixture, config.batch, config.epochs, config.max_steps, config.seed, curriculum)
 
 
 def _make_cache_dir(path: str | None) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from trainer.config import BatchSize
+from trainer.data.curriculum import Curriculum, steps_in_order
 from trainer.data.mixture import Mixture
 from trainer.data.packing import pack, settled_count
 
@@ -28,10 +29,14 @@ class Place:
 
 
 class StepPlan:
-    """Steps 0 ... total - 1 of a run over `epochs` epochs, the last of which may be a fraction."""
+    """Steps 0 ... total - 1 of a run over `epochs` epochs, the last of which may be a fraction.
 
-    def __init__(self, lengths: np.ndarray, mixture: Mixture, batch_size: BatchSize, epochs: float, max_steps: int | None, seed: int):
-        self.lengths, self.mixture, self.batch_size, self.seed = lengths, mixture, batch_size, seed
+    With a curriculum every epoch goes from easy to hard.
+    """
+
+    def __init__(self, lengths: np.ndarray, mixture: Mixture, batch_size: BatchSize, epochs: float, max_steps: int | None, seed: int,
+                 curriculum: Curriculum | None = None):
+        self.lengths, self.mixture, self.batch_size, self.seed, self.curriculum = lengths, mixture, batch_size, seed, curriculum
         self._cached: tuple[int, list[Step]] | None = None
         self.packs_per_step = batch_size.tokens_per_step // batch_size.tokens_per_pack
         self._settled: dict[tuple[int, ...], int | None] = {}  # packs of an epoch with these passes over the sources
@@ -44,7 +49,7 @@ class StepPlan:
 
     def _count(self, epoch: int) -> int:
         """Count the steps of an epoch, without packing it where its number of packs is settled."""
-        passes, batch_size = self.mixture.passes(epoch), self.batch_size
+        passes, batch_size = None if self.curriculum else self.mixture.passes(epoch), self.batch_size
         if passes is not None and passes not in self._settled:
             lengths = self.lengths[self.mixture.epoch(epoch)]
             self._settled[passes] = settled_count(lengths, batch_size.tokens_per_pack, batch_size.max_samples_per_pack)
@@ -59,6 +64,10 @@ class StepPlan:
 
     def _steps(self, epoch: int) -> list[Step]:
         indices, batch_size = self.mixture.epoch(epoch), self.batch_size
+        if self.curriculum:
+            indices = self.curriculum.in_order(indices)
+            steps = steps_in_order(self.lengths[indices], batch_size.tokens_per_pack, batch_size.max_samples_per_pack, self.packs_per_step)
+            return [[indices[members] for members in step] for step in steps]
         packs = pack(self.lengths[indices], batch_size.tokens_per_pack, batch_size.max_samples_per_pack, hash_seed(self.seed, epoch))
         packs = [indices[members] for members in packs]
         return [packs[i : i + self.packs_per_step] for i in range(0, len(packs), self.packs_per_step)]

@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from trainer.config import Config
 from trainer.data.batch import NO_PADDING, PadTo
-from trainer.data.prepare import TrainingData, data_summary, eval_set_line, note_lines
+from trainer.data.prepare import TrainingData, data_summary, eval_set_line, note_lines, plan_steps
 from trainer.data.samples import Samples
 from trainer.data.step_plan import StepPlan
 from trainer.errors import UserError, printable
@@ -31,6 +32,7 @@ from trainer.optim.adamw import FlatAdamW
 from trainer.optim.apart import apart
 from trainer.optim.sharded_adamw import ShardedAdamW
 from trainer.retention import cached_base, kl, monitor, token_weighting
+from trainer.retention.base_losses import base_losses, order_fingerprint
 from trainer.retention.kl import KlToBase
 from trainer.retention.monitor import ForgettingMonitor
 from trainer.runtime import checkpoint
@@ -69,6 +71,8 @@ def build(config: Config, data: TrainingData, device: torch.device, dist: Distri
                      lora_start.from_quantization_error(model, config)])
     balance = router_balance.prepare(config.router_aux_loss_coef, model)
     identity = run_identity(config, data, items, dist)
+    if config.data.curriculum == "loss":
+        data, identity = order_by_base_loss(config, data, identity, model, device, dist)
     base = (BaseMeasurements(data.samples, None, monitor.unscored(config, items, model, data.template), []) if ended else
             measure_base(config, data, items, identity, model, device, dist))
     showing = show_answers.ask_base(config, data, items, model) if dist.is_main else None
@@ -131,6 +135,18 @@ def run_identity(config: Config, data: TrainingData, items: Sequence[ItemFile], 
         config, dist.size, samples=data.samples.fingerprint, eval_samples=data.eval_set.samples.fingerprint if data.eval_set else None,
         base_weights=weights_fingerprint(config.model), quantizer=quantization.bitsandbytes_version(config),
         items=monitor.fingerprint(items))
+
+
+def order_by_base_loss(config: Config, data: TrainingData, identity: dict, model: nn.Module, device: torch.device,
+                       dist: Distributed) -> tuple[TrainingData, dict]:
+    """Return the data with steps from easy to hard for the base, and the identity with that order.
+
+    `model` is still the base here.
+    """
+    is_domain = np.array([part.role == "domain" for part in data.mixture.parts])[data.samples.sources]
+    losses = base_losses(data.samples, is_domain, model, config.batch, Path(config.output), identity, device, dist)
+    plan = plan_steps(config, data.samples, data.mixture, losses)
+    return replace(data, plan=plan), identity | {"curriculum_order": order_fingerprint(losses)}
 
 
 def measure_base(config: Config, data: TrainingData, items: Sequence[ItemFile], identity: dict, model: nn.Module, device: torch.device,

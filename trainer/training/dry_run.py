@@ -44,6 +44,8 @@ def print_dry_run(config: Config, data: TrainingData, device: torch.device, toke
     if config.retention.caches_base:
         kl_to_base = kl.prepare(config.retention, model, [source.role for source in data.mixture.parts])
         print(cached_base.size_line(Path(config.output), cached_base.cached_rows(kl_to_base, data.samples, data.plan, dtype)))
+    if config.data.curriculum == "loss":
+        print("curriculum: the base reads the domain's samples when the run starts; until then the plan above has them in random order")
     if config.replay_search.enabled:
         print("replay search: the mixture above has no replay.ratio; probe runs choose it, and retention.kl_weight, when the run starts")
     print(f"model: {size.parameters:,} parameters, trained {size.trainable:,} ({config.method}), compute {dtype_name(dtype)}")

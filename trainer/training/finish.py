@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from trainer.errors import UserError
 from trainer.model.llama_cpp import write_gguf
 from trainer.model.sharding import gather
-from trainer.retention import cached_base
+from trainer.retention import base_losses, cached_base
 from trainer.runtime import checkpoint
 from trainer.runtime.interrupts import Interrupts, Stopped
 from trainer.runtime.result import Ending
@@ -129,5 +129,6 @@ def export(run: TrainingRun, state: checkpoint.State, tokenizer: PreTrainedToken
         raise UserError(f"{cause}; {where}") from error
     checkpoint.remove_ended(run.folder / "checkpoints")
     cached_base.remove_cache(run.folder)
+    base_losses.remove_base_losses(run.folder)
     if run.monitor:
         run.monitor.clean()
