@@ -21,6 +21,7 @@ from trainer.data.chat_template import ChatTemplate
 from trainer.data.turn_spans import TurnError, read_layout
 from trainer.errors import UserError
 from trainer.model.forward import unwrap_peft
+from trainer.model.grouped_queries import grouped_queries
 from trainer.model.packed_attention import PACKED, decoder, is_packed, set_attention
 
 
@@ -161,7 +162,8 @@ def stock_attention(model: nn.Module) -> Iterator[PreTrainedModel]:
         capped = getattr(base.config.get_text_config(), "attn_logit_softcapping", None)
         set_attention(base, "sdpa" if decoder(base)._supports_sdpa and not capped else "eager")
     try:
-        yield base
+        with grouped_queries():
+            yield base
     finally:
         if packed:
             set_attention(base, PACKED)
