@@ -18,13 +18,12 @@ from torch import Tensor, nn
 
 from kernels.linear_cross_entropy import linear_log_prob
 from kernels.linear_kl import linear_kl
-from trainer.data.batch import collate
 from trainer.data.packing import pack
-from trainer.data.samples import Piece
+from trainer.evaluation.shared_context import group_by_context, lay_out, to_device
 from trainer.evaluation.tokens import Sample
-from trainer.model.forward import LmHead, forward_hidden, lm_head
+from trainer.model.forward import LmHead, can_branch, forward_hidden, lm_head, padding_for
 
-MAX_SAMPLES_PER_PACK = 1024  # samples in one pack, at most
+MAX_SAMPLES_PER_PACK = 1024  # groups of samples in one pack, at most
 ROWS_AT_ONCE = 256  # rows of full logits at a time, if the heads differ in scale or cap
 
 
@@ -78,21 +77,19 @@ def measure_likelihoods(model: nn.Module, samples: Sequence[Sample], capacity: i
     """Return the log-prob of each sample, and its KL to the base for the samples in `base`.
 
     The hidden states of the samples in `keep` are put into `remember`. Packs have at most `capacity` tokens, and their samples do not see
-    each other. Samples that differ in their last token alone, such as choices of one token, run through the model once.
+    each other. What several samples begin with, such as the choices of one prompt, runs through the model once.
     """
     likelihoods, keep, head = [Likelihood(0.0) for _ in samples], set(keep), lm_head(model)
-    device, contexts = head.weight.device, group_by_context(samples)
-    lengths = [len(samples[numbers[0]].ids) for numbers in contexts]
-    for packed in pack(lengths, capacity, MAX_SAMPLES_PER_PACK, seed=0) if samples else ():
-        first = [samples[contexts[c][0]] for c in packed]
-        batch = collate([Piece(sample.ids, sample.scored) for sample in first]).to(device)
-        context_rows = forward_hidden(model, batch, batch.supervised_rows).split([sample.tokens for sample in first])
-        numbers = [i for c in packed for i in contexts[c]]
-        rows = torch.cat([part for c, part in zip(packed, context_rows) for _ in contexts[c]])  # (S, D)
+    device, multiples, groups = head.weight.device, padding_for(model), group_by_context(samples, capacity, can_branch(model))
+    for packed in pack([group.tokens for group in groups], capacity, MAX_SAMPLES_PER_PACK, seed=0) if samples else ():
+        batch, branches, numbers, places = lay_out([groups[g] for g in packed], samples, capacity, multiples)
+        counts = [samples[i].tokens for i in numbers]
+        asked, row_of = np.unique(np.concatenate(places), return_inverse=True)
+        hidden = forward_hidden(model, batch.to(device), torch.from_numpy(asked).to(device), to_device(branches, device))
+        rows = hidden[torch.from_numpy(row_of).to(device)]  # (S, D)
         targets = torch.from_numpy(np.concatenate([samples[i].ids[samples[i].scored] for i in numbers]).astype(np.int64)).to(device)
         logprobs = linear_log_prob(rows, head.weight, targets, bias=head.bias, ignore_index=None, softcap=head.softcap,
                                    logit_scale=head.logit_scale)
-        counts = [samples[i].tokens for i in numbers]
         for i, total in zip(numbers, sum_per_sample(logprobs, counts)):
             likelihoods[i].logprob = total
         for i, sample_rows, sample_targets in zip(numbers, rows.split(counts), targets.split(counts)):
@@ -106,18 +103,6 @@ def measure_likelihoods(model: nn.Module, samples: Sequence[Sample], capacity: i
             for i, total in kl_per_sample(numbers, rows.split(counts), head, base):
                 likelihoods[i].kl = total
     return likelihoods
-
-
-def group_by_context(samples: Sequence[Sample]) -> list[list[int]]:
-    """Return the numbers of the samples in groups whose one run through the model serves all of a group.
-
-    A group has samples whose last token alone is scored, and all before it is equal. Any other sample is a group of its own.
-    """
-    groups: dict[bytes | int, list[int]] = {}
-    for i, sample in enumerate(samples):
-        last_alone = sample.tokens == 1 and sample.scored[-1]
-        groups.setdefault(sample.ids[:-1].tobytes() if last_alone else i, []).append(i)
-    return list(groups.values())
 
 
 def sum_per_sample(values: Tensor, counts: Sequence[int]) -> list[float]:

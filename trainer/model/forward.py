@@ -20,7 +20,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trainer.data.batch import NO_PADDING, PackedBatch, PadTo
 from trainer.errors import UserError
-from trainer.model.pack_context import checkpoint_contexts, pack_of, run_pack
+from trainer.model.mixers import runs_by_sample
+from trainer.model.pack_context import Branches, checkpoint_contexts, pack_of, run_pack
 from trainer.model.packed_attention import is_packed, last_hidden_states
 from trainer.model.text_part import head_layer
 from trainer.model.vocabulary import without_wrapper
@@ -74,20 +75,26 @@ def lm_head(model: nn.Module) -> LmHead:
     return LmHead(layer.weight, bias, next(filter(None, caps), None), math.prod(factors) / math.prod(divisors))
 
 
-def forward_hidden(model: nn.Module, batch: PackedBatch, rows: Tensor | None = None) -> Tensor:
+def forward_hidden(model: nn.Module, batch: PackedBatch, rows: Tensor | None = None, branches: Branches | None = None) -> Tensor:
     """Return the last hidden states [T,W] of a pack, in which each token sees only its own sample.
 
     If `rows` [S] is given, return those of these tokens only [S,W]. Families with our layers then skip the other tokens after the last
-    layer's attention.
+    layer's attention. `branches` are for models that `can_branch`.
     """
     base = unwrap_peft(model)
     if not is_packed(base):
         hidden = _one_sample_at_a_time(base, batch)
         return hidden if rows is None else hidden.index_select(0, rows)
-    pack = pack_of(batch.cu_seqlens, batch.max_seqlen, rows)
+    pack = pack_of(batch.cu_seqlens, batch.max_seqlen, rows, branches)
     with run_pack(pack):
         hidden = last_hidden_states(base, batch.input_ids[None], batch.position_ids[None]).squeeze(0)
     return hidden if rows is None or pack.rows_are_selected else hidden.index_select(0, rows)
+
+
+def can_branch(model: nn.Module) -> bool:
+    """Return whether attention alone mixes the tokens of a sample, so that samples that begin alike may share a pack's tokens."""
+    base = unwrap_peft(model)
+    return is_packed(base) and not any(map(runs_by_sample, base.modules()))
 
 
 def _one_sample_at_a_time(base: PreTrainedModel, batch: PackedBatch) -> Tensor:

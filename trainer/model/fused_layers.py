@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from kernels.attention import packed_attention
 from kernels.glu import glu
 from kernels.lora_mlp import lora_mlp
 from kernels.qk_norm_rope import qk_norm_rope
@@ -26,7 +25,7 @@ from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rope import apply_rope
 from trainer.model import lora
 from trainer.model.families import Family
-from trainer.model.pack_context import running_pack
+from trainer.model.pack_context import attend, running_pack
 from trainer.model.packed_attention import decoder
 
 
@@ -155,8 +154,8 @@ def attention_forward(attention: nn.Module, traits: AttentionTraits, hidden_stat
     q, k = position_heads(attention, traits, q, k, position_embeddings)
     if traits.query_scale is not None:
         q = scale_queries(attention, traits, q, kwargs["position_ids"])
-    out = packed_attention(q, k, v, pack.cu_seqlens, pack.max_seqlen, scale=traits.scale, window=traits.window, softcap=traits.softcap,
-                           sinks=getattr(attention, "sinks", None), dropout=attention.attention_dropout if attention.training else 0.0)
+    out = attend(pack, q, k, v, scale=traits.scale, window=traits.window, softcap=traits.softcap,
+                 sinks=getattr(attention, "sinks", None), dropout=attention.attention_dropout if attention.training else 0.0)
     out = (out if gate is None else out * gate.sigmoid()).flatten(1)
     return residual_dropout(attention, attention.o_proj(out if rows is None else out.index_select(0, rows))).unsqueeze(0), None
 

@@ -20,8 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from kernels.attention import packed_attention
-from trainer.model.pack_context import running_pack
+from trainer.model.pack_context import attend, pack_of, running_pack
 
 PACKED = "steadfast_packed"
 SHARDED_FORWARD = "sharded_forward"  # method of a sharded model that gathers its weights around `decoder_states`
@@ -51,16 +50,13 @@ def packed(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attenti
                          "call model.set_attn_implementation('sdpa') for padded batches and generation")
     reach = _reach(module, sliding_window)
     if (pack := running_pack()) is None:
-        cu_seqlens, max_seqlen = torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32, device=query.device), tokens
-    elif batch == 1:
-        cu_seqlens, max_seqlen = pack.cu_seqlens, pack.max_seqlen
-    else:
+        pack = pack_of(torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32, device=query.device), tokens)
+    elif batch != 1:
         raise ValueError(f"packed attention: expected the pack as one row, got a batch of {batch}")
     scaling, value_dim = dim ** -0.5 if scaling is None else scaling, value.shape[3]
     widest = max(dim, value_dim)  # the kernels have one width: zeros change neither scores nor the outputs that are kept
     rows = [F.pad(x, (0, widest - x.shape[3])).transpose(1, 2).flatten(0, 1) for x in (query, key, value)]  # [B*T, H, D]
-    out = packed_attention(*rows, cu_seqlens, max_seqlen, scale=scaling, window=reach.window, chunk=reach.chunk, softcap=softcap,
-                           sinks=s_aux, dropout=dropout)
+    out = attend(pack, *rows, scale=scaling, window=reach.window, chunk=reach.chunk, softcap=softcap, sinks=s_aux, dropout=dropout)
     return out[..., :value_dim].unflatten(0, (batch, tokens)), None
 
 

@@ -10,7 +10,7 @@ from benchmarks.families.tiny_configs import VOCABULARY, tiny_config
 from tests.helpers.records import shown, table_rows
 from trainer.errors import UserError
 from trainer.evaluation.generation import stock_attention
-from trainer.model import packed_attention
+from trainer.model import pack_context
 
 TRIED = {  # family: how its packs run
     "llama": "fused",
@@ -70,8 +70,8 @@ def test_other_tokens_than_stock_ones_fail_the_census(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_attention_that_sees_other_samples_fails_the_census(monkeypatch):
     """Samples of a pack that see each other are a wrong result, not a refusal."""
-    inside = packed_attention.packed_attention
-    monkeypatch.setattr(packed_attention, "packed_attention",
+    inside = pack_context.packed_attention
+    monkeypatch.setattr(pack_context, "packed_attention",
                         lambda q, k, v, cu, most, **options: inside(q, k, v, cu[[0, -1]], int(cu[-1]), **options))
     monkeypatch.setattr("trainer.model.loading.probe_packing", lambda model: None)
     row = examine.examine("gpt_neox")
