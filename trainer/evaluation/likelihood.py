@@ -77,7 +77,7 @@ def measure_likelihoods(model: nn.Module, samples: Sequence[Sample], capacity: i
     """Return the log-prob of each sample, and its KL to the base for the samples in `base`.
 
     The hidden states of the samples in `keep` are put into `remember`. Packs have at most `capacity` tokens, and their samples do not see
-    each other. What several samples begin with, such as the choices of one prompt, runs through the model once.
+    each other. Tokens that several samples begin with, such as the prompt of an item's choices, run through the model once.
     """
     likelihoods, keep, head = [Likelihood(0.0) for _ in samples], set(keep), lm_head(model)
     device, multiples, groups = head.weight.device, padding_for(model), group_by_context(samples, capacity, can_branch(model))

@@ -92,7 +92,10 @@ def forward_hidden(model: nn.Module, batch: PackedBatch, rows: Tensor | None = N
 
 
 def can_branch(model: nn.Module) -> bool:
-    """Return whether attention alone mixes the tokens of a sample, so that samples that begin alike may share a pack's tokens."""
+    """Return whether attention alone mixes the tokens of a sample.
+
+    Then samples that begin alike may have these tokens in common in a pack.
+    """
     base = unwrap_peft(model)
     return is_packed(base) and not any(map(runs_by_sample, base.modules()))
 

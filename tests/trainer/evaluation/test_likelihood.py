@@ -71,7 +71,8 @@ def test_a_shared_run_gives_the_log_probs_of_runs_alone(dtype, tokens, monkeypat
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3_5_text", "gpt_oss", "mixtral", "deepseek_v3", "gemma2", "mamba", "olmo2"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3_5_text", "gpt_oss", "mixtral", "deepseek_v3", "gemma2", "mamba",
+                                    "olmo2"])
 def test_long_choices_of_one_prompt_score_as_each_alone_in_stock_code(family):
     rng = np.random.default_rng(0)
     prompt = rng.integers(3, 300, 24).tolist()  # longer than the windows
