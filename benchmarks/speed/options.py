@@ -70,6 +70,7 @@ OPTIONS = {
     "DoRA": Option({"lora.dora": True}, LOSS),
     "MLPs alone": Option({"lora.target_modules": "mlp-linear"}, LOSS),
     "PiSSA": Option({"lora.init": "pissa_niter_4"}, ROUNDED),
+    "EVA": Option({"lora.init": "eva"}, LOSS),
     "LoRA+": Option({"optim.loraplus_lr_ratio": 16.0}, GRADIENT),
     "NEFTune": Option({"optim.neftune_noise_alpha": 5.0}, NOTHING),
     "weight averaging": Option({"optim.ema_decay": 0.99}),
@@ -77,6 +78,7 @@ OPTIONS = {
     "full fine-tuning": Option({"method": "full"}, LOSS),
     "full fine-tuning, Muon": Option({"method": "full", "optim.name": "muon"}, LOSS),
     "QLoRA": Option({"method": "qlora"}, ROUNDED, "bitsandbytes"),
+    "QLoRA, LoftQ": Option({"method": "qlora", "lora.init": "loftq"}, ROUNDED, "bitsandbytes"),
     "checkpointing, selective": Option({"activation_checkpointing": "selective"}),
     "checkpointing, full": Option({"activation_checkpointing": "full"}),
     "8-bit AdamW": Option({"optim.name": "adamw_8bit"}, GRADIENT, "bitsandbytes"),
@@ -97,7 +99,8 @@ OPTIONS = {
     "L2 to the start": Option({"retention.l2_sp": 0.1}, GRADIENT),
 }
 ALIKE = ((CACHED, LIVE),)  # contenders whose figures must be equal in all steps
-FREE = {"rsLoRA": "it changes one factor, and no operation"}
+FREE = {"rsLoRA": "it changes one factor, and no operation", "OLoRA": "its step is PiSSA's",
+        "cosine with restarts": "it changes the rate alone", "a curriculum": "it changes the order of samples alone"}
 NEEDS = {
     "bitsandbytes": lambda: None if find_spec("bitsandbytes") else "bitsandbytes is not installed",
     "bf16": lambda: None if fast_bf16() else "this CPU has no bf16 matmul",
