@@ -80,3 +80,13 @@ def chats(tmp_path_factory):
     from tests.helpers.runs import write_chats
 
     return write_chats(tmp_path_factory.mktemp("data") / "sums.jsonl")
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    """Chromium, headless; tests that take it are skipped where there is none."""
+    from tests.helpers.browser import start
+
+    started = start(tmp_path_factory.mktemp("browser"))
+    yield started
+    started.close()

@@ -336,6 +336,17 @@ def test_the_command_leaves_figures_items_and_a_page(adapter, files, tmp_path):
     assert "holds the results of another evaluation" in refused("--config", tmp_path / "out" / "config.yaml")
 
 
+@pytest.mark.slow(10)
+@pytest.mark.parametrize("command", ["evaluate", "gate"])
+def test_in_a_browser_the_page_fits_is_readable_and_reachable(browser, adapter, files, tmp_path, command):
+    more = ["--data.domain", files / "regex.jsonl", "--data.regex", "#### (.+)"] if command == "evaluate" else []
+    status, _, errors = complete(f"trainer.{command}", ["--adapter", adapter, "--data.general", files / "exact.jsonl", "--device", "cpu",
+                                                        "--generation.max_tokens", "16", "--output", tmp_path / "out", *more])
+    page = tmp_path / "out" / ("report.html" if command == "evaluate" else "gate.html")
+    assert page.is_file(), errors
+    assert browser.mistakes(page.as_uri(), tmp_path) == []
+
+
 @pytest.mark.slow
 def test_a_model_alone_and_two_models(files, tmp_path):
     alone = evaluate(config("--model.path", BASE, "--data.general", files / "choice.jsonl", "--output", tmp_path / "alone"))

@@ -180,3 +180,9 @@ def test_the_command_makes_the_page_of_a_record(tmp_path, capsys):
     path.write_text(json.dumps({"suite": "demo-cpu"}))
     assert gpu_page.main([str(path)]) == 2 and "expected a record of `make gpu`, got one of demo-cpu" in capsys.readouterr().err
     assert gpu_page.main([str(tmp_path / "none.json")]) == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.slow(10)
+def test_in_a_browser_the_page_fits_is_readable_and_reachable(browser, tmp_path):
+    gpu_page.write(made(), tmp_path / "gpu.html")
+    assert browser.mistakes((tmp_path / "gpu.html").as_uri(), tmp_path) == []

@@ -285,3 +285,8 @@ def test_another_file_in_the_manifests_place(tmp_path):
     (tmp_path / "manifest.json").write_text("{}")
     with pytest.raises(UserError, match="expected the manifest of stage select in .*manifest.json, got another file"):
         report(run)
+
+
+@pytest.mark.slow(10)
+def test_in_a_browser_the_page_fits_is_readable_and_reachable(browser, whole, tmp_path):
+    assert browser.mistakes((whole[0].folder / "report.html").absolute().as_uri(), tmp_path) == []

@@ -2,8 +2,6 @@
 
 import http.client
 import json
-import shutil
-import subprocess
 import threading
 import time
 import urllib.request
@@ -142,41 +140,18 @@ def test_a_port_that_is_taken_is_one_line(server):
         chat_page.serve(server.conversations, server.server_port)
 
 
-@pytest.mark.slow
-def test_in_a_browser_a_message_is_answered_marked_and_never_markup(server, tmp_path):
-    chromium, client = shutil.which("chromium"), pytest.importorskip("websockets.sync.client")
-    if chromium is None:
-        pytest.skip("needs chromium")
-    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0", "--window-size=390,800"]
-    browser = subprocess.Popen([chromium, *options, f"--user-data-dir={tmp_path}", server.url], stderr=subprocess.DEVNULL,
-                               stdout=subprocess.DEVNULL)
-    try:
-        port_file, deadline = tmp_path / "DevToolsActivePort", time.monotonic() + 30
-        while not port_file.exists() and time.monotonic() < deadline:
-            time.sleep(0.1)
-        port = port_file.read_text().split()[0]
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/json") as answer:
-            page = next(tab for tab in json.load(answer) if tab["type"] == "page")
-        with client.connect(page["webSocketDebuggerUrl"], max_size=None) as socket:
-            def evaluate(code):
-                socket.send(json.dumps({"id": 1, "method": "Runtime.evaluate",
-                                        "params": {"expression": code, "awaitPromise": True, "returnByValue": True}}))
-                while (found := json.loads(socket.recv(timeout=20))).get("id") != 1:
-                    pass
-                return found["result"]["result"].get("value")
+@pytest.mark.slow(10)
+def test_in_a_browser_a_message_is_answered_marked_and_never_markup(server, browser):
+    page = browser.new_page()
+    page.open(server.url, "phone", "light")
+    page.evaluate("find('text').value = 'evil'; find('form').requestSubmit()")
+    page.wait_for("find('stop').disabled && document.querySelectorAll('del, ins').length === 2")
+    assert page.evaluate("document.querySelectorAll('img').length") == 0 and page.evaluate("document.title") == "Chat with my <adapter>"
+    assert "onerror" in page.evaluate("talk.textContent") and "\\x1b[2J" in page.evaluate("talk.textContent")
+    assert page.evaluate("document.activeElement.id") == "text"
+    assert page.mistakes() == []
 
-            def wait_for(code):
-                while not evaluate(code):
-                    assert time.monotonic() < deadline, code
-                    time.sleep(0.1)
 
-            wait_for("document.readyState === 'complete' && !!document.getElementById('send')")
-            evaluate("find('text').value = 'evil'; find('form').requestSubmit()")
-            wait_for("find('stop').disabled && document.querySelectorAll('del, ins').length === 2")
-            assert evaluate("document.querySelectorAll('img').length") == 0 and evaluate("document.title") == "Chat with my <adapter>"
-            assert "onerror" in evaluate("talk.textContent") and "\\x1b[2J" in evaluate("talk.textContent")
-            assert evaluate("document.documentElement.scrollWidth <= innerWidth")
-            assert evaluate("document.activeElement.id") == "text"
-    finally:
-        browser.terminate()
-        browser.wait()
+@pytest.mark.slow(10)
+def test_in_a_browser_the_page_fits_is_readable_and_reachable(server, browser, tmp_path):
+    assert browser.mistakes(server.url, tmp_path) == []

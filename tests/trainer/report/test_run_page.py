@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from tests.helpers.runs import text_of
 from trainer.errors import UserError
-from trainer.report import page, run_page, run_plots, run_records
+from trainer.report import answers, page, run_page, run_plots, run_records
 from trainer.report.run_page import write_report
 from trainer.report.run_records import read_run
 
@@ -252,3 +252,25 @@ def test_files_that_no_run_writes(tmp_path, name, content, message):
     with pytest.raises(UserError, match=message) as error:
         write_report(tmp_path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow(10)
+def test_in_a_browser_the_page_fits_is_readable_and_reachable(browser, tmp_path):
+    """With everything that a run can have: a floor, a search, answers side by side."""
+    scores = {"kind": "forgetting", "general": 0.91, "general_base": 0.95, "general_retained": 0.95, "general_lost": 12,
+              "general_gained": 3, "general_kl": 0.0123, "general_interval": [0.85, 0.95], "domain": 0.75, "domain_base": 0.1,
+              "domain_kl": 1.25, "domain_interval": [0.6, 0.85], "floor": 0.9}
+    records = [scores | {"step": 0, "general": 0.95, "domain": 0.1}, step(10, 2.5, kl=0.2), evaluation(10, 2.25),
+               scores | {"step": 10, "holds_floor": True}, step(20, 1.5, kl=0.1), evaluation(20, 1.125),
+               scores | {"step": 20, "holds_floor": False, "general": 0.5}, end(20)]
+    folder = run_folder(tmp_path / "a-run-of-a-very-long-name-that-has-no-end-and-no-spaces", records, DATA, CONFIG)
+    probe = {"ratio": 0.05, "kl_weight": 0.3, "steps": 5, "tokens": 900, "seconds": 12.5, "general": 0.9, "general_retained": 0.94,
+             "domain": 0.8, "holds_floor": False}
+    choice = probe | {"ratio": 0.1, "holds_floor": True}
+    (folder / "replay_search.json").write_text(json.dumps({"probes": [probe, choice], "choice": choice}))
+    pairs = [answers.Answers("held out", "sums", "Why? " * 90, "The cat sat.", "The dog sat.", True, False, "A dog."),
+             answers.Answers("forgotten", "items", "x" * 300, "y" * 300, "", True, True)]
+    answers.write(folder, pairs)
+    write_report(folder)
+    assert "Probe runs" in (html := (folder / "report.html").read_text()) and "<ins>dog</ins>" in html and "Measurements" in html
+    assert browser.mistakes((folder / "report.html").as_uri(), tmp_path) == []
