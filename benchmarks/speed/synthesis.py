@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.forgetting.miniature.family import FAMILY
-from benchmarks.forgetting.miniature.recovery import Recovery, world_sample
+from benchmarks.forgetting.miniature.instructions import InstructionSample, world_sample
 from benchmarks.forgetting.miniature.skills import GENERAL
 from benchmarks.harness import record, show, timing
 from benchmarks.harness.arguments import add_timing_arguments, check_timing
@@ -160,13 +160,13 @@ def distribution(engine: Engine, model: Model, count: int, work: Path) -> list[d
             sample_turns(run, ResultWriter(run.pool, run.say, "instruct", name_of(model), engine), 0)
             texts = [chat.instruction for chat in run.pool.chats()]
             dropped = Counter(reason for reason, in run.pool.select("SELECT reason FROM drops"))
-        rows.append(figures(f"T {temperature:g}, top_p {top_p:g}", Recovery(tuple(texts), GENERAL), dropped.total() / count))
+        rows.append(figures(f"T {temperature:g}, top_p {top_p:g}", InstructionSample(tuple(texts), GENERAL), dropped.total() / count))
         if (temperature, top_p) == (1.0, 0.98):
-            rows.append(figures("the same without duplicates", Recovery(tuple(dict.fromkeys(texts)), GENERAL)))
+            rows.append(figures("the same without duplicates", InstructionSample(tuple(dict.fromkeys(texts)), GENERAL)))
     return rows
 
 
-def figures(name: str, found: Recovery, dropped: float = 0.0) -> dict:
+def figures(name: str, found: InstructionSample, dropped: float = 0.0) -> dict:
     return {"sampled": name, "distance": found.distance, "invalid": found.invalid, "dropped": dropped,
             "distinct": len(set(found.instructions)) / len(found.instructions), "shares": found.shares}
 

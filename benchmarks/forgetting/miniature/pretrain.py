@@ -20,8 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from benchmarks.forgetting.miniature.domain import DOMAIN
 from benchmarks.forgetting.miniature.evaluate import evaluate
 from benchmarks.forgetting.miniature.family import EVERYONE, Member, load
+from benchmarks.forgetting.miniature.instructions import instruction_sample
 from benchmarks.forgetting.miniature.judging import Case, cases, judge
-from benchmarks.forgetting.miniature.recovery import recovery
 from benchmarks.forgetting.miniature.skills import GENERAL, Skill
 from benchmarks.forgetting.miniature.tokenizer import make_tokenizer
 from benchmarks.forgetting.miniature.world import heldout_items, training_records, write_jsonl
@@ -83,7 +83,7 @@ def describe(folder: Path, skills: Sequence[Skill]) -> str:
         verdicts = judge(model, tokenizer, judged)
         lines += [f"judging {name} answers: accuracy {verdicts.accuracy:.3f}  correlation {verdicts.correlation:.3f}  "
                   f"AUC {verdicts.auc:.3f}  probability of a grade {verdicts.mass:.4f}"]
-    instructions = recovery(model, tokenizer, skills, 4000)
+    instructions = instruction_sample(model, tokenizer, skills, 4000)
     lines += [f"sampled instructions: distance {instructions.distance:.3f}  invalid {instructions.invalid:.4f}  "
               f"judging prompts {instructions.judging:.4f}"]
     return "\n".join("  " + line for line in lines)

@@ -8,9 +8,9 @@ from transformers import LlamaForCausalLM
 
 from benchmarks.forgetting.miniature.evaluate import evaluate
 from benchmarks.forgetting.miniature.family import EVERYONE, FAMILY, load
+from benchmarks.forgetting.miniature.instructions import InstructionSample, instruction_sample
+from benchmarks.forgetting.miniature.instructions import main as instructions_command
 from benchmarks.forgetting.miniature.judging import GRADES, RUBRIC, Case, Verdicts, cases, grade, is_judging, judge
-from benchmarks.forgetting.miniature.recovery import Recovery, recovery
-from benchmarks.forgetting.miniature.recovery import main as recovery_command
 from benchmarks.forgetting.miniature.skills import GENERAL
 from benchmarks.forgetting.miniature.tokenizer import make_tokenizer
 from benchmarks.forgetting.miniature.world import heldout_items
@@ -74,14 +74,14 @@ MIN_OWN_AUC = {"base": 0.6, "tutor": 0.7, "peer": 0.6, "novice": 0.6}
 @pytest.mark.parametrize("name", EVERYONE)
 def test_every_member_asks_what_it_was_asked(name):
     """Though trained to answer prompts that want a grade, a base, whose questions the method samples, writes none."""
-    found = recovery(*load(EVERYONE[name].folder), EVERYONE[name].skills, 600)
+    found = instruction_sample(*load(EVERYONE[name].folder), EVERYONE[name].skills, 600)
     sampled = name not in ("tutor", "peer")
     assert found.invalid < (0.02 if sampled else 0.1) and found.distance < 0.12 and (found.judging == 0 or not sampled)
 
 
 @pytest.mark.slow
 def test_temperature_moves_the_samples_away_from_the_world(capsys):
-    recovery_command(["--count", "200"])
+    instructions_command(["--count", "200"])
     heading, world, *settings = [re.split(r"  +", line) for line in capsys.readouterr().out.splitlines()[2:]]
     assert heading[2:5] == ["distance", "invalid", "judging"] and len(settings) == 6
     assert float(world[2]) < 0.15 and float(world[3]) == 0
@@ -89,7 +89,7 @@ def test_temperature_moves_the_samples_away_from_the_world(capsys):
     assert float(cold[2]) > float(settings[2][2]) and float(hot[3]) > float(settings[2][3])
 
 
-def test_recovery_sees_what_is_wrong():
-    one = Recovery(("Reverse the word abc.",) * 3 + ("Reverse", "Rate 1-5\nx\ny"), GENERAL)
+def test_a_sample_shows_what_is_wrong():
+    one = InstructionSample(("Reverse the word abc.",) * 3 + ("Reverse", "Rate 1-5\nx\ny"), GENERAL)
     assert (one.counts["reverse"], one.invalid, one.judging) == (3, pytest.approx(0.4), pytest.approx(0.2))
     assert one.distance == pytest.approx(1 - next(skill.share for skill in GENERAL if skill.name == "reverse"))

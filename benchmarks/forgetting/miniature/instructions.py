@@ -1,6 +1,6 @@
 """Sample user turns from a model, and compare their distribution with that of its training data.
 
-`python -m benchmarks.forgetting.miniature.recovery [model]` prints the comparison at several temperatures.
+`python -m benchmarks.forgetting.miniature.instructions [model]` prints the comparison at several temperatures.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def sample_instructions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
 
 
 @dataclass(frozen=True)
-class Recovery:
+class InstructionSample:
     """Sampled instructions, compared with the world's skills and their shares."""
 
     instructions: tuple[str, ...]
@@ -80,33 +80,33 @@ class Recovery:
         return 1 - self.counts.total() / len(self.instructions)
 
 
-def recovery(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, skills: Sequence[Skill], count: int = 1000,
-             seed: int = 0, temperature: float = 1.0, top_p: float = 0.98) -> Recovery:
-    return Recovery(tuple(sample_instructions(model, tokenizer, count, seed, temperature, top_p)), tuple(skills))
+def instruction_sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, skills: Sequence[Skill], count: int = 1000,
+             seed: int = 0, temperature: float = 1.0, top_p: float = 0.98) -> InstructionSample:
+    return InstructionSample(tuple(sample_instructions(model, tokenizer, count, seed, temperature, top_p)), tuple(skills))
 
 
 # ---------------------------------------------------------------- the table of a model
 
 
-def world_sample(skills: Sequence[Skill], count: int, seed: int = 0) -> Recovery:
+def world_sample(skills: Sequence[Skill], count: int, seed: int = 0) -> InstructionSample:
     """Return instructions drawn from the world itself; their distance is due to chance only."""
     records = training_records(skills, count, seed)
-    return Recovery(tuple(record["messages"][0]["content"] for record in records), tuple(skills))
+    return InstructionSample(tuple(record["messages"][0]["content"] for record in records), tuple(skills))
 
 
 def table_rows(folder: Path | str, skills: Sequence[Skill], count: int) -> list[list[str]]:
     """Return a head, a row of the world's own draw, and a row for each temperature and top-p."""
     model, tokenizer = load(folder)
-    recoveries = {("the world", ""): world_sample(skills, count)}
+    samples = {("the world", ""): world_sample(skills, count)}
     for temperature, top_p in product(TEMPERATURES, TOP_PS):
-        recoveries[f"T {temperature}", f"{top_p}"] = recovery(model, tokenizer, skills, count, temperature=temperature, top_p=top_p)
+        samples[f"T {temperature}", f"{top_p}"] = instruction_sample(model, tokenizer, skills, count, temperature=temperature, top_p=top_p)
     return [["sampled at", "top-p", "distance", "invalid", "judging", *(skill.name for skill in skills)]] + [
         [*setting, f"{found.distance:.3f}", f"{found.invalid:.4f}", f"{found.judging:.4f}", *(f"{s:.3f}" for s in found.shares.values())]
-        for setting, found in recoveries.items()]
+        for setting, found in samples.items()]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.forgetting.miniature.recovery", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.forgetting.miniature.instructions", description=__doc__.partition("\n")[0])
     parser.add_argument("model", nargs="?", default="base", help=f"one of {', '.join(FAMILY)}, or a model folder; default: base")
     parser.add_argument("--count", type=int, default=4000, help="samples for each temperature and top-p; default: 4000")
     options = parser.parse_args(argv)
