@@ -25,8 +25,8 @@ FILES = [path for top in MAY_IMPORT for path in sorted((ROOT / top).rglob("*.py"
 # Folders of a package from the ground up: a module imports from its own folder and from those before it. "" is the package's own files that
 # are not listed in TOP: the ground floor, on which everything stands.
 LAYERS = {
-    "trainer": ("", "conversion", "runtime", "data", "model", "optim", "metrics", "report", "evaluation", "retention", "training",
-                "recovery"),
+    "trainer": ("", "conversion", "runtime", "data", "model", "optim", "metrics", "report", "evaluation", "retention", "on_policy",
+                "training", "recovery"),
     "synth": ("", "engines", "pool", "filters", "judging", "reporting", "stages"),
     "benchmarks": ("", "harness", "families", "forgetting", "speed", "on_gpu"),
 }

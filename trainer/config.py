@@ -174,6 +174,19 @@ class Retention:
 
 
 @dataclass
+class OnPolicy:
+    """Training on the model's own answers to the domain's prompts, in place of its chats' answers."""
+
+    # sdft: the base, which reads the chat's answer as an example, teaches each token of the model's own answer (arXiv 2601.19897)
+    method: Literal["none", "sdft"] = "none"
+    every: int = 16  # steps between answers, which the model gives at temperature 1 to the prompts of the steps that follow
+    max_tokens: int = 256  # of an answer
+    # what the base reads in place of the last user turn, with {prompt} and {answer}: the turn, and the chat's answer to it
+    prompt: str = ("{prompt}\n\nThis is an example for a response to the question:\n{answer}\n\n"
+                   "Now answer with a response of your own, including the thinking process.")
+
+
+@dataclass
 class Forgetting:
     """Items with known answers that are scored during the run, and the accuracy that must remain."""
 
@@ -289,6 +302,7 @@ class Config:
     replay: Replay = field(default_factory=Replay)
     replay_search: ReplaySearch = field(default_factory=ReplaySearch)
     retention: Retention = field(default_factory=Retention)
+    on_policy: OnPolicy = field(default_factory=OnPolicy)
     forgetting: Forgetting = field(default_factory=Forgetting)
     batch: BatchSize = field(default_factory=BatchSize)
     fsdp: Fsdp = field(default_factory=Fsdp)
@@ -330,6 +344,7 @@ def validate(config: Config) -> None:
     _validate_optim(config.optim)
     require(0 <= config.router_aux_loss_coef <= sys.float_info.max, "router_aux_loss_coef", "0 or more", config.router_aux_loss_coef)
     _validate_retention(config)
+    _validate_on_policy(config)
     _validate_forgetting(config)
     if config.replay_search.enabled:
         _validate_replay_search(config)
@@ -464,6 +479,25 @@ def _validate_retention(config: Config) -> None:
     counts_replay = retention.kl_weight > 0 and retention.kl_sources == "replay"
     require(not counts_replay or (bool(config.replay.data) and config.replay.ratio != 0), "retention.kl_weight",
             "replay samples to count (replay.data, and a replay.ratio that is not 0), or retention.kl_sources=domain or all", "none")
+
+
+def _validate_on_policy(config: Config) -> None:
+    chosen = config.on_policy
+    if chosen.method == "none":
+        return
+    for option, value in (("every", chosen.every), ("max_tokens", chosen.max_tokens)):
+        require(1 <= value < 2**31, f"on_policy.{option}", "1 or more", value)
+    require("{answer}" in chosen.prompt, "on_policy.prompt", "{answer}, the example that the base is shown", chosen.prompt)
+    others = {
+        "retention.kl_weight": (config.retention.kl_weight, 0), "retention.kl_positions": (config.retention.kl_positions, "supervised"),
+        "retention.kl_mask_target": (config.retention.kl_mask_target, False),
+        "retention.kl_reference": (config.retention.kl_reference, "live"),
+        "retention.token_weighting": (config.retention.token_weighting, "none"), "data.eval_fraction": (config.data.eval_fraction, 0),
+        "data.curriculum": (config.data.curriculum, "none"), "replay_search.enabled": (config.replay_search.enabled, False),
+        "fsdp.enabled": (config.fsdp.enabled, False)}
+    for option, (value, only) in others.items():
+        require(value == only, option, f"{only} beside on_policy.method sdft", value)
+    require(config.model.config is None, "on_policy.method", "model.path, as random weights teach nothing", "model.config")
 
 
 def _validate_forgetting(config: Config) -> None:

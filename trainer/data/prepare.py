@@ -10,10 +10,12 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from trainer.config import Config
+from trainer.config import Config, Source
 from trainer.data.chat_template import ChatTemplate, read_template
 from trainer.data.curriculum import Curriculum
+from trainer.data.demonstrations import Demonstrations, read_demonstrations
 from trainer.data.mixture import Mixture, MixtureSource
+from trainer.data.names import distinct
 from trainer.data.packing import pack
 from trainer.data.samples import Samples
 from trainer.data.sources import load_sources
@@ -39,6 +41,7 @@ class TrainingData:
     template: ChatTemplate
     eval_set: EvalSet | None
     records: list[Dataset]  # of each source of `samples`
+    demonstrations: Demonstrations | None = None  # of the domain, whose samples have room in place of answers: on_policy.method sdft
 
 
 def prepare_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> TrainingData:
@@ -54,12 +57,27 @@ def prepare_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> Training
     roles = ["domain"] * len(domain_sources) + ["replay"] * len(replay_sources)
 
     records = [of_source for _, of_source in sources]
-    samples, eval_set = _split_eval_set(config, tokenize(sources, template, data), roles, template, records)
+    samples, demonstrations = _samples(config, sources, len(domain_sources), template)
+    samples, eval_set = _split_eval_set(config, samples, roles, template, records)
     parts = [MixtureSource(name, role, source.weight) for name, role, (source, _) in zip(samples.names, roles, sources)]
     mixture = Mixture(samples.lengths, samples.sources, parts, replay.ratio, replay.unit, config.seed)
     with announce(f"data: planning {config.epochs:,g} epochs of {len(samples):,} samples"):
         plan = plan_steps(config, samples, mixture)
-    return TrainingData(samples, mixture, plan, template, eval_set, records)
+    return TrainingData(samples, mixture, plan, template, eval_set, records, demonstrations)
+
+
+def _samples(config: Config, sources: list[tuple[Source, Dataset]], domain: int,
+             template: ChatTemplate) -> tuple[Samples, Demonstrations | None]:
+    """Return the samples of all sources, and the demonstrations that SDFT makes of the domain's.
+
+    The first `domain` sources are the domain's.
+    """
+    if config.on_policy.method == "none":
+        return tokenize(sources, template, config.data), None
+    names = distinct([source.name for source, _ in sources])
+    samples, demonstrations = read_demonstrations(sources[:domain], names, template, config)
+    return (samples.beside(tokenize(sources[domain:], template, config.data, names[domain:])) if sources[domain:] else samples,
+            demonstrations)
 
 
 def plan_steps(config: Config, samples: Samples, mixture: Mixture, base_losses: np.ndarray | None = None) -> StepPlan:

@@ -41,13 +41,13 @@ RECORDS_PER_CALL, BYTES_PER_CALL = 500, 2**22  # of the tokenizer, whichever com
 RECORDS_PER_PROCESS = 2000  # at least: fewer are tokenized in about the time that a process takes to start
 
 
-def tokenize(sources: list[tuple[Source, Dataset]], template: ChatTemplate, data: Data) -> Samples:
-    """Return the samples of all sources, in order.
+def tokenize(sources: list[tuple[Source, Dataset]], template: ChatTemplate, data: Data, names: list[str] | None = None) -> Samples:
+    """Return the samples of all sources, in order; their names are their own, made distinct, unless given.
 
     Raises UserError if a chat cannot be rendered or masked, a sample is too long under `on_overlong: error`, or a source has no
     sample with a supervised token.
     """
-    names = distinct([source.name for source, _ in sources])
+    names = names or distinct([source.name for source, _ in sources])
     tokens = [_tokens(source, records, template, data) for source, records in sources]
     cut = [_cut(own, name, data) for own, name in zip(tokens, names)]
     length_report = {name: counts for name, (_, counts) in zip(names, cut)}

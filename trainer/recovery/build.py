@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -31,10 +30,10 @@ from trainer.model.forward import padding_for
 from trainer.model.loading import weights_fingerprint
 from trainer.model.patch import PatchReport
 from trainer.model.saved_adapter import adapter_digest
-from trainer.recovery import answers
-from trainer.recovery.answers import Answered
+from trainer.on_policy import answers
+from trainer.on_policy.engines import InMemory, Vllm
+from trainer.on_policy.responder import Responder
 from trainer.recovery.config import Recover
-from trainer.recovery.engines import Engine, InMemory, Vllm
 from trainer.recovery.goal import Goal, goal_of
 from trainer.recovery.prompts import Prompts, read_prompts
 from trainer.recovery.rounds import RoundLoader, RoundPlan
@@ -49,32 +48,6 @@ from trainer.training.training_run import TrainingRun
 
 REMEDY = "give more rounds, other prompts, a higher lr, or a lower share"
 DOMAIN = -1  # in place of a round's number: the domain's own answers
-
-
-@dataclass(frozen=True)
-class Responder:
-    """The model that answers prompts as it is now, and the folder that keeps its answers."""
-
-    engine: Engine
-    folder: Path
-    max_tokens: int  # of an answer
-    longest: int  # tokens of prompt and answer together
-    seed: int
-    tokenizer: PreTrainedTokenizerBase
-
-    def answer(self, name: str, prompts: list[list[int]], seed: int) -> list[Answered]:
-        """Return answers to these prompts: those in the file of this name, else drawn now and written there."""
-        path = self.folder / f"{name}.jsonl"
-        if (found := answers.read(path)) is not None:
-            return found
-        room = [min(self.max_tokens, self.longest - len(prompt)) for prompt in prompts]
-        drawn = self.engine.answer(prompts, room, hash_seed(self.seed, seed + 1))
-        answered = [Answered(list(prompt), list(answer)) for prompt, answer in zip(prompts, drawn, strict=True)]
-        answers.write(path, answered, self.tokenizer)
-        cut = sum(len(answer) >= most for answer, most in zip(drawn, room, strict=True))
-        print(f"answers: {len(drawn):,} to {name}, {sum(map(len, drawn)) / len(drawn):.1f} tokens each, {cut:,} as long as they may be",
-              flush=True)
-        return answered
 
 
 def build(config: Recover, options: training.Config, items: list[ItemFile], device: torch.device, dist: Distributed,

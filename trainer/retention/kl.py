@@ -93,6 +93,7 @@ class KlToBase:
     weighted_sources: np.ndarray  # bool[sources], those whose losses DFT or EAFT weights by the model's prediction
     cached_states: Callable[[Sequence[int]], Tensor] | None = None  # samples -> the base's hidden states [K, W]; None: the base runs live
     base_head: LmHead | None = None  # a copy, where the head of the model of `base` is trained
+    base_reads: Callable[[Piece], Piece] | None = None  # what the base reads in place of a sample: its supervised tokens after other ones
     in_step: bool = False  # the base runs for every pack, since weights are sharded and other ranks may have KL rows
 
     @property
@@ -140,7 +141,7 @@ class KlToBase:
         if self.cached_states:
             kl.cached_states = self.cached_states([sample.index for sample in kl_samples])
         else:
-            kl.reference = collate(kl_samples)
+            kl.reference = collate([self.base_reads(sample) for sample in kl_samples] if self.base_reads else kl_samples)
             kl.reference_rows = torch.from_numpy(self._kl_tokens(kl.reference))
         return kl
 

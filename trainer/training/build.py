@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,7 +18,7 @@ from trainer.data.batch import NO_PADDING, PadTo
 from trainer.data.prepare import TrainingData, data_summary, eval_set_line, note_lines, plan_steps
 from trainer.data.samples import Samples
 from trainer.data.step_plan import StepPlan
-from trainer.errors import UserError, printable
+from trainer.errors import UserError, printable, require
 from trainer.evaluation.items import ItemFile
 from trainer.metrics.log import Log
 from trainer.metrics.throughput import model_size, peak_flops
@@ -28,6 +29,9 @@ from trainer.model.loading import load_model, weights_fingerprint
 from trainer.model.neftune import add_noise
 from trainer.model.patch import PatchReport, patch
 from trainer.model.vocabulary import new_tokens
+from trainer.on_policy.engines import InMemory
+from trainer.on_policy.responder import Responder
+from trainer.on_policy.sdft import retention_of
 from trainer.optim.adamw import FlatAdamW
 from trainer.optim.apart import apart
 from trainer.optim.sharded_adamw import ShardedAdamW
@@ -41,6 +45,7 @@ from trainer.runtime.distributed import Distributed
 from trainer.training import lora_start, run_folder, show_answers
 from trainer.training.export_trial import try_export
 from trainer.training.loader import StepLoader
+from trainer.training.on_policy_loader import OnPolicyLoader
 from trainer.training.training_run import TrainingRun
 
 
@@ -97,6 +102,8 @@ def build(config: Config, data: TrainingData, device: torch.device, dist: Distri
         print_lines([sharding.describe(config.fsdp, dist.size)] if dist.sharded else [])
     log = Log(output, config, data.plan.total, state.step, open_folder) if dist.is_main and not state.ended else None
     loader = StepLoader(data.plan, base.samples, dist, device, base.kl, pad_to)
+    if data.demonstrations:
+        loader = answering(loader, config, data, model)
     return TrainingRun(config, output, device, dist, model, size, optimizer, data.plan, loader, base.kl, base.monitor, data.eval_set,
                        log, balance, showing, whole), state
 
@@ -134,7 +141,7 @@ def run_identity(config: Config, data: TrainingData, items: Sequence[ItemFile], 
     return checkpoint.identity(
         config, dist.size, samples=data.samples.fingerprint, eval_samples=data.eval_set.samples.fingerprint if data.eval_set else None,
         base_weights=weights_fingerprint(config.model), quantizer=quantization.bitsandbytes_version(config),
-        items=monitor.fingerprint(items))
+        items=monitor.fingerprint(items), **({"demonstrations": data.demonstrations.fingerprint} if data.demonstrations else {}))
 
 
 def order_by_base_loss(config: Config, data: TrainingData, identity: dict, model: nn.Module, device: torch.device,
@@ -161,13 +168,27 @@ def measure_base(config: Config, data: TrainingData, items: Sequence[ItemFile], 
     roles = [source.role for source in data.mixture.parts]
     forgetting = monitor.prepare(config, items, model, data.template, dist)
     samples, weighting_line = token_weighting.apply_token_weighting(data.samples, config, model, roles, device, dist)
-    kl_to_base = kl.prepare(config.retention, model, roles, in_step=dist.sharded)
+    kl_to_base = kl.prepare(retention_of(config), model, roles, in_step=dist.sharded)
     if config.retention.caches_base:
         kl_to_base = cached_base.with_cached_base(kl_to_base, samples, data.plan, Path(config.output), identity, device, dist)
     lines = [weighting_line] if weighting_line else []
     if forgetting and dist.is_main:
         lines += forgetting.describe()
     return BaseMeasurements(samples, kl_to_base, forgetting, lines)
+
+
+def answering(loader: StepLoader, config: Config, data: TrainingData, model: nn.Module) -> OnPolicyLoader:
+    """Return a loader that lets the model answer before the steps that train on the answers.
+
+    Raises UserError for several processes.
+    """
+    require(loader.dist.size == 1, "on_policy.method", "one process, started without torchrun, beside sdft", loader.dist.size)
+    folder, chosen = Path(config.output) / "answers", config.on_policy
+    if config.resume == "never" or checkpoint.newest(Path(config.output) / "checkpoints") is None:
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that never came to its first checkpoint
+    responder = Responder(InMemory(model, data.template, config.compile), folder, chosen.max_tokens, config.data.max_length, config.seed,
+                          data.template.tokenizer)
+    return OnPolicyLoader(loader, data.demonstrations, responder, chosen.every)
 
 
 def shard_model(config: Config, model: nn.Module, device: torch.device, dist: Distributed) -> nn.Module:
@@ -232,7 +253,10 @@ def print_summary(config: Config, data: TrainingData, summary: dict, patched: Pa
         lines.append("hint: this CPU has bf16 matmuls; a step is about twice as fast with --precision bf16")
     lines += [str(patched), f"parameters: {model['parameters']:,}, trained {model['trainable']:,} ({config.method})"]
     lines += [source_line(source) for source in summary["sources"]] + note_lines(summary["sources"])
-    lines += kl.describe(config.retention, config.method, model["parameters"] * dtype.itemsize)
+    if config.on_policy.method != "none":
+        lines.append(f"on_policy: sdft; the model answers every {config.on_policy.every} steps, and the base, shown the chats' answers, "
+                     "teaches it on its own")
+    lines += kl.describe(retention_of(config), config.method, model["parameters"] * dtype.itemsize)
     if data.eval_set:
         lines.append(eval_set_line(data))
     padded = f", padded to multiples of {pad_to.tokens}" if pad_to != NO_PADDING else ""

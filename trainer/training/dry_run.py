@@ -17,6 +17,7 @@ from trainer.model import router_balance
 from trainer.model.loading import meta_model
 from trainer.model.lora import add_adapter, describe
 from trainer.model.vocabulary import new_tokens
+from trainer.on_policy.sdft import retention_of
 from trainer.retention import cached_base, kl
 from trainer.runtime.device import compute_dtype, dtype_name
 from trainer.training import sharded_estimate
@@ -39,7 +40,7 @@ def print_dry_run(config: Config, data: TrainingData, device: torch.device, toke
     _print_sources(summary["sources"])
     _print_plan(data, summary, config.data.max_length)
     size, dtype = model_size(model), compute_dtype(config.precision, device)
-    for line in [*kl.describe(config.retention, config.method, size.parameters * dtype.itemsize), *([str(balance)] if balance else [])]:
+    for line in [*kl.describe(retention_of(config), config.method, size.parameters * dtype.itemsize), *([str(balance)] if balance else [])]:
         print(line)
     if config.retention.caches_base:
         kl_to_base = kl.prepare(config.retention, model, [source.role for source in data.mixture.parts])

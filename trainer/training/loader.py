@@ -61,13 +61,13 @@ class StepLoader:
     kl: KlToBase | None = None
     pad_to: PadTo = NO_PADDING
 
-    def prefetch(self, first: int, phases: Phases) -> Iterator[StepWork]:
-        """Yield the work of steps first .. total - 1.
+    def prefetch(self, first: int, phases: Phases, end: int | None = None) -> Iterator[StepWork]:
+        """Yield the work of steps first .. end - 1, up to the plan's last without an `end`.
 
         The copy of each to the device starts before the step ahead of it runs.
         """
         upcoming = None
-        for step in range(first, self.plan.total):
+        for step in range(first, min(end or self.plan.total, self.plan.total)):
             with phases("data"):
                 following = self.load(step)
             if upcoming:

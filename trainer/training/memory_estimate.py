@@ -31,6 +31,7 @@ from trainer.model.fused_layers import decoder_layers
 from trainer.model.packed_attention import decoder
 from trainer.model.quantization import bytes_per_weight, layers_to_quantize
 from trainer.model.text_part import head_layer
+from trainer.on_policy.sdft import retention_of
 from trainer.optim.adamw import has_8bit_moments
 from trainer.optim.adamw_8bit import AdamW8bit
 from trainer.optim.apart import apart
@@ -68,7 +69,7 @@ def estimate(model: nn.Module, config: Config, dtype: torch.dtype, device: torch
     trained = sum(p.numel() for p in trainable)
     adapter = config.method != "full"
     cached, head = config.retention.caches_base, head_layer(unwrap_peft(model))
-    frozen_copy = (head if cached else model).parameters() if config.retention.kl_weight and not adapter else ()
+    frozen_copy = (head if cached else model).parameters() if retention_of(config).kl_weight and not adapter else ()
     copied = sum(p.numel() for p in frozen_copy)
     states = 2 * config.batch.tokens_per_step * head.weight.shape[1] * width if cached else 0
     return MemoryEstimate(

@@ -40,9 +40,10 @@ class InMemory:
 
     model: nn.Module
     template: ChatTemplate
+    compiled: bool = False  # the model's layers are compiled for training
 
     def answer(self, prompts: Sequence[list[int]], max_tokens: Sequence[int], seed: int) -> list[list[int]]:
-        with evaluation_mode(self.model, compiled=False):
+        with evaluation_mode(self.model, compiled=self.compiled):
             return generate(self.model, self.template, prompts, max_tokens, Generation().batch, seed)
 
     def close(self) -> None:

@@ -1,0 +1,1 @@
+"""Train on answers that the model itself gives as it trains."""
