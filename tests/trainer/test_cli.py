@@ -82,6 +82,8 @@ LAUGHS = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}' if i else 'x'] * 10)}]\
     ("optim:\n  warmup_steps: 20:25\n", "line 2: 20:25 would be read as a number in base 60"),
     ("seed: 010\n", "line 1: 010 would be read as a number in base 8"),
     ("data: {train: [{path: x, max_records: 010}]}\n", "base 8"),
+    pytest.param(f"data: {{train: [{{path: x, max_records: 1_{'9' * 5000}}}]}}\n", "line 1: expected a number below 2^63", id="digits"),
+    pytest.param(f"seed: -0x{'9' * 5000}\n", "line 1: expected a number below 2^63", id="digits in base 16"),
     ("data:\n  train:\n", "data.train: expected"),
     ("data: {train: [null]}\n", "data.train: "),
     ("forgetting: {general: }\n", "forgetting.general: expected"),
@@ -114,6 +116,7 @@ def test_every_number_is_finite(value):
     ["--data.train", "~nosuchuser/x"], ["--output", "~nosuchuser/x"], ["--output", "x" * 300], ["--model.path", "x/" * 3000],
     ["--data.train", "[{path: '~nosuchuser/x'}]"], ["--data.train", "[x, '~nosuchuser/x']"],
     ["--model.tokenizer", ""], ["--lora.path", ""], ["--data.train", "\ud83d"], ["--output", "\ud83d"], ["--forgetting.regex", "\ud83d"],
+    pytest.param(["--seed", "9" * 5000], id="digits"), pytest.param(["--data.train", f"[{{path: x, max_records: {'9' * 5000}}}]"], id="digits-2"),
 ])
 def test_a_value_that_no_system_takes_is_refused(arguments):
     with pytest.raises(UserError, match=f"^{arguments[0].partition('=')[0][2:]}"):
