@@ -33,6 +33,7 @@ from sklearn.preprocessing import normalize
 MAX_CHARACTERS = 2000  # of a text that are compared: the rest of a long one changes its features little
 FOLDS, REPEATS = 5, 3  # of the classifier's cross-validation; repeats average out the chance of the folds
 BOOTSTRAPS, PERMUTATIONS = 200, 499
+BLOCK = 256  # vectors whose similarities to all others are in memory at a time
 DIMENSIONS = 50  # of the vectors of texts where there are no embeddings of the base
 MIN_TEXTS = 2 * FOLDS  # of each sample; with fewer nothing is compared
 TOPIC_WORDS, TOPIC_EXAMPLES = 5, 2  # that describe a topic
@@ -141,14 +142,19 @@ def squared_mmd(a: np.ndarray, b: np.ndarray, width: float, seed: int) -> tuple[
     divisions of the vectors that are as far apart, z the distance from their mean in their standard deviations.
     """
     joined = np.concatenate([a, b])
-    kernel = np.exp(pairwise_distances(joined, metric="sqeuclidean") / (-2 * width**2)).astype(np.float32)
-    np.fill_diagonal(kernel, 0)
     side = np.r_[np.ones(len(a), np.float32), np.zeros(len(b), np.float32)]
     random = np.random.default_rng(seed)
     sides = np.stack([side, *(random.permutation(side) for _ in range(PERMUTATIONS))], axis=1)
-    to_a = kernel @ sides  # similarity of each vector to all on the first side, in every division
-    within_a, of_a = (sides * to_a).sum(0, dtype=np.float64), kernel.sum(1, dtype=np.float64) @ sides
-    between, within_b = of_a - within_a, kernel.sum(dtype=np.float64) - 2 * of_a + within_a
+    within_a, similarity = np.zeros(sides.shape[1]), np.zeros(len(joined))  # the latter of each vector, to all others
+    for start in range(0, len(joined), BLOCK):  # the whole kernel would be the largest object of a report
+        rows = slice(start, start + BLOCK)
+        kernel = np.exp(pairwise_distances(joined[rows], joined, metric="sqeuclidean") / (-2 * width**2)).astype(np.float32)
+        kernel[np.arange(len(kernel)), np.arange(start, start + len(kernel))] = 0
+        to_a = kernel @ sides  # similarity of these vectors to all on the first side, in every division
+        within_a += (sides[rows] * to_a).sum(0, dtype=np.float64)
+        similarity[rows] = kernel.sum(1, dtype=np.float64)
+    of_a = similarity @ sides
+    between, within_b = of_a - within_a, similarity.sum() - 2 * of_a + within_a
     n, m = len(a), len(b)
     squared = within_a / (n * (n - 1)) + within_b / (m * (m - 1)) - 2 * between / (n * m)
     observed, chance = squared[0], squared[1:]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import tracemalloc
 from collections import defaultdict
 
 import numpy as np
@@ -186,3 +187,13 @@ def test_equal_settings_give_equal_figures():
     texts = [f"how many {word} are there" for word in "abcdefghij" * 5]
     fresh, pool = sample(texts), sample(texts[:30])
     assert ReferenceComparison(fresh, [pool], 4, seed=5).compare(pool) == ReferenceComparison(fresh, [pool], 4, seed=5).compare(pool)
+
+
+def test_mmd_never_holds_the_whole_kernel():
+    a, b = np.random.default_rng(3).normal(size=(2, 1200, 4))
+    squared_mmd(a[:5], b[:5], 1.0, 0)
+    tracemalloc.start()
+    squared_mmd(a, b, 1.0, 0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2400**2 * 4  # bytes of the kernel in fp32
