@@ -13,8 +13,14 @@ from trainer.files import atomic_file
 PIECE = 1 << 24  # bytes read at a time
 
 
-def write_checksum(path: Path) -> None:
-    """Write the checksum of a complete file beside it. Lets an OSError through."""
+def write_checksum(path: Path, durable: bool = True) -> None:
+    """Write the checksum of a complete file beside it. Lets an OSError through.
+
+    `durable`: it is flushed to the disk, and there whole or not at all.
+    """
+    if not durable:
+        _beside(path).write_text(_checksum(path))
+        return
     with atomic_file(_beside(path)) as tmp:
         tmp.write_text(_checksum(path))
 
@@ -37,7 +43,7 @@ def _beside(path: Path) -> Path:
 def _checksum(path: Path) -> str:
     import xxhash  # here, since a training step on a machine that has little, as in `make gpu`, imports this file and calls nothing
 
-    digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(PIECE))
+    digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(max(1, min(PIECE, path.stat().st_size))))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
             digest.update(buffer[:count])

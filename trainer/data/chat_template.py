@@ -362,7 +362,7 @@ def _encoded(ids: list[int], chat: Rendered, token_at: Callable[[int], int | Non
     `token_at(c)` is the first token that holds character c, or None for a character that the tokenizer skips.
     """
     characters, tokens = len(chat.text), len(ids)
-    supervised, weights = [False] * tokens, [0.0] * tokens
+    supervised, weights = [False] * tokens, None if all(weight == 1 for weight in chat.weights) else [0.0] * tokens
     for (start, end), weight in zip(chat.spans, chat.weights):
         first = next((t for c in range(start, end) if (t := token_at(c)) is not None), None)
         if first is None:
@@ -372,9 +372,12 @@ def _encoded(ids: list[int], chat: Rendered, token_at: Callable[[int], int | Non
         following = next((t for c in range(end, characters) if (t := token_at(c)) is not None), tokens)
         stop = max(last + 1, following)
         supervised[first:stop] = [True] * (stop - first)
-        weights[first:stop] = [weight] * (stop - first)
-    supervised[:1], weights[:1] = [False] * min(tokens, 1), [0.0] * min(tokens, 1)
-    return Encoded(ids, supervised), None if all(weight == 1 for weight in chat.weights) or {*weights} <= {0.0, 1.0} else weights
+        if weights:
+            weights[first:stop] = [weight] * (stop - first)
+    supervised[:1] = [False] * min(tokens, 1)
+    if weights:
+        weights[0] = 0.0
+    return Encoded(ids, supervised), weights if weights and not {*weights} <= {0.0, 1.0} else None
 
 
 def read_template(path: str | None) -> str | None:

@@ -18,12 +18,13 @@ from pathlib import Path
 import datasets
 import pyarrow
 from datasets import Dataset, Features, List, Value
+from datasets.table import MemoryMappedTable
 
 from trainer.config import Source
 from trainer.data import arrow_rows, chat_columns, files, formats, messages, readers, tool_calls, turn_weights, values
 from trainer.data.arrow_rows import without_padding
 from trainer.data.chat_columns import record_of
-from trainer.data.disk_cache import cached_dataset, code_hash
+from trainer.data.disk_cache import cached_files, code_hash
 from trainer.data.files import DataFile
 from trainer.data.formats import choose_format
 from trainer.data.values import RecordError
@@ -93,7 +94,8 @@ def _load(source: Source, cache_dir: str | None, on_bad_row: str) -> Dataset:
         with announce(f"data: reading {source.path}"):
             _write(records(), Features(content | COMMON).arrow_schema, folder / "records.arrow")
 
-    return cached_dataset(cache_dir, "records", fingerprint, make)
+    file, = cached_files(cache_dir, "records", fingerprint, make)
+    return Dataset(MemoryMappedTable.from_file(str(file)), fingerprint=fingerprint)
 
 
 def _write(records: Iterator[dict], schema: pyarrow.Schema, path: Path) -> None:

@@ -15,6 +15,7 @@ import pyarrow
 import tokenizers
 import transformers
 from datasets import Dataset, Features, List, Value
+from datasets.utils import tqdm
 
 import trainer.data.chat_template
 import trainer.data.message_forms
@@ -22,7 +23,7 @@ import trainer.data.notes
 import trainer.data.turn_spans
 from trainer.config import Data, Source
 from trainer.data.chat_template import ChatTemplate, Encoded, Rendered
-from trainer.data.disk_cache import cached_dataset, code_hash
+from trainer.data.disk_cache import cached_files, code_hash
 from trainer.data.names import distinct
 from trainer.data.notes import Note, note_of, summarize
 from trainer.data.samples import Samples
@@ -33,7 +34,8 @@ from trainer.progress import announce
 # `turn_weights` is empty where every turn weighs 1; `note` is JSON (trainer/data/notes.py)
 TOKENS = Features({"input_ids": List(Value("int32")), "supervised": List(Value("uint8")), "turn_weights": List(Value("float32")),
                    "weight": Value("float32"), "note": Value("string")})
-FLAGS = TOKENS.arrow_schema.field("supervised").type
+SCHEMA = TOKENS.arrow_schema
+FLAGS = SCHEMA.field("supervised").type
 # Modules that decide tokens, beside this one.
 CODE = (trainer.data.chat_template, trainer.data.message_forms, trainer.data.turn_spans, trainer.data.notes)
 
@@ -54,7 +56,7 @@ def tokenize(sources: list[tuple[Source, Dataset]], template: ChatTemplate, data
     return _join([samples for samples, _ in cut], names, length_report)
 
 
-def _tokens(source: Source, records: Dataset, template: ChatTemplate, data: Data) -> Dataset:
+def _tokens(source: Source, records: Dataset, template: ChatTemplate, data: Data) -> pyarrow.Table:
     """Return the records' tokens, from the cache if this code has made them before with these options."""
     versions = (tokenizers.__version__, transformers.__version__)
     key = (records._fingerprint, template.fingerprint, data.train_on, data.same_role, data.on_bad_row, versions,
@@ -70,12 +72,26 @@ def _tokens(source: Source, records: Dataset, template: ChatTemplate, data: Data
 
     def make(folder: Path) -> None:
         with announce(f"data: tokenizing {len(records):,} records of {source.name}"):
+            if processes <= 1:
+                _write(records, per_call, options, folder / "tokens.arrow", f"tokenize {source.name}")
+                return
             records.with_format("arrow").map(
                 _encode, fn_kwargs=options, batched=True, batch_size=per_call, with_indices=True, features=TOKENS,
-                remove_columns=records.column_names, num_proc=processes if processes > 1 else None, desc=f"tokenize {source.name}",
+                remove_columns=records.column_names, num_proc=processes, desc=f"tokenize {source.name}",
                 new_fingerprint=fingerprint, cache_file_name=str(folder / "tokens.arrow"))
 
-    return cached_dataset(data.cache_dir, "tokens", fingerprint, make)
+    files = cached_files(data.cache_dir, "tokens", fingerprint, make)
+    return pyarrow.concat_tables([pyarrow.ipc.open_stream(pyarrow.memory_map(str(file))).read_all() for file in files])
+
+
+def _write(records: Dataset, per_call: int, options: dict[str, Any], path: Path, title: str) -> None:
+    """Tokenize records in this process: `Dataset.map` takes as long to begin as a hundred records do."""
+    few = len(records) <= RECORDS_PER_PROCESS
+    with pyarrow.ipc.new_stream(str(path), SCHEMA) as file, tqdm(total=len(records), desc=title, disable=few) as bar:
+        for start in range(0, len(records), per_call):
+            batch = records.data.fast_slice(start, min(per_call, len(records) - start))
+            file.write_table(_encode(batch, [*range(start, start + len(batch))], **options).combine_chunks())
+            bar.update(len(batch))
 
 
 def _encode(batch: pyarrow.Table, indices: list[int], template: ChatTemplate, data: Data, path: str) -> pyarrow.Table:
@@ -102,7 +118,7 @@ def _encode(batch: pyarrow.Table, indices: list[int], template: ChatTemplate, da
         "weight": batch["weight"],
         "note": [note.as_json() for note in notes],
     }
-    return pyarrow.table(columns, TOKENS.arrow_schema)
+    return pyarrow.table(columns, SCHEMA)
 
 
 def _render_or_refuse(record: dict, place: str, template: ChatTemplate, data: Data, path: str) -> tuple[Rendered | None, Note]:
@@ -177,18 +193,18 @@ def join_same_role(messages: list[Message], choice: str) -> tuple[list[Message],
     return joined, count
 
 
-def _cut(tokens: Dataset, name: str, data: Data) -> tuple[Samples, dict]:
+def _cut(tokens: pyarrow.Table, name: str, data: Data) -> tuple[Samples, dict]:
     """Cut one source's records to samples that have a supervised token, and count the outcomes.
 
     The counts are kept: samples; dropped, truncated, split: records longer than `max_length`; unsupervised: samples removed
     because nothing in them is supervised; tokens_lost: by all of these together; refused: rows that are no chats. Beside them are notes,
     lines for the console.
     """
-    columns = [tokens.data.column(column).chunks for column in ("input_ids", "supervised", "turn_weights")]
+    columns = [tokens.column(column).chunks for column in ("input_ids", "supervised", "turn_weights")]
     chunks = [tuple(column.values.to_numpy() for column in chunk) for chunk in zip(*columns)]
     offsets = [ids.offsets.to_numpy().astype(np.int64) for ids in columns[0]]
     lengths = np.concatenate([np.diff(o) for o in offsets])  # of records
-    refused, notes = summarize(tokens.data.column("note"), data)
+    refused, notes = summarize(tokens.column("note"), data)
     overlong = _count_overlong(lengths, name, data)
 
     record, start, length = _windows(lengths, data)
@@ -198,7 +214,7 @@ def _cut(tokens: Dataset, name: str, data: Data) -> tuple[Samples, dict]:
     keep = np.flatnonzero(supervised)
     if not len(keep):
         raise UserError(_nothing_left(lengths[lengths > 0], name, data) if refused < len(lengths) else f"{name}: {notes[0]}")
-    weights = tokens.data.column("weight").to_numpy().astype(np.float32)[record]
+    weights = tokens.column("weight").to_numpy().astype(np.float32)[record]
     source = np.zeros(len(record), dtype=np.int32)
     weights_begin, target_weights = _turn_weights(columns[2], chunks, record, chunk, start, length, supervised)
     samples = Samples([name], {}, length, supervised, weights, target_weights, source, record, chunks, chunk, begin,

@@ -246,7 +246,7 @@ def test_lengths_of_100_000_samples_come_without_a_loop(tmp_path, monkeypatch):
     columns = {"input_ids": lists[0], "supervised": lists[1], "weight": np.ones(n, np.float32),
                "turn_weights": pa.array([[]] * n, pa.list_(pa.float32())), "note": pa.nulls(n, pa.string())}
     table = pa.table(columns)
-    tokens = Dataset(pa.Table.from_batches(table.to_batches(max_chunksize=1000)))
+    tokens = pa.Table.from_batches(table.to_batches(max_chunksize=1000))
     monkeypatch.setattr(trainer.data.tokenize, "_tokens", lambda *args: tokens)
     started = time.process_time()
     samples = make(tokens, tmp_path)
