@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -36,6 +35,7 @@ from trainer.model.export import save_generation_config, save_weights
 from trainer.model.loading import meta_model
 from trainer.model.locate import load_tokenizer, model_source, one_line_errors, require_own_weights_of_hub
 from trainer.model.own_files import is_own, require_own_settings
+from trainer.model.saved_adapter import adapter_settings
 from trainer.model.text_part import auto_class
 from trainer.model.vocabulary import trains_vocabulary
 
@@ -132,14 +132,14 @@ def adapter_writer(config: Interpolate) -> Callable[[float, Path], None]:
     Raises UserError unless it is an adapter of this base, without DoRA.
     """
     folder = Path(config.adapter).expanduser()
-    if trains_vocabulary(config.adapter):
+    if trains_vocabulary(config.adapter, "adapter"):
         raise UserError(f"adapter: {folder} trains rows of the embedding or head, which cannot be scaled; merge it (--export.format "
                         "merged) and give the merged model as --tuned")
     kind = "qlora" if is_quantized(config.model) else "lora"
     require_own_settings("adapter", folder, ["adapter_config.json"])
     with torch.device("meta"):
         lora.add_adapter(meta_model(Config(model=config.model, method=kind)), Lora(path=str(folder)))
-    if json.loads((folder / "adapter_config.json").read_text()).get("use_dora"):
+    if adapter_settings("adapter", folder).get("use_dora"):
         raise UserError(f"adapter: {folder} is a DoRA adapter, which cannot be scaled; merge it (--export.format "
                         "merged) and give the merged model as --tuned")
 

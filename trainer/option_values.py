@@ -20,7 +20,8 @@ EXPANDED = {"output", "chat_template", "cache_dir", "llama_cpp"}  # `~` elsewher
 QUOTED = "a pattern in quotes, as YAML takes what follows a # for a comment"
 PRINTED = {"name", "output"}  # stand in lines of logs
 MISREAD = re.compile(r"[-+]?(0[0-7_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")
-INTEGER, MOST_DIGITS = re.compile(r"[-+]?(0b[01_]+|0x[0-9a-fA-F_]+|[0-9][0-9_]*)"), 1000  # Python neither reads nor prints 4,300 digits
+INTEGER = re.compile(r"[-+]?(0b[01_]+|0x[0-9a-fA-F_]+|[0-9][0-9_]*)")
+MOST_DIGITS = 100  # of a number: 309 are too many for a float, and Python does not even read 4,300
 
 
 def checked(section, prefix: str = ""):
@@ -88,7 +89,7 @@ def _check_path(option: str, path: str) -> None:
 
 
 def check_number(text: str, place: str) -> None:
-    """Raise UserError for text that YAML 1.1 takes for a number in base 8 or 60, or for one of a thousand digits."""
+    """Raise UserError for text that YAML 1.1 takes for a number in base 8 or 60, or for one of over a hundred digits."""
     if len(text) > MOST_DIGITS and INTEGER.fullmatch(text):
         raise UserError(f"{place}: expected a number below 2^63, got one of {len(text):,} digits; correct it, or quote it if it is text")
     if MISREAD.fullmatch(text):

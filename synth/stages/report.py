@@ -134,7 +134,7 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         return {key: manifest[key] for key in ("replay", "deterministic", "shares", "incomplete")}
-    except (json.JSONDecodeError, KeyError, OSError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
         raise UserError(f"report: expected the manifest of stage select in {path}, got another file ({error}); "
                         "write it again: --stages '[select]'") from None
 

@@ -116,7 +116,8 @@ def test_every_number_is_finite(value):
     ["--data.train", "~nosuchuser/x"], ["--output", "~nosuchuser/x"], ["--output", "x" * 300], ["--model.path", "x/" * 3000],
     ["--data.train", "[{path: '~nosuchuser/x'}]"], ["--data.train", "[x, '~nosuchuser/x']"],
     ["--model.tokenizer", ""], ["--lora.path", ""], ["--data.train", "\ud83d"], ["--output", "\ud83d"], ["--forgetting.regex", "\ud83d"],
-    pytest.param(["--seed", "9" * 5000], id="digits"), pytest.param(["--data.train", f"[{{path: x, max_records: {'9' * 5000}}}]"], id="digits-2"),
+    pytest.param(["--seed", "9" * 5000], id="digits"), pytest.param(["--optim.lr", "9" * 400], id="digits of a float"),
+    pytest.param(["--data.train", f"[{{path: x, max_records: {'9' * 5000}}}]"], id="digits in a list"),
 ])
 def test_a_value_that_no_system_takes_is_refused(arguments):
     with pytest.raises(UserError, match=f"^{arguments[0].partition('=')[0][2:]}"):

@@ -181,6 +181,14 @@ def test_mistakes_are_one_line_and_write_nothing(model_folder, adapter, pair, tm
         "--model.path", model_folder, "--adapter", adapter, "--output", used)
 
 
+@pytest.mark.parametrize("text", ["{} {}", "[1]", "", "{" * 100_000])
+def test_a_damaged_configuration_is_one_line(model_folder, adapter, tmp_path, text):
+    damaged = shutil.copytree(adapter, tmp_path / "damaged")
+    (damaged / "adapter_config.json").write_text(text)
+    message = refused("--model.path", model_folder, "--adapter", damaged, "--output", tmp_path / "out")
+    assert message.startswith("adapter: ") and str(damaged / "adapter_config.json") in message
+
+
 def test_dora_has_no_adapters_between(model_folder, tmp_path):
     adapter = made_adapter(model_folder, tmp_path / "adapter", dora=True)
     assert json.loads((adapter / "adapter_config.json").read_text())["use_dora"]

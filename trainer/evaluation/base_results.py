@@ -43,7 +43,7 @@ def read_base(files: Sequence[ItemFile], base: str, config: Config) -> dict[Key,
         side = "base" if results["base"] is not None else "model"
         label = results[side]
         _check_options(folder, earlier, config)
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, yaml.YAMLError):
         raise UserError(f"{OPTION}: expected the output folder of an evaluation, with results.json, results.jsonl and config.yaml, found "
                         f"otherwise at {folder}") from None
     if absolute_name(label) != absolute_name(base):

@@ -27,7 +27,7 @@ from transformers.utils import CHAT_TEMPLATE_FILE, GENERATION_CONFIG_NAME, PROCE
 
 from kernels.nf4 import dequantize_nf4
 from trainer.errors import UserError
-from trainer.files import atomic_folder
+from trainer.files import atomic_folder, read_object
 from trainer.model.checkpoint_rest import add_rest, base_file, rest_names
 from trainer.model.linear_layers import base_modules, base_name
 from trainer.model.locate import one_line_errors
@@ -91,7 +91,7 @@ def _drop_processor_template(folder: Path) -> None:
     """Remove the chat template from the settings of a processor, where it would win over the tokenizer's."""
     file = folder / PROCESSOR_NAME
     if file.is_file() and (folder / CHAT_TEMPLATE_FILE).is_file():
-        settings = json.loads(file.read_text())
+        settings = read_object("model.path", file)
         settings.pop("chat_template", None)
         file.write_text(json.dumps(settings, indent=2) + "\n")
 

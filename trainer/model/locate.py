@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +13,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from transformers.utils.hub import cached_file
 
 from trainer.config import Model
-from trainer.errors import UserError, one_line, require
+from trainer.errors import UserError, require
+from trainer.files import read_object
 from trainer.model.gguf import converted, is_gguf
 from trainer.model.vocabulary import add_tokens
 
@@ -121,17 +121,6 @@ def require_buildable(option: str, source: str | Path, config: PreTrainedConfig)
     layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
     require(not isinstance(layers, int) or layers <= MOST_LAYERS, option, f"at most {MOST_LAYERS:,} layers in the config of {source}",
             f"num_hidden_layers {layers}")
-
-
-def read_object(option: str, file: Path) -> dict:
-    """Return the object that a JSON file holds. Raises UserError that names the file."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{option}: cannot read {file}: {one_line(str(error))}; save the model again") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{option}: expected an object in {file}, found {type(content).__name__}; save the model again")
-    return content
 
 
 @contextmanager

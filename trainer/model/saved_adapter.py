@@ -9,7 +9,8 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 
 from trainer.errors import UserError
-from trainer.model.locate import one_line_errors, read_object
+from trainer.files import read_object
+from trainer.model.locate import one_line_errors
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 FILES = ("adapter_config.json", "adapter_model.safetensors", "tokenizer*", "special_tokens_map.json", "chat_template*")

@@ -6,7 +6,6 @@ it, in full, in place of what the resized base has there. `lora.modules_to_save`
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -17,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trainer.config import Lora, Model
 from trainer.errors import UserError
+from trainer.files import read_object
 from trainer.model.text_part import head_layer
 
 
@@ -85,12 +85,15 @@ def _check_can_grow(model: PreTrainedModel, embedding: nn.Module, rows: int) -> 
                         "use tokens that the tokenizer has")
 
 
-def trains_vocabulary(adapter: str | None) -> bool:
-    """Return whether a saved adapter has rows of an embedding."""
+def trains_vocabulary(adapter: str | None, option: str = "lora.path") -> bool:
+    """Return whether a saved adapter has rows of an embedding.
+
+    Raises UserError, which names the option, where its configuration cannot be read.
+    """
     file = Path(adapter or "").expanduser() / "adapter_config.json"
     if adapter is None or not file.is_file():
         return False
-    saved = json.loads(file.read_text())
+    saved = read_object(option, file)
     return bool(saved.get("trainable_token_indices") or saved.get("modules_to_save"))
 
 

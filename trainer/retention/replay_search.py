@@ -189,7 +189,7 @@ def read_earlier(config: Config) -> dict:
         saved = json.loads(path.read_text())
         changed = checkpoint.differences(saved["options"], _options(config))
         earlier = {"probes": saved["probes"], "choice": saved["choice"]}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"resume: cannot read {path}: {error}; remove it to search again") from None
     if changed:
         raise UserError(f"resume: the probe runs of {path} had another configuration: {'; '.join(changed)}; restore these options, "

@@ -280,9 +280,10 @@ def test_without_embeddings_the_report_goes_on_and_says_so(tmp_path, monkeypatch
     assert json.loads((tmp_path / "report.json").read_text())["distribution"]["vectors"] == "TF-IDF and SVD"
 
 
-def test_another_file_in_the_manifests_place(tmp_path):
+@pytest.mark.parametrize("content", [b"{}", b"[]", b"\xff", b"[" * 100_000], ids=["empty", "list", "no UTF-8", "deep"])
+def test_another_file_in_the_manifests_place(tmp_path, content):
     run = make_run(tmp_path, report=NO_VECTORS)
-    (tmp_path / "manifest.json").write_text("{}")
+    (tmp_path / "manifest.json").write_bytes(content)
     with pytest.raises(UserError, match="expected the manifest of stage select in .*manifest.json, got another file"):
         report(run)
 

@@ -91,3 +91,6 @@ def test_another_base_of_the_name_is_found_out_by_its_log_probs(tmp_path, adapte
 def test_a_folder_without_results_is_refused(tmp_path, adapter, items):
     with pytest.raises(UserError, match="base.results: expected the output folder of an evaluation"):
         run(tmp_path / "again", items, "--adapter", adapter, "--base.results", tmp_path)
+    (tmp_path / "results.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="base.results: expected the output folder of an evaluation"):
+        run(tmp_path / "again", items, "--adapter", adapter, "--base.results", tmp_path)

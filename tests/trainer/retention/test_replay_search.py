@@ -184,9 +184,10 @@ def test_a_search_of_other_options_is_not_gone_on_with(data, tmp_path, scripted,
         train(config(data, tmp_path / "run"))
     with pytest.raises(UserError, match="resume: the probe runs of .*search.json had another configuration: optim.lr was 0.005, is 0.01"):
         train(config(data, tmp_path / "run", "--resume", "auto", "--optim.lr", "0.01"))
-    (tmp_path / "run" / "replay_search.json").write_text("{")
-    with pytest.raises(UserError, match="resume: cannot read .*replay_search.json: .*; remove it to search again"):
-        train(config(data, tmp_path / "run", "--resume", "auto"))
+    for damaged in ("{", "[" * 100_000):
+        (tmp_path / "run" / "replay_search.json").write_text(damaged)
+        with pytest.raises(UserError, match="resume: cannot read .*replay_search.json: .*; remove it to search again"):
+            train(config(data, tmp_path / "run", "--resume", "auto"))
     fresh = replay_search.read_earlier(config(data, tmp_path / "run"))
     assert fresh == {"probes": [], "choice": None} and not (tmp_path / "run" / "replay_search").exists()
 

@@ -257,6 +257,9 @@ def test_a_processors_template_does_not_win_over_the_one_trained_with(model_fold
     model, tokenizer = load_model(Config(model=Model(path=str(base)), precision="fp32"), "cpu")
     merge_and_save(model, tokenizer, tmp_path / "model")
     assert json.loads((tmp_path / "model" / "processor_config.json").read_text()) == {"processor_class": "X"}
+    (base / "processor_config.json").write_text("{")
+    with pytest.raises(UserError, match="model.path: cannot read .*processor_config.json"):
+        merge_and_save(model, tokenizer, tmp_path / "another")
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
