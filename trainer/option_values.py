@@ -89,7 +89,7 @@ def _check_path(option: str, path: str) -> None:
 
 
 def check_number(text: str, place: str) -> None:
-    """Raise UserError for text that YAML 1.1 takes for a number in base 8 or 60, or for one of over a hundred digits."""
+    """Raise UserError for a number of over a hundred digits, or one that YAML 1.1 reads in base 8 or 60."""
     if len(text) > MOST_DIGITS and INTEGER.fullmatch(text):
         raise UserError(f"{place}: expected a number below 2^63, got one of {len(text):,} digits; correct it, or quote it if it is text")
     if MISREAD.fullmatch(text):

@@ -14,17 +14,18 @@ from __future__ import annotations
 import datetime
 import functools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from os.path import commonprefix
 from pathlib import Path
 from typing import NamedTuple
 
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from trainer.data.chat_template import ChatTemplate
 from trainer.data.turn_spans import ASSISTANT_WORDS, REASONING, USER_WORDS, Message
 from trainer.errors import UserError
+from trainer.model.generation_settings import end_ids, read_settings
 
 # Beginnings of turns, of different scripts and kinds: tokens that a prompt shares with all of them do not depend on the turn.
 FIRST_WORDS = ("What", "how", " the", "1", "Привет", "写", "`", "\n", "É", "(")
@@ -280,10 +281,6 @@ def load_format(path: str, tokenizer: PreTrainedTokenizerBase, date: str) -> Cha
     return ChatFormat(ChatTemplate(tokenizer, name=path, date=datetime.date.fromisoformat(date)), tuple(sorted(_generation_eos(path))))
 
 
-def _generation_eos(path: str) -> Iterable[int]:
+def _generation_eos(path: str) -> set[int]:
     """Return the ends of sequence of generation_config.json, which often has more than the tokenizer."""
-    try:
-        found = GenerationConfig.from_pretrained(path).eos_token_id if Path(path).is_dir() or "/" in path else None
-    except OSError:  # a model without the file
-        return ()
-    return () if found is None else found if isinstance(found, list) else (found,)
+    return end_ids(read_settings(path)) if Path(path).is_dir() or "/" in path else set()

@@ -49,15 +49,9 @@ def _decode(tokenizer, ids: Sequence[int]) -> str:
 
 def eos_ids(folder, tokenizer) -> tuple[int, ...]:
     """Return the ends of sequence: the tokenizer's, and those of generation_config.json."""
-    from transformers import GenerationConfig
+    from trainer.model.generation_settings import end_ids, read_settings
 
-    found = {tokenizer.eos_token_id}
-    try:
-        more = GenerationConfig.from_pretrained(folder).eos_token_id
-        found.update(more if isinstance(more, list) else [more])
-    except OSError:  # a model without the file
-        pass
-    return tuple(sorted(found - {None}))
+    return tuple(sorted({tokenizer.eos_token_id, *end_ids(read_settings(folder))} - {None}))
 
 
 class Spellings:

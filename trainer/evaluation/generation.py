@@ -21,6 +21,7 @@ from trainer.data.chat_template import ChatTemplate
 from trainer.data.turn_spans import TurnError, read_layout
 from trainer.errors import UserError
 from trainer.model.forward import unwrap_peft
+from trainer.model.generation_settings import end_ids
 from trainer.model.grouped_queries import grouped_queries
 from trainer.model.packed_attention import PACKED, decoder, is_packed, set_attention
 
@@ -143,10 +144,10 @@ def cut_at_stop(completion: Completion, stops: Sequence[str]) -> Completion:
 def end_token_ids(settings: GenerationConfig | None, template: ChatTemplate) -> list[int]:
     """Return the tokens that end an answer.
 
-    They are those of the model's generation settings, of the tokenizer, and of the end of a turn in the chat template.
+    They are those of the model's generation settings, of the tokenizer, and of the end of a turn in the chat template. Raises UserError
+    where the settings name other things than tokens.
     """
-    configured = getattr(settings, "eos_token_id", None)
-    ends = {*(configured if isinstance(configured, list) else [configured]), template.tokenizer.eos_token_id}
+    ends = end_ids(settings) | {template.tokenizer.eos_token_id}
     vocabulary = template.tokenizer.get_added_vocab()
     with suppress(TurnError, UserError):  # no template, or one without an end of turn
         ends.add(vocabulary.get(read_layout(template.render, vocabulary).end))

@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, GenerationConfig
+from transformers import AutoConfig
 
 from trainer import config as training
 from trainer.data.chat_template import ChatTemplate
@@ -30,6 +30,7 @@ from trainer.evaluation.generation import Completion, decode_completion, end_tok
 from trainer.evaluation.items import ItemFile
 from trainer.evaluation.models import EvaluatedModels, models_to_load, template_of
 from trainer.evaluation.tokens import encode
+from trainer.model.generation_settings import read_settings
 from trainer.model.locate import model_source, one_line_errors
 from trainer.model.saved_adapter import adapter_settings
 from trainer.model.serving import max_lora_rank, why_vllm_refuses
@@ -82,14 +83,7 @@ def generate_all(models: EvaluatedModels, files: Sequence[ItemFile], config: Con
 
 def end_ids(source: str, template: ChatTemplate) -> list[int]:
     """Return the tokens that end an answer of the model at `source`."""
-    return end_token_ids(_generation_config(source), template)
-
-
-def _generation_config(source: str) -> GenerationConfig | None:
-    try:
-        return GenerationConfig.from_pretrained(source)
-    except OSError:  # the model has no generation_config.json
-        return None
+    return end_token_ids(read_settings(source), template)
 
 
 def job_options(source: str, model_options: training.Model, precision: str, device: torch.device) -> dict:
