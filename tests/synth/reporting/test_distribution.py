@@ -13,7 +13,7 @@ import torch
 from scipy.sparse import csr_matrix
 
 from benchmarks.forgetting.miniature.family import MODELS, load
-from benchmarks.forgetting.miniature.recovery import sample_instructions
+from benchmarks.forgetting.miniature.instructions import sample_instructions
 from benchmarks.forgetting.miniature.tokenizer import BOS, EOT, USER
 from synth.reporting import distribution
 from synth.reporting.distribution import (
