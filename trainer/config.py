@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from trainer.errors import require
+from trainer.hub_names import is_hub_name
 
 MOST_TOKENS = 2**31 - 1  # in a pack, whose positions are int32
 MOST_PASSES = 100_000  # over the data: more are a typing mistake, and would take minutes to plan
-HUB_NAME = re.compile(r"([\w-][\w.-]{0,95}/)?[\w-][\w.-]{0,95}")
 Metric = Literal["auto", "exact", "choice", "regex", "rules", "continuation", "logprob"]
 
 
@@ -360,7 +360,7 @@ def validate(config: Config) -> None:
 
 def _validate_export(config: Config) -> None:
     export = config.export
-    require(export.push_to_hub is None or bool(HUB_NAME.fullmatch(export.push_to_hub)), "export.push_to_hub",
+    require(export.push_to_hub is None or is_hub_name(export.push_to_hub), "export.push_to_hub",
             "a name on the hub, such as me/support-lora", export.push_to_hub)
     require(not export.public or export.push_to_hub is not None, "export.public", "export.push_to_hub beside it", "none")
     require(export.gguf == "none" or config.method == "full" or export.format != "adapter", "export.gguf",

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainer import cli
-from trainer.config import HUB_NAME
 from trainer.errors import UserError, printable, require
+from trainer.hub_names import is_hub_name
 from trainer.training.publish import base_folder, check_login, push
 
 USAGE = """\
@@ -40,7 +40,7 @@ def run(config: Publish) -> None:
     folder = Path(config.folder).expanduser()
     if not any((folder / name).is_file() for name in ("adapter_config.json", "config.json")):
         raise UserError(f"folder: expected the adapter or model folder of a run, found none at {config.folder or 'no path'}")
-    require(bool(HUB_NAME.fullmatch(config.name)), "name", "a name on the hub, such as me/support-lora", config.name or "none")
+    require(is_hub_name(config.name), "name", "a name on the hub, such as me/support-lora", config.name or "none")
     check_login("name")
     print(f"published: {push('name', folder, config.name, config.public)}")
     if base := base_folder(folder):

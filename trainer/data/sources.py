@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain, islice
@@ -29,9 +28,9 @@ from trainer.data.files import DataFile
 from trainer.data.formats import choose_format
 from trainer.data.values import RecordError
 from trainer.errors import UserError, one_line
+from trainer.hub_names import is_hub_name
 from trainer.progress import announce
 
-HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 # Modules that decide what records a source has.
 CODE = (chat_columns, formats, messages, tool_calls, turn_weights, values, arrow_rows, readers, files)
 # `refused`: why the row is no record, if it is none; `unread`: the columns that nothing reads
@@ -135,7 +134,7 @@ def open_source(source: Source) -> list[DataFile] | Dataset:
         return _load_saved(source)
     if found := files_of(source):
         return found
-    if files.is_remote(source.path) or DataFile(source.path).kind or not HUB_NAME.fullmatch(source.path):
+    if files.is_remote(source.path) or DataFile(source.path).kind or not is_hub_name(source.path):
         raise UserError(f"{source.path}: expected a file ({files.ENDINGS}), a folder or a hub data set, found no such file; "
                         "check the path")
     try:

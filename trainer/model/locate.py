@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from transformers.utils.hub import cached_file
 from trainer.config import Model
 from trainer.errors import UserError, require
 from trainer.files import read_object
+from trainer.hub_names import is_hub_name
 from trainer.model.gguf import converted, is_gguf
 from trainer.model.vocabulary import add_tokens
 
@@ -67,7 +67,7 @@ def _locate(option: str, name: str) -> str:
     path = Path(name).expanduser()
     if path.exists():
         return str(path.resolve())
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
+    if not is_hub_name(name):
         raise UserError(f"{option}: there is no folder {name}")
     return name
 

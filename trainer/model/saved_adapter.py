@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
 from trainer.errors import UserError
 from trainer.files import read_object
+from trainer.hub_names import is_hub_name
 from trainer.model.locate import one_line_errors
 
-HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 FILES = ("adapter_config.json", "adapter_model.safetensors", "tokenizer*", "special_tokens_map.json", "chat_template*")
 
 
@@ -22,7 +21,7 @@ def find_adapter(option: str, name: str) -> Path:
     Raises UserError, which names the option, where there is none.
     """
     folder = Path(name).expanduser()
-    if not folder.exists() and HUB_NAME.fullmatch(name):
+    if not folder.exists() and is_hub_name(name, owned=True):
         with one_line_errors(option, name):
             folder = Path(snapshot_download(name, allow_patterns=list(FILES)))
     if not (folder / "adapter_config.json").is_file():
