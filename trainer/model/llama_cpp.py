@@ -24,7 +24,8 @@ QUANTIZED = {"q4_k_m": "bf16"}  # types that the quantizer makes, and those that
 def find_tools(export: Export) -> tuple[Path, Path | None]:
     """Return llama.cpp's converter, and its quantizer where the type needs it.
 
-    They are looked for in the folder of the option or of the environment variable, then on PATH. Raises UserError if one is not there.
+    They are looked for in the folder of the option or of the environment variable, without one on PATH; the quantizer on PATH too if it is
+    not in the folder. Raises UserError if one is not there.
     """
     names = [CONVERTER, *([QUANTIZER] if export.gguf in QUANTIZED else [])]
     found = [_find(name, export.llama_cpp or os.environ.get(FOLDER)) for name in names]
@@ -38,7 +39,8 @@ def _find(name: str, folder: str | None) -> Path | None:
     if folder is None:
         return Path(found) if (found := shutil.which(name)) else None
     home = Path(folder).expanduser()
-    return next((path for path in (home / name, home / "build" / "bin" / name, home / "bin" / name) if path.is_file()), None)
+    built = next((path for path in (home / name, home / "build" / "bin" / name, home / "bin" / name) if path.is_file()), None)
+    return built or (_find(name, None) if name == QUANTIZER else None)  # a clone that was not built, beside an installed llama-quantize
 
 
 def write_gguf(model: Path, folder: Path, export: Export, name: str) -> Path:

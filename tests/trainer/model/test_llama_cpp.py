@@ -51,3 +51,15 @@ def test_the_programs_are_found_by_option_variable_or_path_and_else_named(tools,
     monkeypatch.setenv("PATH", str(tools))
     (tools / "convert_hf_to_gguf.py").chmod(0o755)
     assert find_tools(Export(gguf="bf16")) == (tools / "convert_hf_to_gguf.py", None)
+
+
+def test_four_bits_need_the_quantizer_which_may_be_on_path_beside_a_clone_that_was_not_built(tools, monkeypatch, tmp_path):
+    programs = tmp_path / "programs"
+    (tools / "build" / "bin").rename(programs)
+    export = Export(gguf="q4_k_m", llama_cpp=str(tools))
+    monkeypatch.setenv("PATH", os.devnull)
+    with pytest.raises(UserError, match="^export.gguf: expected llama.cpp's llama-quantize, found none in .*on PATH; get"):
+        find_tools(export)
+    monkeypatch.setenv("PATH", str(programs))
+    file = write_gguf(tmp_path / "model", tmp_path / "gguf", export, "first")
+    assert file.name == "first-q4_k_m.gguf" and file.read_text().endswith("--outtype bf16 Q4_K_M")
