@@ -144,6 +144,7 @@ def run(*args):
     return train(parse(Config, arguments(*args), "trainer.run"))
 
 
+@pytest.mark.usefixtures("unpacked_4bit")
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [
     (), ("--method", "qlora", "--precision", "bf16"), ("--lora.modules_to_save", "[embed_tokens,lm_head]"), ("--method", "full"),
