@@ -1,4 +1,4 @@
-"""Write files and folders atomically, and read JSON.
+"""Write files and folders atomically.
 
 Readers find the old one or the new one, complete, even if the process or the machine stops in between.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import shutil
 import tempfile
@@ -18,7 +17,7 @@ from typing import IO
 
 from safetensors import SafetensorError
 
-from trainer.errors import UserError, one_line
+from trainer.errors import UserError
 
 
 def fsync_path(path: Path) -> None:
@@ -148,14 +147,3 @@ def _locked(path: Path) -> IO:
             lock.close()
             raise
         lock.close()
-
-
-def read_object(option: str, file: Path) -> dict:
-    """Return the object that a JSON file holds. Raises UserError that names the file."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{option}: cannot read {file}: {one_line(str(error))}; save the model again") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{option}: expected an object in {file}, found {type(content).__name__}; save the model again")
-    return content

@@ -5,8 +5,7 @@ from __future__ import annotations
 import sys
 from contextlib import ExitStack
 
-from trainer import cli
-from trainer import config as training
+from trainer import cli, config_rules
 from trainer.errors import require
 from trainer.model import quantization
 from trainer.model.locate import load_tokenizer
@@ -45,7 +44,7 @@ def recover(config: Recover) -> RunResult:
     validate(config)
     with our_names(), ExitStack() as resources:
         options = as_training(config)
-        training.validate(options)
+        config_rules.validate(options)
         quantization.require_bitsandbytes(options)
         device, items = choose_device(config.device), monitor.read(options)
         dist = resources.enter_context(process_group(device))

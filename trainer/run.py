@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 
 from trainer import cli
-from trainer.config import Config, profiled_steps, validate
+from trainer.config import Config
+from trainer.config_rules import profiled_steps, validate
 from trainer.data.chat_template import read_template
 from trainer.data.prepare import prepare_data
 from trainer.evaluation.items import ItemFile

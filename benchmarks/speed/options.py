@@ -31,7 +31,8 @@ from benchmarks.harness.synthetic_models import RANK, quiet
 from benchmarks.harness.timing import AGREEMENT, Contender, Measurement
 from benchmarks.speed.chat_task import CHATS, TOKENS_PER_STEP, ChatTask, check_tokens, make_task, run_options
 from benchmarks.speed.contenders import Steadfast, from_config
-from trainer.config import Config, validate
+from trainer.config import Config
+from trainer.config_rules import validate
 from trainer.model.forward import unwrap_peft
 from trainer.model.fused_layers import layer_forward, row_selecting_layer
 from trainer.runtime.device import fast_bf16

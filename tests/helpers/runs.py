@@ -21,6 +21,15 @@ def write_chats(path: Path, rows=QUESTIONS) -> Path:
     return path
 
 
+def write_domain_and_replay(folder: Path) -> Path:
+    """Write chats of many lengths as domain.jsonl and replay.jsonl."""
+    rng = np.random.default_rng(0)
+    for name, count in (("domain", 40), ("replay", 24)):
+        rows = [(f"{name} {i} " * rng.integers(1, 5), "quick fox " * rng.integers(1, 8)) for i in range(count)]
+        write_chats(folder / f"{name}.jsonl", rows)
+    return folder
+
+
 def samples(lengths=(9, 14, 5)) -> list[Piece]:
     """Return samples of unequal lengths and weights, some of whose tokens are supervised."""
     rng = np.random.default_rng(0)

@@ -13,7 +13,8 @@ import yaml
 from tests.helpers.processes import complete
 from trainer import cli
 from trainer.cli import known_keys, parse, save_yaml
-from trainer.config import Config, Source, validate
+from trainer.config import Config, Source
+from trainer.config_rules import validate
 from trainer.errors import UserError
 from trainer.option_values import checked
 

@@ -15,7 +15,8 @@ from tests.helpers import tiny
 from tests.helpers.adapters import save_random_adapter
 from trainer import cli
 from trainer.cli import parse
-from trainer.config import Config, Data, Lora, Model, Source, validate
+from trainer.config import Config, Data, Lora, Model, Source
+from trainer.config_rules import validate
 from trainer.data.chat_template import ChatTemplate
 from trainer.data.prepare import prepare_data
 from trainer.data.sources import load_sources

@@ -11,7 +11,8 @@ from tests.helpers.runs import arguments
 from tests.helpers.scripted_hub import ScriptedHub
 from trainer import publish
 from trainer.cli import parse
-from trainer.config import Config, Data, validate
+from trainer.config import Config, Data
+from trainer.config_rules import validate
 from trainer.errors import UserError
 from trainer.report.model_card import Export, write_card
 from trainer.report.run_records import Run

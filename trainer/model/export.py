@@ -27,7 +27,8 @@ from transformers.utils import CHAT_TEMPLATE_FILE, GENERATION_CONFIG_NAME, PROCE
 
 from kernels.nf4 import dequantize_nf4
 from trainer.errors import UserError
-from trainer.files import atomic_folder, read_object
+from trainer.files import atomic_folder
+from trainer.json_files import read_object
 from trainer.model.checkpoint_rest import add_rest, base_file, rest_names
 from trainer.model.linear_layers import base_modules, base_name
 from trainer.model.locate import one_line_errors

@@ -1,7 +1,7 @@
 """Let stock attention on a CPU read every key once for all query heads that share it.
 
 Where there is a mask, transformers' sdpa repeats keys and values for each query head at every step, as CUDA's fast kernels want it
-(`use_gqa_in_sdpa`). torch's kernel for CPUs takes them as they are and returns the same bits, in a quarter of the time or less.
+(`use_gqa_in_sdpa`). torch's kernel for CPUs takes them as they are and returns the same bits, without the copies.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ from transformers.utils.hub import cached_file
 
 from trainer.config import Model
 from trainer.errors import UserError, require
-from trainer.files import read_object
 from trainer.hub_names import is_hub_name
+from trainer.json_files import read_object
 from trainer.model.gguf import converted, is_gguf
 from trainer.model.vocabulary import add_tokens
 

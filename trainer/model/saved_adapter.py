@@ -8,8 +8,8 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 
 from trainer.errors import UserError
-from trainer.files import read_object
 from trainer.hub_names import is_hub_name
+from trainer.json_files import read_object
 from trainer.model.locate import one_line_errors
 
 FILES = ("adapter_config.json", "adapter_model.safetensors", "tokenizer*", "special_tokens_map.json", "chat_template*")

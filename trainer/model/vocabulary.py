@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trainer.config import Lora, Model
 from trainer.errors import UserError
-from trainer.files import read_object
+from trainer.json_files import read_object
 from trainer.model.text_part import head_layer
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from trainer.config import profiled_steps
+from trainer.config_rules import profiled_steps
 from trainer.data.step_plan import hash_seed
 from trainer.metrics.profiler import profiling
 from trainer.metrics.timers import Phases

@@ -8,7 +8,7 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import LocalTokenNotFoundError
 
 from trainer.errors import UserError, one_line
-from trainer.files import read_object
+from trainer.json_files import read_object
 from trainer.model.own_files import require_own
 
 

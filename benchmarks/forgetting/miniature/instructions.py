@@ -81,7 +81,7 @@ class InstructionSample:
 
 
 def instruction_sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, skills: Sequence[Skill], count: int = 1000,
-             seed: int = 0, temperature: float = 1.0, top_p: float = 0.98) -> InstructionSample:
+                       seed: int = 0, temperature: float = 1.0, top_p: float = 0.98) -> InstructionSample:
     return InstructionSample(tuple(sample_instructions(model, tokenizer, count, seed, temperature, top_p)), tuple(skills))
 
 

@@ -14,7 +14,7 @@ from benchmarks.harness import record
 from benchmarks.run import main
 from tests.helpers.pools import here
 from tests.helpers.records import drawn, shown
-from trainer.config import validate
+from trainer.config_rules import validate
 from trainer.retention import replay_search
 
 TINY = Plan((Run(), Run(QUARTER), Run(WHOLE, 0.5, monitored=True)), Size(instructions=60, domain=16), epochs=2.0, items=1, every=1)

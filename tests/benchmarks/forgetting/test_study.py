@@ -21,7 +21,7 @@ from synth.pool import synthesis_run
 from tests.helpers.engine_here import EngineHere, put_back
 from tests.helpers.pools import here
 from tests.helpers.records import drawn, shown
-from trainer.config import validate
+from trainer.config_rules import validate
 
 EVERY = (*arms.ARMS, *arms.FULL, *arms.SHARES, *arms.UNIQUE)
 

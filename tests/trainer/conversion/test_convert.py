@@ -9,7 +9,8 @@ import yaml
 from tests.helpers.runs import write_chats
 from trainer import convert
 from trainer.cli import parse
-from trainer.config import Config, validate
+from trainer.config import Config
+from trainer.config_rules import validate
 from trainer.conversion import axolotl, llama_factory, shared_options, trl
 from trainer.conversion.rules import silent
 from trainer.errors import UserError

@@ -9,7 +9,8 @@ import torch
 from tests.helpers import tiny
 from tests.helpers.runs import arguments
 from trainer.cli import parse
-from trainer.config import Config, profiled_steps
+from trainer.config import Config
+from trainer.config_rules import profiled_steps
 from trainer.errors import UserError
 from trainer.metrics.profiler import HostWaits, summary, wait_lines, waits_for_device
 from trainer.run import train

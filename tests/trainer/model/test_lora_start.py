@@ -16,7 +16,8 @@ from tests.helpers import tiny
 from tests.helpers.models import our_logits, pack, relative_error, stir, stock_logits, with_packed_attention
 from tests.helpers.runs import arguments
 from trainer.cli import parse
-from trainer.config import Config, Data, Eval, Lora, Model, Optim, Retention, validate
+from trainer.config import Config, Data, Eval, Lora, Model, Optim, Retention
+from trainer.config_rules import validate
 from trainer.errors import UserError
 from trainer.model.export import save_adapter
 from trainer.model.loading import load_model

@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 from tests.helpers.processes import complete, complete_ranks
 from tests.helpers.runs import arguments, records
 from trainer.cli import parse
-from trainer.config import Config, validate
+from trainer.config import Config
+from trainer.config_rules import validate
 from trainer.errors import UserError
 from trainer.runtime.device import choose_device
 from trainer.runtime.distributed import Distributed, process_group

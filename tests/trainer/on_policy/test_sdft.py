@@ -17,7 +17,8 @@ from tests.helpers.kills import killed_at
 from tests.helpers.retention import BASE
 from tests.helpers.runs import arguments, records, weights
 from trainer import cli
-from trainer.config import Config, OnPolicy, validate
+from trainer.config import Config, OnPolicy
+from trainer.config_rules import validate
 from trainer.data.chat_template import ChatTemplate
 from trainer.data.demonstrations import demonstration, fill
 from trainer.errors import UserError

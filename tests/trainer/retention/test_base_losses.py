@@ -4,12 +4,11 @@ import re
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from tests.helpers.kills import killed_at
-from tests.helpers.runs import arguments, records, write_chats
+from tests.helpers.runs import arguments, records, write_domain_and_replay
 from trainer.cli import parse
 from trainer.config import Config
 from trainer.errors import UserError
@@ -22,12 +21,7 @@ OPTIONS = ("--batch.tokens_per_pack", "128", "--batch.tokens_per_step", "256", "
 
 @pytest.fixture(scope="module")
 def chats(tmp_path_factory):
-    """Domain and replay chats of many lengths."""
-    rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("chats")
-    for name, count in (("domain", 40), ("replay", 24)):
-        rows = [(f"{name} {i} " * rng.integers(1, 5), "quick fox " * rng.integers(1, 8)) for i in range(count)]
-        write_chats(folder / f"{name}.jsonl", rows)
-    return folder
+    return write_domain_and_replay(tmp_path_factory.mktemp("chats"))
 
 
 def command(model: Path, chats: Path, output: Path, curriculum: str, *more: str) -> list[str]:

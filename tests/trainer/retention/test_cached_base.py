@@ -19,7 +19,7 @@ from tests.helpers.kills import Killed, killed_at
 from tests.helpers.models import stir
 from tests.helpers.processes import complete_ranks
 from tests.helpers.retention import CPU
-from tests.helpers.runs import Readbacks, arguments, records, write_chats
+from tests.helpers.runs import Readbacks, arguments, records, write_domain_and_replay
 from trainer import config
 from trainer.cli import parse
 from trainer.config import Config, Lora
@@ -47,12 +47,7 @@ ROLES = ("domain", "replay")
 
 @pytest.fixture(scope="module")
 def chats(tmp_path_factory):
-    """Domain and replay chats of many lengths."""
-    rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("chats")
-    for name, count in (("domain", 40), ("replay", 24)):
-        rows = [(f"{name} {i} " * rng.integers(1, 5), "quick fox " * rng.integers(1, 8)) for i in range(count)]
-        write_chats(folder / f"{name}.jsonl", rows)
-    return folder
+    return write_domain_and_replay(tmp_path_factory.mktemp("chats"))
 
 
 def settings(model: Path, chats: Path, output: Path, *more: str) -> Config:

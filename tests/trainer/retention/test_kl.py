@@ -25,7 +25,8 @@ from tests.helpers.retention import CPU, ROLES, assert_close, copied_gradients, 
 from tests.helpers.runs import Readbacks, arguments, records, weights
 from trainer import config
 from trainer.cli import parse
-from trainer.config import Config, Lora, Optim, validate
+from trainer.config import Config, Lora, Optim
+from trainer.config_rules import validate
 from trainer.data.batch import collate
 from trainer.data.samples import Piece
 from trainer.errors import UserError

@@ -12,7 +12,8 @@ from tests.helpers.processes import Command, complete_ranks
 from tests.helpers.retention import BASE, options
 from tests.helpers.runs import arguments, records
 from trainer.cli import parse
-from trainer.config import Config, validate
+from trainer.config import Config
+from trainer.config_rules import validate
 from trainer.errors import UserError
 from trainer.report.run_page import write_report
 from trainer.retention import replay_search
