@@ -51,16 +51,6 @@ def fixed_arithmetic():
     torch.manual_seed(0)
 
 
-@pytest.fixture
-def unpacked_4bit(monkeypatch):
-    """Keep bitsandbytes from packing 4-bit weights, as it does on CPUs with bf16 products: it wants wider layers than tiny models have."""
-    from bitsandbytes.backends.cpu import ops
-    from bitsandbytes.nn import modules
-
-    for module in (ops, modules):
-        monkeypatch.setattr(module, "has_avx512bf16", lambda: False)
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
     """Let runs leave out their page of pictures, which takes longer than they do, except in tests that are marked `report`."""

@@ -127,7 +127,7 @@ def save(conversations: Conversations, name: str) -> str:
     Raises UserError if there is none, or no such place.
     """
     record, path = conversations.record(), Path(name).expanduser()
-    require(bool(name), "/save", "a file", "none")
+    require(bool(name), "/save", "a file, such as chats.jsonl", "none")
     try:
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -332,7 +332,7 @@ def make_rows_independent_of_batch(threads: int) -> None:
     gets enough rows, and contiguous ones. Elementwise functions compute 64 numbers at a time, and a remainder in another way: so inputs
     are padded to multiples of 64. (With several threads each has a remainder of its own: only one thread is exact.)
     """
-    matmul, least = torch.nn.functional.linear, 4 if threads == 1 else 16 * threads
+    matmul, least = torch.nn.functional.linear, 16 * threads
 
     def linear(x, weight, bias=None):
         rows = x.numel() // max(1, x.shape[-1])

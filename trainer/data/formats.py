@@ -149,7 +149,7 @@ def choose_format(row: dict, wanted: str, columns: dict[str, str] | None) -> For
             return Format(name, {field: field for field in OPTIONAL} | paths)
     expected = " or ".join("+".join(REQUIRED[name]) for name in (REQUIRED if wanted == "auto" else [wanted]))
     raise ValueError(f"expected the columns {expected}, found {', '.join(row) or 'none'}; "
-                     "map them, as in columns: {prompt: question, completion: answer}")
+                     "map them where the file is named: [{path: FILE, columns: {prompt: question, completion: answer}}]")
 
 
 def look_up(row: Any, path: str) -> Any:

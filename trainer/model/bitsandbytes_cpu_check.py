@@ -1,4 +1,4 @@
-"""Refuse 4-bit layers that bitsandbytes misreads on this CPU.
+"""Find 4-bit layers that bitsandbytes misreads on this CPU.
 
 bitsandbytes 0.50.2 has a bug on CPUs with AVX-512: where a layer's width is not a multiple of the block size, so that rows do not end
 with a block, some weights get the scales of others. Our kernels read such layers correctly, but not every layer runs them.
@@ -19,15 +19,21 @@ from trainer.model.quantization import import_bitsandbytes, is_quantized, nf4_of
 def refuse_misread_layers(unfused: Iterable[nn.Module]) -> None:
     """Check that bitsandbytes dequantises these layers, which run its own forward, as our kernels do.
 
-    Each width is checked once. Raises UserError for the first one that is misread.
+    Raises UserError for the first one that is misread.
     """
+    if (width := misread_width(unfused)) is not None:
+        raise UserError(f"method qlora: on this CPU bitsandbytes misreads layers of width {width}, not a multiple of the block size, and "
+                        "not all of the model's are fused; train on a GPU, or with method lora")
+
+
+def misread_width(layers: Iterable[nn.Module]) -> int | None:
+    """Return a width at which bitsandbytes dequantises other weights than our kernels do on this CPU; None: there is none."""
     checked_widths = set()
-    for layer in unfused:
+    for layer in layers:
         if not is_quantized(layer) or layer.weight.device.type != "cpu" or layer.in_features in checked_widths or why_not_nf4(layer):
             continue
         checked_widths.add(layer.in_features)
-        weight = nf4_of(layer)
         theirs = import_bitsandbytes("method qlora").functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-        if not torch.equal(theirs, dequantize_nf4(weight, theirs.dtype)):
-            raise UserError(f"method qlora: on this CPU bitsandbytes misreads layers of width {layer.in_features}, not a multiple of "
-                            f"{weight.blocksize}, and not all of the model's are fused; train on a GPU, or with method lora")
+        if not torch.equal(theirs, dequantize_nf4(nf4_of(layer), theirs.dtype)):
+            return layer.in_features
+    return None

@@ -21,8 +21,9 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
+from kernels.nf4 import dequantize_nf4
 from trainer.model.own_files import is_own, require_own
-from trainer.model.quantization import import_bitsandbytes
+from trainer.model.quantization import import_bitsandbytes, nf4_view
 
 QUANT_STATE = ".quant_state.bitsandbytes__"  # of a weight in 4 bits, in bitsandbytes' files
 WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
@@ -83,11 +84,15 @@ def _beginnings(name: str) -> Iterator[str]:
 
 
 def _dequantized(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors with those in bitsandbytes' 4 bits dequantised."""
+    """Return tensors with those in 4 bits dequantised, NF4 by our kernel: bitsandbytes misreads some widths."""
     for name in [state.partition(QUANT_STATE)[0] for state in tensors if QUANT_STATE in state]:
         functional = import_bitsandbytes("model.path").functional
         parts = {part: tensors.pop(part) for part in list(tensors) if part.startswith(f"{name}.")}
-        tensors[name] = functional.dequantize_4bit(tensors[name], functional.QuantState.from_dict(parts, "cpu"))
+        state = functional.QuantState.from_dict(parts, "cpu")
+        if state.quant_type == "nf4" and len(state.shape) == 2:
+            tensors[name] = dequantize_nf4(nf4_view(tensors[name], state, tuple(state.shape), state.dtype))
+        else:
+            tensors[name] = functional.dequantize_4bit(tensors[name], state)
     return tensors
 
 

@@ -30,11 +30,16 @@ BLOCK = 64  # weights that share a scale, as transformers configures bitsandbyte
 
 
 def import_bitsandbytes(option: str) -> ModuleType:
-    """Import bitsandbytes for `option`. Raises UserError if it is not installed."""
+    """Import bitsandbytes for `option`, and keep it from packing weights. Raises UserError if it is not installed.
+
+    On a CPU with bf16 products it would pack a layer's weights for good when the layer is first evaluated: their scales are rounded to
+    bf16, and layers that are not a multiple of 32 wide fail.
+    """
     try:
         import bitsandbytes
     except ImportError as error:
         raise UserError(f"{option}: expected bitsandbytes, cannot import it ({error}); pip install 'bitsandbytes>=0.50'") from None
+    bitsandbytes.nn.modules.has_avx512bf16 = lambda: False  # layers ask it as they are made
     return bitsandbytes
 
 
@@ -183,9 +188,13 @@ def without_quant_states(layers: list[nn.Module]) -> None:
 def nf4_of(module: nn.Module) -> Nf4:
     """Return a view of a 4-bit layer's weight, which dequantises to the dtype the layer computes in."""
     state = _quant_state(module)
+    return nf4_view(module.weight.data, state, (module.out_features, module.in_features), module.compute_dtype or state.dtype)
+
+
+def nf4_view(codes: Tensor, state: object, shape: tuple[int, int], dtype: torch.dtype) -> Nf4:
+    """Return a view of a weight of this shape in NF4, of its codes and bitsandbytes' scales."""
     nested = (state.state2.code, state.state2.absmax, state.offset) if state.nested else (None, None, None)
-    return Nf4(module.weight.data.view(torch.uint8), state.absmax, *nested, (module.out_features, module.in_features),
-               module.compute_dtype or state.dtype, state.blocksize)
+    return Nf4(codes.view(torch.uint8), state.absmax, *nested, shape, dtype, state.blocksize)
 
 
 def weight_count(parameter: Tensor) -> int:

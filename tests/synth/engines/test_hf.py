@@ -12,10 +12,11 @@ from tests.helpers.engine_here import put_back
 from tests.helpers.engine_requests import logprobs
 
 
-def test_products_do_not_depend_on_the_rows_beside(monkeypatch):
+@pytest.mark.parametrize("width", [96, 576, 2048])  # few rows are up to 4 of them, up to 15 on a CPU with AVX-512
+def test_products_do_not_depend_on_the_rows_beside(monkeypatch, width):
     from synth.engines.hf import make_rows_independent_of_batch
 
-    weight, x = torch.randn(256, 96), torch.randn(200, 96)
+    weight, x = torch.randn(256, width), torch.randn(200, width)
     product = torch.nn.functional.linear
     assert any(not torch.equal(product(x[:n], weight), product(x, weight)[:n]) for n in range(1, 4)), "the cure has nothing to cure here"
     put_back(monkeypatch)
@@ -24,8 +25,8 @@ def test_products_do_not_depend_on_the_rows_beside(monkeypatch):
     for n in (*range(1, 20), 33, 64, 127):
         assert torch.equal(torch.nn.functional.linear(x[50:50 + n], weight), whole[50:50 + n])
     assert torch.nn.functional.linear(x[:0], weight).shape == (0, 256) and torch.nn.functional.linear(x[0], weight).shape == (256,)
-    assert torch.equal(torch.nn.functional.linear(x[:2].view(2, 1, 96), weight)[:, 0], whole[:2])
-    assert torch.equal(torch.nn.functional.linear(x.view(20, 10, 96)[:, -1:], weight)[:, 0], whole[9::10])
+    assert torch.equal(torch.nn.functional.linear(x[:2].view(2, 1, width), weight)[:, 0], whole[:2])
+    assert torch.equal(torch.nn.functional.linear(x.view(20, 10, width)[:, -1:], weight)[:, 0], whole[9::10])
 
 
 @pytest.mark.slow

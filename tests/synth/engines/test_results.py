@@ -36,7 +36,7 @@ from tests.helpers.engine_requests import BASE, BOS, EOT, HOW, INSTRUCT, USER, a
 
 @pytest.fixture(scope="module", params=[needs("vllm"), needs("transformers")])
 def engine(request, tmp_path_factory):
-    opened = open_engine(Model(path=str(BASE), engine=request.param), tmp_path_factory.mktemp("log") / "base")
+    opened = open_engine(Model(path=str(BASE), engine=request.param, dtype="float32"), tmp_path_factory.mktemp("log") / "base")
     yield opened
     opened.close()
 

@@ -525,3 +525,12 @@ def test_a_head_in_4_bits(folders):
     model.set_output_embeddings(model.model.layers[0].mlp.up_proj)
     with pytest.raises(UserError, match="expected a dense head, found one in 4 bits"):
         quantization.prepare_quantized(model, torch.float32)
+
+
+def test_no_layer_is_packed_on_a_cpu_with_bf16_products(monkeypatch):
+    """Packing rounds the scales for good, and narrow layers fail in it."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: True)
+    assert bitsandbytes.nn.Linear4bit(64, 40).support_avx512bf16_for_cpu
+    quantization.import_bitsandbytes("method qlora")
+    assert not bitsandbytes.nn.Linear4bit(64, 40).support_avx512bf16_for_cpu

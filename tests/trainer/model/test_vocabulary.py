@@ -12,6 +12,7 @@ from tests.helpers import tiny
 from tests.helpers.models import our_logits, pack, relative_error, stir, stock_logits
 from tests.helpers.runs import arguments, write_chats
 from trainer import config as options
+from trainer import config_rules
 from trainer.cli import parse
 from trainer.config import Config, Lora, Model
 from trainer.errors import UserError
@@ -144,7 +145,6 @@ def run(*args):
     return train(parse(Config, arguments(*args), "trainer.run"))
 
 
-@pytest.mark.usefixtures("unpacked_4bit")
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [
     (), ("--method", "qlora", "--precision", "bf16"), ("--lora.modules_to_save", "[embed_tokens,lm_head]"), ("--method", "full"),
@@ -186,7 +186,7 @@ def test_what_cannot_be_is_one_line(tmp_path, model, lora, expected):
 ])
 def test_options_that_exclude_each_other_are_refused(settings, expected):
     with pytest.raises(UserError, match=expected):
-        options.validate(Config(**({"model": Model(path="m"), "data": options.Data(train="x")} | settings)))
+        config_rules.validate(Config(**({"model": Model(path="m"), "data": options.Data(train="x")} | settings)))
 
 
 def test_a_model_with_other_rows_for_each_token_takes_no_new_ones(tmp_path):

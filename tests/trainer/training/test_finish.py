@@ -274,7 +274,6 @@ def test_names_that_transformers_would_not_find_are_refused_before_training(mode
     assert "export: transformers would not find 2 weights" in message
 
 
-@pytest.mark.usefixtures("unpacked_4bit")
 @pytest.mark.slow
 def test_a_quantised_gpt2_is_merged_in_its_own_layout(chats, tmp_path, capsys):
     """Its dense layers hold their weights transposed, and bitsandbytes holds them as linear layers.
