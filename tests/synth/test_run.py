@@ -33,7 +33,8 @@ BASE = FAMILY["base"].folder
 KILLS = int(os.environ.get("STEADFAST_KILLS", 1))
 ENGINE = "vllm" if find_spec("vllm") else "transformers"
 SETTINGS = {
-    "base": {"path": str(BASE)}, "responders": [{"path": str(BASE), "name": "twin", "engine": "transformers"}],
+    "base": {"path": str(BASE), "dtype": "float32"},
+    "responders": [{"path": str(BASE), "name": "twin", "engine": "transformers", "dtype": "float32"}],
     "probe": {"samples": 20, "temperature": [1.0]},
     "instruct": {"num_instructions": 150, "reference_samples": 40, "max_tokens": 64, "turn_weights": [4.0, 1.0]},
     "respond": {"num_samples": 2, "max_tokens": 32}, "judge": {"rubric": str(RUBRIC)}, "report": {"embeddings": False, "topics": 4},

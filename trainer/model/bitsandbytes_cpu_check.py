@@ -13,7 +13,7 @@ from torch import nn
 
 from kernels.nf4 import dequantize_nf4
 from trainer.errors import UserError
-from trainer.model.quantization import import_bitsandbytes, is_quantized, nf4_of, why_not_nf4
+from trainer.model.quantization import import_bitsandbytes, is_quantized, nf4_of, quant_state_of, why_not_nf4
 
 
 def refuse_misread_layers(unfused: Iterable[nn.Module]) -> None:
@@ -33,7 +33,7 @@ def misread_width(layers: Iterable[nn.Module]) -> int | None:
         if not is_quantized(layer) or layer.weight.device.type != "cpu" or layer.in_features in checked_widths or why_not_nf4(layer):
             continue
         checked_widths.add(layer.in_features)
-        theirs = import_bitsandbytes("method qlora").functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        theirs = import_bitsandbytes("method qlora").functional.dequantize_4bit(layer.weight.data, quant_state_of(layer))
         if not torch.equal(theirs, dequantize_nf4(nf4_of(layer), theirs.dtype)):
             return layer.in_features
     return None

@@ -158,7 +158,7 @@ def why_not_nf4(module: nn.Module) -> str | None:
     """Return why `nf4_of` cannot describe a 4-bit layer; None if it can, or if the layer is dense."""
     if not is_quantized(module):
         return None
-    state = _quant_state(module)
+    state = quant_state_of(module)
     if state is None:
         return "a 4-bit layer is not quantised yet"
     if state.quant_type != "nf4":
@@ -168,7 +168,7 @@ def why_not_nf4(module: nn.Module) -> str | None:
     return "a 4-bit layer is packed for inference on this CPU" if getattr(state, "packing_format_for_cpu", False) else None
 
 
-def _quant_state(module: nn.Module) -> object | None:
+def quant_state_of(module: nn.Module) -> object | None:
     """Return bitsandbytes' scales of a 4-bit layer.
 
     A weight that was sharded or gathered has left them to its module.
@@ -187,7 +187,7 @@ def without_quant_states(layers: list[nn.Module]) -> None:
 
 def nf4_of(module: nn.Module) -> Nf4:
     """Return a view of a 4-bit layer's weight, which dequantises to the dtype the layer computes in."""
-    state = _quant_state(module)
+    state = quant_state_of(module)
     return nf4_view(module.weight.data, state, (module.out_features, module.in_features), module.compute_dtype or state.dtype)
 
 

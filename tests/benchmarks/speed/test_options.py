@@ -144,7 +144,7 @@ def test_a_run_has_a_row_for_every_contender(made):
     assert max(made["agreement"].values()) < 1e-5
     assert {len({sample["tokens"] for sample in line}) for line in zip(*made["raw"].values(), strict=True)} == {1}  # the same packs
     assert rows[PLAIN]["cost"]["value"] == 1.0 and rows["checkpointing, full"]["mib"] < rows[PLAIN]["mib"] < rows[ALL_ROWS]["mib"]
-    assert rows[LIVE]["cost"]["value"] > 1.2 and made["conditions"]["left_out"].keys() == {"QLoRA", "rsLoRA"}
+    assert rows[LIVE]["cost"]["value"] > 1.2 and made["conditions"]["left_out"].keys() == {"QLoRA", *options.FREE}
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ def opened(tmp_path):
     engines = []
 
     def open_(kind, **more):
-        engines.append(open_engine(Model(path=str(BASE), engine=kind, **more), tmp_path / "log"))
+        engines.append(open_engine(Model(path=str(BASE), engine=kind, dtype="float32", **more), tmp_path / "log"))
         return engines[-1]
 
     yield open_

@@ -46,7 +46,7 @@ def logprobs_by_peft(folder, found: dict) -> list[float]:
 
 def test_transformers_answers_with_the_adapter(adapter, monkeypatch, tmp_path):
     put_back(monkeypatch)
-    plain, adapted = EngineHere(Model(path=str(BASE)), tmp_path), EngineHere(Model(path=str(BASE), adapter=str(adapter)), tmp_path)
+    plain, adapted = (EngineHere(Model(path=str(BASE), dtype="float32", adapter=path), tmp_path) for path in (None, str(adapter)))
     found, without = ask(adapted, asked()), ask(plain, asked())
     assert [found[k].logprob for k in sorted(found)] == pytest.approx(logprobs_by_peft(adapter, found), abs=1e-4)
     assert [found[k].text for k in found] != [without[k].text for k in found]

@@ -30,7 +30,7 @@ def ran(model_folder, chats, tmp_path_factory):
             options += ("--optim.weight_decay", "0.1", "--resume", "auto")
         common = arguments(model_folder, chats, output, "--method", method, *STEPS, *options)
         ends = complete_ranks("trainer.run", [*common, "--fsdp.enabled"], ranks) if ranks > 1 else [complete("trainer.run", common)]
-        assert [status for status, *_ in ends] == [0] * ranks, ends
+        assert [status for status, *_ in ends] == [0] * ranks, [errors[-600:] for *_, errors in ends]
         assert not any("Warning" in errors for _, _, errors in ends)
         return output, ends[0][1]
     return run
