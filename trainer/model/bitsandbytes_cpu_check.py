@@ -27,7 +27,7 @@ def refuse_misread_layers(unfused: Iterable[nn.Module]) -> None:
 
 
 def misread_width(layers: Iterable[nn.Module]) -> int | None:
-    """Return a width at which bitsandbytes dequantises other weights than our kernels do on this CPU; None: there is none."""
+    """Return the width of a layer that bitsandbytes misreads on this CPU; None: there is none."""
     checked_widths = set()
     for layer in layers:
         if not is_quantized(layer) or layer.weight.device.type != "cpu" or layer.in_features in checked_widths or why_not_nf4(layer):

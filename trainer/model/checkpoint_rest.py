@@ -84,7 +84,10 @@ def _beginnings(name: str) -> Iterator[str]:
 
 
 def _dequantized(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors with those in 4 bits dequantised, NF4 by our kernel: bitsandbytes misreads some widths."""
+    """Return tensors with those in 4 bits dequantised.
+
+    NF4 is read by our kernel, as bitsandbytes misreads some widths.
+    """
     for name in [state.partition(QUANT_STATE)[0] for state in tensors if QUANT_STATE in state]:
         functional = import_bitsandbytes("model.path").functional
         parts = {part: tensors.pop(part) for part in list(tensors) if part.startswith(f"{name}.")}

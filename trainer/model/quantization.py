@@ -30,10 +30,10 @@ BLOCK = 64  # weights that share a scale, as transformers configures bitsandbyte
 
 
 def import_bitsandbytes(option: str) -> ModuleType:
-    """Import bitsandbytes for `option`, and keep it from packing weights. Raises UserError if it is not installed.
+    """Import bitsandbytes for `option`, and keep it from packing weights.
 
-    On a CPU with bf16 products it would pack a layer's weights for good when the layer is first evaluated: their scales are rounded to
-    bf16, and layers that are not a multiple of 32 wide fail.
+    Raises UserError if it is not installed. On a CPU with bf16 products it would pack a layer's weights for good when the layer is first
+    evaluated: their scales are rounded to bf16, and layers that are not a multiple of 32 wide fail.
     """
     try:
         import bitsandbytes
